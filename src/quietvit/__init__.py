@@ -1,0 +1,57 @@
+"""Train vision transformers whose activations stay quiet, so that they survive low-bit quantization.
+
+The public surface; every name is imported on first use, so that ``import quietvit`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from quietvit.errors import QuietvitError
+
+if TYPE_CHECKING:
+    from quietvit.decay import ColinearityDecay, NormGainDecay
+    from quietvit.measure import diagnose
+    from quietvit.pairs import find_pairs
+    from quietvit.quantize import RTN, list_methods, load, quantize
+    from quietvit.trace import trace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "trace": "quietvit.trace",
+    "find_pairs": "quietvit.pairs",
+    "ColinearityDecay": "quietvit.decay",
+    "NormGainDecay": "quietvit.decay",
+    "diagnose": "quietvit.measure",
+    "quantize": "quietvit.quantize",
+    "RTN": "quietvit.quantize",
+    "load": "quietvit.quantize",
+    "list_methods": "quietvit.quantize",
+}
+
+__all__ = [
+    "RTN",
+    "ColinearityDecay",
+    "NormGainDecay",
+    "QuietvitError",
+    "diagnose",
+    "find_pairs",
+    "list_methods",
+    "load",
+    "quantize",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quietvit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

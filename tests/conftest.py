@@ -1,0 +1,25 @@
+"""Shared fixtures. Real weights and images are found through QUIETVIT_TEST_DATA; tests skip without them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder with the real weights and images (see docs/development.md)."""
+    folder = os.environ.get("QUIETVIT_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("QUIETVIT_TEST_DATA does not name a folder with the real weights and images")
+    return Path(folder)
