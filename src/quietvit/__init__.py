@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from quietvit.decay import ColinearityDecay, NormGainDecay
     from quietvit.measure import diagnose
     from quietvit.pairs import find_pairs
-    from quietvit.quantize import RTN, list_methods, load, quantize
-    from quietvit.trace import trace
+    from quietvit.quantization import RTN, list_methods, load, quantize
+    from quietvit.tracing import trace
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "trace": "quietvit.trace",
+    "trace": "quietvit.tracing",
     "find_pairs": "quietvit.pairs",
     "ColinearityDecay": "quietvit.decay",
     "NormGainDecay": "quietvit.decay",
     "diagnose": "quietvit.measure",
-    "quantize": "quietvit.quantize",
-    "RTN": "quietvit.quantize",
-    "load": "quietvit.quantize",
-    "list_methods": "quietvit.quantize",
+    "quantize": "quietvit.quantization",
+    "RTN": "quietvit.quantization",
+    "load": "quietvit.quantization",
+    "list_methods": "quietvit.quantization",
 }
 
 __all__ = [
