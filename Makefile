@@ -1,0 +1,95 @@
+# Each target does its own set-up: Python >= 3.11, make and pip are all that a fresh machine needs.
+#
+#   PYTHON=python3.12     the interpreter that makes the environment
+#   VENV=path             the environment; one that already holds the tools is used as it is
+#   PYTEST_ARGS=...       more arguments for pytest
+#
+# pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
+
+PYTHON ?= python3
+PYTHON_LOWER ?= python3.12
+VENV_LOWER ?= .venv-lower
+PYTEST_ARGS ?=
+DEMO ?= quietvit compare --recipe digits --output demo-output --force
+
+# An active environment is used when it holds the tools already; nothing is ever installed into it.
+ifneq ($(wildcard $(VIRTUAL_ENV)/bin/lint-imports),)
+VENV ?= $(VIRTUAL_ENV)
+endif
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+STAMP := $(VENV)/.quietvit-installed
+STAMP_LOWER := $(VENV_LOWER)/.quietvit-installed
+ifneq ($(VENV),.venv)
+READY := $(if $(wildcard $(BIN)/lint-imports),,$(STAMP))
+else
+READY := $(STAMP)
+endif
+
+# This checkout is what runs, whatever the environment was installed from.
+export PYTHONPATH := $(CURDIR)/src
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-lower lint format clean
+
+help:
+	@echo "make demo        train with and without Colinearity Decay on embedded digits, quantize, report"
+	@echo "make test        every test, on two processes"
+	@echo "make test-lower  every test, on the lowest versions that pyproject.toml claims ($(PYTHON_LOWER))"
+	@echo "make lint        ruff, format, types, import direction"
+	@echo "make format      rewrite the code as ruff formats it"
+	@echo "make install     only make the environment $(VENV)"
+	@echo "make clean       remove the environments and the caches"
+
+install: $(READY)
+
+# $(call environment,interpreter,folder): a virtual environment with pip in it, also where the
+# distribution ships venv without ensurepip (Debian without python3-venv).
+define environment
+@$(1) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+  "quietvit needs Python 3.11 or later, this is %d.%d: name another, for example PYTHON=python3.12" \
+  % sys.version_info[:2])'
+$(1) -c 'import ensurepip' 2>/dev/null && $(1) -m venv "$(2)" || \
+  { $(1) -m venv --without-pip "$(2)" && \
+    $(1) -m pip --python "$(2)/bin/python" install --quiet pip; }
+endef
+
+# One pip command solves torch, torchvision and timm together, so that they match each other.
+$(STAMP): pyproject.toml
+	$(call environment,$(PYTHON),$(VENV))
+	"$(BIN)/python" -m pip install --editable '.[dev,transformers]'
+	"$(BIN)/python" -m pip check
+	@touch "$@"
+
+$(STAMP_LOWER): pyproject.toml requirements/lower-bounds.txt
+	$(call environment,$(PYTHON_LOWER),$(VENV_LOWER))
+	"$(VENV_LOWER)/bin/python" -m pip install --constraint requirements/lower-bounds.txt \
+	  --editable '.[dev,transformers]'
+	"$(VENV_LOWER)/bin/python" -m pip check
+	@touch "$@"
+
+demo: $(READY)
+	"$(BIN)/"$(DEMO)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 $(PYTEST_ARGS)
+
+test-lower: $(STAMP_LOWER)
+	OMP_NUM_THREADS=1 "$(VENV_LOWER)/bin/python" -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(READY)
+	"$(BIN)/ruff" check
+	"$(BIN)/ruff" format --check
+	"$(BIN)/mypy"
+	"$(BIN)/lint-imports"
+
+format: $(READY)
+	"$(BIN)/ruff" check --fix
+	"$(BIN)/ruff" format
+
+clean:
+	rm -rf .venv .venv-lower demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+	  .hypothesis build dist
