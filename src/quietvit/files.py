@@ -13,7 +13,7 @@ from quietvit.errors import QuietvitError
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
-    """Write ``content`` (str as UTF-8) to ``path``; a reader sees the old file or the new one whole.
+    """Write ``content`` (str as UTF-8) to ``path``; readers see the old file or the new, whole.
 
     The bytes go to a temporary file in the same folder, are flushed to disk, and the file is
     renamed. Missing parent folders are made. Returns the path.

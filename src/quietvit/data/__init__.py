@@ -1,0 +1,24 @@
+"""Labelled images in, tensors and top-1 out: data, transforms, models with weights, evaluation.
+
+No training and no quantization lives here.
+"""
+
+from quietvit.data.evaluate import calibration_images, evaluate, evaluation_loader
+from quietvit.data.sources import ImageDataset, Transformed, load_dataset, subset
+from quietvit.data.transforms import data_config, evaluation_transform, training_transform
+from quietvit.data.weights import create_model, load_weights
+
+__all__ = [
+    "ImageDataset",
+    "Transformed",
+    "calibration_images",
+    "create_model",
+    "data_config",
+    "evaluate",
+    "evaluation_loader",
+    "evaluation_transform",
+    "load_dataset",
+    "load_weights",
+    "subset",
+    "training_transform",
+]

@@ -1,0 +1,135 @@
+"""Top-1 of a model on labelled images, and images drawn for calibration.
+
+The transform is always given by the caller, from ``transforms.evaluation_transform``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from quietvit.data.sources import ImageDataset, Transformed
+from quietvit.errors import QuietvitError
+
+
+def evaluation_loader(
+    dataset: ImageDataset,
+    transform: Callable[[Image.Image], Tensor],
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> DataLoader[Any]:
+    """Return a loader in order over all of it: batches (images (B, 3, H, W), labels (B,))."""
+    return DataLoader(
+        Transformed(dataset, transform),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> float:
+    """Return the top-1 accuracy in percent. The model is run in eval mode and its mode restored.
+
+    Args:
+        model: images (B, 3, H, W) -> logits (B, classes), or an object with ``.logits``.
+        loader: batches of (images, labels), as from ``evaluation_loader``.
+        device: where the model is and the batches are sent.
+        progress: show a bar on standard error.
+
+    Raises:
+        QuietvitError: no images, labels beyond the model's classes, or logits that are not numbers.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    correct = total = 0
+    try:
+        with worker_errors(), _bar(loader, progress) as batches:
+            for images, labels in batches:
+                logits = _logits(model(images.to(device)))
+                labels = labels.to(logits.device)
+                if int(labels.max()) >= logits.shape[-1]:
+                    raise QuietvitError(
+                        f"the data has label {int(labels.max())}, but the model tells only "
+                        f"{logits.shape[-1]} classes apart; evaluate it on its own data."
+                    )
+                if bool(logits.isnan().any()):
+                    raise QuietvitError(
+                        f"the model's logits are not numbers after {total} images; find the first "
+                        "site with NaN by quietvit.diagnose(model, images)."
+                    )
+                correct += int((logits.argmax(-1) == labels).sum())
+                total += len(labels)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if total == 0:
+        raise QuietvitError("there was not one image to evaluate on; check the data set.")
+    return 100.0 * correct / total
+
+
+def calibration_images(
+    dataset: ImageDataset, n: int, transform: Callable[[Image.Image], Tensor], seed: int = 0
+) -> Tensor:
+    """Return ``n`` images drawn without replacement, transformed, as one tensor (n, 3, H, W).
+
+    Raises:
+        QuietvitError: ``n`` is below 1 or more than the data set holds.
+    """
+    if n < 1:
+        raise QuietvitError(
+            f"{n} calibration images were asked for; the ranges of activations need at least one "
+            "(32 is usual)."
+        )
+    if n > len(dataset):
+        raise QuietvitError(
+            f"{n} calibration images were asked for, but {dataset.name} holds {len(dataset)}; ask "
+            "for fewer."
+        )
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:n]
+    return torch.stack([transform(dataset[int(index)][0]) for index in chosen])
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Give a QuietvitError raised in a loader's worker process its plain message back."""
+    try:
+        yield
+    except QuietvitError as error:
+        text, mark = str(error), f"{QuietvitError.__module__}.{QuietvitError.__qualname__}: "
+        if "DataLoader worker" not in text or mark not in text:
+            raise
+        raise QuietvitError(text.rsplit(mark, 1)[1].strip()) from None
+
+
+def _logits(output: Any) -> Tensor:
+    found = getattr(output, "logits", output)
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        raise QuietvitError(
+            f"the model returned {type(found).__name__}, not logits of shape (batch, classes); "
+            "evaluation needs a classifier."
+        )
+    return found
+
+
+@contextmanager
+def _bar(loader: Iterable[Any], progress: bool) -> Iterator[Iterable[Any]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True) if progress else None
+    with bar if bar is not None else nullcontext():
+        total = len(loader) if isinstance(loader, Sized) else None
+        yield bar.track(loader, total=total, description="evaluating") if bar else loader
