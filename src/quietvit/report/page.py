@@ -1,0 +1,92 @@
+"""The page: one HTML file with the table, the verdict, the plots and how it was made.
+
+Nothing outside the file is loaded. What the numbers mean lives in ``results``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from quietvit.report.plots import (
+    DARK,
+    LIGHT,
+    Panel,
+    accuracy_panels,
+    noise_panels,
+    outlier_panels,
+    svg_uri,
+)
+from quietvit.report.results import Results, overhead, summarize, verdict
+from quietvit.report.tables import Table, runs_table, summary_table
+
+
+def render_page(results: Results) -> str:
+    """Return the whole page as HTML.
+
+    Raises:
+        QuietvitError: no seed has both a run with and a run without CD.
+    """
+    environment = Environment(
+        loader=PackageLoader("quietvit.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        results=results,
+        verdict=verdict(summarize(results)),
+        summary=_grid(summary_table(results)),
+        runs=_grid(runs_table(results)),
+        overhead=overhead(results),
+        sections=(
+            _section(
+                "Accuracy",
+                "Top-1 of the float model and after quantization, one panel per range method. "
+                "Dots are seeds, bars their mean.",
+                accuracy_panels(results),
+            ),
+            _section(
+                "Outliers",
+                "Largest magnitude over root mean square of what enters each matrix "
+                "multiplication, by role, along the depth (logarithmic). One line per seed; "
+                "lower is easier to quantize.",
+                outlier_panels(results),
+            ),
+            _section(
+                "Quantization noise",
+                f"Signal to quantization noise ratio at the output of each matrix multiplication, "
+                f"{results.noise_setting}, along the depth. One line per seed; higher is better.",
+                noise_panels(results),
+            ),
+        ),
+        light=LIGHT,
+        dark=DARK,
+    )
+
+
+def _section(title: str, text: str, panels: Sequence[Panel]) -> dict[str, Any]:
+    drawn = [
+        {
+            "title": panel.title,
+            "alt": panel.alt,
+            "light": svg_uri(panel.draw(LIGHT)),
+            "dark": svg_uri(panel.draw(DARK)),
+        }
+        for panel in panels
+    ]
+    return {"title": title, "text": text, "panels": drawn}
+
+
+def _grid(table: Table) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "columns": table.columns,
+        "rows": [
+            {"cells": cells, "outcome": getattr(row, "outcome", "")}
+            for row, cells in zip(table.rows, table.cells(), strict=True)
+        ],
+    }

@@ -1,0 +1,263 @@
+"""What a comparison found: runs, the paired statistics over seeds, and the verdict in words.
+
+Plain data that goes to JSON and back; how it is printed, drawn and laid out lives next door.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from quietvit.errors import QuietvitError
+
+ARMS = ("without CD", "with CD")
+FLOAT = "float"
+NO_DIFFERENCE = "no difference seen"
+
+# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom.
+_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SiteOutlier(_Data):
+    """Largest magnitude against root mean square of one activation site, in forward order."""
+
+    site: str
+    role: str
+    ratio: float
+    maximum: float
+
+
+class SiteNoise(_Data):
+    """Signal to quantization noise ratio of one site's output in dB, in forward order."""
+
+    site: str
+    role: str
+    db: float
+
+
+class Run(_Data):
+    """One trained model: top-1 in percent, as float and per quantized setting; times in seconds."""
+
+    seed: int
+    decay: bool
+    float_top1: float
+    quantized: Mapping[str, float]
+    images: int
+    steps: int
+    train_seconds: float
+    decay_seconds: float
+    outliers: tuple[SiteOutlier, ...] = ()
+    noise: tuple[SiteNoise, ...] = ()
+
+    @property
+    def arm(self) -> str:
+        return ARMS[self.decay]
+
+    @property
+    def overhead(self) -> float:
+        """Time of the decay in percent of the rest of the training."""
+        return 100 * self.decay_seconds / max(self.train_seconds - self.decay_seconds, 1e-9)
+
+    def top1(self, setting: str) -> float:
+        return self.float_top1 if setting == FLOAT else self.quantized[setting]
+
+
+class Results(_Data):
+    """All runs of a comparison with what is needed to read and to repeat it."""
+
+    model: str
+    data: str
+    settings: tuple[str, ...]
+    noise_setting: str
+    seeds: tuple[int, ...]
+    runs: tuple[Run, ...]
+    configuration: Mapping[str, str]
+    versions: Mapping[str, str]
+    command: str
+    machine: str
+    date: str
+    notes: tuple[str, ...] = ()
+
+    def pairs(self) -> tuple[tuple[Run, Run], ...]:
+        """Return (without CD, with CD) for each seed that has both runs."""
+        found = {(run.seed, run.decay): run for run in self.runs}
+        return tuple(
+            (found[seed, False], found[seed, True])
+            for seed in self.seeds
+            if (seed, False) in found and (seed, True) in found
+        )
+
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        done = {(run.seed, run.decay) for run in self.runs}
+        return tuple(
+            f"seed {seed} {ARMS[decay]}"
+            for seed in self.seeds
+            for decay in (False, True)
+            if (seed, decay) not in done
+        )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of one value per seed (None for a single seed)."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: both arms, and the difference (with minus without) paired over seeds.
+
+    ``low`` and ``high`` bound the mean difference at 95 % (Student's t over the paired differences;
+    their deviation is taken as at least one test image, so that equal counts do not feign
+    certainty). They are None for a single seed.
+    """
+
+    setting: str
+    without: Spread
+    with_decay: Spread
+    difference: float
+    low: float | None
+    high: float | None
+    better: int
+    worse: int
+    seeds: int
+
+    @property
+    def outcome(self) -> str:
+        """``better``, ``worse``, ``no difference seen``, or ``one seed, spread unknown``."""
+        if self.low is None or self.high is None:
+            return "one seed, spread unknown"
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else NO_DIFFERENCE
+
+    @property
+    def agreement(self) -> str:
+        """How many seeds share the sign of the mean difference."""
+        if self.better >= self.worse and self.difference >= 0:
+            return f"{self.better} of {self.seeds} better"
+        if self.difference < 0:
+            return f"{self.worse} of {self.seeds} worse"
+        return f"{self.better} better, {self.worse} worse of {self.seeds}"
+
+    @property
+    def interval(self) -> str:
+        if self.low is None or self.high is None:
+            return "–"
+        return f"{signed(self.low)} to {signed(self.high)}"
+
+
+def summarize(results: Results) -> tuple[Row, ...]:
+    """Return one row per setting, ``float`` first, over the seeds that have both runs.
+
+    Raises:
+        QuietvitError: no seed has both a run with and a run without CD.
+    """
+    pairs = results.pairs()
+    if not pairs:
+        raise QuietvitError(
+            f"no seed has both a run with and without CD ({len(results.runs)} runs of "
+            f"{2 * len(results.seeds)} are finished); run again with --resume to finish them."
+        )
+    rows = []
+    for setting in (FLOAT, *results.settings):
+        without = [pair[0].top1(setting) for pair in pairs]
+        with_decay = [pair[1].top1(setting) for pair in pairs]
+        differences = [b - a for a, b in zip(without, with_decay, strict=True)]
+        low, high = paired_interval(differences, 100 / pairs[0][0].images)
+        rows.append(
+            Row(
+                setting=setting,
+                without=Spread.of(without),
+                with_decay=Spread.of(with_decay),
+                difference=statistics.fmean(differences),
+                low=low,
+                high=high,
+                better=sum(d > 0 for d in differences),
+                worse=sum(d < 0 for d in differences),
+                seeds=len(differences),
+            )
+        )
+    return tuple(rows)
+
+
+def paired_interval(
+    differences: Sequence[float], resolution: float
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the 95 % interval of the mean of paired differences, (None, None) for fewer than two.
+
+    ``resolution`` (the weight of one test image, in points) is the least deviation assumed.
+    """
+    if len(differences) < 2:
+        return None, None
+    mean = statistics.fmean(differences)
+    deviation = max(statistics.stdev(differences), resolution)
+    half = t_quantile(len(differences) - 1) * deviation / math.sqrt(len(differences))
+    return mean - half, mean + half
+
+
+def t_quantile(degrees: int) -> float:
+    """Return the 97.5 % quantile of Student's t (table to 10, then Cornish and Fisher 1938)."""
+    if degrees <= len(_T):
+        return _T[degrees - 1]
+    z = 1.959964
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Say in one sentence what the numbers show: worse is said as worse, and first."""
+    total = len(rows)
+    if rows[0].low is None:
+        return (
+            f"With CD, top-1 differs by {_listed(rows)}: one seed, so the spread is unknown and "
+            "nothing follows from it."
+        )
+    parts = [
+        f"{outcome} in {len(found)} of {total} rows, {_listed(found)}"
+        for outcome in ("worse", "better", NO_DIFFERENCE)
+        if (found := [row for row in rows if row.outcome == outcome])
+    ]
+    return f"Training with CD: {'; '.join(parts)}."
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    if len(rows) <= 3:
+        return ", ".join(f"{row.setting} ({signed(row.difference)} points)" for row in rows)
+    names = ", ".join(row.setting for row in rows)
+    differences = [row.difference for row in rows]
+    return f"{signed(min(differences))} to {signed(max(differences))} points ({names})"
+
+
+def signed(value: float) -> str:
+    """Format points with a sign and a true minus, ``0.00`` without one."""
+    text = f"{value:+.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", "−")
+
+
+def overhead(results: Results) -> Spread | None:
+    """Return the training time that CD adds, in percent of the training without it."""
+    values = [run.overhead for run in results.runs if run.decay]
+    return Spread.of(values) if values else None

@@ -1,0 +1,176 @@
+"""Tables: the same columns and rows for the terminal (rich), for CSV and for the page.
+
+What the numbers mean and how they are computed lives in ``results``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
+
+from quietvit.report.results import FLOAT, Results, Row, Run, signed, summarize
+
+_STYLES = {"better": "green", "worse": "red"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: header for people, key for CSV, value for machines, text for people.
+
+    ``detail`` columns are left out where the terminal is narrow.
+    """
+
+    header: str
+    key: str
+    value: Callable[[Any], Any]
+    text: Callable[[Any], str] = str
+    numeric: bool = True
+    detail: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, columns, and rows of any one type that the columns know how to read."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: Sequence[Any]
+
+    def cells(self) -> list[list[str]]:
+        """Return the text of every cell, row by row."""
+        return [[column.text(column.value(row)) for column in self.columns] for row in self.rows]
+
+    def csv(self) -> str:
+        """Return the table as CSV with full precision; unknown values are empty."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow([column.key for column in self.columns])
+        for row in self.rows:
+            values = (column.value(row) for column in self.columns)
+            writer.writerow(["" if value is None else value for value in values])
+        return out.getvalue()
+
+    def rich(self, compact: bool = False) -> RichTable:
+        """Return the table for the terminal; ``compact`` leaves the detail columns out."""
+        shown = [not (compact and column.detail) for column in self.columns]
+        table = RichTable(
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        for column in compress(self.columns, shown):
+            justify: Literal["left", "right"] = "right" if column.numeric else "left"
+            table.add_column(column.header, justify=justify, no_wrap=column.key != "outcome")
+        for row, cells in zip(self.rows, self.cells(), strict=True):
+            style = _STYLES.get(getattr(row, "outcome", ""))
+            table.add_row(*compress(cells, shown), style=style)
+        return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def summary_table(results: Results) -> Table:
+    """Return the one table: top-1 of both arms at every setting, paired over seeds."""
+    rows: Sequence[Row] = summarize(results)
+    seeds = rows[0].seeds
+    return Table(
+        f"top-1 in percent, {results.model} on {results.data}, "
+        f"mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}",
+        (
+            Column("setting", "setting", lambda row: row.setting, numeric=False),
+            Column("without CD", "without", lambda row: row.without),
+            Column("with CD", "with", lambda row: row.with_decay),
+            Column("Δ points", "difference", lambda row: row.difference, signed),
+            Column("95 % interval", "interval", lambda row: row.interval, detail=True),
+            Column("seeds", "agreement", lambda row: row.agreement, numeric=False, detail=True),
+            Column("outcome", "outcome", lambda row: row.outcome, numeric=False),
+        ),
+        rows,
+    )
+
+
+def summary_csv(results: Results) -> str:
+    """Return the one table as CSV: means, deviations, paired difference and its bounds apart."""
+    columns: dict[str, Callable[[Row], Any]] = {
+        "setting": lambda row: row.setting,
+        "seeds": lambda row: row.seeds,
+        "without_mean": lambda row: row.without.mean,
+        "without_deviation": lambda row: row.without.deviation,
+        "with_mean": lambda row: row.with_decay.mean,
+        "with_deviation": lambda row: row.with_decay.deviation,
+        "difference": lambda row: row.difference,
+        "low_95": lambda row: row.low,
+        "high_95": lambda row: row.high,
+        "seeds_better": lambda row: row.better,
+        "seeds_worse": lambda row: row.worse,
+        "outcome": lambda row: row.outcome,
+    }
+    table = Table(
+        "", tuple(Column("", key, value) for key, value in columns.items()), summarize(results)
+    )
+    return table.csv()
+
+
+def _accuracy_at(setting: str) -> Callable[[Run], float]:
+    return lambda run: run.top1(setting)
+
+
+def runs_table(results: Results) -> Table:
+    """Return one row per seed and arm with every accuracy and time."""
+    return Table(
+        "top-1 in percent, times in seconds",
+        (
+            Column("seed", "seed", lambda run: run.seed),
+            Column("arm", "arm", lambda run: run.arm, numeric=False),
+            Column(FLOAT, "float_top1", lambda run: run.float_top1, _number),
+            *(
+                Column(setting, setting, _accuracy_at(setting), _number)
+                for setting in results.settings
+            ),
+            Column(
+                "largest max/rms",
+                "largest_max_over_rms",
+                lambda run: max((site.ratio for site in run.outliers), default=None),
+                _number,
+            ),
+            Column("steps", "steps", lambda run: run.steps),
+            Column("training s", "train_seconds", lambda run: run.train_seconds, _number),
+            Column("of it CD s", "decay_seconds", lambda run: run.decay_seconds, _number),
+        ),
+        sorted(results.runs, key=lambda run: (run.seed, run.decay)),
+    )
+
+
+def tidy_csv(results: Results) -> str:
+    """Return every measured accuracy as CSV, one line per seed, arm and setting."""
+    lines = [
+        (run, setting)
+        for run in sorted(results.runs, key=lambda run: (run.seed, run.decay))
+        for setting in (FLOAT, *results.settings)
+    ]
+    return Table(
+        "",
+        (
+            Column("", "seed", lambda line: line[0].seed),
+            Column("", "arm", lambda line: line[0].arm),
+            Column("", "setting", lambda line: line[1]),
+            Column("", "top1", lambda line: line[0].top1(line[1])),
+            Column("", "images", lambda line: line[0].images),
+            Column("", "train_seconds", lambda line: line[0].train_seconds),
+            Column("", "decay_seconds", lambda line: line[0].decay_seconds),
+        ),
+        lines,
+    ).csv()

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from quietvit.report import render_page, summary_table
+from quietvit.report.plots import (
+    DARK,
+    LIGHT,
+    accuracy_panels,
+    noise_panels,
+    outlier_panels,
+    svg_uri,
+)
+from report_cases import results_of
+
+TOPS = [(90, 85.0), (91, 85.5), (92, 87.5)]
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.headings: list[int] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.addresses += [
+            attributes[key] for key in ("src", "href", "srcset", "action") if key in attributes
+        ]
+        if tag == "img":
+            self.images.append(attributes)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_page(results_of(TOPS))
+
+
+def test_the_page_loads_nothing_from_outside(page):
+    found = Page(page)
+    assert found.addresses
+    assert all(address.startswith("data:image/") for address in found.addresses)
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_the_page_shows_every_cell_of_the_table_and_the_verdict(page):
+    words = " ".join(Page(page).words)
+    cells = [cell for row in summary_table(results_of(TOPS)).cells() for cell in row]
+    assert all(cell in words for cell in cells)
+    assert "Training with CD: worse in 3 of 3 rows" in words
+    assert words.index("worse") < words.index("Outliers")
+    assert "quietvit compare tiny.toml" in words
+
+
+def test_every_plot_is_told_in_words_and_headings_do_not_skip(page):
+    found = Page(page)
+    assert len(found.images) == 1 + 2 + 2
+    assert all(image["alt"] for image in found.images)
+    assert found.headings[0] == 1
+    assert found.headings.count(1) == 1
+    assert all(b - a <= 1 for a, b in zip(found.headings, found.headings[1:], strict=False))
+
+
+def test_what_comes_from_outside_is_escaped():
+    text = render_page(results_of(TOPS, command="<script>alert(1)</script>", model="a<b>c"))
+    assert "<script" not in text
+    assert "a&lt;b&gt;c" in text
+
+
+def test_the_overhead_is_relative_to_the_training_without_the_decay(page):
+    assert "10.00 ± 0.00 %" in page
+
+
+def test_an_unfinished_comparison_says_so():
+    whole = results_of(TOPS)
+    text = render_page(whole.model_copy(update={"runs": whole.runs[:5]}))
+    assert "Not finished" in text
+    assert "seed 2 with CD" in text
+
+
+def test_plots_are_the_same_bytes_each_time_and_differ_by_theme():
+    results = results_of(TOPS)
+    for panels in (accuracy_panels, outlier_panels, noise_panels):
+        first, again = panels(results)[0], panels(results)[0]
+        assert svg_uri(first.draw(LIGHT)) == svg_uri(again.draw(LIGHT))
+        assert svg_uri(first.draw(LIGHT)) != svg_uri(first.draw(DARK))
+
+
+def test_dots_are_seeds():
+    (panel,) = accuracy_panels(results_of(TOPS))
+    dots = [line.get_ydata() for line in panel.draw(LIGHT).axes[0].lines]
+    assert [list(found) for found in dots] == [[90, 91, 92]] * 3 + [[85.0, 85.5, 87.5]] * 3
+
+
+def test_runs_without_measured_sites_have_no_empty_plots():
+    whole = results_of(TOPS)
+    bare = tuple(run.model_copy(update={"outliers": (), "noise": ()}) for run in whole.runs)
+    text = render_page(whole.model_copy(update={"runs": bare}))
+    assert "Outliers</h2>" not in text
+    assert len(Page(text).images) == 1
