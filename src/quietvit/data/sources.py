@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,7 @@ from quietvit.errors import QuietvitError, nearest
 
 Split = Literal["train", "test"] | None
 Sample = tuple[Image.Image, int]
+T = TypeVar("T")
 
 EMBEDDED = ("digits",)
 _FORMS = (
@@ -141,8 +143,8 @@ def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageData
     chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])
     return ImageDataset(
         dataset.labels[chosen],
-        lambda index: dataset._read(int(chosen[index])),
-        lambda index: dataset._where(int(chosen[index])),
+        partial(_chosen, dataset._read, chosen),
+        partial(_chosen, dataset._where, chosen),
         num_classes=dataset.num_classes,
         name=dataset.name,
         class_names=dataset.class_names,
@@ -166,8 +168,8 @@ def _embedded(name: str, split: Split, num_classes: int | None) -> ImageDataset:
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     return ImageDataset(
         digits.target[chosen],
-        lambda index: Image.fromarray(pixels[index]),
-        lambda index: f"image {index}",
+        partial(_picture, pixels),
+        "image {}".format,
         num_classes=10 if num_classes is None else num_classes,
         name="embedded:digits",
         class_names=tuple(str(digit) for digit in range(10)),
@@ -208,8 +210,8 @@ def _image_folder(root: Path, split: Split, num_classes: int | None) -> ImageDat
         )
     return ImageDataset(
         labels,
-        lambda index: _read_file(files[index]),
-        lambda index: str(files[index]),
+        partial(_read_file, files),
+        partial(_path_of, files),
         num_classes=len(classes) if num_classes is None else num_classes,
         name=f"imagefolder:{root}",
         class_names=tuple(classes),
@@ -252,8 +254,8 @@ def _table(paths: list[Path], split: Split, num_classes: int | None) -> ImageDat
         num_classes = int(_read_labels(paths[0]).max()) + 1
     return ImageDataset(
         labels,
-        lambda index: _bytes_of(images, index, path),
-        lambda index: f"row {index}",
+        partial(_read_row, images, path),
+        "row {}".format,
         num_classes=num_classes,
         name=f"table {path}",
     )
@@ -317,7 +319,7 @@ def _labels_of(table: Any, path: Path) -> np.ndarray:
     return labels
 
 
-def _bytes_of(images: Any, index: int, path: Path) -> bytes:
+def _read_row(images: Any, path: Path, index: int) -> bytes:
     value = images[index].as_py()
     if isinstance(value, dict):
         value = value["bytes"]
@@ -329,7 +331,8 @@ def _bytes_of(images: Any, index: int, path: Path) -> bytes:
     return bytes(value)
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(files: list[Path], index: int) -> bytes:
+    path = files[index]
     try:
         return path.read_bytes()
     except OSError as error:
@@ -337,6 +340,18 @@ def _read_file(path: Path) -> bytes:
             f"the image {path} could not be read: {error.strerror or error}; restore the file or "
             "open the data set again without it."
         ) from error
+
+
+def _picture(pixels: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])
+
+
+def _path_of(files: list[Path], index: int) -> str:
+    return str(files[index])
+
+
+def _chosen(inner: Callable[[int], T], chosen: np.ndarray, index: int) -> T:
+    return inner(int(chosen[index]))
 
 
 def _decode(content: bytes, where: str) -> Image.Image:

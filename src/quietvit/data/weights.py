@@ -98,10 +98,9 @@ def load_weights(
     problems = _differences(own, state)
     if problems:
         state = _filtered(model, state)
-        remaining = _differences(own, state)
-        if remaining:
-            shown = "; ".join(remaining[:3])
-            more = f"; and {len(remaining) - 3} more" if len(remaining) > 3 else ""
+        if _differences(own, state):
+            shown = "; ".join(problems[:3])
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise QuietvitError(
                 f"{source} holds weights of another architecture than {type(model).__name__} as "
                 f"built here: {shown}{more}. Give the timm name and arguments the weights were "
@@ -205,5 +204,9 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list
         if key in state and state[key].shape != own[key].shape
     ]
     found += [f"the file lacks {key} {tuple(own[key].shape)}" for key in own if key not in state]
-    found += [f"the model lacks {key} {tuple(state[key].shape)}" for key in state if key not in own]
+    found += [
+        f"the model lacks {key} {tuple(state[key].shape)}"
+        for key in sorted(state)
+        if key not in own
+    ]
     return found
