@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 DEMO ?= quietvit compare --recipe digits --output demo-output --force
 
 # An active environment is used when it holds the tools already; nothing is ever installed into it.
-ifneq ($(wildcard $(VIRTUAL_ENV)/bin/lint-imports),)
+ifneq ($(and $(VIRTUAL_ENV),$(wildcard $(VIRTUAL_ENV)/bin/lint-imports)),)
 VENV ?= $(VIRTUAL_ENV)
 endif
 VENV ?= .venv
@@ -52,9 +52,9 @@ define environment
 @$(1) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
   "quietvit needs Python 3.11 or later, this is %d.%d: name another, for example PYTHON=python3.12" \
   % sys.version_info[:2])'
-$(1) -c 'import ensurepip' 2>/dev/null && $(1) -m venv "$(2)" || \
-  { $(1) -m venv --without-pip "$(2)" && \
-    $(1) -m pip --python "$(2)/bin/python" install --quiet pip; }
+if $(1) -c 'import ensurepip' 2>/dev/null; then $(1) -m venv "$(2)"; else \
+  $(1) -m venv --without-pip "$(2)" && \
+  $(1) -m pip --python "$(2)/bin/python" install --quiet pip; fi
 endef
 
 # One pip command solves torch, torchvision and timm together, so that they match each other.
