@@ -1,0 +1,136 @@
+"""Laws of the package as a whole: what an import loads, what is declared, where imports point."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import quietvit
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "quietvit"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS = {
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "pycocotools",
+    "torchao",
+    "transformers",
+}
+HEAVY = {"accelerate", "matplotlib", "pyarrow", "sklearn", "tensorboard", "timm", "torchvision"}
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    return {name.partition(".")[0] for name in json.loads(run_python(code).splitlines()[-1])}
+
+
+def modules() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Top-level names of the absolute imports anywhere in a tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def imports_when_loaded(tree: ast.Module) -> Iterator[str]:
+    """The same, leaving out function bodies and what stands under ``if TYPE_CHECKING``."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.ClassDef):
+            members = [part for part in node.body if not isinstance(part, ast.FunctionDef)]
+            yield from imports(ast.Module(members, []))
+        else:
+            yield from imports(node)
+
+
+def test_import_loads_no_extra_and_nothing_heavy() -> None:
+    loaded = loaded_after("import quietvit")
+    assert "quietvit" in loaded
+    assert not loaded & (EXTRAS | HEAVY | {"torch", "numpy"})
+
+
+def test_every_public_name_resolves_without_extras() -> None:
+    run_python(
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({sorted(EXTRAS)!r}))\n"
+        "import quietvit\n"
+        "for name in quietvit.__all__: assert getattr(quietvit, name) is not None, name\n"
+    )
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_extras_are_imported_inside_functions_only(path: Path) -> None:
+    found = set(imports_when_loaded(ast.parse(path.read_text("utf-8"))))
+    assert not found & EXTRAS, f"{path}: import {sorted(found & EXTRAS)} where they are needed"
+
+
+def test_every_import_is_declared() -> None:
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    for lines in PROJECT["optional-dependencies"].values():
+        declared |= {canonicalize_name(Requirement(line).name) for line in lines}
+    providers = importlib.metadata.packages_distributions()
+    for path in modules():
+        for name in imports(ast.parse(path.read_text("utf-8"))):
+            if name in sys.stdlib_module_names or name == "quietvit":
+                continue
+            distributions = {canonicalize_name(found) for found in providers.get(name, [name])}
+            assert distributions & declared, f"{path} imports {name}, which pyproject.toml lacks"
+
+
+def test_lower_bounds_match_the_constraints_file() -> None:
+    pinned = {}
+    for line in (ROOT / "requirements" / "lower-bounds.txt").read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.partition("==")
+            pinned[canonicalize_name(name)] = Version(version)
+    claimed = {}
+    lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["transformers"]
+    for requirement in map(Requirement, lines):
+        (bound,) = [part for part in requirement.specifier if part.operator == ">="]
+        claimed[canonicalize_name(requirement.name)] = Version(bound.version)
+    assert claimed == pinned
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_verb"):
+        quietvit.no_such_verb  # noqa: B018
+    assert set(quietvit.__all__) <= set(dir(quietvit))
+
+
+def test_package_is_typed() -> None:
+    assert (SOURCE / "py.typed").is_file()
+
+
+def test_imports_point_downwards() -> None:
+    checker = pytest.importorskip("importlinter.cli")
+    assert checker.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
