@@ -1,4 +1,4 @@
-"""Shared fixtures. Real weights and images are found through QUIETVIT_TEST_DATA; tests skip without them."""
+"""Shared fixtures. Real weights and images: QUIETVIT_TEST_DATA; tests skip without them."""
 
 from __future__ import annotations
 

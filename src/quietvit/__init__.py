@@ -1,4 +1,4 @@
-"""Train vision transformers whose activations stay quiet, so that they survive low-bit quantization.
+"""Train vision transformers whose activations stay quiet, to survive low-bit quantization.
 
 The public surface; every name is imported on first use, so that ``import quietvit`` stays light.
 """
