@@ -1,0 +1,189 @@
+"""The trust region of a decay: no singular direction of a pair is carried through zero.
+
+Works on rates and operators from ``penalties``; knows no optimizer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from quietvit.decay.penalties import Basis, Operator, Penalty
+from quietvit.decay.plan import Batch, overlaps
+from quietvit.pairs import MatrixPair
+
+Steps = Sequence[float]
+Bases = Sequence[Basis | None]
+
+
+class TrustRegion:
+    """Limits the summed update of every parameter so that no direction changes sign.
+
+    Guarantee: for every parameter, the new value is (I - L) times the old one, with L a symmetric
+    linear map (the sum of the maps of all pairs that touch the parameter) whose eigenvalues lie in
+    [0, 1], or in [-1, 1] for ``cosine``, which also lengthens; up to rounding. So along each
+    eigenvector, and for a parameter in one pair along each singular direction of the partner, the
+    component keeps its sign or becomes zero, at any strength.
+
+    How: side p of a pair has the largest rate r_p = learning rate x strength x largest eigenvalue
+    of its operator. The load of p is the sum of r_q over all sides q that share an entry with it.
+    Where the load is at most 1, the plain update is taken, bit for bit. Elsewhere the eigenvalues
+    of p are cut at r_p / load, so that the cuts of sides that share an entry sum to at most 1;
+    directions below the cut keep their plain update. Derived here.
+
+    Cost: nothing while (learning rate)(strength)(min(shape)) summed over shared entries is at most
+    1; beyond that, one Gram matrix of the smaller side per pair to bound the rates without a
+    decomposition; only where that bound exceeds 1, eigenvalues and a warning (once).
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[MatrixPair],
+        parameters: Mapping[str, Tensor],
+        plan: Sequence[Batch],
+        rule: Penalty,
+    ) -> None:
+        self._pairs = pairs
+        self._plan = plan
+        self._rule = rule
+        views = [view for pair in pairs for view in (pair.first, pair.second)]
+        self._sharing = overlaps(views, parameters)
+        self._static = [0.0] * len(views)
+        for batch in plan:
+            bounds = rule.static_bounds(*batch.read(parameters))
+            for position in batch.members:
+                self._static[2 * position : 2 * position + 2] = bounds
+        self._matrix: Tensor | None = None
+        self._warned = False
+
+    def suspects(self, steps: Steps) -> list[int]:
+        """Return the batches whose bound from shapes alone does not keep them within."""
+        rates = [step * bound for step, bound in zip(steps, self._static, strict=True)]
+        heavy = set()
+        for side, sharing in enumerate(self._sharing):
+            if sum(rates[q] for q in sharing) > 1:
+                heavy.update(q // 2 for q in (side, *sharing))
+        return [i for i, batch in enumerate(self._plan) if not heavy.isdisjoint(batch.members)]
+
+    def within(
+        self, suspects: Sequence[int], parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
+    ) -> Tensor:
+        """Return a flag on the device: do cheap bounds keep all loads at most 1? No sync."""
+        device = next(iter(parameters.values())).device
+        if not suspects:
+            return torch.ones((), dtype=torch.bool, device=device)
+        bounds = torch.tensor(self._static, device=device)
+        for i in suspects:
+            batch = self._plan[i]
+            bound_A, bound_B = self._rule.bounds(*batch.read(parameters), bases[i])
+            members = torch.tensor(batch.members, device=device)
+            for side, bound in enumerate((bound_A, bound_B)):
+                at = 2 * members + side
+                bounds[at] = torch.minimum(bounds[at], bound.to(bounds))
+        rates = bounds * torch.tensor(steps, device=device)
+        return (self._loads(rates) <= 1).all()
+
+    def limited(
+        self, suspects: Sequence[int], parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
+    ) -> list[tuple[Batch, Tensor, Tensor]] | None:
+        """Return each batch with its steps for A and B, cut where needed; None if none is."""
+        device = next(iter(parameters.values())).device
+        bounds = torch.tensor(self._static, dtype=torch.float64)
+        for i in suspects:
+            batch = self._plan[i]
+            operators = self._rule.operators(*batch.read(parameters), bases[i])
+            for side, operator in enumerate(operators):
+                at = 2 * torch.tensor(batch.members) + side
+                bounds[at] = _largest(operator).to(bounds)
+        rates = bounds * torch.tensor(steps, dtype=torch.float64)
+        loads = self._loads(rates.to(device)).cpu()
+        if bool((loads <= 1).all()):
+            return None
+        self._warn(loads)
+        cuts = torch.where(loads > 1, rates / loads, torch.inf)
+        found = []
+        for i, batch in enumerate(self._plan):
+            A, B = batch.read(parameters)
+            dA, dB = self._rule.directions(A, B, bases[i])
+            step_A, step_B = (_times(d, batch, steps, side) for side, d in enumerate((dA, dB)))
+            at = 2 * torch.tensor(batch.members)
+            cut_A, cut_B = cuts[at].to(A), cuts[at + 1].to(B)
+            if bool(torch.isfinite(torch.cat([cut_A, cut_B])).any()):
+                of_A, of_B = self._rule.operators(A, B, bases[i])
+                factors = torch.tensor(steps, device=A.device, dtype=A.dtype)
+                at = at.to(A.device)
+                cut = _cut_step_A(A, of_A, factors[at], cut_A)
+                step_A = _where(torch.isfinite(cut_A), cut, step_A)
+                cut = _cut_step_B(B, of_B, factors[at + 1], cut_B)
+                step_B = _where(torch.isfinite(cut_B), cut, step_B)
+            found.append((batch, step_A, step_B))
+        return found
+
+    def _loads(self, rates: Tensor) -> Tensor:
+        if self._matrix is None or self._matrix.device != rates.device:
+            matrix = torch.zeros(len(self._sharing), len(self._sharing))
+            for side, sharing in enumerate(self._sharing):
+                matrix[side, sharing] = 1.0
+            self._matrix = matrix.to(rates.device)
+        return self._matrix.to(rates.dtype) @ rates
+
+    def _warn(self, loads: Tensor) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        worst = int(loads.argmax())
+        pair = self._pairs[worst // 2]
+        warnings.warn(
+            f"learning rate x strength would shrink {(pair.first, pair.second)[worst % 2]} in "
+            f"{pair.name} by a factor of {float(loads[worst]):.3g} in one step; the step is "
+            "limited so that no direction changes sign. A lower strength is cheaper and milder.",
+            stacklevel=2,
+        )
+
+
+def _largest(operator: Operator) -> Tensor:
+    """Largest absolute eigenvalue that matters, shape (n,): of cosine, growth counts as well."""
+    gram = operator.gram
+    top = gram.amax(-1) if gram.ndim == 2 else torch.linalg.eigvalsh(gram)[:, -1]
+    if operator.weights is not None:
+        top = top * operator.weights.amax(-1)
+    if operator.shift is not None:
+        top = torch.maximum(top - operator.shift, operator.shift)
+    return top.clamp_min(0)
+
+
+def _cut_step_A(A: Tensor, operator: Operator, step: Tensor, cut: Tensor) -> Tensor:
+    if operator.gram.ndim == 2:
+        return A * _cut(operator.gram, operator.shift, step, cut)
+    rates, basis = torch.linalg.eigh(operator.gram)
+    factors = _cut(rates, operator.shift, step, cut)
+    return basis @ (factors[:, :, None] * (basis.mT @ A))
+
+
+def _cut_step_B(B: Tensor, operator: Operator, step: Tensor, cut: Tensor) -> Tensor:
+    diagonal = operator.gram.ndim == 2
+    rates, basis = (operator.gram, None) if diagonal else torch.linalg.eigh(operator.gram)
+    rates = rates[:, None, :]
+    if operator.weights is not None:
+        rates = rates * operator.weights[:, :, None]
+    factors = _cut(rates, operator.shift, step, cut)
+    return B * factors if basis is None else ((B @ basis) * factors) @ basis.mT
+
+
+def _cut(rates: Tensor, shift: Tensor | None, step: Tensor, cut: Tensor) -> Tensor:
+    to = (-1, *([1] * (rates.ndim - 1)))
+    if shift is not None:
+        rates = rates - shift.view(to)
+    return torch.minimum(torch.maximum(rates * step.view(to), -cut.view(to)), cut.view(to))
+
+
+def _times(directions: Tensor, batch: Batch, steps: Steps, side: int) -> Tensor:
+    rows = [d * steps[2 * i + side] for d, i in zip(directions, batch.members, strict=True)]
+    return torch.stack(rows)
+
+
+def _where(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *([1] * (yes.ndim - 1))), yes, no)

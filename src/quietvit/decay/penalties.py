@@ -1,0 +1,352 @@
+"""The penalties of an ordered pair, their update directions, and how fast each direction shrinks.
+
+Pure functions of batched matrices, no strength, no optimizer. Limits live in ``limits``.
+
+Shapes: n pairs at once, A: (n, h, d) acts first, B: (n, o, h) acts second. Where A is a vector of
+norm gains, A: (n, h) stands for diag(A) and is never written out as a matrix.
+Units: nu(M) = |M|^2 / min(shape) is the mean squared singular value. Every direction has the units
+of the weight it belongs to, so that (learning rate) x (strength) x direction is a decoupled update
+and strength is in weight-decay units.
+
+A normaliser is a constant of the update, not a thing to minimise: in each stated penalty, ``sg``
+(stop gradient, ``detach``) marks what counts as constant, and autograd of exactly that scalar is
+the direction. All forms here are derived; the formula of arXiv 2605.01330 is not public to us.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+Basis = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The linear map whose value on a weight is its direction: weight (x) gram - shift.
+
+    ``gram`` (n, h, h), or (n, h) where diagonal, is symmetric and acts on the hidden dimension;
+    ``weights`` (n, o) scales output channels; ``shift`` (n,) is subtracted as a multiple of the
+    identity. Its eigenvalues are weights_k * gram_i - shift: the rate of each direction.
+    """
+
+    gram: Tensor
+    weights: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Penalty(ABC):
+    """One penalty. All methods are pure and accept (A, B) as the module describes."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
+        """Return the stated penalty of each pair, shape (n,)."""
+
+    @abstractmethod
+    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        """Return (dA, dB), shaped like A and B: the gradients of the stated penalty."""
+
+    @abstractmethod
+    def operators(
+        self, A: Tensor, B: Tensor, basis: Basis | None = None
+    ) -> tuple[Operator, Operator]:
+        """Return the linear maps that take A to dA and B to dB. Forms h x h matrices: not cheap."""
+
+    def static_bounds(self, A: Tensor, B: Tensor) -> tuple[float, float]:
+        """Return upper bounds of the rates of A and of B that follow from shapes alone."""
+        return _smaller(B), _smaller(A)
+
+    def bounds(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        """Return upper bounds (n,) of the largest rates of A and of B, without a decomposition.
+
+        By the Schatten 4-norm: s_max^4 <= |M M^T|^2, one product on the smaller side of M.
+        """
+        return _largest_rate(B), _largest_rate(A)
+
+    def basis(self, A: Tensor, B: Tensor) -> Basis | None:
+        """Return what has to be cached between steps, or None where nothing has."""
+        return None
+
+
+class Energy(Penalty):
+    """Amplification of white input: R = |B A|^2 / 2.
+
+    Stated penalty: ``|B sg(A)|^2 / (2 nu(sg A)) + |sg(B) A|^2 / (2 nu(sg B))``.
+    Directions: dB = B A A^T / nu(A), dA = B^T B A / nu(B).
+    Laws: (i) A with orthogonal rows of equal length gives dB = B, plain weight decay; (ii)
+    components of B orthogonal to range(A) stay; (iv) zero at A = 0 or B = 0; (v) the same in any
+    orthogonal basis of the hidden dimension (any order of it, where A is diagonal).
+    Cost: three products of (o, h) x (h, d), or four with an h x h matrix where that is cheaper.
+    Source: derived (methods.md, section 1).
+    """
+
+    name = "energy"
+
+    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
+        return _energy_of(A, B, mean_square(A), mean_square(B))
+
+    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        dA, dB = _products(A, B)
+        return scaled(dA, inverse(mean_square(B))), scaled(dB, inverse(mean_square(A)))
+
+    def operators(
+        self, A: Tensor, B: Tensor, basis: Basis | None = None
+    ) -> tuple[Operator, Operator]:
+        return (
+            Operator(scaled(_right_gram(A, B), inverse(mean_square(B)))),
+            Operator(scaled(_left_gram(A), inverse(mean_square(A)))),
+        )
+
+
+class Peak(Penalty):
+    """Extreme output channels weigh more: sum_k a_k^2 / 4 with a_k = |A^T b_k|^2, that is p = 4.
+
+    With w_k = a_k / mean(a), which averages to 1 over output channels, and M = diag(sqrt w) B:
+    dB = diag(w) B A A^T / nu(A) and dA = M^T M A / nu(M). Normalisation: channel k decays as
+    under ``energy``, times its share w_k; channels of equal amplification give exactly
+    ``energy``, so the strength keeps its weight-decay units.
+    Stated penalty: ``sum_k |sg(A)^T b_k|^4 / (4 c nu(A)) + sum_k |A^T sg(b_k)|^4 / (4 c nu(M))``,
+    c = mean(a), with c and nu constants.
+    Laws: (i) needs rows of B of equal length too; (ii), (iv), (v) as ``energy``.
+    Source: derived (methods.md, section 1, p = 4).
+    """
+
+    name = "peak"
+
+    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
+        held_A, held_B = A.detach(), B.detach()
+        weights, mean = _channel_weights(held_A, held_B)
+        of_B = _channel_energy(held_A, B).square().sum(-1)
+        of_A = _channel_energy(A, held_B).square().sum(-1)
+        nu = inverse(mean_square(held_A))
+        nu_weighted = inverse(mean_square(_weighted(held_B, weights)))
+        return (of_B * nu + of_A * nu_weighted) * inverse(mean) / 4
+
+    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        weights, _ = _channel_weights(A, B)
+        dA, dB = _products(A, B, weights)
+        nu_weighted = mean_square(_weighted(B, weights))
+        return scaled(dA, inverse(nu_weighted)), scaled(dB, inverse(mean_square(A)))
+
+    def operators(
+        self, A: Tensor, B: Tensor, basis: Basis | None = None
+    ) -> tuple[Operator, Operator]:
+        weights, _ = _channel_weights(A, B)
+        M = _weighted(B, weights)
+        return (
+            Operator(scaled(_right_gram(A, M), inverse(mean_square(M)))),
+            Operator(scaled(_left_gram(A), inverse(mean_square(A))), weights=weights),
+        )
+
+    def static_bounds(self, A: Tensor, B: Tensor) -> tuple[float, float]:
+        return _smaller(B), _smaller(A) * B.shape[1]
+
+    def bounds(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        weights, _ = _channel_weights(A, B)
+        return _largest_rate(_weighted(B, weights)), _largest_rate(A) * weights.amax(-1)
+
+
+class Cosine(Penalty):
+    """Scale-free alignment: C = |B A|^2 / (|A|^2 |B|^2).
+
+    Its gradient has no component along the weight, so it turns weights and does not shrink them:
+    dB = B A A^T / nu(A) - kB B with kB = C min(shape A), and dA = B^T B A / nu(B) - kA A with
+    kA = C min(shape B): the direction of ``energy`` less its part along the weight itself.
+    Stated penalty: ``sg(|B|^2 min(shape A)) C(sg A, B) / 2 + sg(|A|^2 min(shape B)) C(A, sg B)/2``.
+    Laws: (i) becomes "no update" (nothing to turn); (ii) does not hold: what is orthogonal to
+    range(A) grows by the factor 1 + (learning rate)(strength) kB; (iv), (v) as ``energy``. A finite
+    step lengthens a weight in second order; weight decay of the optimizer balances that.
+    Source: derived (methods.md, section 1).
+    """
+
+    name = "cosine"
+
+    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
+        def cosine(a: Tensor, b: Tensor) -> Tensor:
+            return _channel_energy(a, b).sum(-1) * inverse(_square(a) * _square(b))
+
+        held_A, held_B = A.detach(), B.detach()
+        of_B = _square(held_B) * _smaller(A) * cosine(held_A, B)
+        of_A = _square(held_A) * _smaller(B) * cosine(A, held_B)
+        return (of_B + of_A) / 2
+
+    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        dA, dB = Energy().directions(A, B)
+        return dA - scaled(A, _share(dA, A)), dB - scaled(B, _share(dB, B))
+
+    def operators(
+        self, A: Tensor, B: Tensor, basis: Basis | None = None
+    ) -> tuple[Operator, Operator]:
+        of_A, of_B = Energy().operators(A, B)
+        dA, dB = Energy().directions(A, B)
+        return (
+            Operator(of_A.gram, shift=_share(dA, A)),
+            Operator(of_B.gram, shift=_share(dB, B)),
+        )
+
+
+@dataclass(frozen=True)
+class Top(Penalty):
+    """``energy`` of the ``count`` largest singular directions only.
+
+    u_i are the leading left singular vectors of A, v_j the leading right ones of B; both are taken
+    anew every ``refresh`` applied steps and kept between; the singular values are current:
+    dB = sum_i |A^T u_i|^2 B u_i u_i^T / nu(A), dA = sum_j |B v_j|^2 v_j v_j^T A / nu(B).
+    Stated penalty, u and v constants: ``sum_i |sg(A)^T u_i|^2 |B u_i|^2 / (2 nu(A)) +
+    sum_j |sg(B) v_j|^2 |A^T v_j|^2 / (2 nu(B))``.
+    Laws: (i) on the span of the chosen directions; (ii), (iv), (v) as ``energy`` (singular values
+    that are equal leave the choice of directions open). Cost: h count (o + d), plus the SVDs.
+    Source: derived (methods.md, section 1).
+    """
+
+    name = "top"
+    count: int = 8
+    refresh: int = 100
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.refresh < 1:
+            raise ValueError(f"count and refresh are at least 1, got {self.count}, {self.refresh}")
+
+    def basis(self, A: Tensor, B: Tensor) -> Basis:
+        if A.ndim == 2:
+            chosen = A.abs().topk(min(self.count, A.shape[1]), dim=-1).indices
+            u = torch.zeros(*A.shape, chosen.shape[1], dtype=A.dtype, device=A.device)
+            u.scatter_(1, chosen[:, None, :], 1.0)
+        else:
+            u = torch.linalg.svd(A, full_matrices=False).U[..., : self.count]
+        v = torch.linalg.svd(B, full_matrices=False).Vh[:, : self.count].mT
+        return u.contiguous(), v.contiguous()
+
+    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
+        held_A, held_B = A.detach(), B.detach()
+        u, v = self._basis(held_A, held_B, basis)
+        of_B = (_first_squares(held_A, u) * (B @ u).square().sum(1)).sum(-1)
+        of_A = (_second_squares(held_B, v) * _first_squares(A, v)).sum(-1)
+        nu_A, nu_B = inverse(mean_square(held_A)), inverse(mean_square(held_B))
+        return (of_B * nu_A + of_A * nu_B) / 2
+
+    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        u, v = self._basis(A, B, basis)
+        rates_A, rates_B = self._rates(A, B, (u, v))
+        dB = ((B @ u) * rates_B[:, None, :]) @ u.mT
+        if A.ndim == 2:
+            return A * (v.square() * rates_A[:, None, :]).sum(-1), dB
+        return (v * rates_A[:, None, :]) @ (v.mT @ A), dB
+
+    def operators(
+        self, A: Tensor, B: Tensor, basis: Basis | None = None
+    ) -> tuple[Operator, Operator]:
+        u, v = self._basis(A, B, basis)
+        rates_A, rates_B = self._rates(A, B, (u, v))
+        of_B = Operator((u * rates_B[:, None, :]) @ u.mT)
+        if A.ndim == 2:
+            return Operator((v.square() * rates_A[:, None, :]).sum(-1)), of_B
+        return Operator((v * rates_A[:, None, :]) @ v.mT), of_B
+
+    def bounds(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        rates_A, rates_B = self._rates(A, B, self._basis(A, B, basis))
+        return rates_A.amax(-1), rates_B.amax(-1)
+
+    def _rates(self, A: Tensor, B: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+        u, v = basis
+        return (
+            scaled(_second_squares(B, v), inverse(mean_square(B))),
+            scaled(_first_squares(A, u), inverse(mean_square(A))),
+        )
+
+    def _basis(self, A: Tensor, B: Tensor, basis: Basis | None) -> Basis:
+        return self.basis(A, B) if basis is None else basis
+
+
+PENALTIES: dict[str, type[Penalty]] = {kind.name: kind for kind in (Energy, Peak, Cosine, Top)}
+
+
+def mean_square(M: Tensor) -> Tensor:
+    """Return nu(M) = |M|^2 / min(shape), the mean squared singular value, shape (n,)."""
+    return _square(M) / _smaller(M)
+
+
+def inverse(x: Tensor) -> Tensor:
+    """Return 1 / x, and 0 where x is below the smallest normal number: a zero matrix has no rate."""
+    tiny = torch.finfo(x.dtype).tiny
+    return torch.where(x < tiny, 0.0, 1 / x.clamp_min(tiny))
+
+
+def scaled(M: Tensor, factor: Tensor) -> Tensor:
+    """Return each matrix or vector of M times its factor (n,)."""
+    return M * factor.view(-1, *([1] * (M.ndim - 1)))
+
+
+def _square(M: Tensor) -> Tensor:
+    return M.flatten(1).square().sum(1)
+
+
+def _smaller(M: Tensor) -> float:
+    return float(M.shape[1] if M.ndim == 2 else min(M.shape[1:]))
+
+
+def _share(direction: Tensor, weight: Tensor) -> Tensor:
+    return (direction * weight).flatten(1).sum(1) * inverse(_square(weight))
+
+
+def _channel_energy(A: Tensor, B: Tensor) -> Tensor:
+    """a_k = |A^T b_k|^2, shape (n, o)."""
+    return (B * A[:, None, :] if A.ndim == 2 else B @ A).square().sum(-1)
+
+
+def _channel_weights(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    energy = _channel_energy(A, B)
+    mean = energy.mean(-1)
+    return scaled(energy, inverse(mean)), mean
+
+
+def _weighted(B: Tensor, weights: Tensor) -> Tensor:
+    return B * weights.sqrt()[:, :, None]
+
+
+def _energy_of(A: Tensor, B: Tensor, nu_A: Tensor, nu_B: Tensor) -> Tensor:
+    of_B = _channel_energy(A.detach(), B).sum(-1) * inverse(nu_A.detach())
+    of_A = _channel_energy(A, B.detach()).sum(-1) * inverse(nu_B.detach())
+    return (of_B + of_A) / 2
+
+
+def _products(A: Tensor, B: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """B^T D B A and D B A A^T, D = diag(weights) or the identity, by the cheaper order."""
+    DB = B if weights is None else B * weights[:, :, None]
+    if A.ndim == 2:
+        return A * (DB * B).sum(1), DB * A.square()[:, None, :]
+    (h, d), o = A.shape[1:], B.shape[1]
+    if 2 * h * (o + d) < 3 * o * d:
+        return (DB.mT @ B) @ A, DB @ (A @ A.mT)
+    BA = DB @ A
+    return B.mT @ BA, BA @ A.mT
+
+
+def _left_gram(A: Tensor) -> Tensor:
+    return A.square() if A.ndim == 2 else A @ A.mT
+
+
+def _right_gram(A: Tensor, B: Tensor) -> Tensor:
+    return B.square().sum(1) if A.ndim == 2 else B.mT @ B
+
+
+def _first_squares(A: Tensor, u: Tensor) -> Tensor:
+    return (A[:, :, None] * u if A.ndim == 2 else A.mT @ u).square().sum(1)
+
+
+def _second_squares(B: Tensor, v: Tensor) -> Tensor:
+    return (B @ v).square().sum(1)
+
+
+def _largest_rate(M: Tensor) -> Tensor:
+    """An upper bound of s_max^2 / nu(M); exact where M is diagonal."""
+    if M.ndim == 2:
+        return M.square().amax(-1) * inverse(mean_square(M))
+    gram = M @ M.mT if M.shape[1] <= M.shape[2] else M.mT @ M
+    return _square(gram).sqrt() * inverse(mean_square(M))
