@@ -1,0 +1,215 @@
+"""Calibration images as a checked stream of batches, and what a method may do with them.
+
+Which quantizers come of it is the methods' business; the entry point is ``quantize``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.method import Slot
+from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+
+BATCH = 16
+IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
+_SHOW_AFTER = 3.0
+
+Handler = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], Tensor]
+
+
+class ImageStream:
+    """Iterate batches (at most ``BATCH``, C, H, W) on the model's device, in its dtype.
+
+    ``source``: a tensor (N, C, H, W); or an iterable, such as a DataLoader, of such tensors, of
+    (images, labels, ...) tuples or lists, or of dicts with one of ``IMAGE_KEYS``. Raises
+    QuietvitError for no images, other shapes, integer pixels, NaN or inf. A generator can be gone
+    through once only; what needs a second pass says so.
+    """
+
+    def __init__(self, source: Any, model: nn.Module) -> None:
+        if isinstance(source, str | bytes | Mapping) or not isinstance(source, Tensor | Iterable):
+            raise QuietvitError(
+                f"calibration is a {type(source).__name__}; give a tensor (N, 3, H, W) or an "
+                "iterable of batches, for example a DataLoader."
+            )
+        if isinstance(source, Tensor) and source.dim() != 4:
+            raise QuietvitError(
+                f"calibration has shape {tuple(source.shape)}; (N, 3, H, W) is needed"
+                + (": add the batch dimension with images[None]." if source.dim() == 3 else ".")
+            )
+        self.source = source
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        self.device, self.dtype = like.device, like.dtype
+        self.shape: tuple[int, ...] | None = None
+        self.seen = 0
+        self._ahead: tuple[Iterator[Tensor], Tensor] | None = None
+        self._spent = False
+
+    def peek(self) -> Tensor:
+        """The first batch, without using it up."""
+        if self._ahead is None:
+            batches = self._batches()
+            first = next(batches, None)
+            if first is None:
+                raise QuietvitError(
+                    "zero calibration images; give at least one, 32 are usual for range methods."
+                )
+            self._ahead = (batches, first)
+        return self._ahead[1]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        first = self.peek()
+        assert self._ahead is not None
+        rest, self._ahead = self._ahead[0], None
+        yield first
+        yield from rest
+
+    def batches_expected(self) -> int | None:
+        """How many batches there will be, None if unknown."""
+        if isinstance(self.source, Tensor):
+            return -(-self.source.shape[0] // BATCH)
+        if not isinstance(self.source, Sized):
+            return None
+        try:
+            return len(self.source) * max(
+                1, -(-(getattr(self.source, "batch_size", None) or 1) // BATCH)
+            )
+        except TypeError:
+            return None
+
+    def _batches(self) -> Iterator[Tensor]:
+        if self._spent:
+            raise QuietvitError(
+                "this method goes through the calibration images more than once, but they come "
+                "from a generator; give a tensor, a list of batches or a DataLoader."
+            )
+        source: Any = (self.source,) if isinstance(self.source, Tensor) else self.source
+        self._spent = isinstance(source, Iterator)
+        self.seen = 0
+        for item in source:
+            whole = self._images(item)
+            for start in range(0, whole.shape[0], BATCH):
+                batch = whole[start : start + BATCH].to(self.device, self.dtype)
+                if not bool(torch.isfinite(batch).all()):
+                    bad = ~torch.isfinite(batch).flatten(1).all(1)
+                    raise QuietvitError(
+                        f"calibration image {self.seen + int(bad.int().argmax())} holds NaN or "
+                        "inf; check how it is read and normalized."
+                    )
+                self.seen += batch.shape[0]
+                yield batch
+
+    def _images(self, item: Any) -> Tensor:
+        images = item
+        if isinstance(item, Mapping):
+            key = next((key for key in IMAGE_KEYS if key in item), None)
+            if key is None:
+                raise QuietvitError(
+                    f"a calibration batch is a dict with keys {', '.join(map(str, item))}; one of "
+                    f"{', '.join(IMAGE_KEYS)} is looked for."
+                )
+            images = item[key]
+        elif isinstance(item, tuple | list) and item:
+            images = item[0]
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise QuietvitError(
+                f"a calibration batch is {what}; each must be a tensor (batch, 3, H, W), or a "
+                "tuple, list or dict that holds one. Stack single images with a DataLoader."
+            )
+        if not images.is_floating_point():
+            raise QuietvitError(
+                f"calibration images are {images.dtype}; apply the model's own transform (resize, "
+                "scale to floats, normalize) before quantizing."
+            )
+        if images.shape[0] == 0:
+            return images
+        if self.shape is None:
+            self.shape = tuple(images.shape[1:])
+        elif tuple(images.shape[1:]) != self.shape:
+            raise QuietvitError(
+                f"a calibration batch has images of shape {tuple(images.shape[1:])}, earlier ones "
+                f"had {self.shape}; resize all to one shape."
+            )
+        return images
+
+
+@dataclass
+class Calibration:
+    """What a method works on: a private copy of the model in eval mode, its trace, the images."""
+
+    model: nn.Module
+    trace: Trace
+    images: ImageStream
+    progress: bool = True
+
+    def observe(
+        self, handler: Handler, *, kinds: frozenset[str] = MATMUL_KINDS, label: str = "calibrating"
+    ) -> None:
+        """Run every calibration batch through the model under ``handler``, without gradient."""
+        with torch.no_grad():
+            for batch in self.track(self.images, self.images.batches_expected(), label):
+                with intercept(self.trace, handler, kinds=kinds):
+                    run_model(self.model, batch)
+
+    def watch(self, look: Callable[[Slot, Tensor], None], *, label: str = "calibrating") -> None:
+        """Show each operand of each matrix multiplication to ``look``, batch by batch.
+
+        Weights come with every batch, as the tensor the operation reads.
+        """
+
+        def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+            for index, tensor in enumerate(operands):
+                slot = Slot(site, index)
+                try:
+                    look(slot, tensor)
+                except QuietvitError as error:
+                    raise QuietvitError(f"{site.name} ({slot.operand}): {error}") from error
+            return run(*operands)
+
+        self.observe(handler, label=label)
+
+    def track(self, batches: Iterable[Tensor], total: int | None, label: str) -> Iterator[Tensor]:
+        """Pass batches on; a progress bar appears where they will take more than 3 s."""
+        if not self.progress:
+            yield from batches
+            return
+        from rich.console import Console
+        from rich.progress import Progress
+
+        start = time.monotonic()
+        shown: tuple[Progress, Any] | None = None
+        try:
+            for done, batch in enumerate(batches):
+                spent = time.monotonic() - start
+                slow = spent > _SHOW_AFTER or (
+                    done > 0 and total is not None and spent / done * total > _SHOW_AFTER
+                )
+                if shown is None and slow:
+                    bar = Progress(console=Console(stderr=True), transient=True)
+                    bar.start()
+                    shown = (bar, bar.add_task(label, total=total))
+                if shown is not None:
+                    shown[0].update(shown[1], completed=done)
+                yield batch
+        finally:
+            if shown is not None:
+                shown[0].stop()
+
+
+def run_model(model: nn.Module, batch: Tensor) -> Any:
+    """Call the model; what it raises over the batch's shape comes out as a QuietvitError."""
+    try:
+        return model(batch)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise QuietvitError(
+            f"{type(model).__name__} does not run on calibration images of shape "
+            f"{tuple(batch.shape)}, {batch.dtype}: {error}. Give images as the model takes them."
+        ) from error

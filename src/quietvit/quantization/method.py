@@ -1,0 +1,263 @@
+"""What every quantization method shares: its frozen config, its declaration, the registry.
+
+Each method itself is one file in ``methods``; it is found and registered when it lies there.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from quietvit.errors import QuietvitError, nearest
+from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS, Quantizer
+
+if TYPE_CHECKING:
+    from quietvit.quantization.calibration import Calibration
+    from quietvit.tracing import Site
+
+OPERANDS = {"linear": ("input", "weight"), "conv": ("input", "weight"), "matmul": ("left", "right")}
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One operand of one site: the place where a quantizer stands. Equal by site name and index."""
+
+    site: Site
+    index: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Slot) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[str, int]:
+        return self.site.name, self.index
+
+    @property
+    def operand(self) -> str:
+        """``input`` and ``weight`` of linear and conv, ``left`` and ``right`` of matmul."""
+        names = OPERANDS.get(self.site.kind, ())
+        return names[self.index] if self.index < len(names) else f"operand{self.index}"
+
+    @property
+    def is_weight(self) -> bool:
+        return self.site.kind in ("linear", "conv") and self.index == 1
+
+    @property
+    def key(self) -> str:
+        """Name in ``QuantizedModel.quantizers``."""
+        return slot_key(self.site.name, self.operand)
+
+
+def slot_key(site: str, operand: str) -> str:
+    """Name of a quantizer in ``QuantizedModel.quantizers``; a ModuleDict allows no dots."""
+    return f"{site.replace('.', '/')}:{operand}"
+
+
+def _bits(value: Any) -> Any:
+    if value is None:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
+        raise ValueError(f"bits are an integer from {MIN_BITS} to {MAX_BITS}, or None for float")
+    return value
+
+
+def _edge_bits(value: Any) -> Any:
+    if value == "same":
+        return value
+    try:
+        return _bits(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 'same' for the working bits") from None
+
+
+def _patterns(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+Bits = Annotated[int | None, BeforeValidator(_bits)]
+EdgeBits = Annotated[int | Literal["same"] | None, BeforeValidator(_edge_bits)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+
+
+def between(low: float, high: float) -> AfterValidator:
+    """Field annotation: a number in (low, high]."""
+
+    def check(value: float) -> float:
+        if not low < value <= high:
+            raise ValueError(f"must be above {low:g} and at most {high:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+class Method(BaseModel, ABC):
+    """Base config of all methods: frozen, no unknown fields, checked when it is built.
+
+    ``weight_bits``, ``activation_bits``: 2 to 16, or None: those operands stay float everywhere.
+    ``patch_embed_bits``, ``head_bits``: bits of both operands of the first and last layer, by role
+    in the trace: a number, None for float, or ``"same"`` for the working bits.
+    ``exclude``: fnmatch patterns of site names that stay float.
+
+    Raises QuietvitError for an unknown field (with the nearest known) or a value out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ("images",)
+    cost: ClassVar[str] = "seconds"
+    deployable: ClassVar[bool] = True
+    published: ClassVar[str] = ""
+
+    weight_bits: Bits = 8
+    activation_bits: Bits = 8
+    patch_embed_bits: EdgeBits = 8
+    head_bits: EdgeBits = 8
+    exclude: Patterns = ()
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise QuietvitError(_explain(type(self), error)) from None
+
+    @abstractmethod
+    def calibrate(self, calibration: Calibration) -> dict[Slot, Quantizer]:
+        """Choose the quantizers. ``calibration.model`` is a private copy that may be changed."""
+
+    def slot_bits(self, slot: Slot) -> int | None:
+        """Bits of an operand under the first/last-layer policy and ``exclude``; None is float."""
+        working = self.weight_bits if slot.is_weight else self.activation_bits
+        if working is None or self.excluded_by(slot.site) is not None:
+            return None
+        edge = {"patch_embed": self.patch_embed_bits, "head": self.head_bits}
+        bits = edge.get(slot.site.role, "same")
+        return working if bits == "same" else bits
+
+    def excluded_by(self, site: Site) -> str | None:
+        """The first pattern in ``exclude`` that matches the site's name."""
+        return next((p for p in self.exclude if fnmatch.fnmatchcase(site.name, p)), None)
+
+    def check_exclude(self, names: list[str]) -> None:
+        """Raise QuietvitError for a pattern that matches none of the site names."""
+        for pattern in self.exclude:
+            if not fnmatch.filter(names, pattern):
+                raise QuietvitError(
+                    f"exclude={pattern!r} matches none of the {len(names)} sites"
+                    f"{nearest(pattern, names)} print(quietvit.trace(model, example)) lists them."
+                )
+
+    def why_float(self, slot: Slot) -> str:
+        """Why ``slot_bits`` leaves this operand float, for the coverage report."""
+        pattern = self.excluded_by(slot.site)
+        if pattern is not None:
+            return f"excluded by {pattern!r}"
+        side = "weight_bits" if slot.is_weight else "activation_bits"
+        if getattr(self, side) is None:
+            return f"{side}=None"
+        return f"{slot.site.role}_bits=None"
+
+    @property
+    def label(self) -> str:
+        """``W4A8``, with 32 where float."""
+        return f"W{self.weight_bits or 32}A{self.activation_bits or 32}"
+
+    def policy(self) -> str:
+        """One paragraph: bits, first and last layer, exclusions."""
+
+        def shown(bits: int | str | None) -> str:
+            if bits is None:
+                return "float"
+            return "at the working bits" if bits == "same" else f"at {bits} bits"
+
+        excluded = ", ".join(self.exclude) or "none"
+        return (
+            f"{self.name} {self.label} (32 is float); patch embedding "
+            f"{shown(self.patch_embed_bits)}, head {shown(self.head_bits)}, excluded: {excluded}; "
+            "norms, softmax, activation functions, residual adds and biases float"
+        )
+
+
+M = TypeVar("M", bound="type[Method]")
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a method known to ``get_method`` and ``list_methods``."""
+
+    def add(cls: M) -> M:
+        if name in _METHODS and _METHODS[name] is not cls:
+            raise QuietvitError(f"a method named {name!r} is registered already; choose another")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def _discover() -> None:
+    package = importlib.import_module("quietvit.quantization.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def list_methods(pattern: str = "*") -> list[str]:
+    """Names of the registered methods that match the fnmatch ``pattern``, sorted."""
+    _discover()
+    return sorted(fnmatch.filter(_METHODS, pattern.lower()))
+
+
+def get_method(name: str) -> type[Method]:
+    """The method's config class. Raises QuietvitError, with the nearest names, if unknown."""
+    _discover()
+    if name.lower() not in _METHODS:
+        raise QuietvitError(
+            f"unknown quantization method {name!r}{nearest(name.lower(), _METHODS)} "
+            f"Known: {', '.join(sorted(_METHODS))}."
+        )
+    return _METHODS[name.lower()]
+
+
+def method_rows(pattern: str = "*") -> list[dict[str, str]]:
+    """One row a method for the tables of command line and docs: what it needs, costs and claims."""
+    rows = []
+    for name in list_methods(pattern):
+        cls = _METHODS[name]
+        rows.append(
+            {
+                "method": name,
+                "summary": cls.summary,
+                "needs": ", ".join(cls.needs),
+                "cost": cls.cost,
+                "kernels": "deployable" if cls.deployable else "simulated",
+                "published": cls.published,
+                "source": cls.source,
+            }
+        )
+    return rows
+
+
+def _explain(cls: type[Method], error: ValidationError) -> str:
+    parts = []
+    for detail in error.errors():
+        field = ".".join(str(part) for part in detail["loc"][:1])
+        if detail["type"] == "extra_forbidden":
+            known = sorted(cls.model_fields)
+            hint = nearest(field, known) or f"; fields are {', '.join(known)}"
+            parts.append(f"{field} is not a field{hint}")
+        else:
+            text = detail["msg"].removeprefix("Value error, ")
+            parts.append(f"{field}={detail['input']!r}: {text}")
+    return f"{cls.__name__}: {'; '.join(dict.fromkeys(parts))}"

@@ -1,0 +1,90 @@
+"""Round-to-nearest: every operand by a uniform quantizer, ranges from calibration. The baseline.
+
+Nothing here moves a weight; methods that do are files of their own beside this one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from torch import Tensor
+
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.method import Method, Slot, between, register
+from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+from quietvit.quantization.ranges import RangeEstimator, RangeName, make_range
+
+Granularity = Literal["per_tensor", "per_channel"]
+
+
+@register("rtn")
+class RTN(Method):
+    """Round to nearest (Jacob et al., arXiv 1712.05877, uniform affine quantization).
+
+    s = (max - min)/(2^b - 1), z = round(-min/s), or symmetric with z = 0. ``weight_range`` and
+    ``activation_range``: ``minmax``, ``percentile`` (quantiles 1 - p and p, ``percentile`` = p) or
+    ``omse`` (least squared error among shrunk ranges). Weights per output channel or per tensor.
+    ``activation_granularity="per_channel"``: inputs of linears per last dimension, of convolutions
+    per dimension 1; both operands of attention's matrix products stay per tensor, since their
+    channels are summed over or are tokens. Symmetric activations that were never negative get
+    unsigned codes. Weight ranges are exact; see ``ranges`` for the accuracy of streams.
+    """
+
+    summary: ClassVar[str] = "round to nearest; min-max, percentile or OMSE ranges"
+    source: ClassVar[str] = "arXiv 1712.05877; OMSE as in arXiv 1902.06822"
+    published: ClassVar[str] = "W8A8 per-channel weights, per-tensor activations"
+
+    weight_range: RangeName = "minmax"
+    activation_range: RangeName = "minmax"
+    percentile: Annotated[float, between(0.5, 1.0)] = 0.99999
+    weight_granularity: Granularity = "per_channel"
+    activation_granularity: Granularity = "per_tensor"
+    weight_symmetric: bool = True
+    activation_symmetric: bool = False
+
+    def calibrate(self, calibration: Calibration) -> dict[Slot, Quantizer]:
+        """One pass over the images; weights are read once."""
+        ranges: dict[Slot, RangeEstimator] = {}
+
+        def look(slot: Slot, tensor: Tensor) -> None:
+            bits = self.slot_bits(slot)
+            if bits is None or (slot.is_weight and slot in ranges):
+                return
+            if slot not in ranges:
+                ranges[slot] = make_range(
+                    self.weight_range if slot.is_weight else self.activation_range,
+                    bits=bits,
+                    symmetric=self._symmetric(slot),
+                    signed=self._signed(slot),
+                    axis=self._axis(slot),
+                    percentile=self.percentile,
+                    exact=slot.is_weight,
+                )
+            ranges[slot].update(tensor)
+
+        calibration.watch(look, label=f"{self.name} {self.label}")
+        quantizers: dict[Slot, Quantizer] = {}
+        for slot, watched in ranges.items():
+            bits = self.slot_bits(slot)
+            assert bits is not None
+            quantizers[slot] = AffineQuantizer.from_range(
+                *watched.finish(),
+                bits=bits,
+                symmetric=self._symmetric(slot),
+                signed=self._signed(slot),
+                axis=self._axis(slot),
+            )
+        return quantizers
+
+    def _symmetric(self, slot: Slot) -> bool:
+        return self.weight_symmetric if slot.is_weight else self.activation_symmetric
+
+    def _signed(self, slot: Slot) -> bool | None:
+        return True if slot.is_weight and self.weight_symmetric else None
+
+    def _axis(self, slot: Slot) -> int | None:
+        if slot.is_weight:
+            return 0 if self.weight_granularity == "per_channel" else None
+        if self.activation_granularity == "per_tensor" or slot.site.kind not in ("linear", "conv"):
+            return None
+        return -1 if slot.site.kind == "linear" else 1

@@ -1,0 +1,72 @@
+"""``quantize``: the one verb from a float model, a method and images to a ``QuantizedModel``.
+
+What is done in between is the method's business (``methods``); images are checked in
+``calibration``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.calibration import Calibration, ImageStream
+from quietvit.quantization.method import Method, list_methods
+from quietvit.quantization.quantized import QuantizedModel
+from quietvit.tracing import Trace
+from quietvit.tracing import trace as trace_model
+
+
+def quantize(
+    model: nn.Module,
+    method: Method,
+    calibration: Any,
+    *,
+    example: Any = None,
+    trace: Trace | None = None,
+    progress: bool = True,
+) -> QuantizedModel:
+    """Quantize a copy of ``model``; the model given is not touched, whatever happens.
+
+    ``calibration``: images (N, 3, H, W) after the model's own transform, or an iterable of batches
+    (tensors; tuples or lists beginning with them; dicts with ``pixel_values`` or ``images``), gone
+    through in small batches, so that memory does not grow with their number. ``example``: input for
+    tracing, by default the first images; ``trace``: an earlier ``quietvit.trace`` of this model.
+    The copy is in eval mode, and a note says so where the model was training.
+
+    Raises QuietvitError for no images, wrong shapes, NaN, a model quantized already, or a method
+    that is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise QuietvitError(f"the model is a {type(model).__name__}, not a torch.nn.Module.")
+    if any(isinstance(module, QuantizedModel) for module in model.modules()):
+        raise QuietvitError(
+            f"this {type(model).__name__} is quantized already; quantize the float model it was "
+            "made from."
+        )
+    if not isinstance(method, Method):
+        given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise QuietvitError(
+            f"the method is {given}; give a config such as quietvit.RTN(weight_bits=8). "
+            f"Known methods: {', '.join(list_methods())}."
+        )
+    images = ImageStream(calibration, model)
+    first = images.peek()
+    notes = []
+    if model.training:
+        notes.append("the model was in training mode; its quantized copy is in eval mode")
+    own = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    if trace is None:
+        trace = trace_model(own, first[:1] if example is None else example)
+    if not trace.matmuls:
+        raise QuietvitError(
+            f"{type(model).__name__} multiplies no matrices in its trace; nothing to quantize."
+        )
+    method.check_exclude([site.name for site in trace.matmuls])
+    quantizers = method.calibrate(Calibration(own, trace, images, progress))
+    notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}")
+    return QuantizedModel(
+        own, trace, method, quantizers, input_shape=tuple(first.shape[1:]), notes=tuple(notes)
+    )

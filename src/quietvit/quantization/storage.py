@@ -1,0 +1,391 @@
+"""Quantized models on disk: a folder of safetensors and JSON, written whole or not at all.
+
+Weights whose codes say everything are stored as int8 or int16 codes, all else as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import quietvit
+from quietvit.errors import QuietvitError
+from quietvit.quantization.calibration import run_model
+from quietvit.quantization.method import Slot, get_method
+from quietvit.quantization.quantized import QuantizedModel
+from quietvit.quantization.quantizers import Quantizer, build_quantizer
+from quietvit.tracing import Site, Trace, intercept
+from quietvit.tracing import trace as trace_model
+
+FORMAT, VERSION = "quietvit quantized model", 1
+TENSORS, FACTS = "model.safetensors", "quantization.json"
+_IDLE = ("Dropout", "DropPath", "Identity")
+
+
+def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Path:
+    """Write ``path``, a folder with ``model.safetensors`` and ``quantization.json``; returns it.
+
+    The weights stored are the quantized ones: float weights behind them are not kept. Codes take
+    one byte up to 8 bits, two above. The folder appears whole, under a temporary name first.
+
+    Raises QuietvitError where ``path`` exists: with ``force`` an earlier save is replaced, any
+    other file or folder is refused all the same.
+    """
+    path = Path(path)
+    _refuse(path, force)
+    codes = _weight_codes(quantized)
+    tensors = {f"codes.{name}": stored for name, (stored, _) in codes.items()}
+    for name, tensor in quantized.model.state_dict().items():
+        if name not in codes:
+            tensors[f"model.{name}"] = tensor
+    for name, tensor in quantized.quantizers.state_dict().items():
+        tensors[f"quantizers.{name}"] = tensor
+    dtypes = {name: str(t.dtype) for name, t in quantized.model.state_dict().items()}
+    facts = {
+        "format": FORMAT,
+        "version": VERSION,
+        "method": {"name": quantized.method.name, "fields": quantized.method.model_dump()},
+        "architecture": _architecture(quantized.model, quantized.input_shape),
+        "model_class": type(quantized.model).__name__,
+        "input_shape": list(quantized.input_shape),
+        "sites": _signature(quantized.trace),
+        "quantizers": [
+            {
+                "site": slot.site.name,
+                "index": slot.index,
+                "kind": quantizer.kind,
+                "config": quantizer.config(),
+            }
+            for slot, quantizer in _pairs(quantized)
+        ],
+        "coded_weights": {name: slots for name, (_, slots) in codes.items()},
+        "dtypes": dtypes,
+        "preprocessing": _preprocessing(quantized.model),
+        "notes": list(quantized.notes),
+        "coverage": quantized.coverage.to_dict(),
+        "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
+        save_file(plain, temporary / TENSORS)
+        (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        _put(temporary, path)
+    except OSError as error:
+        raise QuietvitError(f"could not write {path}: {error.strerror or error}.") from error
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return path
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
+    """Read what ``QuantizedModel.save`` wrote; its outputs are the same bit for bit.
+
+    The architecture is built by timm where it came from there, else give ``model``, a float model
+    of the same architecture with any weights (a copy of it is used).
+
+    Raises QuietvitError for a missing, truncated or foreign file, and for a model of another
+    architecture, naming the first keys that differ.
+    """
+    path = Path(path)
+    facts, tensors = _read(path)
+    try:
+        method = get_method(facts["method"]["name"])(**facts["method"]["fields"])
+        own = _build(path, facts) if model is None else copy.deepcopy(model)
+        own.eval()
+        _set_dtypes(own, facts["dtypes"])
+        state = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        coded = {n.removeprefix("codes."): t for n, t in tensors.items() if n.startswith("codes.")}
+        _compare(path, own, state | coded)
+        trace = trace_model(own, _zeros(own, facts["input_shape"]))
+        _compare_sites(path, trace, facts["sites"])
+        sites = {site.name: site for site in trace.sites}
+        quantizers: dict[Slot, Quantizer] = {}
+        for entry in facts["quantizers"]:
+            slot = Slot(sites[entry["site"]], entry["index"])
+            quantizer = build_quantizer(entry["kind"], entry["config"])
+            prefix = f"quantizers.{slot.key}."
+            quantizer.load_state_dict(
+                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            )
+            quantizers[slot] = quantizer
+        for name, stored in coded.items():
+            dtype = own.state_dict()[name].dtype
+            whole = torch.zeros(stored.shape, dtype=dtype)
+            for site, index in facts["coded_weights"][name]:
+                slot = Slot(sites[site], index)
+                values = _decode(stored, slot.site, quantizers[slot], dtype)
+                _view(slot.site).scatter_add_(whole, values)
+            state[name] = whole
+        own.load_state_dict(state)
+        loaded = QuantizedModel(
+            own,
+            trace,
+            method,
+            quantizers,
+            input_shape=tuple(facts["input_shape"]),
+            notes=tuple(facts["notes"]),
+        )
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise QuietvitError(
+            f"{path} is not consistent ({type(error).__name__}: {error}); it was changed or cut "
+            "short after it was written. Save the model again."
+        ) from error
+    device = next((p.device for p in own.parameters()), torch.device("cpu"))
+    return loaded.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _refuse(path: Path, force: bool) -> None:
+    if not path.exists():
+        return
+    if not force:
+        raise QuietvitError(f"{path} exists already; choose another name or pass force=True.")
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    if not path.is_dir() or names - {TENSORS, FACTS}:
+        raise QuietvitError(
+            f"{path} is not an earlier save of quietvit (it is or holds "
+            f"{', '.join(sorted(names)[:3])}), so force does not replace it; choose another name."
+        )
+
+
+def _put(folder: Path, path: Path) -> None:
+    """Rename ``folder`` to ``path``; what was there goes only when the new one stands."""
+    if not path.exists():
+        folder.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
+    path.rename(aside)
+    try:
+        folder.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    finally:
+        shutil.rmtree(aside.parent)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in (FACTS, TENSORS):
+        if not (path / name).is_file():
+            raise QuietvitError(
+                f"{path} holds no {name}; give the folder that QuantizedModel.save wrote."
+            )
+    try:
+        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        tensors = load_file(path / TENSORS)
+    except (ValueError, SafetensorError, OSError) as error:
+        raise QuietvitError(f"{path} is damaged or cut short ({error}); save it again.") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise QuietvitError(f"{path / FACTS} was not written by quietvit.")
+    if facts.get("version") != VERSION:
+        raise QuietvitError(
+            f"{path} has format version {facts.get('version')}, this quietvit reads {VERSION}; "
+            "load it with the version that wrote it."
+        )
+    return facts, tensors
+
+
+def _pairs(quantized: QuantizedModel) -> list[tuple[Slot, Quantizer]]:
+    found = [(slot, quantized.quantizers[slot.key]) for slot in quantized.slots()]
+    return [(slot, q) for slot, q in found if isinstance(q, Quantizer)]
+
+
+def _view(site: Site) -> Any:
+    return site.weight
+
+
+def _weight_codes(quantized: QuantizedModel) -> dict[str, tuple[Tensor, list[tuple[str, int]]]]:
+    """Codes shaped like the parameter, for each parameter that its sites' codes reproduce wholly.
+
+    A parameter stays float where a part of it is float, where two sites disagree about an entry,
+    or where what a site multiplies is not the parameter itself (a standardized weight).
+    """
+    model = quantized.model
+    used = _weights_in_use(quantized)
+    by_name: dict[str, list[tuple[Slot, Quantizer]]] = {}
+    for slot, quantizer in _pairs(quantized):
+        view = slot.site.weight
+        if slot.is_weight and view is not None and not view.transposed and not view.diagonal:
+            by_name.setdefault(view.parameter_name, []).append((slot, quantizer))
+    state = model.state_dict()
+    coded: dict[str, tuple[Tensor, list[tuple[str, int]]]] = {}
+    for name, readers in by_name.items():
+        if name not in state:
+            continue
+        dtype = torch.int8 if all(q.bits <= 8 for _, q in readers) else torch.int16
+        stored = torch.zeros(state[name].shape, dtype=dtype)
+        filled = torch.zeros(state[name].shape, dtype=torch.int32)
+        slots = []
+        for slot, quantizer in readers:
+            view, shape = _view(slot.site), slot.site.weight_shape
+            weight = view.read(model).detach().reshape(shape)
+            if slot.site.name not in used or not torch.equal(used[slot.site.name], weight):
+                break
+            codes = (quantizer.codes(weight).cpu() - _middle(quantizer)).to(dtype).flatten(1)
+            view.scatter_add_(stored, codes)
+            view.scatter_add_(filled, torch.ones_like(codes, dtype=torch.int32))
+            slots.append((slot.site.name, slot.index))
+            fake = quantizer(weight)
+            back = _decode(stored, slot.site, quantizer, weight.dtype).to(fake.device)
+            if not torch.equal(quantizer(back.view_as(fake)), fake):
+                break
+        else:
+            if bool((filled == 1).all()):
+                coded[name] = (stored, slots)
+    return coded
+
+
+def _decode(stored: Tensor, site: Site, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
+    """Values of the site's part of a parameter, (rows, columns)."""
+    view = _view(site)
+    codes = view.select(stored).to(torch.int32).reshape(site.weight_shape) + _middle(quantizer)
+    device = next((b.device for b in quantizer.buffers()), codes.device)
+    return quantizer.dequantize(codes.to(device), dtype).flatten(1).cpu()
+
+
+def _middle(quantizer: Quantizer) -> int:
+    """What is taken off codes so that they fit a signed integer of the same width."""
+    low, high = quantizer.code_range
+    return (low + high + 1) // 2
+
+
+def _weights_in_use(quantized: QuantizedModel) -> dict[str, Tensor]:
+    """The second operand of every linear and conv as one pass over zeros sees it."""
+    seen: dict[str, Tensor] = {}
+
+    def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+        if site.kind in ("linear", "conv"):
+            seen[site.name] = operands[1].detach()
+        return run(*operands)
+
+    training = quantized.model.training
+    quantized.model.eval()
+    try:
+        with torch.no_grad(), intercept(quantized.trace, handler):
+            run_model(quantized.model, _zeros(quantized.model, quantized.input_shape))
+    finally:
+        quantized.model.train(training)
+    return seen
+
+
+def _zeros(model: nn.Module, shape: Any) -> Tensor:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
+
+
+def _signature(trace: Trace) -> list[list[Any]]:
+    return [[site.name, site.kind, site.macs] for site in trace.matmuls]
+
+
+def _modules(model: nn.Module) -> list[tuple[str, str, str]]:
+    """What a model is made of, but for modules that do nothing in eval mode."""
+    return [
+        (name, type(module).__name__, module.extra_repr())
+        for name, module in model.named_modules()
+        if type(module).__name__ not in _IDLE
+    ]
+
+
+def _architecture(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """timm's name and arguments that build this very structure, or None."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    name = config.get("architecture") if isinstance(config, dict) else None
+    if not isinstance(name, str):
+        return None
+    import timm
+
+    plain: dict[str, Any] = {}
+    if isinstance(classes := getattr(model, "num_classes", None), int):
+        plain["num_classes"] = classes
+    if len(shape) == 3 and shape[0] != 3:
+        plain["in_chans"] = shape[0]
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    candidates = [plain]
+    if size is not None:
+        candidates.insert(0, plain | {"img_size": list(size)})
+    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}, _modules(model)
+    for arguments in candidates:
+        try:
+            with torch.device("meta"):
+                built = timm.create_model(name, pretrained=False, **arguments)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            continue
+        if ({n: tuple(t.shape) for n, t in built.state_dict().items()}, _modules(built)) == wanted:
+            return {"library": "timm", "name": name, "arguments": arguments}
+    return None
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any] | None:
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        return None
+    from timm.data.config import resolve_model_data_config
+
+    found: dict[str, Any] = resolve_model_data_config(model)
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+def _build(path: Path, facts: dict[str, Any]) -> nn.Module:
+    architecture = facts["architecture"]
+    if architecture is None:
+        raise QuietvitError(
+            f"{path} holds a {facts['model_class']} that timm does not build by name; build the "
+            "architecture yourself and give it: quietvit.load(path, model=my_model)."
+        )
+    import timm
+
+    built: nn.Module = timm.create_model(
+        architecture["name"], pretrained=False, **architecture["arguments"]
+    )
+    return built
+
+
+def _set_dtypes(model: nn.Module, dtypes: dict[str, str]) -> None:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        dtype = getattr(torch, dtypes.get(name, "torch.float32").removeprefix("torch."))
+        if tensor.dtype != dtype and name in dtypes:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _compare(path: Path, model: nn.Module, stored: dict[str, Tensor]) -> None:
+    have = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    want = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    differing = [
+        f"{name} ({have.get(name, 'absent')} in the model, {want.get(name, 'absent')} in the file)"
+        for name in dict.fromkeys([*want, *have])
+        if have.get(name) != want.get(name)
+    ]
+    if differing:
+        raise QuietvitError(
+            f"{path} holds weights of another architecture than this {type(model).__name__}; "
+            f"{len(differing)} keys differ, first {'; '.join(differing[:3])}. Give the model that "
+            "was quantized, with the same image size and number of classes."
+        )
+
+
+def _compare_sites(path: Path, trace: Trace, stored: list[list[Any]]) -> None:
+    found = _signature(trace)
+    for mine, theirs in zip(found, stored, strict=False):
+        if mine != theirs:
+            raise QuietvitError(
+                f"{path} was saved from a model whose matrix products differ from this one's, "
+                f"first {theirs} in the file against {mine} here (name, kind, multiply-"
+                "accumulates). Build it with the same arguments and library version."
+            )
+    if len(found) != len(stored):
+        raise QuietvitError(
+            f"{path} was saved from a model with {len(stored)} matrix products, this one has "
+            f"{len(found)}; build it with the same arguments and library version."
+        )
