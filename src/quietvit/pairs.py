@@ -6,86 +6,19 @@ compilation and sharding. How pairs act on weights lives in ``decay``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quietvit.errors import QuietvitError
+from quietvit.errors import QuietvitError, nearest
+from quietvit.tracing import Link, Scores, Site, Trace, WeightView, trace
+from quietvit.tracing.weights import Index, compress
 
-Index = range | tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class WeightView:
-    """A matrix inside a parameter: ``module.attribute``, seen as 2-D, some rows, some columns.
-
-    A parameter of shape (out, in, ...) is read as the matrix (out, in * ...). With ``diagonal`` the
-    parameter is a vector of gains g, shape (h,), and stands for diag(g). With ``transposed`` the
-    matrix that acts is the transpose of the rows and columns chosen.
-    """
-
-    module: str
-    attribute: str = "weight"
-    rows: Index | None = None
-    cols: Index | None = None
-    transposed: bool = False
-    diagonal: bool = False
-
-    @property
-    def parameter_name(self) -> str:
-        return f"{self.module}.{self.attribute}" if self.module else self.attribute
-
-    def parameter(self, model: nn.Module) -> Tensor:
-        """Return the whole parameter as it is now. Raises QuietvitError where the model lacks it."""
-        try:
-            found = getattr(model.get_submodule(self.module), self.attribute)
-        except AttributeError as error:
-            raise QuietvitError(
-                f"the pair names {self.parameter_name}, which this {type(model).__name__} does not "
-                "have; find the pairs again on this model with quietvit.find_pairs(model, example)."
-            ) from error
-        assert isinstance(found, Tensor)
-        return found
-
-    def read(self, model: nn.Module) -> Tensor:
-        """Return the matrix, shape (rows, cols), or the vector of gains, shape (h,) if diagonal."""
-        return self.select(self.parameter(model))
-
-    def select(self, parameter: Tensor) -> Tensor:
-        """Choose this view's entries out of a tensor shaped like the whole parameter."""
-        if self.diagonal:
-            return parameter if self.rows is None else parameter[_index(self.rows)]
-        matrix = parameter.flatten(1)
-        if self.rows is not None:
-            matrix = matrix[_index(self.rows)]
-        if self.cols is not None:
-            matrix = matrix[:, _index(self.cols)]
-        return matrix.mT if self.transposed else matrix
-
-    def scatter_add_(self, whole: Tensor, entries: Tensor) -> None:
-        """Add ``entries`` (shaped like ``read``'s result) into ``whole`` (like the parameter)."""
-        if self.diagonal:
-            rows = _index(self.rows) if self.rows is not None else slice(None)
-            whole[rows] += entries
-            return
-        if self.transposed:
-            entries = entries.mT
-        matrix = whole.view(whole.shape[0], -1)
-        rows = _index(self.rows) if self.rows is not None else slice(None)
-        cols = _index(self.cols) if self.cols is not None else slice(None)
-        if isinstance(rows, list) and isinstance(cols, list):
-            matrix[torch.tensor(rows)[:, None], torch.tensor(cols)] += entries
-        else:
-            matrix[rows, cols] += entries
-
-    def __str__(self) -> str:
-        if self.diagonal:
-            return f"diag({self.parameter_name}{_span(self.rows)})"
-        where = f"[{_span(self.rows) or ':'}, {_span(self.cols) or ':'}]"
-        shown = self.parameter_name + (where if (self.rows, self.cols) != (None, None) else "")
-        return shown + ("ᵀ" if self.transposed else "")
+KINDS = ("mlp", "value_output", "gated_mlp", "norm_linear", "query_key")
+DEFAULT_KINDS = ("mlp", "value_output", "gated_mlp")
 
 
 @dataclass(frozen=True)
@@ -108,17 +41,220 @@ class MatrixPair:
         return f"{self.kind}: {self.first.parameter_name} -> {self.second.parameter_name}{head}"
 
 
-def _index(index: Index) -> slice | list[int]:
-    return slice(index.start, index.stop, index.step) if isinstance(index, range) else list(index)
+@dataclass(frozen=True)
+class FoundPairs(Sequence[MatrixPair]):
+    """The pairs of a model, and those that look like one but are not, each with the reason."""
+
+    pairs: tuple[MatrixPair, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    @overload
+    def __getitem__(self, index: int) -> MatrixPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[MatrixPair, ...]: ...
+    def __getitem__(self, index: int | slice) -> MatrixPair | tuple[MatrixPair, ...]:
+        return self.pairs[index]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __str__(self) -> str:
+        rows = [("kind", "first (A)", "second (B)", "heads", "through")]
+        for (kind, first, second, through), heads in _by_weights(self.pairs).items():
+            shown = "" if heads[0].head is None else str(len(heads))
+            single = heads[0] if len(heads) == 1 else None
+            a, b = (str(single.first), str(single.second)) if single else (first, second)
+            rows.append((kind, a, b, shown, ", ".join(through)))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        counts = Counter(pair.kind for pair in self.pairs)
+        total = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+        lines.append(f"{len(self)} pairs: {total}")
+        lines += [f"no pair: {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
 
 
-def _span(index: Index | None) -> str:
-    if index is None:
-        return ""
-    if isinstance(index, range):
-        step = f":{index.step}" if index.step != 1 else ""
-        return f"{index.start}:{index.stop}{step}"
-    return f"({len(index)} of {max(index) + 1})"
+def _by_weights(
+    pairs: Iterable[MatrixPair],
+) -> dict[tuple[str, str, str, tuple[str, ...]], list[MatrixPair]]:
+    groups = defaultdict(list)
+    for pair in pairs:
+        names = (pair.kind, pair.first.parameter_name, pair.second.parameter_name, pair.through)
+        groups[names].append(pair)
+    return groups
 
 
-Pairs = Sequence[MatrixPair]
+def find_pairs(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    kinds: Collection[str] = DEFAULT_KINDS,
+    trace: Trace | None = None,
+) -> FoundPairs:
+    """Find the ordered matrix pairs of ``model`` by following channels through one forward pass.
+
+    ``example``: what the model takes, for example images of shape (1, 3, 224, 224); not needed if a
+    ``trace`` of this model is given. ``kinds``, with A the first and B the second matrix:
+
+    - ``mlp``: fc1 -> fc2, an activation (or an elementwise self-gate) between;
+    - ``value_output``: one pair a head, the rows of V -> the columns of the output projection that
+      read this head. Exact: attention only averages over tokens. With grouped key/value heads the
+      rows of V take part in one pair for each query head;
+    - ``gated_mlp``: up -> down and gate -> down;
+    - ``norm_linear``: the gain of a norm, as a diagonal matrix -> the linear that reads it;
+    - ``query_key``: per head, A = W_K, B = W_Qᵀ.
+
+    What writes the logits (the head) is never the second of a pair. Raises QuietvitError for an
+    unknown kind, and where no pair is found (saying what was seen instead). The kinds ``mlp`` and
+    ``value_output`` are the paper's (arXiv 2605.01330, abstract: pairs within Transformer blocks);
+    the others, and the way they are found, are derived here.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise QuietvitError(
+                f"unknown kind of pair {kind!r}{nearest(kind, KINDS)}; known: {KINDS}."
+            )
+    if trace is None:
+        if example is None:
+            raise QuietvitError(
+                "find_pairs needs an example input to follow the data flow: give images as the "
+                "model takes them, for example torch.randn(1, 3, 224, 224)."
+            )
+        trace = _trace(model, example)
+    found: dict[MatrixPair, None] = {}
+    skipped: dict[tuple[str, str], None] = {}
+    gated = Counter(link.consumer for link in trace.links if "gate" in link.through)
+    for link in trace.links:
+        first, second = trace[link.source], trace[link.consumer]
+        kind, reason = _kind(link, first, second, gated[link.consumer])
+        if reason:
+            skipped[f"{first.name} -> {second.name}", reason] = None
+        elif kind in kinds:
+            found |= dict.fromkeys(_pairs(link, first, second, kind))
+    if "query_key" in kinds:
+        for scores in trace.scores:
+            found |= dict.fromkeys(_query_key(scores, trace))
+    if not found:
+        raise _no_pairs(trace, kinds, skipped)
+    return FoundPairs(tuple(found), tuple(skipped))
+
+
+_trace = trace  # the function, where an argument of that name hides it
+
+
+def _kind(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
+    """The kind of pair a link makes, "" for none, and why a likely one is none."""
+    through = set(link.through)
+    if "constant" in (first.role, second.role) or second.role == "head":
+        return "", ""
+    if second.weight is None or not _is_matrix(second) or first.weight is None:
+        computed = (first.kind in ("linear", "norm") and first.weight is None) or (
+            second.kind == "linear" and second.weight is None
+        )
+        return (
+            "",
+            "a weight is computed in the forward pass and is no parameter" if computed else "",
+        )
+    if first.kind == "norm":
+        return ("", "") if through else ("norm_linear", "")
+    shaped = bool(through - {"norm", "scale", "depthwise", "matmul"})
+    if "mixed_heads" in through:
+        return "", "attention heads are mixed between V and the output projection"
+    if "matmul" in through:
+        return "", "a product of activations without softmax stands between"
+    if "norm" in through:
+        return "", "a norm stands between, which rescales what A makes" if shaped else ""
+    if "attention" in through:
+        return "value_output", ""
+    if "gate" in through and gates > 1:
+        return "gated_mlp", ""
+    return ("mlp", "") if shaped else ("", "")
+
+
+def _is_matrix(site: Site) -> bool:
+    """Whether a site multiplies channels by a plain matrix: a linear, or a 1x1 convolution."""
+    shape = site.weight_shape or ()
+    if site.kind == "linear":
+        return True
+    return site.kind == "conv" and all(size == 1 for size in shape[2:]) and shape[1] > 1
+
+
+def _pairs(link: Link, first: Site, second: Site, kind: str) -> Iterator[MatrixPair]:
+    """One pair a head; a channel read several times (grouped heads) makes one for each reading."""
+    groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    readings: Counter[tuple[int, int]] = Counter()
+    for column, (channel, head) in enumerate(zip(link.channels, link.heads, strict=True)):
+        if channel < 0:
+            continue
+        groups[head, readings[head, channel]].append((channel, column))
+        readings[head, channel] += 1
+    assert first.weight is not None
+    assert second.weight is not None
+    for number, (head, _) in enumerate(sorted(groups)):
+        channels, columns = zip(*groups[sorted(groups)[number]], strict=True)
+        if kind == "norm_linear":
+            a = replace(first.weight, rows=_chosen(first.weight.rows, channels, _height(first)))
+        else:
+            a = select_rows(first.weight, channels, _height(first))
+        b = select_cols(second.weight, columns, len(link.channels))
+        yield MatrixPair(a, b, kind, number if head >= 0 else None, link.through)
+
+
+def _query_key(scores: Scores, trace: Trace) -> Iterator[MatrixPair]:
+    query, key = trace[scores.query], trace[scores.key]
+    if query.weight is None or key.weight is None:
+        return
+    for head, (q, k) in enumerate(scores.heads):
+        first = select_rows(key.weight, k, _height(key))
+        second = select_rows(query.weight, q, _height(query))
+        second = replace(second, transposed=not second.transposed)
+        yield MatrixPair(first, second, "query_key", head, ("scores",))
+
+
+def _height(site: Site) -> int:
+    """Number of output channels of a site with a weight."""
+    if site.kind == "norm":
+        return (
+            site.output_shape[1]
+            if "norm" in site.function and site.function[0] in "bg"
+            else (site.output_shape[-1])
+        )
+    assert site.weight_shape is not None
+    return site.weight_shape[0]
+
+
+def select_rows(view: WeightView, rows: Sequence[int], height: int) -> WeightView:
+    """Some rows of the matrix that ``view`` shows, which has ``height`` of them."""
+    if view.transposed:
+        return replace(view, cols=_chosen(view.cols, rows, height))
+    return replace(view, rows=_chosen(view.rows, rows, height))
+
+
+def select_cols(view: WeightView, cols: Sequence[int], width: int) -> WeightView:
+    """Some columns of the matrix that ``view`` shows, which has ``width`` of them."""
+    if view.transposed:
+        return replace(view, rows=_chosen(view.rows, cols, width))
+    return replace(view, cols=_chosen(view.cols, cols, width))
+
+
+def _chosen(base: Index | None, chosen: Sequence[int], size: int) -> Index | None:
+    if tuple(chosen) == tuple(range(size)):
+        return base
+    return compress(tuple(chosen) if base is None else tuple(base[i] for i in chosen))
+
+
+def _no_pairs(
+    trace: Trace, kinds: Collection[str], skipped: Iterable[tuple[str, str]]
+) -> QuietvitError:
+    counts = Counter(site.kind for site in trace.sites)
+    seen = ", ".join(f"{n} {kind}" for kind, n in counts.most_common()) or "no matrix product"
+    left_out = "; ".join(f"{name}: {reason}" for name, reason in list(skipped)[:5])
+    return QuietvitError(
+        f"{trace.model_name} has no matrix pair of the kinds {tuple(kinds)}. Seen instead: {seen}. "
+        + (f"Left out: {left_out}. " if left_out else "")
+        + "Is this a transformer? If it is, choose other kinds, or give the pairs yourself: "
+        "pairs=[MatrixPair(WeightView('blocks.0.mlp.fc1'), WeightView('blocks.0.mlp.fc2'), 'mlp')]."
+    )

@@ -1,0 +1,21 @@
+"""The trace: one recorded forward pass from which every method of the library takes its knowledge."""
+
+from quietvit.tracing.intercept import intercept
+from quietvit.tracing.ops import MATMUL_KINDS, SITE_KINDS
+from quietvit.tracing.trace import Link, Operand, Scores, Site, Trace, call, evaluating, trace
+from quietvit.tracing.weights import WeightView
+
+__all__ = [
+    "MATMUL_KINDS",
+    "SITE_KINDS",
+    "Link",
+    "Operand",
+    "Scores",
+    "Site",
+    "Trace",
+    "WeightView",
+    "call",
+    "evaluating",
+    "intercept",
+    "trace",
+]

@@ -1,0 +1,112 @@
+"""``intercept``: run a traced model again with every site's operands in reach.
+
+Sites are known by their place among the calls of their family, so the pass must go the traced way;
+where it does not, the error says at which site it left it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from quietvit.errors import QuietvitError
+from quietvit.tracing import ops
+from quietvit.tracing.standins import STANDINS
+from quietvit.tracing.trace import Site, Trace
+
+Handler = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], Tensor]
+
+
+class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like a function
+    """Give every site of the chosen kinds to ``handler`` while a traced model runs inside ``with``.
+
+    ``handler(site, operands, run)`` returns the site's output. Operands are (input, weight) for
+    linear and conv (weight of shape (out, in, ...)), (left, right) for matmul, einsum and add,
+    (input,) for softmax, norm and activation; ``run(*operands)`` executes the call with these
+    operands, bias included. Any batch size; gradients flow. ``with`` covers exactly one forward
+    pass. Raises QuietvitError where the pass differs from the trace.
+    """
+
+    def __init__(
+        self, trace: Trace, handler: Handler, *, kinds: Collection[str] = ops.MATMUL_KINDS
+    ) -> None:
+        super().__init__()
+        self._trace = trace
+        self._handler = handler
+        self._families = {ops.FAMILIES[kind] for kind in kinds}
+        self._kinds = frozenset(kinds)
+        self._sites = {
+            (ops.FAMILIES[site.kind], site.ordinal): site
+            for site in trace.sites
+            if site.kind in ops.FAMILIES and ops.FAMILIES[site.kind] in self._families
+        }
+        self._counters: Counter[str] = Counter()
+        self._depth = 0
+
+    def __enter__(self) -> intercept:
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._depth -= 1
+        if self._depth == 0 and error[0] is None:
+            self._check_complete()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in STANDINS:
+            with self:
+                return STANDINS[func](*args, **kwargs)
+        call = ops.classify(func, args, kwargs)
+        if call is None:
+            return func(*args, **kwargs)
+        family = ops.FAMILIES[call.kind]
+        if family not in self._families:
+            return func(*args, **kwargs)
+        ordinal = self._counters[family]
+        self._counters[family] += 1
+        site = self._sites.get((family, ordinal))
+        if site is None:
+            if ordinal >= self._trace.counts[family]:
+                self._refuse(f"made {family} call number {ordinal + 1} ({func.__name__})")
+            return func(*args, **kwargs)
+        if site.kind == "linear" and call.kind == "matmul":
+            call = ops.weight_first(call)
+        self._check(site, call)
+        if site.kind not in self._kinds:
+            return func(*args, **kwargs)
+        return self._handler(site, call.operands, call.run)
+
+    def _check(self, site: Site, call: ops.Call) -> None:
+        shapes = [tuple(operand.shape) for operand in call.operands]
+        if site.kind != call.kind:
+            self._refuse(f"came to {site.name} with a {call.kind} of shapes {shapes}")
+        if site.weight_shape is not None and site.weight_shape != shapes[1]:
+            self._refuse(
+                f"came to {site.name} with a weight of shape {shapes[1]}, not {site.weight_shape}"
+            )
+        for operand, shape in zip(site.operands, shapes, strict=False):
+            if len(operand.shape) != len(shape):
+                self._refuse(f"came to {site.name} with shapes {shapes}, not {operand.shape}")
+
+    def _check_complete(self) -> None:
+        for family in sorted(self._families):
+            made, traced = self._counters[family], self._trace.counts[family]
+            if made != traced:
+                self._refuse(f"made {made} {family} calls")
+
+    def _refuse(self, what: str) -> None:
+        counts = {family: self._trace.counts[family] for family in sorted(self._families)}
+        raise QuietvitError(
+            f"the control flow of {self._trace.model_name} changed since it was traced: this pass "
+            f"{what}; the traced pass made {counts}. Trace it again with an example that takes the "
+            "same way (image size, mode, arguments), and run one forward pass at a time."
+        )

@@ -1,0 +1,224 @@
+"""Channel labels: which output channel of which site each entry of a tensor carries.
+
+Labels follow tensors through a forward pass: functions that move entries about are replayed on the
+labels with the same arguments, so no layout needs to be known by name. Pure functions; no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NONE = -1  # an entry that carries no channel, as a class token beside patches
+MIXED = -2  # an entry in which channels of the source were added up, as by a rotary embedding
+HEAD = 1 << 32  # a label is channel + HEAD * (head + 1) once heads are known
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Labels of one source in one tensor (same shape), and what they passed through on the way."""
+
+    labels: Tensor
+    through: tuple[str, ...] = ()
+
+    def via(self, step: str) -> Flow:
+        return self if step in self.through else replace(self, through=(*self.through, step))
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a tensor beside its numbers.
+
+    ``depends``: on the model's input. ``origin``: the sites it comes from, the last on each way.
+    ``parameter``: (name, entries) if it is part of a parameter, entries being flat indices.
+    ``probability``: "pure" behind a softmax, "mixed" if a matrix has acted since.
+    """
+
+    depends: bool = False
+    origin: frozenset[str] = frozenset()
+    flows: Mapping[str, Flow] = field(default_factory=dict)
+    parameter: tuple[str, Tensor] | None = None
+    probability: str | None = None
+
+
+CONSTANT = Value()
+
+
+def start(shape: Sequence[int], channel_dim: int, device: torch.device) -> Flow:
+    """Labels of a fresh source: channel i is labelled i along ``channel_dim``."""
+    view = [1] * len(shape)
+    view[channel_dim] = shape[channel_dim]
+    channels = torch.arange(shape[channel_dim], device=device).view(view)
+    return Flow(channels.expand(tuple(shape)))
+
+
+def merge(values: Sequence[Value]) -> Value:
+    """Everything but flows and parameter: what an output inherits from all its inputs."""
+    kinds = {value.probability for value in values if value.depends}
+    probability = "mixed" if "mixed" in kinds else ("pure" if "pure" in kinds else None)
+    return Value(
+        depends=any(value.depends for value in values),
+        origin=frozenset().union(*(value.origin for value in values)),
+        probability=probability,
+    )
+
+
+def move(value: Value, replay: Callable[[Tensor], Any]) -> list[Value]:
+    """Values of the outputs of a function that moves entries; ``replay`` runs it on labels."""
+    moved = {source: _as_list(replay(flow.labels)) for source, flow in value.flows.items()}
+    entries = _as_list(replay(value.parameter[1])) if value.parameter else None
+    count = max((len(parts) for parts in [*moved.values(), entries or []]), default=0)
+    outputs = []
+    for i in range(count):
+        flows = {s: replace(value.flows[s], labels=parts[i]) for s, parts in moved.items()}
+        parameter = (value.parameter[0], entries[i]) if value.parameter and entries else None
+        outputs.append(replace(value, flows=flows, parameter=parameter))
+    return outputs
+
+
+def join(values: Sequence[Value], tensors: Sequence[Tensor], replay: Callable[[Any], Any]) -> Value:
+    """Value of a concatenation or stack; parts without a source's labels carry none of it."""
+    flows = {}
+    for source in dict.fromkeys(s for value in values for s in value.flows):
+        parts = [
+            value.flows[source].labels
+            if source in value.flows
+            else torch.full(tensor.shape, NONE, device=tensor.device)
+            for value, tensor in zip(values, tensors, strict=True)
+        ]
+        through = [v.flows[source].through for v in values if source in v.flows]
+        steps = tuple(dict.fromkeys(step for steps in through for step in steps))
+        flows[source] = Flow(replay(parts), steps)
+    return replace(merge(values), flows=flows)
+
+
+def combine(
+    values: Sequence[Value], shapes: Sequence[Sequence[int]], output: Sequence[int], adding: bool
+) -> Value:
+    """Value of an elementwise function of several tensors.
+
+    A product keeps the channels of every factor; a sum only those that all its terms carry, since
+    two different channels added are neither. A source whose channels meet other channels of its own
+    in a product (a packed gated MLP) is kept once for each factor, as "source", "source|1", ...
+    """
+    dependent = [value for value in values if value.depends]
+    flows: dict[str, Flow] = {}
+    scaled = any(value.parameter is not None for value in values)
+    for source in dict.fromkeys(s for value in dependent for s in value.flows):
+        carriers = [value.flows[source] for value in dependent if source in value.flows]
+        if adding and len(carriers) < len(dependent):
+            continue
+        wide = [_broadcast(flow.labels, output) for flow in carriers]
+        distinct: list[Flow] = []
+        for labels, flow in zip(wide, carriers, strict=True):
+            if labels is None:
+                continue
+            twin = next((f for f in distinct if torch.equal(f.labels, labels)), None)
+            if twin is None:
+                distinct.append(replace(flow, labels=labels))
+            else:
+                steps = tuple(dict.fromkeys((*twin.through, *flow.through)))
+                distinct = [replace(f, through=steps) if f is twin else f for f in distinct]
+        if adding and (len(distinct) > 1 or any(labels is None for labels in wide)):
+            mixed = torch.full((1,) * len(output), MIXED, device=carriers[0].labels.device)
+            flows[source] = Flow(mixed.expand(tuple(output)), distinct[0].through)
+            continue
+        for part, flow in enumerate(distinct):
+            if not adding:
+                flow = flow.via("gate") if len(dependent) > 1 else flow
+                flow = flow.via("scale") if scaled else flow
+            flows[source if part == 0 else f"{source}|{part}"] = flow
+    return replace(merge(values), flows=flows)
+
+
+def reduce(value: Value, dims: Sequence[int], keepdim: bool) -> Value:
+    """Value of a mean or sum over ``dims``: channels survive if no two of them are mixed."""
+    flows = {}
+    for source, flow in value.flows.items():
+        labels = flow.labels
+        for dim in sorted((d % labels.ndim for d in dims), reverse=True):
+            constant = collapse(labels, dim)
+            if constant is None:
+                break
+            labels = constant if keepdim else constant.squeeze(dim)
+        else:
+            flows[source] = replace(flow, labels=labels)
+    return replace(value, flows=flows, parameter=None)
+
+
+def collapse(labels: Tensor, dim: int) -> Tensor | None:
+    """The labels along ``dim`` if they agree (NONE agrees with any), size 1 there; else None."""
+    top = labels.amax(dim, keepdim=True)
+    return top if bool(((labels == top) | (labels == NONE)).all()) else None
+
+
+def columns(labels: Tensor, channel_dim: int) -> Tensor | None:
+    """The label of each channel, shape (channels,), if all other positions agree; else None."""
+    flat = labels.movedim(channel_dim, -1).reshape(-1, labels.shape[channel_dim])
+    agreed = collapse(flat, 0)
+    return None if agreed is None or bool((agreed < 0).all()) else agreed[0]
+
+
+def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str, Flow]:
+    """Flows of left @ right: the columns of right and the rows of left, where tokens are summed."""
+    flows: dict[str, Flow] = {}
+    for value, other, contracted, batch_first in (
+        (right, left, -2, (0, slice(None))),
+        (left, right, -1, (slice(None), 0)),
+    ):
+        for source, flow in value.flows.items():
+            constant = collapse(flow.labels, contracted) if flow.labels.ndim >= 2 else None
+            wide = None if constant is None else _broadcast(constant, output)
+            if constant is None or wide is None:
+                continue
+            if other.probability is None:
+                flows[source] = Flow(wide, flow.through).via("matmul")
+                continue
+            heads = _broadcast(_heads(constant[(..., *batch_first)]), output, batch_first)
+            if heads is None:
+                continue
+            named = torch.where(wide < 0, wide, wide % HEAD + HEAD * (heads + 1))
+            steps = ("mixed_heads",) if other.probability == "mixed" else ()
+            flows[source] = Flow(named, (*flow.through, *steps, "attention"))
+    return flows
+
+
+def score_channels(left: Value, right: Value) -> list[tuple[str, str, list[tuple[Tensor, Tensor]]]]:
+    """Channels that meet in a product of queries and keys, head by head, for each two sources."""
+    found = []
+    for query, q_flow in left.flows.items():
+        for key, k_flow in right.flows.items():
+            q, k = collapse(q_flow.labels, -2), collapse(k_flow.labels, -1)
+            if q is None or k is None:
+                continue
+            q, k = torch.broadcast_tensors(q.squeeze(-2), k.squeeze(-1))
+            if bool((q < 0).any()) or bool((k < 0).any()):
+                continue
+            both = torch.stack([q % HEAD, k % HEAD], dim=-2).reshape(-1, 2, q.shape[-1])
+            heads = torch.unique(both, dim=0)
+            found.append((query, key, [(head[0], head[1]) for head in heads]))
+    return found
+
+
+def _heads(labels: Tensor) -> Tensor:
+    """Number batch positions by the first channel they carry: equal channel, equal head."""
+    first = labels[..., 0]
+    _, inverse = torch.unique(first, return_inverse=True)
+    return inverse
+
+
+def _broadcast(labels: Tensor, shape: Sequence[int], keep: Any = None) -> Tensor | None:
+    if keep is not None:
+        labels = labels[..., None, None]
+    try:
+        return labels.expand(tuple(shape)) if labels.shape != tuple(shape) else labels
+    except RuntimeError:
+        return None
+
+
+def _as_list(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)

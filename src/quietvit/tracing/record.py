@@ -1,0 +1,366 @@
+"""The recording mode: one forward pass, watched call by call, becomes raw sites and links.
+
+What the records mean for a user (roles, names, tables) is decided in ``trace``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from quietvit.tracing import labels, ops
+from quietvit.tracing.labels import CONSTANT, Flow, Value
+from quietvit.tracing.standins import STANDINS
+
+
+@dataclass
+class Record:
+    """One call that is a site: everything the trace keeps of it, no tensors."""
+
+    key: str
+    kind: str
+    function: str
+    module: str
+    ordinal: int
+    inputs: list[Value]
+    shapes: list[tuple[int, ...]]
+    output_shape: tuple[int, ...]
+    macs: int
+    weight: tuple[str, Tensor] | None = None
+    weight_shape: tuple[int, ...] | None = None
+    gain: tuple[str, Tensor] | None = None
+    feeds: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class RawLink:
+    """Channels of ``source`` that reach the input columns of ``consumer``.
+
+    A source that arrives in several factors of a product has one link for each.
+    """
+
+    source: str
+    consumer: str
+    columns: Tensor
+    through: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScoreLink:
+    """Output channels of two sources that meet in the scores at ``site``, head by head."""
+
+    site: str
+    query: str
+    key: str
+    heads: list[tuple[Tensor, Tensor]]
+
+
+class _FlopCount(TorchDispatchMode):
+    """Counts the flops of every matrix product that reaches the dispatcher, by torch's own table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=result)
+        return result
+
+
+class Recorder(TorchFunctionMode):
+    """Records every site of the forward pass that runs inside ``with``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.records: list[Record] = []
+        self.links: list[RawLink] = []
+        self.scores: list[ScoreLink] = []
+        self.counters: Counter[str] = Counter()
+        self._values: dict[int, Value] = {}
+        self._alive: list[Any] = []
+        self._flops = _FlopCount()
+        self._seen_flops = 0
+        self._stack: list[str] = [""]
+        self._paths = {id(module): name for name, module in model.named_modules()}
+        self._hooks: list[Any] = []
+        self.leaf_modules = frozenset(
+            name
+            for name, module in model.named_modules()
+            if not any(True for _ in module.children())
+            and not any(True for _ in module.parameters())
+        )
+        for name, parameter in model.named_parameters():
+            entries = torch.arange(parameter.numel(), device=parameter.device)
+            self._keep(parameter, Value(parameter=(name, entries.view(parameter.shape))))
+        for buffer in model.buffers():
+            self._keep(buffer, CONSTANT)
+
+    def mark_inputs(self, inputs: Any) -> None:
+        for tensor in tree_flatten(inputs)[0]:
+            if isinstance(tensor, Tensor):
+                self._keep(tensor, Value(depends=True))
+
+    def __enter__(self) -> Recorder:
+        if not self._hooks:
+            self._flops.__enter__()
+            self._hooks = [
+                nn.modules.module.register_module_forward_pre_hook(self._enter_module),
+                nn.modules.module.register_module_forward_hook(
+                    self._leave_module, always_call=True
+                ),
+            ]
+        super().__enter__()
+        return self
+
+    def finish(self) -> int:
+        """Remove the hooks; return the flops of matrix products that no call accounts for."""
+        for hook in self._hooks:
+            hook.remove()
+        self._flops.__exit__(None, None, None)
+        return self._flops.total - self._seen_flops
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self._stack.append(self._paths.get(id(module), self._stack[-1]))
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._stack.pop()
+
+    def _keep(self, tensor: Tensor, value: Value) -> None:
+        self._values[id(tensor)] = value
+        self._alive.append(tensor)
+
+    def value(self, tensor: Tensor) -> Value:
+        """What is known of a tensor; one of unknown origin is taken to depend on the input."""
+        known = self._values.get(id(tensor))
+        if known is not None:
+            return known
+        return Value(depends=tensor.is_floating_point())
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in STANDINS:
+            with self:
+                return STANDINS[func](*args, **kwargs)
+        call = ops.classify(func, args, kwargs)
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        flops = self._flops.total - self._seen_flops
+        self._seen_flops += flops
+        name = str(getattr(func, "__name__", func))
+        if call is not None and len(outputs) == 1:
+            value = self._site(call, func, name, outputs[0], args, kwargs)
+            self._keep(outputs[0], value)
+        elif outputs or name == "__setitem__":
+            if flops:
+                self.opaque(name, flops // 2)
+            self._carry(func, name, args, kwargs, outputs)
+        return result
+
+    def _site(
+        self, call: ops.Call, func: Any, name: str, output: Tensor, args: Any, kwargs: Any
+    ) -> Value:
+        family = ops.FAMILIES[call.kind]
+        ordinal = self.counters[family]
+        self.counters[family] += 1
+        if call.kind == "matmul" and call.operands[1].ndim == 2:
+            right = self.value(call.operands[1])
+            if not right.depends and self.value(call.operands[0]).depends:
+                if right.parameter is not None:
+                    right = Value(parameter=(right.parameter[0], right.parameter[1].mT))
+                call = ops.weight_first(call)
+                self._keep(call.operands[1], right)
+        values = [self.value(tensor) for tensor in call.operands]
+        shapes = [tuple(tensor.shape) for tensor in call.operands]
+        if call.kind == "add" and not self._is_residual(values, shapes):
+            return labels.combine(values, shapes, output.shape, adding=True)
+        weighted = call.kind in ("linear", "conv")
+        record = Record(
+            key=f"{family}:{ordinal}",
+            kind=call.kind,
+            function=name,
+            module=self._stack[-1],
+            ordinal=ordinal,
+            inputs=values[:1] if weighted else values,
+            shapes=shapes[:1] if weighted else shapes,
+            output_shape=tuple(output.shape),
+            macs=ops.macs(call, func, output),
+            weight=values[1].parameter if weighted else None,
+            weight_shape=shapes[1] if weighted else None,
+            gain=self.value(call.gain).parameter if call.gain is not None else None,
+        )
+        self.records.append(record)
+        return self._after_site(record, call, output)
+
+    @staticmethod
+    def _is_residual(values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> bool:
+        both = all(value.depends and value.origin for value in values)
+        return both and shapes[0] == shapes[1] and len(shapes[0]) >= 2
+
+    def _after_site(self, record: Record, call: ops.Call, output: Tensor) -> Value:
+        key, inputs = record.key, record.inputs
+        depends = any(value.depends for value in inputs)
+        merged = labels.merge(inputs)
+        flows: dict[str, Flow] = {}
+        probability = "mixed" if merged.probability else None
+        if call.kind in ("linear", "conv"):
+            dim = -1 if call.kind == "linear" else 1 - (output.ndim == call.operands[1].ndim - 1)
+            self._link(record, inputs[0], dim)
+            channels = call.operands[1].shape[0]
+            if call.kind == "conv" and call.operands[1].shape[1] == 1 and channels > 1:
+                flows |= {s: f.via("depthwise") for s, f in inputs[0].flows.items()}
+                flows = {s: f for s, f in flows.items() if f.labels.shape[dim] == channels}
+                flows = {
+                    s: Flow(self._spread(f.labels, dim, output), f.through)
+                    for s, f in flows.items()
+                    if labels.columns(f.labels, dim) is not None
+                }
+            if output.shape[dim] == channels:
+                flows[key] = labels.start(output.shape, dim, output.device)
+        elif call.kind in ("matmul", "einsum"):
+            if all(value.depends for value in inputs):
+                probability = None
+            if call.kind == "matmul" and all(len(shape) >= 2 for shape in record.shapes):
+                flows = labels.through_matmul(inputs[0], inputs[1], output.shape)
+                for query, other, heads in labels.score_channels(inputs[0], inputs[1]):
+                    sources = query.partition("|")[0], other.partition("|")[0]
+                    self.scores.append(ScoreLink(key, *sources, heads))
+        elif call.kind == "softmax":
+            probability = "pure"
+        elif call.kind == "norm":
+            flows = {s: f.via("norm") for s, f in inputs[0].flows.items()}
+            gain = call.gain
+            if gain is not None and gain.ndim == 1 and record.gain is not None:
+                last = record.function in ("layer_norm", "rms_norm")
+                flows[key] = labels.start(output.shape, -1 if last else 1, output.device)
+            probability = merged.probability
+        elif call.kind == "activation":
+            flows = {s: f.via(record.function.strip("_")) for s, f in inputs[0].flows.items()}
+            probability = merged.probability
+        elif call.kind == "add":
+            combined = labels.combine(inputs, record.shapes, output.shape, adding=True)
+            flows, probability = dict(combined.flows), combined.probability
+        origin = frozenset({key}) if depends else frozenset()
+        return Value(depends, origin, flows, None, probability)
+
+    @staticmethod
+    def _spread(tensor: Tensor, dim: int, output: Tensor) -> Tensor:
+        agreed = labels.columns(tensor, dim)
+        assert agreed is not None
+        view = [1] * output.ndim
+        view[dim] = len(agreed)
+        return agreed.view(view).expand(output.shape)
+
+    def _link(self, record: Record, value: Value, channel_dim: int) -> None:
+        for source, flow in value.flows.items():
+            columns = labels.columns(flow.labels, channel_dim)
+            if columns is not None:
+                self.links.append(
+                    RawLink(source.partition("|")[0], record.key, columns.cpu(), flow.through)
+                )
+
+    def opaque(self, function: str, macs: int) -> None:
+        count = sum(record.kind == "opaque" for record in self.records)
+        self.records.append(
+            Record(f"opaque:{count}", "opaque", function, self._stack[-1], count, [], [], (), macs)
+        )
+
+    def _carry(self, func: Any, name: str, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+        """Give the outputs of a call that is no site what its inputs carried."""
+        if name == "__setitem__":
+            target, _, source = args
+            values = [self.value(target)]
+            if isinstance(source, Tensor):
+                values.append(self.value(source))
+            self._keep(target, labels.merge(values))
+            return
+        leaves = tree_flatten((args, kwargs))[0]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        values = [self.value(tensor) for tensor in tensors]
+        results = self._flow_through(func, name, args, kwargs, outputs, tensors, values)
+        for output, result in zip(outputs, results, strict=True):
+            self._keep(output, result)
+
+    def _flow_through(
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        outputs: list[Tensor],
+        tensors: list[Tensor],
+        values: list[Value],
+    ) -> list[Value]:
+        rest = [labels.merge(values)] * len(outputs)
+        if not tensors or not any(value.flows or value.parameter for value in values):
+            return rest
+        if name in ops.MOVING or func in ops.MOVING_PROPERTIES:
+            moved = labels.move(values[0], lambda x: func(x.contiguous(), *args[1:], **kwargs))
+            if len(moved) == len(outputs):
+                return moved
+            return rest
+        if name == "pad" and (args[2:3] or (kwargs.get("mode", "constant"),))[0] == "constant":
+            width = args[1] if len(args) > 1 else kwargs["pad"]
+            return labels.move(
+                values[0], lambda x: torch.nn.functional.pad(x, width, value=labels.NONE)
+            )
+        if name in ops.JOINING:
+            return [labels.join(values, tensors, lambda parts: func(parts, *args[1:], **kwargs))]
+        if name in ops.REDUCING and len(outputs) == 1:
+            return [self._reduced(name, args, kwargs, tensors[0], values[0], outputs[0])]
+        if name in ops.CASTING and len(outputs) == 1:
+            return [values[0]]
+        if name in ops.ELEMENTWISE and len(outputs) == 1:
+            floating = [
+                (value, tuple(tensor.shape))
+                for value, tensor in zip(values, tensors, strict=True)
+                if tensor.is_floating_point()
+            ]
+            if len(floating) == 1 and tensors[0].shape == outputs[0].shape:
+                return [floating[0][0]]
+            adding = name in ops.ADDING
+            kept, shapes = [v for v, _ in floating], [s for _, s in floating]
+            return [labels.combine(kept, shapes, outputs[0].shape, adding)]
+        return rest
+
+    @staticmethod
+    def _reduced(
+        name: str, args: Any, kwargs: Any, source: Tensor, value: Value, output: Tensor
+    ) -> Value:
+        if "pool" in name:
+            return (
+                labels.reduce(value, (-2, -1), keepdim=True)
+                if output.shape[-1] == 1
+                else (labels.merge([value]))
+            )
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        if dims is None or isinstance(dims, torch.dtype):
+            return labels.merge([value])
+        dims = (dims,) if isinstance(dims, int) else tuple(dims)
+        keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
+        return labels.reduce(value, dims, keepdim)
+
+
+def crop_batch(example: Any) -> Any:
+    """One sample of a batch: the first entry along dim 0 of every tensor that has the batch there."""
+    leaves = [leaf for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.ndim]
+    if not leaves:
+        return example
+    batch = leaves[0].shape[0]
+    return tree_map_only(Tensor, lambda x: x[:1] if x.ndim and x.shape[0] == batch else x, example)

@@ -1,0 +1,146 @@
+"""Weight views: which matrix inside which parameter. Held by name, so no tensor outlives a reload.
+
+How views are found from recorded entries lives here; pairs of them live in ``pairs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+
+Index = range | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """A matrix inside a parameter: ``module.attribute``, seen as 2-D, some rows, some columns.
+
+    A parameter of shape (out, in, ...) is read as the matrix (out, in * ...). With ``diagonal`` the
+    parameter is a vector of gains g, shape (h,), and stands for diag(g). With ``transposed`` the
+    matrix that acts is the transpose of the rows and columns chosen.
+    """
+
+    module: str
+    attribute: str = "weight"
+    rows: Index | None = None
+    cols: Index | None = None
+    transposed: bool = False
+    diagonal: bool = False
+
+    @property
+    def parameter_name(self) -> str:
+        return f"{self.module}.{self.attribute}" if self.module else self.attribute
+
+    def parameter(self, model: nn.Module) -> Tensor:
+        """Return the whole parameter as it is now. Raises QuietvitError where the model lacks it."""
+        try:
+            found = getattr(model.get_submodule(self.module), self.attribute)
+        except AttributeError as error:
+            raise QuietvitError(
+                f"the pair names {self.parameter_name}, which this {type(model).__name__} does not "
+                "have; find the pairs again on this model with quietvit.find_pairs(model, example)."
+            ) from error
+        assert isinstance(found, Tensor)
+        return found
+
+    def read(self, model: nn.Module) -> Tensor:
+        """Return the matrix, shape (rows, cols), or the vector of gains, shape (h,) if diagonal."""
+        return self.select(self.parameter(model))
+
+    def select(self, parameter: Tensor) -> Tensor:
+        """Choose this view's entries out of a tensor shaped like the whole parameter."""
+        if self.diagonal:
+            return parameter if self.rows is None else parameter[_index(self.rows)]
+        matrix = parameter.flatten(1)
+        if self.rows is not None:
+            matrix = matrix[_index(self.rows)]
+        if self.cols is not None:
+            matrix = matrix[:, _index(self.cols)]
+        return matrix.mT if self.transposed else matrix
+
+    def scatter_add_(self, whole: Tensor, entries: Tensor) -> None:
+        """Add ``entries`` (shaped like ``read``'s result) into ``whole`` (like the parameter)."""
+        if self.diagonal:
+            rows = _index(self.rows) if self.rows is not None else slice(None)
+            whole[rows] += entries
+            return
+        if self.transposed:
+            entries = entries.mT
+        matrix = whole.view(whole.shape[0], -1)
+        rows = _index(self.rows) if self.rows is not None else slice(None)
+        cols = _index(self.cols) if self.cols is not None else slice(None)
+        if isinstance(rows, list) and isinstance(cols, list):
+            matrix[torch.tensor(rows)[:, None], torch.tensor(cols)] += entries
+        else:
+            matrix[rows, cols] += entries
+
+    def __str__(self) -> str:
+        if self.diagonal:
+            return f"diag({self.parameter_name}{_span(self.rows)})"
+        where = f"[{_span(self.rows) or ':'}, {_span(self.cols) or ':'}]"
+        shown = self.parameter_name + (where if (self.rows, self.cols) != (None, None) else "")
+        return shown + ("ᵀ" if self.transposed else "")
+
+
+def view_of(
+    part: tuple[str, Tensor], parameters: Mapping[str, Tensor], *, gain: bool = False
+) -> WeightView | None:
+    """The view that selects ``part`` = (parameter name, flat indices), or None if it is no matrix.
+
+    Indices of shape (out, in, ...); or (h,) with ``gain``.
+    """
+    name, entries = part
+    module, _, attribute = name.rpartition(".")
+    whole = parameters[name]
+    if gain:
+        rows = None if len(entries) == whole.numel() else _compress(entries)
+        return WeightView(module, attribute, rows=rows, diagonal=True)
+    if whole.ndim < 2 or entries.ndim < 2:
+        return None
+    width = whole[0].numel()
+    entries = entries.flatten(1)
+    for transposed in (False, True):
+        matrix = entries.mT if transposed else entries
+        rows, cols = matrix[:, 0] // width, matrix[0] % width
+        if torch.equal(matrix, rows[:, None] * width + cols[None]):
+            full_rows = torch.equal(rows, torch.arange(len(whole), device=rows.device))
+            full_cols = torch.equal(cols, torch.arange(width, device=cols.device))
+            return WeightView(
+                module,
+                attribute,
+                rows=None if full_rows else _compress(rows),
+                cols=None if full_cols else _compress(cols),
+                transposed=transposed,
+            )
+    return None
+
+
+def _compress(index: Tensor) -> Index:
+    """A range where the indices are evenly spaced upwards, else the tuple of them."""
+    return compress(tuple(index.tolist()))
+
+
+def compress(index: tuple[int, ...]) -> Index:
+    """A range where the indices are evenly spaced upwards, else the tuple itself."""
+    step = index[1] - index[0] if len(index) > 1 else 1
+    if step > 0 and index == tuple(range(index[0], index[-1] + 1, step)):
+        return range(index[0], index[-1] + 1, step)
+    return index
+
+
+def _index(index: Index) -> slice | list[int]:
+    return slice(index.start, index.stop, index.step) if isinstance(index, range) else list(index)
+
+
+def _span(index: Index | None) -> str:
+    if index is None:
+        return ""
+    if isinstance(index, range):
+        step = f":{index.step}" if index.step != 1 else ""
+        return f"{index.start}:{index.stop}{step}"
+    return f"({len(index)} of {max(index) + 1})"
