@@ -1,0 +1,213 @@
+"""``diagnose``: run a model on images and find its outliers and what in the weights makes them.
+
+The statistics themselves live in ``outliers``, ``colinearity`` and ``root_cause``; what comes out
+is described in ``diagnosis``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.measure.colinearity import measure_pair
+from quietvit.measure.diagnosis import Diagnosis
+from quietvit.measure.images import Batch, Images, batches
+from quietvit.measure.outliers import RunningStatistics, SiteStatistics
+from quietvit.measure.root_cause import CauseFinder, Peak, PeakTracker, RootCause
+from quietvit.pairs import MatrixPair, find_pairs
+from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, evaluating, intercept
+from quietvit.tracing import trace as record_trace
+
+_SIDES = ("left", "right")
+
+
+def diagnose(
+    model: nn.Module,
+    images: Images,
+    *,
+    pairs: Sequence[MatrixPair] | None = None,
+    trace: Trace | None = None,
+    batch_size: int = 32,
+    top: int = 10,
+) -> Diagnosis:
+    """Measure every site's activations and every pair's weights, and trace outliers to their cause.
+
+    The model runs in eval mode without gradients and is left as it was. It runs once over the
+    images, and once more on each of the images that hold the ``top`` largest pair outputs. Memory
+    does not depend on how many images there are; one image a pair output is kept.
+
+    Args:
+        model: any model ``quietvit.trace`` takes.
+        images: a tensor (N, C, H, W), or an iterable (a DataLoader) of images, of batches, of
+            (images, labels), or of mappings given to the model by keyword.
+        pairs: found with ``quietvit.find_pairs`` where not given; ``()`` for sites alone.
+        trace: of this model, recorded on the first image where not given.
+        batch_size: images run at a time; larger batches are split.
+        top: how many root causes are sought and how many rows the tables show.
+
+    Raises:
+        QuietvitError: no images, images of the wrong shape or not finite, an activation that is NaN
+            or inf (names the site), weights of a pair that are, no pairs found.
+    """
+    if top < 1:
+        raise QuietvitError(f"top is {top}; give at least 1.")
+    stream = batches(images, model, batch_size)
+    first = next(stream)
+    if trace is None:
+        trace = record_trace(model, first.example)
+    if pairs is None:
+        try:
+            pairs = find_pairs(model, trace=trace)
+        except QuietvitError as error:
+            raise QuietvitError(f"{error} To measure the sites alone, pass pairs=().") from error
+    watch = _Watch(trace, PeakTracker(trace, pairs))
+    with evaluating(model), torch.no_grad():
+        measured = tuple(measure_pair(model, pair) for pair in pairs)
+        watch.run(model, first)
+        for batch in stream:
+            watch.run(model, batch)
+        skipped = list(watch.tracker.skipped)
+        causes = _root_causes(model, trace, watch.tracker.peaks, top, skipped)
+    return Diagnosis(
+        sites=watch.finish(),
+        pairs=measured,
+        root_causes=tuple(causes),
+        skipped=tuple(dict.fromkeys(skipped)),
+        images=watch.images,
+        top=top,
+    )
+
+
+class _Watch:
+    """Handler for the pass over all images."""
+
+    def __init__(self, trace: Trace, tracker: PeakTracker) -> None:
+        self.tracker = tracker
+        self.images = 0
+        self._trace = trace
+        self._batch: Batch | None = None
+        self._running: dict[tuple[str, str], tuple[str, RunningStatistics]] = {}
+        self._by_name = {site.name: site for site in trace.sites}
+
+    def run(self, model: nn.Module, batch: Batch) -> None:
+        self._batch = batch
+        with intercept(self._trace, self._handle, kinds=SITE_KINDS):
+            batch.run(model)
+        self.images += batch.size
+
+    def finish(self) -> tuple[SiteStatistics, ...]:
+        return tuple(
+            running.finish(site, operand, role)
+            for (site, operand), (role, running) in self._running.items()
+        )
+
+    def _handle(
+        self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
+    ) -> Tensor:
+        assert self._batch is not None
+        output: Tensor
+        if site.kind in MATMUL_KINDS:
+            single = len(site.operands) == 1
+            for i, (operand, x) in enumerate(zip(site.operands, operands, strict=False)):
+                side = "input" if single else _SIDES[i]
+                axes = operand_axes(site, i)
+                self._measure(site, side, operand.role, operand.shape, x, axes)
+            output = run(*operands)
+            self._check(site, output)
+            self.tracker.update(site, output, self.images, self._batch.size, self._batch.pick)
+            return output
+        output = run(*operands)
+        self._check(site, output)
+        if site.kind != "softmax":
+            axes = (output_axis(site, self._by_name),)
+            self._measure(site, "output", site.role, site.output_shape, output, axes)
+        return output
+
+    def _measure(
+        self,
+        site: Site,
+        side: str,
+        role: str,
+        traced: tuple[int, ...],
+        x: Tensor,
+        axes: tuple[int, ...],
+    ) -> None:
+        assert self._batch is not None
+        key = (site.name, side)
+        if key not in self._running:
+            self._running[key] = (role, RunningStatistics(axes))
+        counts = bool(traced) and x.shape[0] == traced[0] * self._batch.size
+        images = self._batch.size if counts else None
+        self._running[key][1].update(x, images=images, first_image=self.images)
+
+    def _check(self, site: Site, output: Tensor) -> None:
+        if output.isfinite().all():
+            return
+        assert self._batch is not None
+        what = "NaN" if output.isnan().any() else "inf"
+        last = self.images + self._batch.size - 1
+        raise QuietvitError(
+            f"the output of {site.name} ({site.kind}, shape {tuple(output.shape)}) holds {what} on "
+            f"images {self.images} to {last}; check the weights of {site.module or 'the model'}, "
+            "or run it in float32."
+        )
+
+
+def operand_axes(site: Site, position: int) -> tuple[int, ...]:
+    """Axes that make the channel index of a matrix product's operand.
+
+    Heads and channels together for query, key and value of shape (B, H, ...); source tokens for
+    probabilities; axis 1 for convolutions; the last axis otherwise.
+    """
+    if site.kind == "conv":
+        return (1 if len(site.operands[position].shape) == len(site.weight_shape or ()) else 0,)
+    operand = site.operands[position]
+    axis = -1
+    if site.kind == "matmul":
+        transposed_key = site.role == "query_key" and position == 1
+        transposed_value = operand.role == "value" and position == 0
+        axis = -2 if transposed_key or transposed_value else -1
+    if operand.role in ("query", "key", "value") and len(operand.shape) >= 4:
+        return (1, axis)
+    return (axis,)
+
+
+def output_axis(site: Site, by_name: dict[str, Site]) -> int:
+    """Channel axis of a site's output: 1 behind convolutions and the norms that follow them."""
+    if site.kind == "conv":
+        return 1
+    if site.kind == "norm":
+        return -1 if "layer" in site.function or "rms" in site.function else 1
+    if site.kind not in ("activation", "add") or len(site.output_shape) < 3:
+        return -1
+    for operand in site.operands:
+        for name in operand.fed_by:
+            source = by_name[name]
+            if source.output_shape == operand.shape:
+                return output_axis(source, by_name)
+    return -1
+
+
+def _root_causes(
+    model: nn.Module,
+    trace: Trace,
+    peaks: Sequence[Peak],
+    top: int,
+    skipped: list[tuple[str, str]],
+) -> list[RootCause]:
+    largest = sorted((p for p in peaks if p.value), key=lambda p: -abs(p.value))[:top]
+    by_image: dict[int, list[Peak]] = {}
+    for peak in largest:
+        by_image.setdefault(peak.image, []).append(peak)
+    causes: list[RootCause] = []
+    for group in by_image.values():
+        finder = CauseFinder(trace, model, group, skipped)
+        inputs = group[0].inputs
+        assert isinstance(inputs, Batch)
+        with intercept(trace, finder, kinds=SITE_KINDS):
+            inputs.run(model)
+        causes += finder.causes
+    return sorted(causes, key=lambda cause: -abs(cause.value))

@@ -1,0 +1,171 @@
+"""What ``diagnose`` found: its data, as tables for the terminal and as JSON.
+
+Nothing is measured here; drawing is in ``plots``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from quietvit.files import write_atomic
+from quietvit.measure.colinearity import PairStatistics
+from quietvit.measure.outliers import SiteStatistics
+from quietvit.measure.root_cause import RootCause
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Outliers of a model, and what in its weights makes them.
+
+    Attributes:
+        sites: statistics of every operand of every matrix multiplication, and of every output of a
+            norm, activation function and residual add, in the order of the forward pass.
+        pairs: amplification of every pair, in the order given.
+        root_causes: what makes the largest output values of the pairs, largest first.
+        skipped: (pair, reason) for pairs that have statistics but whose peak was not taken apart.
+        images: how many images were seen.
+        top: how many rows the tables show, and how many root causes were sought.
+    """
+
+    sites: tuple[SiteStatistics, ...]
+    pairs: tuple[PairStatistics, ...]
+    root_causes: tuple[RootCause, ...]
+    skipped: tuple[tuple[str, str], ...]
+    images: int
+    top: int
+
+    @property
+    def worst_sites(self) -> tuple[SiteStatistics, ...]:
+        """Tensors by falling max/rms, softmax probabilities left out (they are bounded by 1).
+
+        A tensor that is the output of one site and the operand of the next counts once, as operand.
+        """
+        distinct: dict[tuple[int, float, float, float], SiteStatistics] = {}
+        for s in sorted(self.sites, key=lambda s: s.operand == "output"):
+            if s.role != "post_softmax":
+                distinct.setdefault((s.count, s.max, s.rms, s.worst_value), s)
+        return tuple(sorted(distinct.values(), key=lambda s: -s.max_over_rms))
+
+    @property
+    def worst_pairs(self) -> tuple[PairStatistics, ...]:
+        """Pairs by falling largest amplification."""
+        return tuple(sorted(self.pairs, key=lambda p: -max(p.amplification, default=0.0)))
+
+    def __rich__(self) -> Group:
+        tables = [self._site_table()]
+        if self.pairs:
+            tables.append(self._pair_table())
+        if self.root_causes:
+            tables.append(self._cause_table())
+        return Group(*tables)
+
+    def __str__(self) -> str:
+        console = Console(width=120, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings; nan and inf become None.
+
+        The channel profile ``channel_max`` is kept for the ``top`` worst sites only.
+        """
+        kept = {s.name for s in self.worst_sites[: self.top]}
+        whole = asdict(self)
+        for entry, site in zip(whole["sites"], self.sites, strict=True):
+            if site.name not in kept:
+                del entry["channel_max"]
+        plain: dict[str, Any] = _plain(whole)
+        return plain
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write ``to_dict`` to ``path``, whole or not at all. Returns the path."""
+        return write_atomic(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    def plot(self, folder: str | Path) -> tuple[Path, ...]:
+        """Draw PNGs into ``folder`` (made if missing, files of the same names replaced).
+
+        ``outliers_by_depth.png``, ``worst_site_channels.png`` and, where there are pairs,
+        ``amplification.png``. Returns their paths.
+        """
+        from quietvit.measure.plots import draw
+
+        return draw(self, Path(folder))
+
+    def _site_table(self) -> Table:
+        title = f"Sites with the heaviest tails ({self.images} images, {len(self.sites)} tensors)"
+        table = Table(title=title, title_justify="left")
+        table.add_column("site", overflow="fold", ratio=1)
+        table.add_column("role", overflow="fold")
+        for column in ("max", "rms", "max/rms", "kurtosis", "p99.99/p50", "top share", "channel"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for s in self.worst_sites[: self.top]:
+            share = f"{100 * s.top_share:.0f} % in {s.top_channels}/{s.channels}"
+            numbers = (s.max, s.rms, s.max_over_rms, s.kurtosis, s.percentile_ratio)
+            cells = (_short(x) for x in numbers)
+            table.add_row(s.name, s.role, *cells, share, str(s.worst_channel))
+        return table
+
+    def _pair_table(self) -> Table:
+        title = f"Pairs that amplify most ({len(self.pairs)} pairs; alignment is 1 at random)"
+        table = Table(title=title, title_justify="left")
+        table.add_column("pair", overflow="fold", ratio=1)
+        for column in ("s₁", "max s‖Bu‖", "‖BA‖", "alignment", "channel", "colinearity", "random"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for p in self.worst_pairs[: self.top]:
+            worst = p.worst_channels[0]
+            table.add_row(
+                p.name.replace(".weight", ""),
+                _short(p.singular_values[0]),
+                _short(max(p.amplification)),
+                _short(p.product_norm),
+                _short(p.alignment),
+                str(worst.channel),
+                f"{worst.colinearity:.2f}",
+                f"{p.expected_worst:.2f}",
+            )
+        return table
+
+    def _cause_table(self) -> Table:
+        title = "Root causes: y = Σ sᵢ (wᵀuᵢ)(vᵢᵀx), the direction that explains most"
+        table = Table(title=title, title_justify="left")
+        table.add_column("pair", overflow="fold", ratio=1)
+        for column in ("channel", "value", "i", "s", "wᵀu", "vᵀx", "product", "true part", "share"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for cause in self.root_causes:
+            c = cause.contribution
+            parts = (c.singular_value, c.second_component, c.input_component, c.product, c.through)
+            table.add_row(
+                cause.pair.replace(".weight", ""),
+                str(cause.channel),
+                _short(cause.value),
+                str(c.direction + 1),
+                *(_short(x) for x in parts),
+                f"{100 * cause.share:.0f} %",
+            )
+        return table
+
+
+def _short(x: float) -> str:
+    if not math.isfinite(x):
+        return "-" if math.isnan(x) else "inf"
+    if x != 0 and (abs(x) >= 1e5 or abs(x) < 1e-3):
+        return f"{x:.1e}"
+    return f"{x:.4g}" if abs(x) < 1000 else f"{x:.0f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
