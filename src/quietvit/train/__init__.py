@@ -1,0 +1,18 @@
+"""Training and fine-tuning of classifiers from a recipe, with decoupled decay and exact resume.
+
+Data and evaluation are in ``quietvit.data``, the decay itself in ``quietvit.decay``.
+"""
+
+from quietvit.train.config import TrainConfig
+from quietvit.train.loop import train
+from quietvit.train.recipe import list_recipes, load_recipe, parse_config
+from quietvit.train.result import TrainResult
+
+__all__ = [
+    "TrainConfig",
+    "TrainResult",
+    "list_recipes",
+    "load_recipe",
+    "parse_config",
+    "train",
+]

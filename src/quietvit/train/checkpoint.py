@@ -1,0 +1,174 @@
+"""Checkpoints: written whole or not at all, checked by sum when read, the last few kept.
+
+No pickle: tensors go to safetensors, everything else to JSON. What is saved is the loop's matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quietvit.errors import QuietvitError
+
+logger = logging.getLogger("quietvit")
+
+_MANIFEST, _TENSORS, _STATE = "manifest.json", "tensors.safetensors", "state.json"
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
+    """Write ``state`` as ``folder/step-<step>`` and remove all but the last ``keep``.
+
+    Everything is written and flushed in a temporary folder, which is then renamed: a process
+    killed at any moment leaves the earlier checkpoints whole.
+
+    Args:
+        state: dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays, nested.
+
+    Raises:
+        QuietvitError: the disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    tensors: dict[str, Tensor] = {}
+    plain = _packed(state, tensors, set())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        save_file(tensors, temporary / _TENSORS)
+        (temporary / _STATE).write_text(json.dumps(plain), encoding="utf-8")
+        sums = {name: _checksum(temporary / name) for name in (_TENSORS, _STATE)}
+        manifest = {"step": step, "sha256": sums}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        for name in (_TENSORS, _STATE, _MANIFEST, ""):
+            _flush(temporary / name)
+        if final.exists():
+            final.rename(_unused(folder / f"{final.name}.damaged"))
+        temporary.rename(final)
+        _flush(folder)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise QuietvitError(
+            f"the checkpoint {final} could not be written ({error}); earlier ones are untouched. "
+            "Free some space and resume."
+        ) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Read the newest whole checkpoint; None where there is none at all.
+
+    A damaged one is named in a warning and the one before is used.
+
+    Raises:
+        QuietvitError: there are checkpoints and every one is damaged.
+    """
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        damage = _damage(path)
+        if damage is None:
+            tensors = load_file(path / _TENSORS)
+            state = _unpacked(json.loads((path / _STATE).read_text(encoding="utf-8")), tensors)
+            assert isinstance(state, dict)
+            return state
+        logger.warning("the checkpoint %s is damaged (%s); trying the one before.", path, damage)
+    if found:
+        raise QuietvitError(
+            f"all {len(found)} checkpoints in {folder} are damaged; start anew in another output "
+            "folder, or with force."
+        )
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder``, oldest first, damaged ones too."""
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit())
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        sums = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        for name in (_TENSORS, _STATE):
+            if _checksum(path / name) != sums[name]:
+                return f"the checksum of {name} differs"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unused(path: Path) -> Path:
+    number = 0
+    while path.exists():
+        number += 1
+        path = path.with_suffix(f".damaged{number}")
+    return path
+
+
+def _packed(value: Any, tensors: dict[str, Tensor], storages: set[int]) -> Any:
+    """Turn ``value`` into JSON, tensors moved out into ``tensors``."""
+    if isinstance(value, np.ndarray):
+        array = value.astype(np.int64) if value.dtype == np.uint32 else value
+        inner = _packed(torch.from_numpy(array.copy()), tensors, storages)
+        return {"numpy": inner, "dtype": str(value.dtype)}
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        plain = value.detach().to("cpu").contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes:
+            plain = plain.clone()
+        storages.add(plain.untyped_storage().data_ptr())
+        tensors[key] = plain
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        entries = [[_packed(k, tensors, storages), _packed(v, tensors, storages)]
+                   for k, v in value.items()]  # fmt: skip
+        return {"dict": entries}
+    if isinstance(value, tuple):
+        return {"tuple": [_packed(item, tensors, storages) for item in value]}
+    if isinstance(value, list):
+        return [_packed(item, tensors, storages) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "numpy" in value:
+        return _unpacked(value["numpy"], tensors).numpy().astype(value["dtype"])
+    if "tuple" in value:
+        return tuple(_unpacked(item, tensors) for item in value["tuple"])
+    return {_unpacked(k, tensors): _unpacked(v, tensors) for k, v in value["dict"]}

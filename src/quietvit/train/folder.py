@@ -1,0 +1,65 @@
+"""The output folder of a run: begun anew, or recognised as the same run to resume.
+
+What the files in it hold is decided in ``loop``, ``checkpoint``, ``metrics`` and ``result``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from quietvit.errors import QuietvitError
+from quietvit.files import refuse_nonempty
+from quietvit.train.config import TrainConfig
+from quietvit.train.metrics import METRICS, TENSORBOARD
+from quietvit.train.result import CONFIG, RESULT, WEIGHTS
+
+CHECKPOINTS = "checkpoints"
+
+_MAY_CHANGE = {
+    "output", "num_workers", "threads", "checkpoint", "tensorboard", "log_every", "evaluate_every",
+}  # fmt: skip
+
+
+def fresh(output: Path, force: bool) -> None:
+    """Take a folder for a new run; with ``force`` an earlier run's own files in it are removed."""
+    refuse_nonempty(output, force)
+    for name in (CHECKPOINTS, TENSORBOARD):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (CONFIG, METRICS, WEIGHTS, RESULT):
+        (output / name).unlink(missing_ok=True)
+
+
+def same_run(config: TrainConfig) -> None:
+    """Refuse to resume what was another configuration; name the first keys that differ."""
+    path = config.output / CONFIG
+    if not path.exists():
+        refuse_nonempty(config.output)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QuietvitError(
+            f"{path} is damaged ({error}); start anew in another output folder."
+        ) from error
+    now = json.loads(config.model_dump_json())
+    differing = [f"{key} was {old!r} and is {new!r}" for key, old, new in _differences(before, now)]
+    if differing:
+        raise QuietvitError(
+            f"{config.output} was begun with another configuration: {'; '.join(differing[:3])}. "
+            "Resume with the same one, or choose another output folder."
+        )
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        if before != now:
+            yield prefix, before, now
+        return
+    for key in sorted(before.keys() | now.keys()):
+        if prefix or key not in _MAY_CHANGE:
+            dotted = f"{prefix}.{key}" if prefix else key
+            yield from _differences(before.get(key), now.get(key), dotted)

@@ -1,0 +1,104 @@
+"""Numbers of a run as it goes: one JSON object a line in metrics.jsonl, and TensorBoard.
+
+The time spent in the decay's updates is measured here too. Nothing is computed about the model.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from quietvit.files import write_atomic
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+
+class Metrics:
+    """Appends to ``output/metrics.jsonl``; lines after ``step`` (of a run cut off) are dropped."""
+
+    def __init__(self, output: Path, step: int, tensorboard: bool) -> None:
+        self.path = output / METRICS
+        write_atomic(self.path, "".join(f"{json.dumps(line)}\n" for line in self._until(step)))
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = step + 1 if step else None
+            self._writer = SummaryWriter(str(output / TENSORBOARD), purge_step=purge)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, **values: float) -> None:
+        """Add one line, and one point to each TensorBoard curve."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if self._writer is not None and name != "epoch":
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _until(self, step: int) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if line["step"] <= step:
+                lines.append(line)
+        return lines
+
+
+class Stopwatch:
+    """Time between two step post hooks of an optimizer: those registered in between are timed."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+        self._began = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start_with(self, optimizer: Optimizer) -> None:
+        """Hooks registered from now on are timed, until ``stop_with``."""
+        optimizer.register_step_post_hook(lambda *_: self._start())
+
+    def stop_with(self, optimizer: Optimizer) -> None:
+        optimizer.register_step_post_hook(lambda *_: self._stop())
+
+    def reset(self, seconds: float) -> None:
+        """Go on from ``seconds``."""
+        self._seconds = seconds
+        self._events.clear()
+
+    @property
+    def seconds(self) -> float:
+        """Time so far; waits for the accelerator."""
+        for first, last in self._events:
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1000
+        self._events.clear()
+        return self._seconds
+
+    def _start(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._events.append((_event(), _event()))
+            self._events[-1][0].record()
+        else:
+            self._began = time.perf_counter()
+
+    def _stop(self) -> None:
+        if self._events:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._began
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)

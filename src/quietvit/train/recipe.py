@@ -1,0 +1,150 @@
+"""Recipes: TOML files (or a run's config.json) -> ``TrainConfig``, with overrides and clear errors.
+
+What the keys mean is said in ``config``.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+import quietvit
+from quietvit.errors import QuietvitError, nearest
+from quietvit.train.config import TrainConfig
+
+VERSION = 1
+
+
+def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Read a recipe by name (``list_recipes()``) or path, and override keys.
+
+    Args:
+        source: a name, or the path of a TOML recipe or of the ``config.json`` of a run.
+        overrides: ``"optimizer.lr=3e-4"`` and the like; the value is TOML, a bare word is a string,
+            ``none`` unsets the key.
+
+    Raises:
+        QuietvitError: no such recipe, no valid TOML, another recipe version, a key that is unknown
+            (the nearest known one is named) or a value that is refused.
+    """
+    path = _find(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise QuietvitError(f"the recipe {path} could not be read: {error}; correct it.") from error
+    if not isinstance(content, dict) or content.get("recipe") != VERSION:
+        found = content.get("recipe") if isinstance(content, dict) else None
+        stated = "states no version" if found is None else f"is of version {found!r}"
+        raise QuietvitError(
+            f"the recipe {path} {stated}; this quietvit ({quietvit.__version__}) reads 'recipe = "
+            f"{VERSION}'. Add that line, or take a quietvit that knows the version."
+        )
+    for override in overrides:
+        _override(content, override)
+    return parse_config(content, str(path))
+
+
+def parse_config(content: Mapping[str, Any], source: str = "the configuration") -> TrainConfig:
+    """Validate a nested mapping. Raises QuietvitError naming each wrong key, value and remedy."""
+    try:
+        return TrainConfig.model_validate(content)
+    except ValidationError as error:
+        problems = [_explained(problem) for problem in error.errors()]
+        shown = "; ".join(problems[:4])
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise QuietvitError(f"{source}: {shown}{more}.") from error
+
+
+def list_recipes() -> dict[str, Path]:
+    """Return the recipes that come along: name -> path."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.toml"))}
+
+
+def recipes_folder() -> Path:
+    """Return the folder of recipes: beside the package in a wheel, else the repository's."""
+    package = Path(quietvit.__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parents[1] / "recipes"
+
+
+def known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
+    """Return every dotted key of the configuration."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for section in _sections(field.annotation):
+            keys += known_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) in (Union, UnionType):
+        return [section for part in get_args(annotation) for section in _sections(part)]
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if is_section else []
+
+
+def _find(source: str | Path) -> Path:
+    known = list_recipes()
+    if str(source) in known:
+        return known[str(source)]
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    raise QuietvitError(
+        f"there is no recipe {str(source)!r}{nearest(str(source), known)}; give a path, or one of: "
+        f"{', '.join(known)}."
+    )
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key, text = key.strip(), text.strip()
+    if not equals or not key:
+        raise QuietvitError(f"the override {override!r} is not of the form key=value.")
+    if text == "none":
+        value: Any = None
+    else:
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+    *sections, last = key.split(".")
+    place: Any = content
+    for section in sections:
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise QuietvitError(
+                f"the override {override!r} goes into {section!r}, which is a value and no section"
+                f"{nearest(key, known_keys())}."
+            )
+    place[last] = value
+
+
+def _explained(problem: Any) -> str:
+    # A union of a number and a table adds its branches to the location; they are no keys.
+    known = set(known_keys())
+    parts = [str(part) for part in problem["loc"]]
+    key = ".".join(parts)
+    if problem["type"] == "extra_forbidden":
+        return f"there is no key {key!r}{nearest(key, known)}"
+    while parts and ".".join(parts) not in known:
+        parts.pop()
+    key = ".".join(parts) or key
+    if problem["type"] == "missing":
+        return f"the key {'.'.join(str(part) for part in problem['loc'])!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if not key:
+        return message
+    given = f" (given: {problem['input']!r})" if key in known else ""
+    return f"{key}: {message}{given}"

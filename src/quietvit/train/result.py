@@ -1,0 +1,123 @@
+"""What a finished run leaves behind: weights, accuracy, times, and where it all came from.
+
+Nothing is trained here; a result can be read back from its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import quietvit
+from quietvit.data import create_model
+from quietvit.errors import QuietvitError
+from quietvit.files import write_atomic
+from quietvit.train.config import TrainConfig
+from quietvit.train.recipe import load_recipe
+
+WEIGHTS, RESULT, CONFIG = "model.safetensors", "result.json", "config.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    ``top1`` is in percent, of the weights saved (the moving average where the config has one;
+    ``top1_without_ema`` is then that of the last weights). ``train_seconds`` is the time of the
+    training steps, data included, evaluation and checkpoints not; ``decay_seconds`` the part of it
+    spent in the decay's updates.
+    """
+
+    output: Path
+    config: TrainConfig
+    num_classes: int
+    top1: float
+    top1_without_ema: float | None
+    steps: int
+    train_seconds: float
+    decay_seconds: float
+
+    @property
+    def weights(self) -> Path:
+        return self.output / WEIGHTS
+
+    @property
+    def decay_overhead(self) -> float:
+        """Time of the decay in percent of the time of the steps without it."""
+        rest = self.train_seconds - self.decay_seconds
+        return 100.0 * self.decay_seconds / rest if rest > 0 else 0.0
+
+    def load_model(self) -> nn.Module:
+        """Build the model and load the trained weights, on the CPU, in eval mode."""
+        model = self.config.model
+        built = create_model(
+            model.name,
+            self.num_classes,
+            self.weights,
+            preprocessing=model.preprocessing,
+            **model.kwargs,
+        )
+        return built.eval()
+
+    def write(self) -> None:
+        """Write ``result.json``."""
+        content = {
+            "top1": self.top1,
+            "top1_without_ema": self.top1_without_ema,
+            "num_classes": self.num_classes,
+            "steps": self.steps,
+            "train_seconds": self.train_seconds,
+            "decay_seconds": self.decay_seconds,
+            "decay_overhead_percent": self.decay_overhead,
+            "seed": self.config.seed,
+            **provenance(),
+        }
+        write_atomic(self.output / RESULT, json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, output: str | Path) -> TrainResult:
+        """Read a finished run back. Raises QuietvitError where the folder holds none."""
+        output = Path(output)
+        try:
+            content = json.loads((output / RESULT).read_text(encoding="utf-8"))
+            return cls(
+                output=output,
+                config=load_recipe(output / CONFIG),
+                **{key: content[key] for key in _KEPT},
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise QuietvitError(
+                f"{output} holds no finished training run ({error}); train first, or resume it."
+            ) from error
+
+
+_KEPT = ("num_classes", "top1", "top1_without_ema", "steps", "train_seconds", "decay_seconds")
+
+
+def provenance() -> dict[str, Any]:
+    """Return versions, machine and command, for a result file."""
+    names = ("torch", "torchvision", "timm", "accelerate", "numpy")
+    accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "versions": {
+            "quietvit": quietvit.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in names},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "accelerators": accelerators,
+        },
+        "command": shlex.join(sys.argv),
+    }
