@@ -27,6 +27,7 @@ def results_of(
             steps=10,
             train_seconds=11.0,
             decay_seconds=1.0 * decay,
+            coverage=1.0,
             outliers=tuple(
                 SiteOutlier(site=f"{role}.{i}", role=role, ratio=4.0 + i + decay, maximum=9.0)
                 for role in roles

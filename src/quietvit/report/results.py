@@ -44,7 +44,10 @@ class SiteNoise(_Data):
 
 
 class Run(_Data):
-    """One trained model: top-1 in percent, as float and per quantized setting; times in seconds."""
+    """One trained model: top-1 in percent, as float and per quantized setting; times in seconds.
+
+    ``coverage`` is the least share of multiply-accumulates quantized, over all settings.
+    """
 
     seed: int
     decay: bool
@@ -54,6 +57,7 @@ class Run(_Data):
     steps: int
     train_seconds: float
     decay_seconds: float
+    coverage: float
     outliers: tuple[SiteOutlier, ...] = ()
     noise: tuple[SiteNoise, ...] = ()
 

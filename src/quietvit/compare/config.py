@@ -1,0 +1,125 @@
+"""What a comparison is: a recipe, seeds, quantization settings, images to calibrate and look at.
+
+The two arms are derived from the recipe here; they are run in ``run``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from quietvit.errors import QuietvitError, nearest
+from quietvit.quantization.settings import setting_names
+from quietvit.train import TrainConfig
+
+
+class CompareConfig(BaseModel):
+    """A comparison; ``recipe`` describes the arm with CD, the other leaves its ``decay.cd`` out.
+
+    ``bits`` and ``methods`` are combined: ``W4A4`` and ``rtn-omse``. Calibration images are drawn
+    from the training data, ``diagnosed_images`` from the test data, both by ``calibration_seed``.
+    ``noise_setting`` is the setting whose noise is measured per site (by default the last bits with
+    the first method). Raises QuietvitError where a value is refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: TrainConfig
+    seeds: tuple[int, ...] = (0, 1, 2)
+    bits: tuple[str, ...] = ("W8A8", "W6A6", "W4A4")
+    methods: tuple[str, ...] = ("rtn-minmax", "rtn-percentile", "rtn-omse")
+    calibration_images: int = Field(default=32, ge=1)
+    calibration_seed: int = Field(default=0, ge=0)
+    diagnosed_images: int = Field(default=32, ge=1)
+    noise_setting: str = ""
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise QuietvitError(_explained(error)) from error
+
+    @field_validator("bits", "methods")
+    @classmethod
+    def _written_one_way(cls, names: tuple[str, ...], info: Any) -> tuple[str, ...]:
+        upper = info.field_name == "bits"
+        return tuple(name.strip().upper() if upper else name.strip().lower() for name in names)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for what in ("seeds", "bits", "methods"):
+            values = getattr(self, what)
+            if not values or len(set(values)) != len(values):
+                raise QuietvitError(
+                    f"{what} are {', '.join(map(str, values)) or 'empty'}; give at least one, each "
+                    "once."
+                )
+        if any(seed < 0 for seed in self.seeds):
+            raise QuietvitError(f"seeds are {self.seeds}; a seed is 0 or more.")
+        settings = self.settings
+        if self.noise_setting and self.noise_setting not in settings:
+            raise QuietvitError(
+                f"noise_setting {self.noise_setting!r} is not compared"
+                f"{nearest(self.noise_setting, settings)}; choose one of: {', '.join(settings)}."
+            )
+        cd = self.recipe.decay.cd
+        if cd is None or not cd.active:
+            raise QuietvitError(
+                "the recipe trains without Colinearity Decay, so there is nothing to compare; give "
+                "it a strength, for example --set decay.cd.strength=3."
+            )
+        return self
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of all quantization settings, ``W4A4 rtn-minmax``."""
+        return setting_names(self.bits, self.methods)
+
+    @property
+    def measured_noise(self) -> str:
+        return self.noise_setting or f"{self.bits[-1]} {self.methods[0]}"
+
+    def arm(self, seed: int, decay: bool) -> TrainConfig:
+        """Return the recipe of one run: this seed, with or without ``decay.cd``."""
+        changes: dict[str, Any] = {"seed": seed}
+        if not decay:
+            changes["decay"] = self.recipe.decay.model_copy(update={"cd": None})
+        return self.recipe.model_copy(update=changes)
+
+    def order(self) -> tuple[tuple[int, bool], ...]:
+        """Return (seed, decay) of all runs; which arm goes first alternates with the seed."""
+        return tuple(
+            (seed, bool(decay))
+            for at, seed in enumerate(self.seeds)
+            for decay in ((0, 1) if at % 2 == 0 else (1, 0))
+        )
+
+    def flat(self) -> dict[str, str]:
+        """Return every setting as dotted key -> text, for the page and for telling differences."""
+        whole = self.model_dump(mode="json")
+        for key in ("seed", "output"):
+            del whole["recipe"][key]
+        return dict(_flat(whole, ""))
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for name, entry in value.items():
+            yield from _flat(entry, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        yield key, ", ".join(map(str, value))
+    else:
+        yield key, str(value)
+
+
+def _explained(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"there is no key {key!r}{nearest(key, CompareConfig.model_fields)}")
+        else:
+            parts.append(f"{key}={problem['input']!r}: {problem['msg'].lower()}")
+    return f"the comparison: {'; '.join(parts)}."

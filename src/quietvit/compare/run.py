@@ -1,0 +1,282 @@
+"""``compare``: every run of a comparison, each kept as soon as it is finished, then the report.
+
+A run is trained, evaluated as float, quantized and evaluated at every setting, and measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.compare.config import CompareConfig
+from quietvit.data import (
+    calibration_images,
+    evaluate,
+    evaluation_loader,
+    evaluation_transform,
+    load_dataset,
+    subset,
+)
+from quietvit.errors import QuietvitError
+from quietvit.files import refuse_nonempty, write_atomic
+from quietvit.measure import diagnose, sqnr
+from quietvit.quantization import QuantizedModel, quantize
+from quietvit.quantization.settings import parse_method
+from quietvit.report import (
+    Results,
+    Run,
+    SiteNoise,
+    SiteOutlier,
+    Table,
+    render_page,
+    summarize,
+    summary_csv,
+    summary_table,
+    tidy_csv,
+    verdict,
+)
+from quietvit.report.results import ARMS, Spread, overhead
+from quietvit.tracing import Trace
+from quietvit.tracing import trace as record_trace
+from quietvit.train import train
+from quietvit.train.result import provenance
+
+_CONFIG = "compare.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found, and where it was written."""
+
+    results: Results
+    folder: Path
+
+    @property
+    def page(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def table(self) -> Table:
+        return summary_table(self.results)
+
+    @property
+    def verdict(self) -> str:
+        return verdict(summarize(self.results))
+
+    @property
+    def overhead(self) -> Spread | None:
+        """Training time that CD adds, in percent of the training without it."""
+        return overhead(self.results)
+
+
+def compare(
+    config: CompareConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> Comparison:
+    """Train with and without CD for every seed, quantize each model at every setting, report.
+
+    Both arms of a seed start from the same weights and see the same images in the same order.
+    Calibration images are the same for all runs. Float and quantized models are evaluated with one
+    transform, from the model's own data config.
+
+    Args:
+        config: what to compare.
+        output: folder for ``report.html``, ``results.csv`` (every run), ``table.csv``,
+            ``results.json`` and one folder a run. Written anew whenever a seed is finished.
+        resume: keep the finished runs in ``output`` and go on.
+        force: write into a folder that is not empty; runs in it are made anew.
+        say: receives a line of progress.
+
+    Raises:
+        QuietvitError: the folder is not empty, or (with ``resume``) holds another comparison;
+            whatever the rooms below refuse. Finished runs stay.
+    """
+    folder = _prepare(config, Path(output), resume, force)
+    runs: dict[tuple[int, bool], Run] = {}
+    order = config.order()
+    for at, (seed, decay) in enumerate(order, start=1):
+        place = folder / "runs" / f"seed{seed}-{ARMS[decay].replace(' ', '-').lower()}"
+        kept = place / "run.json"
+        name = f"[{at}/{len(order)}] seed {seed} {ARMS[decay]}"
+        if resume and kept.is_file():
+            runs[seed, decay] = _read_run(kept)
+            say(f"{name}: finished before")
+        else:
+            started = time.perf_counter()
+            run = _run(config, seed, decay, place / "train", resume, force)
+            write_atomic(kept, run.model_dump_json(indent=1) + "\n")
+            runs[seed, decay] = run
+            say(
+                f"{name}: float {run.float_top1:.2f} %, "
+                f"{min(run.quantized.values()):.2f} % at worst when quantized "
+                f"({time.perf_counter() - started:.0f} s)"
+            )
+        if (seed, not decay) in runs:
+            _write(_results(config, tuple(runs.values())), folder)
+    return Comparison(_results(config, tuple(runs.values())), folder)
+
+
+def _prepare(config: CompareConfig, folder: Path, resume: bool, force: bool) -> Path:
+    refuse_nonempty(folder, force=resume or force)
+    kept = folder / _CONFIG
+    wanted = config.flat()
+    if resume and kept.is_file():
+        try:
+            before = json.loads(kept.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise QuietvitError(
+                f"{kept} is damaged ({error}); start anew with --force or in another folder."
+            ) from error
+        changed = [
+            f"{key} was {before.get(key)} and is {wanted.get(key)}"
+            for key in dict.fromkeys([*before, *wanted])
+            if before.get(key) != wanted.get(key) and key != "seeds"
+        ]
+        if changed:
+            raise QuietvitError(
+                f"{folder} holds another comparison: {'; '.join(changed[:3])}. Give the same "
+                "settings to go on (seeds may differ), or another folder."
+            )
+    elif resume and any(folder.iterdir()):
+        raise QuietvitError(
+            f"{folder} holds no comparison to go on with (no {_CONFIG}); choose another folder."
+        )
+    write_atomic(kept, json.dumps(wanted, indent=1) + "\n")
+    return folder
+
+
+def _read_run(path: Path) -> Run:
+    try:
+        return Run.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QuietvitError(
+            f"the finished run {path} could not be read ({str(error).splitlines()[0]}); delete "
+            "that file to make the run anew."
+        ) from error
+
+
+def _run(
+    config: CompareConfig, seed: int, decay: bool, place: Path, resume: bool, force: bool
+) -> Run:
+    arm = config.arm(seed, decay).model_copy(update={"output": place})
+    trained = train(arm, resume=resume and place.is_dir(), force=force)
+    device = "cuda" if arm.device == "auto" and torch.cuda.is_available() else "cpu"
+    model = trained.load_model().to(device)
+    transform = evaluation_transform(model)
+    train_set = load_dataset(arm.data.dataset, "train")
+    test_set = load_dataset(arm.data.dataset, "test", num_classes=train_set.num_classes)
+    test_set = subset(test_set, arm.data.test_images)
+    loader = evaluation_loader(test_set, transform, num_workers=arm.num_workers)
+    calibration = calibration_images(
+        train_set, config.calibration_images, transform, config.calibration_seed
+    ).to(device)
+    looked_at = calibration_images(
+        test_set, min(config.diagnosed_images, len(test_set)), transform, config.calibration_seed
+    ).to(device)
+    trace = record_trace(model, calibration[:1])
+    tops: dict[str, float] = {}
+    covered = 1.0
+    noise: tuple[SiteNoise, ...] = ()
+    for setting in config.settings:
+        bits, _, method = setting.partition(" ")
+        quantized = quantize(
+            model, parse_method(method, bits), calibration, trace=trace, progress=False
+        )
+        tops[setting] = evaluate(quantized, loader, device)
+        covered = min(covered, quantized.coverage.fraction)
+        if setting == config.measured_noise:
+            noise = _noise(model, quantized, looked_at, trace)
+    return Run(
+        seed=seed,
+        decay=decay,
+        float_top1=evaluate(model, loader, device),
+        quantized=tops,
+        images=len(test_set),
+        steps=trained.steps,
+        train_seconds=trained.train_seconds,
+        decay_seconds=trained.decay_seconds,
+        coverage=covered,
+        outliers=_outliers(model, looked_at, trace),
+        noise=noise,
+    )
+
+
+def _outliers(model: nn.Module, images: Tensor, trace: Trace) -> tuple[SiteOutlier, ...]:
+    found = diagnose(model, images, pairs=(), trace=trace)
+    return tuple(
+        SiteOutlier(
+            site=f"{site.site}:{site.operand}",
+            role=site.role,
+            ratio=site.max_over_rms,
+            maximum=site.max,
+        )
+        for site in found.sites
+        if site.operand != "output"
+    )
+
+
+def _noise(
+    model: nn.Module, quantized: QuantizedModel, images: Tensor, trace: Trace
+) -> tuple[SiteNoise, ...]:
+    decibels = sqnr(model, quantized, images)
+    return tuple(
+        SiteNoise(site=name, role=trace[name].role, db=db)
+        for name, db in decibels.items()
+        if isfinite(db)
+    )
+
+
+def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
+    made = provenance()
+    machine = made["machine"]
+    covered = 100 * min(run.coverage for run in runs)
+    return Results(
+        model=config.recipe.model.name,
+        data=config.recipe.data.dataset,
+        settings=config.settings,
+        noise_setting=config.measured_noise,
+        seeds=config.seeds,
+        runs=runs,
+        configuration=config.flat(),
+        versions=made["versions"],
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        machine=", ".join(
+            [
+                machine["platform"],
+                machine["processor"],
+                f"{os.cpu_count()} processors",
+                f"{config.recipe.threads or machine['threads']} threads",
+                *machine["accelerators"],
+            ]
+        ),
+        date=datetime.now(UTC).date().isoformat(),
+        notes=(
+            f"{covered:.1f} % of all multiply-accumulates run on quantized operands, products "
+            "inside attention included; patch embedding and head at 8 bits. Ranges come from "
+            f"{config.calibration_images} images of the training data, the same for every run; "
+            f"top-1 is on {runs[0].images} test images, one of which is "
+            f"{100 / runs[0].images:.2f} points.",
+        ),
+    )
+
+
+def _write(results: Results, folder: Path) -> None:
+    write_atomic(folder / "results.json", results.model_dump_json(indent=1) + "\n")
+    write_atomic(folder / "results.csv", tidy_csv(results))
+    write_atomic(folder / "table.csv", summary_csv(results))
+    write_atomic(folder / "report.html", render_page(results))

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from quietvit import __version__, cli
+
+MODEL = "test_vit"
+SIZE = ["--size", "32"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def refused(result) -> str:
+    """The one paragraph of an error the user can mend."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def png(value: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (32, 32), (value, 2 * value, 255 - value)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = [{"image": {"bytes": png(10 * i)}, "label": i % 2} for i in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    return tmp_path / "t.parquet"
+
+
+def test_help_names_every_command_and_loads_no_torch():
+    code = (
+        "import sys, quietvit.cli as c\n"
+        "try: c.main()\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
+    )
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        assert command.callback.__name__ in done.stdout
+    assert done.stderr.strip().endswith("False")
+
+
+@pytest.mark.parametrize("command", [c.callback.__name__ for c in cli.app.registered_commands])
+def test_every_command_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"quietvit {command}" in result.output.partition("Examples")[2]
+
+
+def test_version():
+    assert run("--version").output == f"quietvit {__version__}\n"
+
+
+def test_an_unknown_command_is_answered_with_the_nearest():
+    result = run("quantise")
+    assert result.exit_code == 2
+    assert "quantize" in result.stderr
+
+
+def test_the_traceback_is_shown_on_request():
+    result = run("--traceback", "trace", "vit_tinny_patch16_224")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "did you mean" in result.stderr
+
+
+def test_an_interruption_is_one_line_and_130(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_model", interrupted)
+    result = run("trace", MODEL)
+    assert result.exit_code == 130
+    assert result.stderr.startswith("interrupted: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(cli, "_model", broken)
+    result = run("trace", MODEL)
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert "unexpected error: ZeroDivisionError: oops" in result.stderr
+
+
+def test_trace_and_pairs_print_their_tables():
+    every, products = run("trace", MODEL, *SIZE), run("trace", MODEL, *SIZE, "--matmuls")
+    assert every.exit_code == products.exit_code == 0
+    assert "blocks.0.attn.qkv" in products.output
+    assert "softmax" in every.output
+    assert len(products.output.splitlines()) < len(every.output.splitlines())
+    assert "mlp" in run("pairs", MODEL, *SIZE).output
+
+
+def test_methods_are_listed():
+    assert "rtn" in run("methods").output
+    assert "'quietvit methods'" in refused(run("methods", "nothing*"))
+
+
+def test_quantize_then_evaluate_gives_the_same_top1(table, tmp_path):
+    torch.manual_seed(0)
+    import timm
+
+    weights = tmp_path / "w.safetensors"
+    save_file(timm.create_model(MODEL, num_classes=2, img_size=32).state_dict(), weights)
+    given = [MODEL, "--weights", weights, "--calibration", table, "--count", 4, *SIZE]
+    file = tmp_path / "m.qvit"
+    made = run("quantize", *given, "--bits", "W4A8", "-o", file, "--images", table)
+    assert made.exit_code == 0, made.output
+    assert "coverage" in made.output
+    read = run("evaluate", file, "--images", table)
+    assert read.exit_code == 0, read.output
+    top1 = [line for line in made.output.splitlines() if line.startswith("top-1")]
+    assert read.output.splitlines()[-1] == top1[-1]
+    assert "force" in refused(run("quantize", *given, "-o", file))
+    assert run("evaluate", file, "--images", table).output == read.output
+
+
+def test_diagnose_writes_what_it_prints(table, tmp_path):
+    out = tmp_path / "out"
+    given = ["diagnose", MODEL, "--classes", 2, *SIZE, "--images", table, "--count", 2, "-o", out]
+    done = run(*given)
+    assert done.exit_code == 0, done.output
+    assert (out / "diagnosis.json").is_file()
+    assert list(out.glob("*.png"))
+    before = sorted(path.stat().st_mtime_ns for path in out.iterdir())
+    assert "not empty" in refused(run(*given))
+    assert sorted(path.stat().st_mtime_ns for path in out.iterdir()) == before
+
+
+@pytest.mark.parametrize("bits", ["W1A8", "W8A17", "8", "W4"])
+def test_bits_out_of_range_are_refused_before_anything_is_loaded(bits, tmp_path):
+    out = tmp_path / "m.qvit"
+    text = refused(run("quantize", MODEL, "--calibration", "nowhere/", "--bits", bits, "-o", out))
+    assert "bits" in text
+    assert not out.exists()
+
+
+def test_bad_data_is_refused_with_the_remedy(table, tmp_path):
+    head = [MODEL, "--classes", 2, *SIZE]
+    assert "does not exist" in refused(
+        run("evaluate", *head, "--images", tmp_path / "missing_folder")
+    )
+    wrong = tmp_path / "wrong.parquet"
+    pq.write_table(pa.table({"picture": [png(1)], "label": [0]}), wrong)
+    assert "image" in refused(run("evaluate", *head, "--images", wrong))
+    out = tmp_path / "m.qvit"
+    none = run("quantize", *head, "--calibration", table, "--count", 0, "-o", out)
+    assert "calibration images" in refused(none)
+    broken = tmp_path / "broken.parquet"
+    cut = [{"image": png(3)[:60], "label": 0}]
+    pq.write_table(pa.Table.from_pylist(cut), broken)
+    refused(run("diagnose", *head, "--images", broken, "--count", 1))
+
+
+def test_weights_of_another_architecture_are_refused(table, tmp_path):
+    weights = tmp_path / "w.safetensors"
+    save_file({"stem.weight": torch.zeros(2, 3), "head.weight": torch.zeros(2, 3)}, weights)
+    text = refused(run("evaluate", MODEL, "--weights", weights, "--images", table))
+    assert "another architecture" in text
+
+
+def test_a_model_without_blocks_is_refused():
+    refused(run("pairs", "resnet18", "--kinds", "value_output"))
+
+
+def test_a_full_output_folder_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    text = refused(run("compare", "--recipe", "digits", "--output", tmp_path))
+    assert "not empty" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_unknown_key_of_a_recipe_is_answered_with_the_nearest(tmp_path):
+    out = tmp_path / "out"
+    text = refused(run("train", "-r", "digits", "-s", "optimizer.lrr=1", "-o", out))
+    assert "optimizer.lr" in text
+    assert not out.exists()
