@@ -1,4 +1,4 @@
-"""Decoupled updates that follow an optimizer: when they run, at which learning rate, how they write.
+"""Decoupled updates that follow an optimizer: when they run, at which rate, how they write.
 
 What is written is up to the subclass (``colinearity``, ``gains``); no mathematics of pairs here.
 """
@@ -291,6 +291,5 @@ class _Watch:
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
-    return parameter.detach()
+    whole = parameter.detach()
+    return whole.full_tensor() if isinstance(whole, DTensor) else whole

@@ -16,7 +16,8 @@ from quietvit.decay.attach import DecoupledUpdate, Schedule
 from quietvit.decay.colinearity import checked_strength
 from quietvit.decay.plan import wide
 from quietvit.errors import QuietvitError
-from quietvit.pairs import MatrixPair, WeightView
+from quietvit.pairs import MatrixPair
+from quietvit.tracing import WeightView
 
 
 class NormGainDecay(DecoupledUpdate):

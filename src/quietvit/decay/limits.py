@@ -25,8 +25,9 @@ class TrustRegion:
     Guarantee: for every parameter, the new value is (I - L) times the old one, with L a symmetric
     linear map (the sum of the maps of all pairs that touch the parameter) whose eigenvalues lie in
     [0, 1], or in [-1, 1] for ``cosine``, which also lengthens; up to rounding. So along each
-    eigenvector, and for a parameter in one pair along each singular direction of the partner, the
-    component keeps its sign or becomes zero, at any strength.
+    eigenvector, and for a parameter in one pair along each singular direction of the partner (of
+    diag(sqrt w) B for the A of ``peak``), the component keeps its sign or becomes zero, at any
+    strength.
 
     How: side p of a pair has the largest rate r_p = learning rate x strength x largest eigenvalue
     of its operator. The load of p is the sum of r_q over all sides q that share an entry with it.
@@ -62,7 +63,7 @@ class TrustRegion:
     def suspects(self, steps: Steps) -> list[int]:
         """Return the batches whose bound from shapes alone does not keep them within."""
         rates = [step * bound for step, bound in zip(steps, self._static, strict=True)]
-        heavy = set()
+        heavy: set[int] = set()
         for side, sharing in enumerate(self._sharing):
             if sum(rates[q] for q in sharing) > 1:
                 heavy.update(q // 2 for q in (side, *sharing))

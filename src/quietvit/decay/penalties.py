@@ -273,7 +273,7 @@ def mean_square(M: Tensor) -> Tensor:
 
 
 def inverse(x: Tensor) -> Tensor:
-    """Return 1 / x, and 0 where x is below the smallest normal number: a zero matrix has no rate."""
+    """Return 1 / x, and 0 where x is below the smallest normal number (a zero matrix)."""
     tiny = torch.finfo(x.dtype).tiny
     return torch.where(x < tiny, 0.0, 1 / x.clamp_min(tiny))
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quietvit.pairs import Index, MatrixPair, WeightView
+from quietvit.pairs import MatrixPair
+from quietvit.tracing import WeightView
+from quietvit.tracing.weights import Index
 
 _LARGEST_BATCH = 2**24
 

@@ -1,0 +1,233 @@
+"""The trust region: no direction changes sign at any strength, and nothing else is touched."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quietvit.decay import PENALTIES, ColinearityDecay
+from quietvit.decay.limits import TrustRegion
+from quietvit.decay.penalties import Energy
+from quietvit.decay.plan import batches, overlaps
+from quietvit.pairs import MatrixPair
+from quietvit.tracing import WeightView
+
+STRENGTHS = [1.0, 30.0, 1e3, 1e9]
+penalties = pytest.mark.parametrize("penalty", PENALTIES)
+strengths = pytest.mark.parametrize("strength", STRENGTHS)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def spiked(o: int, h: int, spike: float = 10.0) -> Tensor:
+    matrix = torch.randn(o, h, dtype=torch.float64)
+    return matrix + spike * torch.outer(torch.randn(o), torch.randn(h)) / (o * h) ** 0.25
+
+
+def chain(*widths: int, norm: bool = False) -> nn.Module:
+    model = nn.Module()
+    for i, (h, o) in enumerate(pairwise(widths)):
+        linear = nn.Linear(h, o, bias=False).double()
+        linear.weight = nn.Parameter(spiked(o, h))
+        model.add_module(f"l{i}", linear)
+    if norm:
+        model.add_module("norm", nn.LayerNorm(widths[0]).double())
+        nn.init.normal_(model.norm.weight)
+        with torch.no_grad():
+            model.norm.weight[0] *= 8
+    return model
+
+
+def link(first: str, second: str, diagonal: bool = False) -> MatrixPair:
+    kind = "norm_linear" if diagonal else "mlp"
+    return MatrixPair(WeightView(first, diagonal=diagonal), WeightView(second), kind)
+
+
+def step(
+    model: nn.Module, pairs: Sequence[MatrixPair], strength: float, penalty: str, lr: float = 1e-2
+) -> None:
+    decay = ColinearityDecay(model, strength=strength, penalty=penalty, pairs=pairs)
+    decay.step(torch.optim.SGD(model.parameters(), lr=lr))
+
+
+@penalties
+@strengths
+@pytest.mark.parametrize("widths", [(9, 6, 7), (4, 12, 5), (20, 4, 11)])
+def test_law_3_components_along_the_partners_singular_vectors_keep_their_sign(
+    penalty: str, strength: float, widths: tuple[int, ...]
+) -> None:
+    model = chain(*widths)
+    A, B = (p.detach().clone() for p in model.parameters())
+    step(model, [link("l0", "l1")], strength, penalty)
+    new_A, new_B = (p.detach() for p in model.parameters())
+    u = torch.linalg.svd(A, full_matrices=False).U
+    shares = (B @ A).square().sum(-1)
+    M = B * (shares / shares.mean()).sqrt()[:, None] if penalty == "peak" else B
+    v = torch.linalg.svd(M, full_matrices=False).Vh.mT
+    growth = 2.0 if penalty == "cosine" else 1.0
+    for old, new in ((B @ u, new_B @ u), (v.mT @ A, v.mT @ new_A)):
+        assert (new * old.sign() >= -1e-12).all()
+        assert (new.abs() <= growth * old.abs() + 1e-12).all()
+
+
+@penalties
+@strengths
+def test_law_3_holds_for_gains_and_their_reader(penalty: str, strength: float) -> None:
+    model = chain(6, 9, norm=True)
+    gains, B = model.norm.weight.detach().clone(), model.l0.weight.detach().clone()
+    step(model, [link("norm", "l0", diagonal=True)], strength, penalty)
+    growth = 2.0 if penalty == "cosine" else 1.0
+    for old, new in ((gains, model.norm.weight.detach()), (B, model.l0.weight.detach())):
+        assert (new * old.sign() >= -1e-12).all()
+        assert (new.abs() <= growth * old.abs() + 1e-12).all()
+
+
+@penalties
+@strengths
+def test_law_3_the_sum_over_pairs_that_share_a_weight_is_limited(
+    penalty: str, strength: float
+) -> None:
+    """l1 is second under l0 and under the gains, and first before l2, all at once."""
+    model = chain(7, 6, 8, 5)
+    model.add_module("norm", nn.LayerNorm(6).double())
+    nn.init.normal_(model.norm.weight)
+    pairs = [link("l0", "l1"), link("l1", "l2"), link("norm", "l1", diagonal=True)]
+    before = model.l1.weight.detach().clone()
+    step(model, pairs, strength, penalty)
+    after = model.l1.weight.detach()
+    inner = float((before * after).sum()) / float(before.square().sum())
+    assert -1e-12 <= inner <= (2.0 if penalty == "cosine" else 1.0) + 1e-12
+    if penalty == "cosine":
+        assert float((before - after).norm()) <= float(before.norm()) * (1 + 1e-12)
+    else:
+        assert float((2 * after - before).norm()) <= float(before.norm()) * (1 + 1e-12)
+
+
+@strengths
+def test_the_map_of_a_shared_weight_has_eigenvalues_between_zero_and_one(strength: float) -> None:
+    """The whole linear map, written out: partners are held, so the update is linear in l1."""
+    model = chain(7, 4, 3, 5)
+    model.add_module("norm", nn.LayerNorm(4).double())
+    nn.init.normal_(model.norm.weight)
+    pairs = [link("l0", "l1"), link("norm", "l1", diagonal=True)]
+    start = model.l1.weight.detach().clone()
+    columns = []
+    for unit in torch.eye(start.numel()).double():
+        probe = copy.deepcopy(model)
+        probe.l1.weight = nn.Parameter(unit.view_as(start).clone())
+        for name, parameter in probe.named_parameters():
+            parameter.requires_grad_(name == "l1.weight")
+        step(probe, pairs, strength, "energy")
+        columns.append(probe.l1.weight.detach().flatten())
+    linear = torch.stack(columns, 1)
+    assert torch.allclose(linear, linear.mT, atol=1e-12)
+    eigenvalues = torch.linalg.eigvalsh(linear)
+    assert float(eigenvalues.min()) >= -1e-12
+    assert float(eigenvalues.max()) <= 1 + 1e-12
+
+
+def test_only_the_directions_that_trip_are_limited() -> None:
+    model = chain(9, 6, 7)
+    A, B = (p.detach().clone() for p in model.parameters())
+    model.l0.weight.requires_grad_(False)
+    U, s, _ = torch.linalg.svd(A, full_matrices=False)
+    rates = s**2 / (s**2).mean()
+    strength = 100 * 1.5 / float(rates[0])
+    assert float(rates[1]) * strength / 100 < 1
+    step(model, [link("l0", "l1")], strength, "energy")
+    kept = (1 - strength / 100 * rates).clamp_min(0)
+    assert torch.allclose(model.l1.weight.detach() @ U, (B @ U) * kept, atol=1e-12)
+    assert float(kept[0]) == 0
+
+
+@penalties
+@pytest.mark.parametrize("strength", [1.0, 12.0, 25.0])
+def test_within_the_region_the_explicit_formula_holds_bit_for_bit(
+    penalty: str, strength: float
+) -> None:
+    """At 12 and 25 bounds from shapes, or from Gram matrices, trip although no rate reaches 1."""
+    model = chain(30, 24, 26, norm=False)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter)
+    A, B = (p.detach().clone() for p in model.parameters())
+    rule = PENALTIES[penalty]()
+    dA, dB = rule.directions(A[None], B[None])
+    for operator in rule.operators(A[None], B[None]):
+        top = float(torch.linalg.eigvalsh(operator.gram).max())
+        top *= float(operator.weights.max()) if operator.weights is not None else 1.0
+        if top * strength * 1e-2 > 1:
+            pytest.skip("this strength is beyond the region for this penalty")
+    step(model, [link("l0", "l1")], strength, penalty)
+    assert torch.equal(model.l0.weight, A + dA[0] * -(strength * 1e-2))
+    assert torch.equal(model.l1.weight, B + dB[0] * -(strength * 1e-2))
+
+
+def test_three_stages_of_bounds_agree_and_are_ordered() -> None:
+    model = chain(30, 24, 26)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    pairs = [link("l0", "l1")]
+    plan = batches(pairs, parameters)
+    region = TrustRegion(pairs, parameters, plan, Energy())
+    for value in (1e-4, 1 / 23.0, 10.0):
+        steps = [value, value]
+        suspects = region.suspects(steps)
+        within = bool(region.within(suspects, parameters, steps, [None]))
+        limited = region.limited(suspects, parameters, steps, [None])
+        assert bool(suspects) == (value * 24 > 1)
+        assert not (within and limited is not None)
+    assert limited is not None
+
+
+def test_limiting_warns_once() -> None:
+    model = chain(9, 6, 7)
+    decay = ColinearityDecay(model, strength=1e4, pairs=[link("l0", "l1")])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decay.step(optimizer)
+        decay.step(optimizer)
+    assert [str(w.message)[:28] for w in caught] == ["learning rate x strength wou"]
+
+
+@penalties
+@strengths
+def test_law_4_zero_matrices_stay_as_they_are_at_any_strength(
+    penalty: str, strength: float
+) -> None:
+    model = chain(9, 6, 7)
+    nn.init.zeros_(model.l0.weight)
+    B = model.l1.weight.detach().clone()
+    step(model, [link("l0", "l1")], strength, penalty)
+    assert (model.l0.weight == 0).all()
+    assert torch.equal(model.l1.weight, B)
+
+
+def test_overlaps_are_found_by_entries() -> None:
+    model = nn.Module()
+    model.add_module("qkv", nn.Linear(4, 12))
+    model.add_module("proj", nn.Linear(4, 4))
+    parameters = dict(model.named_parameters())
+    views = [
+        WeightView("qkv", rows=range(8, 10)),
+        WeightView("qkv", rows=range(10, 12)),
+        WeightView("qkv"),
+        WeightView("qkv", rows=(1, 9)),
+        WeightView("proj", cols=range(0, 2)),
+        WeightView("proj", cols=(1, 2)),
+        WeightView("proj", rows=range(0, 4, 2)),
+        WeightView("proj", rows=(1, 3)),
+    ]
+    shared = [sorted(found) for found in overlaps(views, parameters)]
+    assert shared[:4] == [[0, 2, 3], [1, 2], [0, 1, 2, 3], [0, 2, 3]]
+    assert shared[4:] == [[4, 5, 6, 7], [4, 5, 6, 7], [4, 5, 6], [4, 5, 7]]
