@@ -134,14 +134,20 @@ class Diagnosis:
         return table
 
     def _cause_table(self) -> Table:
-        title = "Root causes: y = Σ sᵢ (wᵀuᵢ)(vᵢᵀx), the direction that explains most"
+        title = "Root causes: y = Σ sᵢ (wᵀuᵢ)(vᵢᵀx), through f; the direction that explains most"
         table = Table(title=title, title_justify="left")
         table.add_column("pair", overflow="fold", ratio=1)
-        for column in ("channel", "value", "i", "s", "wᵀu", "vᵀx", "product", "true part", "share"):
+        for column in ("channel", "value", "i", "s", "wᵀu", "vᵀx", "product", "through f", "share"):
             table.add_column(column, justify="right", no_wrap=True)
         for cause in self.root_causes:
             c = cause.contribution
-            parts = (c.singular_value, c.second_component, c.input_component, c.product, c.through)
+            parts = (
+                c.singular_value,
+                c.second_component,
+                c.input_component,
+                c.product,
+                c.explained,
+            )
             table.add_row(
                 cause.pair.replace(".weight", ""),
                 str(cause.channel),

@@ -27,7 +27,8 @@ EXPLAINED = TOKENWISE | {"value_output", "norm_linear"}
 class Contribution:
     """The direction i that explains most of one output value. Derived here.
 
-    With y_k = b_kᵀ h + bias, h the true hidden activation and A = Σ s_i u_i v_iᵀ:
+    With y_k = b_kᵀ h + bias, h the true hidden activation, f what stands between the two matrices
+    and A = Σ s_i u_i v_iᵀ. The three accounts agree where f is the identity and nothing is biased:
 
     Attributes:
         direction: i, counted from 0 in descending order of s_i.
@@ -35,6 +36,9 @@ class Contribution:
         second_component: b_kᵀ u_i.
         input_component: v_iᵀ x.
         product: ``s_i (b_kᵀ u_i)(v_iᵀ x)``: what the pair would give without the non-linearity.
+        alone: ``b_kᵀ f(s_i u_i v_iᵀ x)``: what this direction by itself gives through f. None where
+            f is not one activation function; the product where nothing but an average stands
+            between. It need not add up over directions.
         through: ``(b_kᵀ u_i)(u_iᵀ h)``: the exact part of the true value that comes through u_i,
             everything between the two matrices included.
         linear: b_kᵀ A x, the sum of the products over all directions.
@@ -46,9 +50,15 @@ class Contribution:
     second_component: float
     input_component: float
     product: float
+    alone: float | None
     through: float
     linear: float
     hidden: float
+
+    @property
+    def explained(self) -> float:
+        """``alone``, or where there is none ``through``."""
+        return self.through if self.alone is None else self.alone
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class RootCause:
         output_rms: root mean square of the site's output over all images.
         contribution: the direction that explains most.
         share_linear: ``contribution.product / value``.
-        share: ``contribution.through / value``.
+        share: ``contribution.explained / value``; may exceed 1, where other directions take away.
         colinearity: ``|cos(b_k, u_i)|``.
     """
 
@@ -95,6 +105,7 @@ def explain(
     *,
     inputs: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: Callable[[Tensor], Tensor] | None = None,
 ) -> Contribution:
     """Take b_kᵀ h apart into the singular directions of A and return the one that explains most.
 
@@ -106,8 +117,10 @@ def explain(
         bias: c, shape (h,), the first bias, where the hidden activation is A x̄ + c with x̄ an
             average of inputs: attention (rows of probabilities sum to 1, so x̄ is the
             attention-weighted mean) or nothing at all. Then v_iᵀ x̄ = u_iᵀ(h − c) / s_i exactly.
+        activation: f, elementwise, where it is known; goes with ``inputs``.
 
-    "Most" is the largest ``through`` in the direction of b_kᵀ h. Derived here.
+    The direction is the one of largest ``product`` in the direction of b_kᵀ h, or, where ``alone``
+    is not known, of largest ``through``. Derived here.
     """
     wide = [t.detach().to("cpu", torch.float64) for t in (row, hidden)]
     row, hidden = wide
@@ -122,14 +135,19 @@ def explain(
         linear_part = decomposition.onto_left(hidden - offset)
         onto_input = torch.where(values > 0, linear_part / values.clamp_min(1e-300), 0.0)
     products, through = values * onto_row * onto_input, onto_row * onto_hidden
+    alone: Tensor | None = products if inputs is None else None
+    if activation is not None and decomposition.left is not None:
+        alone = activation(decomposition.left.mT * (values * onto_input)[:, None]) @ row
     total = float(row @ hidden)
-    i = int((through * (1.0 if total >= 0 else -1.0)).argmax())
+    ranked = through if alone is None else products
+    i = int((ranked * (1.0 if total >= 0 else -1.0)).argmax())
     return Contribution(
         direction=i,
         singular_value=float(values[i]),
         second_component=float(onto_row[i]),
         input_component=float(onto_input[i]),
         product=float(products[i]),
+        alone=None if alone is None else float(alone[i]),
         through=float(through[i]),
         linear=float(products.sum()),
         hidden=total,
@@ -220,11 +238,14 @@ class CauseFinder:
         self._trace, self._model, self._peaks, self._skipped = trace, model, peaks, skipped
         self._firsts = {pair.first.parameter_name for peak in peaks for pair in peak.pairs}
         self._seen: dict[str, tuple[Site, Tensor, Tensor]] = {}
+        self._activations: dict[str, tuple[str, Callable[..., Tensor]]] = {}
 
     def __call__(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
     ) -> Tensor:
         output = run(*operands)
+        if site.kind == "activation" and len(site.operands[0].fed_by) == 1:
+            self._activations[site.operands[0].fed_by[0]] = (site.function.strip("_"), run)
         if site.weight is None:
             return output
         if site.weight.parameter_name in self._firsts:
@@ -250,7 +271,7 @@ class CauseFinder:
             contribution = self._contribution(pair, row, token, place[:-1], hidden.shape[:-1])
             if contribution is None:
                 continue
-            share = contribution.through / value if value else 0.0
+            share = contribution.explained / value if value else 0.0
             if best is not None and share <= best.share:
                 continue
             norm = float(row.double().norm()) if row.device.type != "mps" else float(row.norm())
@@ -300,7 +321,17 @@ class CauseFinder:
             return None
         vector, columns = inputs[place], _inputs(pair.first)
         vector = vector if columns is None else vector[list(columns)]
-        return explain(decomposition, row, token, inputs=vector)
+        activation = self._activation(site, pair, vector)
+        return explain(decomposition, row, token, inputs=vector, activation=activation)
+
+    def _activation(
+        self, site: Site, pair: MatrixPair, like: Tensor
+    ) -> Callable[[Tensor], Tensor] | None:
+        """The one activation function between the matrices; None where there is more to it."""
+        function, run = self._activations.get(site.name, ("", None))
+        if run is None or pair.through != (function,):
+            return None
+        return lambda x: run(x.to(like.device, like.dtype)).to("cpu", torch.float64)
 
 
 def channels_last(site: Site, x: Tensor) -> Tensor:
