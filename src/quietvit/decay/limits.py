@@ -159,19 +159,26 @@ def _largest(operator: Operator) -> Tensor:
 def _cut_step_A(A: Tensor, operator: Operator, step: Tensor, cut: Tensor) -> Tensor:
     if operator.gram.ndim == 2:
         return A * _cut(operator.gram, operator.shift, step, cut)
-    rates, basis = torch.linalg.eigh(operator.gram)
+    rates, basis = _decomposed(operator.gram)
     factors = _cut(rates, operator.shift, step, cut)
     return basis @ (factors[:, :, None] * (basis.mT @ A))
 
 
 def _cut_step_B(B: Tensor, operator: Operator, step: Tensor, cut: Tensor) -> Tensor:
     diagonal = operator.gram.ndim == 2
-    rates, basis = (operator.gram, None) if diagonal else torch.linalg.eigh(operator.gram)
+    rates, basis = (operator.gram, None) if diagonal else _decomposed(operator.gram)
     rates = rates[:, None, :]
     if operator.weights is not None:
         rates = rates * operator.weights[:, :, None]
     factors = _cut(rates, operator.shift, step, cut)
     return B * factors if basis is None else ((B @ basis) * factors) @ basis.mT
+
+
+def _decomposed(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, zero where they are rounding errors of the largest, and eigenvectors."""
+    rates, basis = torch.linalg.eigh(gram)
+    noise = torch.finfo(gram.dtype).eps * gram.shape[-1] * rates[:, -1:]
+    return torch.where(rates < noise, 0.0, rates), basis
 
 
 def _cut(rates: Tensor, shift: Tensor | None, step: Tensor, cut: Tensor) -> Tensor:
