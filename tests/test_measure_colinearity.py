@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from quietvit.errors import QuietvitError
@@ -11,7 +13,7 @@ from quietvit.measure.colinearity import (
     expected_at_random,
     measure_pair,
 )
-from quietvit.pairs import MatrixPair, WeightView
+from quietvit.pairs import MatrixPair, WeightView, find_pairs
 
 
 class Two(nn.Module):
@@ -145,3 +147,18 @@ def test_amplification_alone_agrees():
     assert amplification(decompose(a), b).tolist() == pytest.approx(
         list(measure(a, b).amplification)
     )
+
+
+def test_trained_weights_are_aligned_where_random_ones_are_not(test_data):
+    model = timm.create_model("deit_tiny_patch16_224")
+    example = torch.randn(1, 3, 224, 224)
+    random = [measure_pair(model, p) for p in find_pairs(model, example, kinds=("mlp",))]
+    model.load_state_dict(load_file(test_data / "deit_tiny_patch16_224.safetensors"))
+    trained = [measure_pair(model, p) for p in find_pairs(model, example, kinds=("mlp",))]
+    for pair in random:
+        assert pair.alignment == pytest.approx(1, abs=0.05)
+        assert pair.worst_channels[0].colinearity < 1.2 * pair.expected_worst
+    last = trained[11]
+    assert last.alignment > 5
+    assert last.worst_channels[0].channel == 21
+    assert last.worst_channels[0].colinearity > 4 * last.expected_worst

@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+import torchvision
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -126,6 +127,21 @@ def test_timm_families(options, name, images):
     assert found.root_causes
     assert found.skipped == ()
     assert all(s.max >= s.rms > 0 for s in found.sites)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=3),
+        torchvision.models.SwinTransformer([2, 2], 16, [2, 2], [2, 4], [2, 2], num_classes=3),
+    ],
+    ids=["vit", "swin"],
+)
+def test_torchvision_families(model, images):
+    found = diagnose(model, images)
+    written = {pair.name.split(" -> ")[1].split(" head")[0] for pair in found.pairs}
+    assert len(found.root_causes) == min(10, len(written))
+    assert found.skipped == ()
 
 
 def test_swin_windows_are_no_images(images):

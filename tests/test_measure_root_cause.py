@@ -7,7 +7,7 @@ from torch import nn
 
 from quietvit.measure import diagnose
 from quietvit.measure.colinearity import decompose
-from quietvit.measure.root_cause import explain
+from quietvit.measure.contribution import explain
 from quietvit.pairs import find_pairs
 
 WIDTH, HIDDEN, HEADS, TOKENS = 12, 24, 3, 4

@@ -141,6 +141,17 @@ def test_a_dead_site_is_not_a_number(images, model):
     assert math.isnan(found["blocks.0.mlp.fc2"])
 
 
+def test_more_bits_give_more_decibels_with_the_library_s_own_quantizers(model, images):
+    means = []
+    for bits in (4, 6, 8):
+        method = quietvit.RTN(weight_bits=bits, activation_bits=bits)
+        quantized = quietvit.quantize(model, method, images, progress=False)
+        found = sqnr(model, quantized, images)
+        assert list(found) == [site.name for site in quantized.trace.matmuls]
+        means.append(sum(found.values()) / len(found))
+    assert means[0] + 6 < means[1] < means[2] - 6
+
+
 def test_what_cannot_be_compared_is_refused(model, images):
     quantized = Rounded(model, images, 0.05)
     with pytest.raises(QuietvitError, match="has no trace"):
