@@ -207,7 +207,7 @@ class Stream:
         index = index.floor_().add_(bins // 2).clamp_(0, bins - 1).to(torch.int64)
         if channels > 1:
             index += torch.arange(channels, device=rows.device)[:, None] * bins
-        self.counts += torch.bincount(index.view(-1), minlength=channels * bins).view(-1, bins)
+        self.counts += torch.bincount(index.reshape(-1), minlength=channels * bins).view(-1, bins)
 
     def points(self) -> tuple[Tensor, Tensor | None]:
         """Values (channels, n) ascending, and their counts alike, or None where all count once."""

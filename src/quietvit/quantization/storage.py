@@ -20,16 +20,24 @@ from torch import Tensor, nn
 
 import quietvit
 from quietvit.errors import QuietvitError
+from quietvit.quantization.architecture import (
+    architecture_of,
+    build,
+    compare_sites,
+    compare_weights,
+    preprocessing_of,
+    set_dtypes,
+    signature,
+)
 from quietvit.quantization.calibration import run_model
 from quietvit.quantization.method import Slot, get_method
 from quietvit.quantization.quantized import QuantizedModel
 from quietvit.quantization.quantizers import Quantizer, build_quantizer
-from quietvit.tracing import Site, Trace, intercept
+from quietvit.tracing import Site, intercept
 from quietvit.tracing import trace as trace_model
 
 FORMAT, VERSION = "quietvit quantized model", 1
 TENSORS, FACTS = "model.safetensors", "quantization.json"
-_IDLE = ("Dropout", "DropPath", "Identity")
 
 
 def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Path:
@@ -55,10 +63,10 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
         "format": FORMAT,
         "version": VERSION,
         "method": {"name": quantized.method.name, "fields": quantized.method.model_dump()},
-        "architecture": _architecture(quantized.model, quantized.input_shape),
+        "architecture": architecture_of(quantized.model, quantized.input_shape),
         "model_class": type(quantized.model).__name__,
         "input_shape": list(quantized.input_shape),
-        "sites": _signature(quantized.trace),
+        "sites": signature(quantized.trace),
         "quantizers": [
             {
                 "site": slot.site.name,
@@ -70,7 +78,7 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
         ],
         "coded_weights": {name: slots for name, (_, slots) in codes.items()},
         "dtypes": dtypes,
-        "preprocessing": _preprocessing(quantized.model),
+        "preprocessing": preprocessing_of(quantized.model),
         "notes": list(quantized.notes),
         "coverage": quantized.coverage.to_dict(),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
@@ -104,14 +112,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
     facts, tensors = _read(path)
     try:
         method = get_method(facts["method"]["name"])(**facts["method"]["fields"])
-        own = _build(path, facts) if model is None else copy.deepcopy(model)
+        own = build(path, facts) if model is None else copy.deepcopy(model)
         own.eval()
-        _set_dtypes(own, facts["dtypes"])
+        set_dtypes(own, facts["dtypes"])
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         coded = {n.removeprefix("codes."): t for n, t in tensors.items() if n.startswith("codes.")}
-        _compare(path, own, state | coded)
+        compare_weights(path, own, state | coded)
         trace = trace_model(own, _zeros(own, facts["input_shape"]))
-        _compare_sites(path, trace, facts["sites"])
+        compare_sites(path, trace, facts["sites"])
         sites = {site.name: site for site in trace.sites}
         quantizers: dict[Slot, Quantizer] = {}
         for entry in facts["quantizers"]:
@@ -167,11 +175,12 @@ def _put(folder: Path, path: Path) -> None:
         folder.rename(path)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
-    path.rename(aside)
     try:
+        path.rename(aside)
         folder.rename(path)
     except OSError:
-        aside.rename(path)
+        if not path.exists():
+            aside.rename(path)
         raise
     finally:
         shutil.rmtree(aside.parent)
@@ -284,108 +293,3 @@ def _weights_in_use(quantized: QuantizedModel) -> dict[str, Tensor]:
 def _zeros(model: nn.Module, shape: Any) -> Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
-
-
-def _signature(trace: Trace) -> list[list[Any]]:
-    return [[site.name, site.kind, site.macs] for site in trace.matmuls]
-
-
-def _modules(model: nn.Module) -> list[tuple[str, str, str]]:
-    """What a model is made of, but for modules that do nothing in eval mode."""
-    return [
-        (name, type(module).__name__, module.extra_repr())
-        for name, module in model.named_modules()
-        if type(module).__name__ not in _IDLE
-    ]
-
-
-def _architecture(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """timm's name and arguments that build this very structure, or None."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    name = config.get("architecture") if isinstance(config, dict) else None
-    if not isinstance(name, str):
-        return None
-    import timm
-
-    plain: dict[str, Any] = {}
-    if isinstance(classes := getattr(model, "num_classes", None), int):
-        plain["num_classes"] = classes
-    if len(shape) == 3 and shape[0] != 3:
-        plain["in_chans"] = shape[0]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    candidates = [plain]
-    if size is not None:
-        candidates.insert(0, plain | {"img_size": list(size)})
-    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}, _modules(model)
-    for arguments in candidates:
-        try:
-            with torch.device("meta"):
-                built = timm.create_model(name, pretrained=False, **arguments)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
-            continue
-        if ({n: tuple(t.shape) for n, t in built.state_dict().items()}, _modules(built)) == wanted:
-            return {"library": "timm", "name": name, "arguments": arguments}
-    return None
-
-
-def _preprocessing(model: nn.Module) -> dict[str, Any] | None:
-    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
-        return None
-    from timm.data.config import resolve_model_data_config
-
-    found: dict[str, Any] = resolve_model_data_config(model)
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
-
-
-def _build(path: Path, facts: dict[str, Any]) -> nn.Module:
-    architecture = facts["architecture"]
-    if architecture is None:
-        raise QuietvitError(
-            f"{path} holds a {facts['model_class']} that timm does not build by name; build the "
-            "architecture yourself and give it: quietvit.load(path, model=my_model)."
-        )
-    import timm
-
-    built: nn.Module = timm.create_model(
-        architecture["name"], pretrained=False, **architecture["arguments"]
-    )
-    return built
-
-
-def _set_dtypes(model: nn.Module, dtypes: dict[str, str]) -> None:
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        dtype = getattr(torch, dtypes.get(name, "torch.float32").removeprefix("torch."))
-        if tensor.dtype != dtype and name in dtypes:
-            tensor.data = tensor.data.to(dtype)
-
-
-def _compare(path: Path, model: nn.Module, stored: dict[str, Tensor]) -> None:
-    have = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    want = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    differing = [
-        f"{name} ({have.get(name, 'absent')} in the model, {want.get(name, 'absent')} in the file)"
-        for name in dict.fromkeys([*want, *have])
-        if have.get(name) != want.get(name)
-    ]
-    if differing:
-        raise QuietvitError(
-            f"{path} holds weights of another architecture than this {type(model).__name__}; "
-            f"{len(differing)} keys differ, first {'; '.join(differing[:3])}. Give the model that "
-            "was quantized, with the same image size and number of classes."
-        )
-
-
-def _compare_sites(path: Path, trace: Trace, stored: list[list[Any]]) -> None:
-    found = _signature(trace)
-    for mine, theirs in zip(found, stored, strict=False):
-        if mine != theirs:
-            raise QuietvitError(
-                f"{path} was saved from a model whose matrix products differ from this one's, "
-                f"first {theirs} in the file against {mine} here (name, kind, multiply-"
-                "accumulates). Build it with the same arguments and library version."
-            )
-    if len(found) != len(stored):
-        raise QuietvitError(
-            f"{path} was saved from a model with {len(stored)} matrix products, this one has "
-            f"{len(found)}; build it with the same arguments and library version."
-        )
