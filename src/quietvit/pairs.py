@@ -6,6 +6,7 @@ compilation and sharding. How pairs act on weights lives in ``decay``.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -73,7 +74,10 @@ class FoundPairs(Sequence[MatrixPair]):
         counts = Counter(pair.kind for pair in self.pairs)
         total = ", ".join(f"{n} {kind}" for kind, n in counts.items())
         lines.append(f"{len(self)} pairs: {total}")
-        lines += [f"no pair: {name}: {reason}" for name, reason in self.skipped]
+        alike: Counter[tuple[str, str]] = Counter()
+        for name, reason in self.skipped:
+            alike[re.sub(r"\b\d+\b", "*", name), reason] += 1
+        lines += [f"no pair ({n}): {name}: {reason}" for (name, reason), n in alike.items()]
         return "\n".join(lines)
 
 
@@ -163,9 +167,9 @@ def _kind(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
     shaped = bool(through - {"norm", "scale", "depthwise", "matmul"})
     if "mixed_heads" in through:
         return "", "attention heads are mixed between V and the output projection"
-    if "matmul" in through:
+    if "matmul" in through and first.operands[0].role != "post_softmax":
         return "", "a product of activations without softmax stands between"
-    if "norm" in through:
+    if through & {"norm", "matmul"}:
         return "", "a norm stands between, which rescales what A makes" if shaped else ""
     if "attention" in through:
         return "value_output", ""

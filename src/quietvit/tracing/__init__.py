@@ -1,4 +1,7 @@
-"""The trace: one recorded forward pass from which every method of the library takes its knowledge."""
+"""The trace: one recorded forward pass, from which every method takes what it knows of a model.
+
+Nothing of the library above this room is imported here.
+"""
 
 from quietvit.tracing.intercept import intercept
 from quietvit.tracing.ops import MATMUL_KINDS, SITE_KINDS

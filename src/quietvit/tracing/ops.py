@@ -82,11 +82,11 @@ _CONVOLUTIONS = (
 FORMS |= dict.fromkeys(_CONVOLUTIONS, _CONV)
 FORMS |= dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), Form("softmax", _UNARY, _UNARY))
 _ACTIVATIONS = (
-    [F.gelu, F.relu, F.relu_, F.relu6, F.silu, F.mish, F.elu, F.celu, F.selu, F.leaky_relu]
-    + [F.hardswish, F.hardsigmoid, F.hardtanh, F.softplus, F.prelu, F.logsigmoid]
-    + [torch.relu, torch.relu_, torch.tanh, torch.sigmoid, torch.prelu, torch.selu]
-    + [Tensor.relu, Tensor.relu_, Tensor.tanh, Tensor.tanh_, Tensor.sigmoid, Tensor.sigmoid_]
-    + [torch.nn.functional.sigmoid, torch.nn.functional.tanh]
+    *(F.gelu, F.relu, F.relu_, F.relu6, F.silu, F.mish, F.elu, F.celu, F.selu, F.leaky_relu),
+    *(F.hardswish, F.hardsigmoid, F.hardtanh, F.softplus, F.prelu, F.logsigmoid),
+    *(torch.relu, torch.relu_, torch.tanh, torch.sigmoid, torch.prelu, torch.selu),
+    *(Tensor.relu, Tensor.relu_, Tensor.tanh, Tensor.tanh_, Tensor.sigmoid, Tensor.sigmoid_),
+    *(F.sigmoid, F.tanh),
 )
 FORMS |= dict.fromkeys(_ACTIVATIONS, Form("activation", _UNARY, _UNARY))
 

@@ -65,7 +65,7 @@ class ScoreLink:
 
 
 class _FlopCount(TorchDispatchMode):
-    """Counts the flops of every matrix product that reaches the dispatcher, by torch's own table."""
+    """Counts the flops of every matrix product that is dispatched, by torch's own table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,8 +210,9 @@ class Recorder(TorchFunctionMode):
 
     @staticmethod
     def _is_residual(values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> bool:
-        both = all(value.depends and value.origin for value in values)
-        return both and shapes[0] == shapes[1] and len(shapes[0]) >= 2
+        both = all(value.depends for value in values)
+        known = any(value.origin for value in values)
+        return both and known and shapes[0] == shapes[1] and len(shapes[0]) >= 2
 
     def _after_site(self, record: Record, call: ops.Call, output: Tensor) -> Value:
         key, inputs = record.key, record.inputs
@@ -358,7 +359,7 @@ class Recorder(TorchFunctionMode):
 
 
 def crop_batch(example: Any) -> Any:
-    """One sample of a batch: the first entry along dim 0 of every tensor that has the batch there."""
+    """One sample of a batch: the first entry of every tensor that has the batch as dim 0."""
     leaves = [leaf for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.ndim]
     if not leaves:
         return example

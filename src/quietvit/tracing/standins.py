@@ -1,7 +1,7 @@
 """Explicit equals of torch's composite attention calls, written in matrix multiplications.
 
 The trace runs these instead of the composites, so that every product is seen. Nothing is recorded
-here. Legend of shape suffixes: B batch, H heads, N target and S source tokens, D head size, E width.
+here. Shape suffixes: B batch, H heads, N target tokens, S source tokens, D head size, E width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def attention(
 ) -> Tensor:
     """Equal of ``F.scaled_dot_product_attention``: softmax(Q Kᵀ · scale + mask) V.
 
-    Shapes: query (..., H, N, D), key (..., H or fewer, S, D), value likewise; returns (..., H, N, D).
+    Shapes: query (..., H, N, D), key and value (..., H or fewer, S, D); returns (..., H, N, D).
     """
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]

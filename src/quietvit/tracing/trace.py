@@ -23,7 +23,7 @@ from quietvit.tracing.weights import WeightView, view_of
 
 @dataclass(frozen=True)
 class Operand:
-    """One activation that enters a site: its role, its shape at batch 1, the sites it comes from."""
+    """One activation that enters a site: role, shape at batch 1, and the sites it comes from."""
 
     role: str
     shape: tuple[int, ...]
@@ -197,7 +197,7 @@ def _assemble(model_name: str, recorder: Recorder, parameters: dict[str, Tensor]
     order = {record.key: i for i, record in enumerate(records)}
     sites = []
     for record in records:
-        source = record.weight or record.gain
+        matrix = record.weight or record.gain
         operands = tuple(
             Operand(
                 role, shape, tuple(names[k] for k in sorted(value.origin, key=order.__getitem__))
@@ -217,7 +217,7 @@ def _assemble(model_name: str, recorder: Recorder, parameters: dict[str, Tensor]
                 operands=operands,
                 output_shape=record.output_shape,
                 macs=record.macs,
-                weight=view_of(source, parameters, gain=record.weight is None) if source else None,
+                weight=view_of(matrix, parameters, gain=record.weight is None) if matrix else None,
                 weight_shape=record.weight_shape,
                 feeds=tuple(names[key] for key in sorted(record.feeds, key=order.__getitem__)),
             )
@@ -288,12 +288,14 @@ def _role(record: Record, by_key: dict[str, Record]) -> str:
 
 
 def _is_head(record: Record, by_key: dict[str, Record]) -> bool:
-    """A weight whose output leaves the model, but for sums with other such outputs or a squashing."""
+    """A weight whose output leaves the model, perhaps squashed, or summed with other such."""
     if record.kind != "linear" or not record.inputs[0].origin:
         return False
     for key in record.feeds:
         fed = by_key[key]
         if fed.feeds or fed.kind not in ("add", "activation", "softmax"):
+            return False
+        if not all(value.origin for value in fed.inputs):
             return False
         others = [by_key[k] for value in fed.inputs for k in value.origin]
         if any(other.kind != "linear" or other.feeds != {key} for other in others):

@@ -37,7 +37,7 @@ class WeightView:
         return f"{self.module}.{self.attribute}" if self.module else self.attribute
 
     def parameter(self, model: nn.Module) -> Tensor:
-        """Return the whole parameter as it is now. Raises QuietvitError where the model lacks it."""
+        """Return the whole parameter as it is now. Raises QuietvitError where it is missing."""
         try:
             found = getattr(model.get_submodule(self.module), self.attribute)
         except AttributeError as error:
@@ -98,8 +98,8 @@ def view_of(
     module, _, attribute = name.rpartition(".")
     whole = parameters[name]
     if gain:
-        rows = None if len(entries) == whole.numel() else _compress(entries)
-        return WeightView(module, attribute, rows=rows, diagonal=True)
+        chosen = None if len(entries) == whole.numel() else _compress(entries)
+        return WeightView(module, attribute, rows=chosen, diagonal=True)
     if whole.ndim < 2 or entries.ndim < 2:
         return None
     width = whole[0].numel()

@@ -1,0 +1,209 @@
+"""Laws of the trace: every product is a site, counts agree with torch's, passes can be replayed."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import quietvit
+from quietvit.errors import QuietvitError
+from quietvit.tracing import SITE_KINDS, call, intercept
+from zoo import ZOO, build, outputs
+
+
+@pytest.fixture(params=list(ZOO))
+def built(request):
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield build(request.param)
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_macs_equal_torchs_count_exactly(built):
+    model, example = built
+    traced = quietvit.trace(model, example)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(model, example)
+    assert 2 * traced.macs == counter.get_total_flops() > 0
+    assert not [site for site in traced.sites if site.kind == "opaque"]
+
+
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+def test_timm_attention_gives_the_same_sites_fused_or_not(attention):
+    timm.layers.set_fused_attn(attention == "fused")
+    try:
+        model, example = build("timm-vit")
+        roles = [site.role for site in quietvit.trace(model, example).matmuls]
+    finally:
+        timm.layers.set_fused_attn(True)
+    block = ["post_norm", "query_key", "attention_value", "attention_output", "post_norm"]
+    assert roles == ["patch_embed", *block, "post_gelu", *block, "post_gelu", "head"]
+
+
+def test_every_site_passes_through_intercept_and_nothing_changes(built):
+    model, example = built
+    traced = quietvit.trace(model, example)
+    seen = []
+
+    def handler(site, operands, run):
+        seen.append(site.name)
+        for operand, tensor in zip(site.operands, operands, strict=False):
+            assert operand.shape == tuple(tensor.shape)
+        return run(*operands)
+
+    with torch.no_grad():
+        expected = outputs(call(model, example))
+        with intercept(traced, handler, kinds=SITE_KINDS):
+            got = outputs(call(model, example))
+    assert seen == [site.name for site in traced.sites]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_names_are_unique_and_edges_agree(built):
+    model, example = built
+    traced = quietvit.trace(model, example)
+    names = [site.name for site in traced.sites]
+    assert len(set(names)) == len(names)
+    for site in traced.sites:
+        for name in site.feeds:
+            assert any(site.name in operand.fed_by for operand in traced[name].operands)
+        for operand in site.operands:
+            assert all(site.name in traced[source].feeds for source in operand.fed_by)
+
+
+def test_weights_of_sites_are_views_of_parameters(built):
+    model, example = built
+    traced = quietvit.trace(model, example)
+    weights = {}
+
+    def handler(site, operands, run):
+        if site.weight is not None and site.kind in ("linear", "conv"):
+            weights[site.name] = operands[1].flatten(1)
+        return run(*operands)
+
+    with torch.no_grad(), intercept(traced, handler):
+        call(model, example)
+    assert weights
+    for name, weight in weights.items():
+        assert torch.equal(traced[name].weight.read(model), weight)
+
+
+def test_every_linear_of_torchvision_is_seen():
+    model, example = build("tv-vit")
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    traced = quietvit.trace(model, example)
+    seen = [site for site in traced.matmuls if site.kind == "linear"]
+    assert len(seen) == len(linears) + 2  # the two packed in_proj weights are no nn.Linear
+
+
+def test_model_is_left_as_it_was():
+    model, example = build("timm-hybrid")
+    model.train()
+    model.blocks[0].eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    quietvit.trace(model, example)
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_only_one_sample_is_run():
+    model, example = build("timm-vit")
+    assert quietvit.trace(model, example.repeat(3, 1, 1, 1)) == quietvit.trace(model, example)
+
+
+def test_any_batch_size_passes_through_intercept():
+    model, example = build("timm-swin")
+    traced = quietvit.trace(model, example)
+    images = example.repeat(3, 1, 1, 1)
+    with torch.no_grad(), intercept(traced, lambda site, operands, run: run(*operands)):
+        got = model(images)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(images))
+
+
+def test_gradients_flow_through_intercept():
+    model, example = build("timm-vit")
+    traced = quietvit.trace(model, example)
+    with intercept(traced, lambda site, operands, run: run(*operands)):
+        model(example).sum().backward()
+    got = model.blocks[0].attn.qkv.weight.grad.clone()
+    model.zero_grad()
+    model(example).sum().backward()
+    torch.testing.assert_close(got, model.blocks[0].attn.qkv.weight.grad)
+
+
+class Fickle(nn.Module):
+    """Goes another way when told."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.twice, self.swapped = False, False
+
+    def forward(self, x):
+        if self.swapped:
+            return self.second(x.transpose(0, 1) @ x)
+        x = self.second(F.gelu(self.first(x)))
+        return self.second(x) if self.twice else x
+
+
+@pytest.mark.parametrize("way", ["twice", "swapped"])
+def test_changed_control_flow_is_refused(way):
+    model = Fickle()
+    traced = quietvit.trace(model, torch.randn(1, 4))
+    setattr(model, way, True)
+    with (
+        pytest.raises(QuietvitError, match=r"control flow of Fickle changed.*Trace it again"),
+        intercept(traced, lambda site, operands, run: run(*operands)),
+    ):
+        model(torch.randn(1, 4))
+
+
+def test_missing_calls_are_refused():
+    model = Fickle()
+    model.twice = True
+    traced = quietvit.trace(model, torch.randn(1, 4))
+    model.twice = False
+    with (
+        pytest.raises(QuietvitError, match="made 2 matmul calls"),
+        intercept(traced, lambda site, operands, run: run(*operands)),
+    ):
+        model(torch.randn(1, 4))
+
+
+def test_products_that_cannot_be_taken_apart_are_counted_as_opaque():
+    class Distances(nn.Module):
+        def forward(self, x):
+            return torch.tensordot(x, torch.ones(4, 3), dims=1)
+
+    traced = quietvit.trace(Distances(), torch.randn(2, 4))
+    assert [site.kind for site in traced.sites] == ["opaque"]
+    assert traced.macs == 1 * 4 * 3
+
+
+def test_error_names_the_shapes():
+    model, _ = build("timm-vit")
+    with pytest.raises(QuietvitError, match=r"\(1, 3, 33, 33\).*Give images"):
+        quietvit.trace(model, torch.randn(1, 3, 33, 33))
+
+
+def test_table_and_lookup():
+    model, example = build("timm-vit")
+    traced = quietvit.trace(model, example)
+    assert "blocks.1.attn.query_key" in str(traced)
+    assert traced["blocks.0.mlp.fc2"].operands[0].fed_by == ("blocks.0.mlp.act",)
+    with pytest.raises(QuietvitError, match=r"blocks\.0\.mlp\.fc1"):
+        traced["blocks.0.mlp.fc"]
+
+
+def test_compiled_model_is_traced_through():
+    model, example = build("timm-vit")
+    assert quietvit.trace(torch.compile(model), example) == quietvit.trace(model, example)
