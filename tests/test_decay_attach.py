@@ -238,6 +238,7 @@ def test_tied_parameter_moves_once_by_the_sum() -> None:
     assert model[2].weight is model[0].weight
 
 
+@pytest.mark.filterwarnings("ignore:learning rate x strength")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_low_precision_weights_are_computed_in_float32_and_rounded_once(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quietvit import QuietvitError
 from quietvit.decay.penalties import PENALTIES, Cosine, Energy, Operator, Peak, Penalty, Top
 
 SHAPES = [(3, 6, 9, 7), (2, 12, 5, 4), (1, 4, 20, 11), (2, 7, 7, 7)]
@@ -248,5 +249,5 @@ def test_top_keeps_the_basis_it_is_given() -> None:
     old = rule.basis(A, B)
     moved = A + torch.randn_like(A)
     assert relative(rule.directions(moved, B, old)[1], rule.directions(moved, B)[1]) > 0.01
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(QuietvitError, match="both must be 1 or more"):
         Top(count=0)

@@ -37,7 +37,7 @@ class ColinearityDecay(DecoupledUpdate):
         strength: at least 0, in weight-decay units; or a mapping from kind to strength, which also
             says which kinds take part (0 leaves a kind out).
         penalty: ``energy``, ``peak``, ``cosine`` or ``top``, or a ``Penalty`` such as
-            ``Top(count=4)``.
+            ``quietvit.decay.penalties.Top(count=4)``.
         every: apply every n-th step, with n-fold strength.
         kinds: kinds of pairs (default: those of ``strength`` if a mapping, else
             ``quietvit.pairs.DEFAULT_KINDS``, else, where ``pairs`` is given, all of them).
@@ -101,7 +101,16 @@ class ColinearityDecay(DecoupledUpdate):
         """Restore what ``state_dict`` gave. Raises QuietvitError where the settings differ."""
         super().load_state_dict(state)
         self._applied = int(state["applied"])
-        self._bases = [(u, v) for u, v in state["bases"]]
+        parameters = self._parameters()
+        plan, _ = self._planned(parameters)
+        bases = [(u, v) for u, v in state["bases"]]
+        if bases and len(bases) != len(plan):
+            raise QuietvitError(
+                f"the state holds singular directions of {len(bases)} batches of pairs, this model "
+                f"gives {len(plan)} (another dtype or another set of pairs); start without it."
+            )
+        like = [batch.read(parameters)[1] for batch in plan[: len(bases)]]
+        self._bases = [(u.to(B), v.to(B)) for (u, v), B in zip(bases, like, strict=True)]
 
     def _names(self) -> tuple[str, ...]:
         views = (view for pair in self.pairs for view in (pair.first, pair.second))
@@ -143,7 +152,7 @@ class ColinearityDecay(DecoupledUpdate):
             dA, dB = self.rule.directions(A, B, self._bases[position])
             whole.add(batch, dA, dB, steps)
         within = region.within(suspects, parameters, steps, self._bases)
-        is_finite, is_within = torch.stack([whole.finite(), within]).tolist()
+        is_finite, is_within = torch.stack([whole.finite().to(within.device), within]).tolist()
         if not is_finite:
             self._blame(parameters)
         if not is_within:
@@ -267,12 +276,12 @@ class _Whole:
 
     def add(self, batch: Batch, dA: Tensor, dB: Tensor, steps: Sequence[float] | None) -> None:
         """Subtract each pair's direction times its step (1 where ``steps`` is None)."""
-        for row, (position, pair) in enumerate(zip(batch.members, batch.pairs, strict=True)):
-            for side, view, d in ((0, pair.first, dA), (1, pair.second, dB)):
-                whole = self._of.get(view.parameter_name)
+        for side, runs, d in ((0, batch.firsts, dA), (1, batch.seconds, dB)):
+            for run in runs:
+                whole = self._of.get(run.view.parameter_name)
                 if whole is not None:
-                    step = 1.0 if steps is None else steps[2 * position + side]
-                    view.scatter_add_(whole, d[row] * -step)
+                    step = 1.0 if steps is None else steps[2 * batch.members[run.start] + side]
+                    run.scatter_add_(whole, d[run.start : run.start + run.count] * -step)
 
     def finite(self) -> Tensor:
         """Return one flag on one device: is every change finite?"""

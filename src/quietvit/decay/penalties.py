@@ -22,6 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quietvit.errors import QuietvitError
+
 Basis = tuple[Tensor, Tensor]
 
 
@@ -211,7 +213,9 @@ class Top(Penalty):
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.refresh < 1:
-            raise ValueError(f"count and refresh are at least 1, got {self.count}, {self.refresh}")
+            raise QuietvitError(
+                f"Top(count={self.count}, refresh={self.refresh}): both must be 1 or more."
+            )
 
     def basis(self, A: Tensor, B: Tensor) -> Basis:
         if A.ndim == 2:
