@@ -6,57 +6,46 @@ Nothing is computed here, and nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import sys
-import traceback as tracebacks
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from quietvit import __version__
+from quietvit.console import (
+    Bits,
+    Calibration,
+    Classes,
+    Count,
+    Device,
+    ErrorsAsParagraphs,
+    Force,
+    Images,
+    MethodName,
+    Model,
+    Output,
+    Overrides,
+    Recipe,
+    Resume,
+    Seed,
+    Size,
+    Weights,
+    build_bare,
+    build_model,
+    draw_images,
+    example_of,
+    moved_to,
+    open_data,
+)
 from quietvit.errors import QuietvitError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor, nn
-
-
-class _Group(TyperGroup):
-    """Turns what the user can mend into one paragraph and exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except QuietvitError as error:
-            if ctx.params.get("traceback"):
-                tracebacks.print_exc()
-            else:
-                _complain("error", str(error))
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            _complain("interrupted", "what was finished is kept; --resume continues.")
-            raise typer.Exit(130) from None
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] in ("click", "typer"):
-                raise
-            tracebacks.print_exc()
-            _complain(
-                "unexpected error",
-                f"{type(error).__name__}: {error}. This is a fault of quietvit; please report it "
-                "with the traceback above.",
-            )
-            raise typer.Exit(1) from None
-
-
-def _complain(kind: str, text: str) -> None:
-    typer.secho(f"{kind}: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(" ".join(text.split()), err=True)
+    from torch import nn
 
 
 app = typer.Typer(
-    cls=_Group,
+    cls=ErrorsAsParagraphs,
     name="quietvit",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -91,76 +80,11 @@ _LOOK = "Look at a model"
 _TRAIN = "Train and compare"
 _QUANTIZE = "Quantize"
 
-Recipe = Annotated[
-    str,
-    typer.Option(
-        "--recipe", "-r", metavar="NAME|FILE", help="Recipe: a TOML file, or one shipped by name."
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe; repeat."),
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")]
-Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a timm model.")]
-Weights = Annotated[
-    Path | None,
-    typer.Option(help="Weights file: safetensors, or a plain state dict.", show_default="random"),
-]
-Classes = Annotated[
-    int | None,
-    typer.Option("--classes", min=1, help="Classes of the head.", show_default="as in the weights"),
-]
-Size = Annotated[
-    int | None,
-    typer.Option("--size", min=1, help="Side of the images in pixels.", show_default="the model's"),
-]
-_DATA = "Parquet table, folder with one folder a class, or embedded:digits."
-Images = Annotated[str, typer.Option("--images", metavar="DATA", help=_DATA)]
-Calibration = Annotated[
-    str, typer.Option("--calibration", metavar="DATA", help=f"Calibration images. {_DATA}")
-]
-Count = Annotated[int, typer.Option("--count", help="Number of images used.")]
-Seed = Annotated[int, typer.Option(help="Seed of the draw of images.")]
-Bits = Annotated[str, typer.Option(help="Bits of weights and activations, each 2 to 16.")]
-MethodName = Annotated[str, typer.Option(help="Method and activation range.")]
-Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
-
 
 def _console() -> Console:
     from rich.console import Console
 
     return Console()
-
-
-def _model(name: str, weights: Path | None, classes: int | None, size: int | None) -> nn.Module:
-    from quietvit.data import create_model
-
-    sized: dict[str, Any] = {} if size is None else {"img_size": size}
-    return create_model(name, classes, weights, **sized).eval()
-
-
-def _example(model: nn.Module) -> Tensor:
-    import torch
-
-    from quietvit.data import data_config
-
-    return torch.randn(1, *data_config(model)["input_size"])
-
-
-def _data(text: str) -> str:
-    """Name the data set a plain path stands for."""
-    if text.partition(":")[0] in ("embedded", "imagefolder", "table"):
-        return text
-    return f"table:{text}" if text.endswith(".parquet") else f"imagefolder:{text}"
-
-
-def _draw(model: nn.Module, data: str, count: int, seed: int) -> Tensor:
-    from quietvit.data import calibration_images, evaluation_transform, load_dataset
-
-    return calibration_images(load_dataset(_data(data)), count, evaluation_transform(model), seed)
 
 
 def _epilog(*examples: str) -> str:
@@ -262,6 +186,9 @@ def diagnose(
     size: Size = None,
     count: Count = 32,
     seed: Seed = 0,
+    sites_only: Annotated[
+        bool, typer.Option("--sites-only", help="Leave the weights out, for models without pairs.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for diagnosis.json and the plots."),
@@ -274,8 +201,9 @@ def diagnose(
 
     if output is not None:
         refuse_nonempty(output, force)
-    built = _model(model, weights, classes, size)
-    found = run(built, _draw(built, images, count, seed))
+    built = build_model(model, weights, classes, size)
+    drawn = draw_images(built, open_data(images, "test"), count, seed)
+    found = run(built, drawn, pairs=() if sites_only else None)
     _console().print(found)
     if output is not None:
         written = [found.to_json(output / "diagnosis.json"), *found.plot(output)]
@@ -296,9 +224,9 @@ def pairs(
     """List the weight pairs that Colinearity Decay acts on."""
     from quietvit.pairs import DEFAULT_KINDS, find_pairs
 
-    built = _model(model, None, None, size)
+    built = build_bare(model, size)
     chosen = DEFAULT_KINDS if kinds is None else _listed(kinds)
-    typer.echo(str(find_pairs(built, _example(built), kinds=chosen)))
+    typer.echo(str(find_pairs(built, example_of(built), kinds=chosen)))
 
 
 @app.command(rich_help_panel=_LOOK, epilog=_epilog("quietvit trace swin_tiny_patch4_window7_224"))
@@ -314,8 +242,8 @@ def trace(
 
     from quietvit.tracing import trace as run
 
-    built = _model(model, None, None, size)
-    found = run(built, _example(built))
+    built = build_bare(model, size)
+    found = run(built, example_of(built))
     typer.echo(str(replace(found, sites=found.matmuls) if matmuls else found))
 
 
@@ -349,8 +277,8 @@ def quantize(
     from quietvit.quantization.settings import parse_method
 
     chosen = parse_method(method, bits)
-    built = _model(model, weights, classes, size)
-    result = run(built, chosen, _draw(built, calibration, count, seed))
+    built = build_model(model, weights, classes, size)
+    result = run(built, chosen, draw_images(built, open_data(calibration, "train"), count, seed))
     typer.echo(str(result.coverage))
     typer.echo(f"Written: {result.save(output, force=force)}")
     if images is not None:
@@ -382,7 +310,7 @@ def evaluate(
         quantized = load(model)
         _evaluate(quantized, quantized.model, images, batch, device)
         return
-    built = _model(model, weights, classes, size)
+    built = build_model(model, weights, classes, size)
     _evaluate(built, built, images, batch, device)
 
 
@@ -390,11 +318,11 @@ def _evaluate(
     model: nn.Module, configured: nn.Module, images: str, batch: int, device: str
 ) -> None:
     from quietvit.data import evaluate as run
-    from quietvit.data import evaluation_loader, evaluation_transform, load_dataset
+    from quietvit.data import evaluation_loader, evaluation_transform
 
-    dataset = load_dataset(_data(images))
+    dataset = open_data(images, "test")
     loader = evaluation_loader(dataset, evaluation_transform(configured), batch)
-    top1 = run(model.to(device), loader, device, progress=sys.stderr.isatty())
+    top1 = run(moved_to(model, device), loader, device, progress=sys.stderr.isatty())
     typer.echo(f"top-1 {top1:.2f} % on {len(dataset)} images of {dataset.name}")
 
 

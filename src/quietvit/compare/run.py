@@ -117,6 +117,7 @@ def compare(
             runs[seed, decay] = _read_run(kept)
             say(f"{name}: finished before")
         else:
+            say(f"{name}: training, then quantizing")
             started = time.perf_counter()
             run = _run(config, seed, decay, place / "train", resume, force)
             write_atomic(kept, run.model_dump_json(indent=1) + "\n")

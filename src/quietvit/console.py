@@ -1,0 +1,155 @@
+"""What the commands share: errors as one paragraph, exit codes, options, opening what they name.
+
+The commands are in ``cli``.
+"""
+
+from __future__ import annotations
+
+import traceback as tracebacks
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from quietvit.errors import QuietvitError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from quietvit.data import ImageDataset
+
+
+class ErrorsAsParagraphs(TyperGroup):
+    """Turns what the user can mend into one paragraph and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QuietvitError as error:
+            if ctx.params.get("traceback"):
+                tracebacks.print_exc()
+            else:
+                _complain("error", str(error))
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _complain(
+                "interrupted", "what was finished is kept; train and compare go on with --resume."
+            )
+            raise typer.Exit(130) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in ("click", "typer"):
+                raise
+            tracebacks.print_exc()
+            _complain(
+                "unexpected error",
+                f"{type(error).__name__}: {error}. This is a fault of quietvit; please report it "
+                "with the traceback above.",
+            )
+            raise typer.Exit(1) from None
+
+
+def _complain(kind: str, text: str) -> None:
+    typer.secho(f"{kind}: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(" ".join(text.split()), err=True)
+
+
+Recipe = Annotated[
+    str,
+    typer.Option(
+        "--recipe", "-r", metavar="NAME|FILE", help="Recipe: a TOML file, or one shipped by name."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe; repeat."),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")]
+Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a timm model.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Weights file: safetensors, or a plain state dict.", show_default="random"),
+]
+Classes = Annotated[
+    int | None,
+    typer.Option("--classes", min=1, help="Classes of the head.", show_default="as in the weights"),
+]
+Size = Annotated[
+    int | None,
+    typer.Option("--size", min=1, help="Side of the images in pixels.", show_default="the model's"),
+]
+_DATA = "Parquet table, folder with one folder a class, or embedded:digits; its {} images if split."
+Images = Annotated[str, typer.Option("--images", metavar="DATA", help=_DATA.format("test"))]
+Calibration = Annotated[
+    str, typer.Option("--calibration", metavar="DATA", help=_DATA.format("training"))
+]
+Count = Annotated[int, typer.Option("--count", help="Number of images used.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draw of images.")]
+Bits = Annotated[str, typer.Option(help="Bits of weights and activations, each 2 to 16.")]
+MethodName = Annotated[str, typer.Option(help="Method and activation range.")]
+Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
+
+
+def build_model(
+    name: str, weights: Path | None, classes: int | None, size: int | None
+) -> nn.Module:
+    """Build a timm model in eval mode, with weights from a file; says so where they are random."""
+    from quietvit.data import create_model
+
+    if weights is None:
+        typer.echo("note: no --weights given, so the weights of the model are random.", err=True)
+    sized: dict[str, Any] = {} if size is None else {"img_size": size}
+    return create_model(name, classes, weights, **sized).eval()
+
+
+def build_bare(name: str, size: int | None) -> nn.Module:
+    """Build a timm model for looking at its structure alone."""
+    from quietvit.data import create_model
+
+    return create_model(name, **({} if size is None else {"img_size": size})).eval()
+
+
+def example_of(model: nn.Module) -> Tensor:
+    """Return one random image of the size the model takes."""
+    import torch
+
+    from quietvit.data import data_config
+
+    return torch.randn(1, *data_config(model)["input_size"])
+
+
+def open_data(text: str, split: Literal["train", "test"]) -> ImageDataset:
+    """Open the data a plain path stands for: ``split`` where it has splits, else all of it."""
+    from quietvit.data import load_dataset
+
+    form, colon, rest = text.partition(":")
+    if form not in ("embedded", "imagefolder", "table") or not colon:
+        form, rest = ("table" if text.endswith(".parquet") else "imagefolder"), text
+    has_splits = {
+        "embedded": True,
+        "table": "," in rest,
+        "imagefolder": any((Path(rest) / name).is_dir() for name in ("train", "val", "test")),
+    }
+    return load_dataset(f"{form}:{rest}", split if has_splits[form] else None)
+
+
+def draw_images(model: nn.Module, dataset: ImageDataset, count: int, seed: int) -> Tensor:
+    """Return ``count`` images as the model takes them, drawn without replacement."""
+    from quietvit.data import calibration_images, evaluation_transform
+
+    return calibration_images(dataset, count, evaluation_transform(model), seed)
+
+
+def moved_to(model: nn.Module, device: str) -> nn.Module:
+    """Move a model. Raises QuietvitError where there is no such device."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise QuietvitError(
+            f"the model cannot be computed on device {device!r}: {str(error).splitlines()[0]}; "
+            "choose another, such as --device cpu."
+        ) from error
