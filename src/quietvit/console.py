@@ -110,7 +110,8 @@ def build_bare(name: str, size: int | None) -> nn.Module:
     """Build a timm model for looking at its structure alone."""
     from quietvit.data import create_model
 
-    return create_model(name, **({} if size is None else {"img_size": size})).eval()
+    sized: dict[str, Any] = {} if size is None else {"img_size": size}
+    return create_model(name, **sized).eval()
 
 
 def example_of(model: nn.Module) -> Tensor:
