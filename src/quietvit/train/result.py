@@ -105,12 +105,13 @@ _KEPT = ("num_classes", "top1", "top1_without_ema", "steps", "train_seconds", "d
 
 def provenance() -> dict[str, Any]:
     """Return versions, machine and command, for a result file."""
-    names = ("torch", "torchvision", "timm", "accelerate", "numpy")
+    names = ("torchvision", "timm", "accelerate", "numpy")
     accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "versions": {
             "quietvit": quietvit.__version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,
             **{name: version(name) for name in names},
         },
         "machine": {

@@ -140,17 +140,17 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         # accelerate keeps one state per process and refuses a second run with other settings.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    try:
-        return Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulation,
-            cpu=config.device == "cpu",
-        )
-    except (ValueError, RuntimeError) as error:
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulation,
+        cpu=config.device == "cpu",
+    )
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise QuietvitError(
-            f"this machine cannot train with precision {config.precision!r} on device "
-            f"{config.device!r} ({error}); set precision to 'no' or 'bf16'."
-        ) from error
+            "precision 'fp16' scales its loss on a GPU only, and this run is on the CPU; set "
+            "precision to 'bf16' or 'no'."
+        )
+    return accelerator
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

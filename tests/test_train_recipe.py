@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from quietvit.errors import QuietvitError
+from quietvit.train import list_recipes, load_recipe
+from quietvit.train.recipe import known_keys, parse_config
+
+MINIMAL = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"dataset": "embedded:digits"}}
+
+
+@pytest.mark.parametrize("name", sorted(list_recipes()))
+def test_every_recipe_that_comes_along_is_valid_by_name_and_by_path(name):
+    assert load_recipe(name) == load_recipe(list_recipes()[name])
+
+
+def test_the_provisional_strength_stands_in_the_demo_recipe():
+    assert load_recipe("digits").decay.cd.strength == 3.0
+
+
+def test_overrides_reach_any_depth_and_type():
+    config = load_recipe(
+        "digits",
+        [
+            "optimizer.lr=3e-4",
+            "model.kwargs.depth=2",
+            "decay.cd.strength={ mlp = 1.0, value_output = 2 }",
+            "decay.norm_gains.strength=2",
+            "precision=bf16",
+            "output = /tmp/some place",
+            "ema.decay=0.99",
+            "data.train_images=none",
+            "tensorboard=false",
+        ],
+    )
+    assert config.optimizer.lr == 3e-4
+    assert config.model.kwargs["depth"] == 2
+    assert config.model.kwargs["img_size"] == load_recipe("digits").model.kwargs["img_size"]
+    assert config.decay.cd.strength == {"mlp": 1.0, "value_output": 2.0}
+    assert config.decay.norm_gains.strength == 2.0
+    assert config.precision == "bf16"
+    assert str(config.output) == "/tmp/some place"
+    assert config.ema.decay == 0.99
+    assert config.data.train_images is None
+    assert not config.tensorboard
+    assert load_recipe("digits", ["decay.cd=none"]).decay.cd is None
+
+
+def test_a_runs_config_is_a_recipe(tmp_path):
+    config = load_recipe("digits", ["seed=7"])
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    assert load_recipe(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.weight_decy=1", "no key 'optimizer.weight_decy'; did you mean 'optimizer.wei"),
+        ("epoch=1", "no key 'epoch'; did you mean 'epochs'"),
+        ("decay.cd.strenght=1", "did you mean 'decay.cd.strength'"),
+        ("decay.cd.strength=-1", r"decay\.cd\.strength: .*greater than or equal to 0"),
+        ("decay.cd.penalty=enery", r"decay\.cd\.penalty: .*'energy'.*given: 'enery'"),
+        ("epochs=0", r"epochs: .*greater than or equal to 1 \(given: 0\)"),
+        ("epochs.x=0", "which is a value and no section"),
+        ("epochs", "not of the form key=value"),
+        ("precision=int8", "precision: .*'bf16'"),
+        ("schedule.warmup_epochs=1000", r"warmup_epochs \(1000\) must be below epochs"),
+        ("schedule.min_lr=1", r"min_lr \(1\) is above"),
+    ],
+)
+def test_mistakes_are_named_with_the_nearest_known_key(override, message):
+    with pytest.raises(QuietvitError, match=message) as caught:
+        load_recipe("digits", [override])
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_files_that_are_no_recipe_are_refused(tmp_path):
+    with pytest.raises(QuietvitError, match="did you mean 'digits'"):
+        load_recipe("digit")
+    path = tmp_path / "a.toml"
+    for text, message in (
+        ("recipe = ", "could not be read"),
+        ("epochs = 1", "states no version"),
+        ("recipe = 2", "is of version 2"),
+        ("recipe = 1", "key 'model' is missing; the key 'data' is missing"),
+    ):
+        path.write_text(text)
+        with pytest.raises(QuietvitError, match=message):
+            load_recipe(path)
+
+
+def test_mixing_needs_an_even_batch():
+    with pytest.raises(QuietvitError, match="even batch_size, not 7"):
+        parse_config({**MINIMAL, "batch_size": 7, "mix": {"mixup": 0.8}})
+
+
+def test_the_configuration_cannot_be_changed_in_place():
+    config = parse_config(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.epochs = 3
+    assert json.loads(config.model_dump_json())["epochs"] == config.epochs
+
+
+def test_known_keys_reach_into_optional_sections():
+    assert {"decay.cd.strength", "data.augmentation.flip", "ema.decay"} <= set(known_keys())
