@@ -73,7 +73,7 @@ def test_law_3_components_along_the_partners_singular_vectors_keep_their_sign(
     new_A, new_B = (p.detach() for p in model.parameters())
     u = torch.linalg.svd(A, full_matrices=False).U
     shares = (B @ A).square().sum(-1)
-    M = B * (shares / shares.mean()).sqrt()[:, None] if penalty == "peak" else B
+    M = B * shares.sqrt()[:, None] if penalty == "peak" else B
     rounding = 1e-12 if strength < 1e6 else 1e-7
     v = torch.linalg.svd(M, full_matrices=False).Vh.mT
     growth = 2.0 if penalty == "cosine" else 1.0

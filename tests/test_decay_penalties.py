@@ -162,13 +162,28 @@ def test_law_1_cosine_leaves_a_flat_spectrum_alone() -> None:
     assert float(Cosine().directions(A, B)[1].norm()) < 1e-12
 
 
-def test_peak_channels_decay_by_their_share_and_the_shares_average_to_one() -> None:
+def test_peak_moves_the_pull_of_energy_to_the_extreme_channels_and_keeps_its_total() -> None:
     A, B = pair(2, 6, 9, 7)
     share = Peak().operators(A, B)[1].weights
     assert share is not None
-    assert torch.allclose(share.mean(-1), torch.ones(2).double())
-    energy = Energy().directions(A, B)[1]
-    assert relative(Peak().directions(A, B)[1], energy * share[:, :, None]) < 1e-12
+    amplification = (B @ A).square().sum(-1)
+    assert torch.equal(share.argsort(), amplification.argsort())
+    dA, dB = Energy().directions(A, B)
+    peak_A, peak_B = Peak().directions(A, B)
+    assert relative(peak_B, dB * share[:, :, None]) < 1e-12
+    for weight, one, other in ((A, dA, peak_A), (B, dB, peak_B)):
+        assert torch.allclose((weight * one).sum((1, 2)), (weight * other).sum((1, 2)))
+
+
+@pytest.mark.parametrize("outputs", [2, 9, 100])
+def test_no_share_of_peak_exceeds_its_bound(outputs: int) -> None:
+    lengths = torch.ones(40, outputs).double()
+    lengths[:, 0] = torch.logspace(-1, 2, 40).double()
+    B = torch.diag_embed(lengths).sqrt()
+    share = Peak().operators(torch.ones(40, outputs).double(), B)[1].weights
+    assert share is not None
+    assert float(share.max()) <= (1 + outputs**0.5) / 2 + 1e-12
+    assert float(share.max()) > 0.9 * (1 + outputs**0.5) / 2
 
 
 @pytest.mark.parametrize("rule", [Energy(), Peak(), Top(count=3)], ids=lambda rule: rule.name)
