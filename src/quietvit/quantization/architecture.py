@@ -120,10 +120,12 @@ def compare_sites(path: Path, trace: Trace, stored: list[list[Any]]) -> None:
             raise QuietvitError(
                 f"{path} was saved from a model whose matrix products differ from this one's, "
                 f"first {theirs} in the file against {mine} here (name, kind, multiply-"
-                "accumulates). Build it with the same arguments and library version."
+                "accumulates). Build it with the same arguments and "
+                "library version, and give it: quietvit.load(path, model=my_model)."
             )
     if len(found) != len(stored):
         raise QuietvitError(
             f"{path} was saved from a model with {len(stored)} matrix products, this one has "
-            f"{len(found)}; build it with the same arguments and library version."
+            f"{len(found)}; build it with the same arguments and library "
+            "version, and give it: quietvit.load(path, model=my_model)."
         )

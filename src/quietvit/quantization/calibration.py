@@ -17,7 +17,7 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization.method import Slot
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
 
-BATCH = 16
+BATCH = 8
 IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
 _SHOW_AFTER = 3.0
 
