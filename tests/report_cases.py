@@ -42,6 +42,8 @@ def results_of(
         for seed in range(len(tops))
         for decay in (False, True)
     ]
+    alone = SiteOutlier(site="head.0", role="head", ratio=1000.0, maximum=9.0)
+    runs = [run.model_copy(update={"outliers": (*run.outliers, alone)}) for run in runs]
     results = Results(
         model="tiny",
         data="embedded:digits",

@@ -105,6 +105,20 @@ def test_dots_are_seeds():
     assert [list(found) for found in dots] == [[90, 91, 92]] * 3 + [[85.0, 85.5, 87.5]] * 3
 
 
+def test_a_role_with_one_site_is_not_drawn_and_stretches_no_axis():
+    panels = outlier_panels(results_of(TOPS))
+    assert [panel.title for panel in panels] == ["post norm", "post gelu"]
+    assert panels[0].draw(LIGHT).axes[0].get_ylim()[1] < 1000
+
+
+def test_a_site_of_zeros_alone_can_be_drawn():
+    whole = results_of(TOPS)
+    silent = tuple(site.model_copy(update={"ratio": 0.0}) for site in whole.runs[0].outliers)
+    runs = (whole.runs[0].model_copy(update={"outliers": silent}), *whole.runs[1:])
+    panels = outlier_panels(whole.model_copy(update={"runs": runs}))
+    assert all(svg_uri(panel.draw(LIGHT)) for panel in panels)
+
+
 def test_runs_without_measured_sites_have_no_empty_plots():
     whole = results_of(TOPS)
     bare = tuple(run.model_copy(update={"outliers": (), "noise": ()}) for run in whole.runs)

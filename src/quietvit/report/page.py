@@ -53,7 +53,7 @@ def render_page(results: Results) -> str:
                 "Outliers",
                 "Largest magnitude over root mean square of what enters each matrix "
                 "multiplication, by role, along the depth (logarithmic). One line per seed; "
-                "lower is easier to quantize.",
+                "lower is easier to quantize. Roles with one site are in results.json only.",
                 outlier_panels(results),
             ),
             _section(

@@ -101,13 +101,16 @@ def _seeds(axes: Axes, x: float, values: Sequence[float], colour: str, marker: s
 
 
 def outlier_panels(results: Results) -> list[Panel]:
-    """Return one panel a role: largest magnitude over rms along the depth, one line a seed."""
+    """Return one panel a role: largest magnitude over rms along the depth, one line a seed.
+
+    Roles with a single site, such as the patch embedding, have no depth and are left out.
+    """
     runs = [(run, [(s.site, s.role, s.ratio) for s in run.outliers]) for run in results.runs]
     return _depth_panels(runs, "max / rms", logarithmic=True)
 
 
 def noise_panels(results: Results) -> list[Panel]:
-    """Return one panel a role: signal to quantization noise ratio along the depth."""
+    """Return one panel a role: signal to quantization noise ratio along the depth, likewise."""
     runs = [(run, [(s.site, s.role, s.db) for s in run.noise]) for run in results.runs]
     return _depth_panels(runs, "SQNR in dB", logarithmic=False)
 
@@ -118,10 +121,16 @@ _Points = Sequence[tuple[str, str, float]]
 def _depth_panels(
     runs: Sequence[tuple[Run, _Points]], label: str, logarithmic: bool
 ) -> list[Panel]:
-    roles = dict.fromkeys(role for _, points in runs for _, role, _ in points)
+    sites: dict[str, set[str]] = {}
+    for _, points in runs:
+        for site, role, _ in points:
+            sites.setdefault(role, set()).add(site)
+    roles = [role for role, found in sites.items() if len(found) > 1]
     if not roles:
         return []
-    values = [value for _, points in runs for _, _, value in points if math.isfinite(value)]
+    values = [value for _, points in runs for _, role, value in points if role in roles]
+    if logarithmic:
+        values = [value for value in values if value > 0] or [1.0]
     low, high = _limits([math.log2(value) if logarithmic else value for value in values])
     limits = (2**low, 2**high) if logarithmic else (low, high)
     return [_depth(role, runs, label, logarithmic, limits) for role in roles]

@@ -78,6 +78,7 @@ class Results(_Data):
     """All runs of a comparison with what is needed to read and to repeat it."""
 
     model: str
+    model_arguments: str = ""
     data: str
     settings: tuple[str, ...]
     noise_setting: str
