@@ -6,6 +6,7 @@ The penalties themselves are in ``penalties``, the trust region in ``limits``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from quietvit.decay.attach import DecoupledUpdate, Schedule
 from quietvit.decay.limits import TrustRegion
-from quietvit.decay.penalties import PENALTIES, Basis, Penalty, Top
+from quietvit.decay.penalties import PENALTIES, Basis, Penalty, Top, scaled
 from quietvit.decay.plan import Batch, batches, wide
 from quietvit.errors import QuietvitError, nearest
 from quietvit.pairs import MatrixPair
@@ -28,8 +29,10 @@ class ColinearityDecay(DecoupledUpdate):
     (``energy``: dB = B A A^T / nu(A), dA = B^T B A / nu(B), nu the mean squared singular value).
     It is weight decay re-weighted by the spectrum of the partner; strength is in weight-decay
     units. No singular direction ever changes sign (see ``TrustRegion``). A parameter in several
-    pairs, or under several names, moves once by the sum. Derived (methods.md, section 1): the
-    formula of arXiv 2605.01330 is not public to us.
+    pairs, or under several names, moves once by the sum; a matrix that is the same side of n pairs
+    of one kind (the gain before separate q, k and v, the V that query heads share, the last layer
+    of a gated MLP) by the mean of the n, so that strength keeps its units. Derived here
+    (docs/method.md): the formula of arXiv 2605.01330 is not public to us.
 
     Args:
         model: the model whose parameters the optimizer holds.
@@ -68,6 +71,7 @@ class ColinearityDecay(DecoupledUpdate):
         if isinstance(kinds, str):
             raise QuietvitError(f"kinds={kinds!r}: give a sequence of kinds, such as ({kinds!r},).")
         self.pairs = self._chosen(model, example, kinds, pairs)
+        self._shares = _shares(self.pairs)
         self._plan: tuple[object, list[Batch], TrustRegion] | None = None
         self._bases: list[Basis | None] = []
         self._applied = 0
@@ -140,10 +144,10 @@ class ColinearityDecay(DecoupledUpdate):
             return {}
         plan, region = self._planned(parameters)
         self._refresh(plan, parameters)
+        views = [(pair, view) for pair in self.pairs for view in (pair.first, pair.second)]
         steps = [
-            self._strength_of(pair) * rates.get(view.parameter_name, 0.0)
-            for pair in self.pairs
-            for view in (pair.first, pair.second)
+            self._strength_of(pair) * rates.get(view.parameter_name, 0.0) * share
+            for (pair, view), share in zip(views, self._shares, strict=True)
         ]
         whole = _Whole(parameters, rates)
         suspects = region.suspects(steps)
@@ -279,14 +283,34 @@ class _Whole:
         for side, runs, d in ((0, batch.firsts, dA), (1, batch.seconds, dB)):
             for run in runs:
                 whole = self._of.get(run.view.parameter_name)
-                if whole is not None:
-                    step = 1.0 if steps is None else steps[2 * batch.members[run.start] + side]
-                    run.scatter_add_(whole, d[run.start : run.start + run.count] * -step)
+                if whole is None:
+                    continue
+                rows = slice(run.start, run.start + run.count)
+                if steps is None:
+                    run.scatter_add_(whole, -d[rows])
+                    continue
+                own = [steps[2 * member + side] for member in batch.members[rows]]
+                if len(set(own)) == 1:
+                    run.scatter_add_(whole, d[rows] * -own[0])
+                else:
+                    factors = torch.tensor(own, dtype=d.dtype, device=d.device)
+                    run.scatter_add_(whole, scaled(d[rows], -factors))
 
     def finite(self) -> Tensor:
         """Return one flag on one device: is every change finite?"""
         flags = [delta.isfinite().all() for delta in self.deltas.values()]
         return torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+
+
+def _shares(pairs: Sequence[MatrixPair]) -> list[float]:
+    """For each side of each pair 1 / (number of pairs of its kind that have this very side)."""
+    sides = [
+        (pair.kind, side, view)
+        for pair in pairs
+        for side, view in enumerate((pair.first, pair.second))
+    ]
+    count = Counter(sides)
+    return [1.0 / count[side] for side in sides]
 
 
 def checked_strength(strength: float | Mapping[str, float]) -> float | dict[str, float]:
