@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 
@@ -136,6 +137,37 @@ def test_quantize_then_evaluate_gives_the_same_top1(table, tmp_path):
     assert read.output.splitlines()[-1] == top1[-1]
     assert "force" in refused(run("quantize", *given, "-o", file))
     assert run("evaluate", file, "--images", table).output == read.output
+
+
+RECIPE = """
+recipe = 1
+epochs = 1
+batch_size = 32
+device = "cpu"
+threads = 1
+tensorboard = false
+model = { name = "test_vit", kwargs = { img_size = 16, patch_size = 8 } }
+data = { dataset = "embedded:digits", train_images = 64, test_images = 599 }
+decay = { cd = { strength = 1.0 } }
+"""
+
+
+def test_a_trained_model_is_evaluated_and_quantized_by_its_folder(tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE)
+    out = tmp_path / "out"
+    trained = run("train", "-r", tmp_path / "r.toml", "-o", out, "-s", "optimizer.lr=2e-3")
+    assert trained.exit_code == 0, trained.output
+    assert '"lr": 0.002' in (out / "config.json").read_text()
+    top1 = re.search(r"top-1 [\d.]+ %", trained.output)
+    evaluated = run("evaluate", out, "--images", "embedded:digits")
+    assert top1
+    assert evaluated.output.startswith(f"{top1[0]} on 599 images")
+    assert "leave" in refused(run("evaluate", out, "--images", "embedded:digits", *SIZE))
+    file = tmp_path / "m.qvit"
+    made = run("quantize", out, "--calibration", "embedded:digits", "--count", 2, "-o", file)
+    assert made.exit_code == 0, made.output
+    assert "not empty" in refused(run("train", "-r", tmp_path / "r.toml", "-o", out))
+    assert "random" not in evaluated.stderr
 
 
 def test_diagnose_writes_what_it_prints(table, tmp_path):

@@ -13,6 +13,7 @@ import typer
 
 from quietvit import __version__
 from quietvit.console import (
+    Architecture,
     Bits,
     Calibration,
     Classes,
@@ -33,7 +34,9 @@ from quietvit.console import (
     build_bare,
     build_model,
     draw_images,
+    epilog,
     example_of,
+    listed,
     moved_to,
     open_data,
 )
@@ -87,13 +90,9 @@ def _console() -> Console:
     return Console()
 
 
-def _epilog(*examples: str) -> str:
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"$ {example}" for example in examples)
-
-
 @app.command(
     rich_help_panel=_TRAIN,
-    epilog=_epilog(
+    epilog=epilog(
         "quietvit train --recipe digits --output runs/digits",
         "quietvit train -r my.toml -s epochs=3 -s decay.strength=0 --output runs/plain",
     ),
@@ -120,7 +119,7 @@ def train(
 
 @app.command(
     rich_help_panel=_TRAIN,
-    epilog=_epilog(
+    epilog=epilog(
         "quietvit compare --recipe digits --output runs/digits",
         "quietvit compare -r digits -o runs/more --seeds 0,1,2,3,4 --bits W8A8,W4A4",
         "quietvit compare -r digits -o runs/digits --resume",
@@ -153,9 +152,9 @@ def compare(
 
     config = CompareConfig(
         recipe=load_recipe(recipe, overrides or []),
-        seeds=_listed(seeds),
-        bits=_listed(bits),
-        methods=_listed(methods),
+        seeds=listed(seeds),
+        bits=listed(bits),
+        methods=listed(methods),
         calibration_images=calibration,
         calibration_seed=calibration_seed,
     )
@@ -167,15 +166,11 @@ def compare(
     console.print(f"Page: {found.page}", highlight=False, soft_wrap=True)
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 @app.command(
     rich_help_panel=_LOOK,
-    epilog=_epilog(
+    epilog=epilog(
         "quietvit diagnose deit_tiny_patch16_224 --weights w.safetensors --images val.parquet",
-        "quietvit diagnose vit_base_patch16_224 --weights w.safetensors --images photos/ -o out",
+        "quietvit diagnose runs/digits --images embedded:digits --output runs/digits-diagnosis",
     ),
 )
 def diagnose(
@@ -210,9 +205,9 @@ def diagnose(
         typer.echo("Written: " + ", ".join(map(str, written)))
 
 
-@app.command(rich_help_panel=_LOOK, epilog=_epilog("quietvit pairs deit_tiny_patch16_224"))
+@app.command(rich_help_panel=_LOOK, epilog=epilog("quietvit pairs deit_tiny_patch16_224"))
 def pairs(
-    model: Model,
+    model: Architecture,
     kinds: Annotated[
         str | None,
         typer.Option(
@@ -225,13 +220,13 @@ def pairs(
     from quietvit.pairs import DEFAULT_KINDS, find_pairs
 
     built = build_bare(model, size)
-    chosen = DEFAULT_KINDS if kinds is None else _listed(kinds)
+    chosen = DEFAULT_KINDS if kinds is None else listed(kinds)
     typer.echo(str(find_pairs(built, example_of(built), kinds=chosen)))
 
 
-@app.command(rich_help_panel=_LOOK, epilog=_epilog("quietvit trace swin_tiny_patch4_window7_224"))
+@app.command(rich_help_panel=_LOOK, epilog=epilog("quietvit trace swin_tiny_patch4_window7_224"))
 def trace(
-    model: Model,
+    model: Architecture,
     size: Size = None,
     matmuls: Annotated[
         bool, typer.Option("--matmuls", help="Only the matrix multiplications.")
@@ -249,7 +244,7 @@ def trace(
 
 @app.command(
     rich_help_panel=_QUANTIZE,
-    epilog=_epilog(
+    epilog=epilog(
         "quietvit quantize deit_tiny_patch16_224 --weights w.safetensors "
         "--calibration calib.parquet --bits W4A8 --method rtn-omse -o tiny.qvit",
         "quietvit evaluate tiny.qvit --images val.parquet",
@@ -287,14 +282,19 @@ def quantize(
 
 @app.command(
     rich_help_panel=_QUANTIZE,
-    epilog=_epilog(
+    epilog=epilog(
         "quietvit evaluate deit_tiny_patch16_224 --weights w.safetensors --images val.parquet",
+        "quietvit evaluate runs/digits --images embedded:digits",
         "quietvit evaluate tiny.qvit --images val.parquet",
     ),
 )
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL|FILE", help="Name of a timm model, or a .qvit file.")
+        str,
+        typer.Argument(
+            metavar="MODEL|FILE",
+            help="Name of a timm model, folder of a training run, or a .qvit file.",
+        ),
     ],
     images: Images,
     weights: Weights = None,
@@ -304,7 +304,7 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Measure top-1 of a float model or a quantized file."""
-    if model.endswith(".qvit"):
+    if model.endswith(".qvit") or (Path(model) / "quantization.json").is_file():
         from quietvit.quantization import load
 
         quantized = load(model)
@@ -326,7 +326,7 @@ def _evaluate(
     typer.echo(f"top-1 {top1:.2f} % on {len(dataset)} images of {dataset.name}")
 
 
-@app.command(rich_help_panel=_QUANTIZE, epilog=_epilog("quietvit methods 'rtn*'"))
+@app.command(rich_help_panel=_QUANTIZE, epilog=epilog("quietvit methods 'rtn*'"))
 def methods(
     pattern: Annotated[str, typer.Argument(help="Wildcard of names.")] = "*",
 ) -> None:

@@ -69,7 +69,11 @@ Overrides = Annotated[
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a timm model.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Name of a timm model, or the folder of a training run."),
+]
+Architecture = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a timm model.")]
 Weights = Annotated[
     Path | None,
     typer.Option(help="Weights file: safetensors, or a plain state dict.", show_default="random"),
@@ -97,9 +101,21 @@ Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda
 def build_model(
     name: str, weights: Path | None, classes: int | None, size: int | None
 ) -> nn.Module:
-    """Build a timm model in eval mode, with weights from a file; says so where they are random."""
+    """Build a timm model in eval mode, or load that of a training run; says so if it is random.
+
+    Raises QuietvitError for what neither is, and for weights named beside a training run.
+    """
     from quietvit.data import create_model
 
+    if Path(name).is_dir():
+        from quietvit.train import TrainResult
+
+        if (weights, classes, size) != (None, None, None):
+            raise QuietvitError(
+                f"{name} is the folder of a training run, which has its weights, classes and size; "
+                "leave --weights, --classes and --size out."
+            )
+        return TrainResult.read(name).load_model()
     if weights is None:
         typer.echo("note: no --weights given, so the weights of the model are random.", err=True)
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
@@ -154,3 +170,13 @@ def moved_to(model: nn.Module, device: str) -> nn.Module:
             f"the model cannot be computed on device {device!r}: {str(error).splitlines()[0]}; "
             "choose another, such as --device cpu."
         ) from error
+
+
+def epilog(*examples: str) -> str:
+    """Return examples as the text below a command's help."""
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"$ {example}" for example in examples)
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Split a comma-separated option."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
