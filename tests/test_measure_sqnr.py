@@ -165,3 +165,20 @@ def test_what_cannot_be_compared_is_refused(model, images):
         broken.blocks[1].mlp.fc1.weight.fill_(torch.nan)
     with pytest.raises(QuietvitError, match=r"float model's output of blocks\.1\.mlp\.fc1"):
         sqnr(broken, quantized, images)
+
+
+def test_quantized_model_can_be_observed_locally(model, images):
+    quantized = quietvit.quantize(model, quietvit.RTN(activation_bits=4), images, progress=False)
+    accumulated, own = sqnr(model, quantized, images), sqnr(model, quantized, images, local=True)
+    assert list(own) == [site.name for site in quantized.trace.matmuls]
+    first, last = quantized.trace.matmuls[0].name, quantized.trace.matmuls[-1].name
+    assert own[first] == accumulated[first]
+    assert own[last] > accumulated[last]
+    with torch.no_grad():
+        before = quantized(images)
+        with quantized.observe(lambda site, operands, run: run(*operands)):
+            assert torch.equal(quantized(images), before)
+            with pytest.raises(QuietvitError, match="observed already"):  # noqa: SIM117
+                with quantized.observe(lambda site, operands, run: run(*operands)):
+                    pass
+        assert torch.equal(quantized(images), before)

@@ -27,7 +27,7 @@ class NormGainDecay(DecoupledUpdate):
     hardest on the largest gains; none changes sign: ``lr strength g_j^2 / mean(g^2)`` is cut at 1.
     Each gain vector moves once a step, however many linears read it. The gains are the diagonal
     first matrices of the ``norm_linear`` pairs of the model. Derived, from the prototype of
-    methods.md, section 1.
+    docs/method.md.
 
     Args and errors are those of ``ColinearityDecay``; ``pairs`` must hold diagonal first matrices.
     """

@@ -85,7 +85,7 @@ class Energy(Penalty):
     components of B orthogonal to range(A) stay; (iv) zero at A = 0 or B = 0; (v) the same in any
     orthogonal basis of the hidden dimension (any order of it, where A is diagonal).
     Cost: three products of (o, h) x (h, d), or four with an h x h matrix where that is cheaper.
-    Source: derived (methods.md, section 1).
+    Source: derived here (docs/method.md).
     """
 
     name = "energy"
@@ -119,7 +119,7 @@ class Peak(Penalty):
     Stated penalty: ``sum_k |sg(A)^T b_k|^4 / (4 c nu(A)) + sum_k |A^T sg(b_k)|^4 / (4 c nu(B))``,
     c and nu constants.
     Laws: (i) needs output channels of equal amplification too; (ii), (iv), (v) as ``energy``.
-    Source: derived (methods.md, section 1, p = 4).
+    Source: derived here (docs/method.md), p = 4.
     """
 
     name = "peak"
@@ -167,7 +167,7 @@ class Cosine(Penalty):
     Laws: (i) becomes "no update" (nothing to turn); (ii) does not hold: what is orthogonal to
     range(A) grows by the factor 1 + (learning rate)(strength) kB; (iv), (v) as ``energy``. A finite
     step lengthens a weight in second order; weight decay of the optimizer balances that.
-    Source: derived (methods.md, section 1).
+    Source: derived here (docs/method.md).
     """
 
     name = "cosine"
@@ -207,7 +207,7 @@ class Top(Penalty):
     sum_j |sg(B) v_j|^2 |A^T v_j|^2 / (2 nu(B))``.
     Laws: (i) on the span of the chosen directions; (ii), (iv), (v) as ``energy`` (singular values
     that are equal leave the choice of directions open). Cost: h count (o + d), plus the SVDs.
-    Source: derived (methods.md, section 1).
+    Source: derived here (docs/method.md).
     """
 
     name = "top"

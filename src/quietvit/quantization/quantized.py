@@ -5,7 +5,8 @@ Which quantizer stands where is decided by a method; files are read and written 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.quantization.calibration import Handler
 from quietvit.quantization.method import OPERANDS, Method, Slot
 from quietvit.quantization.quantizers import Quantizer
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
@@ -108,14 +110,41 @@ class QuantizedModel(nn.Module):
         }
         self._kinds = frozenset(slot.site.kind for slot in quantizers)
         self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._observer: Handler | None = None
         self.train(model.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output, computed on quantized operands."""
+        if self._observer is not None:
+            observer, inner = self._observer, self._handle
+
+            def watched(
+                site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
+            ) -> Tensor:
+                return observer(site, operands, lambda *given: inner(site, given, run))
+
+            with intercept(self.trace, watched):
+                return self.model(*args, **kwargs)
         if not self._kinds:
             return self.model(*args, **kwargs)
         with intercept(self.trace, self._handle, kinds=self._kinds):
             return self.model(*args, **kwargs)
+
+    @contextmanager
+    def observe(self, handler: Handler) -> Iterator[None]:
+        """Show every matrix product to ``handler`` while the model runs inside ``with``.
+
+        ``handler(site, operands, run)`` gets the operands before they are quantized;
+        ``run(*operands)`` quantizes them and multiplies; what it returns goes on. One at a time:
+        raises QuietvitError inside another ``observe`` of this model.
+        """
+        if self._observer is not None:
+            raise QuietvitError("this quantized model is being observed already; leave that first.")
+        self._observer = handler
+        try:
+            yield
+        finally:
+            self._observer = None
 
     def _handle(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
