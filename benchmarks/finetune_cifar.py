@@ -152,7 +152,10 @@ def finetune(
             if limit is not None and done >= limit:
                 break
     seconds = time.perf_counter() - start
-    return model.eval(), {"train_seconds": round(seconds, 1), "last_loss": round(float(loss.detach()), 4)}
+    return model.eval(), {
+        "train_seconds": round(seconds, 1),
+        "last_loss": round(float(loss.detach()), 4),
+    }
 
 
 @app.command()
