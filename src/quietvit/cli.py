@@ -84,10 +84,11 @@ _TRAIN = "Train and compare"
 _QUANTIZE = "Quantize"
 
 
-def _console() -> Console:
+def _console(least: int = 0) -> Console:
     from rich.console import Console
 
-    return Console()
+    console = Console()
+    return console if console.width >= least else Console(width=least)
 
 
 @app.command(
@@ -199,7 +200,7 @@ def diagnose(
     built = build_model(model, weights, classes, size)
     drawn = draw_images(built, open_data(images, "test"), count, seed)
     found = run(built, drawn, pairs=() if sites_only else None)
-    _console().print(found)
+    _console(least=120).print(found)
     if output is not None:
         written = [found.to_json(output / "diagnosis.json"), *found.plot(output)]
         typer.echo("Written: " + ", ".join(map(str, written)))
@@ -331,6 +332,7 @@ def methods(
     pattern: Annotated[str, typer.Argument(help="Wildcard of names.")] = "*",
 ) -> None:
     """List the quantization methods: what each needs, costs and claims."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from quietvit.quantization import method_rows
@@ -338,10 +340,15 @@ def methods(
     rows = method_rows(pattern)
     if not rows:
         raise QuietvitError(f"no method matches {pattern!r}; 'quietvit methods' lists them all.")
-    table = Table(*rows[0])
+    shown = ("method", "summary", "needs", "cost", "kernels")
+    table = Table(*shown, box=SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*row.values())
-    _console().print(table)
+        table.add_row(*(row[key] for key in shown))
+    console = _console()
+    console.print(table)
+    for row in rows:
+        text = f"{row['method']}: {row['source']}. Published with: {row['published'] or 'nothing'}."
+        console.print(text, highlight=False, markup=False)
 
 
 def main() -> None:
