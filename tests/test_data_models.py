@@ -47,7 +47,7 @@ def test_weights_come_back_exactly(weights, suffix):
 def test_another_number_of_classes_starts_a_new_head_and_says_so(weights, caplog):
     caplog.set_level(logging.WARNING, "quietvit")
     model = tiny(num_classes=3, weights=weights)
-    assert "the head head tells 10 classes apart, 3 are asked for" in caplog.text
+    assert "the head 'head' tells 10 classes apart, 3 are asked for" in caplog.text
     old = tiny(weights=weights).state_dict()
     new = model.state_dict()
     assert new["head.weight"].shape == (3, 32)

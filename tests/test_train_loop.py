@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -9,8 +10,11 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from quietvit.data import (
@@ -67,7 +71,7 @@ class StoppedError(Exception):
     pass
 
 
-def interrupt(output, monkeypatch, at, **changes):
+def interrupt(output, monkeypatch, at, resume=False, **changes):
     """Stop a run right after optimizer step ``at`` is counted, wherever that falls."""
     after_step = loop._Loop._after_step
 
@@ -79,7 +83,7 @@ def interrupt(output, monkeypatch, at, **changes):
     with monkeypatch.context() as patch:
         patch.setattr(loop._Loop, "_after_step", stop)
         with pytest.raises(StoppedError):
-            run(output, **changes)
+            run(output, resume=resume, **changes)
 
 
 EVERYTHING = {
@@ -134,17 +138,7 @@ def test_a_run_interrupted_twice_and_with_other_workers_ends_the_same(tmp_path, 
     expected = whole(**EVERYTHING)
     output = tmp_path / "run"
     interrupt(output, monkeypatch, 5, **EVERYTHING, num_workers=2)
-    after_step = loop._Loop._after_step
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            loop._Loop,
-            "_after_step",
-            lambda self: (
-                (_ for _ in ()).throw(StoppedError) if self.step == 9 else after_step(self)
-            ),
-        )
-        with pytest.raises(StoppedError):
-            run(output, resume=True, **EVERYTHING)
+    interrupt(output, monkeypatch, 9, resume=True, **EVERYTHING)
     assert_same(run(output, resume=True, **EVERYTHING, num_workers=1), expected)
 
 
@@ -364,3 +358,17 @@ def test_a_model_made_as_configured_is_the_model_trained(tmp_path):
     assert {k: v.shape for k, v in made.state_dict().items()} == {
         k: v.shape for k, v in result.load_model().state_dict().items()
     }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_training_image_stops_the_run_naming_its_row(tmp_path, workers):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    images = [buffer.getvalue()] * 15 + [b"no image"]
+    table = pa.table({"image": images, "label": [0, 1] * 8})
+    pq.write_table(table, tmp_path / "a.parquet")
+    path = tmp_path / "a.parquet"
+    with pytest.raises(
+        QuietvitError, match=r"^the image at row 15 of table .*a\.parquet could not"
+    ):
+        run(tmp_path / "run", data={"dataset": f"table:{path},{path}"}, num_workers=workers)
