@@ -172,7 +172,7 @@ def _without_other_head(
         if classes == there:
             continue
         logger.warning(
-            "%s: the head %s tells %d classes apart, %d are asked for: it starts anew.",
+            "%s: the head '%s' tells %d classes apart, %d are asked for: it starts anew.",
             source, head, there, classes,
         )  # fmt: skip
         for part in ("weight", "bias"):
