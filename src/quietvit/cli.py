@@ -95,7 +95,7 @@ def _console(least: int = 0) -> Console:
     rich_help_panel=_TRAIN,
     epilog=epilog(
         "quietvit train --recipe digits --output runs/digits",
-        "quietvit train -r my.toml -s epochs=3 -s decay.strength=0 --output runs/plain",
+        "quietvit train -r my.toml -s epochs=3 -s decay.cd=none --output runs/plain",
     ),
 )
 def train(
