@@ -130,7 +130,11 @@ def find_pairs(
         trace = _trace(model, example)
     found: dict[MatrixPair, None] = {}
     skipped: dict[tuple[str, str], None] = {}
-    gated = Counter(link.consumer for link in trace.links if "gate" in link.through)
+    gated = Counter(
+        link.consumer
+        for link in trace.links
+        if "gate" in link.through and "pooled" not in link.through
+    )
     for link in trace.links:
         first, second = trace[link.source], trace[link.consumer]
         kind, reason = _kind(link, first, second, gated[link.consumer])
@@ -140,7 +144,10 @@ def find_pairs(
             found |= dict.fromkeys(_pairs(link, first, second, kind))
     if "query_key" in kinds:
         for scores in trace.scores:
-            found |= dict.fromkeys(_query_key(scores, trace))
+            if reason := _rotated(scores):
+                skipped[f"{scores.query} x {scores.key}", reason] = None
+            else:
+                found |= dict.fromkeys(_query_key(scores, trace))
     if not found:
         raise _no_pairs(trace, kinds, skipped)
     return FoundPairs(tuple(found), tuple(skipped))
@@ -162,8 +169,12 @@ def _kind(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
             "",
             "a weight is computed in the forward pass and is no parameter" if computed else "",
         )
+    if _columns(second) != len(link.channels):
+        return "", ""
     if first.kind == "norm":
         return ("", "") if through else ("norm_linear", "")
+    if not _is_whole(first) or "pooled" in through:
+        return "", ""
     shaped = bool(through - {"norm", "scale", "depthwise", "matmul"})
     if "mixed_heads" in through:
         return "", "attention heads are mixed between V and the output projection"
@@ -171,6 +182,8 @@ def _kind(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
         return "", "a product of activations without softmax stands between"
     if through & {"norm", "matmul"}:
         return "", "a norm stands between, which rescales what A makes" if shaped else ""
+    if "mixing_gate" in through:
+        return "", "a gate computed from what A makes stands between"
     if "attention" in through:
         return "value_output", ""
     if "gate" in through and gates > 1:
@@ -184,6 +197,26 @@ def _is_matrix(site: Site) -> bool:
     if site.kind == "linear":
         return True
     return site.kind == "conv" and all(size == 1 for size in shape[2:]) and shape[1] > 1
+
+
+def _is_whole(site: Site) -> bool:
+    """Whether every output channel of a site sees every input channel: no convolution in groups."""
+    shape = site.weight_shape or ()
+    if site.kind != "conv":
+        return True
+    return shape[1] == site.operands[0].shape[1 - len(shape)]
+
+
+def _columns(site: Site) -> int:
+    return (site.weight_shape or (0, 0))[1]
+
+
+def _rotated(scores: Scores) -> str:
+    """Why the scores are no product of the two weights alone, "" where they are."""
+    between = set(scores.through) - {"scale"}
+    if "norm" in between:
+        return "a norm stands between a weight and the scores"
+    return f"{', '.join(sorted(between))} between a weight and the scores" if between else ""
 
 
 def _pairs(link: Link, first: Site, second: Site, kind: str) -> Iterator[MatrixPair]:

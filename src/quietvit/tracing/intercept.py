@@ -6,10 +6,13 @@ where it does not, the error says at which site it left it.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -27,8 +30,10 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
     ``handler(site, operands, run)`` returns the site's output. Operands are (input, weight) for
     linear and conv (weight of shape (out, in, ...)), (left, right) for matmul, einsum and add,
     (input,) for softmax, norm and activation; ``run(*operands)`` executes the call with these
-    operands, bias included. Any batch size; gradients flow. ``with`` covers exactly one forward
-    pass. Raises QuietvitError where the pass differs from the trace.
+    operands, bias included. Any batch size; gradients flow. Each ``with`` covers exactly one
+    forward pass. Raises QuietvitError where the pass differs from the trace, and where it would
+    train under gradient checkpointing: what the backward pass computes again, it would compute
+    without the handler.
     """
 
     def __init__(
@@ -46,8 +51,12 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         }
         self._counters: Counter[str] = Counter()
         self._depth = 0
+        self._trains = False
 
     def __enter__(self) -> intercept:
+        if self._depth == 0:
+            self._counters.clear()
+            self._trains = torch.is_grad_enabled()
         self._depth += 1
         super().__enter__()
         return self
@@ -83,6 +92,8 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         self._check(site, call)
         if site.kind not in self._kinds:
             return func(*args, **kwargs)
+        if self._trains:
+            self._check_not_checkpointed(site)
         return self._handler(site, call.operands, call.run)
 
     def _check(self, site: Site, call: ops.Call) -> None:
@@ -96,6 +107,19 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         for operand, shape in zip(site.operands, shapes, strict=False):
             if len(operand.shape) != len(shape):
                 self._refuse(f"came to {site.name} with shapes {shapes}, not {operand.shape}")
+
+    def _check_not_checkpointed(self, site: Site) -> None:
+        frame = sys._getframe() if not torch.compiler.is_compiling() else None
+        while frame is not None:
+            if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+                raise QuietvitError(
+                    f"{site.name} of {self._trace.model_name} runs under gradient checkpointing. "
+                    "The backward pass would compute it again without the handler, and the "
+                    "gradients would be those of another model. Switch checkpointing off "
+                    "(set_grad_checkpointing(False), gradient_checkpointing_disable()), or run "
+                    "under torch.no_grad()."
+                )
+            frame = frame.f_back
 
     def _check_complete(self) -> None:
         for family in sorted(self._families):

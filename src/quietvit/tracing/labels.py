@@ -6,6 +6,7 @@ labels with the same arguments, so no layout needs to be known by name. Pure fun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -104,6 +105,7 @@ def combine(
     A product keeps the channels of every factor; a sum only those that all its terms carry, since
     two different channels added are neither. A source whose channels meet other channels of its own
     in a product (a packed gated MLP) is kept once for each factor, as "source", "source|1", ...
+    A factor that had to be broadcast (the gate of a squeeze-and-excitation) passes "pooled".
     """
     dependent = [value for value in values if value.depends]
     flows: dict[str, Flow] = {}
@@ -117,6 +119,8 @@ def combine(
         for labels, flow in zip(wide, carriers, strict=True):
             if labels is None:
                 continue
+            pooled = not adding and len(dependent) > 1 and flow.labels.shape != tuple(output)
+            flow = flow.via("pooled") if pooled else flow
             twin = next((f for f in distinct if torch.equal(f.labels, labels)), None)
             if twin is None:
                 distinct.append(replace(flow, labels=labels))
@@ -163,6 +167,32 @@ def columns(labels: Tensor, channel_dim: int) -> Tensor | None:
     return None if agreed is None or bool((agreed < 0).all()) else agreed[0]
 
 
+def pool(value: Value, dims: Sequence[int], output: Sequence[int]) -> Value:
+    """Value of a pooling over ``dims``: a channel stays itself where it fills these dims alone."""
+    kept = reduce(value, dims, keepdim=True)
+    wide = {source: _broadcast(flow.labels, output) for source, flow in kept.flows.items()}
+    flows = {s: replace(kept.flows[s], labels=w) for s, w in wide.items() if w is not None}
+    return replace(kept, flows=flows)
+
+
+def arrange(value: Value, own: str, groups: Sequence[str]) -> Value:
+    """A value with its dims, named by the letters ``own``, permuted and each group merged to one.
+
+    Letters of the first group stay dims of their own: they are the batch of a matrix product.
+    """
+    order = [own.index(letter) for group in groups for letter in group]
+    flows = {}
+    for source, flow in value.flows.items():
+        moved = flow.labels.permute(order)
+        shape = list(moved.shape[: len(groups[0])])
+        start = len(shape)
+        for group in groups[1:]:
+            shape.append(math.prod(moved.shape[start : start + len(group)]))
+            start += len(group)
+        flows[source] = replace(flow, labels=moved.reshape(shape))
+    return replace(value, flows=flows)
+
+
 def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str, Flow]:
     """Flows of left @ right: the columns of right and the rows of left, where tokens are summed."""
     flows: dict[str, Flow] = {}
@@ -187,8 +217,14 @@ def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str
     return flows
 
 
-def score_channels(left: Value, right: Value) -> list[tuple[str, str, list[tuple[Tensor, Tensor]]]]:
-    """Channels that meet in a product of queries and keys, head by head, for each two sources."""
+Heads = list[tuple[Tensor, Tensor]]
+
+
+def score_channels(left: Value, right: Value) -> list[tuple[str, str, Heads, tuple[str, ...]]]:
+    """Channels that meet in a product of queries and keys, head by head, for each two sources.
+
+    The last entry is what the two passed through on their ways.
+    """
     found = []
     for query, q_flow in left.flows.items():
         for key, k_flow in right.flows.items():
@@ -200,7 +236,8 @@ def score_channels(left: Value, right: Value) -> list[tuple[str, str, list[tuple
                 continue
             both = torch.stack([q % HEAD, k % HEAD], dim=-2).reshape(-1, 2, q.shape[-1])
             heads = torch.unique(both, dim=0)
-            found.append((query, key, [(head[0], head[1]) for head in heads]))
+            through = tuple(dict.fromkeys((*q_flow.through, *k_flow.through)))
+            found.append((query, key, [(head[0], head[1]) for head in heads], through))
     return found
 
 

@@ -5,6 +5,7 @@ Only classification lives here: what is recorded about a call is ``record``'s bu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ class Form:
 
 
 _MATMUL = Form("matmul", ("input", "other"), ("input", "other"))
+_MM = Form("matmul", ("input", "mat2"), ("input", "mat2"))
+_MV = Form("matmul", ("input", "vec"), ("input", "vec"))
+_ADDMM = Form("matmul", ("input", "mat1", "mat2"), ("mat1", "mat2"))
+_BADDBMM = Form("matmul", ("input", "batch1", "batch2"), ("batch1", "batch2"))
+_ADDMV = Form("matmul", ("input", "mat", "vec"), ("mat", "vec"))
 _CONV = Form("conv", ("input", "weight", "bias"), ("input", "weight"))
 _UNARY = ("input",)
 _ADD = Form("add", ("input", "other"), ("input", "other"))
@@ -40,17 +46,28 @@ _RADD = Form("add", ("other", "input"), ("input", "other"))
 FORMS: dict[Any, Form] = {
     F.linear: Form("linear", ("input", "weight", "bias"), ("input", "weight")),
     torch.matmul: _MATMUL,
-    torch.mm: Form("matmul", ("input", "mat2"), ("input", "mat2")),
-    torch.bmm: Form("matmul", ("input", "mat2"), ("input", "mat2")),
-    torch.addmm: Form("matmul", ("input", "mat1", "mat2"), ("mat1", "mat2")),
-    torch.baddbmm: Form("matmul", ("input", "batch1", "batch2"), ("batch1", "batch2")),
+    torch.linalg.matmul: _MATMUL,
+    torch.mm: _MM,
+    torch.bmm: _MM,
+    torch.mv: _MV,
+    torch.addmm: _ADDMM,
+    torch.baddbmm: _BADDBMM,
+    torch.addbmm: _BADDBMM,
+    torch.addmv: _ADDMV,
     Tensor.matmul: _MATMUL,
     Tensor.__matmul__: _MATMUL,
     Tensor.__rmatmul__: Form("matmul", ("other", "input"), ("input", "other")),
-    Tensor.mm: Form("matmul", ("input", "mat2"), ("input", "mat2")),
-    Tensor.bmm: Form("matmul", ("input", "mat2"), ("input", "mat2")),
-    Tensor.addmm: Form("matmul", ("input", "mat1", "mat2"), ("mat1", "mat2")),
-    Tensor.baddbmm: Form("matmul", ("input", "batch1", "batch2"), ("batch1", "batch2")),
+    Tensor.mm: _MM,
+    Tensor.bmm: _MM,
+    Tensor.mv: _MV,
+    Tensor.addmm: _ADDMM,
+    Tensor.addmm_: _ADDMM,
+    Tensor.baddbmm: _BADDBMM,
+    Tensor.baddbmm_: _BADDBMM,
+    Tensor.addbmm: _BADDBMM,
+    Tensor.addbmm_: _BADDBMM,
+    Tensor.addmv: _ADDMV,
+    Tensor.addmv_: _ADDMV,
     torch.einsum: Form("einsum", ("equation",), ()),
     F.layer_norm: Form("norm", ("input", "normalized_shape", "weight"), _UNARY, "weight"),
     torch.layer_norm: Form("norm", ("input", "normalized_shape", "weight"), _UNARY, "weight"),
@@ -80,42 +97,36 @@ _CONVOLUTIONS = (
     torch.conv_transpose3d,
 )
 FORMS |= dict.fromkeys(_CONVOLUTIONS, _CONV)
-FORMS |= dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), Form("softmax", _UNARY, _UNARY))
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+FORMS |= dict.fromkeys(_SOFTMAX, Form("softmax", _UNARY, _UNARY))
 _ACTIVATIONS = (
     *(F.gelu, F.relu, F.relu_, F.relu6, F.silu, F.mish, F.elu, F.celu, F.selu, F.leaky_relu),
     *(F.hardswish, F.hardsigmoid, F.hardtanh, F.softplus, F.prelu, F.logsigmoid),
     *(torch.relu, torch.relu_, torch.tanh, torch.sigmoid, torch.prelu, torch.selu),
     *(Tensor.relu, Tensor.relu_, Tensor.tanh, Tensor.tanh_, Tensor.sigmoid, Tensor.sigmoid_),
-    *(F.sigmoid, F.tanh),
+    *(F.sigmoid, F.tanh, torch.sigmoid_, torch.tanh_, torch.special.expit),
+    *(F.threshold, F.softsign, F.tanhshrink, F.hardshrink, F.softshrink, F.rrelu),
 )
 FORMS |= dict.fromkeys(_ACTIVATIONS, Form("activation", _UNARY, _UNARY))
 
-# Elementwise functions that carry channels over unchanged, by name, apart from those above.
+# Elementwise functions that keep channels apart, by name, beside those above; those that bend
+# values stand between two matrices as an activation does.
 SCALING = {"mul", "mul_", "div", "div_", "true_divide", "multiply", "divide"} | {
     f"__{i}{name}__" for name in ("mul", "truediv") for i in ("", "r", "i")
 }
 ADDING = {"add", "add_", "sub", "sub_", "subtract", "__radd__", "__rsub__"} | {
     f"__{i}{name}__" for name in ("add", "sub") for i in ("", "i")
 }
+BENDING = {
+    *("clamp", "clamp_", "clip", "clamp_min", "clamp_max", "abs", "pow", "__pow__", "square"),
+    *("exp", "exp_", "log", "sqrt", "rsqrt", "erf", "softplus", "sin", "cos", "reciprocal"),
+    *("maximum", "minimum"),
+}
 ELEMENTWISE = (
     SCALING
     | ADDING
-    | {
-        *(
-            "clamp",
-            "clamp_",
-            "clip",
-            "nan_to_num",
-            "neg",
-            "__neg__",
-            "abs",
-            "pow",
-            "__pow__",
-            "exp",
-        ),
-        *("sqrt", "rsqrt", "square", "erf", "masked_fill", "masked_fill_", "where", "softplus"),
-        *("sin", "cos", "reciprocal", "maximum", "minimum"),
-    }
+    | BENDING
+    | {"nan_to_num", "neg", "__neg__", "masked_fill", "masked_fill_", "where"}
 )
 # Functions whose output is their first argument, up to precision, place and dropped entries.
 CASTING = {
@@ -133,7 +144,16 @@ MOVING = {
     *("pixel_shuffle", "pixel_unshuffle", "adjoint", "diagonal", "unsafe_chunk", "ravel"),
 }
 JOINING = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
-REDUCING = {"mean", "sum", "amax", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_avg_pool1d"}
+# Functions that pool over so many last dims, each channel by itself.
+POOLING = {
+    **dict.fromkeys(("avg_pool1d", "adaptive_avg_pool1d", "max_pool1d"), 1),
+    **dict.fromkeys(("avg_pool2d", "adaptive_avg_pool2d", "max_pool2d"), 2),
+    "adaptive_max_pool2d": 2,
+}
+REDUCING = {"mean", "sum", "amax", *POOLING}
+# Functions that move the entries which another tensor chooses.
+CHOOSING = {"__getitem__", "index_select", "gather", "take_along_dim"}
+CASTING_PROPERTIES = {Tensor.data.__get__}  # type: ignore[attr-defined]
 MOVING_PROPERTIES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}  # type: ignore[attr-defined]
 
 
@@ -142,14 +162,15 @@ class Call:
     """One call of a known function, its operands laid out, ready to run with others in their place.
 
     ``operands`` of linear and conv are (input, weight), of norm, softmax and activation (input,),
-    of matmul, einsum and add both sides.
+    of matmul, einsum and add both sides. ``letters`` name the dims of both sides and the output of
+    an einsum, one letter each.
     """
 
     kind: str
     operands: tuple[Tensor, ...]
     run: Callable[..., Tensor]
     gain: Tensor | None = None
-    equation: str = ""
+    letters: tuple[str, str, str] = ("", "", "")
 
 
 def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -193,7 +214,31 @@ def _einsum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | 
     tensors = tuple(rest[0]) if len(rest) == 1 and not isinstance(rest[0], Tensor) else tuple(rest)
     if len(tensors) != 2 or not isinstance(equation, str):
         return None
-    return Call("einsum", tensors, lambda a, b: func(equation, a, b), equation=equation)
+    left, right, output = _letters(equation, tensors[0].ndim, tensors[1].ndim)
+    if not set(left) & set(right) - set(output):
+        return None  # nothing is summed over both: a product entry by entry
+    return Call(
+        "einsum",
+        tensors,
+        lambda a, b: func(equation, a, b),
+        letters=(left, right, output),
+    )
+
+
+def _letters(equation: str, left: int, right: int) -> tuple[str, str, str]:
+    """An equation's terms with the ellipsis written out (right-aligned Greek letters)."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    first, second = inputs.split(",")
+    wide = []
+    for term, ndim in ((first, left), (second, right)):
+        missing = ndim - len(term.replace("...", ""))
+        wide.append("".join(chr(0x3B1 + i) for i in reversed(range(missing))))
+    longest = max(wide, key=len)
+    terms = [t.replace("...", w) for t, w in zip((first, second), wide, strict=True)]
+    if not arrow:
+        named = (first + second).replace("...", "")
+        output = "..." + "".join(sorted(c for c in named if named.count(c) == 1))
+    return terms[0], terms[1], output.replace("...", longest)
 
 
 def weight_first(call: Call) -> Call:
@@ -212,19 +257,17 @@ def macs(call: Call, func: Any, output: Tensor) -> int:
         base = left if "transpose" in func.__name__ else output
         return base.numel() * right[0].numel()
     if call.kind == "einsum":
-        return _einsum_macs(call.equation, left, right)
-    return output.numel() * left.shape[-1]
+        return _einsum_macs(call.letters, left, right)
+    summed = output.numel() * left.shape[-1]
+    return summed * left.shape[0] if "addbmm" in func.__name__ else summed
 
 
-def _einsum_macs(equation: str, left: Tensor, right: Tensor) -> int:
-    terms = equation.replace(" ", "").split("->")[0].split(",")
+def _einsum_macs(letters: tuple[str, str, str], left: Tensor, right: Tensor) -> int:
+    """A letter of one side that the output lacks is summed before, and multiplies nothing."""
+    first, second, output = letters
     sizes: dict[str, int] = {}
-    for term, tensor in zip(terms, (left, right), strict=True):
-        missing = tensor.ndim - len(term.replace("...", ""))
-        wide = term.replace("...", "".join(chr(0x3B1 + i) for i in range(missing))[::-1])
-        for label, size in zip(wide, tensor.shape, strict=True):
-            sizes[label] = max(sizes.get(label, 1), size)
-    total = 1
-    for size in sizes.values():
-        total *= size
-    return total
+    for own, other, tensor in ((first, second, left), (second, first, right)):
+        for letter, size in zip(own, tensor.shape, strict=True):
+            if letter in other or letter in output:
+                sizes[letter] = max(sizes.get(letter, 1), size)
+    return math.prod(sizes.values())

@@ -5,16 +5,17 @@ What the records mean for a user (roles, names, tables) is decided in ``trace``.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from quietvit.tracing import labels, ops
@@ -61,7 +62,8 @@ class ScoreLink:
     site: str
     query: str
     key: str
-    heads: list[tuple[Tensor, Tensor]]
+    heads: labels.Heads
+    through: tuple[str, ...]
 
 
 class _FlopCount(TorchDispatchMode):
@@ -92,6 +94,8 @@ class Recorder(TorchFunctionMode):
         self.scores: list[ScoreLink] = []
         self.counters: Counter[str] = Counter()
         self._values: dict[int, Value] = {}
+        self._by_key: dict[str, Record] = {}
+        self._written: dict[int, Value] = {}
         self._alive: list[Any] = []
         self._flops = _FlopCount()
         self._seen_flops = 0
@@ -107,8 +111,10 @@ class Recorder(TorchFunctionMode):
         for name, parameter in model.named_parameters():
             entries = torch.arange(parameter.numel(), device=parameter.device)
             self._keep(parameter, Value(parameter=(name, entries.view(parameter.shape))))
-        for buffer in model.buffers():
-            self._keep(buffer, CONSTANT)
+        for module in model.modules():
+            for held in tree_flatten(vars(module))[0]:  # buffers, and what forward passes cached
+                if isinstance(held, Tensor) and id(held) not in self._values:
+                    self._keep(held, CONSTANT)
 
     def mark_inputs(self, inputs: Any) -> None:
         for tensor in tree_flatten(inputs)[0]:
@@ -147,9 +153,17 @@ class Recorder(TorchFunctionMode):
     def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor; one of unknown origin is taken to depend on the input."""
         known = self._values.get(id(tensor))
-        if known is not None:
-            return known
-        return Value(depends=tensor.is_floating_point())
+        if known is None:
+            return Value(depends=tensor.is_floating_point() or tensor.is_complex())
+        if self._written and not known.depends:
+            return self._written.get(tensor.untyped_storage().data_ptr(), known)
+        return known
+
+    def _write(self, tensor: Tensor, value: Value) -> None:
+        """Note a write in place: every other tensor of this memory now depends on it."""
+        if value.depends:
+            place = tensor.untyped_storage().data_ptr()
+            self._written[place] = labels.merge([value, self._written.get(place, CONSTANT)])
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -166,6 +180,8 @@ class Recorder(TorchFunctionMode):
         name = str(getattr(func, "__name__", func))
         if call is not None and len(outputs) == 1:
             value = self._site(call, func, name, outputs[0], args, kwargs)
+            if outputs[0] is call.operands[0]:
+                self._write(outputs[0], value)
             self._keep(outputs[0], value)
         elif outputs or name == "__setitem__":
             if flops:
@@ -206,6 +222,7 @@ class Recorder(TorchFunctionMode):
             gain=self.value(call.gain).parameter if call.gain is not None else None,
         )
         self.records.append(record)
+        self._by_key[record.key] = record
         return self._after_site(record, call, output)
 
     @staticmethod
@@ -224,6 +241,7 @@ class Recorder(TorchFunctionMode):
             dim = -1 if call.kind == "linear" else 1 - (output.ndim == call.operands[1].ndim - 1)
             self._link(record, inputs[0], dim)
             channels = call.operands[1].shape[0]
+            transposed = "transpose" in record.function
             if call.kind == "conv" and call.operands[1].shape[1] == 1 and channels > 1:
                 flows |= {s: f.via("depthwise") for s, f in inputs[0].flows.items()}
                 flows = {s: f for s, f in flows.items() if f.labels.shape[dim] == channels}
@@ -232,16 +250,15 @@ class Recorder(TorchFunctionMode):
                     for s, f in flows.items()
                     if labels.columns(f.labels, dim) is not None
                 }
-            if output.shape[dim] == channels:
+            if output.shape[dim] == channels and not transposed:
                 flows[key] = labels.start(output.shape, dim, output.device)
         elif call.kind in ("matmul", "einsum"):
             if all(value.depends for value in inputs):
                 probability = None
-            if call.kind == "matmul" and all(len(shape) >= 2 for shape in record.shapes):
-                flows = labels.through_matmul(inputs[0], inputs[1], output.shape)
-                for query, other, heads in labels.score_channels(inputs[0], inputs[1]):
-                    sources = query.partition("|")[0], other.partition("|")[0]
-                    self.scores.append(ScoreLink(key, *sources, heads))
+            if call.kind == "einsum":
+                flows = self._through_einsum(key, call, inputs, output)
+            elif all(len(shape) >= 2 for shape in record.shapes):
+                flows = self._through_matmul(key, inputs[0], inputs[1], output.shape)
         elif call.kind == "softmax":
             probability = "pure"
         elif call.kind == "norm":
@@ -260,6 +277,36 @@ class Recorder(TorchFunctionMode):
         origin = frozenset({key}) if depends else frozenset()
         return Value(depends, origin, flows, None, probability)
 
+    def _through_matmul(
+        self, key: str, left: Value, right: Value, output: Sequence[int]
+    ) -> dict[str, Flow]:
+        for query, other, heads, through in labels.score_channels(left, right):
+            sources = query.partition("|")[0], other.partition("|")[0]
+            if not any(self._by_key[source].kind == "norm" for source in sources):
+                self.scores.append(ScoreLink(key, *sources, heads, through))
+        return labels.through_matmul(left, right, output)
+
+    def _through_einsum(
+        self, key: str, call: ops.Call, inputs: Sequence[Value], output: Tensor
+    ) -> dict[str, Flow]:
+        """An einsum as the matrix product it is, where every letter has its place in one."""
+        left, right, out = call.letters
+        batch = [c for c in out if c in left and c in right]
+        summed = [c for c in left if c in right and c not in out]
+        rows, cols = [c for c in out if c not in right], [c for c in out if c not in left]
+        whole = len(left) + len(right) == 2 * len(batch) + 2 * len(summed) + len(rows) + len(cols)
+        if not whole or any(len(set(term)) < len(term) for term in call.letters):
+            return {}
+        a = labels.arrange(inputs[0], left, ("".join(batch), "".join(rows), "".join(summed)))
+        b = labels.arrange(inputs[1], right, ("".join(batch), "".join(summed), "".join(cols)))
+        ordered = [*batch, *rows, *cols]
+        sizes = [output.shape[out.index(c)] for c in ordered]
+        n = len(batch)
+        tall, wide = math.prod(sizes[n : n + len(rows)]), math.prod(sizes[n + len(rows) :])
+        back = [ordered.index(c) for c in out]
+        flows = self._through_matmul(key, a, b, (*sizes[:n], tall, wide))
+        return {s: Flow(f.labels.reshape(sizes).permute(back), f.through) for s, f in flows.items()}
+
     @staticmethod
     def _spread(tensor: Tensor, dim: int, output: Tensor) -> Tensor:
         agreed = labels.columns(tensor, dim)
@@ -272,9 +319,7 @@ class Recorder(TorchFunctionMode):
         for source, flow in value.flows.items():
             columns = labels.columns(flow.labels, channel_dim)
             if columns is not None:
-                self.links.append(
-                    RawLink(source.partition("|")[0], record.key, columns.cpu(), flow.through)
-                )
+                self.links.append(RawLink(_base(source), record.key, columns.cpu(), flow.through))
 
     def opaque(self, function: str, macs: int) -> None:
         count = sum(record.kind == "opaque" for record in self.records)
@@ -289,13 +334,17 @@ class Recorder(TorchFunctionMode):
             values = [self.value(target)]
             if isinstance(source, Tensor):
                 values.append(self.value(source))
-            self._keep(target, labels.merge(values))
+            merged = labels.merge(values)
+            self._write(target, merged)
+            self._keep(target, merged)
             return
         leaves = tree_flatten((args, kwargs))[0]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         values = [self.value(tensor) for tensor in tensors]
         results = self._flow_through(func, name, args, kwargs, outputs, tensors, values)
         for output, result in zip(outputs, results, strict=True):
+            if any(output is tensor for tensor in tensors):
+                self._write(output, result)
             self._keep(output, result)
 
     def _flow_through(
@@ -312,50 +361,107 @@ class Recorder(TorchFunctionMode):
         if not tensors or not any(value.flows or value.parameter for value in values):
             return rest
         if name in ops.MOVING or func in ops.MOVING_PROPERTIES:
-            moved = labels.move(values[0], lambda x: func(x.contiguous(), *args[1:], **kwargs))
-            if len(moved) == len(outputs):
-                return moved
-            return rest
+            moved = self._moved(func, args, kwargs, tensors[0], values[0], outputs)
+            chosen = name in ops.CHOOSING and not values[0].depends and rest[0].depends
+            if moved is None or chosen:
+                return rest
+            return moved
         if name == "pad" and (args[2:3] or (kwargs.get("mode", "constant"),))[0] == "constant":
             width = args[1] if len(args) > 1 else kwargs["pad"]
             return labels.move(
                 values[0], lambda x: torch.nn.functional.pad(x, width, value=labels.NONE)
             )
-        if name in ops.JOINING:
+        if name in ops.JOINING and args and "out" not in kwargs:
             return [labels.join(values, tensors, lambda parts: func(parts, *args[1:], **kwargs))]
         if name in ops.REDUCING and len(outputs) == 1:
             return [self._reduced(name, args, kwargs, tensors[0], values[0], outputs[0])]
-        if name in ops.CASTING and len(outputs) == 1:
+        if (name in ops.CASTING or func in ops.CASTING_PROPERTIES) and len(outputs) == 1:
             return [values[0]]
         if name in ops.ELEMENTWISE and len(outputs) == 1:
             floating = [
                 (value, tuple(tensor.shape))
                 for value, tensor in zip(values, tensors, strict=True)
-                if tensor.is_floating_point()
+                if tensor.is_floating_point() or tensor.is_complex()
             ]
-            if len(floating) == 1 and tensors[0].shape == outputs[0].shape:
-                return [floating[0][0]]
+            if not floating:
+                return rest
             adding = name in ops.ADDING
             kept, shapes = [v for v, _ in floating], [s for _, s in floating]
-            return [labels.combine(kept, shapes, outputs[0].shape, adding)]
+            if len(floating) == 1 and shapes[0] == tuple(outputs[0].shape):
+                combined = replace(kept[0], parameter=None)
+            else:
+                combined = labels.combine(kept, shapes, outputs[0].shape, adding)
+            bent = [name.strip("_")] if name in ops.BENDING else []
+            flows = {}
+            for source, flow in combined.flows.items():
+                for step in (*bent, *self._mixing_gate(source, kept, adding)):
+                    flow = flow.via(step)
+                flows[source] = flow
+            return [replace(combined, flows=flows)]
         return rest
+
+    def _mixing_gate(self, source: str, factors: Sequence[Value], adding: bool) -> list[str]:
+        """Whether channels of ``source`` meet a factor that was computed from all of them."""
+        own = _base(source)
+        others = [v for v in factors if v.depends and own not in {*map(_base, v.flows)}]
+        mixing = not adding and any(self._descends(value.origin, own) for value in others)
+        return ["mixing_gate"] if mixing else []
+
+    def _descends(self, origin: frozenset[str], source: str) -> bool:
+        """Whether one of the sites in ``origin`` is computed from the site ``source``."""
+        waiting, seen = list(origin), set(origin)
+        while waiting:
+            key = waiting.pop()
+            if key == source:
+                return True
+            fresh = {k for value in self._by_key[key].inputs for k in value.origin} - seen
+            seen |= fresh
+            waiting += fresh
+        return False
+
+    @staticmethod
+    def _moved(
+        func: Any, args: Any, kwargs: Any, tensor: Tensor, value: Value, outputs: list[Tensor]
+    ) -> list[Value] | None:
+        """Replay a function that moves entries on the labels; None where it has no such form."""
+
+        def replay(moving: Tensor) -> Any:
+            moving = moving.contiguous()
+            new_args, new_kwargs = tree_map(
+                lambda leaf: moving if leaf is tensor else leaf, (args, kwargs)
+            )
+            return func(*new_args, **new_kwargs)
+
+        try:
+            moved = labels.move(value, replay)
+        except (RuntimeError, TypeError, IndexError):
+            return None
+        flows = [flow.labels for part in moved for flow in part.flows.values()]
+        if len(moved) != len(outputs) or any(entry.dtype != torch.long for entry in flows):
+            return None
+        same = (
+            flow.labels.shape == output.shape
+            for part, output in zip(moved, outputs, strict=True)
+            for flow in part.flows.values()
+        )
+        return moved if all(same) else None
 
     @staticmethod
     def _reduced(
         name: str, args: Any, kwargs: Any, source: Tensor, value: Value, output: Tensor
     ) -> Value:
-        if "pool" in name:
-            return (
-                labels.reduce(value, (-2, -1), keepdim=True)
-                if output.shape[-1] == 1
-                else (labels.merge([value]))
-            )
+        if name in ops.POOLING:
+            return labels.pool(value, range(-ops.POOLING[name], 0), output.shape)
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
         if dims is None or isinstance(dims, torch.dtype):
             return labels.merge([value])
         dims = (dims,) if isinstance(dims, int) else tuple(dims)
         keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
         return labels.reduce(value, dims, keepdim)
+
+
+def _base(source: str) -> str:
+    return source.partition("|")[0]
 
 
 def crop_batch(example: Any) -> Any:

@@ -39,12 +39,12 @@ def attention(
         shape = (query.shape[-2], key.shape[-2])
         allowed = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(allowed.logical_not(), -torch.inf)
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(attn_mask.logical_not(), -torch.inf)
-        else:
-            scores = scores + attn_mask
-    probabilities = F.softmax(scores, dim=-1)
+    if attn_mask is None:
+        probabilities = F.softmax(scores, dim=-1)
+    elif attn_mask.dtype == torch.bool:
+        probabilities = _softmax(scores.masked_fill(attn_mask.logical_not(), -torch.inf))
+    else:
+        probabilities = _softmax(scores + attn_mask)
     if dropout_p > 0.0:
         probabilities = F.dropout(probabilities, dropout_p)
     return torch.matmul(probabilities, value)
@@ -146,7 +146,8 @@ def multi_head_attention(
     scores = torch.matmul(q_BHND * (1.0 / math.sqrt(size)), k_BHSD.transpose(-2, -1))
     if mask is not None:
         scores = scores + mask
-    probabilities = F.softmax(scores, dim=-1)
+    safe = mask is not None and not need_weights
+    probabilities = _softmax(scores) if safe else F.softmax(scores, dim=-1)
     if training and dropout_p > 0.0:
         probabilities = F.dropout(probabilities, dropout_p)
     merged = torch.matmul(probabilities, v_BHSD).permute(2, 0, 1, 3).reshape(tokens, batch, width)
@@ -157,6 +158,12 @@ def multi_head_attention(
         return output, None
     shown = probabilities.mean(dim=1) if average_attn_weights else probabilities
     return output, shown if batched else shown.squeeze(0)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over sources, zero for a target whose every source is masked, as torch has it."""
+    masked = (scores == -torch.inf).all(dim=-1, keepdim=True)
+    return F.softmax(scores.masked_fill(masked, 0.0), dim=-1).masked_fill(masked, 0.0)
 
 
 def _heads(x: Tensor, batch: int, heads: int, size: int) -> Tensor:

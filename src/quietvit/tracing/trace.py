@@ -73,12 +73,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Scores:
-    """Output channels of ``query`` and ``key`` that meet at ``site``: one (rows, rows) a head."""
+    """Output channels of ``query`` and ``key`` that meet at ``site``: one (rows, rows) a head.
+
+    ``through`` names what stands between either of them and the scores.
+    """
 
     site: str
     query: str
     key: str
     heads: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    through: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,30 +127,34 @@ class Trace:
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
-    """Run ``model`` once and record every matrix multiplication and what stands between them.
+    """Record every matrix multiplication of a forward pass and what stands between them.
 
     ``example``: images of shape (B, C, H, W), or a tuple or dict of tensors as the model takes
     them; only the first sample is run. The model runs in eval mode without gradients and is left
-    as it was. ``scaled_dot_product_attention`` and ``nn.MultiheadAttention`` are replaced by
-    explicit equals while recording, so that their products are sites too.
+    as it was. It runs twice, and the second pass is recorded: a model that computes a table in its
+    first pass and keeps it goes another way from then on. ``scaled_dot_product_attention`` and
+    ``nn.MultiheadAttention`` are replaced by explicit equals while recording, so that their
+    products are sites too.
 
     Raises QuietvitError where the model does not run on the example.
     """
     model = getattr(model, "_orig_mod", model)
     inputs = crop_batch(example)
-    recorder = Recorder(model)
-    recorder.mark_inputs(inputs)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
-            with recorder:
-                call(model, inputs)
-        except (RuntimeError, TypeError, AssertionError) as error:
+            call(model, inputs)
+        except Exception as error:
             shapes = [tuple(x.shape) for x in _tensors(inputs)]
             raise QuietvitError(
                 f"{type(model).__name__} does not run on the example given (shapes {shapes}, one "
                 f"sample): {error}. Give images as the model takes them, for example "
                 "torch.randn(1, 3, 224, 224)."
             ) from error
+        recorder = Recorder(model)
+        recorder.mark_inputs(inputs)
+        try:
+            with recorder:
+                call(model, inputs)
         finally:
             unseen = recorder.finish()
     if unseen:
@@ -238,6 +246,7 @@ def _assemble(model_name: str, recorder: Recorder, parameters: dict[str, Tensor]
             names[score.query],
             names[score.key],
             tuple((tuple(q.tolist()), tuple(k.tolist())) for q, k in score.heads),
+            score.through,
         )
         for score in recorder.scores
         if roles[score.site] == "query_key"
@@ -289,7 +298,8 @@ def _role(record: Record, by_key: dict[str, Record]) -> str:
 
 def _is_head(record: Record, by_key: dict[str, Record]) -> bool:
     """A weight whose output leaves the model, perhaps squashed, or summed with other such."""
-    if record.kind != "linear" or not record.inputs[0].origin:
+    pointwise = record.weight_shape is not None and all(n == 1 for n in record.weight_shape[2:])
+    if not pointwise or not record.inputs[0].origin:
         return False
     for key in record.feeds:
         fed = by_key[key]
