@@ -6,6 +6,7 @@ What is written is up to the subclass (``colinearity``, ``gains``); no mathemati
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,7 +14,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from quietvit.errors import QuietvitError
@@ -202,10 +202,7 @@ class DecoupledUpdate(ABC):
             deltas = self._deltas(whole, rates)
         for name, delta in deltas.items():
             parameter = self._read(name)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                delta = distribute_tensor(delta, mesh, placements, src_data_rank=None)
-            parameter.add_(delta)
+            parameter.add_(_like(parameter, delta))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._in_step = True
@@ -290,6 +287,23 @@ class _Watch:
             )
 
 
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor; where nobody has loaded torch.distributed.tensor none is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _gathered(parameter: Tensor) -> Tensor:
-    whole = parameter.detach()
-    return whole.full_tensor() if isinstance(whole, DTensor) else whole
+    whole: Any = parameter.detach()
+    gathered: Tensor = whole.full_tensor() if _is_sharded(whole) else whole
+    return gathered
+
+
+def _like(parameter: Any, whole: Tensor) -> Tensor:
+    """A full-size tensor, sharded as the parameter is."""
+    if not _is_sharded(parameter):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
