@@ -254,7 +254,7 @@ def trace(
 def quantize(
     model: Model,
     calibration: Calibration,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (.qvit).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write (name.qvit).")],
     weights: Weights = None,
     classes: Classes = None,
     size: Size = None,
@@ -266,7 +266,7 @@ def quantize(
         str | None,
         typer.Option("--images", metavar="DATA", help="Evaluate the result on these, too."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace it.")] = False,
 ) -> None:
     """Quantize a model by a method, with a few calibration images."""
     from quietvit.quantization import quantize as run
@@ -294,7 +294,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL|FILE",
-            help="Name of a timm model, folder of a training run, or a .qvit file.",
+            help="Name of a timm model, folder of a training run, or a saved .qvit.",
         ),
     ],
     images: Images,

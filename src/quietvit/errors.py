@@ -14,6 +14,6 @@ class QuietvitError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'a' or 'b'?"`` for the closest known names, or ``""`` for none."""
+    """Return ``"; did you mean 'a' or 'b'"`` for the closest known names, or ``""`` for none."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+    return f"; did you mean {' or '.join(repr(match) for match in close)}" if close else ""

@@ -68,7 +68,7 @@ def refuse_nonempty(directory: str | Path, force: bool = False) -> Path:
         shown = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
         raise QuietvitError(
             f"the output folder {directory} is not empty (it holds {shown}); choose another one, "
-            "or pass force to write into it."
+            "or pass force (--force) to write into it."
         )
     return directory
 

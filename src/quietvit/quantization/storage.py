@@ -160,7 +160,7 @@ def _refuse(path: Path, force: bool) -> None:
     if not path.exists():
         return
     if not force:
-        raise QuietvitError(f"{path} exists already; choose another name or pass force=True.")
+        raise QuietvitError(f"{path} exists already; choose another name, or pass force (--force) to replace it.")
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
     if not path.is_dir() or names - {TENSORS, FACTS}:
         raise QuietvitError(

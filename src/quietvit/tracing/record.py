@@ -17,15 +17,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quietvit.tracing import labels, ops
 from quietvit.tracing.labels import CONSTANT, Flow, Value
 from quietvit.tracing.standins import STANDINS
+from quietvit.tracing.weights import WeightView, view_of
 
 
 @dataclass
 class Record:
-    """One call that is a site: everything the trace keeps of it, no tensors."""
+    """One call that is a site: everything the trace keeps of it, no tensors.
+
+    ``parameter`` is the name of the parameter that its weight or gain is a part of, ``weight`` the
+    view of that part, None if it is no matrix.
+    """
 
     key: str
     kind: str
@@ -36,9 +42,9 @@ class Record:
     shapes: list[tuple[int, ...]]
     output_shape: tuple[int, ...]
     macs: int
-    weight: tuple[str, Tensor] | None = None
+    parameter: str | None = None
+    weight: WeightView | None = None
     weight_shape: tuple[int, ...] | None = None
-    gain: tuple[str, Tensor] | None = None
     feeds: set[str] = field(default_factory=set)
 
 
@@ -93,10 +99,10 @@ class Recorder(TorchFunctionMode):
         self.links: list[RawLink] = []
         self.scores: list[ScoreLink] = []
         self.counters: Counter[str] = Counter()
-        self._values: dict[int, Value] = {}
+        self._values = WeakTensorKeyDictionary()
         self._by_key: dict[str, Record] = {}
         self._written: dict[int, Value] = {}
-        self._alive: list[Any] = []
+        self._shared: list[Tensor] = []
         self._flops = _FlopCount()
         self._seen_flops = 0
         self._stack: list[str] = [""]
@@ -108,12 +114,11 @@ class Recorder(TorchFunctionMode):
             if not any(True for _ in module.children())
             and not any(True for _ in module.parameters())
         )
-        for name, parameter in model.named_parameters():
-            entries = torch.arange(parameter.numel(), device=parameter.device)
-            self._keep(parameter, Value(parameter=(name, entries.view(parameter.shape))))
+        self._parameters = dict(model.named_parameters())
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         for module in model.modules():
             for held in tree_flatten(vars(module))[0]:  # buffers, and what forward passes cached
-                if isinstance(held, Tensor) and id(held) not in self._values:
+                if isinstance(held, Tensor):
                     self._keep(held, CONSTANT)
 
     def mark_inputs(self, inputs: Any) -> None:
@@ -147,12 +152,15 @@ class Recorder(TorchFunctionMode):
         self._stack.pop()
 
     def _keep(self, tensor: Tensor, value: Value) -> None:
-        self._values[id(tensor)] = value
-        self._alive.append(tensor)
+        self._values[tensor] = value
 
     def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor; one of unknown origin is taken to depend on the input."""
-        known = self._values.get(id(tensor))
+        name = self._names.get(id(tensor))
+        if name is not None:
+            entries = torch.arange(tensor.numel(), device=tensor.device)
+            return Value(parameter=(name, entries.view(tensor.shape)))
+        known: Value | None = self._values.get(tensor)
         if known is None:
             return Value(depends=tensor.is_floating_point() or tensor.is_complex())
         if self._written and not known.depends:
@@ -161,9 +169,9 @@ class Recorder(TorchFunctionMode):
 
     def _write(self, tensor: Tensor, value: Value) -> None:
         """Note a write in place: every other tensor of this memory now depends on it."""
-        if value.depends:
-            place = tensor.untyped_storage().data_ptr()
-            self._written[place] = labels.merge([value, self._written.get(place, CONSTANT)])
+        if value.depends and not self.value(tensor).depends:
+            self._written[tensor.untyped_storage().data_ptr()] = labels.merge([value])
+            self._shared.append(tensor)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -217,13 +225,18 @@ class Recorder(TorchFunctionMode):
             shapes=shapes[:1] if weighted else shapes,
             output_shape=tuple(output.shape),
             macs=ops.macs(call, func, output),
-            weight=values[1].parameter if weighted else None,
             weight_shape=shapes[1] if weighted else None,
-            gain=self.value(call.gain).parameter if call.gain is not None else None,
         )
+        gain = CONSTANT if call.gain is None else self.value(call.gain)
+        part = (values[1] if weighted else gain).parameter
+        if part is not None:
+            record.parameter = part[0]
+            record.weight = view_of(part, self._parameters, gain=not weighted)
         self.records.append(record)
         self._by_key[record.key] = record
-        return self._after_site(record, call, output)
+        value = self._after_site(record, call, output)
+        record.inputs = [replace(value, flows={}, parameter=None) for value in record.inputs]
+        return value
 
     @staticmethod
     def _is_residual(values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> bool:
@@ -264,7 +277,7 @@ class Recorder(TorchFunctionMode):
         elif call.kind == "norm":
             flows = {s: f.via("norm") for s, f in inputs[0].flows.items()}
             gain = call.gain
-            if gain is not None and gain.ndim == 1 and record.gain is not None:
+            if gain is not None and gain.ndim == 1 and record.weight is not None:
                 last = record.function in ("layer_norm", "rms_norm")
                 flows[key] = labels.start(output.shape, -1 if last else 1, output.device)
             probability = merged.probability

@@ -18,7 +18,7 @@ from quietvit.errors import QuietvitError, nearest
 from quietvit.tracing import labels
 from quietvit.tracing.ops import FAMILIES
 from quietvit.tracing.record import Record, Recorder, crop_batch
-from quietvit.tracing.weights import WeightView, view_of
+from quietvit.tracing.weights import WeightView
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
             unseen = recorder.finish()
     if unseen:
         recorder.opaque("unseen", unseen // 2)
-    return _assemble(type(model).__name__, recorder, dict(model.named_parameters()))
+    return _assemble(type(model).__name__, recorder)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -186,7 +186,7 @@ def _tensors(inputs: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _assemble(model_name: str, recorder: Recorder, parameters: dict[str, Tensor]) -> Trace:
+def _assemble(model_name: str, recorder: Recorder) -> Trace:
     records = recorder.records
     by_key = {record.key: record for record in records}
     for record in records:
@@ -205,7 +205,6 @@ def _assemble(model_name: str, recorder: Recorder, parameters: dict[str, Tensor]
     order = {record.key: i for i, record in enumerate(records)}
     sites = []
     for record in records:
-        matrix = record.weight or record.gain
         operands = tuple(
             Operand(
                 role, shape, tuple(names[k] for k in sorted(value.origin, key=order.__getitem__))
@@ -225,7 +224,7 @@ def _assemble(model_name: str, recorder: Recorder, parameters: dict[str, Tensor]
                 operands=operands,
                 output_shape=record.output_shape,
                 macs=record.macs,
-                weight=view_of(matrix, parameters, gain=record.weight is None) if matrix else None,
+                weight=record.weight,
                 weight_shape=record.weight_shape,
                 feeds=tuple(names[key] for key in sorted(record.feeds, key=order.__getitem__)),
             )
@@ -256,9 +255,8 @@ def _assemble(model_name: str, recorder: Recorder, parameters: dict[str, Tensor]
 
 
 def _name(record: Record, role: str, leaf_modules: frozenset[str]) -> str:
-    source = record.weight or record.gain
-    if source is not None:
-        return source[0].removesuffix(".weight")
+    if record.parameter is not None:
+        return record.parameter.removesuffix(".weight")
     if record.module in leaf_modules:
         return record.module
     own = {"query_key": "query_key", "attention_value": "attention_value"}
