@@ -160,7 +160,9 @@ def _refuse(path: Path, force: bool) -> None:
     if not path.exists():
         return
     if not force:
-        raise QuietvitError(f"{path} exists already; choose another name, or pass force (--force) to replace it.")
+        raise QuietvitError(
+            f"{path} exists already; choose another name, or pass force (--force) to replace it."
+        )
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
     if not path.is_dir() or names - {TENSORS, FACTS}:
         raise QuietvitError(
