@@ -252,9 +252,10 @@ class Recorder(TorchFunctionMode):
         probability = "mixed" if merged.probability else None
         if call.kind in ("linear", "conv"):
             dim = -1 if call.kind == "linear" else 1 - (output.ndim == call.operands[1].ndim - 1)
+            if "transpose" in record.function:  # weights of shape (in, out, ...): never of a pair
+                return Value(depends, frozenset({key} if depends else ()), {}, None, probability)
             self._link(record, inputs[0], dim)
             channels = call.operands[1].shape[0]
-            transposed = "transpose" in record.function
             if call.kind == "conv" and call.operands[1].shape[1] == 1 and channels > 1:
                 flows |= {s: f.via("depthwise") for s, f in inputs[0].flows.items()}
                 flows = {s: f for s, f in flows.items() if f.labels.shape[dim] == channels}
@@ -263,7 +264,7 @@ class Recorder(TorchFunctionMode):
                     for s, f in flows.items()
                     if labels.columns(f.labels, dim) is not None
                 }
-            if output.shape[dim] == channels and not transposed:
+            if output.shape[dim] == channels:
                 flows[key] = labels.start(output.shape, dim, output.device)
         elif call.kind in ("matmul", "einsum"):
             if all(value.depends for value in inputs):
