@@ -39,6 +39,18 @@ def test_attention_equals_scaled_dot_product_attention(mask, scale, key_heads):
     torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, **kwargs), **CLOSE)
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_targets_that_see_nothing_are_zero_as_torchs(additive):
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])
+    if additive:
+        mask = torch.zeros(3, 3).masked_fill(~mask, -torch.inf)
+    got = attention(q, q, q, mask)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, q, q, mask), **CLOSE)
+    got.sum().backward()
+    assert torch.isfinite(q.grad).all()
+
+
 def forward_both(module, *inputs, **kwargs):
     """The module's output with torch's composite call, and with the stand-in in its place."""
     expected = module(*inputs, **kwargs)

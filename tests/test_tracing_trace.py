@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import quietvit
@@ -177,6 +181,123 @@ def test_missing_calls_are_refused():
         intercept(traced, lambda site, operands, run: run(*operands)),
     ):
         model(torch.randn(1, 4))
+
+
+def test_one_interception_can_be_entered_again():
+    model, example = build("timm-vit")
+    again = intercept(quietvit.trace(model, example), lambda site, operands, run: run(*operands))
+    with torch.no_grad():
+        for _ in range(2):
+            with again:
+                got = model(example)
+        torch.testing.assert_close(got, model(example))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_refused_where_it_would_train_another_model(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=reentrant)
+
+    model, x = Checkpointed(), torch.randn(1, 4, requires_grad=True)
+    traced = quietvit.trace(model, x.detach())
+    spare = intercept(traced, lambda site, operands, run: run(*operands))
+    with pytest.raises(QuietvitError, match="inner of Checkpointed runs under gradient"), spare:
+        model(x)
+    with torch.no_grad(), spare:
+        model(x)
+
+
+def test_what_is_written_through_a_view_depends_on_the_input():
+    class Buffered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            room = torch.zeros(len(x), 6, 4)
+            room[:, :5].copy_(self.first(x))
+            return self.second(F.gelu(room))
+
+    traced = quietvit.trace(Buffered(), torch.randn(1, 5, 4))
+    assert [site.role for site in traced.matmuls] == ["patch_embed", "head"]
+
+
+def test_complex_rotations_keep_the_input_in_sight():
+    class Rotated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            q = torch.view_as_complex(self.q(x).unflatten(-1, (4, 2)))
+            turn = torch.polar(torch.ones(4), torch.arange(4.0))
+            q = torch.view_as_real(q * turn).flatten(-2)
+            return (q @ self.k(x).mT).softmax(-1) @ x
+
+    traced = quietvit.trace(Rotated(), torch.randn(1, 5, 8))
+    assert [site.role for site in traced.matmuls][2:] == ["query_key", "attention_value"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "macs"),
+    [
+        ("i,j->ij", [(5,), (8,)], 0),
+        ("bij,jk", [(2, 3, 4), (4, 5)], 2 * 3 * 4 * 5),
+        ("...ij,...kj->...i", [(2, 3, 4), (2, 5, 4)], 2 * 3 * 4),
+        ("bij,bkj->bik", [(2, 3, 4), (2, 5, 4)], 2 * 3 * 4 * 5),
+    ],
+)
+def test_einsum_counts_what_torch_multiplies(equation, shapes, macs):
+    class Product(nn.Module):
+        def forward(self, x):
+            left, right = torch.ones(shapes[0]) * x.sum(), torch.ones(shapes[1])
+            return torch.einsum(equation, left, right)
+
+    model, x = Product(), torch.ones(1, 2)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert quietvit.trace(model, x).macs == macs == counter.get_total_flops() // 2
+
+
+def test_a_scaled_weight_is_no_view_of_the_parameter():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return F.linear(x, self.weight * 2.0) + F.linear(x, self.weight.data)
+
+    first, second = quietvit.trace(Scaled(), torch.randn(1, 4)).matmuls
+    assert first.weight is None
+    assert second.weight.parameter_name == "weight"
+
+
+def test_activations_are_not_kept():
+    class Deep(nn.Module):
+        def forward(self, x):
+            refs.append(weakref.ref(F.gelu(x)))
+            gc.collect()
+            alive.append(refs[0]() is not None)
+            return x
+
+    refs, alive = [], []
+    quietvit.trace(Deep(), torch.randn(1, 4))
+    assert alive == [False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_makes_the_same_trace(dtype):
+    model, example = build("timm-vit")
+    expected = quietvit.trace(model, example)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quietvit.trace(model, example) == expected
+    assert quietvit.trace(model.to(dtype), example.to(dtype)) == expected
 
 
 def test_products_that_cannot_be_taken_apart_are_counted_as_opaque():

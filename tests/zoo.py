@@ -40,6 +40,34 @@ def _torchvision_swin() -> Built:
     return model, torch.randn(1, 3, 64, 64)
 
 
+def _detr() -> Built:
+    import pytest
+
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        out_features=["stage2"],
+    )
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in DETR.items()}
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        d_model=32,
+        num_queries=5,
+        **sizes,
+    )
+    example = {
+        "pixel_values": torch.randn(1, 3, 32, 32),
+        "pixel_mask": torch.ones(1, 32, 32, dtype=torch.long),
+    }
+    return transformers.DetrForObjectDetection(config), example
+
+
 def _encoder(norm_first: bool) -> Callable[[], Built]:
     def build() -> Built:
         layer = nn.TransformerEncoderLayer(
@@ -73,6 +101,7 @@ HIDDEN = {
     "patch_size": 8,
 }
 DINOV2 = {key: value for key, value in HIDDEN.items() if key != "intermediate_size"}
+DETR = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
 SWIN = {"depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
 
 ZOO: dict[str, Callable[[], Built]] = {
@@ -90,6 +119,9 @@ ZOO: dict[str, Callable[[], Built]] = {
     "timm-eva-swiglu": _timm("eva02_tiny_patch14_224", size=28, patch_size=7, **TINY),
     "timm-dinov2-layerscale": _timm("vit_small_patch14_dinov2", size=28, patch_size=7, **TINY),
     "timm-hybrid": _hybrid,
+    "timm-qk-norm": _timm("vit_base_patch16_224", patch_size=8, qk_norm=True, **TINY),
+    "timm-convit-cached-table": _timm("convit_tiny", patch_size=8, **(TINY | {"embed_dim": 16})),
+    "hf-detr": _detr,
     "hf-vit": _transformers("ViTConfig", "ViTForImageClassification", **HIDDEN),
     "hf-dinov2": _transformers("Dinov2Config", "Dinov2ForImageClassification", **DINOV2),
     "hf-swin": _transformers(
