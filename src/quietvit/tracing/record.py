@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quietvit.tracing import labels, ops
+from quietvit.tracing import carry, labels, ops
 from quietvit.tracing.labels import CONSTANT, Flow, Value
 from quietvit.tracing.standins import STANDINS
 from quietvit.tracing.weights import WeightView, view_of
@@ -295,7 +295,7 @@ class Recorder(TorchFunctionMode):
         self, key: str, left: Value, right: Value, output: Sequence[int]
     ) -> dict[str, Flow]:
         for query, other, heads, through in labels.score_channels(left, right):
-            sources = query.partition("|")[0], other.partition("|")[0]
+            sources = carry.base(query), carry.base(other)
             if not any(self._by_key[source].kind == "norm" for source in sources):
                 self.scores.append(ScoreLink(key, *sources, heads, through))
         return labels.through_matmul(left, right, output)
@@ -333,7 +333,9 @@ class Recorder(TorchFunctionMode):
         for source, flow in value.flows.items():
             columns = labels.columns(flow.labels, channel_dim)
             if columns is not None:
-                self.links.append(RawLink(_base(source), record.key, columns.cpu(), flow.through))
+                self.links.append(
+                    RawLink(carry.base(source), record.key, columns.cpu(), flow.through)
+                )
 
     def opaque(self, function: str, macs: int) -> None:
         count = sum(record.kind == "opaque" for record in self.records)
@@ -355,71 +357,11 @@ class Recorder(TorchFunctionMode):
         leaves = tree_flatten((args, kwargs))[0]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         values = [self.value(tensor) for tensor in tensors]
-        results = self._flow_through(func, name, args, kwargs, outputs, tensors, values)
+        results = carry.carried(func, name, args, kwargs, outputs, tensors, values, self._descends)
         for output, result in zip(outputs, results, strict=True):
             if any(output is tensor for tensor in tensors):
                 self._write(output, result)
             self._keep(output, result)
-
-    def _flow_through(
-        self,
-        func: Any,
-        name: str,
-        args: Any,
-        kwargs: Any,
-        outputs: list[Tensor],
-        tensors: list[Tensor],
-        values: list[Value],
-    ) -> list[Value]:
-        rest = [labels.merge(values)] * len(outputs)
-        if not tensors or not any(value.flows or value.parameter for value in values):
-            return rest
-        if name in ops.MOVING or func in ops.MOVING_PROPERTIES:
-            moved = self._moved(func, args, kwargs, tensors[0], values[0], outputs)
-            chosen = name in ops.CHOOSING and not values[0].depends and rest[0].depends
-            if moved is None or chosen:
-                return rest
-            return moved
-        if name == "pad" and (args[2:3] or (kwargs.get("mode", "constant"),))[0] == "constant":
-            width = args[1] if len(args) > 1 else kwargs["pad"]
-            return labels.move(
-                values[0], lambda x: torch.nn.functional.pad(x, width, value=labels.NONE)
-            )
-        if name in ops.JOINING and args and "out" not in kwargs:
-            return [labels.join(values, tensors, lambda parts: func(parts, *args[1:], **kwargs))]
-        if name in ops.REDUCING and len(outputs) == 1:
-            return [self._reduced(name, args, kwargs, tensors[0], values[0], outputs[0])]
-        if (name in ops.CASTING or func in ops.CASTING_PROPERTIES) and len(outputs) == 1:
-            return [values[0]]
-        if name in ops.ELEMENTWISE and len(outputs) == 1:
-            floating = [
-                (value, tuple(tensor.shape))
-                for value, tensor in zip(values, tensors, strict=True)
-                if tensor.is_floating_point() or tensor.is_complex()
-            ]
-            if not floating:
-                return rest
-            adding = name in ops.ADDING
-            kept, shapes = [v for v, _ in floating], [s for _, s in floating]
-            if len(floating) == 1 and shapes[0] == tuple(outputs[0].shape):
-                combined = replace(kept[0], parameter=None)
-            else:
-                combined = labels.combine(kept, shapes, outputs[0].shape, adding)
-            bent = [name.strip("_")] if name in ops.BENDING else []
-            flows = {}
-            for source, flow in combined.flows.items():
-                for step in (*bent, *self._mixing_gate(source, kept, adding)):
-                    flow = flow.via(step)
-                flows[source] = flow
-            return [replace(combined, flows=flows)]
-        return rest
-
-    def _mixing_gate(self, source: str, factors: Sequence[Value], adding: bool) -> list[str]:
-        """Whether channels of ``source`` meet a factor that was computed from all of them."""
-        own = _base(source)
-        others = [v for v in factors if v.depends and own not in {*map(_base, v.flows)}]
-        mixing = not adding and any(self._descends(value.origin, own) for value in others)
-        return ["mixing_gate"] if mixing else []
 
     def _descends(self, origin: frozenset[str], source: str) -> bool:
         """Whether one of the sites in ``origin`` is computed from the site ``source``."""
@@ -432,50 +374,6 @@ class Recorder(TorchFunctionMode):
             seen |= fresh
             waiting += fresh
         return False
-
-    @staticmethod
-    def _moved(
-        func: Any, args: Any, kwargs: Any, tensor: Tensor, value: Value, outputs: list[Tensor]
-    ) -> list[Value] | None:
-        """Replay a function that moves entries on the labels; None where it has no such form."""
-
-        def replay(moving: Tensor) -> Any:
-            moving = moving.contiguous()
-            new_args, new_kwargs = tree_map(
-                lambda leaf: moving if leaf is tensor else leaf, (args, kwargs)
-            )
-            return func(*new_args, **new_kwargs)
-
-        try:
-            moved = labels.move(value, replay)
-        except (RuntimeError, TypeError, IndexError):
-            return None
-        flows = [flow.labels for part in moved for flow in part.flows.values()]
-        if len(moved) != len(outputs) or any(entry.dtype != torch.long for entry in flows):
-            return None
-        same = (
-            flow.labels.shape == output.shape
-            for part, output in zip(moved, outputs, strict=True)
-            for flow in part.flows.values()
-        )
-        return moved if all(same) else None
-
-    @staticmethod
-    def _reduced(
-        name: str, args: Any, kwargs: Any, source: Tensor, value: Value, output: Tensor
-    ) -> Value:
-        if name in ops.POOLING:
-            return labels.pool(value, range(-ops.POOLING[name], 0), output.shape)
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        if dims is None or isinstance(dims, torch.dtype):
-            return labels.merge([value])
-        dims = (dims,) if isinstance(dims, int) else tuple(dims)
-        keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
-        return labels.reduce(value, dims, keepdim)
-
-
-def _base(source: str) -> str:
-    return source.partition("|")[0]
 
 
 def crop_batch(example: Any) -> Any:
