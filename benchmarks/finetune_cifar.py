@@ -187,16 +187,19 @@ def evaluate(
     runs: RunsOption = Path("runs/finetune_cifar"),
     out: OutOption = Path("results/finetune_cifar.csv"),
     threads: ThreadsOption = 1,
+    newest_first: Annotated[
+        bool, typer.Option("--newest-first", help="For a second process beside the first.")
+    ] = False,
 ) -> None:
     """Quantize and evaluate every checkpoint that has no row yet; append one row each."""
     torch.set_num_threads(threads)
     x_test, y_test = images(data / "cifar10_test.parquet", TEST_IMAGES, runs)
     x_train, _ = images(data / "cifar10_train.parquet", TRAIN_IMAGES, runs)
-    rows = list(csv.DictReader(out.open())) if out.exists() else []
-    done = {(row["setting"], row["seed"]) for row in rows}
-    for file in sorted(runs.glob("*-?.safetensors"), key=lambda f: f.stat().st_mtime):
+    files = sorted(runs.glob("*-?.safetensors"), key=lambda f: f.stat().st_mtime)
+    for file in reversed(files) if newest_first else files:
         name, _, seed = file.stem.rpartition("-")
-        if name not in SETTINGS or (name, seed) in done:
+        rows = list(csv.DictReader(out.open())) if out.exists() else []
+        if name not in SETTINGS or (name, seed) in {(r["setting"], r["seed"]) for r in rows}:
             continue
         model = new_model(data)
         model.load_state_dict(load_file(file))
