@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from quietvit import __version__, cli
+from quietvit import __version__, cli, console
 
 MODEL = "test_vit"
 SIZE = ["--size", "32"]
@@ -255,3 +255,13 @@ def test_an_unknown_key_of_a_recipe_is_answered_with_the_nearest(tmp_path):
     text = refused(run("train", "-r", "digits", "-s", "optimizer.lrr=1", "-o", out))
     assert "optimizer.lr" in text
     assert not out.exists()
+
+
+def test_a_home_folder_and_a_class_called_train_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in ("split/train/cat", "split/val/cat", "classes/train", "classes/car"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.png").write_bytes(png(1))
+    assert len(console.open_data("~/split", "test")) == 1
+    assert len(console.open_data("imagefolder:~/split", "test")) == 1
+    assert console.open_data("~/classes", "test").class_names == ("car", "train")

@@ -152,6 +152,30 @@ def test_wrong_folders_are_refused_with_what_they_hold(tmp_path):
         load_dataset(f"imagefolder:{tmp_path / 'empty'}", "train")
 
 
+def test_splits_are_never_read_as_classes(tmp_path):
+    folder(tmp_path, "val", ["ant", "bee"])
+    with pytest.raises(QuietvitError, match="splits and no classes"):
+        load_dataset(f"imagefolder:{tmp_path}")
+    folder(tmp_path, "train", ["ant", "bee"])
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(QuietvitError, match=r"'train' and 'val', which.*imagefolder:.*/train'"):
+        load_dataset(f"imagefolder:{tmp_path}")
+    assert load_dataset(f"imagefolder:{tmp_path / 'train'}").class_names == ("ant", "bee")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    folder(tmp_path, ".", ["car", "ship", "train"])
+    assert load_dataset(f"imagefolder:{tmp_path}").class_names == ("car", "ship", "train")
+
+
+def test_a_folder_of_test_images_alone_brings_its_own_classes(tmp_path):
+    folder(tmp_path, "val", ["ant", "bee"])
+    test = load_dataset(f"imagefolder:{tmp_path}", "test")
+    assert (test.class_names, test.labels.tolist()) == (("ant", "bee"), [0, 0, 1, 1])
+    with pytest.raises(QuietvitError, match=r"no folder 'train' \(it holds val\)"):
+        load_dataset(f"imagefolder:{tmp_path}", "train")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

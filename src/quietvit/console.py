@@ -142,6 +142,7 @@ def example_of(model: nn.Module) -> Tensor:
 def open_data(text: str, split: Literal["train", "test"]) -> ImageDataset:
     """Open the data a plain path stands for: ``split`` where it has splits, else all of it."""
     from quietvit.data import load_dataset
+    from quietvit.data.sources import holds_splits
 
     form, colon, rest = text.partition(":")
     if form not in ("embedded", "imagefolder", "table") or not colon:
@@ -149,7 +150,7 @@ def open_data(text: str, split: Literal["train", "test"]) -> ImageDataset:
     has_splits = {
         "embedded": True,
         "table": "," in rest,
-        "imagefolder": any((Path(rest) / name).is_dir() for name in ("train", "val", "test")),
+        "imagefolder": holds_splits(Path(rest).expanduser()),
     }
     return load_dataset(f"{form}:{rest}", split if has_splits[form] else None)
 

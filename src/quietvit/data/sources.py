@@ -24,6 +24,7 @@ Sample = tuple[Image.Image, int]
 T = TypeVar("T")
 
 EMBEDDED = ("digits",)
+_SPLITS = {"train", "val", "test"}
 _FORMS = (
     "'embedded:digits', 'imagefolder:/path' (with train/ and val/ or test/ inside) or "
     "'table:/train.parquet[,/test.parquet]'"
@@ -101,10 +102,11 @@ def load_dataset(spec: str, split: Split = None, *, num_classes: int | None = No
         spec: ``embedded:digits`` (1797 handwritten digits of 8 x 8 pixels shipped with
             scikit-learn: 1198 for training, 599 for testing, stratified, always the same ones),
             ``imagefolder:/path`` with ``train/`` and ``val/`` or ``test/`` inside, one folder a
-            class, or ``table:/train.parquet,/test.parquet`` with columns ``image`` (encoded bytes,
-            or a struct with ``bytes``) and ``label`` (integer).
+            class (the classes are those of ``train/`` where there is one), or
+            ``table:/train.parquet,/test.parquet`` with columns ``image`` (encoded bytes, or a
+            struct with ``bytes``) and ``label`` (integer).
         split: ``train``, ``test``, or None for everything: all digits, the folder itself as one
-            folder a class, the only table.
+            folder a class (refused where its folders are splits), the only table.
         num_classes: refuse labels at or above it; None takes it from the training split.
 
     Raises:
@@ -181,10 +183,14 @@ def _image_folder(root: Path, split: Split, num_classes: int | None) -> ImageDat
 
     if not root.is_dir():
         raise QuietvitError(f"the folder {root} of the data set does not exist; check the path.")
+    if split is None and holds_splits(root):
+        held = sorted(entry.name for entry in root.iterdir() if entry.name in _SPLITS)
+        raise QuietvitError(
+            f"{root} holds {' and '.join(map(repr, held))}, which are splits and no classes; ask "
+            f"for the split 'train' or 'test', or open one of them: 'imagefolder:{root / held[0]}'."
+        )
     folder = root if split is None else _split_folder(root, split)
-    reference = _split_folder(root, "train") if split == "test" else folder
-    if not reference.is_dir():
-        reference = folder
+    reference = root / "train" if split == "test" and (root / "train").is_dir() else folder
     classes = sorted(entry.name for entry in reference.iterdir() if entry.is_dir())
     present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     unknown = [name for name in present if name not in classes]
@@ -218,17 +224,19 @@ def _image_folder(root: Path, split: Split, num_classes: int | None) -> ImageDat
     )
 
 
+def holds_splits(root: Path) -> bool:
+    """Tell splits from classes: train/ beside val/ or test/, or no folder but these."""
+    if not root.is_dir():
+        return False
+    held = {entry.name for entry in root.iterdir() if entry.is_dir()}
+    return ("train" in held and len(held & _SPLITS) > 1) or (bool(held) and held <= _SPLITS)
+
+
 def _split_folder(root: Path, split: str) -> Path:
     wanted = ["train"] if split == "train" else ["val", "test"]
     for name in wanted:
         if (root / name).is_dir():
             return root / name
-    if split == "train":
-        return root / "train" if not root.is_dir() else _missing_split(root, wanted)
-    return _missing_split(root, wanted)
-
-
-def _missing_split(root: Path, wanted: list[str]) -> Path:
     held = sorted(entry.name for entry in root.iterdir())
     shown = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "") if held else "nothing"
     raise QuietvitError(
