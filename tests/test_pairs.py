@@ -175,7 +175,7 @@ def test_a_norm_between_is_no_pair():
         "eva02_base_patch14_224", img_size=28, patch_size=7, embed_dim=32, depth=1, num_heads=2
     )
     pairs = find_pairs(model, torch.randn(1, 3, 28, 28))
-    assert {pair.kind for pair in pairs} == {"value_output"}
+    assert {pair.kind for pair in pairs} == {"value_output", "norm_linear"}
     assert "a norm stands between" in str(pairs)
 
 
@@ -314,4 +314,4 @@ def test_table_shows_kind_weights_and_heads():
     model, example = build("timm-vit")
     table = str(find_pairs(model, example))
     assert "blocks.0.mlp.fc1.weight" in table
-    assert "6 pairs: 4 value_output, 2 mlp" in table
+    assert "10 pairs: 4 norm_linear, 4 value_output, 2 mlp" in table

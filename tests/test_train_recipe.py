@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 from pydantic import ValidationError
 
+from quietvit.decay import ColinearityDecay
 from quietvit.errors import QuietvitError
 from quietvit.train import list_recipes, load_recipe
+from quietvit.train.config import ColinearityConfig
 from quietvit.train.recipe import known_keys, parse_config
 
 MINIMAL = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"dataset": "embedded:digits"}}
@@ -18,7 +21,8 @@ def test_every_recipe_that_comes_along_is_valid_by_name_and_by_path(name):
 
 
 def test_the_provisional_strength_stands_in_the_demo_recipe():
-    assert load_recipe("digits").decay.cd.strength == 3.0
+    default = inspect.signature(ColinearityDecay).parameters["strength"].default
+    assert load_recipe("digits").decay.cd.strength == ColinearityConfig().strength == default
 
 
 def test_overrides_reach_any_depth_and_type():

@@ -212,7 +212,8 @@ def pairs(
     kinds: Annotated[
         str | None,
         typer.Option(
-            help="Kinds of pairs, comma-separated.", show_default="mlp,value_output,gated_mlp"
+            help="Kinds of pairs, comma-separated.",
+            show_default="mlp,value_output,gated_mlp,norm_linear",
         ),
     ] = None,
     size: Size = None,

@@ -19,7 +19,8 @@ from quietvit.tracing import Link, Scores, Site, Trace, WeightView, trace
 from quietvit.tracing.weights import Index, compress
 
 KINDS = ("mlp", "value_output", "gated_mlp", "norm_linear", "query_key")
-DEFAULT_KINDS = ("mlp", "value_output", "gated_mlp")
+DENSE_KINDS = ("mlp", "value_output", "gated_mlp")
+DEFAULT_KINDS = (*DENSE_KINDS, "norm_linear")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class CompareConfig(BaseModel):
         if cd is None or not cd.active:
             raise QuietvitError(
                 "the recipe trains without Colinearity Decay, so there is nothing to compare; give "
-                "it a strength, for example --set decay.cd.strength=3."
+                "it a strength, for example --set decay.cd.strength=1."
             )
         return self
 

@@ -38,7 +38,8 @@ class ColinearityDecay(DecoupledUpdate):
         model: the model whose parameters the optimizer holds.
         example: input for ``find_pairs``; not needed where ``pairs`` is given.
         strength: at least 0, in weight-decay units; or a mapping from kind to strength, which also
-            says which kinds take part (0 leaves a kind out).
+            says which kinds take part (0 leaves a kind out). The default, like that of ``penalty``
+            and ``kinds``, is provisional: it rests on one fine-tune (docs/lab-log.md).
         penalty: ``energy``, ``peak``, ``cosine`` or ``top``, or a ``Penalty`` such as
             ``quietvit.decay.penalties.Top(count=4)``.
         every: apply every n-th step, with n-fold strength.
@@ -58,7 +59,7 @@ class ColinearityDecay(DecoupledUpdate):
         model: nn.Module,
         example: Any = None,
         *,
-        strength: float | Mapping[str, float],
+        strength: float | Mapping[str, float] = 1.0,
         penalty: str | Penalty = "energy",
         every: int = 1,
         kinds: Sequence[str] | None = None,

@@ -16,6 +16,15 @@ Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+_NO_KWARGS = {
+    "name": "model.name",
+    "num_classes": "data.num_classes",
+    "weights": "model.weights",
+    "pretrained": "model.weights (a local file)",
+    "preprocessing": "model.preprocessing",
+}
+
+
 class Section(BaseModel):
     """A part of the configuration: frozen, no keys beside the ones declared."""
 
@@ -32,9 +41,14 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The data set (see ``quietvit.data.load_dataset``), how many images of it, how they vary."""
+    """The data set (see ``quietvit.data.load_dataset``), how many images of it, how they vary.
+
+    ``num_classes`` is taken from the training images where it is not given; given, a label at or
+    above it is refused.
+    """
 
     dataset: str
+    num_classes: int | None = Field(default=None, ge=1)
     train_images: int | None = Field(default=None, ge=1)
     test_images: int | None = Field(default=None, ge=1)
     augmentation: Augmentation = Augmentation()
@@ -82,7 +96,7 @@ class EmaConfig(Section):
 class ColinearityConfig(Section):
     """Colinearity Decay; a mapping as ``strength`` gives one per kind of pair. 0 is off."""
 
-    strength: Strength | dict[str, Strength] = 3.0
+    strength: Strength | dict[str, Strength] = 1.0
     penalty: Literal["energy", "peak", "cosine", "top"] = "energy"
     kinds: tuple[str, ...] | None = None
     every: int = Field(default=1, ge=1)
@@ -150,6 +164,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for key, owner in _NO_KWARGS.items():
+            if key in self.model.kwargs:
+                raise ValueError(f"model.kwargs.{key} is not taken; set {owner} in its place")
         if self.mix.active and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch_size, not {self.batch_size}")
         if self.schedule.min_lr > self.optimizer.lr:
