@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
+
+from quietvit import cli
+from quietvit.train.recipe import known_keys, list_recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/getting-started.md"]
@@ -39,3 +43,28 @@ def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_relative_links_lead_somewhere(page: str) -> None:
     for target in LINK.findall((ROOT / page).read_text("utf-8")):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def test_the_recipe_keys_of_the_guide_exist() -> None:
+    guide = (ROOT / "docs/getting-started.md").read_text("utf-8")
+    rows = guide.partition("| key |")[2].partition("\n\n")[0].splitlines()[2:]
+    known = set(known_keys()) | {"model.kwargs.*", "data.augmentation.*"}
+    assert len(rows) > 5
+    for row in rows:
+        first, *others = re.findall(r"`([^`]+)`", row.split("|")[1])
+        section = first.rpartition(".")[0]
+        for key in (first, *(section + key if key[0] == "." else key for key in others)):
+            assert key in known, key
+
+
+def test_the_commands_and_options_named_exist() -> None:
+    texts = [(ROOT / page).read_text("utf-8").replace("\\\n", " ") for page in PAGES]
+    texts += [re.sub(r"\\\n#", " ", path.read_text("utf-8")) for path in list_recipes().values()]
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    texts += [f"{command.epilog}" for command in commands.values()]
+    calls = re.findall(r"^[#$ ]*quietvit ([a-z]+) (.*)$", "\n".join(texts), re.MULTILINE)
+    assert len(calls) > 10
+    for command, rest in calls:
+        options = {name for option in commands[command].params for name in option.opts} | {"--help"}
+        named = set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", f" {rest.partition('#')[0]}"))
+        assert named <= options, f"quietvit {command}: {sorted(named - options)}"

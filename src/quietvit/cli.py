@@ -54,7 +54,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="[bold]Start here:[/bold]  quietvit compare --recipe digits --output runs/digits",
+    epilog="[bold]Start here:[/bold]  quietvit compare --recipe digits --output runs/compared",
 )
 
 
@@ -121,9 +121,9 @@ def train(
 @app.command(
     rich_help_panel=_TRAIN,
     epilog=epilog(
-        "quietvit compare --recipe digits --output runs/digits",
+        "quietvit compare --recipe digits --output runs/compared",
         "quietvit compare -r digits -o runs/more --seeds 0,1,2,3,4 --bits W8A8,W4A4",
-        "quietvit compare -r digits -o runs/digits --resume",
+        "quietvit compare -r digits -o runs/compared --resume",
     ),
 )
 def compare(
