@@ -18,9 +18,10 @@ SETTINGS = {"bits": ("W8A8", "W4A4"), "methods": ("rtn-minmax",)}
 
 
 def recipe(**changes) -> TrainConfig:
+    digits = {"dataset": "embedded:digits", "train_images": 128, "test_images": 50}
     return TrainConfig(
         model={"name": "test_vit", "kwargs": {"img_size": 16, "patch_size": 8}},
-        data={"dataset": "embedded:digits", "train_images": 128, "test_images": 50},
+        data=changes.pop("data", digits),
         decay={"cd": {"strength": 1.0}},
         epochs=1,
         batch_size=32,
@@ -187,3 +188,44 @@ def test_methods_by_name():
     assert parse_method("rtn", "W4A4") == RTN(weight_bits=4, activation_bits=4)
     with pytest.raises(QuietvitError, match="quietvit methods"):
         parse_method("nonsense", "W4A4")
+
+
+def earlier(folder):
+    """What an earlier comparison and its user left behind."""
+    names = (
+        "seed0-with-cd/run.json",
+        "seed7-without-cd/run.json",
+        "seed0-with-cd/train/result.json",
+    )
+    for path in (folder / "compare.json", *(folder / "runs" / name for name in names)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    (folder / "runs" / "mine.txt").write_text("mine")
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_force_leaves_no_run_that_a_later_resume_would_take_for_its_own(tmp_path, monkeypatch):
+    earlier(tmp_path)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config(), tmp_path, force=True, say=lambda _: None)
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["compare.json", "mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration_images": 5000}, "holds 1198 for training"),
+        ({"recipe": recipe(data={"dataset": "table:no.parquet,no.parquet"})}, "does not exist"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_is_trained_or_removed(tmp_path, changes, message):
+    held = earlier(tmp_path)
+    with pytest.raises(QuietvitError, match=message):
+        compare(config(**changes), tmp_path, force=True, say=lambda _: None)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == held

@@ -26,7 +26,7 @@ from quietvit.data import (
     subset,
 )
 from quietvit.errors import QuietvitError
-from quietvit.train import TrainResult, checkpoint, loop, train
+from quietvit.train import TrainResult, checkpoint, loop, metrics, train
 from quietvit.train.recipe import parse_config
 from quietvit.train.setup import build
 
@@ -371,3 +371,45 @@ def test_a_bad_training_image_stops_the_run_naming_its_row(tmp_path, workers):
         QuietvitError, match=r"^the image at row 15 of table .*a\.parquet could not"
     ):
         run(tmp_path / "run", data={"dataset": f"table:{path},{path}"}, num_workers=workers)
+
+
+def test_force_removes_nothing_before_the_new_run_is_known_to_be_sound(tmp_path):
+    output = tmp_path / "run"
+    run(output, epochs=1)
+    held = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(QuietvitError, match="does not exist"):
+        run(output, force=True, data={"dataset": f"table:{tmp_path / 'no.parquet'}"})
+    with pytest.raises(QuietvitError, match="do not exist"):
+        run(output, force=True, model={**MODEL, "weights": str(tmp_path / "no.safetensors")})
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == held
+
+
+def test_the_number_of_classes_can_be_stated(tmp_path):
+    with pytest.raises(QuietvitError, match=r"outside 0\.\.4"):
+        run(tmp_path / "a", data={"dataset": "embedded:digits", "num_classes": 5})
+    with pytest.raises(QuietvitError, match=r"kwargs\.num_classes .*set data\.num_classes"):
+        config(tmp_path / "b", model={**MODEL, "kwargs": {"num_classes": 5}})
+    wider = build(config(tmp_path / "c", data={"dataset": "embedded:digits", "num_classes": 12}))
+    assert wider.plain.num_classes == wider.test.num_classes == 12
+
+
+def test_logging_the_penalty_counts_as_time_of_the_decay(tmp_path, monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    watch = metrics.Stopwatch()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    watch.start_with(optimizer)
+    watch.stop_with(optimizer)
+    optimizer.step()
+    with watch.running():
+        next(ticks)
+    assert watch.seconds == 1 + 2
+
+
+def test_an_accuracy_measured_after_the_checkpoint_is_not_told_twice(tmp_path):
+    written = [{"step": 3, "top1": 1.0}, {"step": 7, "loss": 2.0}, {"step": 7, "top1": 3.0}]
+    text = "".join(f"{json.dumps(line)}\n" for line in [*written, {"step": 8, "loss": 1.0}])
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 9, "lo')
+    metrics.Metrics(tmp_path, step=7, tensorboard=False)
+    assert lines(tmp_path) == written[:2]

@@ -25,8 +25,6 @@ from quietvit.data import (
     evaluate,
     evaluation_loader,
     evaluation_transform,
-    load_dataset,
-    subset,
 )
 from quietvit.errors import QuietvitError
 from quietvit.files import refuse_nonempty, write_atomic
@@ -50,7 +48,9 @@ from quietvit.report.results import ARMS, Spread, overhead
 from quietvit.tracing import Trace
 from quietvit.tracing import trace as record_trace
 from quietvit.train import train
+from quietvit.train.folder import fresh
 from quietvit.train.result import provenance
+from quietvit.train.setup import open_data
 
 _CONFIG = "compare.json"
 
@@ -99,18 +99,22 @@ def compare(
         output: folder for ``report.html``, ``results.csv`` (every run), ``table.csv``,
             ``results.json`` and one folder a run. Written anew whenever a seed is finished.
         resume: keep the finished runs in ``output`` and go on.
-        force: write into a folder that is not empty; runs in it are made anew.
+        force: write into a folder that is not empty; the runs of an earlier comparison in it are
+            removed, once the data of the new one is known to be sound.
         say: receives a line of progress.
 
     Raises:
         QuietvitError: the folder is not empty, or (with ``resume``) holds another comparison;
             whatever the rooms below refuse. Finished runs stay.
     """
-    folder = _prepare(config, Path(output), resume, force)
+    folder = Path(output)
+    refuse_nonempty(folder, force=resume or force)
+    _enough_images(config)
+    _prepare(config, folder, resume)
     runs: dict[tuple[int, bool], Run] = {}
     order = config.order()
     for at, (seed, decay) in enumerate(order, start=1):
-        place = folder / "runs" / f"seed{seed}-{ARMS[decay].replace(' ', '-').lower()}"
+        place = folder / "runs" / f"seed{seed}-{_named(ARMS[decay])}"
         kept = place / "run.json"
         name = f"[{at}/{len(order)}] seed {seed} {ARMS[decay]}"
         if resume and kept.is_file():
@@ -132,8 +136,16 @@ def compare(
     return Comparison(_results(config, tuple(runs.values())), folder)
 
 
-def _prepare(config: CompareConfig, folder: Path, resume: bool, force: bool) -> Path:
-    refuse_nonempty(folder, force=resume or force)
+def _enough_images(config: CompareConfig) -> None:
+    train_set, _ = open_data(config.recipe)
+    if config.calibration_images > len(train_set):
+        raise QuietvitError(
+            f"{config.calibration_images} calibration images were asked for, but {train_set.name} "
+            f"holds {len(train_set)} for training; ask for fewer."
+        )
+
+
+def _prepare(config: CompareConfig, folder: Path, resume: bool) -> None:
     kept = folder / _CONFIG
     wanted = config.flat()
     if resume and kept.is_file():
@@ -157,8 +169,16 @@ def _prepare(config: CompareConfig, folder: Path, resume: bool, force: bool) -> 
         raise QuietvitError(
             f"{folder} holds no comparison to go on with (no {_CONFIG}); choose another folder."
         )
+    if not resume:
+        for arm in ARMS:
+            for place in folder.glob(f"runs/seed*-{_named(arm)}"):
+                (place / "run.json").unlink(missing_ok=True)
+                fresh(place / "train")
     write_atomic(kept, json.dumps(wanted, indent=1) + "\n")
-    return folder
+
+
+def _named(arm: str) -> str:
+    return arm.replace(" ", "-").lower()
 
 
 def _read_run(path: Path) -> Run:
@@ -179,9 +199,7 @@ def _run(
     device = "cuda" if arm.device == "auto" and torch.cuda.is_available() else "cpu"
     model = trained.load_model().to(device)
     transform = evaluation_transform(model)
-    train_set = load_dataset(arm.data.dataset, "train")
-    test_set = load_dataset(arm.data.dataset, "test", num_classes=train_set.num_classes)
-    test_set = subset(test_set, arm.data.test_images)
+    train_set, test_set = open_data(arm)
     loader = evaluation_loader(test_set, transform, num_workers=arm.num_workers)
     calibration = calibration_images(
         train_set, config.calibration_images, transform, config.calibration_seed

@@ -24,9 +24,8 @@ _MAY_CHANGE = {
 }  # fmt: skip
 
 
-def fresh(output: Path, force: bool) -> None:
-    """Take a folder for a new run; with ``force`` an earlier run's own files in it are removed."""
-    refuse_nonempty(output, force)
+def fresh(output: Path) -> None:
+    """Remove an earlier run's own files from ``output``, and nothing else."""
     for name in (CHECKPOINTS, TENSORBOARD):
         shutil.rmtree(output / name, ignore_errors=True)
     for name in (CONFIG, METRICS, WEIGHTS, RESULT):

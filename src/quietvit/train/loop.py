@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from quietvit.data import evaluate, evaluation_loader, evaluation_transform
 from quietvit.data.evaluate import worker_errors
 from quietvit.errors import QuietvitError
-from quietvit.files import write_atomic
+from quietvit.files import refuse_nonempty, write_atomic
 from quietvit.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from quietvit.train.config import TrainConfig
 from quietvit.train.folder import CHECKPOINTS, fresh, same_run
@@ -52,7 +52,8 @@ def train(
     Args:
         resume: go on from the last whole checkpoint (from the start if there is none; a finished
             run is returned as it is).
-        force: start anew in a folder that is in use; an earlier run's files there are replaced.
+        force: start anew in a folder that is in use; an earlier run's files there are replaced,
+            once data, model and decay of the new one are known to be sound.
         progress: show a bar on standard error.
 
     Raises:
@@ -67,10 +68,12 @@ def train(
             logger.warning("%s is finished already; its result is returned.", output)
             return TrainResult.read(output)
     else:
-        fresh(output, force)
+        refuse_nonempty(output, force)
     with _threads(config.threads):
         run = build(config)
         if run.accelerator.is_main_process:
+            if not resume:
+                fresh(output)
             write_atomic(output / CONFIG, config.model_dump_json(indent=2) + "\n")
         state = load_checkpoint(output / CHECKPOINTS) if resume else None
         if resume and state is None:
@@ -161,7 +164,9 @@ class _Loop:
             values |= {"images_per_second": seen / self.train_seconds}
             for name, decay in r.decays.items():
                 if hasattr(decay, "penalty"):
-                    values[f"penalty_{name}"] = float(decay.penalty())
+                    with r.stopwatch.running():
+                        penalty = decay.penalty()
+                    values[f"penalty_{name}"] = float(penalty)
             self._write(**values, epoch=self.step / r.steps_per_epoch)
             self.loss_sum.zero_()
             self.losses = 0

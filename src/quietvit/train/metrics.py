@@ -1,12 +1,14 @@
 """Numbers of a run as it goes: one JSON object a line in metrics.jsonl, and TensorBoard.
 
-The time spent in the decay's updates is measured here too. Nothing is computed about the model.
+The time spent in the decay is measured here too. Nothing is computed about the model.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class Metrics:
-    """Appends to ``output/metrics.jsonl``; lines after ``step`` (of a run cut off) are dropped."""
+    """Appends to ``output/metrics.jsonl``; lines after ``step`` (of a run cut off) are dropped.
+
+    An accuracy at ``step`` itself is dropped too: it came after the checkpoint and comes again.
+    """
 
     def __init__(self, output: Path, step: int, tensorboard: bool) -> None:
         self.path = output / METRICS
@@ -52,13 +57,13 @@ class Metrics:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if line["step"] <= step:
+            if line["step"] <= step - ("top1" in line):
                 lines.append(line)
         return lines
 
 
 class Stopwatch:
-    """Time between two step post hooks of an optimizer: those registered in between are timed."""
+    """Time of the decay: between two step post hooks of an optimizer, and while ``running``."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
@@ -71,6 +76,13 @@ class Stopwatch:
 
     def stop_with(self, optimizer: Optimizer) -> None:
         optimizer.register_step_post_hook(lambda *_: self._stop())
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time what is inside, too."""
+        self._start()
+        yield
+        self._stop()
 
     def reset(self, seconds: float) -> None:
         """Go on from ``seconds``."""

@@ -34,7 +34,7 @@ class TrainResult:
     ``top1`` is in percent, of the weights saved (the moving average where the config has one;
     ``top1_without_ema`` is then that of the last weights). ``train_seconds`` is the time of the
     training steps, data included, evaluation and checkpoints not; ``decay_seconds`` the part of it
-    spent in the decay's updates.
+    spent in the decay's updates and in its penalty where that is logged.
     """
 
     output: Path

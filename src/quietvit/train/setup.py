@@ -67,10 +67,8 @@ def build(config: TrainConfig) -> Run:
     from accelerate.utils import set_seed
 
     accelerator = _accelerator(config)
-    train = load_dataset(config.data.dataset, "train")
-    test = load_dataset(config.data.dataset, "test", num_classes=train.num_classes)
+    train, test = open_data(config)
     train = subset(train, config.data.train_images)
-    test = subset(test, config.data.test_images)
     processes = accelerator.num_processes
     effective = config.batch_size * config.accumulation * processes
     steps_per_epoch = len(train) // effective
@@ -130,6 +128,17 @@ def build(config: TrainConfig) -> Run:
         total_steps=steps_per_epoch * config.epochs,
         effective_batch=effective,
     )
+
+
+def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
+    """Open all training images, and the test images that the run is judged by.
+
+    Raises:
+        QuietvitError: a missing path or column, a label out of range, fewer images than asked for.
+    """
+    train = load_dataset(config.data.dataset, "train", num_classes=config.data.num_classes)
+    test = load_dataset(config.data.dataset, "test", num_classes=train.num_classes)
+    return train, subset(test, config.data.test_images)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
