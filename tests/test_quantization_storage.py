@@ -147,6 +147,35 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     assert (other / "cat.jpg").read_text() == "cat"
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_replacement_that_fails_leaves_the_earlier_save(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = make("vit"), images()
+    first = quantize(model, RTN(), x)
+    folder = first.save(tmp_path / "model.qvit")
+    rename, calls = Path.rename, []
+
+    def failing(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 2:
+            raise error("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else QuietvitError):
+        quantize(model, RTN(weight_bits=4), x).save(folder, force=True)
+    monkeypatch.undo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.qvit"]
+    assert same(quietvit.load(folder, model=model), first, x)
+
+
+def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(QuietvitError, match="could not write"):
+        quantize(make("vit"), RTN(), images()).save(tmp_path / "file" / "model.qvit")
+
+
 def test_another_architecture_is_refused_by_name_of_the_first_keys(tmp_path: Path) -> None:
     folder = quantize(named_vit(), RTN(), torch.randn(2, 3, 64, 64)).save(tmp_path / "a.qvit")
     with pytest.raises(QuietvitError, match=r"another architecture.*head\.weight.*\(9, 64\)"):

@@ -83,18 +83,23 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
         "coverage": quantized.coverage.to_dict(),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
         save_file(plain, temporary / TENSORS)
         (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         _put(temporary, path)
-    except OSError as error:
-        raise QuietvitError(f"could not write {path}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise QuietvitError(
+            f"could not write {path}: {reason}. What was there before is untouched; free some "
+            "space or choose another place."
+        ) from error
     finally:
-        if temporary.exists():
+        if temporary is not None and temporary.exists():
             shutil.rmtree(temporary)
     return path
 
@@ -180,12 +185,13 @@ def _put(folder: Path, path: Path) -> None:
     try:
         path.rename(aside)
         folder.rename(path)
-    except OSError:
-        if not path.exists():
+    except BaseException:
+        if aside.exists() and not path.exists():
             aside.rename(path)
         raise
     finally:
-        shutil.rmtree(aside.parent)
+        if path.exists():
+            shutil.rmtree(aside.parent)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
