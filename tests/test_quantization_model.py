@@ -15,6 +15,7 @@ from torch import nn
 import quietvit
 from quietvit import RTN, QuietvitError
 from quietvit.quantization import get_method, list_methods, method_rows, quantize
+from quietvit.quantization.calibration import run_model
 
 FLOAT = {"weight_bits": None, "activation_bits": None}
 SIXTEEN = {
@@ -264,6 +265,76 @@ def test_kept_weights_change_nothing() -> None:
         assert torch.equal(copy.deepcopy(quantized)(x), first)
 
 
+@torch.no_grad()
+def test_kept_weights_follow_replaced_data_and_quantizers() -> None:
+    model, x = make("vit"), images()
+    quantized = quantize(model, RTN(), x)
+    first = quantized(x)
+    weight = quantized.model.blocks[0].mlp.fc1.weight
+    original = weight.data
+    weight.data = torch.zeros_like(original)
+    assert not torch.equal(quantized(x), first)
+    weight.data = original
+    assert torch.equal(quantized(x), first)
+    quantizer = quantized.quantizer("blocks.0.mlp.fc1", "weight")
+    assert quantizer is not None
+    quantizer.scale.mul_(16)
+    assert not torch.equal(quantized(x), first)
+    quantizer.scale.div_(16)
+    quantized.model.double()
+    assert quantized(x.double()).dtype == torch.float64
+    quantized.model.float()
+    assert torch.equal(quantized(x), first)
+
+
+@torch.no_grad()
+def test_copies_do_not_inherit_kept_weights() -> None:
+    model, x = make("vit"), images()
+    quantized = quantize(model, RTN(), x)
+    quantized.model.blocks[0].mlp.fc1.weight.mul_(1)
+    first = quantized(x)
+    assert quantized._kept
+    copied = copy.deepcopy(quantized)
+    assert not copied._kept
+    copied.model.blocks[0].mlp.fc1.weight.zero_()
+    assert not torch.equal(copied(x), first)
+    assert torch.equal(quantized(x), first)
+
+
+def test_weights_of_transposed_convolutions_have_a_range_an_output_channel() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ConvTranspose2d(8, 5, 2, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.mul_(torch.tensor([1.0, 10, 100, 1000, 10000])[None, :, None, None])
+        quantized = quantize(model, RTN(weight_bits=4, patch_embed_bits="same"), images())
+        quantizer = quantized.quantizer("1", "weight")
+        assert quantizer is not None
+        wanted = model[1].weight
+        error = (quantizer(wanted) - wanted).abs().amax((0, 2, 3)) / wanted.abs().amax((0, 2, 3))
+    assert error.max() <= 0.5 / 7 + 1e-6
+
+
+class WithTable(nn.Module):
+    """A product of weights alone, as the position tables of Swin v2 are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 4))
+        self.position = nn.Linear(4, 32)
+        self.vit = make("encoder")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.vit.embed(x).flatten(2).transpose(1, 2)
+        return self.vit.classify((tokens + self.position(self.table)).mean(1))
+
+
+def test_products_that_do_not_depend_on_the_images_are_noted() -> None:
+    quantized = quantize(WithTable().eval(), RTN(), images())
+    assert "1 products do not depend on the images (position)" in str(quantized)
+    assert "do not depend" not in str(quantize(make("vit"), RTN(), images()))
+    excluded = quantize(WithTable().eval(), RTN(exclude="position"), images())
+    assert [name for name, _ in excluded.coverage.untouched] == ["position"]
+
+
 def test_model_in_training_mode_is_left_so_and_noted() -> None:
     model = make("vit").train()
     quantized = quantize(model, RTN(), images())
@@ -328,6 +399,15 @@ def test_bad_calibration_is_refused_and_the_model_unchanged(method_name: str, ca
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+def test_lack_of_memory_is_not_blamed_on_the_images() -> None:
+    class Full(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run_model(Full(), images())
+
+
 def test_nan_weights_name_their_site() -> None:
     model = make("vit")
     with torch.no_grad():
@@ -377,6 +457,8 @@ def test_bad_fields_of_rtn() -> None:
         RTN(weight_range="mse")  # type: ignore[arg-type]
     with pytest.raises(QuietvitError, match=r"percentile=0\.5"):
         RTN(percentile=0.5)
+    with pytest.raises(QuietvitError, match="exclude=3: give a pattern"):
+        RTN(exclude=3)  # type: ignore[arg-type]
     with pytest.raises(Exception, match="frozen"):
         RTN().weight_bits = 4  # type: ignore[misc]
 

@@ -64,6 +64,14 @@ def quantize(
         raise QuietvitError(
             f"{type(model).__name__} multiplies no matrices in its trace; nothing to quantize."
         )
+    fixed = [site.name for site in trace.matmuls if site.role == "constant"]
+    if fixed:
+        shown = ", ".join(fixed[:3]) + (", ..." if len(fixed) > 3 else "")
+        notes.append(
+            f"{len(fixed)} products do not depend on the images ({shown}); they are treated as "
+            "every other, though a deployed model may compute them once, in float: exclude them "
+            "to measure that"
+        )
     method.check_exclude([site.name for site in trace.matmuls])
     quantizers = method.calibrate(Calibration(own, trace, images, progress))
     notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}")

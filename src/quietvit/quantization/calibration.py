@@ -208,6 +208,8 @@ def run_model(model: nn.Module, batch: Tensor) -> Any:
     """Call the model; what it raises over the batch's shape comes out as a QuietvitError."""
     try:
         return model(batch)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise QuietvitError(
             f"{type(model).__name__} does not run on calibration images of shape "

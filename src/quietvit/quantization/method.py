@@ -81,7 +81,11 @@ def _edge_bits(value: Any) -> Any:
 
 
 def _patterns(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value)
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise ValueError("give a pattern of site names, or a sequence of them, such as ('head',)")
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
 
 
 Bits = Annotated[int | None, BeforeValidator(_bits)]

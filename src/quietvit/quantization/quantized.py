@@ -77,8 +77,9 @@ class QuantizedModel(nn.Module):
     ``model`` is an own copy with float weights, ``quantizers`` a ModuleDict from site and operand
     (``Slot.key``) to Quantizer, ``trace`` and ``method`` what it was made from. Called as the model
     is. Gradients go straight through the rounding, so it can be trained on. In eval mode without
-    gradient quantized weights are kept between calls; they follow optimizer steps and
-    ``load_state_dict``, but an edit behind autograd's back (``weight.data``) needs ``refresh()``.
+    gradient quantized weights are kept between calls; they follow every change of weights and
+    quantizers but one in place behind autograd's back (``weight.data.mul_``), which needs
+    ``refresh()``. Copies and pickles do not carry them.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class QuantizedModel(nn.Module):
             for site, slots in self._slots.items()
         }
         self._kinds = frozenset(slot.site.kind for slot in quantizers)
-        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._kept: dict[str, tuple[_State, Tensor]] = {}
         self._observer: Handler | None = None
         self.train(model.training)
 
@@ -162,18 +163,24 @@ class QuantizedModel(nn.Module):
     def _quantize(self, site: Site, key: str, index: int, operand: Tensor) -> Tensor:
         quantizer = self.quantizers[key]
         keepable = index == 1 and site.weight is not None and site.kind in ("linear", "conv")
-        if self.training or torch.is_grad_enabled() or not keepable or operand.is_inference():
+        if self.training or torch.is_grad_enabled() or not keepable:
+            return quantizer(operand)  # type: ignore[no-any-return]
+        sources = (operand, *quantizer.parameters(), *quantizer.buffers())
+        if any(source.is_inference() for source in sources):
             return quantizer(operand)  # type: ignore[no-any-return]
         kept = self._kept.get(key)
-        if kept is not None and _same(kept[0], operand) and kept[1] == operand._version:
-            return kept[2]
+        if kept is not None and _unchanged(kept[0], sources):
+            return kept[1]
         result: Tensor = quantizer(operand)
-        self._kept[key] = (operand, operand._version, result)
+        self._kept[key] = (_state(sources), result)
         return result
 
     def refresh(self) -> None:
         """Forget the quantized weights kept from earlier calls."""
         self._kept.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}, "_observer": None}
 
     def train(self, mode: bool = True) -> QuantizedModel:
         self.refresh()
@@ -264,12 +271,22 @@ class QuantizedModel(nn.Module):
         return save(self, path, force)
 
 
-def _same(kept: Tensor, operand: Tensor) -> bool:
-    # ``kept`` is held, so its memory cannot be given to another tensor: equal places are equal data
-    return (
-        kept.data_ptr() == operand.data_ptr()
-        and kept.shape == operand.shape
-        and kept.stride() == operand.stride()
-        and kept.dtype == operand.dtype
-        and kept.device == operand.device
+_State = tuple[tuple[Tensor, int], ...]
+
+
+def _state(sources: tuple[Tensor, ...]) -> _State:
+    # Aliases that stay with the memory of now, where a parameter's ``data`` may be replaced; held,
+    # so that the memory cannot be given to another tensor: equal places are equal data.
+    return tuple((source.detach(), source._version) for source in sources)
+
+
+def _unchanged(kept: _State, sources: tuple[Tensor, ...]) -> bool:
+    return len(kept) == len(sources) and all(
+        version == source._version
+        and held.data_ptr() == source.data_ptr()
+        and held.shape == source.shape
+        and held.stride() == source.stride()
+        and held.dtype == source.dtype
+        and held.device == source.device
+        for (held, version), source in zip(kept, sources, strict=True)
     )

@@ -84,7 +84,8 @@ class RTN(Method):
 
     def _axis(self, slot: Slot) -> int | None:
         if slot.is_weight:
-            return 0 if self.weight_granularity == "per_channel" else None
+            outputs = 1 if "transpose" in slot.site.function else 0
+            return outputs if self.weight_granularity == "per_channel" else None
         if self.activation_granularity == "per_tensor" or slot.site.kind not in ("linear", "conv"):
             return None
         return -1 if slot.site.kind == "linear" else 1
