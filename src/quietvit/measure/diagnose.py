@@ -17,7 +17,7 @@ from quietvit.measure.diagnosis import Diagnosis
 from quietvit.measure.images import Batch, Images, batches
 from quietvit.measure.outliers import RunningStatistics, SiteStatistics
 from quietvit.measure.root_cause import CauseFinder, Peak, PeakTracker, RootCause
-from quietvit.pairs import MatrixPair, find_pairs
+from quietvit.pairs import DENSE_KINDS, MatrixPair, find_pairs
 from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, evaluating, intercept
 from quietvit.tracing import trace as record_trace
 
@@ -43,7 +43,8 @@ def diagnose(
         model: any model ``quietvit.trace`` takes.
         images: a tensor (N, C, H, W), or an iterable (a DataLoader) of images, of batches, of
             (images, labels), or of mappings given to the model by keyword.
-        pairs: found with ``quietvit.find_pairs`` where not given; ``()`` for sites alone.
+        pairs: where not given, those of two dense matrices (``quietvit.pairs.DENSE_KINDS``), as
+            ``quietvit.find_pairs`` finds them; ``()`` for sites alone.
         trace: of this model, recorded on the first image where not given.
         batch_size: images run at a time; larger batches are split.
         top: how many root causes are sought and how many rows the tables show.
@@ -60,7 +61,7 @@ def diagnose(
         trace = record_trace(model, first.example)
     if pairs is None:
         try:
-            pairs = find_pairs(model, trace=trace)
+            pairs = find_pairs(model, kinds=DENSE_KINDS, trace=trace)
         except QuietvitError as error:
             raise QuietvitError(f"{error} To measure the sites alone, pass pairs=().") from error
     watch = _Watch(trace, PeakTracker(trace, pairs))
