@@ -10,7 +10,7 @@ PYTHON ?= python3
 PYTHON_LOWER ?= python3.12
 VENV_LOWER ?= .venv-lower
 PYTEST_ARGS ?=
-DEMO ?= quietvit compare --recipe digits --output demo-output --force
+DEMO ?= quietvit compare --recipe digits --seeds 0,1,2,3,4 --output demo-output --force
 
 # An active environment is used when it holds the tools already; nothing is ever installed into it.
 ifneq ($(and $(VIRTUAL_ENV),$(wildcard $(VIRTUAL_ENV)/bin/lint-imports)),)
