@@ -183,13 +183,3 @@ def test_calibration_images_are_drawn_by_seed_without_repeats():
         calibration_images(dataset, 0, transform)
     with pytest.raises(QuietvitError, match="holds 5"):
         calibration_images(small, 6, transform)
-
-
-@pytest.mark.slow
-def test_deit_tiny_reaches_its_known_accuracy(test_data):
-    model = create_model(
-        "deit_tiny_patch16_224", weights=test_data / "deit_tiny_patch16_224.safetensors"
-    )
-    dataset = load_dataset(f"table:{test_data / 'imagenet_dev_1000.parquet'}")
-    loader = evaluation_loader(dataset, evaluation_transform(model))
-    assert evaluate(model, loader) == pytest.approx(78.5, abs=0.2)
