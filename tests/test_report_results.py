@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -120,3 +121,35 @@ def test_the_compact_table_fits_eighty_columns():
 @pytest.mark.parametrize(("value", "text"), [(0.001, "0.00"), (-0.001, "0.00"), (-1, "−1.00")])
 def test_signs(value, text):
     assert signed(value) == text
+
+
+def test_a_better_float_model_is_told_from_one_that_loses_less():
+    found = results_of([(90, 90.5), (91, 91.2), (92, 92.9)])
+    lifted = [
+        run.model_copy(
+            update={
+                "float_top1": run.float_top1 + 1.5 * run.decay,
+                "quantized": {k: v + 1.5 * run.decay for k, v in run.quantized.items()},
+            }
+        )
+        for run in found.runs
+    ]
+    before = summarize(found)
+    after = summarize(found.model_copy(update={"runs": tuple(lifted)}))
+    for one, other in zip(before, after, strict=True):
+        assert other.difference == pytest.approx(one.difference + 1.5)
+        assert other.saved == pytest.approx(one.saved) == 0
+    assert verdict(after).endswith("What quantization itself costs: no difference seen in any row.")
+
+
+def test_what_quantization_costs_is_said_worse_first():
+    def row(saved, low, high):
+        base = summarize(results_of([(90, 90.5), (91, 91.2)]))[1]
+        return replace(base, setting="W4A4", saved=saved, saved_low=low, saved_high=high)
+
+    base = summarize(results_of([(90, 90.5), (91, 91.2)]))[0]
+    better, worse, even = row(0.8, 0.2, 1.4), row(-0.8, -1.4, -0.2), row(0.1, -0.2, 0.4)
+    assert "it costs less in W4A4 (+0.80 points)." in verdict([base, better])
+    text = verdict([base, better, worse, even])
+    assert 0 < text.index("costs more in W4A4 (−0.80 points)") < text.index("costs less")
+    assert text.endswith("no difference seen in the others.")

@@ -132,7 +132,9 @@ class Row:
 
     ``low`` and ``high`` bound the mean difference at 95 % (Student's t over the paired differences;
     their deviation is taken as at least one test image, so that equal counts do not feign
-    certainty). They are None for a single seed.
+    certainty). They are None for a single seed. ``saved`` is the part of the difference that the
+    float models do not have already: the points that quantization costs less with CD, with its own
+    bounds.
     """
 
     setting: str
@@ -144,15 +146,19 @@ class Row:
     better: int
     worse: int
     seeds: int
+    saved: float = 0.0
+    saved_low: float | None = None
+    saved_high: float | None = None
 
     @property
     def outcome(self) -> str:
         """``better``, ``worse``, ``no difference seen``, or ``one seed, spread unknown``."""
-        if self.low is None or self.high is None:
-            return "one seed, spread unknown"
-        if self.low > 0:
-            return "better"
-        return "worse" if self.high < 0 else NO_DIFFERENCE
+        return _outcome(self.low, self.high)
+
+    @property
+    def saved_outcome(self) -> str:
+        """The same for ``saved``: does quantization itself cost less, or more?"""
+        return _outcome(self.saved_low, self.saved_high)
 
     @property
     def agreement(self) -> str:
@@ -183,11 +189,15 @@ def summarize(results: Results) -> tuple[Row, ...]:
             f"{2 * len(results.seeds)} are finished); run again with --resume to finish them."
         )
     rows = []
+    float_differences = [pair[1].float_top1 - pair[0].float_top1 for pair in pairs]
     for setting in (FLOAT, *results.settings):
         without = [pair[0].top1(setting) for pair in pairs]
         with_decay = [pair[1].top1(setting) for pair in pairs]
         differences = [b - a for a, b in zip(without, with_decay, strict=True)]
-        low, high = paired_interval(differences, 100 / pairs[0][0].images)
+        saved = [d - f for d, f in zip(differences, float_differences, strict=True)]
+        image = 100 / pairs[0][0].images
+        low, high = paired_interval(differences, image)
+        saved_low, saved_high = paired_interval(saved, image)
         rows.append(
             Row(
                 setting=setting,
@@ -199,6 +209,9 @@ def summarize(results: Results) -> tuple[Row, ...]:
                 better=sum(d > 0 for d in differences),
                 worse=sum(d < 0 for d in differences),
                 seeds=len(differences),
+                saved=statistics.fmean(saved),
+                saved_low=saved_low,
+                saved_high=saved_high,
             )
         )
     return tuple(rows)
@@ -232,8 +245,19 @@ def t_quantile(degrees: int) -> float:
     )
 
 
+def _outcome(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return "one seed, spread unknown"
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else NO_DIFFERENCE
+
+
 def verdict(rows: Sequence[Row]) -> str:
-    """Say in one sentence what the numbers show: worse is said as worse, and first."""
+    """Say what the numbers show: worse is said as worse, and first.
+
+    A second sentence tells a better float model from one that loses less to quantization.
+    """
     total = len(rows)
     if rows[0].low is None:
         return (
@@ -245,7 +269,23 @@ def verdict(rows: Sequence[Row]) -> str:
         for outcome in ("worse", "better", NO_DIFFERENCE)
         if (found := [row for row in rows if row.outcome == outcome])
     ]
-    return f"Training with CD: {'; '.join(parts)}."
+    return f"Training with CD: {'; '.join(parts)}. {_saved(rows[1:])}".rstrip()
+
+
+def _saved(rows: Sequence[Row]) -> str:
+    """What of it is due to quantization itself, the float models' own difference taken off."""
+    parts = [
+        f"{words} in {', '.join(f'{row.setting} ({signed(row.saved)} points)' for row in found)}"
+        for outcome, words in (("worse", "it costs more"), ("better", "it costs less"))
+        if (found := [row for row in rows if row.saved_outcome == outcome])
+    ]
+    if not rows:
+        return ""
+    if not parts:
+        return "What quantization itself costs: no difference seen in any row."
+    seen = sum(row.saved_outcome != NO_DIFFERENCE for row in rows)
+    rest = "; no difference seen in the others" if seen < len(rows) else ""
+    return f"What quantization itself costs, with CD: {'; '.join(parts)}{rest}."
 
 
 def _listed(rows: Sequence[Row]) -> str:
