@@ -225,7 +225,7 @@ def test_nan_names_the_first_site_that_makes_it(images):
 def test_overflow_names_its_site(images):
     model = tiny()
     with torch.no_grad():
-        model.blocks[0].mlp.fc2.weight.fill_(3e38)
+        model.blocks[0].mlp.fc2.weight.fill_(torch.inf)
     with pytest.raises(QuietvitError, match=r"blocks\.0\.mlp\.fc2 .* holds"):
         diagnose(model, images, pairs=())
 

@@ -85,6 +85,13 @@ def test_timm_architectures_are_rebuilt_by_name(tmp_path: Path) -> None:
     assert facts["coverage"]["fraction"] == 1
 
 
+def test_saving_and_loading_leave_the_random_generator_alone(tmp_path: Path) -> None:
+    quantized = quantize(named_vit(), RTN(), torch.randn(2, 3, 64, 64))
+    before = torch.get_rng_state()
+    quietvit.load(quantized.save(tmp_path / "model.qvit"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_timm_does_not_build_by_name_needs_the_model(tmp_path: Path) -> None:
     model, x = named_vit(act_layer=nn.ReLU), torch.randn(2, 3, 64, 64)
     quantized = quantize(model, RTN(), x)

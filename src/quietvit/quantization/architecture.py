@@ -38,7 +38,6 @@ def architecture_of(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] 
     name = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(name, str):
         return None
-    import timm
 
     plain: dict[str, Any] = {}
     if isinstance(classes := getattr(model, "num_classes", None), int):
@@ -51,13 +50,28 @@ def architecture_of(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] 
         candidates.insert(0, plain | {"img_size": list(size)})
     wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}, _modules(model)
     for arguments in candidates:
-        try:
-            with torch.device("meta"):
-                built = timm.create_model(name, pretrained=False, **arguments)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        built = _unweighted(name, arguments)
+        if built is None:
             continue
         if ({n: tuple(t.shape) for n, t in built.state_dict().items()}, _modules(built)) == wanted:
             return {"library": "timm", "name": name, "arguments": arguments}
+    return None
+
+
+def _unweighted(name: str, arguments: dict[str, Any]) -> nn.Module | None:
+    """timm's model, without memory for its weights where its code allows that; None if it refuses.
+
+    Models that read a number out of a tensor while they are built (drop path rates, in older
+    releases of timm) cannot be built on the meta device. Random generators are left as they were.
+    """
+    import timm
+
+    for device in ("meta", "cpu"):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device(device):
+                return timm.create_model(name, pretrained=False, **arguments)  # type: ignore[no-any-return]
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            continue
     return None
 
 
@@ -81,9 +95,10 @@ def build(path: Path, facts: dict[str, Any]) -> nn.Module:
         )
     import timm
 
-    built: nn.Module = timm.create_model(
-        architecture["name"], pretrained=False, **architecture["arguments"]
-    )
+    with torch.random.fork_rng(devices=[]):
+        built: nn.Module = timm.create_model(
+            architecture["name"], pretrained=False, **architecture["arguments"]
+        )
     return built
 
 
