@@ -1,4 +1,4 @@
-"""First table: fine-tune DeiT-Tiny on CIFAR-10 under nine kinds of decay, then quantize by RTN.
+"""First table: fine-tune DeiT-Tiny on CIFAR-10 under ten kinds of decay, then quantize by RTN.
 
 Resumable: ``train`` leaves one checkpoint a run, ``evaluate`` appends one CSV row a run, and either
 skips what is there. Needs QUIETVIT_TEST_DATA (or --data) with the DeiT-Tiny weights and the
@@ -50,6 +50,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cd-energy-3+norm": {"cd": _scaled(CD | NORM, 3.0)},
     "cd-norm-3": {"cd": _scaled(NORM, 3.0)},
     "cd-peak-3": {"cd": _scaled(CD, 3.0), "penalty": "peak"},
+    "strong-weight-decay+cd-energy-1+norm": {
+        "weight_decay": 3.0,
+        "decay_all": True,
+        "cd": _scaled(CD | NORM, 1.0),
+    },
 }
 BITS = ((8, 8), (6, 6), (4, 8), (4, 4))
 RANGES = ("minmax", "omse")
