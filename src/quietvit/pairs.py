@@ -16,6 +16,7 @@ from torch import nn
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.tracing import Link, Scores, Site, Trace, WeightView, trace
+from quietvit.tracing.ops import norm_channel_dim
 from quietvit.tracing.weights import Index, compress
 
 KINDS = ("mlp", "value_output", "gated_mlp", "norm_linear", "query_key")
@@ -231,12 +232,9 @@ def _pairs(link: Link, first: Site, second: Site, kind: str) -> Iterator[MatrixP
         readings[head, channel] += 1
     assert first.weight is not None
     assert second.weight is not None
-    for number, (head, _) in enumerate(sorted(groups)):
-        channels, columns = zip(*groups[sorted(groups)[number]], strict=True)
-        if kind == "norm_linear":
-            a = replace(first.weight, rows=_chosen(first.weight.rows, channels, _height(first)))
-        else:
-            a = select_rows(first.weight, channels, _height(first))
+    for number, ((head, _), entries) in enumerate(sorted(groups.items())):
+        channels, columns = zip(*entries, strict=True)
+        a = select_rows(first.weight, channels, _height(first))
         b = select_cols(second.weight, columns, len(link.channels))
         yield MatrixPair(a, b, kind, number if head >= 0 else None, link.through)
 
@@ -255,11 +253,7 @@ def _query_key(scores: Scores, trace: Trace) -> Iterator[MatrixPair]:
 def _height(site: Site) -> int:
     """Number of output channels of a site with a weight."""
     if site.kind == "norm":
-        return (
-            site.output_shape[1]
-            if "norm" in site.function and site.function[0] in "bg"
-            else (site.output_shape[-1])
-        )
+        return site.output_shape[norm_channel_dim(site.function)]
     assert site.weight_shape is not None
     return site.weight_shape[0]
 

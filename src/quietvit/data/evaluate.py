@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from quietvit.data.sources import ImageDataset, Transformed
 from quietvit.errors import QuietvitError
+from quietvit.tracing import evaluating
 
 
 def evaluation_loader(
@@ -52,29 +53,23 @@ def evaluate(
     Raises:
         QuietvitError: no images, labels beyond the model's classes, or logits that are not numbers.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     correct = total = 0
-    try:
-        with worker_errors(), _bar(loader, progress) as batches:
-            for images, labels in batches:
-                logits = _logits(model(images.to(device)))
-                labels = labels.to(logits.device)
-                if int(labels.max()) >= logits.shape[-1]:
-                    raise QuietvitError(
-                        f"the data has label {int(labels.max())}, but the model tells only "
-                        f"{logits.shape[-1]} classes apart; evaluate it on its own data."
-                    )
-                if bool(logits.isnan().any()):
-                    raise QuietvitError(
-                        f"the model's logits are not numbers after {total} images; find the first "
-                        "site with NaN by quietvit.diagnose(model, images)."
-                    )
-                correct += int((logits.argmax(-1) == labels).sum())
-                total += len(labels)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), worker_errors(), _bar(loader, progress) as batches:
+        for images, labels in batches:
+            logits = _logits(model(images.to(device)))
+            labels = labels.to(logits.device)
+            if int(labels.max()) >= logits.shape[-1]:
+                raise QuietvitError(
+                    f"the data has label {int(labels.max())}, but the model tells only "
+                    f"{logits.shape[-1]} classes apart; evaluate it on its own data."
+                )
+            if bool(logits.isnan().any()):
+                raise QuietvitError(
+                    f"the model's logits are not numbers after {total} images; find the first "
+                    "site with NaN by quietvit.diagnose(model, images)."
+                )
+            correct += int((logits.argmax(-1) == labels).sum())
+            total += len(labels)
     if total == 0:
         raise QuietvitError("there was not one image to evaluate on; check the data set.")
     return 100.0 * correct / total

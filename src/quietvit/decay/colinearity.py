@@ -18,7 +18,7 @@ from quietvit.decay.limits import TrustRegion
 from quietvit.decay.penalties import PENALTIES, Basis, Penalty, Top, scaled
 from quietvit.decay.plan import Batch, batches, wide
 from quietvit.errors import QuietvitError, nearest
-from quietvit.pairs import MatrixPair
+from quietvit.pairs import DEFAULT_KINDS, MatrixPair, find_pairs
 
 
 class ColinearityDecay(DecoupledUpdate):
@@ -247,8 +247,6 @@ class ColinearityDecay(DecoupledUpdate):
                     "ColinearityDecay needs an example input to find the pairs (a batch of one "
                     "image is enough), or pairs=..."
                 )
-            from quietvit.pairs import DEFAULT_KINDS, find_pairs
-
             chosen = tuple(find_pairs(model, example, kinds=tuple(kinds or DEFAULT_KINDS)))
         else:
             chosen = tuple(pair for pair in pairs if kinds is None or pair.kind in kinds)

@@ -16,7 +16,7 @@ from quietvit.decay.attach import DecoupledUpdate, Schedule
 from quietvit.decay.colinearity import checked_strength
 from quietvit.decay.plan import wide
 from quietvit.errors import QuietvitError
-from quietvit.pairs import MatrixPair
+from quietvit.pairs import MatrixPair, find_pairs
 from quietvit.tracing import WeightView
 
 
@@ -53,8 +53,6 @@ class NormGainDecay(DecoupledUpdate):
                     "NormGainDecay needs an example input to find the norms (a batch of one image "
                     "is enough), or pairs=..."
                 )
-            from quietvit.pairs import find_pairs
-
             pairs = find_pairs(model, example, kinds=("norm_linear",))
         views = dict.fromkeys(pair.first for pair in pairs if pair.first.diagonal)
         if not views:

@@ -51,7 +51,7 @@ def carried(
     if name in ops.JOINING and args and "out" not in kwargs:
         return [labels.join(values, tensors, lambda parts: func(parts, *args[1:], **kwargs))]
     if name in ops.REDUCING and len(outputs) == 1:
-        return [_reduced(name, args, kwargs, tensors[0], values[0], outputs[0])]
+        return [_reduced(name, args, kwargs, values[0], outputs[0])]
     if (name in ops.CASTING or func in ops.CASTING_PROPERTIES) and len(outputs) == 1:
         return [values[0]]
     if name in ops.ELEMENTWISE and len(outputs) == 1:
@@ -115,9 +115,7 @@ def _moved(
     return moved if all(same) else None
 
 
-def _reduced(
-    name: str, args: Any, kwargs: Any, source: Tensor, value: Value, output: Tensor
-) -> Value:
+def _reduced(name: str, args: Any, kwargs: Any, value: Value, output: Tensor) -> Value:
     if name in ops.POOLING:
         return labels.pool(value, range(-ops.POOLING[name], 0), output.shape)
     dims = args[1] if len(args) > 1 else kwargs.get("dim")

@@ -241,6 +241,11 @@ def _letters(equation: str, left: int, right: int) -> tuple[str, str, str]:
     return terms[0], terms[1], output.replace("...", longest)
 
 
+def norm_channel_dim(function: str) -> int:
+    """Which dim of a norm's output its gain runs along, told by the name of the function."""
+    return -1 if function in ("layer_norm", "rms_norm") else 1
+
+
 def weight_first(call: Call) -> Call:
     """Turn ``x @ W`` with W of shape (in, out) into a linear call whose weight is (out, in)."""
     run = call.run

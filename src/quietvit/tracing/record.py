@@ -187,7 +187,7 @@ class Recorder(TorchFunctionMode):
         self._seen_flops += flops
         name = str(getattr(func, "__name__", func))
         if call is not None and len(outputs) == 1:
-            value = self._site(call, func, name, outputs[0], args, kwargs)
+            value = self._site(call, func, name, outputs[0])
             if outputs[0] is call.operands[0]:
                 self._write(outputs[0], value)
             self._keep(outputs[0], value)
@@ -197,9 +197,7 @@ class Recorder(TorchFunctionMode):
             self._carry(func, name, args, kwargs, outputs)
         return result
 
-    def _site(
-        self, call: ops.Call, func: Any, name: str, output: Tensor, args: Any, kwargs: Any
-    ) -> Value:
+    def _site(self, call: ops.Call, func: Any, name: str, output: Tensor) -> Value:
         family = ops.FAMILIES[call.kind]
         ordinal = self.counters[family]
         self.counters[family] += 1
@@ -279,8 +277,8 @@ class Recorder(TorchFunctionMode):
             flows = {s: f.via("norm") for s, f in inputs[0].flows.items()}
             gain = call.gain
             if gain is not None and gain.ndim == 1 and record.weight is not None:
-                last = record.function in ("layer_norm", "rms_norm")
-                flows[key] = labels.start(output.shape, -1 if last else 1, output.device)
+                dim = ops.norm_channel_dim(record.function)
+                flows[key] = labels.start(output.shape, dim, output.device)
             probability = merged.probability
         elif call.kind == "activation":
             flows = {s: f.via(record.function.strip("_")) for s, f in inputs[0].flows.items()}
