@@ -140,14 +140,15 @@ def affine_fake(
     the clipping range, zero outside; to the scale as in LSQ (arXiv 1902.08153, equation 3).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale = scale.to(wide)
-    low, high = code_low - zero_point.to(wide), code_high - zero_point.to(wide)
+    scale, zero = scale.to(wide), zero_point.to(wide)
+    steps = x.to(wide) * scale.reciprocal()
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        steps = torch.clamp(x.to(wide) * scale.reciprocal(), low, high)
+        steps = torch.clamp(steps, code_low - zero, code_high - zero)
         rounded = steps + (steps.round() - steps).detach()
         return (rounded * scale).to(x.dtype)
-    steps = x.to(wide) * scale.reciprocal()
-    return steps.round_().clamp_(low, high).mul_(scale).to(x.dtype)
+    # Clamped between plain numbers, not tensors: many times faster on a CPU.
+    steps = steps.round_().add_(zero).clamp_(code_low, code_high).sub_(zero)
+    return steps.mul_(scale).to(x.dtype)
 
 
 @register_quantizer("affine")
