@@ -141,13 +141,13 @@ ZOO: dict[str, Callable[[], Built]] = {
 
 
 def build(name: str) -> Built:
-    """A model of the zoo in eval mode, its norm gains and biases random so that mistakes show."""
+    """A model of the zoo in eval mode, norms, biases and zeros random so that mistakes show."""
     torch.manual_seed(0)
     model, example = ZOO[name]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or not parameter.any():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval(), example
 

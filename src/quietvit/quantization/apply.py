@@ -72,9 +72,17 @@ def quantize(
             "every other, though a deployed model may compute them once, in float: exclude them "
             "to measure that"
         )
-    method.check_exclude([site.name for site in trace.matmuls])
-    quantizers = method.calibrate(Calibration(own, trace, images, progress))
+    method.check_exclude([site.name for site in trace.sites if site.kind in method.kinds])
+    calibrated = method.calibrate(Calibration(own, trace, images, progress))
     notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}")
+    notes += calibrated.notes
     return QuantizedModel(
-        own, trace, method, quantizers, input_shape=tuple(first.shape[1:]), notes=tuple(notes)
+        own,
+        trace,
+        method,
+        calibrated.quantizers,
+        adjustments=calibrated.adjustments,
+        compensations=calibrated.compensations,
+        input_shape=tuple(first.shape[1:]),
+        notes=tuple(notes),
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.method import Slot
-from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept
 
 BATCH = 8
 IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
@@ -158,6 +158,15 @@ class Calibration:
             for batch in self.track(self.images, self.images.batches_expected(), label):
                 with intercept(self.trace, handler, kinds=kinds):
                     run_model(self.model, batch)
+
+    def everything(self) -> Tensor:
+        """All calibration images in one tensor (N, C, H, W), for methods that need them at once."""
+        return torch.cat(list(self.images))
+
+    def run(self, images: Tensor, handler: Handler, *, kinds: frozenset[str] = SITE_KINDS) -> Any:
+        """One forward pass of the model under ``handler``, with or without gradient as outside."""
+        with intercept(self.trace, handler, kinds=kinds):
+            return run_model(self.model, images)
 
     def watch(self, look: Callable[[Slot, Tensor], None], *, label: str = "calibrating") -> None:
         """Show each operand of each matrix multiplication to ``look``, batch by batch.

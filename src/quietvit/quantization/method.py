@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from quietvit.errors import QuietvitError, nearest
-from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS, Quantizer
+from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS
+from quietvit.tracing import MATMUL_KINDS
 
 if TYPE_CHECKING:
+    from quietvit.quantization.calibrated import Calibrated
     from quietvit.quantization.calibration import Calibration
     from quietvit.tracing import Site
 
-OPERANDS = {"linear": ("input", "weight"), "conv": ("input", "weight"), "matmul": ("left", "right")}
+OPERANDS = {
+    "linear": ("input", "weight"),
+    "conv": ("input", "weight"),
+    "matmul": ("left", "right"),
+    "add": ("left", "right"),
+    **dict.fromkeys(("norm", "softmax", "activation"), ("input",)),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +52,9 @@ class Slot:
 
     @property
     def operand(self) -> str:
-        """``input`` and ``weight`` of linear and conv, ``left`` and ``right`` of matmul."""
+        """``input`` and ``weight`` of linear and conv, ``left`` and ``right`` of matmul and add,
+        ``input`` of norm, softmax and activation.
+        """
         names = OPERANDS.get(self.site.kind, ())
         return names[self.index] if self.index < len(names) else f"operand{self.index}"
 
@@ -112,6 +122,9 @@ class Method(BaseModel, ABC):
     in the trace: a number, None for float, or ``"same"`` for the working bits.
     ``exclude``: fnmatch patterns of site names that stay float.
 
+    A subclass declares what it ``needs``, its ``cost``, whether it is ``deployable`` (runs on
+    standard integer kernels), the ``published`` setting, and the ``kinds`` of sites it quantizes.
+
     Raises QuietvitError for an unknown field (with the nearest known) or a value out of range.
     """
 
@@ -124,6 +137,7 @@ class Method(BaseModel, ABC):
     cost: ClassVar[str] = "seconds"
     deployable: ClassVar[bool] = True
     published: ClassVar[str] = ""
+    kinds: ClassVar[frozenset[str]] = MATMUL_KINDS
 
     weight_bits: Bits = 8
     activation_bits: Bits = 8
@@ -138,8 +152,11 @@ class Method(BaseModel, ABC):
             raise QuietvitError(_explain(type(self), error)) from None
 
     @abstractmethod
-    def calibrate(self, calibration: Calibration) -> dict[Slot, Quantizer]:
-        """Choose the quantizers. ``calibration.model`` is a private copy that may be changed."""
+    def calibrate(self, calibration: Calibration) -> Calibrated:
+        """Choose quantizers, adjustments and compensations, say in notes what was left out.
+
+        ``calibration.model`` is a private copy whose weights may be changed.
+        """
 
     def slot_bits(self, slot: Slot) -> int | None:
         """Bits of an operand under the first/last-layer policy and ``exclude``; None is float."""

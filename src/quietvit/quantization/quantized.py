@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.quantization.adjustments import (
+    Adjustment,
+    ChannelAffine,
+    Compensation,
+    channel_axis,
+)
+from quietvit.quantization.blocks import first_tensor, watching_blocks, with_first_tensor
 from quietvit.quantization.calibration import Handler
+from quietvit.quantization.coverage import Coverage
+from quietvit.quantization.kept import State, state_of, unchanged
 from quietvit.quantization.method import OPERANDS, Method, Slot
 from quietvit.quantization.quantizers import Quantizer
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Which share of the multiply-accumulates runs on quantized operands, and what does not.
-
-    A product counts as quantized when both its operands are. ``untouched``: every other matrix
-    multiplication, with the reason.
-    """
-
-    quantized_macs: int
-    total_macs: int
-    untouched: tuple[tuple[str, str], ...]
-    untouched_macs: tuple[int, ...]
-
-    @property
-    def fraction(self) -> float:
-        """quantized_macs / total_macs, 0 for a model without any."""
-        return self.quantized_macs / self.total_macs if self.total_macs else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "quantized_macs": self.quantized_macs,
-            "total_macs": self.total_macs,
-            "fraction": self.fraction,
-            "untouched": [
-                {"site": site, "macs": macs, "reason": reason}
-                for (site, reason), macs in zip(self.untouched, self.untouched_macs, strict=True)
-            ],
-        }
-
-    def __str__(self) -> str:
-        lines = [
-            f"coverage {100 * self.fraction:.2f} %: {self.quantized_macs / 1e6:.2f} of "
-            f"{self.total_macs / 1e6:.2f} MMACs an image on quantized operands"
-        ]
-        width = max((len(site) for site, _ in self.untouched), default=0)
-        for (site, reason), macs in zip(self.untouched, self.untouched_macs, strict=True):
-            lines.append(f"  float: {site:<{width}}  {macs / 1e6:>9.2f} MMACs  {reason}")
-        return "\n".join(lines)
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-
-        table = Table("float site", "MMACs", "reason")
-        for (site, reason), macs in zip(self.untouched, self.untouched_macs, strict=True):
-            table.add_row(site, f"{macs / 1e6:.2f}", reason)
-        return Group(str(self).splitlines()[0], *([table] if self.untouched else []))
 
 
 class QuantizedModel(nn.Module):
@@ -90,6 +48,8 @@ class QuantizedModel(nn.Module):
         quantizers: Mapping[Slot, Quantizer],
         *,
         input_shape: tuple[int, ...],
+        adjustments: Mapping[str, Adjustment] | None = None,
+        compensations: Mapping[str, Compensation] | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
@@ -109,56 +69,87 @@ class QuantizedModel(nn.Module):
             site: {index: slot.key for index, slot in slots.items()}
             for site, slots in self._slots.items()
         }
-        self._kinds = frozenset(slot.site.kind for slot in quantizers)
-        self._kept: dict[str, tuple[_State, Tensor]] = {}
+        self.adjustments = _by_name(adjustments or {})
+        self.compensations = _by_name(compensations or {})
+        changed = [*(slot.site for slot in quantizers), *map(trace.__getitem__, adjustments or ())]
+        self._kinds = frozenset(site.kind for site in changed)
+        self._blocks = tuple(compensations or ())
+        self._adjusted = tuple(adjustments or ())
+        self._moved: dict[str, tuple[ChannelAffine, ChannelAffine]] = {}
+        self._kept: dict[str, tuple[State, Tensor]] = {}
         self._observer: Handler | None = None
         self.train(model.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output, computed on quantized operands."""
-        if self._observer is not None:
-            observer, inner = self._observer, self._handle
-
-            def watched(
-                site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
-            ) -> Tensor:
-                return observer(site, operands, lambda *given: inner(site, given, run))
-
-            with intercept(self.trace, watched):
-                return self.model(*args, **kwargs)
-        if not self._kinds:
+        handler = self._handle if self._observer is None else self._watched
+        kinds = self._kinds if self._observer is None else self._kinds | MATMUL_KINDS
+        if not kinds and not self._blocks:
             return self.model(*args, **kwargs)
-        with intercept(self.trace, self._handle, kinds=self._kinds):
+        running = intercept(self.trace, handler, kinds=kinds)
+
+        def compensate(name: str, given: Any, named: Any, output: Any) -> Any:
+            with running.paused():
+                x, y = first_tensor((given, named)), first_tensor(output)
+                return with_first_tensor(output, self.compensations[module_key(name)](x, y))
+
+        with watching_blocks(self.model, self._blocks, compensate), running:
             return self.model(*args, **kwargs)
 
     @contextmanager
     def observe(self, handler: Handler) -> Iterator[None]:
         """Show every matrix product to ``handler`` while the model runs inside ``with``.
 
-        ``handler(site, operands, run)`` gets the operands before they are quantized;
+        ``handler(site, operands, run)`` gets the operands before they are quantized, activations in
+        the float model's own coordinates where a re-parametrization moved them;
         ``run(*operands)`` quantizes them and multiplies; what it returns goes on. One at a time:
         raises QuietvitError inside another ``observe`` of this model.
         """
         if self._observer is not None:
             raise QuietvitError("this quantized model is being observed already; leave that first.")
-        self._observer = handler
+        self._observer, self._moved = handler, self._moved_inputs()
         try:
             yield
         finally:
             self._observer = None
 
+    def _moved_inputs(self) -> dict[str, tuple[ChannelAffine, ChannelAffine]]:
+        """For each reader of a re-parametrized norm: how its input was moved, and the way back."""
+        moved = {}
+        for link in self.trace.links if self._adjusted else ():
+            by = self.adjustments._modules.get(module_key(link.source))
+            if isinstance(by, ChannelAffine) and self.trace[link.source].kind == "norm":
+                forth = by.at(link.channels, channel_axis(self.trace[link.consumer]))
+                moved[link.consumer] = forth, forth.inverse()
+        return moved
+
     def _handle(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
     ) -> Tensor:
         keys = self._keys.get(site.name)
-        if keys is None:
-            return run(*operands)
-        return run(
-            *(
+        if keys is not None:
+            operands = tuple(
                 self._quantize(site, keys[index], index, operand) if index in keys else operand
                 for index, operand in enumerate(operands)
             )
-        )
+        if site.name not in self._adjusted:
+            return run(*operands)
+        return self.adjustments[module_key(site.name)](operands, run)  # type: ignore[no-any-return]
+
+    def _watched(
+        self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
+    ) -> Tensor:
+        if site.kind not in MATMUL_KINDS or self._observer is None:
+            return self._handle(site, operands, run)
+        moved = self._moved.get(site.name)
+        if moved is None:
+            return self._observer(site, operands, lambda *given: self._handle(site, given, run))
+        forth, back = moved
+
+        def quantized(x: Tensor, *rest: Tensor) -> Tensor:
+            return self._handle(site, (forth.apply_to(x), *rest), run)
+
+        return self._observer(site, (back.apply_to(operands[0]), *operands[1:]), quantized)
 
     def _quantize(self, site: Site, key: str, index: int, operand: Tensor) -> Tensor:
         quantizer = self.quantizers[key]
@@ -169,10 +160,10 @@ class QuantizedModel(nn.Module):
         if any(source.is_inference() for source in sources):
             return quantizer(operand)  # type: ignore[no-any-return]
         kept = self._kept.get(key)
-        if kept is not None and _unchanged(kept[0], sources):
+        if kept is not None and unchanged(kept[0], sources):
             return kept[1]
         result: Tensor = quantizer(operand)
-        self._kept[key] = (_state(sources), result)
+        self._kept[key] = (state_of(sources), result)
         return result
 
     def refresh(self) -> None:
@@ -211,6 +202,16 @@ class QuantizedModel(nn.Module):
         """Every slot that has a quantizer."""
         return [slot for slots in self._slots.values() for slot in slots.values()]
 
+    def adjusted(self) -> dict[str, Adjustment]:
+        """Adjustments of sites' outputs, by site name."""
+        found = {name: self.adjustments[module_key(name)] for name in self._adjusted}
+        return {name: a for name, a in found.items() if isinstance(a, Adjustment)}
+
+    def compensated(self) -> dict[str, Compensation]:
+        """Compensations of blocks' outputs, by block name."""
+        found = {name: self.compensations[module_key(name)] for name in self._blocks}
+        return {name: c for name, c in found.items() if isinstance(c, Compensation)}
+
     @property
     def coverage(self) -> Coverage:
         """Multiply-accumulates on quantized operands, and each matrix product left out."""
@@ -226,7 +227,12 @@ class QuantizedModel(nn.Module):
                 macs.append(site.macs)
             else:
                 done += site.macs
-        return Coverage(done, self.trace.macs, tuple(untouched), tuple(macs))
+        extra = 0
+        for name, compensation in self.compensated().items():
+            extra += compensation.macs
+            untouched.append((name, "compensation of a block, float"))
+            macs.append(compensation.macs)
+        return Coverage(done, self.trace.macs + extra, tuple(untouched), tuple(macs))
 
     def _reason(self, slot: Slot) -> str:
         if self.method.slot_bits(slot) is None:
@@ -251,6 +257,7 @@ class QuantizedModel(nn.Module):
         found = [(slot, self.quantizers[slot.key]) for slot in self.slots()]
         return (
             bool(found)
+            and all(adjustment.deployable for adjustment in self.adjusted().values())
             and self.method.deployable
             and all(
                 isinstance(q, Quantizer)
@@ -271,22 +278,10 @@ class QuantizedModel(nn.Module):
         return save(self, path, force)
 
 
-_State = tuple[tuple[Tensor, int], ...]
+def module_key(name: str) -> str:
+    """A name as a ModuleDict takes it: no dots, and none of a module's own attributes."""
+    return f"{name.replace('.', '/')}:"
 
 
-def _state(sources: tuple[Tensor, ...]) -> _State:
-    # Aliases that stay with the memory of now, where a parameter's ``data`` may be replaced; held,
-    # so that the memory cannot be given to another tensor: equal places are equal data.
-    return tuple((source.detach(), source._version) for source in sources)
-
-
-def _unchanged(kept: _State, sources: tuple[Tensor, ...]) -> bool:
-    return len(kept) == len(sources) and all(
-        version == source._version
-        and held.data_ptr() == source.data_ptr()
-        and held.shape == source.shape
-        and held.stride() == source.stride()
-        and held.dtype == source.dtype
-        and held.device == source.device
-        for (held, version), source in zip(kept, sources, strict=True)
-    )
+def _by_name(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    return nn.ModuleDict({module_key(name): module for name, module in modules.items()})

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import quietvit
 from quietvit.errors import QuietvitError
+from quietvit.quantization.adjustments import Compensation, build_adjustment
 from quietvit.quantization.architecture import (
     architecture_of,
     build,
@@ -31,12 +32,13 @@ from quietvit.quantization.architecture import (
 )
 from quietvit.quantization.calibration import run_model
 from quietvit.quantization.method import Slot, get_method
-from quietvit.quantization.quantized import QuantizedModel
+from quietvit.quantization.quantized import QuantizedModel, module_key
 from quietvit.quantization.quantizers import Quantizer, build_quantizer
 from quietvit.tracing import Site, intercept
 from quietvit.tracing import trace as trace_model
 
-FORMAT, VERSION = "quietvit quantized model", 1
+FORMAT, VERSION = "quietvit quantized model", 2
+PARTS = ("quantizers", "adjustments", "compensations")
 TENSORS, FACTS = "model.safetensors", "quantization.json"
 
 
@@ -56,8 +58,9 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
     for name, tensor in quantized.model.state_dict().items():
         if name not in codes:
             tensors[f"model.{name}"] = tensor
-    for name, tensor in quantized.quantizers.state_dict().items():
-        tensors[f"quantizers.{name}"] = tensor
+    for part in PARTS:
+        for name, tensor in getattr(quantized, part).state_dict().items():
+            tensors[f"{part}.{name}"] = tensor
     dtypes = {name: str(t.dtype) for name, t in quantized.model.state_dict().items()}
     facts = {
         "format": FORMAT,
@@ -75,6 +78,14 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
                 "config": quantizer.config(),
             }
             for slot, quantizer in _pairs(quantized)
+        ],
+        "adjustments": [
+            {"site": name, "kind": adjustment.kind, "config": adjustment.config()}
+            for name, adjustment in quantized.adjusted().items()
+        ],
+        "compensations": [
+            {"block": name, "config": compensation.config()}
+            for name, compensation in quantized.compensated().items()
         ],
         "coded_weights": {name: slots for name, (_, slots) in codes.items()},
         "dtypes": dtypes,
@@ -130,11 +141,23 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
         for entry in facts["quantizers"]:
             slot = Slot(sites[entry["site"]], entry["index"])
             quantizer = build_quantizer(entry["kind"], entry["config"])
-            prefix = f"quantizers.{slot.key}."
-            quantizer.load_state_dict(
-                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            quantizers[slot] = _filled(quantizer, f"quantizers.{slot.key}.", tensors)
+        adjustments = {
+            entry["site"]: _filled(
+                build_adjustment(entry["kind"], entry["config"]),
+                f"adjustments.{module_key(entry['site'])}.",
+                tensors,
             )
-            quantizers[slot] = quantizer
+            for entry in facts["adjustments"]
+        }
+        compensations = {
+            entry["block"]: _filled(
+                Compensation.from_config(entry["config"]),
+                f"compensations.{module_key(entry['block'])}.",
+                tensors,
+            )
+            for entry in facts["compensations"]
+        }
         for name, stored in coded.items():
             dtype = own.state_dict()[name].dtype
             whole = torch.zeros(stored.shape, dtype=dtype)
@@ -149,6 +172,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
             trace,
             method,
             quantizers,
+            adjustments=adjustments,
+            compensations=compensations,
             input_shape=tuple(facts["input_shape"]),
             notes=tuple(facts["notes"]),
         )
@@ -159,6 +184,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
         ) from error
     device = next((p.device for p in own.parameters()), torch.device("cpu"))
     return loaded.to(device).eval()  # type: ignore[no-any-return]
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _filled(module: M, prefix: str, tensors: dict[str, Tensor]) -> M:
+    module.load_state_dict(
+        {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    )
+    return module
 
 
 def _refuse(path: Path, force: bool) -> None:

@@ -34,6 +34,8 @@ def carried(
     ``descends(origin, source)`` says whether one of the sites ``origin`` is computed from the site
     ``source``.
     """
+    if name in ops.FRESH:
+        return [labels.CONSTANT] * len(outputs)
     rest = [labels.merge(values)] * len(outputs)
     if not tensors or not any(value.flows or value.parameter for value in values):
         return rest

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +53,16 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         self._counters: Counter[str] = Counter()
         self._depth = 0
         self._trains = False
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let calls pass that are not the traced model's own, such as those of a hook."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __enter__(self) -> intercept:
         if self._depth == 0:
@@ -71,6 +82,8 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
         if func in STANDINS:
             with self:
                 return STANDINS[func](*args, **kwargs)

@@ -134,6 +134,10 @@ CASTING = {
     *("contiguous", "detach", "requires_grad_", "alias", "positive"),
     *("dropout", "dropout_", "alpha_dropout", "feature_dropout"),
 }
+# Functions that take no numbers from their argument, only its shape, type and place.
+FRESH = {f"new_{what}" for what in ("zeros", "ones", "full", "empty", "tensor")} | {
+    f"{what}_like" for what in ("zeros", "ones", "full", "empty", "rand", "randn")
+}
 # Functions that only move entries about: replayed on labels with the very same arguments.
 MOVING = {
     *("view", "reshape", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"),

@@ -52,13 +52,15 @@ class Record:
 class RawLink:
     """Channels of ``source`` that reach the input columns of ``consumer``.
 
-    A source that arrives in several factors of a product has one link for each.
+    A source that arrives in several factors of a product has one link for each. ``partial``: some
+    positions carry no channel.
     """
 
     source: str
     consumer: str
     columns: Tensor
     through: tuple[str, ...]
+    partial: bool
 
 
 @dataclass(frozen=True)
@@ -331,8 +333,9 @@ class Recorder(TorchFunctionMode):
         for source, flow in value.flows.items():
             columns = labels.columns(flow.labels, channel_dim)
             if columns is not None:
+                partial = bool((flow.labels == labels.NONE).any())
                 self.links.append(
-                    RawLink(carry.base(source), record.key, columns.cpu(), flow.through)
+                    RawLink(carry.base(source), record.key, columns.cpu(), flow.through, partial)
                 )
 
     def opaque(self, function: str, macs: int) -> None:

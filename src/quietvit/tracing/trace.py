@@ -61,7 +61,8 @@ class Link:
     """Output channels of ``source`` that arrive at the input columns of ``consumer``.
 
     ``channels[j]`` is the channel that column j carries, -1 for none; ``heads[j]`` its attention
-    head, -1 where no attention lies between. ``through`` names what stands between.
+    head, -1 where no attention lies between. ``through`` names what stands between. ``partial``:
+    some positions carry no channel, as padding or a class token joined on the way.
     """
 
     source: str
@@ -69,6 +70,7 @@ class Link:
     channels: tuple[int, ...]
     heads: tuple[int, ...]
     through: tuple[str, ...]
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,18 @@ class Scores:
 
 @dataclass(frozen=True)
 class Trace:
-    """All sites of one forward pass in order, and how channels flow between them."""
+    """All sites of one forward pass in order, and how channels flow between them.
+
+    ``outputs``: the sites whose values leave the model as they are, or as functions that are no
+    sites made them.
+    """
 
     model_name: str
     sites: tuple[Site, ...]
     links: tuple[Link, ...]
     scores: tuple[Scores, ...]
     counts: dict[str, int]
+    outputs: tuple[str, ...] = ()
 
     @property
     def matmuls(self) -> tuple[Site, ...]:
@@ -154,12 +161,12 @@ def trace(model: nn.Module, example: Any) -> Trace:
         recorder.mark_inputs(inputs)
         try:
             with recorder:
-                call(model, inputs)
+                result = call(model, inputs)
         finally:
             unseen = recorder.finish()
     if unseen:
         recorder.opaque("unseen", unseen // 2)
-    return _assemble(type(model).__name__, recorder)
+    return _assemble(type(model).__name__, recorder, _tensors(result))
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -181,12 +188,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _tensors(inputs: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_flatten(inputs)[0]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+def _tensors(nested: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_flatten(nested)[0]
+    opened = [
+        part
+        for leaf in leaves
+        for part in (vars(leaf).values() if hasattr(leaf, "__dataclass_fields__") else (leaf,))
+    ]
+    return [leaf for leaf in opened if isinstance(leaf, Tensor)]
 
 
-def _assemble(model_name: str, recorder: Recorder) -> Trace:
+def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Trace:
     records = recorder.records
     by_key = {record.key: record for record in records}
     for record in records:
@@ -236,6 +248,7 @@ def _assemble(model_name: str, recorder: Recorder) -> Trace:
             tuple(torch.where(link.columns < 0, -1, link.columns % labels.HEAD).tolist()),
             tuple(torch.where(link.columns < 0, -1, link.columns // labels.HEAD - 1).tolist()),
             link.through,
+            link.partial,
         )
         for link in recorder.links
     )
@@ -251,7 +264,9 @@ def _assemble(model_name: str, recorder: Recorder) -> Trace:
         if roles[score.site] == "query_key"
     )
     counts = {family: recorder.counters[family] for family in sorted(set(FAMILIES.values()))}
-    return Trace(model_name, tuple(sites), links, scores, counts)
+    leaving = {key for result in results for key in recorder.value(result).origin}
+    outputs = tuple(names[key] for key in sorted(leaving, key=order.__getitem__))
+    return Trace(model_name, tuple(sites), links, scores, counts, outputs)
 
 
 def _name(record: Record, role: str, leaf_modules: frozenset[str]) -> str:

@@ -65,19 +65,22 @@ class WeightView:
 
     def scatter_add_(self, whole: Tensor, entries: Tensor) -> None:
         """Add ``entries`` (shaped like ``read``'s result) into ``whole`` (like the parameter)."""
+        self.scatter_(whole, self.select(whole) + entries)
+
+    def scatter_(self, whole: Tensor, entries: Tensor) -> None:
+        """Put ``entries`` (shaped like ``read``'s result) into ``whole`` (like the parameter)."""
+        rows = _index(self.rows) if self.rows is not None else slice(None)
         if self.diagonal:
-            rows = _index(self.rows) if self.rows is not None else slice(None)
-            whole[rows] += entries
+            whole[rows] = entries
             return
         if self.transposed:
             entries = entries.mT
         matrix = whole.view(whole.shape[0], -1)
-        rows = _index(self.rows) if self.rows is not None else slice(None)
         cols = _index(self.cols) if self.cols is not None else slice(None)
         if isinstance(rows, list) and isinstance(cols, list):
-            matrix[torch.tensor(rows)[:, None], torch.tensor(cols)] += entries
+            matrix[torch.tensor(rows)[:, None], torch.tensor(cols)] = entries
         else:
-            matrix[rows, cols] += entries
+            matrix[rows, cols] = entries
 
     def __str__(self) -> str:
         if self.diagonal:

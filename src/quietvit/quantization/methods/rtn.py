@@ -9,9 +9,10 @@ from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
+from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.method import Method, Slot, between, register
-from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeEstimator, RangeName, make_range
 
 Granularity = Literal["per_tensor", "per_channel"]
@@ -42,7 +43,7 @@ class RTN(Method):
     weight_symmetric: bool = True
     activation_symmetric: bool = False
 
-    def calibrate(self, calibration: Calibration) -> dict[Slot, Quantizer]:
+    def calibrate(self, calibration: Calibration) -> Calibrated:
         """One pass over the images; weights are read once."""
         ranges: dict[Slot, RangeEstimator] = {}
 
@@ -63,18 +64,18 @@ class RTN(Method):
             ranges[slot].update(tensor)
 
         calibration.watch(look, label=f"{self.name} {self.label}")
-        quantizers: dict[Slot, Quantizer] = {}
+        calibrated = Calibrated()
         for slot, watched in ranges.items():
             bits = self.slot_bits(slot)
             assert bits is not None
-            quantizers[slot] = AffineQuantizer.from_range(
+            calibrated.quantizers[slot] = AffineQuantizer.from_range(
                 *watched.finish(),
                 bits=bits,
                 symmetric=self._symmetric(slot),
                 signed=self._signed(slot),
                 axis=self._axis(slot),
             )
-        return quantizers
+        return calibrated
 
     def _symmetric(self, slot: Slot) -> bool:
         return self.weight_symmetric if slot.is_weight else self.activation_symmetric

@@ -1,0 +1,53 @@
+"""``Calibrated``: all that a method decided, and one forward pass under it.
+
+Methods fill it in; ``quantized`` makes a model of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from quietvit.quantization.adjustments import Adjustment, ChannelAffine, Compensation
+from quietvit.quantization.method import Slot
+from quietvit.quantization.quantizers import Quantizer
+from quietvit.tracing import Site
+
+
+@dataclass
+class Calibrated:
+    """Quantizers by slot, adjustments by site name, compensations by block name, notes.
+
+    Weights that a method changed lie in ``Calibration.model`` itself. It may be used while it is
+    being filled: ``handle`` runs a site with what stands so far.
+    """
+
+    quantizers: dict[Slot, Quantizer] = field(default_factory=dict)
+    adjustments: dict[str, Adjustment] = field(default_factory=dict)
+    compensations: dict[str, Compensation] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def handle(
+        self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
+    ) -> Tensor:
+        """Run a site on quantized operands, adjusted: a handler for ``intercept``."""
+        quantized = []
+        for index, operand in enumerate(operands):
+            quantizer = self.quantizers.get(Slot(site, index))
+            quantized.append(operand if quantizer is None else quantizer(operand))
+        return self.adjust(site, tuple(quantized), run)
+
+    def adjust(
+        self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
+    ) -> Tensor:
+        """Run a site on the operands as they are, adjusted."""
+        adjustment = self.adjustments.get(site.name)
+        return run(*operands) if adjustment is None else adjustment(operands, run)
+
+    def add(self, site: Site, later: ChannelAffine) -> None:
+        """Put an affine adjustment of a site's output behind what stands there already."""
+        earlier = self.adjustments.get(site.name)
+        assert earlier is None or isinstance(earlier, ChannelAffine)
+        self.adjustments[site.name] = later if earlier is None else earlier.then(later)

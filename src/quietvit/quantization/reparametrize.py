@@ -1,0 +1,135 @@
+"""Re-parametrization between a norm and the linears that read it: exact in float.
+
+x' = gain * x + shift behind the norm, W' = W / gain and bias' = bias - W (shift / gain) in front of
+every consumer. Which gain and shift, is a method's choice; where it can be done, is found here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.adjustments import ChannelAffine
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.weights import read_weight, why_fixed, write_weight
+from quietvit.tracing import Site, Trace
+from quietvit.tracing.ops import norm_channel_dim
+
+
+@dataclass(frozen=True, eq=False)
+class NormLink:
+    """A norm and all the linears that read it; ``columns[i][j]`` is the norm's channel that column
+    j of consumer i carries."""
+
+    norm: Site
+    consumers: tuple[Site, ...]
+    columns: tuple[tuple[int, ...], ...]
+
+    @property
+    def channels(self) -> int:
+        return self.norm.output_shape[norm_channel_dim(self.norm.function)]
+
+
+@dataclass(frozen=True)
+class NormLinks:
+    """The links of a model, and each norm that feeds a linear but has no link, with the reason."""
+
+    links: tuple[NormLink, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    def notes(self, what: str) -> list[str]:
+        """One line for the report on what was left out, none if nothing was."""
+        shown = "; ".join(f"{name}: {reason}" for name, reason in self.skipped)
+        return [f"{what} skipped {len(self.skipped)} norms: {shown}"] if shown else []
+
+
+def norm_links(model: nn.Module, trace: Trace) -> NormLinks:
+    """Find every norm whose output is read by linears only, channel by channel, and unchanged.
+
+    Linears, and convolutions of kernel size 1. A norm that also feeds a residual or leaves the
+    model, a norm between which and the linear something stands (padding, a class token, pooling, a
+    gate), and a consumer whose weight is shared or computed, are skipped with the reason. Found
+    from the trace; derived here.
+    """
+    links, skipped = [], []
+    sites = {site.name: site for site in trace.sites}
+    for norm in trace.sites:
+        if norm.kind != "norm" or norm.function == "batch_norm" or not _feeds_weight(norm, sites):
+            continue
+        found = _link(model, trace, norm, [sites[name] for name in norm.feeds])
+        if isinstance(found, str):
+            skipped.append((norm.name, found))
+        else:
+            links.append(found)
+    return NormLinks(tuple(links), tuple(skipped))
+
+
+def reparametrize(
+    model: nn.Module, link: NormLink, calibrated: Calibrated, *, gain: Tensor, shift: Tensor
+) -> None:
+    """Scale and shift what a norm hands on, and undo it in its consumers; the outputs stay.
+
+    ``gain``, ``shift``: (channels,), gain finite and above zero. Changes the weights in ``model``
+    and adds adjustments: to the norm (gain and shift), to the consumers (bias).
+
+    Raises QuietvitError for a gain that is not positive and finite, or a shift that is not finite.
+    """
+    gain, shift = gain.detach().double(), shift.detach().double()
+    if not bool(((gain > 0) & gain.isfinite() & shift.isfinite()).all()):
+        channel = int((~((gain > 0) & gain.isfinite() & shift.isfinite())).int().argmax())
+        raise QuietvitError(
+            f"{link.norm.name}: channel {channel} would be scaled by {gain[channel]:g} and shifted "
+            f"by {shift[channel]:g}; a re-parametrization needs finite values and a positive scale."
+        )
+    calibrated.add(link.norm, ChannelAffine.of(link.norm, gain=gain, bias=shift))
+    for site, columns in zip(link.consumers, link.columns, strict=True):
+        weight = read_weight(model, site)
+        chosen = list(columns)
+        shape = [1, -1] + [1] * (weight.dim() - 2)
+        scaled = weight.double() / gain[chosen].view(shape)
+        write_weight(model, site, scaled.to(weight.dtype))
+        offset = -(scaled.flatten(1) @ shift[chosen])
+        if bool((shift != 0).any()):
+            calibrated.add(site, ChannelAffine.of(site, bias=offset))
+
+
+def _feeds_weight(norm: Site, sites: dict[str, Site]) -> bool:
+    return any(sites[name].kind in ("linear", "conv") for name in norm.feeds)
+
+
+def _link(model: nn.Module, trace: Trace, norm: Site, fed: list[Site]) -> NormLink | str:
+    if norm.name in trace.outputs:
+        return "it leaves the model"
+    if norm.function == "group_norm":
+        return "a group norm's channels are not those of a token"
+    columns = []
+    for site in fed:
+        if site.kind == "add":
+            return f"it feeds the residual at {site.name}"
+        if site.kind not in ("linear", "conv"):
+            return f"it feeds {site.name}, a {site.kind}"
+        found = _columns(trace, norm, site)
+        if isinstance(found, str):
+            return found
+        columns.append(found)
+        reason = why_fixed(model, trace, site)
+        if reason is not None:
+            return reason
+    return NormLink(norm, tuple(fed), tuple(columns))
+
+
+def _columns(trace: Trace, norm: Site, site: Site) -> tuple[int, ...] | str:
+    shape = site.weight_shape or ()
+    if any(size != 1 for size in shape[2:]):
+        return f"{site.name} is a convolution of kernel {shape[2:]}; padding cannot be shifted"
+    ends = norm.name, site.name
+    links = [link for link in trace.links if (link.source, link.consumer) == ends]
+    mixed = site.operands[0].fed_by != (norm.name,)
+    if len(links) != 1 or mixed or len(links[0].channels) != shape[1]:
+        return f"its channels do not arrive as they are at {site.name}"
+    if links[0].through or links[0].partial or min(links[0].channels) < 0:
+        between = ", ".join(links[0].through) or "padding or other tokens"
+        return f"{between} between it and {site.name}"
+    return links[0].channels

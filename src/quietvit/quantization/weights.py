@@ -1,0 +1,68 @@
+"""Reading and changing the weights of traced sites in a model, through their views.
+
+Only plain, unshared weights may be changed; ``why_fixed`` says what is wrong with another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.tracing import Site, Trace
+
+
+def why_fixed(model: nn.Module, trace: Trace, site: Site) -> str | None:
+    """Why the weight of a linear or convolution cannot be changed for it alone; None if it can.
+
+    It can where it is a part of a parameter that no other site reads.
+    """
+    if site.kind not in ("linear", "conv"):
+        return f"{site.name} has no weight"
+    if site.weight is None:
+        return f"the weight of {site.name} is computed in the forward pass and is no parameter"
+    name = site.weight.parameter_name
+    for other in trace.sites:
+        if other.name == site.name or other.weight is None:
+            continue
+        if other.weight.parameter_name == name and _overlap(model, site, other):
+            return f"{name} is shared by {site.name} and {other.name}"
+    whole = site.weight.parameter(model)
+    twins = [n for n, p in model.named_parameters(remove_duplicate=False) if p is whole]
+    readers = [
+        other.name
+        for other in trace.sites
+        if other.weight is not None
+        and other.name != site.name
+        and other.weight.parameter_name in twins
+        and other.weight.parameter_name != name
+    ]
+    return f"{name} is tied to the weight of {readers[0]}" if readers else None
+
+
+def read_weight(model: nn.Module, site: Site) -> Tensor:
+    """The weight as the site reads it, (out, in, ...), a detached copy."""
+    if site.weight is None or site.weight_shape is None:
+        raise QuietvitError(f"{site.name} has no weight that is a parameter.")
+    return site.weight.read(model).detach().reshape(site.weight_shape).clone()
+
+
+def write_weight(model: nn.Module, site: Site, weight: Tensor) -> None:
+    """Put a weight (out, in, ...) where the site reads it from; ask ``why_fixed`` first."""
+    if site.weight is None or tuple(weight.shape) != site.weight_shape:
+        raise QuietvitError(
+            f"{site.name} has a weight of shape {site.weight_shape}, not {tuple(weight.shape)}."
+        )
+    whole = site.weight.parameter(model)
+    with torch.no_grad():
+        entries = weight.reshape(site.weight.select(whole).shape).to(whole.dtype)
+        site.weight.scatter_(whole, entries)
+
+
+def _overlap(model: nn.Module, one: Site, other: Site) -> bool:
+    assert one.weight is not None
+    assert other.weight is not None
+    marks = torch.zeros(one.weight.parameter(model).shape, dtype=torch.int32)
+    for view in (one.weight, other.weight):
+        view.scatter_add_(marks, torch.ones_like(view.select(marks)))
+    return bool((marks > 1).any())

@@ -1,0 +1,143 @@
+"""Re-parametrization behind norms: exact in float on the whole zoo, skipped with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from quietvit.errors import QuietvitError
+from quietvit.quantization.adjustments import ChannelAffine
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.reparametrize import norm_links, reparametrize
+from quietvit.tracing import SITE_KINDS, intercept, trace
+from quietvit.tracing.trace import call
+
+
+def moved(model, traced, seed=0):
+    """Re-parametrize every link by random numbers; the links and what came of it."""
+    generator = torch.Generator().manual_seed(seed)
+    found, calibrated = norm_links(model, traced), Calibrated()
+    for link in found.links:
+        gain = torch.rand(link.channels, generator=generator) + 0.5
+        shift = torch.randn(link.channels, generator=generator)
+        reparametrize(model, link, calibrated, gain=gain, shift=shift)
+    return found, calibrated
+
+
+def double(example):
+    leaves, spec = torch.utils._pytree.tree_flatten(example)
+    wide = [leaf.double() if leaf.is_floating_point() else leaf for leaf in leaves]
+    return torch.utils._pytree.tree_unflatten(wide, spec)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_it_is_exact_in_float_on_every_model(name):
+    model, example = zoo.build(name)
+    model, example = model.double(), double(example)
+    traced = trace(model, example)
+    with torch.no_grad():
+        wanted = zoo.outputs(call(model, example))
+    links, calibrated = moved(model, traced)
+    with torch.no_grad(), intercept(traced, calibrated.handle, kinds=SITE_KINDS):
+        got = zoo.outputs(call(model, example))
+    for one, other in zip(wanted, got, strict=True):
+        if one.is_floating_point():
+            assert float((one - other).abs().max() / one.abs().max()) < 1e-6
+    assert links.links or links.skipped
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("timm-vit", 5), ("timm-swin", 10), ("hf-vit", 5), ("tv-swin", 10), ("hf-detr", 0)],
+)
+def test_links_are_found_wherever_there_are_any(name, count):
+    model, example = zoo.build(name)
+    assert len(norm_links(model, trace(model, example)).links) == count
+
+
+def test_separate_projections_are_consumers_of_one_norm():
+    model, example = zoo.build("hf-vit")
+    found = norm_links(model, trace(model, example))
+    assert sorted(len(link.consumers) for link in found.links) == [1, 1, 1, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nn-encoder-post-norm", "feeds the residual"),
+        ("hf-yolos", "leaves the model"),
+        ("hf-detr", "feeds the residual"),
+    ],
+)
+def test_a_norm_that_feeds_more_than_linears_is_skipped_with_the_reason(name, reason):
+    model, example = zoo.build(name)
+    found = norm_links(model, trace(model, example))
+    assert any(reason in why for _, why in found.skipped)
+    assert any(reason in note for note in found.notes("it"))
+
+
+class Padded(nn.Module):
+    """A norm, then zero padding or a class token, then a linear."""
+
+    def __init__(self, token: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 6)) if token else None
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        if self.token is None:
+            x = nn.functional.pad(x, (0, 0, 0, 2))
+        else:
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("token", [False, True])
+def test_tokens_that_the_norm_did_not_make_are_not_shifted(token):
+    model = Padded(token)
+    found = norm_links(model, trace(model, torch.randn(1, 5, 6)))
+    assert not found.links
+    assert "padding or other tokens" in found.skipped[0][1]
+
+
+class Tied(nn.Module):
+    """Two norms before linears that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(self.b(self.one(self.a(x))))
+
+
+def test_a_tied_weight_is_not_scaled_for_one_of_its_readers():
+    model = Tied()
+    found = norm_links(model, trace(model, torch.randn(1, 5, 6)))
+    assert not found.links
+    assert all("tied" in why or "shared" in why for _, why in found.skipped)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_gain_that_cannot_be_undone_is_refused(bad):
+    model, example = zoo.build("timm-vit")
+    link = norm_links(model, trace(model, example)).links[0]
+    gain = torch.ones(link.channels)
+    gain[3] = bad
+    with pytest.raises(QuietvitError, match=rf"{link.norm.name}: channel 3"):
+        reparametrize(model, link, Calibrated(), gain=gain, shift=torch.zeros(link.channels))
+
+
+def test_adjustments_follow_each_other_and_can_be_undone():
+    torch.manual_seed(0)
+    first = ChannelAffine(torch.rand(4) + 0.5, torch.randn(4), -1)
+    second = ChannelAffine(torch.rand(4) + 0.5, torch.randn(4), -1)
+    y = torch.randn(2, 3, 4)
+    torch.testing.assert_close(first.then(second).apply_to(y), second.apply_to(first.apply_to(y)))
+    torch.testing.assert_close(first.inverse().apply_to(first.apply_to(y)), y)
