@@ -280,5 +280,5 @@ def _explain(cls: type[Method], error: ValidationError) -> str:
             parts.append(f"{field} is not a field{hint}")
         else:
             text = detail["msg"].removeprefix("Value error, ")
-            parts.append(f"{field}={detail['input']!r}: {text}")
+            parts.append(f"{field}={detail['input']!r}: {text}" if field else text)
     return f"{cls.__name__}: {'; '.join(dict.fromkeys(parts))}"

@@ -1,0 +1,81 @@
+"""Methods that work on top of another one: ``QwT(base=RepQViT(weight_bits=4))``.
+
+What they do with it is their own file's business, in ``methods``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, PlainSerializer, model_validator
+
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.method import Method, Slot, get_method
+
+_SHARED = ("weight_bits", "activation_bits", "patch_embed_bits", "head_bits", "exclude")
+
+
+def _method(value: Any) -> Any:
+    """A config, the name of a method, or what a saved file holds."""
+    if isinstance(value, str):
+        return get_method(value)()
+    if isinstance(value, dict) and value.keys() == {"name", "fields"}:
+        return get_method(value["name"])(**value["fields"])
+    if not isinstance(value, Method):
+        raise ValueError("give the config of a method, such as quietvit.RTN(weight_bits=4)")
+    return value
+
+
+def _stored(method: Method) -> dict[str, Any]:
+    return {"name": method.name, "fields": method.model_dump()}
+
+
+Base = Annotated[Method, BeforeValidator(_method), PlainSerializer(_stored)]
+
+
+class OnTop(Method):
+    """Base config of methods that refine what another method, ``base``, calibrated.
+
+    Bits, edge policy and exclusions are the base's; giving others beside it is refused. Without a
+    base, ``default_base`` is taken, at the bits given.
+    """
+
+    default_base: ClassVar[str] = "rtn"
+
+    base: Base
+
+    @model_validator(mode="before")
+    @classmethod
+    def _agree(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields = dict(given)
+        shared = {name: fields[name] for name in _SHARED if name in fields}
+        if fields.get("base") is None:
+            fields["base"] = get_method(cls.default_base)(**shared)
+        base = _method(fields["base"])
+        if isinstance(fields["base"], str):
+            base = type(base)(**shared)
+        asked = type(base)(**shared)
+        for name in shared:
+            have, wanted = getattr(base, name), getattr(asked, name)
+            if have != wanted:
+                raise ValueError(
+                    f"{name}={wanted!r} differs from the base's {have!r}; give bits and exclusions "
+                    "to the base only"
+                )
+        return fields | {name: getattr(base, name) for name in _SHARED} | {"base": base}
+
+    def calibrate_base(self, calibration: Calibration) -> Calibrated:
+        """What the base decides on the same images."""
+        return self.base.calibrate(calibration)
+
+    def slot_bits(self, slot: Slot) -> int | None:
+        return self.base.slot_bits(slot)
+
+    def why_float(self, slot: Slot) -> str:
+        return self.base.why_float(slot)
+
+    def policy(self) -> str:
+        return f"{self.name} on top of {self.base.policy()}"
