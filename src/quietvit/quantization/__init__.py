@@ -4,9 +4,11 @@ Training against outliers lives in ``decay``, their measurement in ``measure``.
 """
 
 from quietvit.quantization.apply import quantize
+from quietvit.quantization.companding import TanQuantizer, TwinQuantizer
 from quietvit.quantization.coverage import Coverage
 from quietvit.quantization.method import Method, get_method, list_methods, method_rows, register
 from quietvit.quantization.methods.rtn import RTN
+from quietvit.quantization.nonuniform import LogQuantizer
 from quietvit.quantization.quantized import QuantizedModel
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, register_quantizer
 from quietvit.quantization.storage import load
@@ -15,9 +17,12 @@ __all__ = [
     "RTN",
     "AffineQuantizer",
     "Coverage",
+    "LogQuantizer",
     "Method",
     "QuantizedModel",
     "Quantizer",
+    "TanQuantizer",
+    "TwinQuantizer",
     "get_method",
     "list_methods",
     "load",
