@@ -63,6 +63,13 @@ class Slot:
         return self.site.kind in ("linear", "conv") and self.index == 1
 
     @property
+    def role(self) -> str:
+        """Role of the activation that enters here, such as ``post_softmax``; "weight" of weights."""
+        if self.is_weight or self.index >= len(self.site.operands):
+            return "weight"
+        return self.site.operands[self.index].role
+
+    @property
     def key(self) -> str:
         """Name in ``QuantizedModel.quantizers``."""
         return slot_key(self.site.name, self.operand)
@@ -137,6 +144,8 @@ class Method(BaseModel, ABC):
     cost: ClassVar[str] = "seconds"
     deployable: ClassVar[bool] = True
     published: ClassVar[str] = ""
+    images: ClassVar[int] = 32
+    """Calibration images of the published setting."""
     kinds: ClassVar[frozenset[str]] = MATMUL_KINDS
 
     weight_bits: Bits = 8

@@ -1,0 +1,216 @@
+"""FQ-ViT: power-of-two factors for what norms read, log-int-softmax; everything quantized.
+
+The quantizers live in ``nonuniform``; the integer softmax, which only this method has, lives here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quietvit.quantization.adjustments import Adjustment, register_adjustment
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.method import Bits, EdgeBits, Method, Slot, register
+from quietvit.quantization.nonuniform import LogQuantizer, power_of_two_factor
+from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, affine_parameters
+from quietvit.quantization.ranges import MinMaxRange, Stream
+from quietvit.tracing import MATMUL_KINDS, Site
+
+LARGEST_EXPONENT = 3
+MASKED = 80.0
+"""Scores this far below the largest have a softmax of zero in float32: a mask made them."""
+_BLOCK = 64
+
+
+@register("fq-vit")
+class FQViT(Method):
+    """FQ-ViT (Lin et al., arXiv 2111.13824): min-max ranges, and what integer-only inference needs.
+
+    - Weights symmetric per output channel, activations affine per tensor, both by min-max.
+    - Post-softmax values by powers of two, ``attention_bits`` (4 in the paper, scale 1).
+    - ``everything``: the inputs of layer norms and the residual stream too, by a power-of-two
+      factor (equation 9 there): one scale s and zero point, channel j with the step 2^a_j s, a_j in
+      0..3 of least squared error; the branches of residual adds and the scores before the softmax
+      per tensor; and the softmax by integers (below). Without it only matrix products are
+      quantized.
+
+    ``residual_bits`` holds for norm inputs and residual adds, 8 in the paper also where the rest is
+    lower. Differences from the authors' code: the residual stream is quantized where it is read
+    (by the norm and by the next add, each with its own factors) instead of once where it is
+    written; logits are not quantized; layer norms themselves run in float on quantized inputs.
+    Scores with a mask (entries more than 80 below the largest) and softmaxes over another dim than
+    the last stay float, and a note says so.
+    """
+
+    summary: ClassVar[str] = "fully quantized: power-of-two factors, log-int-softmax"
+    source: ClassVar[str] = "arXiv 2111.13824; integer exponential arXiv 2101.01321"
+    published: ClassVar[str] = "W8A8, 4-bit attention, min-max, everything; ~1000 images"
+    deployable: ClassVar[bool] = False
+    kinds: ClassVar[frozenset[str]] = MATMUL_KINDS | {"norm", "softmax", "add"}
+
+    head_bits: EdgeBits = "same"
+    patch_embed_bits: EdgeBits = "same"
+    attention_bits: Bits = 4
+    residual_bits: Bits = 8
+    everything: bool = True
+
+    def calibrate(self, calibration: Calibration) -> Calibrated:
+        """One pass over the images: extremes, and a histogram a channel for what norms read."""
+        ranges: dict[Slot, MinMaxRange] = {}
+        streams: dict[Slot, Stream] = {}
+        left: dict[str, str] = {}
+
+        def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+            output = run(*operands)
+            if site.kind == "softmax" and site.name not in left:
+                reason = _why_not_integer(operands[0], output)
+                if reason:
+                    left[site.name] = reason
+            for index, operand in enumerate(operands):
+                slot = Slot(site, index)
+                if self.slot_bits(slot) is None or site.name in left:
+                    continue
+                if slot.is_weight and slot in ranges:
+                    continue
+                axis = _weight_axis(site) if slot.is_weight else None
+                ranges.setdefault(slot, MinMaxRange(axis)).update(operand)
+                if _by_factors(slot, calibration):
+                    streams.setdefault(slot, Stream(-1)).update(operand)
+            return output
+
+        kinds = self.kinds if self.everything else MATMUL_KINDS
+        calibration.observe(handler, kinds=kinds, label=f"{self.name} {self.label}")
+        calibrated = Calibrated()
+        for slot, watched in ranges.items():
+            if slot.site.name not in left:
+                calibrated.quantizers[slot] = self._quantizer(slot, watched, streams.get(slot))
+        for slot in calibrated.quantizers:
+            if slot.site.kind == "softmax":
+                calibrated.adjustments[slot.site.name] = IntegerSoftmax()
+        calibrated.notes += _notes(calibrated, left)
+        return calibrated
+
+    def slot_bits(self, slot: Slot) -> int | None:
+        """Bits of an operand: those of its kind of site, then policy and ``exclude``."""
+        if slot.site.kind in MATMUL_KINDS:
+            bits = super().slot_bits(slot)
+            return self.attention_bits if bits and slot.role == "post_softmax" else bits
+        if not self.everything or self.excluded_by(slot.site) is not None:
+            return None
+        if slot.site.kind == "norm" and slot.site.function not in ("layer_norm", "rms_norm"):
+            return None
+        if self.activation_bits is None:
+            return None
+        return self.activation_bits if slot.site.kind == "softmax" else self.residual_bits
+
+    def _quantizer(self, slot: Slot, watched: MinMaxRange, stream: Stream | None) -> Quantizer:
+        bits = self.slot_bits(slot)
+        assert bits is not None
+        minimum, maximum = watched.finish()
+        if slot.role == "post_softmax" and slot.site.kind in MATMUL_KINDS:
+            return LogQuantizer.base2(torch.ones_like(maximum), bits=bits)
+        if stream is not None:
+            return factor_quantizer(stream, minimum, maximum, bits)
+        return AffineQuantizer.from_range(
+            minimum, maximum, bits=bits, symmetric=slot.is_weight, axis=watched.axis
+        )
+
+    def policy(self) -> str:
+        if not self.everything:
+            return super().policy()
+        text = super().policy().partition("; norms")[0]
+        return (
+            f"{text}; post-softmax {self.attention_bits} bits, layer norm inputs and residual adds "
+            f"{self.residual_bits} bits, softmax in integers; activation functions, biases and "
+            "logits float"
+        )
+
+
+def factor_quantizer(
+    stream: Stream, minimum: Tensor, maximum: Tensor, bits: int
+) -> AffineQuantizer:
+    """Power-of-two factor quantizer of least squared error for each channel.
+
+    FQ-ViT, arXiv 2111.13824, equations 9 and 10: s = (max - min)/(2^b - 1)/2^3, z from the
+    largest step, a_j by the error over channel j's values. ``stream`` has axis -1.
+    """
+    scale, zero_point, _ = affine_parameters(minimum, maximum, bits, symmetric=False)
+    steps = [scale * 2.0 ** (a - LARGEST_EXPONENT) for a in range(LARGEST_EXPONENT + 1)]
+    values, counts = stream.points()
+    errors = values.new_zeros(len(steps), len(values), dtype=torch.float64)
+    low, high = -float(zero_point), float((1 << bits) - 1 - zero_point)
+    for start in range(0, len(values), _BLOCK):
+        part = values[start : start + _BLOCK]
+        weight = None if counts is None else counts[start : start + _BLOCK]
+        for a, step in enumerate(steps):
+            off = (part / step).round_().clamp_(low, high).mul_(step).sub_(part).square_()
+            errors[a, start : start + _BLOCK] = (off if weight is None else off * weight).sum(1)
+    # The largest of equals: a constant channel is exact with each, and clips least with that one.
+    exponents = LARGEST_EXPONENT - errors.flip(0).argmin(0)
+    return power_of_two_factor(steps[0], zero_point, exponents.to(torch.int32), bits=bits)
+
+
+@register_adjustment("integer_softmax")
+class IntegerSoftmax(Adjustment):
+    """Softmax over the last dim with the exponential of I-BERT (arXiv 2101.01321, section 4.3).
+
+    exp(x) = 2^-n (0.3585 (p + 1.353)² + 0.344), n = floor(-x / ln 2), p = x + n ln 2, for x less
+    its maximum. The integers' values are computed in float32; the error against exp is below
+    0.3 % of 1. The sum and the division that follow are exact to float32.
+    """
+
+    deployable: ClassVar[bool] = False
+
+    def forward(self, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+        (x,) = operands
+        x = x - x.amax(-1, keepdim=True)
+        n = (x * (-1 / math.log(2))).floor().clamp_(max=126)
+        p = torch.add(x, n, alpha=math.log(2)).clamp_(min=-math.log(2))
+        exponential = (0.3585 * (p + 1.353).square() + 0.344) * torch.exp2(-n)
+        return exponential / exponential.sum(-1, keepdim=True)
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> IntegerSoftmax:
+        return cls()
+
+
+def _why_not_integer(scores: Tensor, softmax: Tensor) -> str:
+    if not torch.allclose(scores.softmax(-1).to(softmax.dtype), softmax, atol=1e-5):
+        return "a softmax over another dim than the last"
+    if bool((scores.amax(-1) - scores.amin(-1) > MASKED).any()):
+        return "its scores are masked"
+    return ""
+
+
+def _by_factors(slot: Slot, calibration: Calibration) -> bool:
+    """Whether an operand is the residual stream: a layer norm's input, or the skip of an add."""
+    if slot.site.kind == "norm":
+        return True
+    if slot.site.kind != "add":
+        return False
+    fed = [calibration.trace[name] for name in slot.site.operands[slot.index].fed_by]
+    return not fed or any(
+        site.kind not in MATMUL_KINDS or site.role == "patch_embed" for site in fed
+    )
+
+
+def _weight_axis(site: Site) -> int:
+    return 1 if "transpose" in site.function else 0
+
+
+def _notes(calibrated: Calibrated, left: dict[str, str]) -> list[str]:
+    kinds = Counter(slot.site.kind for slot in calibrated.quantizers)
+    others = {"norm": "norm inputs", "softmax": "softmaxes", "add": "operands of residual adds"}
+    counted = [f"{kinds[kind]} {name}" for kind, name in others.items() if kinds[kind]]
+    notes = [f"quantized beside matrix products: {', '.join(counted)}"] if counted else []
+    reasons = Counter(left.values())
+    return notes + [f"{n} softmaxes stay float: {reason}" for reason, n in reasons.items()]
