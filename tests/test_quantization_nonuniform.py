@@ -336,8 +336,10 @@ def test_tangent_follows_its_formula_and_meets_both_ends() -> None:
     torch.testing.assert_close(quantizer.codes(x), q.int())
     values = s * (1 + torch.atan((2 * q / n - 1) * math.tan(c)) / c) / 2
     torch.testing.assert_close(quantizer(x), values, rtol=1e-6, atol=1e-7)
-    assert quantizer.lower == 0
-    assert quantizer.upper == quantizer.scale
+    for curvature in torch.linspace(0, 1.57, 60):
+        quantizer = TanQuantizer(torch.tensor(s), curvature, bits=4)
+        assert quantizer.lower == 0
+        assert quantizer.upper == quantizer.scale
 
 
 def test_power_of_two_factor_is_fq_vits_formula() -> None:
