@@ -22,7 +22,9 @@ from quietvit.console import (
     ErrorsAsParagraphs,
     Force,
     Images,
+    MethodCount,
     MethodName,
+    MethodOptions,
     Model,
     Output,
     Overrides,
@@ -45,6 +47,9 @@ from quietvit.errors import QuietvitError
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
+
+    from quietvit.data.sources import ImageDataset
+    from quietvit.quantization import Method
 
 
 app = typer.Typer(
@@ -261,7 +266,8 @@ def quantize(
     size: Size = None,
     bits: Bits = "W8A8",
     method: MethodName = "rtn-minmax",
-    count: Count = 32,
+    options: MethodOptions = None,
+    count: MethodCount = None,
     seed: Seed = 0,
     images: Annotated[
         str | None,
@@ -273,9 +279,11 @@ def quantize(
     from quietvit.quantization import quantize as run
     from quietvit.quantization.settings import parse_method
 
-    chosen = parse_method(method, bits)
+    chosen = parse_method(method, bits, options or ())
     built = build_model(model, weights, classes, size)
-    result = run(built, chosen, draw_images(built, open_data(calibration, "train"), count, seed))
+    dataset = open_data(calibration, "train")
+    drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
+    result = run(built, chosen, drawn)
     typer.echo(str(result.coverage))
     typer.echo(f"Written: {result.save(output, force=force)}")
     if images is not None:
@@ -314,6 +322,16 @@ def evaluate(
         return
     built = build_model(model, weights, classes, size)
     _evaluate(built, built, images, batch, device)
+
+
+def _count_of(method: Method, dataset: ImageDataset, count: int | None) -> int:
+    """As many images as asked for; else as the method takes, or all where there are fewer."""
+    if count is None and len(dataset) < method.images:
+        typer.echo(
+            f"note: {method.name} takes {method.images} images, {dataset.name} has {len(dataset)}.",
+            err=True,
+        )
+    return count if count is not None else min(method.images, len(dataset))
 
 
 def _evaluate(

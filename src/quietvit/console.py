@@ -94,7 +94,17 @@ Calibration = Annotated[
 Count = Annotated[int, typer.Option("--count", help="Number of images used.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draw of images.")]
 Bits = Annotated[str, typer.Option(help="Bits of weights and activations, each 2 to 16.")]
-MethodName = Annotated[str, typer.Option(help="Method and activation range.")]
+MethodCount = Annotated[
+    int | None,
+    typer.Option("--count", help="Number of images used.", show_default="what the method takes"),
+]
+MethodName = Annotated[
+    str, typer.Option(help="Method, as 'quietvit methods' lists them: rtn-omse, repq-vit+qwt.")
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Set a field of the method; repeat."),
+]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
 
 

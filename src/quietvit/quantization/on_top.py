@@ -13,7 +13,7 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.method import Method, Slot, get_method
 
-_SHARED = ("weight_bits", "activation_bits", "patch_embed_bits", "head_bits", "exclude")
+SHARED = ("weight_bits", "activation_bits", "patch_embed_bits", "head_bits", "exclude")
 
 
 def _method(value: Any) -> Any:
@@ -51,7 +51,7 @@ class OnTop(Method):
         if not isinstance(given, dict):
             return given
         fields = dict(given)
-        shared = {name: fields[name] for name in _SHARED if name in fields}
+        shared = {name: fields[name] for name in SHARED if name in fields}
         if fields.get("base") is None:
             fields["base"] = get_method(cls.default_base)(**shared)
         base = _method(fields["base"])
@@ -65,7 +65,7 @@ class OnTop(Method):
                     f"{name}={wanted!r} differs from the base's {have!r}; give bits and exclusions "
                     "to the base only"
                 )
-        return fields | {name: getattr(base, name) for name in _SHARED} | {"base": base}
+        return fields | {name: getattr(base, name) for name in SHARED} | {"base": base}
 
     def calibrate_base(self, calibration: Calibration) -> Calibrated:
         """What the base decides on the same images."""

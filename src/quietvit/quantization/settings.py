@@ -5,11 +5,14 @@ How a method works lives in ``methods``; nothing is run here.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.quantization.method import Method, get_method, list_methods
+from quietvit.quantization.on_top import SHARED, OnTop
 
 RANGES = ("minmax", "percentile", "omse")
 _BITS = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
@@ -36,29 +39,74 @@ def parse_bits(text: str) -> tuple[int, int]:
     return bits
 
 
-def parse_method(text: str, bits: str) -> Method:
-    """Return the method config that e.g. ``rtn-omse`` at ``W4A4`` stands for.
+def parse_method(text: str, bits: str, options: Iterable[str] = ()) -> Method:
+    """Return the method config that e.g. ``rtn-omse`` or ``repq-vit+qwt`` at ``W4A4`` stands for.
 
-    The part behind the last hyphen is the activation range where it is one of ``RANGES``.
+    The part behind the last hyphen is the activation range where it is one of ``RANGES``. A method
+    behind ``+`` works on top of the one before it. ``options``: ``field=value`` for the last method
+    that has the field, values as JSON or plain text.
 
     Raises:
-        QuietvitError: unknown method or range, or bits outside 2..16.
+        QuietvitError: unknown method, range or field, or bits outside 2..16.
     """
     weight_bits, activation_bits = parse_bits(bits)
-    fields: dict[str, object] = {"weight_bits": weight_bits, "activation_bits": activation_bits}
-    name, _, estimator = text.strip().lower().rpartition("-")
-    if estimator not in RANGES:
-        known = list_methods()
-        if text.strip().lower() not in known:
-            forms = [f"{each}-{form}" for each in known for form in RANGES if _has_range(each)]
+    parts = [_parse_name(part) for part in text.split("+")]
+    fields: list[dict[str, Any]] = [{} for _ in parts]
+    for n, (cls, estimator) in enumerate(parts):
+        if estimator is not None:
+            fields[n]["activation_range"] = estimator
+        if n > 0 and not issubclass(cls, OnTop):
             raise QuietvitError(
-                f"there is no method {text!r}{nearest(text, [*known, *forms])}; "
-                "'quietvit methods' lists them."
+                f"{text!r}: {cls.name} does not work on top of another method; "
+                f"{', '.join(_on_top())} do."
             )
-        return get_method(text.strip())(**fields)
+    for option in options:
+        key, equals, value = option.partition("=")
+        holders = [n for n, (cls, _) in enumerate(parts) if key.strip() in cls.model_fields]
+        if not equals or not holders:
+            known = sorted({name for cls, _ in parts for name in cls.model_fields})
+            raise QuietvitError(
+                f"{option!r} is no option of {text}{nearest(key.strip(), known)}; write "
+                f"field=value with one of {', '.join(known)}."
+            )
+        fields[holders[0 if key.strip() in SHARED else -1]][key.strip()] = _value(value.strip())
+    fields[0] = {"weight_bits": weight_bits, "activation_bits": activation_bits} | fields[0]
+    method = parts[0][0](**fields[0])
+    for (cls, _), own in zip(parts[1:], fields[1:], strict=True):
+        method = cls(**own, base=method)
+    return method
+
+
+def _parse_name(text: str) -> tuple[type[Method], str | None]:
+    """The method and the activation range that ``rtn-omse`` names."""
+    whole = text.strip().lower()
+    known = list_methods()
+    if whole in known:
+        return get_method(whole), None
+    name, _, estimator = whole.rpartition("-")
+    if estimator not in RANGES or name not in known:
+        forms = [f"{each}-{form}" for each in known for form in RANGES if _has_range(each)]
+        raise QuietvitError(
+            f"there is no method {text!r}{nearest(whole, [*known, *forms])}; "
+            "'quietvit methods' lists them."
+        )
     if not _has_range(name):
         raise QuietvitError(f"method {name!r} has no activation range; write {name!r} alone.")
-    return get_method(name)(**fields, activation_range=estimator)
+    return get_method(name), estimator
+
+
+def _value(text: str) -> Any:
+    plain = {"true": True, "false": False, "none": None}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _on_top() -> list[str]:
+    return [name for name in list_methods() if issubclass(get_method(name), OnTop)]
 
 
 def _has_range(name: str) -> bool:
