@@ -349,24 +349,27 @@ def _evaluate(
 @app.command(rich_help_panel=_QUANTIZE, epilog=epilog("quietvit methods 'rtn*'"))
 def methods(
     pattern: Annotated[str, typer.Argument(help="Wildcard of names.")] = "*",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """List the quantization methods: what each needs, costs and claims."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from quietvit.quantization import method_rows
+    from quietvit.quantization.listing import COLUMNS, method_rows, methods_markdown
 
     rows = method_rows(pattern)
     if not rows:
         raise QuietvitError(f"no method matches {pattern!r}; 'quietvit methods' lists them all.")
-    shown = ("method", "summary", "needs", "cost", "kernels")
-    table = Table(*shown, box=SIMPLE_HEAD)
+    if markdown:
+        typer.echo(methods_markdown(pattern))
+        return
+    table = Table(*COLUMNS, box=SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*(row[key] for key in shown))
+        table.add_row(*(row[key] for key in COLUMNS))
     console = _console()
     console.print(table)
     for row in rows:
-        text = f"{row['method']}: {row['source']}. Published with: {row['published'] or 'nothing'}."
+        text = f"{row['method']}: {row['source']}. Published with: {row['published']}."
         console.print(text, highlight=False, markup=False)
 
 

@@ -6,7 +6,8 @@ Training against outliers lives in ``decay``, their measurement in ``measure``.
 from quietvit.quantization.apply import quantize
 from quietvit.quantization.companding import TanQuantizer, TwinQuantizer
 from quietvit.quantization.coverage import Coverage
-from quietvit.quantization.method import Method, get_method, list_methods, method_rows, register
+from quietvit.quantization.listing import method_rows, methods_markdown
+from quietvit.quantization.method import Method, get_method, list_methods, register
 from quietvit.quantization.methods.rtn import RTN
 from quietvit.quantization.nonuniform import LogQuantizer
 from quietvit.quantization.quantized import QuantizedModel
@@ -27,6 +28,7 @@ __all__ = [
     "list_methods",
     "load",
     "method_rows",
+    "methods_markdown",
     "quantize",
     "register",
     "register_quantizer",

@@ -64,7 +64,7 @@ class Slot:
 
     @property
     def role(self) -> str:
-        """Role of the activation that enters here, such as ``post_softmax``; "weight" of weights."""
+        """Role of the activation that enters, such as ``post_softmax``; "weight" of weights."""
         if self.is_weight or self.index >= len(self.site.operands):
             return "weight"
         return self.site.operands[self.index].role
@@ -258,25 +258,6 @@ def get_method(name: str) -> type[Method]:
             f"Known: {', '.join(sorted(_METHODS))}."
         )
     return _METHODS[name.lower()]
-
-
-def method_rows(pattern: str = "*") -> list[dict[str, str]]:
-    """One row a method for the tables of command line and docs: what it needs, costs and claims."""
-    rows = []
-    for name in list_methods(pattern):
-        cls = _METHODS[name]
-        rows.append(
-            {
-                "method": name,
-                "summary": cls.summary,
-                "needs": ", ".join(cls.needs),
-                "cost": cls.cost,
-                "kernels": "deployable" if cls.deployable else "simulated",
-                "published": cls.published,
-                "source": cls.source,
-            }
-        )
-    return rows
 
 
 def _explain(cls: type[Method], error: ValidationError) -> str:
