@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ BATCH = 8
 IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
 _SHOW_AFTER = 3.0
 
+T = TypeVar("T")
 Handler = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], Tensor]
 
 
@@ -185,8 +186,8 @@ class Calibration:
 
         self.observe(handler, label=label)
 
-    def track(self, batches: Iterable[Tensor], total: int | None, label: str) -> Iterator[Tensor]:
-        """Pass batches on; a progress bar appears where they will take more than 3 s."""
+    def track(self, batches: Iterable[T], total: int | None, label: str) -> Iterator[T]:
+        """Pass batches, or steps, on; a progress bar appears where they take more than 3 s."""
         if not self.progress:
             yield from batches
             return
