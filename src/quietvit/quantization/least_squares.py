@@ -1,0 +1,235 @@
+"""Layers as least squares: rows that meet a weight, damped Gram matrices, rounding with feedback.
+
+Which rows are taken and when a weight is written is the business of ``methods``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.adjustments import ChannelAffine
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.method import Slot
+from quietvit.quantization.quantizers import AffineQuantizer, affine_fake
+from quietvit.quantization.ranges import RangeName, make_range
+from quietvit.quantization.weights import why_fixed
+from quietvit.tracing import SITE_KINDS, Site
+
+Look = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], None]
+
+
+def rows(x: Tensor, weight: Tensor, run: Callable[..., Tensor]) -> Iterator[Tensor]:
+    """What meets the weight of a linear or convolution: tensors (groups, rows, features), float32.
+
+    A linear gives its input, one group. A convolution gives its patches, image by image, each of
+    the features weight[0] has; they are read off by running it on one-hot kernels, so that stride,
+    padding, dilation and groups are its own (derived here).
+    """
+    spatial = weight.dim() - 2
+    if spatial == 0:
+        yield x.reshape(1, -1, x.shape[-1]).float()
+        return
+    outputs, features = weight.shape[0], weight[0].numel()
+    groups = x.shape[-spatial - 1] // weight.shape[1]
+    at_once = outputs // groups
+    for image in x.split(1) if x.dim() == weight.dim() else (x,):
+        bias = run(image, torch.zeros_like(weight))
+        parts = []
+        for start in range(0, features, at_once):
+            count = min(at_once, features - start)
+            kernels = weight.new_zeros(groups, at_once, features)
+            kernels[:, :count, start : start + count] = torch.eye(count).to(weight)
+            seen = (run(image, kernels.view_as(weight)) - bias).movedim(-spatial - 1, -1)
+            parts.append(seen.reshape(-1, groups, at_once)[..., :count])
+        yield torch.cat(parts, -1).movedim(1, 0).float()
+
+
+def grouped(weight: Tensor, groups: int) -> Tensor:
+    """A weight (out, in/groups, ...) as (groups, out/groups, features), float64."""
+    return weight.double().reshape(groups, weight.shape[0] // groups, -1)
+
+
+class Gram:
+    """Sum of leftᵀ right over rows, (groups, left features, right features), float32; row count."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.rows = 0
+
+    def update(self, left: Tensor, right: Tensor) -> None:
+        """Take in left (groups, rows, features) and right alike."""
+        product = left.mT @ right
+        self.total = product if self.total is None else self.total.add_(product)
+        self.rows += left.shape[1]
+
+    def finish(self, site: str) -> Tensor:
+        """The sum, float64. Raises QuietvitError where it is not finite."""
+        if self.total is None or not bool(torch.isfinite(self.total).all()):
+            raise QuietvitError(
+                f"{site}: the inputs seen in calibration are none, NaN, inf or too large to be "
+                "squared; check the images and the half-precision overflows of this model."
+            )
+        return self.total.double()
+
+
+def damped(hessian: Tensor, share: float) -> Tensor:
+    """H + share · mean(diag H) · I for each group; unused features (diag 0) get 1 on the diagonal.
+
+    (groups, f, f). An unused feature then has no part in any other.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    extra = share * diagonal.mean(-1, keepdim=True).expand_as(diagonal)
+    return hessian + torch.diag_embed(torch.where(diagonal == 0, torch.ones_like(extra), extra))
+
+
+def ridge(gram: Tensor, right: Tensor, strength: float) -> Tensor:
+    """(gram + strength · I)⁻¹ right, (groups, f, outputs), float64; gram (groups, f, f)."""
+    # Sums in float32 may leave eigenvalues below zero by that much.
+    extra = strength + torch.finfo(torch.float32).eps * _trace(gram)
+    factor = torch.linalg.cholesky(gram + torch.diag_embed(extra.expand(gram.shape[:2])))
+    return torch.cholesky_solve(right, factor)
+
+
+def _trace(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+
+
+def weight_grid(weight: Tensor, bits: int, name: RangeName, symmetric: bool) -> AffineQuantizer:
+    """Uniform quantizer of a weight (out, in, ...), one range for each output channel."""
+    estimator = make_range(
+        name,
+        bits=bits,
+        symmetric=symmetric,
+        signed=True if symmetric else None,
+        axis=0,
+        exact=True,
+    )
+    estimator.update(weight)
+    return AffineQuantizer.from_range(
+        *estimator.finish(),
+        bits=bits,
+        symmetric=symmetric,
+        signed=True if symmetric else None,
+        axis=0,
+    )
+
+
+def nearest(grid: AffineQuantizer, columns: Tensor) -> Tensor:
+    """Columns (groups, out/groups, n) of a weight on its grid: what the quantizer makes of them."""
+    shape = (*columns.shape[:2], 1)
+    scale, zero = grid.scale.view(shape), grid.zero_point.view(shape)
+    return affine_fake(columns.float(), scale, zero, *grid.code_range).to(columns.dtype)
+
+
+def round_with_feedback(
+    weight: Tensor,
+    hessian: Tensor,
+    rounding: Callable[[Tensor], Tensor],
+    *,
+    block: int = 128,
+    act_order: bool = False,
+) -> Tensor:
+    """GPTQ (arXiv 2210.17323, algorithm 1): round column by column, the rest takes up the error.
+
+    With U the upper Cholesky factor of H⁻¹: q_j = round(w_j), w_k -= (w_j - q_j)/U_jj · U_jk for
+    all k > j; done at once within ``block`` columns, for the columns behind it at its end.
+    ``act_order``: columns of large diag H first. weight (groups, outputs, f), hessian (groups, f,
+    f) positive definite, both float64; ``rounding`` takes (groups, outputs, 1). Returns weight's
+    shape, every column as ``rounding`` returned it.
+    """
+    if act_order:
+        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+        columns = order[:, None, :].expand_as(weight)
+        hessian = hessian.gather(-2, order[:, :, None].expand_as(hessian))
+        hessian = hessian.gather(-1, order[:, None, :].expand_as(hessian))
+        ordered = round_with_feedback(weight.gather(-1, columns), hessian, rounding, block=block)
+        return torch.empty_like(weight).scatter_(-1, columns, ordered)
+    weight = weight.clone()
+    features = weight.shape[-1]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    rounded = torch.empty_like(weight)
+    for start in range(0, features, block):
+        end = min(start + block, features)
+        errors = torch.empty_like(weight[..., start:end])
+        for j in range(start, end):
+            here = weight[..., j : j + 1]
+            rounded[..., j : j + 1] = rounding(here)
+            error = (here - rounded[..., j : j + 1]) / upper[:, j, None, j, None]
+            weight[..., j + 1 : end] -= error * upper[:, None, j, j + 1 : end]
+            errors[..., j - start] = error[..., 0]
+        weight[..., end:] -= errors @ upper[:, start:end, end:]
+    return rounded
+
+
+def run_to(
+    calibration: Calibration, calibrated: Calibrated, last: Site, look: Look, *, quantized: bool
+) -> None:
+    """Run all calibration images through the model up to the site ``last``, showing each site.
+
+    ``look(site, operands, run)`` gets the operands of linears and convolutions, the input
+    quantized if ``quantized``; weights are used as they lie in the model.
+    """
+
+    def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+        if quantized:
+            operands = tuple(_activation(calibrated, site, i, x) for i, x in enumerate(operands))
+        if site.kind in ("linear", "conv"):
+            look(site, operands, run)
+            if site.name == last.name:
+                raise _EnoughError
+        return calibrated.adjust(site, operands, run)
+
+    with torch.no_grad():
+        for batch in calibration.images:
+            try:
+                calibration.run(batch, handler, kinds=SITE_KINDS)
+            except _EnoughError:
+                continue
+
+
+def movable(
+    calibration: Calibration, calibrated: Calibrated, wanted: Callable[[Site], bool], what: str
+) -> list[Site]:
+    """Linears and convolutions that are ``wanted`` and may be changed, in order of execution.
+
+    A note names those that are wanted but may not. Raises QuietvitError where the base compensates
+    blocks, since it fitted that to the weights as they were.
+    """
+    if calibrated.compensations:
+        raise QuietvitError(
+            f"{what} cannot work on a base that compensates whole blocks "
+            f"({', '.join(list(calibrated.compensations)[:3])}): make it the base of that method."
+        )
+    found, left = [], []
+    for site in calibration.trace.matmuls:
+        if site.kind not in ("linear", "conv") or not wanted(site):
+            continue
+        if "transpose" in site.function:
+            left.append(f"{site.name}: a transposed convolution")
+        elif (reason := why_fixed(calibration.model, calibration.trace, site)) is not None:
+            left.append(f"{site.name}: {reason}")
+        elif not isinstance(calibrated.adjustments.get(site.name), ChannelAffine | None):
+            left.append(f"{site.name}: the base changes its output")
+        else:
+            found.append(site)
+    if left:
+        calibrated.notes.append(
+            f"{what} left {len(left)} weights as the base rounds them: {'; '.join(left)}"
+        )
+    return found
+
+
+class _EnoughError(Exception):
+    """The pass has come as far as it is needed."""
+
+
+def _activation(calibrated: Calibrated, site: Site, index: int, x: Tensor) -> Tensor:
+    slot = Slot(site, index)
+    quantizer = None if slot.is_weight else calibrated.quantizers.get(slot)
+    return x if quantizer is None else quantizer(x)

@@ -1,0 +1,121 @@
+"""GPTQ: weights are rounded column by column, each error taken up by the columns not yet rounded.
+
+Activation quantizers are the base's. The rounding itself lives in ``least_squares``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from quietvit.quantization.blocks import find_blocks
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.least_squares import (
+    Gram,
+    damped,
+    grouped,
+    movable,
+    nearest,
+    round_with_feedback,
+    rows,
+    run_to,
+    weight_grid,
+)
+from quietvit.quantization.method import Slot, between, register
+from quietvit.quantization.on_top import OnTop
+from quietvit.quantization.ranges import RangeName
+from quietvit.quantization.weights import read_weight, write_weight
+from quietvit.tracing import Site, Trace
+
+
+@register("gptq")
+class GPTQ(OnTop):
+    """GPTQ (Frantar et al., arXiv 2210.17323) with the activation quantizers of ``base``.
+
+    H = 2/n Σ x xᵀ over the quantized inputs x of a linear or convolution (patches; for each group
+    of channels), plus ``damp`` times its mean diagonal; then error feedback in blocks of ``block``
+    columns (algorithm 1 of the paper), ``act_order``: columns of large diag H first. The grid is
+    uniform, one range for each output channel of the float weight: ``weight_range``,
+    ``weight_symmetric``.
+
+    Block of the model by block, as the authors do: one pass over the images up to its end, with
+    all blocks before it quantized, gives H for its layers. Memory holds the H of one block, however
+    many images there are; they are gone through once per block. ``in_sequence=False``: one pass,
+    all H at once, no weight quantized while it runs.
+
+    Differs from the authors': activations are quantized too (theirs stay float); columns that see
+    only zeros are rounded to nearest (they set them to zero); float64 instead of float32. Weights
+    that are shared, computed, or of transposed convolutions stay as the base rounds them.
+    """
+
+    summary: ClassVar[str] = "rounding with error feedback, on the base's activation quantizers"
+    source: ClassVar[str] = "arXiv 2210.17323"
+    published: ClassVar[str] = "W4 and W3 of language models; W4A4 on the base's quantizers"
+    default_base: ClassVar[str] = "rtn"
+
+    weight_range: RangeName = "omse"
+    weight_symmetric: bool = False
+    damp: Annotated[float, between(0.0, 1.0)] = 0.01
+    block: Annotated[int, Field(ge=1)] = 128
+    act_order: bool = False
+    in_sequence: bool = True
+
+    def calibrate(self, calibration: Calibration) -> Calibrated:
+        """The base's passes, and one more for each block of the model."""
+        calibrated = self.calibrate_base(calibration)
+        sites = movable(calibration, calibrated, self._touches, "GPTQ")
+        groups = _by_block(calibration.trace, sites) if self.in_sequence else [sites]
+        label = f"{self.name} {self.label}"
+        for group in calibration.track(groups, len(groups), label):
+            hessians = self._hessians(calibration, calibrated, group)
+            for site in group:
+                self._round(calibration, calibrated, site, hessians.pop(site.name))
+        return calibrated
+
+    def _touches(self, site: Site) -> bool:
+        return self.slot_bits(Slot(site, 1)) is not None
+
+    def _hessians(
+        self, calibration: Calibration, calibrated: Calibrated, group: list[Site]
+    ) -> dict[str, Gram]:
+        grams = {site.name: Gram() for site in group}
+
+        def look(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> None:
+            if site.name in grams:
+                x, weight = operands
+                for part in rows(x, weight, run):
+                    grams[site.name].update(part, part)
+
+        run_to(calibration, calibrated, group[-1], look, quantized=True)
+        return grams
+
+    def _round(
+        self, calibration: Calibration, calibrated: Calibrated, site: Site, gram: Gram
+    ) -> None:
+        bits = self.slot_bits(Slot(site, 1))
+        assert bits is not None
+        weight = read_weight(calibration.model, site)
+        grid = weight_grid(weight, bits, self.weight_range, self.weight_symmetric)
+        hessian = damped(gram.finish(site.name) * (2 / gram.rows), self.damp)
+        rounded = round_with_feedback(
+            grouped(weight, hessian.shape[0]),
+            hessian,
+            lambda column: nearest(grid, column),
+            block=self.block,
+            act_order=self.act_order,
+        )
+        write_weight(calibration.model, site, rounded.reshape(weight.shape).to(weight.dtype))
+        calibrated.quantizers[Slot(site, 1)] = grid
+
+
+def _by_block(trace: Trace, sites: list[Site]) -> list[list[Site]]:
+    """The sites in the blocks they lie in; those in none are alone. In order of execution."""
+    home = {site.name: block.name for block in find_blocks(trace) for site in block.sites}
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(home.get(site.name, f"site {site.name}"), []).append(site)
+    return list(groups.values())
