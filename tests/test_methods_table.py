@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,15 +10,12 @@ from torch import nn
 
 import quietvit
 import zoo
+from method_cases import METHODS, configured
 from quietvit.errors import QuietvitError
 from quietvit.measure.sqnr import sqnr
-from quietvit.quantization import get_method, list_methods, method_rows
+from quietvit.quantization import get_method, method_rows
 from quietvit.quantization.quantizers import Quantizer
 from quietvit.tracing import intercept
-
-METHODS = list_methods()
-# What makes a method quick on tiny models; settings that do not change what it does.
-QUICK: dict[str, dict[str, Any]] = {}
 
 
 class TinyCNN(nn.Module):
@@ -57,10 +53,6 @@ def built(name):
     shape = (example["pixel_values"] if isinstance(example, dict) else example).shape[1:]
     images = torch.randn(6, *shape, generator=torch.Generator().manual_seed(3))
     return model, example, images
-
-
-def configured(name, **fields):
-    return get_method(name)(**(QUICK.get(name, {}) | fields))
 
 
 def quantized(model, name, images, example=None, **fields):
