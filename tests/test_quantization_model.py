@@ -477,6 +477,6 @@ def test_registry() -> None:
 
 @pytest.mark.parametrize("fields", [{"activation_bits": None}, {"weight_bits": None}])
 def test_where_one_side_is_float_everywhere_nothing_is_called_deployable(fields):
-    half = quantize(make("vit"), RTN(**fields), images(), progress=False)
+    half = quantize(make("vit"), RTN(**fields, exclude="*attn*"), images(), progress=False)
     assert not half.deployable
     assert "nothing computes in integers" in half.report()

@@ -23,6 +23,7 @@ from quietvit.quantization.adjustments import (
 from quietvit.quantization.blocks import first_tensor, watching_blocks, with_first_tensor
 from quietvit.quantization.calibration import Handler
 from quietvit.quantization.coverage import Coverage
+from quietvit.quantization.equalize import SCALED_THROUGH
 from quietvit.quantization.kept import State, state_of, unchanged
 from quietvit.quantization.method import OPERANDS, Method, Slot
 from quietvit.quantization.quantizers import Quantizer
@@ -118,6 +119,8 @@ class QuantizedModel(nn.Module):
         moved = {}
         for link in self.trace.links if self._adjusted else ():
             by = self.adjustments._modules.get(module_key(link.source))
+            if not SCALED_THROUGH.issuperset(link.through):
+                continue
             if isinstance(by, ChannelAffine) and self.trace[link.source].kind == "norm":
                 forth = by.at(link.channels, channel_axis(self.trace[link.consumer]))
                 moved[link.consumer] = forth, forth.inverse()
@@ -244,19 +247,21 @@ class QuantizedModel(nn.Module):
         what = "deployable: standard integer kernels compute with these codes"
         if not self.deployable:
             what = "simulated: no standard integer kernel computes with all of these codes"
+        if self.coverage.quantized_macs == 0:
+            what = "no product has both its operands quantized: nothing computes in integers"
         lines = [f"quantized {type(self.model).__name__}: {self.method.policy()}", what]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, str(self.coverage)])
 
     @property
     def deployable(self) -> bool:
-        """Whether standard integer kernels compute with all the codes there are.
+        """Whether there are integer products, and standard integer kernels compute them all.
 
         At most 8 bits, uniform, and activations with one scale for the tensor.
         """
         found = [(slot, self.quantizers[slot.key]) for slot in self.slots()]
         return (
-            bool(found)
+            self.coverage.quantized_macs > 0
             and all(adjustment.deployable for adjustment in self.adjusted().values())
             and self.method.deployable
             and all(
