@@ -5,7 +5,7 @@ Which rows are taken and when a weight is written is the business of ``methods``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -168,29 +168,54 @@ def round_with_feedback(
 
 
 def run_to(
-    calibration: Calibration, calibrated: Calibrated, last: Site, look: Look, *, quantized: bool
+    calibration: Calibration,
+    calibrated: Calibrated,
+    last: Site,
+    look: Look,
+    *,
+    quantized: bool,
+    label: str | None = None,
 ) -> None:
     """Run all calibration images through the model up to the site ``last``, showing each site.
 
-    ``look(site, operands, run)`` gets the operands of linears and convolutions, the input
-    quantized if ``quantized``; weights are used as they lie in the model.
+    ``look(site, operands, run)`` gets the operands of linears and convolutions, quantized by what
+    stands in ``calibrated`` if ``quantized``. With a ``label`` progress is shown.
     """
 
     def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
         if quantized:
-            operands = tuple(_activation(calibrated, site, i, x) for i, x in enumerate(operands))
+            found = [calibrated.quantizers.get(Slot(site, i)) for i in range(len(operands))]
+            operands = tuple(x if q is None else q(x) for q, x in zip(found, operands, strict=True))
         if site.kind in ("linear", "conv"):
             look(site, operands, run)
             if site.name == last.name:
                 raise _EnoughError
         return calibrated.adjust(site, operands, run)
 
+    images: Iterable[Tensor] = calibration.images
+    if label is not None:
+        images = calibration.track(images, calibration.images.batches_expected(), label)
     with torch.no_grad():
-        for batch in calibration.images:
+        for batch in images:
             try:
                 calibration.run(batch, handler, kinds=SITE_KINDS)
             except _EnoughError:
                 continue
+
+
+def passes(
+    calibration: Calibration, lots: list[list[Site]], label: str
+) -> Iterator[tuple[list[Site], str | None]]:
+    """The lots that are not empty, each with the label its own pass shows progress under.
+
+    Several are counted themselves, and their passes have none.
+    """
+    lots = [lot for lot in lots if lot]
+    if len(lots) == 1:
+        yield lots[0], label
+        return
+    for lot in calibration.track(lots, len(lots), label):
+        yield lot, None
 
 
 def movable(
@@ -227,9 +252,3 @@ def movable(
 
 class _EnoughError(Exception):
     """The pass has come as far as it is needed."""
-
-
-def _activation(calibrated: Calibrated, site: Site, index: int, x: Tensor) -> Tensor:
-    slot = Slot(site, index)
-    quantizer = None if slot.is_weight else calibrated.quantizers.get(slot)
-    return x if quantizer is None else quantizer(x)

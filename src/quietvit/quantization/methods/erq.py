@@ -21,6 +21,7 @@ from quietvit.quantization.least_squares import (
     grouped,
     movable,
     nearest,
+    passes,
     ridge,
     rows,
     run_to,
@@ -80,8 +81,8 @@ class ERQ(OnTop):
         sites = movable(calibration, calibrated, self._touches, "ERQ")
         solved: dict[str, Solved] = {}
         lots = list(_lots(sites))
-        for lot in calibration.track(lots, len(lots), f"{self.name} {self.label}"):
-            for site, sums in self._sums(calibration, calibrated, lot).items():
+        for lot, label in passes(calibration, lots, f"{self.name} {self.label}"):
+            for site, sums in self._sums(calibration, calibrated, lot, label).items():
                 solved[site.name] = self._solve(read_weight(calibration.model, site), site, sums)
         for site in sites:
             found = solved.pop(site.name)
@@ -95,7 +96,7 @@ class ERQ(OnTop):
         return any(self.slot_bits(Slot(site, index)) is not None for index in (0, 1))
 
     def _sums(
-        self, calibration: Calibration, calibrated: Calibrated, lot: list[Site]
+        self, calibration: Calibration, calibrated: Calibrated, lot: list[Site], label: str | None
     ) -> dict[Site, Sums]:
         sums = {site: Sums() for site in lot}
 
@@ -108,7 +109,7 @@ class ERQ(OnTop):
             for there, here in zip(rows(x, weight, run), rows(quantized, weight, run), strict=True):
                 sums[site].update(there, here)
 
-        run_to(calibration, calibrated, lot[-1], look, quantized=False)
+        run_to(calibration, calibrated, lot[-1], look, quantized=False, label=label)
         return sums
 
     def _solve(self, weight: Tensor, site: Site, sums: Sums) -> Solved:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from quietvit.quantization.blocks import find_blocks
 from quietvit.quantization.calibrated import Calibrated
@@ -20,6 +20,7 @@ from quietvit.quantization.least_squares import (
     grouped,
     movable,
     nearest,
+    passes,
     round_with_feedback,
     rows,
     run_to,
@@ -27,6 +28,7 @@ from quietvit.quantization.least_squares import (
 )
 from quietvit.quantization.method import Slot, between, register
 from quietvit.quantization.on_top import OnTop
+from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeName
 from quietvit.quantization.weights import read_weight, write_weight
 from quietvit.tracing import Site, Trace
@@ -54,7 +56,7 @@ class GPTQ(OnTop):
 
     summary: ClassVar[str] = "rounding with error feedback, on the base's activation quantizers"
     source: ClassVar[str] = "arXiv 2210.17323"
-    published: ClassVar[str] = "W4 and W3 of language models; W4A4 on the base's quantizers"
+    published: ClassVar[str] = "W4 and W3, activations float, of language models"
     default_base: ClassVar[str] = "rtn"
 
     weight_range: RangeName = "omse"
@@ -69,18 +71,22 @@ class GPTQ(OnTop):
         calibrated = self.calibrate_base(calibration)
         sites = movable(calibration, calibrated, self._touches, "GPTQ")
         groups = _by_block(calibration.trace, sites) if self.in_sequence else [sites]
-        label = f"{self.name} {self.label}"
-        for group in calibration.track(groups, len(groups), label):
-            hessians = self._hessians(calibration, calibrated, group)
+        for site in sites:
+            calibrated.quantizers.pop(Slot(site, 1), None)
+        grids: dict[Slot, AffineQuantizer] = {}
+        for group, label in passes(calibration, groups, f"{self.name} {self.label}"):
+            hessians = self._hessians(calibration, calibrated, group, label)
             for site in group:
-                self._round(calibration, calibrated, site, hessians.pop(site.name))
+                gram = hessians.pop(site.name)
+                grids[Slot(site, 1)] = self._round(calibration.model, site, gram)
+        calibrated.quantizers |= grids
         return calibrated
 
     def _touches(self, site: Site) -> bool:
         return self.slot_bits(Slot(site, 1)) is not None
 
     def _hessians(
-        self, calibration: Calibration, calibrated: Calibrated, group: list[Site]
+        self, calibration: Calibration, calibrated: Calibrated, group: list[Site], label: str | None
     ) -> dict[str, Gram]:
         grams = {site.name: Gram() for site in group}
 
@@ -90,15 +96,14 @@ class GPTQ(OnTop):
                 for part in rows(x, weight, run):
                     grams[site.name].update(part, part)
 
-        run_to(calibration, calibrated, group[-1], look, quantized=True)
+        run_to(calibration, calibrated, group[-1], look, quantized=True, label=label)
         return grams
 
-    def _round(
-        self, calibration: Calibration, calibrated: Calibrated, site: Site, gram: Gram
-    ) -> None:
+    def _round(self, model: nn.Module, site: Site, gram: Gram) -> AffineQuantizer:
+        """Write the rounded weight; its grid."""
         bits = self.slot_bits(Slot(site, 1))
         assert bits is not None
-        weight = read_weight(calibration.model, site)
+        weight = read_weight(model, site)
         grid = weight_grid(weight, bits, self.weight_range, self.weight_symmetric)
         hessian = damped(gram.finish(site.name) * (2 / gram.rows), self.damp)
         rounded = round_with_feedback(
@@ -108,8 +113,8 @@ class GPTQ(OnTop):
             block=self.block,
             act_order=self.act_order,
         )
-        write_weight(calibration.model, site, rounded.reshape(weight.shape).to(weight.dtype))
-        calibrated.quantizers[Slot(site, 1)] = grid
+        write_weight(model, site, rounded.reshape(weight.shape).to(weight.dtype))
+        return grid
 
 
 def _by_block(trace: Trace, sites: list[Site]) -> list[list[Site]]:
