@@ -1,0 +1,182 @@
+"""Folding the scale of BatchNorm into the weight in front of it: exact in float.
+
+Where it can be done is found from the trace. Scaling channels between layers is in ``equalize``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.quantization.adjustments import ChannelAffine, channel_axis
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.weights import read_weight, why_fixed, write_weight
+from quietvit.tracing import Site, Trace
+
+_WATCHED = frozenset({"linear", "conv", "norm"})
+SMALLEST_FOLDED = 2.0**-30
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """A BatchNorm whose scale lies in the weight in front of it; all (channels,), double.
+
+    ``scale``: what the rows of the weight were multiplied by. ``bias``: what the convolution or
+    linear itself adds. ``mean``, ``std``: of the BatchNorm's output, as its bias and gain state.
+    """
+
+    source: Site
+    norm: Site
+    scale: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Folds:
+    """The BatchNorms folded, and each that stayed, with the reason."""
+
+    folded: tuple[Folded, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    def notes(self, what: str) -> list[str]:
+        """Lines for the report; none where the model has no BatchNorm."""
+        done = [f"{what} folded {len(self.folded)} BatchNorms"] if self.folded else []
+        return done + skipped_note(f"{what} did not fold", "BatchNorms", self.skipped)
+
+
+def skipped_note(what: str, kind: str, skipped: tuple[tuple[str, str], ...]) -> list[str]:
+    """One line that says how many were left out for which reason, none if nothing was."""
+    if not skipped:
+        return []
+    reasons = Counter(reason for _, reason in skipped)
+    first = {reason: name for name, reason in reversed(skipped)}
+    shown = "; ".join(
+        f"{first[reason]}{f' and {n - 1} more' if n > 1 else ''}: {reason}"
+        for reason, n in reasons.items()
+    )
+    return [f"{what} {len(skipped)} {kind}: {shown}"]
+
+
+def fold_batchnorms(calibration: Calibration, calibrated: Calibrated, image: Tensor) -> Folds:
+    """Multiply weights by a = gamma/sqrt(var + eps), their outputs by 1/a; what they say stays.
+
+    W x + b = (a W x + b)/a + (b - b/a): the weight in ``calibration.model`` becomes a W, the second
+    part is an adjustment of its site, which cancels with the BatchNorm's own a behind it and leaves
+    an offset: a kernel computes a W x + offset. The site's output stays in the coordinates of the
+    float model. A channel with abs(a) < 2^-30 keeps its weight.
+
+    A BatchNorm is folded that reads the output of one linear or convolution as it is, if nothing
+    else reads that and the weight can be changed for it alone. ``image`` (1, C, H, W) is run once
+    to see that, and what bias there is.
+    """
+    model, trace = calibration.model, calibration.trace
+    pairs: dict[str, tuple[Site, nn.Module]] = {}
+    skipped: dict[str, str] = {}
+    norms = [s for s in trace.sites if s.kind == "norm" and s.function == "batch_norm"]
+    if not norms:
+        return Folds((), ())
+    for norm in norms:
+        found = _pair(model, trace, norm)
+        if isinstance(found, str):
+            skipped[norm.name] = found
+        else:
+            pairs[norm.name] = found
+    sources = {norm: source.name for norm, (source, _) in pairs.items()}
+    biases = _biases_in_front(calibration, image, sources) if sources else {}
+    folded = []
+    for norm in norms:
+        if norm.name not in pairs:
+            continue
+        source, module = pairs[norm.name]
+        if norm.name in biases:
+            folded.append(_folded(source, norm, module, biases[norm.name]))
+            scale_weight(model, calibrated, folded[-1], folded[-1].scale)
+        else:
+            skipped[norm.name] = "what it reads is not the output in front of it as it is"
+    left = tuple((norm.name, skipped[norm.name]) for norm in norms if norm.name in skipped)
+    return Folds(tuple(folded), left)
+
+
+def scale_weight(model: nn.Module, calibrated: Calibrated, folded: Folded, scale: Tensor) -> None:
+    """Multiply the weight's rows by ``scale``, and set the adjustment for ``folded.scale``."""
+    weight = read_weight(model, folded.source)
+    shape = [-1] + [1] * (weight.dim() - 1)
+    scaled = weight.double() * scale.view(shape)
+    write_weight(model, folded.source, scaled.to(weight.dtype))
+    gain = 1 / folded.scale
+    back = ChannelAffine.of(folded.source, gain=gain, bias=folded.bias * (1 - gain))
+    calibrated.adjustments[folded.source.name] = back
+
+
+def _pair(model: nn.Module, trace: Trace, norm: Site) -> tuple[Site, nn.Module] | str:
+    module = model.get_submodule(norm.module)
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return f"its statistics lie in a {type(module).__name__}, which is not known"
+    if module.running_mean is None or module.running_var is None:
+        return "it normalizes by the batch's own statistics"
+    fed_by = norm.operands[0].fed_by
+    if len(fed_by) != 1:
+        return f"it is fed by {len(fed_by)} sites, not by one convolution"
+    source = trace[fed_by[0]]
+    if source.kind not in ("linear", "conv"):
+        return f"it follows a site of kind {source.kind}, not a convolution or linear"
+    if "transpose" in source.function:
+        return "it follows a transposed convolution"
+    if source.feeds != (norm.name,) or source.name in trace.outputs:
+        return "the convolution in front of it feeds other sites too"
+    reason = why_fixed(model, trace, source)
+    return reason if reason is not None else (source, module)
+
+
+def _rows(x: Tensor, axis: int) -> Tensor:
+    """Vectors of channels, (positions, channels)."""
+    moved = x.movedim(axis, -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def _biases_in_front(
+    calibration: Calibration, image: Tensor, sources: dict[str, str]
+) -> dict[str, Tensor]:
+    """Bias of the source of each norm which reads the output of its source as it is.
+
+    ``sources``: norm to source, by name. The bias is the output for zeros.
+    """
+    wanted = set(sources.values())
+    outputs: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[str, Tensor] = {}
+
+    def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+        if site.name in sources:
+            output, bias = outputs.pop(sources[site.name])
+            if torch.equal(_rows(operands[0], 1), output):
+                found[site.name] = bias
+        result = run(*operands)
+        if site.name in wanted:
+            axis = channel_axis(site)
+            nothing = run(torch.zeros_like(operands[0]), operands[1])
+            outputs[site.name] = _rows(result, axis).clone(), _rows(nothing, axis)[0]
+        return result
+
+    with torch.no_grad():
+        calibration.run(image, handler, kinds=_WATCHED)
+    return found
+
+
+def _folded(source: Site, norm: Site, module: nn.Module, bias: Tensor) -> Folded:
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    variance = module.running_var.double()
+    gain = torch.ones_like(variance) if module.weight is None else module.weight.detach().double()
+    mean = torch.zeros_like(variance) if module.bias is None else module.bias.detach().double()
+    scale = gain * (variance + module.eps).rsqrt()
+    scale = torch.where(scale.abs() < SMALLEST_FOLDED, torch.ones_like(scale), scale)
+    std = gain.abs() * (variance / (variance + module.eps)).sqrt()
+    return Folded(source, norm, scale, bias.double(), mean, std)

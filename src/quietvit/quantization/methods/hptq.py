@@ -1,0 +1,247 @@
+"""HPTQ: power-of-two thresholds, and four corrections that are exact in float or fold into biases.
+
+Its steps live in ``batchnorm``, ``equalize`` and ``thresholds``; here they are put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.adjustments import ChannelAffine, channel_axis
+from quietvit.quantization.batchnorm import fold_batchnorms
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.equalize import equalize
+from quietvit.quantization.method import Method, Slot, between, register
+from quietvit.quantization.quantizers import AffineQuantizer
+from quietvit.quantization.thresholds import (
+    ErrorName,
+    Points,
+    Statistics,
+    quantizer,
+    search,
+    without_outliers,
+)
+from quietvit.tracing import MATMUL_KINDS, Site, Trace
+
+SHIFTED = frozenset({"prelu", "elu", "hardswish", "silu", "gelu"})
+"""Activations with a bounded or small negative part, of which the shift takes care."""
+_KINDS = MATMUL_KINDS | {"norm"}
+WEIGHT_CANDIDATES, ACTIVATION_CANDIDATES = 10, 20
+
+
+def _z(value: Any) -> Any:
+    if value is None:
+        return None
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not 1 < value < float("inf"):
+        raise ValueError("a number above 1, such as 16, or None for no outlier filter")
+    return float(value)
+
+
+@register("hptq")
+class HPTQ(Method):
+    """HPTQ (Habi et al., arXiv 2109.09113; formulas as its authors' public toolkit has them).
+
+    Uniform quantizers without zero point whose threshold t is a power of two: [-t, t - t/2^(b-1)]
+    signed, [0, t - t/2^b] unsigned, for what is never negative. Weights signed, per output channel.
+
+    - ``batchnorm_folding``: BatchNorms go into the weights in front of them.
+    - ``equalization``: scales min(1/sd, 1) between layers with a ReLU between them, sd from the
+      BatchNorm's own mean and standard deviation; needs the folding.
+    - ``z_threshold``: histogram bins further than that many standard deviations from the mean do
+      not count; 5 to 20 are useful.
+    - ``weight_error``, ``activation_error``: what the threshold search minimizes: ``mse``, ``mae``,
+      ``lp`` (exponent ``p``), ``kl``, ``noclip``; 10 thresholds for weights, 20 for activations.
+    - ``shift_negative``: inputs of linears and convolutions that come from PReLU, ELU, Hardswish,
+      SiLU or GELU and reach below zero by at most ``shift_ratio`` (0.25 in the paper of 2021, 0.05
+      in the toolkit now) of their threshold become unsigned, shifted up by the smallest grid point
+      that covers their minimum. Here that is an integer zero point: the same function as adding
+      the shift, padding with it and taking it out of the next bias.
+    - ``bias_correction``: bias -= sum_j (W_q - W)_j E[x_j], E[x] per input channel from the images.
+
+    Differences from the paper. Histograms have finer bins (see ``ranges.Stream``, the paper: 2048),
+    since they then need not be made anew when the range grows. The threshold of a shifted input is
+    searched once more on its shifted grid, and each reader of an activation is shifted for itself:
+    both derived here. The form of ``kl`` is derived here. Operands of attention's products get
+    thresholds as every other; residual adds and logits stay float. Padding counts as zeros in no
+    E[x]. Power-of-two thresholds waste up to half of a grid, which costs little at 8 bits and much
+    at 4.
+    """
+
+    summary: ClassVar[str] = "power-of-two thresholds, equalization, shift, bias correction; CNNs"
+    source: ClassVar[str] = "arXiv 2109.09113"
+    published: ClassVar[str] = "W8A8, 500 images: MobileNetV2 -0.35, EfficientNet-B0 -2.98 points"
+    images: ClassVar[int] = 500
+
+    batchnorm_folding: bool = True
+    equalization: bool = True
+    z_threshold: Annotated[float | None, BeforeValidator(_z)] = None
+    weight_error: ErrorName = "mse"
+    activation_error: ErrorName = "mse"
+    p: Annotated[float, between(0.0, 16.0)] = 2.0
+    shift_negative: bool = True
+    shift_ratio: Annotated[float, between(0.0, 1.0)] = 0.25
+    bias_correction: bool = True
+
+    def calibrate(self, calibration: Calibration) -> Calibrated:
+        """One pass over the images, and four at most over the first."""
+        calibrated = Calibrated()
+        first = calibration.images.peek()[:1]
+        if self.batchnorm_folding:
+            folds = fold_batchnorms(calibration, calibrated, first)
+            calibrated.notes += folds.notes(self.name)
+            if self.equalization:
+                equalized = equalize(calibration, calibrated, folds, first)
+                calibrated.notes += equalized.notes(self.name)
+        seen = self._statistics(calibration, calibrated)
+        self._activations(calibration.trace, seen, calibrated)
+        self._weights(calibration, first, seen, calibrated)
+        return calibrated
+
+    def _statistics(
+        self, calibration: Calibration, calibrated: Calibrated
+    ) -> dict[Slot, Statistics]:
+        """What the float model shows of its activations, folded and equalized."""
+        seen: dict[Slot, Statistics] = {}
+
+        def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+            slots = [Slot(site, index) for index in range(len(operands))]
+            for slot, operand in zip(slots, operands, strict=True):
+                if site.kind not in MATMUL_KINDS or slot.is_weight:
+                    continue
+                if slot not in seen:
+                    means = self.bias_correction and slots[1].is_weight and self.slot_bits(slots[1])
+                    seen[slot] = Statistics(
+                        channels=channel_axis(site) if means else None,
+                        histogram=self.slot_bits(slot) is not None,
+                    )
+                try:
+                    seen[slot].update(operand)
+                except QuietvitError as error:
+                    raise QuietvitError(f"{site.name} ({slot.operand}): {error}") from error
+            return calibrated.adjust(site, operands, run)
+
+        calibration.observe(handler, kinds=_KINDS, label=f"{self.name} {self.label}")
+        return seen
+
+    def _activations(
+        self, trace: Trace, seen: dict[Slot, Statistics], calibrated: Calibrated
+    ) -> None:
+        shifted, refused = 0, []
+        for slot, statistics in seen.items():
+            bits = self.slot_bits(slot)
+            if bits is None:
+                continue
+            signed = bool(statistics.finish()[0] < 0)
+            points = statistics.points()
+            if self.z_threshold is not None:
+                points = without_outliers(points, self.z_threshold)
+            threshold = self._threshold(points, bits, signed, False)
+            shift = signed and self.shift_negative and _from_shifted(trace, slot)
+            if shift and -points.minimum.item() > self.shift_ratio * threshold.item():
+                refused.append(slot.site.name)
+                shift = False
+            if shift:
+                shifted, signed = shifted + 1, False
+                threshold = self._threshold(points, bits, False, True)
+            calibrated.quantizers[slot] = quantizer(
+                points, threshold, bits=bits, signed=signed, axis=None, shifted=shift
+            )
+        if shifted:
+            calibrated.notes.append(f"{self.name} shifted the negative part of {shifted} inputs")
+        if refused:
+            shown = ", ".join(refused[:3]) + (", ..." if len(refused) > 3 else "")
+            calibrated.notes.append(
+                f"{self.name} left {len(refused)} inputs signed whose negative part is above "
+                f"{self.shift_ratio:g} of the threshold: {shown}"
+            )
+
+    def _threshold(self, points: Points, bits: int, signed: bool, shifted: bool) -> Tensor:
+        return search(
+            points,
+            bits=bits,
+            signed=signed,
+            error=self.activation_error,
+            p=self.p,
+            candidates=ACTIVATION_CANDIDATES,
+            shifted=shifted,
+        )
+
+    def _weights(
+        self,
+        calibration: Calibration,
+        image: Tensor,
+        seen: dict[Slot, Statistics],
+        calibrated: Calibrated,
+    ) -> None:
+        uncorrected = []
+
+        def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+            slot = Slot(site, 1)
+            bits = self.slot_bits(slot)
+            if not slot.is_weight or bits is None:
+                return run(*operands)
+            weight = operands[1]
+            found = self._weight_quantizer(site, weight, bits)
+            calibrated.quantizers[slot] = found
+            if self.bias_correction and "transpose" in site.function:
+                uncorrected.append(site.name)
+            elif self.bias_correction:
+                means = seen[Slot(site, 0)].means()
+                off = mean_error(found(weight).double() - weight.double(), means)
+                scaled = calibrated.adjustments.get(site.name)
+                if isinstance(scaled, ChannelAffine):
+                    off = off * scaled.gain
+                calibrated.add(site, ChannelAffine.of(site, bias=-off))
+            return run(*operands)
+
+        with torch.no_grad():
+            calibration.run(image, handler, kinds=MATMUL_KINDS)
+        if uncorrected:
+            calibrated.notes.append(
+                f"{self.name} corrected no bias of the transposed convolutions "
+                f"{', '.join(uncorrected)}"
+            )
+
+    def _weight_quantizer(self, site: Site, weight: Tensor, bits: int) -> AffineQuantizer:
+        axis = 1 if "transpose" in site.function else 0
+        points = Points.of(weight, axis)
+        threshold = search(
+            points,
+            bits=bits,
+            signed=True,
+            error=self.weight_error,
+            p=self.p,
+            candidates=WEIGHT_CANDIDATES,
+        )
+        return quantizer(points, threshold, bits=bits, signed=True, axis=axis)
+
+
+def mean_error(off: Tensor, means: Tensor) -> Tensor:
+    """Mean output of a linear or (grouped) convolution with weight ``off``, (out,).
+
+    ``off``: (out, in / groups, ...), ``means``: (in,), the mean input of each channel, taken to be
+    the same at every position of the kernel.
+    """
+    summed = off.flatten(2).sum(2) if off.dim() > 2 else off
+    groups = len(means) // summed.shape[1]
+    each = means.view(groups, -1).repeat_interleave(summed.shape[0] // groups, 0)
+    return (summed * each).sum(1)
+
+
+def _from_shifted(trace: Trace, slot: Slot) -> bool:
+    """Whether the input of a linear or convolution comes from one activation of ``SHIFTED``."""
+    if slot.site.kind not in ("linear", "conv") or slot.index != 0:
+        return False
+    fed_by = slot.site.operands[0].fed_by
+    if len(fed_by) != 1:
+        return False
+    source = trace[fed_by[0]]
+    return source.kind == "activation" and source.function.strip("_") in SHIFTED
