@@ -1,0 +1,239 @@
+"""AdaLog: logarithmic steps of searched base behind softmax and GELU, uniform steps elsewhere.
+
+The search itself lives in ``search``, the recording of products in ``products``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from pydantic import StrictBool
+from torch import Tensor, nn
+
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.method import Slot, register
+from quietvit.quantization.nonuniform import GELU_SHIFT
+from quietvit.quantization.products import Product, has_heads, operand_role
+from quietvit.quantization.quantizers import affine_parameters
+from quietvit.quantization.reparametrize import NormLink, norm_links, reparametrize
+from quietvit.quantization.search import Affine, Groups, Log, Proposals, Side
+from quietvit.quantization.search_method import SearchMethod
+from quietvit.quantization.weights import read_weight
+from quietvit.tracing import Trace
+
+BASES = 128
+"""Numerators q that are tried for the base 2^(-q/37), from 1 up."""
+_ENDS = 12
+_INNER = 0.1
+_NARROWEST = 1e-4
+
+Propose = Callable[[Tensor], Tensor]
+
+
+@register("adalog")
+class AdaLog(SearchMethod):
+    """Adaptive-logarithm quantization (Wu et al., arXiv 2407.12951).
+
+    Post-softmax operands have the levels 2^(-k q/37), inputs behind GELU s·2^(-k q/37) - 0.16997,
+    k below 2^b, and zero; q, and s for GELU, are searched. All else is uniform with a zero point:
+    weights per output channel, activations per tensor, attention's other operands per head. Steps
+    are searched product by product, on operands of the float model, weight and input (or both
+    operands of attention) in turns, ``rounds`` times, by the squared error of the output. Norms
+    whose readers are linear are first re-parametrized so that one step fits all their channels, as
+    in RepQ-ViT (arXiv 2212.08254).
+
+    As in the authors' code: weights of the patch embedding at the working bits, its input float
+    (``patch_input_bits``), the head at the working bits, 32 images.
+
+    Deviations. The search is simpler than the paper's six stages of 128 candidates (derived here):
+    a grid of both ends of the range, from the 10 % quantiles to the extremes, then ever closer
+    neighbours of the best. q runs from 1 to 128 instead of 10 to 137, since at 8 bits the authors'
+    smallest is too coarse. ``rows`` tokens of each site, drawn at random, stand for all (derived
+    here; None takes all). Levels are not rounded to the authors' table of 2^(b+1) - 2 values. The
+    shift of 0.16997 is not folded into the bias, which would change no value.
+    ``hessian`` weighs output errors by gradients, as PTQ4ViT does (off as published).
+    """
+
+    summary: ClassVar[str] = "adaptive logarithm behind softmax and GELU, output-error search"
+    source: ClassVar[str] = "arXiv 2407.12951"
+    needs: ClassVar[tuple[str, ...]] = ("images",)
+    cost: ClassVar[str] = "minutes"
+    deployable: ClassVar[bool] = False
+    published: ClassVar[str] = "32 images, 3 rounds; DeiT-T W6A6 71.38, W4A4 63.52"
+
+    reparametrization: StrictBool = True
+
+    def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:
+        bits, role = self.slot_bits(slot), operand_role(slot)
+        assert bits is not None
+        if role in ("post_softmax", "post_gelu"):
+            shift = GELU_SHIFT if role == "post_gelu" else 0.0
+            return Log(x, Groups.along(x), bits, dtype, shift=shift)
+        dims = (1, 3) if slot.is_weight else (1,) if has_heads(slot.site) else ()
+        return Affine(x, Groups.along(x, *dims), bits, dtype, signed=False)
+
+    def start(self, side: Side, product: Product, index: int) -> Tensor:
+        """What fits the operand itself best: the other one is first searched against this."""
+        if isinstance(side, Log):
+            scale = _gelu_ends(side)[1] if side.shift else side.x.new_ones(())
+            return nearest(side, _bases(scale.view(1, 1)))
+        return nearest(side, end_points(side))
+
+    def proposals(self, side: Side, start: Tensor) -> Proposals:
+        """A grid in the first round, ever closer neighbours then and later."""
+        if isinstance(side, Log):
+            if not side.shift:
+                return ((_bases,),)
+            closer = (_log_nearby(0.1), _log_nearby(0.03))
+            return ((_bases, _scales(*_gelu_ends(side), 8), *closer), closer)
+        table = end_points(side)
+        around = (_nearby(side.bits, 0.1), _nearby(side.bits, 0.03))
+        return ((lambda standing: table, *around), around)
+
+    def prepare(
+        self, calibration: Calibration, products: dict[str, Product], calibrated: Calibrated
+    ) -> None:
+        """Re-parametrize norms."""
+        if not self.reparametrization:
+            return
+        found = norm_links(calibration.model, calibration.trace)
+        calibrated.notes += found.notes(self.name)
+        for link in found.links:
+            self._reparametrize(calibration.model, link, products, calibrated)
+
+    def _reparametrize(
+        self,
+        model: nn.Module,
+        link: NormLink,
+        products: dict[str, Product],
+        calibrated: Calibrated,
+    ) -> None:
+        """Give all channels of a norm one step and zero point, and move what was recorded along."""
+        readers = [
+            (products[site.name], site, list(columns))
+            for site, columns in zip(link.consumers, link.columns, strict=True)
+            if site.name in products and self.slot_bits(Slot(site, 0)) is not None
+        ]
+        if not readers:
+            return
+        product, site, columns = readers[0]
+        bits = self.slot_bits(Slot(site, 0))
+        x = product.left
+        if x is None or bits is None or sorted(columns) != list(range(link.channels)):
+            why = "its channels do not reach a linear once each"
+            calibrated.notes.append(f"{self.name} did not re-parametrize {link.norm.name}: {why}")
+            return
+        values = x.new_empty(link.channels, x.shape[1] * x.shape[2])
+        values[columns] = x.flatten(0, 2).mT
+        gain, shift = even_out(values, bits)
+        reparametrize(model, link, calibrated, gain=gain, shift=shift)
+        for product, site, columns in readers:
+            assert product.left is not None
+            product.left = product.left * gain[columns] + shift[columns]
+            product.right = read_weight(model, site).flatten(1).float().mT[None, None]
+
+
+def even_out(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Gain and shift, (channels,), that give all channels the same step and zero point.
+
+    ``values``: (channels, n). Each channel's own step s and zero point z are those of least squared
+    error; the common ones are their means (RepQ-ViT, arXiv 2212.08254). A channel that is zero
+    throughout keeps its scale.
+    """
+    x = values.T[None, None]
+    groups = Groups.along(x, 3)
+    side = Affine(x, groups, bits, torch.float32, signed=False)
+    step, zero = nearest(side, end_points(side)).double().unbind(1)
+    alive = values.abs().amax(1) > 0
+    if not bool(alive.any()):
+        return torch.ones_like(step), torch.zeros_like(step)
+    common, common_zero = step[alive].mean(), zero[alive].mean().round()
+    step = torch.where(alive, step, common).clamp_min(float(common) * _NARROWEST)
+    zero = torch.where(alive, zero, common_zero)
+    gain = common / step
+    return gain.float(), ((zero - common_zero) * common).float()
+
+
+def end_points(side: Side) -> Tensor:
+    """Scale and zero point for many pairs of a lower and an upper end, (pairs, groups, 2).
+
+    Ends go in equal steps from the 10 % quantile of a group's values at either side to its extreme.
+    """
+    rows = side.groups.rows(side.x)
+    inner = max(1, round(_INNER * rows.shape[1]))
+    low, high = rows.amin(1), rows.amax(1)
+    inner_low = rows.kthvalue(inner, dim=1).values
+    inner_high = rows.kthvalue(rows.shape[1] - inner + 1, dim=1).values
+    way = torch.linspace(0, 1, _ENDS, device=rows.device)[:, None]
+    lows, highs = torch.lerp(low, inner_low, way), torch.lerp(high, inner_high, way)
+    pairs = torch.cartesian_prod(torch.arange(_ENDS), torch.arange(_ENDS)).to(rows.device)
+    lower = torch.minimum(lows[pairs[:, 0]], highs[pairs[:, 1]])
+    scale, zero, _ = affine_parameters(
+        lower.flatten(), highs[pairs[:, 1]].flatten(), side.bits, symmetric=False
+    )
+    return torch.stack((scale, zero.float()), 1).view(len(pairs), -1, 2)
+
+
+def _nearby(bits: int, width: float) -> Propose:
+    """Scales within ``width`` of the standing one, zero points a few codes beside it."""
+
+    def propose(standing: Tensor) -> Tensor:
+        factors = torch.linspace(1 - width, 1 + width, 8, device=standing.device)
+        offset = max(1, round(width * (1 << bits) / 4))
+        offsets = torch.tensor([-offset, 0, offset], device=standing.device)
+        grid = torch.cartesian_prod(factors, offsets.float())
+        scale = grid[:, :1] * standing[:, 0]
+        zero = (grid[:, 1:] + standing[:, 1]).clamp(0, (1 << bits) - 1)
+        return torch.stack((scale, zero), 2)
+
+    return propose
+
+
+def _bases(standing: Tensor) -> Tensor:
+    """Every q at the standing scale."""
+    q = torch.arange(1, BASES + 1, device=standing.device).float()
+    return torch.stack((standing[0, 0].expand_as(q), q), 1)[:, None]
+
+
+def _scales(low: Tensor, high: Tensor, reach: int) -> Propose:
+    """Scales from low to high with q up to ``reach`` from the standing one."""
+
+    def propose(standing: Tensor) -> Tensor:
+        steps = torch.linspace(0, 1, 16, device=standing.device) * (high - low) + low
+        offsets = torch.tensor([-reach, -reach // 2, 0, reach // 2, reach], device=low.device)
+        q = (standing[0, 1] + offsets).clamp(1, BASES)
+        return torch.cartesian_prod(steps, q)[:, None]
+
+    return propose
+
+
+def _log_nearby(width: float) -> Propose:
+    def propose(standing: Tensor) -> Tensor:
+        factors = torch.linspace(1 - width, 1 + width, 8, device=standing.device)
+        q = (standing[0, 1] + torch.tensor([-1, 0, 1], device=standing.device)).clamp(1, BASES)
+        return torch.cartesian_prod(factors * standing[0, 0], q)[:, None]
+
+    return propose
+
+
+def nearest(side: Side, table: Tensor) -> Tensor:
+    """Each group's candidate of least squared error of the operand itself, (groups, n)."""
+    errors = []
+    for parameters in table:
+        values, scale = side.fake(parameters)
+        off = torch.sub(values if scale is None else values * scale, side.x).square_()
+        errors.append(side.groups.reduce(off.sum_to_size(side.groups.shape)))
+    best = torch.stack(errors).argmin(0)
+    return table[best, torch.arange(table.shape[1], device=table.device)]
+
+
+def _gelu_ends(side: Log) -> tuple[Tensor, Tensor]:
+    """The 90 % quantile of the positive values and the largest, shifted."""
+    positive = side.x[side.x > 0]
+    if positive.numel() == 0:
+        positive = side.x.new_zeros(1)
+    place = max(1, round((1 - _INNER) * positive.numel()))
+    return positive.kthvalue(place).values + side.shift, positive.max() + side.shift

@@ -1,0 +1,321 @@
+"""What every matrix product of a model multiplies on some calibration images, as plain matrices.
+
+Rows and gradients are recorded here; steps are searched on them in ``search``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.blocks import first_tensor
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.layout import Laid, lay_out, some_matrices, some_rows
+from quietvit.quantization.method import Slot
+from quietvit.quantization.quantizers import AffineQuantizer
+from quietvit.quantization.ranges import OmseRange
+from quietvit.tracing import MATMUL_KINDS, Site
+
+_BATCH = 2
+_LOOSE = 1 << 14
+
+Range = tuple[Tensor, Tensor]
+
+
+@dataclass(eq=False)
+class Product:
+    """One product as matrices: left (D, H, R, K) times right (D, H, K, J) is its output less bias.
+
+    D: matrices that share all steps; H: attention heads, or groups of a convolution, else 1. A
+    linear has D = H = 1, its tokens as rows R, its input channels as K; a convolution has as rows
+    the patches its kernel meets. float32. ``gradient``: (D, H, R, J), the derivative of the loss by
+    the output, bfloat16; None where none came. ``ranges``: minimum and maximum of each operand over
+    all values, rows that were not kept included, (H,) each for products of activations, else (1,).
+
+    Where a product cannot be laid out so (einsum, a matrix times a vector, grouped transposed
+    convolutions) there are no matrices, and ``loose`` holds some values of each operand.
+    """
+
+    site: Site
+    ranges: tuple[Range, ...]
+    left: Tensor | None = None
+    right: Tensor | None = None
+    gradient: Tensor | None = None
+    loose: tuple[Tensor, ...] = ()
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call that was laid out, waiting for its gradient."""
+
+    site: Site
+    laid: Laid
+    gradient: list[Tensor] = field(default_factory=list)
+
+
+class _Stack:
+    """Pieces put one behind the other along ``dim``, in memory taken once where that is enough."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim, self.used = dim, 0
+        self.whole: Tensor | None = None
+
+    def put(self, piece: Tensor, share: float) -> None:
+        """Add a piece, which is about ``share`` of all that will come."""
+        size = piece.shape[self.dim]
+        if self.whole is None or self.used + size > self.whole.shape[self.dim]:
+            shape = list(piece.shape)
+            shape[self.dim] = max(math.ceil(size / share), self.used + size)
+            wider = piece.new_empty(shape)
+            if self.whole is not None:
+                wider.narrow(self.dim, 0, self.used).copy_(self.finish())
+            self.whole = wider
+        self.whole.narrow(self.dim, self.used, size).copy_(piece)
+        self.used += size
+
+    def finish(self) -> Tensor:
+        assert self.whole is not None
+        return self.whole.narrow(self.dim, 0, self.used)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What is kept of one site."""
+
+    left: _Stack
+    right: _Stack
+    gradient: _Stack
+    weighed: bool = True
+
+
+class Recorder:
+    """Record products, batch by batch: see ``record``."""
+
+    def __init__(self, wanted: Callable[[Site], bool], share: float | None, seed: int) -> None:
+        self.wanted, self.share = wanted, share
+        self.generator = torch.Generator().manual_seed(seed)
+        self.calls: list[_Call] = []
+        self.kept: dict[str, _Kept] = {}
+        self.loose: dict[str, list[tuple[Tensor, ...]]] = {}
+        self.ranges: dict[str, tuple[Range, ...]] = {}
+        self.sites: dict[str, Site] = {}
+
+    def handle(
+        self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
+    ) -> Tensor:
+        """Run a site as it is and look at its operands: a handler for ``intercept``."""
+        output = run(*operands)
+        if not self.wanted(site):
+            return output
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output = output.detach().requires_grad_().clone()
+        self.sites[site.name] = site
+        with torch.no_grad():
+            plain = tuple(operand.detach() for operand in operands)
+            seen = tuple(_range(site, operand) for operand in plain)
+            before = self.ranges.get(site.name)
+            self.ranges[site.name] = seen if before is None else _wider(before, seen)
+            laid = lay_out(site, plain, output, run)
+            if laid is None:
+                values = tuple(self._some(operand) for operand in plain)
+                self.loose.setdefault(site.name, []).append(values)
+                return output
+        call = _Call(site, laid)
+        if output.requires_grad:
+            output.register_hook(call.gradient.append)
+        self.calls.append(call)
+        return output
+
+    def choose(self, images: int, of: int) -> None:
+        """Keep some rows of all calls since the last time, which saw ``images`` ``of`` all."""
+        calls, self.calls = self.calls, []
+        for call in calls:
+            laid = call.laid
+            gradient = laid.arrange(call.gradient[0].float()) if call.gradient else None
+            budget = None if self.share is None else self.share * images
+            choose = some_matrices if laid.activations else some_rows
+            left, right, some = choose(laid, gradient, budget, self.generator)
+            if call.site.name not in self.kept:
+                dim = 0 if laid.activations else 2
+                self.kept[call.site.name] = _Kept(_Stack(dim), _Stack(0), _Stack(dim))
+            kept = self.kept[call.site.name]
+            kept.left.put(left, images / of)
+            if laid.activations or kept.right.whole is None:
+                kept.right.put(right, images / of if laid.activations else 1.0)
+            if some is None:
+                kept.weighed = False
+            else:
+                kept.gradient.put(some, images / of)
+
+    def products(self) -> dict[str, Product]:
+        """What was recorded, by site name in order of execution."""
+        found = {}
+        for name, site in self.sites.items():
+            if name in self.loose:
+                columns = zip(*self.loose[name], strict=True)
+                values = tuple(torch.cat(column) for column in columns)
+                found[name] = Product(site, self.ranges[name], loose=values)
+                continue
+            kept = self.kept.pop(name)
+            found[name] = Product(
+                site,
+                self.ranges[name],
+                left=kept.left.finish(),
+                right=kept.right.finish(),
+                gradient=kept.gradient.finish() if kept.weighed else None,
+            )
+        return found
+
+    def _some(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1).float()
+        if flat.numel() <= _LOOSE:
+            return flat.clone()
+        chosen = torch.randint(flat.numel(), (_LOOSE,), generator=self.generator)
+        return flat[chosen.to(flat.device)]
+
+
+def record(
+    calibration: Calibration,
+    wanted: Callable[[Site], bool],
+    *,
+    rows: int | None,
+    gradients: bool,
+    seed: int,
+    label: str,
+) -> dict[str, Product]:
+    """Run all images once through the float model; every wanted product, by site name.
+
+    ``rows``: rows of left kept of a site over all images and for each head, drawn at random, all
+    for None. With ``gradients`` (see ``curvature_root``) they are drawn among the rows whose
+    gradient is not zero: the others weigh nothing, and behind the last attention of a classifier
+    all but the class token's are such. No parameter gets a gradient or another ``requires_grad``.
+
+    Raises QuietvitError for gradients inside ``torch.inference_mode``.
+    """
+    images = calibration.everything()
+    share = None if rows is None else rows / images.shape[0]
+    recorder = Recorder(wanted, share, seed)
+    batches = images.split(_BATCH)
+    for batch in calibration.track(batches, len(batches), label):
+        if gradients:
+            with _differentiable(calibration.model):
+                entered = batch.detach().clone().requires_grad_()
+                result = calibration.run(entered.clone(), recorder.handle, kinds=MATMUL_KINDS)
+                output, direction = curvature_root(result, recorder.generator)
+                if output.requires_grad:
+                    output.backward(direction)
+        else:
+            with torch.no_grad():
+                calibration.run(batch, recorder.handle, kinds=MATMUL_KINDS)
+        with torch.no_grad():
+            recorder.choose(len(batch), len(images))
+    return recorder.products()
+
+
+def curvature_root(result: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A model's output z, and a random v whose covariance is the loss's second derivative by z.
+
+    For logits (N, C) the loss is KL(softmax(z0) || softmax(z)) at z = z0, with the second
+    derivative diag(p) - p pᵀ: v = √p·ξ - p (√p·ξ), ξ normal. Hence the mean of (Jᵀv)² is the
+    diagonal of the loss's Hessian (Gauss-Newton) for anything that z depends on by J. For other
+    outputs (features, maps, a single column) the loss is half the squared error, and v = ξ.
+
+    Logits are what the model returns under that name, or a matrix that is all it returns. Derived
+    here: the first derivative itself is zero at z0, so that methods which weigh by it (PTQ4ViT)
+    would weigh by rounding errors.
+    """
+    named = result.get("logits") if isinstance(result, Mapping) else None
+    output = named if isinstance(named, Tensor) else first_tensor(result)
+    noise = torch.randn(output.shape, generator=generator).to(output)
+    logits = isinstance(named, Tensor) or (isinstance(result, Tensor) and output.dim() == 2)
+    if not logits or output.shape[-1] < 2:
+        return output, noise
+    share = output.detach().softmax(-1)
+    root = share.sqrt()
+    return output, root * noise - share * (root * noise).sum(-1, keepdim=True)
+
+
+def product_notes(name: str, products: Mapping[str, Product], *, gradients: bool) -> list[str]:
+    """What could not be recorded, one line each for the report on method ``name``."""
+    loose = [key for key, product in products.items() if product.left is None]
+    flat = [
+        key
+        for key, product in products.items()
+        if gradients and product.left is not None and product.gradient is None
+    ]
+    notes = []
+    if loose:
+        notes.append(
+            f"{name} gave {len(loose)} products that are not of two matrices the steps of least "
+            f"squared error of their operands: {', '.join(loose)}"
+        )
+    if flat:
+        notes.append(
+            f"{name} had no gradient at {len(flat)} products, on which the first output does not "
+            f"depend, and weighed all their outputs alike: {', '.join(flat)}"
+        )
+    return notes
+
+
+def operand_role(slot: Slot) -> str:
+    """The role of the activation in a slot, "weight" for a weight."""
+    return "weight" if slot.is_weight else slot.site.operands[slot.index].role
+
+
+def has_heads(site: Site) -> bool:
+    """Whether both operands are (batch, heads, ...), so that each head may have its own step."""
+    shapes = [operand.shape for operand in site.operands]
+    attention = site.role in ("query_key", "attention_value")
+    return attention and all(len(s) == 4 and s[1] == shapes[0][1] > 1 for s in shapes)
+
+
+def nearest_step(values: Tensor, bits: int) -> AffineQuantizer:
+    """The symmetric uniform quantizer of least squared error for these values."""
+    watched = OmseRange(bits, symmetric=True, signed=True)
+    watched.update(values)
+    return AffineQuantizer.from_range(*watched.finish(), bits=bits, symmetric=True, signed=True)
+
+
+def _range(site: Site, x: Tensor) -> Range:
+    by_head = site.kind == "matmul" and x.dim() > 3
+    rows = x.movedim(-3, 0).flatten(1) if by_head else x.reshape(1, -1)
+    low, high = rows.aminmax(dim=1)
+    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        raise QuietvitError(
+            f"{site.name}: NaN or inf among the values to be quantized; look at the weights, the "
+            "images and the half-precision overflows of this model before quantizing it."
+        )
+    return low.float(), high.float()
+
+
+def _wider(one: tuple[Range, ...], other: tuple[Range, ...]) -> tuple[Range, ...]:
+    return tuple(
+        (torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1]))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Gradients on, but none for parameters; their flags come back afterwards."""
+    if torch.is_inference_mode_enabled():
+        raise QuietvitError(
+            "this method needs gradients, which torch.inference_mode forbids; call quantize "
+            "outside of it (torch.no_grad is allowed)."
+        )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,335 @@
+"""Search the quantizers of a product's two operands among candidates, by the error of its output.
+
+What is multiplied is recorded in ``products``; which candidates there are, is a method's choice.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.companding import TwinQuantizer
+from quietvit.quantization.nonuniform import ADALOG_DENOMINATOR, GELU_SHIFT, LogQuantizer
+from quietvit.quantization.quantizers import (
+    SMALLEST_SCALE,
+    AffineQuantizer,
+    Quantizer,
+    affine_code_range,
+)
+
+Fake = tuple[Tensor, Tensor | None]
+"""Values of an operand in the dtype they are multiplied in, and the scale they lack."""
+Proposals = Sequence[Sequence[Callable[[Tensor], Tensor]]]
+"""For each round: from the standing parameters (groups, n) to candidates (count, groups, n)."""
+
+
+def product_dtype(device: torch.device, bits: Sequence[int | None]) -> torch.dtype:
+    """bfloat16 where it is fast and holds every code exactly, that is up to 8 bits, else float32.
+
+    Then products of codes are exact too; only their sums are rounded, to 2^-9 of themselves.
+    """
+    if any(each is None or each > 8 for each in bits):
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    checks = (getattr(torch.cpu, name, None) for name in names)
+    fast = any(check is not None and check() for check in checks)
+    return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass(eq=False)
+class Groups:
+    """Which entries of an operand (D, H, R, K) share their parameters.
+
+    ``shape``: broadcasts against the operand, ``index``: group of each entry of that shape, int64.
+    """
+
+    shape: tuple[int, int, int, int]
+    index: Tensor
+
+    @classmethod
+    def along(cls, x: Tensor, *dims: int, parts: Tensor | None = None) -> Groups:
+        """One group for each place along ``dims``, none for the tensor; ``parts`` joins some."""
+        wanted = {dim % 4 for dim in dims}
+        sizes = [x.shape[dim] if dim in wanted else 1 for dim in range(4)]
+        shape = (sizes[0], sizes[1], sizes[2], sizes[3])
+        count = torch.Size(shape).numel()
+        index = torch.arange(count, device=x.device) if parts is None else parts.to(x.device)
+        return cls(shape, index)
+
+    @property
+    def count(self) -> int:
+        return int(self.index.max()) + 1
+
+    def spread(self, parameter: Tensor) -> Tensor:
+        """One number for each group, (count,), laid out to broadcast against the operand."""
+        return parameter[self.index].view(self.shape)
+
+    def reduce(self, summed: Tensor) -> Tensor:
+        """Add up numbers of ``shape`` within each group, (count,), float64."""
+        total = torch.zeros(self.count, dtype=torch.float64, device=summed.device)
+        return total.index_add_(0, self.index, summed.reshape(-1).double())
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The values of an operand at each entry of ``shape``, (entries, n)."""
+        own = [dim for dim in range(4) if self.shape[dim] > 1]
+        rest = [dim for dim in range(4) if self.shape[dim] == 1]
+        return x.permute(*own, *rest).reshape(len(self.index), -1)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Greatest entry of an operand in each group, (count,), none below zero."""
+        most = self.rows(x).amax(1)
+        return torch.zeros(self.count, device=x.device).scatter_reduce_(0, self.index, most, "amax")
+
+
+class Side(ABC):
+    """One operand of a product and the family of its quantizers.
+
+    ``x``: (D, H, R, K). A quantizer is told by its parameters, (groups, n): float32, n by family.
+    """
+
+    def __init__(self, x: Tensor, groups: Groups, bits: int, dtype: torch.dtype) -> None:
+        self.x, self.groups, self.bits, self.dtype = x, groups, bits, dtype
+
+    @abstractmethod
+    def fake(self, parameters: Tensor) -> Fake:
+        """x as the quantizer of these parameters gives it."""
+
+    @abstractmethod
+    def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
+        """The quantizer itself; ``axis`` is that of the groups in the model's own tensor."""
+
+
+class Float(Side):
+    """An operand that stays as it is."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(x, Groups.along(x), 16, dtype)
+
+    def fake(self, parameters: Tensor) -> Fake:
+        return self.x.to(self.dtype), None
+
+    def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
+        raise QuietvitError("an operand that stays float has no quantizer.")
+
+
+class Affine(Side):
+    """Uniform: parameters are scale and zero point."""
+
+    def __init__(
+        self, x: Tensor, groups: Groups, bits: int, dtype: torch.dtype, *, signed: bool
+    ) -> None:
+        super().__init__(x, groups, bits, dtype)
+        self.signed = signed
+
+    def fake(self, parameters: Tensor) -> Fake:
+        low, high = affine_code_range(self.bits, self.signed)
+        scale = self.groups.spread(parameters[:, 0])
+        zero = self.groups.spread(parameters[:, 1])
+        codes = (self.x * scale.reciprocal()).round_()
+        if bool((parameters[:, 1] == 0).all()):
+            codes.clamp_(low, high)
+        else:
+            codes.add_(zero).clamp_(low, high).sub_(zero)
+        return codes.to(self.dtype), scale
+
+    def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
+        scale, zero = parameters.unbind(1)
+        if axis is None:
+            scale, zero = scale[0], zero[0]
+        elif len(scale) != len(self.groups.index):
+            scale, zero = scale[self.groups.index], zero[self.groups.index]
+        return AffineQuantizer(
+            scale.clone(), zero.to(torch.int32), bits=self.bits, signed=self.signed, axis=axis
+        )
+
+
+class TwinGelu(Side):
+    """PTQ4ViT's two ranges for values behind GELU: the parameter is the positive step."""
+
+    def __init__(self, x: Tensor, groups: Groups, bits: int, dtype: torch.dtype) -> None:
+        super().__init__(x, groups, bits, dtype)
+        half = 1 << (bits - 1)
+        step = GELU_SHIFT / half
+        self.below = (x / step).round_().clamp_(-half, 0).mul_(step)
+
+    def fake(self, parameters: Tensor) -> Fake:
+        step = parameters[0, 0]
+        above = (self.x * step.reciprocal()).round_().clamp_(0, (1 << (self.bits - 1)) - 1)
+        return torch.add(self.below, above.mul_(step)).to(self.dtype), None
+
+    def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
+        return TwinQuantizer.gelu(parameters[0, 0].clone(), bits=self.bits)
+
+
+class TwinSoftmax(Side):
+    """PTQ4ViT's two ranges for values behind softmax: the parameter is the split."""
+
+    def fake(self, parameters: Tensor) -> Fake:
+        return self.quantizer(parameters)(self.x).to(self.dtype), None
+
+    def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
+        return TwinQuantizer.softmax(float(parameters[0, 0]), bits=self.bits)
+
+
+class Log(Side):
+    """AdaLog: parameters are the scale, of x + shift, and the numerator of the base's exponent."""
+
+    def __init__(
+        self, x: Tensor, groups: Groups, bits: int, dtype: torch.dtype, *, shift: float
+    ) -> None:
+        super().__init__(x, groups, bits, dtype)
+        self.shift = shift
+        self.octaves = (x + shift).clamp_min_(0).log2_()
+
+    def fake(self, parameters: Tensor) -> Fake:
+        scale, q = parameters[0].tolist()
+        rate, last = q / ADALOG_DENOMINATOR, (1 << self.bits) - 1
+        codes = self.octaves.mul(-1 / rate).add_(math.log2(scale) / rate).round_().clamp_min_(0)
+        values = codes.mul_(-rate).exp2_()
+        # Half a code below the last level there is zero.
+        values = torch.threshold_(values, 2.0 ** (-(last + 0.5) * rate), 0.0).mul_(scale)
+        return values.sub_(self.shift).to(self.dtype), None
+
+    def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
+        scale, q = parameters[0]
+        return LogQuantizer.adalog(scale.clone(), int(q), bits=self.bits, shift=self.shift)
+
+
+@dataclass(eq=False)
+class Output:
+    """The output that a product shall keep, and how much each entry of it counts.
+
+    ``target``: (D, H, R, J). The criterion is the sum of (weight·(target - output))², PTQ4ViT's
+    (arXiv 2111.12293, equation 7) with the gradient as ``weight``, the squared error without.
+    """
+
+    target: Tensor
+    weight: Tensor | None = None
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, gradient: Tensor | None = None) -> Output:
+        """Of the float product; a gradient that is zero all over counts as none."""
+        weight = None
+        if gradient is not None:
+            weight = gradient.float().abs()
+            largest = weight.amax()
+            # Its unit says nothing, and squares of small numbers vanish.
+            weight = weight / largest if bool(largest > 0) else None
+        return cls(left @ right, weight)
+
+    def errors(self, left: Fake, right: Fake, groups: Groups) -> Tensor:
+        """The criterion for these operands, added up by group of the output, (groups,), float64."""
+        product = left[0] @ right[0]
+        scale = _times(left[1], right[1])
+        if scale is None or scale.numel() == 1:
+            off = torch.sub(self.target, product, alpha=1.0 if scale is None else scale.item())
+        else:
+            off = torch.sub(self.target, product * scale)
+        if self.weight is not None:
+            off.mul_(self.weight)
+        if groups.index.numel() == 1:
+            flat = off.view(-1)
+            return groups.reduce(torch.dot(flat, flat))
+        return groups.reduce(off.square_().sum_to_size(groups.shape))
+
+
+def _times(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one * other
+
+
+def evaluate(
+    output: Output, sides: tuple[Side, Side], index: int, table: Tensor, other: Fake
+) -> Tensor:
+    """Criterion of each candidate of one operand, (candidates, groups), the other as it is.
+
+    ``table``: (candidates, groups, n). Groups of the operand must be groups of the output too:
+    matrices, heads, rows of left, columns of right.
+    """
+    side = sides[index]
+    found = []
+    for parameters in table:
+        fake = side.fake(parameters)
+        pair = (fake, other) if index == 0 else (other, fake)
+        found.append(output.errors(*pair, side.groups))
+    return torch.stack(found)
+
+
+def better(
+    table: Tensor, errors: Tensor, standing: Tensor, standing_errors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each group's best candidate where it beats what stands, (groups, n), and its error."""
+    least, place = errors.min(0)
+    wins = least < standing_errors
+    chosen = table[place, torch.arange(table.shape[1], device=table.device)]
+    return (
+        torch.where(wins[:, None], chosen, standing),
+        torch.where(wins, least, standing_errors),
+    )
+
+
+def fixed(table: Tensor | None) -> Proposals:
+    """The same candidates in every round, none for None."""
+    return () if table is None else ((lambda standing: table,),)
+
+
+def alternate(
+    output: Output,
+    sides: tuple[Side, Side],
+    proposals: tuple[Proposals, Proposals],
+    start: tuple[Tensor, Tensor],
+    *,
+    rounds: int,
+    order: tuple[int, int],
+) -> tuple[tuple[Tensor, Tensor], list[float]]:
+    """Search one operand with the other fixed, in turns; the criterion never rises.
+
+    ``proposals``: for each operand its proposals of the first round, of the second and so on, the
+    last for all later ones; none where nothing is searched. ``start``: parameters to begin with,
+    (groups, n). Returns the parameters found, and the criterion of the whole output at the start
+    and after each round. An operand is not searched again while the other one stays.
+    """
+    chosen = list(start)
+    fakes = [side.fake(parameters) for side, parameters in zip(sides, start, strict=True)]
+    fresh = [bool(each) for each in proposals]
+    totals = [float(output.errors(fakes[0], fakes[1], Groups.along(output.target)))]
+    for turn in range(rounds):
+        totals.append(totals[-1])
+        for index in order:
+            if not fresh[index]:
+                continue
+            fresh[index] = False
+            before, groups = chosen[index], sides[index].groups
+            now = output.errors(fakes[0], fakes[1], groups)
+            for propose in proposals[index][min(turn, len(proposals[index]) - 1)]:
+                table = propose(chosen[index])
+                errors = evaluate(output, sides, index, table, fakes[1 - index])
+                chosen[index], now = better(table, errors, chosen[index], now)
+            if not torch.equal(before, chosen[index]):
+                totals[-1] = float(now.sum())
+                fakes[index] = sides[index].fake(chosen[index])
+                fresh[1 - index] = bool(proposals[1 - index])
+    return (chosen[0], chosen[1]), totals
+
+
+def factors(candidates: int, low: float, high: float) -> Tensor:
+    """``candidates`` numbers from low up in equal steps, high itself left out."""
+    return low + torch.arange(candidates) * ((high - low) / candidates)
+
+
+def symmetric_start(largest: Tensor, bits: int) -> Tensor:
+    """Scale and zero point (groups, 2) whose last code reaches half a step short of ``largest``."""
+    scale = largest.float() / ((1 << (bits - 1)) - 0.5)
+    scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
+    return torch.stack((scale, torch.zeros_like(scale)), 1)

@@ -1,0 +1,141 @@
+"""What PTQ4ViT and AdaLog share: they record products, then search quantizers for each of them.
+
+Their candidates are their own files' business, in ``methods``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated
+
+import torch
+from pydantic import Field, StrictBool, StrictInt
+from torch import Tensor
+
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.method import Bits, EdgeBits, Method, Slot
+from quietvit.quantization.products import Product, nearest_step, product_notes, record
+from quietvit.quantization.quantizers import Quantizer
+from quietvit.quantization.search import (
+    Float,
+    Output,
+    Proposals,
+    Side,
+    alternate,
+    product_dtype,
+)
+from quietvit.tracing import Trace
+
+
+class SearchMethod(Method):
+    """Base config of methods that search the operands of each product in turns.
+
+    ``patch_input_bits``: of the patch embedding's input, whose weight has ``patch_embed_bits``.
+    ``rounds``: how often both operands are searched. ``rows``: how many tokens of each site stand
+    for all, drawn at random with ``seed``; None takes all. ``hessian``: weigh errors of the output
+    by the gradient there.
+    """
+
+    patch_embed_bits: EdgeBits = "same"
+    head_bits: EdgeBits = "same"
+    patch_input_bits: Bits = None
+    hessian: StrictBool = False
+    rounds: Annotated[StrictInt, Field(ge=1)] = 3
+    rows: Annotated[StrictInt, Field(ge=1)] | None = 2048
+    seed: StrictInt = 0
+
+    @abstractmethod
+    def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:
+        """The family of quantizers of an operand that has bits."""
+
+    @abstractmethod
+    def start(self, side: Side, product: Product, index: int) -> Tensor:
+        """Parameters that the search of an operand begins with, (groups, n)."""
+
+    @abstractmethod
+    def proposals(self, side: Side, start: Tensor) -> Proposals:
+        """Candidates for an operand, by round."""
+
+    def prepare(
+        self, calibration: Calibration, products: dict[str, Product], calibrated: Calibrated
+    ) -> None:
+        """Change the model and what was recorded before anything is searched."""
+        return
+
+    def slot_bits(self, slot: Slot) -> int | None:
+        bits = super().slot_bits(slot)
+        return self.patch_input_bits if bits is not None and _is_patch_input(slot) else bits
+
+    def why_float(self, slot: Slot) -> str:
+        if _is_patch_input(slot) and super().slot_bits(slot) is not None:
+            return "patch_input_bits=None"
+        return super().why_float(slot)
+
+    def policy(self) -> str:
+        bits = self.patch_input_bits
+        return f"{super().policy()}; patch embedding's input {f'{bits} bits' if bits else 'float'}"
+
+    def calibrate(self, calibration: Calibration) -> Calibrated:
+        """One pass over the images, backward too with ``hessian``, then a search by product."""
+        label = f"{self.name} {self.label}"
+        products = record(
+            calibration,
+            lambda site: any(self.slot_bits(Slot(site, i)) is not None for i in range(2)),
+            rows=self.rows,
+            gradients=self.hessian,
+            seed=self.seed,
+            label=f"{label}: recording",
+        )
+        calibrated = Calibrated()
+        calibrated.notes += product_notes(self.name, products, gradients=self.hessian)
+        self.prepare(calibration, products, calibrated)
+        names = list(products)
+        for name in calibration.track(names, len(names), f"{label}: search"):
+            calibrated.quantizers |= self._search(products.pop(name), calibration.trace)
+        return calibrated
+
+    def _search(self, product: Product, trace: Trace) -> dict[Slot, Quantizer]:
+        """The quantizers of one product's operands."""
+        slots = (Slot(product.site, 0), Slot(product.site, 1))
+        bits = (self.slot_bits(slots[0]), self.slot_bits(slots[1]))
+        if product.left is None or product.right is None:
+            return {
+                slot: nearest_step(product.loose[slot.index], each)
+                for slot, each in zip(slots, bits, strict=True)
+                if each is not None
+            }
+        dtype = product_dtype(product.left.device, bits)
+        sides, starts, proposals = [], [], []
+        for slot, each, x in zip(slots, bits, (product.left, product.right), strict=True):
+            side = Float(x, dtype) if each is None else self.side(slot, x, dtype, trace)
+            start = x.new_zeros(1, 0) if each is None else self.start(side, product, slot.index)
+            sides.append(side)
+            starts.append(start)
+            proposals.append(() if each is None else self.proposals(side, start))
+        found, _ = alternate(
+            Output.of(product.left, product.right, product.gradient),
+            (sides[0], sides[1]),
+            (proposals[0], proposals[1]),
+            (starts[0], starts[1]),
+            rounds=self.rounds,
+            order=(0, 1) if product.site.kind == "matmul" else (1, 0),
+        )
+        return {
+            slot: side.quantizer(parameters, _axis(side, slot))
+            for slot, side, parameters in zip(slots, sides, found, strict=True)
+            if not isinstance(side, Float)
+        }
+
+
+def _is_patch_input(slot: Slot) -> bool:
+    return slot.site.role == "patch_embed" and not slot.is_weight
+
+
+def _axis(side: Side, slot: Slot) -> int | None:
+    """Dim of the model's own tensor along which the groups of an operand lie."""
+    if side.groups.index.numel() == 1:
+        return None
+    if not slot.is_weight:
+        return -3
+    return 1 if "transpose" in slot.site.function else 0
