@@ -1,0 +1,318 @@
+"""Inputs and outputs of blocks over many images: how a block is called, and what it is given.
+
+What is fitted to them is the methods' business; how blocks are found, that of ``blocks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.adjustments import ChannelAffine, channel_axis
+from quietvit.quantization.blocks import (
+    Block,
+    first_tensor,
+    run_block,
+    watching_blocks,
+    with_first_tensor,
+)
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import ImageStream, run_model
+from quietvit.tracing import Trace, intercept
+
+CHUNK = 16
+"""Images that run through a block at once where nothing is learned."""
+
+_tree = torch.utils._pytree
+
+Leaves = list[Tensor]
+"""The arguments of a block that differ from image to image, each (images, rows, ...)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a block is called: its arguments flat, and where those lie that hold images.
+
+    ``places``: (leaf, dim, rows of one image along it), the block's first tensor first.
+    ``output``: dim and rows of the block's first output tensor. ``chained``: the only such
+    argument is the output of the block before as it left it.
+    """
+
+    spec: Any
+    leaves: tuple[Any, ...]
+    places: tuple[tuple[int, int, int], ...]
+    output: tuple[int, int]
+    chained: bool
+    shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    def arguments(self, given: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments for these images."""
+        leaves = list(self.leaves)
+        for (place, dim, _), leaf in zip(self.places, given, strict=True):
+            leaves[place] = leaf.flatten(0, 1).movedim(0, dim)
+        args, kwargs = _tree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves:
+        """The arguments that hold images, as ``Leaves``."""
+        leaves = _tree.tree_flatten((args, kwargs))[0]
+        return [by_image(leaves[place], dim, rows) for place, dim, rows in self.places]
+
+    def split_output(self, output: Any) -> Tensor:
+        return by_image(first_tensor(output), *self.output)
+
+
+def by_image(x: Tensor, dim: int, rows: int) -> Tensor:
+    """(images, rows, ...) from a tensor whose ``dim`` runs over images, ``rows`` for each."""
+    return x.detach().movedim(dim, 0).unflatten(0, (-1, rows))
+
+
+def layouts(
+    model: nn.Module, blocks: Sequence[Block], image: Tensor
+) -> tuple[dict[str, Layout], dict[str, str]]:
+    """The layout of each block, and why some have none. ``image``: (1, C, H, W).
+
+    The model runs on one and on two copies of the image: what grows along a dim holds images.
+    """
+    one, two = (_calls(model, blocks, image.repeat(n, 1, 1, 1)) for n in (1, 2))
+    found: dict[str, Layout] = {}
+    missing: dict[str, str] = {}
+    before: tuple[Tensor, int] | None = None
+    for name in one.order:
+        first, second = one.seen[name], two.seen.get(name)
+        if len(first) != 1 or second is None or len(second) != 1:
+            missing[name] = f"runs {len(first)} times in one pass"
+            before = None
+            continue
+        layout = _layout(first[0], second[0], before)
+        if isinstance(layout, str):
+            missing[name] = layout
+            before = None
+            continue
+        found[name] = layout
+        output = first_tensor(first[0].output)
+        before = output, output._version
+    for block in blocks:
+        if block.name not in one.seen:
+            missing[block.name] = "does not run as a module"
+    return found, missing
+
+
+@dataclass
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: tuple[int, ...]
+    output: Any = None
+    changed: bool = False
+
+
+@dataclass
+class _Seen:
+    order: list[str] = field(default_factory=list)
+    seen: dict[str, list[_Call]] = field(default_factory=dict)
+
+
+def _calls(model: nn.Module, blocks: Sequence[Block], images: Tensor) -> _Seen:
+    seen = _Seen()
+    hooks = []
+
+    def entered(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in seen.seen:
+                seen.order.append(name)
+            call = _Call(args, kwargs, tuple(t._version for t in _tensors((args, kwargs))))
+            seen.seen.setdefault(name, []).append(call)
+
+        return hook
+
+    def left(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = seen.seen[name][-1]
+        call.output = output
+        call.changed = call.versions != tuple(t._version for t in _tensors((args, kwargs)))
+
+    names = [block.name for block in blocks]
+    try:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(entered(name), with_kwargs=True))
+        with torch.no_grad(), watching_blocks(model, names, left):
+            run_model(model, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    return [leaf for leaf in _tree.tree_flatten(nested)[0] if isinstance(leaf, Tensor)]
+
+
+def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> Layout | str:
+    if one.changed:
+        return "changes its input in place"
+    leaves, spec = _tree.tree_flatten((one.args, one.kwargs))
+    doubled, _ = _tree.tree_flatten((two.args, two.kwargs))
+    x, y = first_tensor((one.args, one.kwargs)), first_tensor(one.output)
+    places = []
+    for place, (leaf, other) in enumerate(zip(leaves, doubled, strict=True)):
+        if not isinstance(leaf, Tensor):
+            if isinstance(leaf, int | float | str | bool) and leaf != other:
+                return "is given a number that depends on how many images there are"
+            continue
+        grown = _grown(leaf, other)
+        if grown is not None:
+            places.append((place, *grown))
+    output = _grown(y, first_tensor(two.output))
+    places.sort(key=lambda place: leaves[place[0]] is not x)
+    if output is None or not places or leaves[places[0][0]] is not x:
+        return "does not compute each image by itself"
+    held = {place for place, _, _ in places}
+    return Layout(
+        spec=spec,
+        leaves=tuple(None if i in held else leaf for i, leaf in enumerate(leaves)),
+        places=tuple(places),
+        output=output,
+        chained=len(places) == 1
+        and before is not None
+        and before[0] is x
+        # The output of the block before, unless changed in place on the way.
+        and before[1] == one.versions[0],
+        shape=tuple(x.shape),
+        output_shape=tuple(y.shape),
+    )
+
+
+def _grown(one: Tensor, two: Tensor) -> tuple[int, int] | None:
+    """The dim that doubled with the images, and its size for one image."""
+    dims = [d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
+    if len(dims) != 1 or two.shape[dims[0]] != 2 * one.shape[dims[0]]:
+        return None
+    return dims[0], one.shape[dims[0]]
+
+
+def channel_dim(block: Block, layout: Layout) -> int:
+    """Which dim of a block's first output runs along channels, counted from behind.
+
+    The last linear's or convolution's own, unless the output has its width elsewhere only.
+    """
+    last = [s for s in block.sites if s.weight_shape is not None and s.kind in ("linear", "conv")]
+    sizes = layout.output_shape
+    if not last or last[-1].weight_shape is None:
+        return -1
+    axis = channel_axis(last[-1])
+    width = last[-1].weight_shape[1 if "transpose" in last[-1].function else 0]
+    if -axis <= len(sizes) and sizes[axis] == width:
+        return axis
+    others = [d - len(sizes) for d, n in enumerate(sizes) if n == width]
+    return others[0] if len(others) == 1 else -1
+
+
+class _Reached(Exception):  # noqa: N818 - it ends a pass, nothing went wrong
+    pass
+
+
+@dataclass
+class BlockData:
+    """Runs blocks and models on the way of a method: quantized so far, or float.
+
+    ``model`` and ``calibrated`` are the quantized way, ``reference`` an untouched float copy.
+    """
+
+    model: nn.Module
+    reference: nn.Module
+    trace: Trace
+    calibrated: Calibrated
+    images: ImageStream
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        slots = [slot.site for slot in self.calibrated.quantizers]
+        sites = [*slots, *(self.trace[name] for name in self.calibrated.adjustments)]
+        self.kinds = frozenset(site.kind for site in sites)
+        self.block_kinds = self.kinds - {"add"}
+
+    def reach(self, name: str, layout: Layout, *, quantized: bool) -> Leaves:
+        """What the block is given for all images, each model run from its start to the block."""
+        model = self.model if quantized else self.reference
+        parts: list[Leaves] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            parts.append([leaf.clone() for leaf in layout.split(args, kwargs)])
+            raise _Reached
+
+        hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                for batch in self.images:
+                    try:
+                        self.whole(batch) if quantized else run_model(model, batch)
+                    except _Reached:
+                        continue
+                    raise QuietvitError(f"the block {name} did not run; trace the model again.")
+        finally:
+            hook.remove()
+        return [torch.cat(leaf) for leaf in zip(*parts, strict=True)]
+
+    def whole(self, images: Tensor) -> Any:
+        """The quantized model so far, compensations included."""
+        compensations = self.calibrated.compensations
+        running = intercept(self.trace, self.calibrated.handle, kinds=self.kinds)
+
+        def compensate(name: str, given: Any, named: Any, output: Any) -> Any:
+            with running.paused():
+                x, y = first_tensor((given, named)), first_tensor(output)
+                return with_first_tensor(output, compensations[name](x, y))
+
+        with watching_blocks(self.model, tuple(compensations), compensate), running:
+            return run_model(self.model, images)
+
+    def quantized(self, block: Block, layout: Layout, given: Leaves, handler: Any = None) -> Tensor:
+        """The quantized block's output (images, rows, ...), without its compensation."""
+        args, kwargs = layout.arguments(given)
+        handler = handler or self.calibrated.handle
+        kinds = self.block_kinds
+        output = run_block(self.model, block, args, kwargs, handler, kinds=kinds)
+        x = first_tensor(output)
+        return x.movedim(layout.output[0], 0).unflatten(0, (-1, layout.output[1]))
+
+    def float(self, block: Block, layout: Layout, given: Leaves) -> Tensor:
+        """The float block's output (images, rows, ...)."""
+        args, kwargs = layout.arguments(given)
+        return layout.split_output(self.reference.get_submodule(block.name)(*args, **kwargs))
+
+    def moved(self, block: Block) -> ChannelAffine | None:
+        """How a lone layer's input was moved by the re-parametrization of a norm before it."""
+        inside = {site.name for site in block.sites}
+        for link in self.trace.links if not block.residual else ():
+            by = self.calibrated.adjustments.get(link.source)
+            if link.consumer in inside and link.source not in inside:
+                source = self.trace[link.source]
+                if isinstance(by, ChannelAffine) and source.kind == "norm":
+                    return by.at(link.channels, channel_axis(self.trace[link.consumer]))
+        return None
+
+
+def chunks(given: Leaves) -> Iterable[Leaves]:
+    """The leaves, a few images at a time."""
+    for start in range(0, given[0].shape[0], CHUNK):
+        yield [leaf[start : start + CHUNK] for leaf in given]
+
+
+@torch.no_grad()
+def each(given: Leaves, run: Callable[[Leaves], Tensor]) -> Tensor:
+    """What ``run`` makes of all images, a few at a time, without gradient."""
+    whole: Tensor | None = None
+    for start, part in zip(range(0, given[0].shape[0], CHUNK), chunks(given), strict=True):
+        done = run(part)
+        if whole is None:
+            whole = done.new_empty(given[0].shape[0], *done.shape[1:])
+        whole[start : start + CHUNK] = done
+    assert whole is not None
+    return whole

@@ -1,0 +1,318 @@
+"""Block reconstruction: the config and the loop that BRECQ and QDrop share.
+
+How one block is fitted lives in ``block_fit``, how blocks are fed in ``block_data``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.block_data import (
+    BlockData,
+    Layout,
+    Leaves,
+    channel_dim,
+    each,
+    layouts,
+)
+from quietvit.quantization.block_fit import Learned, Samples, fit
+from quietvit.quantization.blocks import Block, find_blocks
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration, ImageStream
+from quietvit.quantization.method import between, get_method
+from quietvit.quantization.on_top import OnTop
+from quietvit.quantization.weights import read_weight, why_fixed, write_weight
+
+CHECKED = 64
+"""Images on which a block's error is measured before and after."""
+
+_SHARED = ("weight_bits", "activation_bits", "patch_embed_bits", "head_bits", "exclude")
+
+
+class Reconstruction(OnTop):
+    """What BRECQ and QDrop share: blocks are fitted in order, rounding and scales together.
+
+    For each residual block found in the trace (``blocks.find_blocks``), and each linear and
+    convolution outside of them, Adam lowers the squared error between the block's output on the
+    quantized way and the float model's output on the float way, Σ over channels, mean over the
+    rest, plus ``regularizer``·Σ(1 - |2h - 1|^β), β from 20 to 2 after the first ``warm_up`` of the
+    iterations. Learned are AdaRound's V of each weight and the scale of each activation, where
+    ``base`` gave them uniform quantizers; zero points, other quantizers and adjustments stay.
+    After that weights lie on their grid. A block that did not come nearer to the float output on
+    the first 64 images stays as the base left it, and the notes say so.
+
+    ``base``: RTN with OMSE ranges unless given, calibrated on the first ``base_images`` images
+    (those of its published setting by default). ``rounding_lr`` and ``scale_lr``: 1e-3 and 4e-4 at
+    20000 iterations; for fewer, by default as much larger, up to 0.02 and 0.01 (chosen here).
+    ``dtype="bfloat16"``: matrix products of the fit under autocast; quantizers, loss and
+    everything outside the fit stay float32.
+
+    How long all will take is measured on one iteration of each block before the first, and shown
+    with the progress bar. Held in memory for all images: a block's input on the quantized and, for
+    QDrop, on the float way, its float output and the block's next quantized output; also the
+    images, where they come from a generator or a loader, and a float copy of the model.
+
+    Differs from the authors' code, on purpose: (1) rounding and activation scales are learned
+    together, as QDrop does; BRECQ learns scales after all rounding. (2) The logarithm of a scale is
+    learned, so 4e-4 is relative; without LSQ's gradient scale, which Adam cancels. (3) Both
+    learning rates fall along a half cosine. (4) The guard on the first 64 images. (5) Blocks come
+    from the trace, not by name.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("images", "gradients")
+    cost: ClassVar[str] = "hours"
+    images: ClassVar[int] = 1024
+
+    iterations: Annotated[int, Field(ge=1)] = 20000
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    rounding_lr: Annotated[float, between(0, 1)] | None = None
+    scale_lr: Annotated[float, between(0, 1)] | None = None
+    regularizer: Annotated[float, Field(ge=0)] = 0.01
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    base_images: Annotated[int, Field(ge=1)] | None = None
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_base(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("base") is not None:
+            return given
+        shared = {name: given[name] for name in _SHARED if name in given}
+        ranges = {"weight_range": "omse", "activation_range": "omse"}
+        return given | {"base": get_method("rtn")(**ranges, **shared)}
+
+    @property
+    def rounding_rate(self) -> float:
+        """Learning rate of V: as given, or such that V can move as far whatever the iterations."""
+        return self.rounding_lr or min(0.02, 1e-3 * 20000 / self.iterations)
+
+    @property
+    def scale_rate(self) -> float:
+        """Learning rate of the scales' logarithms, alike."""
+        return self.scale_lr or min(0.01, 4e-4 * 20000 / self.iterations)
+
+    @property
+    def keep(self) -> float:
+        """Probability that an activation stays float while a block is fitted."""
+        return 0.0
+
+    def output_weights(self, data: BlockData, block: Block, layout: Layout) -> Tensor | None:
+        """Weights of the squared output errors (images, rows, ...), None for all alike."""
+        return None
+
+    def calibrate(self, calibration: Calibration) -> Calibrated:
+        """Base, then one block after the other; see the class."""
+        calibration = replayable(calibration)
+        reference = copy.deepcopy(calibration.model).requires_grad_(False)
+        calibrated = self.base.calibrate(few(calibration, self.base_images or self.base.images))
+        check_base(self, calibrated)
+        data = BlockData(
+            calibration.model,
+            reference,
+            calibration.trace,
+            calibrated,
+            calibration.images,
+        )
+        with frozen(calibration.model):
+            _Run(self, calibration, data).run()
+        return calibrated
+
+
+def check_base(method: OnTop, calibrated: Calibrated) -> None:
+    """Raise QuietvitError for a base that compensates blocks, which are about to change."""
+    if calibrated.compensations:
+        base = method.base.name
+        raise QuietvitError(
+            f"{method.name} on top of {base}: what {base} adds to the blocks fits its own rounding "
+            f"only; put {base} on top of {method.name}, not the other way round."
+        )
+
+
+def replayable(calibration: Calibration) -> Calibration:
+    """The same, over images that come again as they were.
+
+    Those of a tensor or a list do; a generator's, and a DataLoader's that shuffles, are kept.
+    """
+    if isinstance(calibration.images.source, Tensor | list | tuple):
+        return calibration
+    images = ImageStream(calibration.everything(), calibration.model)
+    return replace(calibration, images=images)
+
+
+def few(calibration: Calibration, count: int) -> Calibration:
+    """Calibration on the first ``count`` images."""
+    kept: list[Tensor] = []
+    for batch in calibration.images:
+        kept.append(batch)
+        if sum(part.shape[0] for part in kept) >= count:
+            break
+    first = ImageStream(torch.cat(kept)[:count], calibration.model)
+    return replace(calibration, images=first)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model gets a gradient inside."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class _Run:
+    """One calibration: the blocks in order, each fed with what those before make of the images."""
+
+    method: Reconstruction
+    calibration: Calibration
+    data: BlockData
+
+    def run(self) -> None:
+        blocks = find_blocks(self.data.trace)
+        first = self.calibration.images.peek()
+        self.layouts, missing = layouts(self.data.reference, blocks, first[:1])
+        self.generator = torch.Generator().manual_seed(self.method.seed)
+        self.ratios: dict[str, float] = {}
+        todo = [b for b in blocks if b.name in self.layouts]
+        learning = [b for b in todo if Learned.of(self.data, b, self.method)]
+        total = len(learning) * self.method.iterations
+        label = f"{self.method.name} {self.method.label}{self._estimate(learning, first)}"
+        bar: Any = self.calibration.track(range(total), total, label)  # type: ignore[arg-type]
+        with closing(bar):
+            self._blocks(todo, lambda: next(bar, None))
+        self._notes(blocks, missing)
+
+    def _estimate(self, blocks: list[Block], images: Tensor) -> str:
+        """How long all of it will take, from an iteration of each block on the first batch."""
+        if not self.calibration.progress:
+            return ""
+        images = images[: self.method.batch_size]
+        first = replace(self.data, images=ImageStream(images, self.data.reference))
+        seconds = spent = 0.0
+        for block in blocks:
+            layout = self.layouts[block.name]
+            given = first.reach(block.name, layout, quantized=False)
+            with torch.no_grad():
+                target = self.data.float(block, layout, given)
+            samples = Samples(given, target, given[0] if self.method.keep else None)
+            for _ in range(2):  # the first one also allocates
+                start = time.monotonic()
+                learned = Learned.of(self.data, block, self.method)
+                generator = torch.Generator().manual_seed(0)
+                self._fit(block, learned, samples, generator, lambda: None, 1)
+                spent = time.monotonic() - start
+            seconds += spent * self.method.batch_size / images.shape[0]
+        minutes = seconds * self.method.iterations / 60
+        return f", about {minutes:.0f} min" if minutes >= 1 else ""
+
+    def _blocks(self, blocks: list[Block], tick: Callable[[], Any]) -> None:
+        way: tuple[Leaves, Leaves] | None = None
+        for place, block in enumerate(blocks):
+            layout = self.layouts[block.name]
+            if way is None or not layout.chained:
+                way = None  # before the next is collected
+                given = self.data.reach(block.name, layout, quantized=True)
+                floats = self.data.reach(block.name, layout, quantized=False)
+            else:
+                given, floats = way
+            targets = each(floats, lambda part: self.data.float(block, layout, part))  # noqa: B023
+            samples = Samples(given, targets, floats[0] if self.method.keep else None)
+            way, floats = None, []
+            self._block(block, samples, tick)
+            after = blocks[place + 1] if place + 1 < len(blocks) else None
+            if after is not None and self.layouts[after.name].chained:
+                samples.mixed = samples.importance = None
+                quantized = each(given, lambda part: self.data.quantized(block, layout, part))  # noqa: B023
+                way = [quantized], [targets]
+
+    def _block(self, block: Block, samples: Samples, tick: Callable[[], Any]) -> None:
+        """Fit a block and keep what was learned if that is nearer to the float output."""
+        learned = Learned.of(self.data, block, self.method)
+        if not learned:
+            return
+        before = self._error(block, samples)
+        moved = self.data.moved(block)
+        if samples.mixed is not None and moved is not None:
+            samples.mixed = moved.apply_to(samples.mixed)
+        samples.importance = self.method.output_weights(self.data, block, self.layouts[block.name])
+        self._fit(block, learned, samples, self.generator, tick, self.method.iterations)
+        model = self.data.model
+        earlier = {slot: read_weight(model, slot.site) for slot in learned.rounding}
+        for slot, rounding in learned.rounding.items():
+            write_weight(model, slot.site, rounding.hard())
+        for scale in learned.scales.values():
+            scale.write()
+        after = self._error(block, samples)
+        self.ratios[block.name] = after / before if before else math.inf
+        if not after < before:
+            for slot, weight in earlier.items():
+                write_weight(model, slot.site, weight)
+            for scale in learned.scales.values():
+                scale.undo()
+
+    def _fit(
+        self,
+        block: Block,
+        learned: Learned,
+        samples: Samples,
+        generator: torch.Generator,
+        tick: Callable[[], Any],
+        iterations: int,
+    ) -> None:
+        layout = self.layouts[block.name]
+        channels = layout.output_shape[channel_dim(block, layout)]
+
+        def run(leaves: Leaves, handler: Callable[..., Tensor]) -> Tensor:
+            return self.data.quantized(block, layout, leaves, handler)
+
+        with torch.enable_grad():
+            fit(self.method, learned, run, samples, channels, generator, tick, iterations)
+
+    def _error(self, block: Block, samples: Samples) -> float:
+        """Mean squared error of the quantized block's output on the first images."""
+        layout = self.layouts[block.name]
+        given = [leaf[:CHECKED] for leaf in samples.given]
+        output = each(given, lambda part: self.data.quantized(block, layout, part))
+        return float((output - samples.targets[:CHECKED]).double().square().mean())
+
+    def _notes(self, blocks: tuple[Block, ...], missing: dict[str, str]) -> None:
+        notes, name = self.data.calibrated.notes, self.method.base.name
+        better = sorted(ratio for ratio in self.ratios.values() if ratio < 1)
+        if better:
+            notes.append(
+                f"{self.method.name}: {len(better)} blocks and layers reconstructed in "
+                f"{self.method.iterations} iterations each; their squared output error is "
+                f"{100 * better[len(better) // 2]:.0f} % (median) of what {name} left"
+            )
+        kept = [block for block, ratio in self.ratios.items() if not ratio < 1]
+        if kept:
+            notes.append(f"not better after reconstruction, left as by {name}: {', '.join(kept)}")
+        for block, why in missing.items():
+            notes.append(f"{block} is left as by {name}: it {why}")
+        inside = {site.name for block in blocks for site in block.sites}
+        outside = [site.name for site in self.data.trace.matmuls if site.name not in inside]
+        if outside:
+            notes.append(f"in no block, left as by {name}: {', '.join(outside)}")
+        weights = [slot.site for slot in self.data.calibrated.quantizers if slot.is_weight]
+        reasons = [why_fixed(self.data.model, self.data.trace, site) for site in weights]
+        fixed = [why for why in reasons if why is not None]
+        if fixed:
+            more = f" ({len(fixed)} such weights)" if len(fixed) > 1 else ""
+            notes.append(f"rounding not learned: {fixed[0]}{more}")
+        if "add" in self.data.kinds:
+            notes.append("residual adds inside a block are float while it is reconstructed")
