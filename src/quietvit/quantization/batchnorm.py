@@ -79,7 +79,7 @@ def fold_batchnorms(calibration: Calibration, calibrated: Calibrated, image: Ten
     model, trace = calibration.model, calibration.trace
     pairs: dict[str, tuple[Site, nn.Module]] = {}
     skipped: dict[str, str] = {}
-    norms = [s for s in trace.sites if s.kind == "norm" and s.function == "batch_norm"]
+    norms = [site for site in trace.sites if _is_batchnorm(model, site)]
     if not norms:
         return Folds((), ())
     for norm in norms:
@@ -115,6 +115,14 @@ def scale_weight(model: nn.Module, calibrated: Calibrated, folded: Folded, scale
     calibrated.adjustments[folded.source.name] = back
 
 
+def _is_batchnorm(model: nn.Module, site: Site) -> bool:
+    """Not what only standardizes a weight by way of ``F.batch_norm``."""
+    if site.kind != "norm" or site.function != "batch_norm":
+        return False
+    known = isinstance(model.get_submodule(site.module), nn.modules.batchnorm._BatchNorm)
+    return known or bool(site.operands[0].fed_by)
+
+
 def _pair(model: nn.Module, trace: Trace, norm: Site) -> tuple[Site, nn.Module] | str:
     module = model.get_submodule(norm.module)
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -123,7 +131,8 @@ def _pair(model: nn.Module, trace: Trace, norm: Site) -> tuple[Site, nn.Module] 
         return "it normalizes by the batch's own statistics"
     fed_by = norm.operands[0].fed_by
     if len(fed_by) != 1:
-        return f"it is fed by {len(fed_by)} sites, not by one convolution"
+        many = "several sites" if fed_by else "the input"
+        return f"it is fed by {many}, not by one convolution or linear"
     source = trace[fed_by[0]]
     if source.kind not in ("linear", "conv"):
         return f"it follows a site of kind {source.kind}, not a convolution or linear"
