@@ -58,7 +58,8 @@ class HPTQ(Method):
     - ``z_threshold``: histogram bins further than that many standard deviations from the mean do
       not count; 5 to 20 are useful.
     - ``weight_error``, ``activation_error``: what the threshold search minimizes: ``mse``, ``mae``,
-      ``lp`` (exponent ``p``), ``kl``, ``noclip``; 10 thresholds for weights, 20 for activations.
+      ``lp`` (exponent ``p``; 2 is ``mse``), ``kl``, ``noclip``; 10 thresholds for weights, 20 for
+      activations.
     - ``shift_negative``: inputs of linears and convolutions that come from PReLU, ELU, Hardswish,
       SiLU or GELU and reach below zero by at most ``shift_ratio`` (0.25 in the paper of 2021, 0.05
       in the toolkit now) of their threshold become unsigned, shifted up by the smallest grid point
@@ -69,7 +70,7 @@ class HPTQ(Method):
     Differences from the paper. Histograms have finer bins (see ``ranges.Stream``, the paper: 2048),
     since they then need not be made anew when the range grows. The threshold of a shifted input is
     searched once more on its shifted grid, and each reader of an activation is shifted for itself:
-    both derived here. The form of ``kl`` is derived here. Operands of attention's products get
+    both derived here, as is the form of ``kl``. Operands of attention's products get
     thresholds as every other; residual adds and logits stay float. Padding counts as zeros in no
     E[x]. Power-of-two thresholds waste up to half of a grid, which costs little at 8 bits and much
     at 4.
