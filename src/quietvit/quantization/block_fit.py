@@ -131,7 +131,6 @@ def fit(
     adam = torch.optim.Adam(groups, fused=True)
     rates = [group["lr"] for group in adam.param_groups]
     targets, mixed, importance = samples.targets, samples.mixed, samples.importance
-    half = torch.autocast(targets.device.type, torch.bfloat16, enabled=method.dtype == "bfloat16")
     for step in range(iterations):
         tick()
         for group, rate in zip(adam.param_groups, rates, strict=True):
@@ -145,8 +144,7 @@ def fit(
             leaves[0] = leaves[0].lerp(mixed[rows], keep.to(leaves[0].dtype))
         ups = {slot: rounding.up() for slot, rounding in learned.rounding.items()}
         weights = {slot: learned.rounding[slot].at(up) for slot, up in ups.items()}
-        with half:
-            output = run(leaves, learned.handler(weights))
+        output = run(leaves, learned.handler(weights))
         error = (output - targets[rows]).float().square()
         if importance is not None:
             error = error * importance[rows]

@@ -56,7 +56,8 @@ class Reconstruction(OnTop):
     (those of its published setting by default). ``rounding_lr`` and ``scale_lr``: 1e-3 and 4e-4 at
     20000 iterations; for fewer, by default as much larger, up to 0.02 and 0.01 (chosen here).
     ``dtype="bfloat16"``: matrix products of the fit under autocast; quantizers, loss and
-    everything outside the fit stay float32.
+    everything outside the fit stay float32, and so do layers outside of blocks, whose 8 bits are
+    finer than its rounding.
 
     How long all will take is measured on one iteration of each block before the first, and shown
     with the progress bar. Held in memory for all images: a block's input on the quantized and, for
@@ -277,8 +278,12 @@ class _Run:
         layout = self.layouts[block.name]
         channels = layout.output_shape[channel_dim(block, layout)]
 
+        half = self.method.dtype == "bfloat16" and block.residual
+        device = samples.targets.device.type
+
         def run(leaves: Leaves, handler: Callable[..., Tensor]) -> Tensor:
-            return self.data.quantized(block, layout, leaves, handler)
+            with torch.autocast(device, torch.bfloat16, enabled=half):
+                return self.data.quantized(block, layout, leaves, handler)
 
         with torch.enable_grad():
             fit(self.method, learned, run, samples, channels, generator, tick, iterations)
