@@ -1,0 +1,73 @@
+"""DopQ-ViT: RepQ-ViT with medians behind norms (MOSF) and tangent attention maps (TanQ).
+
+Everything shared with RepQ-ViT lives in ``repq_vit``, the quantizer itself in ``companding``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quietvit.quantization.companding import TanQuantizer
+from quietvit.quantization.method import register
+from quietvit.quantization.methods.repq_vit import RepQViT
+from quietvit.quantization.nonuniform import squared_error
+from quietvit.quantization.postnorm import ChannelSteps, Layerwise, blocks, layerwise, quantiles
+from quietvit.quantization.quantizers import Quantizer
+from quietvit.quantization.ranges import Stream
+
+CURVATURES = tuple(0.4 + 0.05 * step for step in range(23))
+"""0.4 to 1.5."""
+
+
+@register("dopq-vit")
+class DopQViT(RepQViT):
+    """DopQ-ViT (Yang et al., arXiv 2408.03291) without its block reconstruction.
+
+    ``mosf``: s̃ behind norms is the one of least mean absolute deviation, which is the median of
+    the s_j (the paper's statement). That alone changes nothing here: s̃ cancels, see
+    ``postnorm.layerwise``. z̃ does not cancel, so it is the median of the z_j, too; derived here.
+
+    ``tanq``: attention maps take ``TanQuantizer``, derived here since the paper's equation is not
+    public. Its scale, the largest value or a p-quantile as in RepQ-ViT, and its curvature, 0.4 to
+    1.5, are those of least squared error over a histogram of the calibration images.
+
+    With either set to False the part is RepQ-ViT's; everything else is RepQ-ViT's anyway. The
+    published figures are not to be expected: they are of blocks reconstructed on 1024 images.
+    """
+
+    summary: ClassVar[str] = "RepQ-ViT with medians behind norms, tangent attention maps"
+    source: ClassVar[str] = "arXiv 2408.03291; tangent quantizer derived here"
+    published: ClassVar[str] = "DeiT-T W4A4 65.54, W6A6 71.17, with block reconstruction"
+
+    mosf: bool = True
+    tanq: bool = True
+
+    def layerwise(self, steps: ChannelSteps) -> Layerwise:
+        """One quantizer for all channels: the medians of scales and zero points."""
+        if not self.mosf:
+            return super().layerwise(steps)
+        return layerwise(steps, scale_centre=_median, zero_centre=_median)
+
+    def attention_quantizer(self, x: Tensor, bits: int) -> Quantizer:
+        """Tangent quantizer of attention maps, scale and curvature of least squared error."""
+        if not self.tanq:
+            return super().attention_quantizer(x, bits)
+        rows = x.detach().float().reshape(1, -1)
+        stream = Stream()
+        for block in blocks(rows):
+            stream.update(block)
+        values, counts = stream.points()
+        scales = [rows.max(), *(high[0] for _, high in quantiles(rows))]
+        choice = [
+            TanQuantizer(scale, torch.tensor(curvature, device=x.device), bits=bits)
+            for scale in scales
+            for curvature in CURVATURES
+        ]
+        return min(choice, key=lambda tangent: squared_error(tangent, values, counts).item())
+
+
+def _median(values: Tensor) -> Tensor:
+    return values.quantile(0.5)

@@ -1,0 +1,158 @@
+"""RepQ-ViT: one quantizer for each channel behind norms, made one for all by re-parametrization.
+
+Ranges and algebra live in ``postnorm``, the exchange with the weights in ``reparametrize``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.method import EdgeBits, Method, Slot, register
+from quietvit.quantization.nonuniform import LogQuantizer, squared_error
+from quietvit.quantization.postnorm import (
+    ChannelSteps,
+    Layerwise,
+    blocks,
+    layerwise,
+    percentile_range,
+    quantiles,
+)
+from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+from quietvit.quantization.reparametrize import NormLink, NormLinks, norm_links, reparametrize
+from quietvit.tracing import MATMUL_KINDS, Site
+from quietvit.tracing.ops import norm_channel_dim
+
+NOMINAL_BITS = 8
+"""For the re-parametrization where activations stay float."""
+
+
+@register("repq-vit")
+class RepQViT(Method):
+    """RepQ-ViT (Li et al., arXiv 2212.08254), after its paper and its authors' code.
+
+    Weights: asymmetric, by output channel. Activations: asymmetric, per tensor. Both ranges are
+    the quantiles (1 - p, p), p in {.999, .9999, .99999}, of least squared error over the
+    calibration images. Behind norms: ranges (s_j, z_j) by channel, brought to one (s̃, z̃) for all
+    by ``postnorm.layerwise``, weights calibrated after that. Attention maps: log √2 quantizer at
+    the activation bits, its scale the p-quantile of least squared error; it has one value more
+    than the bits hold, as theirs. Patch embedding at 8 bits, head at the working bits.
+
+    Differs from the authors' code, on purpose: (1) one pass, in order: each range is taken from
+    what the quantized layers before it hand on, re-parametrization included; theirs calibrates
+    weights behind norms again afterwards, but no other range. (2) z̃ is rounded, so that codes stay.
+    (3) Per-tensor and weight ranges hold zero. (4) The patch embedding's weight has 8 bits, as its
+    input; theirs has the working bits. (5) Constant channels, see ``layerwise``.
+
+    As in theirs, norms whose linears are the head keep per-tensor ranges; so do norms that have no
+    link (see ``norm_links``), and attention maps that hold negative values take a uniform
+    quantizer: all are named in the notes. All images go through the model at once. Where
+    activations stay float, norms are re-parametrized as for 8 bits.
+    """
+
+    summary: ClassVar[str] = "scale re-parametrization behind norms, log √2 attention maps"
+    source: ClassVar[str] = "arXiv 2212.08254"
+    published: ClassVar[str] = "DeiT-T W4A4 57.43, W6A6 70.76 (float 72.21), 32 images"
+    deployable: ClassVar[bool] = False
+
+    head_bits: EdgeBits = "same"
+
+    def calibrate(self, calibration: Calibration) -> Calibrated:
+        """One pass of all images, ranges and weights settled site by site on the way."""
+        found = self._links(calibration)
+        links = {link.norm.name: link for link in found.links}
+        calibrated = Calibrated(notes=found.notes(f"{self.name}'s re-parametrization"))
+
+        def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+            try:
+                if site.name in links:
+                    self._move(calibration, calibrated, links[site.name], run(*operands))
+                elif site.kind in MATMUL_KINDS:
+                    self._add_quantizers(calibrated, site, operands)
+            except QuietvitError as error:
+                raise QuietvitError(f"{site.name}: {error}") from error
+            return calibrated.handle(site, operands, run)
+
+        with torch.no_grad():
+            calibration.run(calibration.everything(), handler)
+        return calibrated
+
+    def layerwise(self, steps: ChannelSteps) -> Layerwise:
+        """One quantizer for all channels: the means of scales and zero points."""
+        return layerwise(steps)
+
+    def attention_quantizer(self, x: Tensor, bits: int) -> Quantizer:
+        """Log √2 quantizer of attention maps, scale the p-quantile of least squared error."""
+        rows = x.detach().float().reshape(1, -1)
+        choice = [LogQuantizer.sqrt2(high[0], bits=bits) for _, high in quantiles(rows)]
+
+        def error(quantizer: Quantizer) -> float:
+            return sum(squared_error(quantizer, block).item() for block in blocks(rows))
+
+        return min(choice, key=error)
+
+    def _links(self, calibration: Calibration) -> NormLinks:
+        """Norms with a link, but for those before the head or excluded layers only."""
+        found = norm_links(calibration.model, calibration.trace)
+        links, skipped = [], list(found.skipped)
+        for link in found.links:
+            heads = [site.name for site in link.consumers if site.role == "head"]
+            if heads:
+                skipped.append((link.norm.name, f"it feeds the head {heads[0]}"))
+            elif any(self.excluded_by(site) is None for site in link.consumers):
+                links.append(link)
+        return NormLinks(tuple(links), tuple(skipped))
+
+    def _move(
+        self, calibration: Calibration, calibrated: Calibrated, link: NormLink, x: Tensor
+    ) -> None:
+        """Re-parametrize a norm for its output x and give its consumers their quantizer."""
+        slots = [Slot(site, 0) for site in link.consumers]
+        bits = {slot: self.slot_bits(slot) for slot in slots}
+        used = next((b for b in bits.values() if b is not None), NOMINAL_BITS)
+        axis = norm_channel_dim(link.norm.function)
+        low, high = percentile_range(x, used, axis=axis, hold_zero=False)
+        moved = self.layerwise(ChannelSteps.of(low, high, used))
+        reparametrize(calibration.model, link, calibrated, gain=moved.gain, shift=moved.shift)
+        for slot, asked in bits.items():
+            if asked is not None:
+                calibrated.quantizers[slot] = copy.deepcopy(moved.quantizer)
+
+    def _add_quantizers(
+        self, calibrated: Calibrated, site: Site, operands: tuple[Tensor, ...]
+    ) -> None:
+        for index, x in enumerate(operands):
+            slot = Slot(site, index)
+            bits = self.slot_bits(slot)
+            if bits is None or slot in calibrated.quantizers:
+                continue
+            attention = site.kind in ("matmul", "einsum") and _role(slot) == "post_softmax"
+            if attention and bool((x < 0).any()):
+                attention = False
+                calibrated.notes.append(
+                    f"{site.name}: attention maps with negative values take a uniform quantizer"
+                )
+            calibrated.quantizers[slot] = (
+                self.attention_quantizer(x, bits) if attention else _uniform(slot, x, bits)
+            )
+
+
+def _role(slot: Slot) -> str:
+    operands = slot.site.operands
+    return operands[slot.index].role if slot.index < len(operands) else ""
+
+
+def _uniform(slot: Slot, x: Tensor, bits: int) -> AffineQuantizer:
+    """Asymmetric; weights by output channel, activations per tensor."""
+    axis = None
+    if slot.is_weight:
+        axis = 1 if "transpose" in slot.site.function else 0
+    low, high = percentile_range(x, bits, axis=axis)
+    return AffineQuantizer.from_range(low, high, bits=bits, symmetric=False, axis=axis)
