@@ -141,3 +141,53 @@ def test_adjustments_follow_each_other_and_can_be_undone():
     y = torch.randn(2, 3, 4)
     torch.testing.assert_close(first.then(second).apply_to(y), second.apply_to(first.apply_to(y)))
     torch.testing.assert_close(first.inverse().apply_to(first.apply_to(y)), y)
+
+
+class Between(nn.Module):
+    """A norm, then something done to its output, then a linear."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 4)
+        self.gain = nn.Parameter(torch.rand(6) + 1)
+        self.register_buffer("position", torch.randn(5, 6))
+        self.between = between
+
+    def forward(self, x):
+        return self.linear(self.between(self, self.norm(self.first(x))))
+
+
+BETWEEN = {
+    "position added": lambda model, x: x + model.position,
+    "position added in place": lambda model, x: x.add_(model.position),
+    "number added": lambda model, x: x + 0.5,
+    "number subtracted": lambda model, x: 0.5 - x,
+    "number multiplied": lambda model, x: 0.5 * x,
+    "number divided": lambda model, x: x / 3,
+    "buffer multiplied": lambda model, x: x * model.position,
+    "parameter multiplied": lambda model, x: model.gain * x,
+    "masked": lambda model, x: x.masked_fill(model.position > 0, 0.0),
+    "masked by where": lambda model, x: torch.where(model.position > 0, x, model.position),
+    "clamped": lambda model, x: x.clamp(-1, 1),
+    "summed": lambda model, x: x.sum(1),
+    "gated": lambda model, x: x * x,
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_stands_between_is_seen_or_does_no_harm(name):
+    model = Between(BETWEEN[name]).double()
+    x = torch.randn(1, 5, 6, dtype=torch.double)
+    traced = trace(model, x)
+    with torch.no_grad():
+        wanted = model(x)
+    links, calibrated = moved(model, traced)
+    with torch.no_grad(), intercept(traced, calibrated.handle, kinds=SITE_KINDS):
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    assert bool(links.links) != bool(links.skipped)
+
+
+def test_nothing_between_is_a_link():
+    model = Between(lambda model, x: x.flip(1).reshape(1, 5, 6))
+    assert len(norm_links(model, trace(model, torch.randn(1, 5, 6))).links) == 1

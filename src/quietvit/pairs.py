@@ -138,6 +138,7 @@ def find_pairs(
         if "gate" in link.through and "pooled" not in link.through
     )
     for link in trace.links:
+        link = replace(link, through=_steps(link.through))
         first, second = trace[link.source], trace[link.consumer]
         kind, reason = _kind(link, first, second, gated[link.consumer])
         if reason:
@@ -153,6 +154,11 @@ def find_pairs(
     if not found:
         raise _no_pairs(trace, kinds, skipped)
     return FoundPairs(tuple(found), tuple(skipped))
+
+
+def _steps(through: tuple[str, ...]) -> tuple[str, ...]:
+    """What stands between, but for what leaves the alignment of two matrices alone."""
+    return tuple(step for step in through if step not in ("offset", "factor", "summed"))
 
 
 _trace = trace  # the function, where an argument of that name hides it
@@ -215,7 +221,7 @@ def _columns(site: Site) -> int:
 
 def _rotated(scores: Scores) -> str:
     """Why the scores are no product of the two weights alone, "" where they are."""
-    between = set(scores.through) - {"scale"}
+    between = set(_steps(scores.through)) - {"scale"}
     if "norm" in between:
         return "a norm stands between a weight and the scores"
     return f"{', '.join(sorted(between))} between a weight and the scores" if between else ""

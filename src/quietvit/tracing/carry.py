@@ -53,7 +53,11 @@ def carried(
     if name in ops.JOINING and args and "out" not in kwargs:
         return [labels.join(values, tensors, lambda parts: func(parts, *args[1:], **kwargs))]
     if name in ops.REDUCING and len(outputs) == 1:
-        return [_reduced(name, args, kwargs, values[0], outputs[0])]
+        reduced = _reduced(name, args, kwargs, values[0], outputs[0])
+        if name == "sum":
+            flows = {source: flow.via("summed") for source, flow in reduced.flows.items()}
+            reduced = replace(reduced, flows=flows)
+        return [reduced]
     if (name in ops.CASTING or func in ops.CASTING_PROPERTIES) and len(outputs) == 1:
         return [values[0]]
     if name in ops.ELEMENTWISE and len(outputs) == 1:
@@ -71,6 +75,8 @@ def carried(
         else:
             combined = labels.combine(kept, shapes, outputs[0].shape, adding)
         bent = [name.strip("_")] if name in ops.BENDING else []
+        if len(floating) == 1 and not bent:  # the other side is a number, or a mask
+            bent = ["offset" if adding else "factor"]
         flows = {}
         for source, flow in combined.flows.items():
             for step in (*bent, *_mixing_gate(source, kept, adding, descends)):

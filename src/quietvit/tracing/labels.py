@@ -105,11 +105,14 @@ def combine(
     A product keeps the channels of every factor; a sum only those that all its terms carry, since
     two different channels added are neither. A source whose channels meet other channels of its own
     in a product (a packed gated MLP) is kept once for each factor, as "source", "source|1", ...
-    A factor that had to be broadcast (the gate of a squeeze-and-excitation) passes "pooled".
+    A factor that had to be broadcast (the gate of a squeeze-and-excitation) passes "pooled". What a
+    constant is added to passes "offset"; what it multiplies, "scale" for a parameter, else
+    "factor".
     """
     dependent = [value for value in values if value.depends]
     flows: dict[str, Flow] = {}
     scaled = any(value.parameter is not None for value in values)
+    fixed = len(dependent) < len(values)
     for source in dict.fromkeys(s for value in dependent for s in value.flows):
         carriers = [value.flows[source] for value in dependent if source in value.flows]
         if adding and len(carriers) < len(dependent):
@@ -132,9 +135,11 @@ def combine(
             flows[source] = Flow(mixed.expand(tuple(output)), distinct[0].through)
             continue
         for part, flow in enumerate(distinct):
-            if not adding:
+            if adding:
+                flow = flow.via("offset") if fixed else flow
+            else:
                 flow = flow.via("gate") if len(dependent) > 1 else flow
-                flow = flow.via("scale") if scaled else flow
+                flow = flow.via("scale" if scaled else "factor") if fixed else flow
             flows[source if part == 0 else f"{source}|{part}"] = flow
     return replace(merge(values), flows=flows)
 
