@@ -68,10 +68,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "repq-vit": ("repq-vit", {}),
     "dopq-vit": ("dopq-vit", {}),
     "adalog": ("adalog", {}),
-    "gptq": ("gptq", {}),
+    "gptq": ("gptq", {"base": "repq-vit"}),
     "erq": ("erq", {}),
     "hptq": ("hptq", {}),
-    "qwt": ("qwt", {}),
+    "qwt": ("qwt", {"base": "repq-vit"}),
     "brecq": ("brecq", {}),
     "qdrop": ("qdrop", {}),
 }

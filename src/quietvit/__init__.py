@@ -14,7 +14,24 @@ if TYPE_CHECKING:
     from quietvit.decay import ColinearityDecay, NormGainDecay
     from quietvit.measure import diagnose
     from quietvit.pairs import find_pairs
-    from quietvit.quantization import RTN, list_methods, load, quantize
+    from quietvit.quantization import (
+        BRECQ,
+        ERQ,
+        GPTQ,
+        HPTQ,
+        RTN,
+        AdaLog,
+        DopQViT,
+        FQViT,
+        PTQ4ViT,
+        QDrop,
+        QwT,
+        RepQViT,
+        SmoothQuant,
+        list_methods,
+        load,
+        quantize,
+    )
     from quietvit.tracing import trace
 
 __version__ = "0.1.0"
@@ -27,15 +44,39 @@ _HOMES = {
     "diagnose": "quietvit.measure",
     "quantize": "quietvit.quantization",
     "RTN": "quietvit.quantization",
+    "SmoothQuant": "quietvit.quantization",
+    "FQViT": "quietvit.quantization",
+    "PTQ4ViT": "quietvit.quantization",
+    "RepQViT": "quietvit.quantization",
+    "DopQViT": "quietvit.quantization",
+    "AdaLog": "quietvit.quantization",
+    "GPTQ": "quietvit.quantization",
+    "ERQ": "quietvit.quantization",
+    "BRECQ": "quietvit.quantization",
+    "QDrop": "quietvit.quantization",
+    "QwT": "quietvit.quantization",
+    "HPTQ": "quietvit.quantization",
     "load": "quietvit.quantization",
     "list_methods": "quietvit.quantization",
 }
 
 __all__ = [
+    "BRECQ",
+    "ERQ",
+    "GPTQ",
+    "HPTQ",
     "RTN",
+    "AdaLog",
     "ColinearityDecay",
+    "DopQViT",
+    "FQViT",
     "NormGainDecay",
+    "PTQ4ViT",
+    "QDrop",
     "QuietvitError",
+    "QwT",
+    "RepQViT",
+    "SmoothQuant",
     "diagnose",
     "find_pairs",
     "list_methods",
