@@ -58,6 +58,7 @@ class QwT(OnTop):
     published: ClassVar[str] = "512 images, on top of RepQ-ViT"
     cost: ClassVar[str] = "minutes"
     images: ClassVar[int] = 512
+    default_base: ClassVar[str] = "repq-vit"
 
     base_images: Annotated[int, Field(ge=1)] | None = None
 
