@@ -77,7 +77,8 @@ def percentile_range(
     if hold_zero:
         candidates = [torch.stack((c[0].clamp(max=0), c[1].clamp(min=0))) for c in candidates]
     errors = torch.stack([_squared_error(rows, c[0], c[1], bits) for c in candidates])
-    low, high = torch.stack(candidates)[errors.argmin(0), :, torch.arange(len(rows))].unbind(1)
+    every = torch.arange(len(rows), device=rows.device)
+    low, high = torch.stack(candidates)[errors.argmin(0), :, every].unbind(1)
     return (low, high) if axis is not None else (low[0], high[0])
 
 
