@@ -10,10 +10,11 @@ import torch
 from typer.main import get_command
 
 from quietvit import cli
+from quietvit.quantization import methods_markdown
 from quietvit.train.recipe import known_keys, list_recipes
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/getting-started.md"]
+PAGES = ["README.md", "docs/getting-started.md", "docs/methods.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -43,6 +44,10 @@ def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_relative_links_lead_somewhere(page: str) -> None:
     for target in LINK.findall((ROOT / page).read_text("utf-8")):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+def test_the_table_of_methods_is_the_one_the_command_prints() -> None:
+    assert methods_markdown() in (ROOT / "docs/methods.md").read_text("utf-8")
 
 
 def test_the_recipe_keys_of_the_guide_exist() -> None:
