@@ -15,7 +15,8 @@ from torch import nn
 import quietvit
 from quietvit import RTN, QuietvitError
 from quietvit.quantization import get_method, list_methods, method_rows, quantize
-from quietvit.quantization.calibration import run_model
+from quietvit.quantization.calibration import Calibration, ImageStream, run_model
+from quietvit.tracing import MATMUL_KINDS, trace
 
 FLOAT = {"weight_bits": None, "activation_bits": None}
 SIXTEEN = {
@@ -480,3 +481,21 @@ def test_where_one_side_is_float_everywhere_nothing_is_called_deployable(fields)
     half = quantize(make("vit"), RTN(**fields, exclude="*attn*"), images(), progress=False)
     assert not half.deployable
     assert "nothing computes in integers" in half.report()
+
+
+def test_a_single_pass_shows_its_progress_site_by_site() -> None:
+    steps: list[int] = []
+
+    class Watched(Calibration):
+        def track(self, batches, total, label):  # type: ignore[no-untyped-def]
+            assert (label, total) == ("one pass", len(self.trace.matmuls))
+            for step in batches:
+                steps.append(step)
+                yield step
+
+    model, x = make("vit"), images()
+    watched = Watched(model, trace(model, x), ImageStream(x, model))
+    with torch.no_grad():
+        got = watched.run(x, lambda s, o, run: run(*o), kinds=MATMUL_KINDS, label="one pass")
+        torch.testing.assert_close(got, model(x))
+    assert steps == list(range(len(watched.trace.matmuls)))

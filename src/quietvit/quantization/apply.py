@@ -31,8 +31,9 @@ def quantize(
     """Quantize a copy of ``model``; the model given is not touched, whatever happens.
 
     ``calibration``: images (N, 3, H, W) after the model's own transform, or an iterable of batches
-    (tensors; tuples or lists beginning with them; dicts with ``pixel_values`` or ``images``), gone
-    through in small batches, so that memory does not grow with their number. ``example``: input for
+    (tensors; tuples or lists beginning with them; dicts with ``pixel_values`` or ``images``), read
+    in small batches. Memory grows with their number only for methods that need all at once, and
+    their docstrings say so. ``example``: input for
     tracing, by default the first images; ``trace``: an earlier ``quietvit.trace`` of this model.
     The copy is in eval mode, and a note says so where the model was training.
 

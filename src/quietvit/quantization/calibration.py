@@ -6,7 +6,8 @@ Which quantizers come of it is the methods' business; the entry point is ``quant
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -164,10 +165,31 @@ class Calibration:
         """All calibration images in one tensor (N, C, H, W), for methods that need them at once."""
         return torch.cat(list(self.images))
 
-    def run(self, images: Tensor, handler: Handler, *, kinds: frozenset[str] = SITE_KINDS) -> Any:
-        """One forward pass of the model under ``handler``, with or without gradient as outside."""
-        with intercept(self.trace, handler, kinds=kinds):
-            return run_model(self.model, images)
+    def run(
+        self,
+        images: Tensor,
+        handler: Handler,
+        *,
+        kinds: frozenset[str] = SITE_KINDS,
+        label: str | None = None,
+    ) -> Any:
+        """One forward pass of the model under ``handler``, with or without gradient as outside.
+
+        With a ``label`` progress is shown, site by site.
+        """
+        if label is None:
+            with intercept(self.trace, handler, kinds=kinds):
+                return run_model(self.model, images)
+        total = sum(site.kind in kinds for site in self.trace.sites)
+        with closing(self.track(range(total), total, label)) as steps:
+
+            def stepped(
+                site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
+            ) -> Tensor:
+                next(steps, None)
+                return handler(site, operands, run)
+
+            return self.run(images, stepped, kinds=kinds)
 
     def watch(self, look: Callable[[Slot, Tensor], None], *, label: str = "calibrating") -> None:
         """Show each operand of each matrix multiplication to ``look``, batch by batch.
@@ -186,7 +208,9 @@ class Calibration:
 
         self.observe(handler, label=label)
 
-    def track(self, batches: Iterable[T], total: int | None, label: str) -> Iterator[T]:
+    def track(
+        self, batches: Iterable[T], total: int | None, label: str
+    ) -> Generator[T, None, None]:
         """Pass batches, or steps, on; a progress bar appears where they take more than 3 s."""
         if not self.progress:
             yield from batches

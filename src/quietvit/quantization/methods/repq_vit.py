@@ -81,7 +81,7 @@ class RepQViT(Method):
             return calibrated.handle(site, operands, run)
 
         with torch.no_grad():
-            calibration.run(calibration.everything(), handler)
+            calibration.run(calibration.everything(), handler, label=f"{self.name} {self.label}")
         return calibrated
 
     def layerwise(self, steps: ChannelSteps) -> Layerwise:
