@@ -175,6 +175,16 @@ def test_what_is_searched_is_what_the_quantizer_gives(bits, family):
     assert (values - fake).abs().gt(1e-5).sum() <= 1  # a value on the very edge of two cells
 
 
+def test_two_ranges_behind_softmax_lie_where_the_operand_does():
+    side = TwinSoftmax(
+        matrices(1, 1, 6, 6).softmax(-1), Groups.along(torch.ones(1, 1, 6, 6)), 4, torch.float32
+    )
+    split = torch.ones(1, 1) / 8
+    with torch.device("meta"):  # what is made elsewhere cannot be computed with
+        values = side.fake(split)[0]
+    assert torch.equal(values, TwinQuantizer.softmax(1 / 8, bits=4)(side.x))
+
+
 def test_codes_up_to_eight_bits_survive_bfloat16():
     x = matrices(1, 1, 50, 20)
     for signed in (True, False):

@@ -52,7 +52,9 @@ class TwinQuantizer(LevelQuantizer):
         self.register_buffer("high_step", high_step)
 
     @classmethod
-    def softmax(cls, split: float, *, bits: int) -> TwinQuantizer:
+    def softmax(
+        cls, split: float, *, bits: int, device: torch.device | None = None
+    ) -> TwinQuantizer:
         """For values in [0, 1]: [0, split] and [0, 1] in h - 1 steps each, split = 2^-i, i < 20.
 
         Steps as in the authors' code, which reaches 1; the paper has Δ2 = 1/h. Either way Δ2/Δ1 is
@@ -60,7 +62,7 @@ class TwinQuantizer(LevelQuantizer):
         """
         if not 0 < split <= 1:
             raise QuietvitError(f"split={split} must lie in (0, 1]; powers of two are usual.")
-        step = torch.tensor(1 / ((1 << (bits - 1)) - 1))
+        step = torch.tensor(1 / ((1 << (bits - 1)) - 1), device=device)
         return cls(step * split, step, bits=bits, signed=False)
 
     @classmethod

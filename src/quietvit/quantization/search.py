@@ -178,7 +178,8 @@ class TwinSoftmax(Side):
         return self.quantizer(parameters)(self.x).to(self.dtype), None
 
     def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
-        return TwinQuantizer.softmax(float(parameters[0, 0]), bits=self.bits)
+        split, device = float(parameters[0, 0]), self.x.device
+        return TwinQuantizer.softmax(split, bits=self.bits, device=device)
 
 
 class Log(Side):
