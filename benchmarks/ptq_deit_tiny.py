@@ -76,6 +76,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwt": ("qwt", {"base": "repq-vit"}),
     "brecq-240": ("brecq", REDUCED),
     "qdrop-240": ("qdrop", REDUCED),
+    "qdrop-240-on-dopq-vit": ("qdrop", REDUCED | {"base": "dopq-vit"}),
 }
 BATCH = 8
 # Freed blocks are kept: at 16 images a batch, fresh pages for activations cost a fifth of the time.
