@@ -239,6 +239,13 @@ def test_nothing_is_left_hanging_on_the_quantized_model(method):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in own.modules())
 
 
+@pytest.mark.parametrize("method", [BRECQ, QDrop, QwT])
+def test_inference_mode_is_refused_by_name(method):
+    model, images = built("timm-vit", 2)
+    with torch.inference_mode(), pytest.raises(QuietvitError, match=r"torch\.inference_mode"):
+        quantize(model, method(weight_bits=4), images)
+
+
 def test_blocks_that_run_twice_and_sites_in_no_block_are_named():
     class Twice(Doubling):
         def __init__(self):

@@ -6,13 +6,12 @@ Rows and gradients are recorded here; steps are searched on them in ``search``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.blocks import first_tensor
@@ -21,6 +20,7 @@ from quietvit.quantization.layout import Laid, lay_out, some_matrices, some_rows
 from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import OmseRange
+from quietvit.quantization.weights import frozen
 from quietvit.tracing import MATMUL_KINDS, Site
 
 _BATCH = 2
@@ -205,7 +205,7 @@ def record(
     batches = images.split(_BATCH)
     for batch in calibration.track(batches, len(batches), label):
         if gradients:
-            with _differentiable(calibration.model):
+            with frozen(calibration.model), torch.enable_grad():
                 entered = batch.detach().clone().requires_grad_()
                 result = calibration.run(entered.clone(), recorder.handle, kinds=MATMUL_KINDS)
                 output, direction = curvature_root(result, recorder.generator)
@@ -300,22 +300,3 @@ def _wider(one: tuple[Range, ...], other: tuple[Range, ...]) -> tuple[Range, ...
         (torch.minimum(a[0], b[0]), torch.maximum(a[1], b[1]))
         for a, b in zip(one, other, strict=True)
     )
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients on, but none for parameters; their flags come back afterwards."""
-    if torch.is_inference_mode_enabled():
-        raise QuietvitError(
-            "this method needs gradients, which torch.inference_mode forbids; call quantize "
-            "outside of it (torch.no_grad is allowed)."
-        )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

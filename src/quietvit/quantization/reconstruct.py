@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.block_data import (
@@ -32,7 +32,13 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.method import between, get_method
 from quietvit.quantization.on_top import OnTop
-from quietvit.quantization.weights import read_weight, why_fixed, write_weight
+from quietvit.quantization.weights import (
+    frozen,
+    read_weight,
+    refuse_inference_mode,
+    why_fixed,
+    write_weight,
+)
 
 CHECKED = 64
 """Images on which a block's error is measured before and after."""
@@ -115,6 +121,7 @@ class Reconstruction(OnTop):
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """Base, then one block after the other; see the class."""
+        refuse_inference_mode()
         calibration = replayable(calibration)
         reference = copy.deepcopy(calibration.model).requires_grad_(False)
         calibrated = self.base.calibrate(few(calibration, self.base_images or self.base.images))
@@ -161,18 +168,6 @@ def few(calibration: Calibration, count: int) -> Calibration:
             break
     first = ImageStream(torch.cat(kept)[:count], calibration.model)
     return replace(calibration, images=first)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model gets a gradient inside."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 @dataclass

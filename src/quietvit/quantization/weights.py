@@ -5,6 +5,9 @@ Only plain, unshared weights may be changed; ``why_fixed`` says what is wrong wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +60,29 @@ def write_weight(model: nn.Module, site: Site, weight: Tensor) -> None:
     with torch.no_grad():
         entries = weight.reshape(site.weight.select(whole).shape).to(whole.dtype)
         site.weight.scatter_(whole, entries)
+
+
+def refuse_inference_mode() -> None:
+    """Raise QuietvitError inside ``torch.inference_mode``: nothing can be fitted there."""
+    if torch.is_inference_mode_enabled():
+        raise QuietvitError(
+            "this method needs gradients or looks for changes in place, which torch.inference_mode "
+            "forbids; call quantize outside of it (torch.no_grad is allowed)."
+        )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model gets a gradient inside; refused in inference mode."""
+    refuse_inference_mode()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _overlap(model: nn.Module, one: Site, other: Site) -> bool:

@@ -27,6 +27,7 @@ from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.method import register
 from quietvit.quantization.on_top import OnTop
 from quietvit.quantization.reconstruct import check_base, few, replayable
+from quietvit.quantization.weights import refuse_inference_mode
 
 SMALLEST_SHARE = 1e-12
 """Directions of the inputs with less of the largest variance are taken as constant."""
@@ -64,6 +65,7 @@ class QwT(OnTop):
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """The base, then the residual blocks in order."""
+        refuse_inference_mode()
         calibration = replayable(calibration)
         reference = copy.deepcopy(calibration.model)
         calibrated = self.base.calibrate(few(calibration, self.base_images or self.base.images))
