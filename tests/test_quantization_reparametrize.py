@@ -11,6 +11,7 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import ChannelAffine
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.reparametrize import norm_links, reparametrize
+from quietvit.quantization.weights import read_weight, write_weight
 from quietvit.tracing import SITE_KINDS, intercept, trace
 from quietvit.tracing.trace import call
 
@@ -191,3 +192,12 @@ def test_what_stands_between_is_seen_or_does_no_harm(name):
 def test_nothing_between_is_a_link():
     model = Between(lambda model, x: x.flip(1).reshape(1, 5, 6))
     assert len(norm_links(model, trace(model, torch.randn(1, 5, 6))).links) == 1
+
+
+def test_weights_are_written_in_any_memory_format():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    site = trace(model, torch.randn(1, 3, 8, 8)).matmuls[0]
+    wanted = 2 * read_weight(model, site)
+    write_weight(model, site, wanted)
+    assert torch.equal(model[0].weight, wanted)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)

@@ -75,12 +75,14 @@ class WeightView:
             return
         if self.transposed:
             entries = entries.mT
-        matrix = whole.view(whole.shape[0], -1)
+        matrix = whole.flatten(1)  # a copy where the memory format is not row by row
         cols = _index(self.cols) if self.cols is not None else slice(None)
         if isinstance(rows, list) and isinstance(cols, list):
             matrix[torch.tensor(rows)[:, None], torch.tensor(cols)] = entries
         else:
             matrix[rows, cols] = entries
+        if matrix.data_ptr() != whole.data_ptr():
+            whole.copy_(matrix.view(whole.shape))
 
     def __str__(self) -> str:
         if self.diagonal:
