@@ -72,6 +72,25 @@ def test_bfloat16_round_trip(tmp_path: Path) -> None:
     assert same(loaded, quantized, x)
 
 
+class Shifted(nn.Module):
+    """Adds a table that is not in the state dict to what a linear reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(-1, 1, 48), persistent=False)
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.flatten(1) + self.table)
+
+
+def test_buffers_outside_the_state_dict_get_their_dtype_back(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    quantized = quantize(Shifted().bfloat16(), RTN(), x)
+    loaded = quietvit.load(quantized.save(tmp_path / "model.qvit"), model=Shifted())
+    assert same(loaded, quantized, x)
+
+
 def test_timm_architectures_are_rebuilt_by_name(tmp_path: Path) -> None:
     model, x = named_vit(), torch.randn(2, 3, 64, 64)
     quantized = quantize(model, RTN(), x)

@@ -6,6 +6,7 @@ Reading and writing the files is ``storage``'s.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,15 @@ def build(path: Path, facts: dict[str, Any]) -> nn.Module:
     return built
 
 
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, buffers that are not in the state dict included."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
 def set_dtypes(model: nn.Module, dtypes: dict[str, str]) -> None:
     """Give parameters and buffers the data types they were saved in."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in all_tensors(model):
         dtype = getattr(torch, dtypes.get(name, "torch.float32").removeprefix("torch."))
         if tensor.dtype != dtype and name in dtypes:
             tensor.data = tensor.data.to(dtype)

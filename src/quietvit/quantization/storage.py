@@ -22,6 +22,7 @@ import quietvit
 from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import Compensation, build_adjustment
 from quietvit.quantization.architecture import (
+    all_tensors,
     architecture_of,
     build,
     compare_sites,
@@ -61,7 +62,7 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
     for part in PARTS:
         for name, tensor in getattr(quantized, part).state_dict().items():
             tensors[f"{part}.{name}"] = tensor
-    dtypes = {name: str(t.dtype) for name, t in quantized.model.state_dict().items()}
+    dtypes = {name: str(t.dtype) for name, t in all_tensors(quantized.model)}
     facts = {
         "format": FORMAT,
         "version": VERSION,
