@@ -10,7 +10,7 @@ import torch
 import quietvit
 import zoo
 from quietvit.measure.sqnr import sqnr
-from quietvit.quantization.adjustments import Compensation
+from quietvit.quantization.adjustments import ChannelAffine, Compensation
 from quietvit.quantization.blocks import find_blocks
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.method import Method
@@ -57,6 +57,14 @@ def test_a_reparametrized_model_computes_the_same(model_and_images):
     with torch.no_grad():
         torch.testing.assert_close(moved(images), model(images), rtol=1e-4, atol=1e-5)
     assert "moved" in moved.report()
+
+
+def test_a_large_gain_on_small_values_does_not_overflow_half_precision():
+    affine = ChannelAffine(torch.tensor([1e6]), torch.tensor([0.5]), -1)
+    found = affine.apply_to(torch.tensor([[0.0], [6e-8]], dtype=torch.float16))
+    torch.testing.assert_close(
+        found, torch.tensor([[0.5], [0.5596]], dtype=torch.float16), atol=1e-3, rtol=0
+    )
 
 
 def test_observers_see_the_float_models_own_activations(model_and_images):

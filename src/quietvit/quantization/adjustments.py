@@ -116,8 +116,9 @@ class ChannelAffine(Adjustment):
     def apply_to(self, y: Tensor) -> Tensor:
         shape = [1] * y.dim()
         shape[self.axis] = -1
-        gain, bias = self.gain.to(y.dtype).view(shape), self.bias.to(y.dtype).view(shape)
-        return y + bias if self._plain else torch.addcmul(bias, y, gain)
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))  # a gain may overflow float16
+        gain, bias = self.gain.to(wide.dtype).view(shape), self.bias.to(wide.dtype).view(shape)
+        return (wide + bias if self._plain else torch.addcmul(bias, wide, gain)).to(y.dtype)
 
     def at(self, channels: Sequence[int], axis: int) -> ChannelAffine:
         """The same for some of the channels, along another axis."""
