@@ -11,7 +11,12 @@ from torch import nn
 import quietvit
 import zoo
 from quietvit.quantization.method import Slot
-from quietvit.quantization.methods.fq_vit import FQViT, IntegerSoftmax, factor_quantizer
+from quietvit.quantization.methods.fq_vit import (
+    FQViT,
+    IntegerSoftmax,
+    _why_not_integer,
+    factor_quantizer,
+)
 from quietvit.quantization.nonuniform import LogQuantizer
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import Stream
@@ -70,6 +75,19 @@ def test_its_exponential_is_the_published_polynomial():
     torch.testing.assert_close(IntegerSoftmax()((x,), None), wanted / wanted.sum())
 
 
+def test_the_integer_softmax_computes_in_float32_for_bfloat16():
+    x = 8 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found, wide = IntegerSoftmax()((x,), None), IntegerSoftmax()((x.float(),), None)
+    assert torch.equal(found, wide.bfloat16())
+
+
+@pytest.mark.parametrize("inner", [None, torch.float32])
+def test_a_softmax_in_float32_of_bfloat16_scores_is_one_over_the_last_dim(inner):
+    scores = torch.randn(2, 4, 50, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert not _why_not_integer(scores, scores.softmax(-1, dtype=inner))
+    assert "another dim" in _why_not_integer(scores, scores.softmax(-2, dtype=inner))
+
+
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit", "tv-vit", "timm-swin"])
 def test_everything_means_norms_softmax_and_residual_adds(name):
     model, example = zoo.build(name)
@@ -95,6 +113,46 @@ def test_without_everything_only_matrix_products_are_touched():
     assert {slot.site.kind for slot in plain.slots()} == {"linear", "conv", "matmul"}
     assert not plain.adjusted()
     assert plain.coverage.fraction == 1
+
+
+def test_factors_run_along_channels_only():
+    model, images = zoo.build("timm-hybrid")
+    whole = quietvit.quantize(model, FQViT(), images, progress=False)
+    adds = [slot for slot in whole.slots() if slot.site.kind == "add"]
+    by_rank = {rank: [] for rank in (3, 4)}
+    for slot in adds:
+        shape = slot.site.operands[slot.index].shape
+        by_rank[len(shape)].append(whole.quantizers[slot.key].axis)
+    assert set(by_rank[4]) == {None}
+    assert -1 in by_rank[3]
+
+
+def test_float_attention_maps_are_put_down_to_their_own_field():
+    model, images = zoo.build("timm-vit")
+    whole = quietvit.quantize(model, FQViT(attention_bits=None), images, progress=False)
+    assert {reason for _, reason in whole.coverage.untouched} == {"left float: attention_bits=None"}
+
+
+class MixedHeads(nn.Module):
+    """Attention maps go through a linear before they meet the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.mix, self.values = nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(6, 4)
+        nn.init.constant_(self.mix.bias, -0.5)
+
+    def forward(self, x):
+        x = x.flatten(2)
+        return self.mix(torch.softmax(self.scores(x), -1)) @ self.values(x.mT)
+
+
+def test_attention_maps_that_are_no_probabilities_are_uniform_and_named():
+    images = torch.randn(4, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    whole = quietvit.quantize(MixedHeads(), FQViT(), images, progress=False)
+    product = next(site for site in whole.trace.sites if site.role == "attention_value")
+    assert isinstance(whole.quantizer(product.name, "left"), AffineQuantizer)
+    assert isinstance(whole.quantizer("mix", "input"), LogQuantizer)
+    assert any(note.startswith(f"{product.name}: attention maps outside") for note in whole.notes)
 
 
 def test_masked_scores_stay_float_and_are_named():

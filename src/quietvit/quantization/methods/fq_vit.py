@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quietvit.quantization.adjustments import Adjustment, register_adjustment
+from quietvit.quantization.adjustments import Adjustment, channel_axis, register_adjustment
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.method import Bits, EdgeBits, Method, Slot, register
 from quietvit.quantization.nonuniform import LogQuantizer, power_of_two_factor
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, affine_parameters
 from quietvit.quantization.ranges import MinMaxRange, Stream
-from quietvit.tracing import MATMUL_KINDS, Site
+from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 LARGEST_EXPONENT = 3
 MASKED = 80.0
@@ -43,7 +43,9 @@ class FQViT(Method):
     ``residual_bits`` holds for norm inputs and residual adds, 8 in the paper also where the rest is
     lower. Differences from the authors' code: the residual stream is quantized where it is read
     (by the norm and by the next add, each with its own factors) instead of once where it is
-    written; logits are not quantized; layer norms themselves run in float on quantized inputs.
+    written; logits are not quantized; layer norms themselves run in float on quantized inputs;
+    residual adds of images whose channels are not the last dim (CNN stems) go per tensor, and
+    attention maps that leave 0..1 (mixed heads) take a uniform quantizer, as a note says.
     Scores with a mask (entries more than 80 below the largest) and softmaxes over another dim than
     the last stay float, and a note says so.
     """
@@ -78,10 +80,13 @@ class FQViT(Method):
                     continue
                 if slot.is_weight and slot in ranges:
                     continue
-                axis = _weight_axis(site) if slot.is_weight else None
-                ranges.setdefault(slot, MinMaxRange(axis)).update(operand)
-                if _by_factors(slot, calibration):
-                    streams.setdefault(slot, Stream(-1)).update(operand)
+                if slot not in ranges:
+                    ranges[slot] = MinMaxRange(_weight_axis(site) if slot.is_weight else None)
+                    if _by_factors(slot, calibration.trace):
+                        streams[slot] = Stream(-1)
+                ranges[slot].update(operand)
+                if slot in streams:
+                    streams[slot].update(operand)
             return output
 
         kinds = self.kinds if self.everything else MATMUL_KINDS
@@ -94,13 +99,18 @@ class FQViT(Method):
             if slot.site.kind == "softmax":
                 calibrated.adjustments[slot.site.name] = IntegerSoftmax()
         calibrated.notes += _notes(calibrated, left)
+        calibrated.notes += [
+            f"{slot.site.name}: attention maps outside 0..1 take a uniform quantizer"
+            for slot, watched in ranges.items()
+            if _is_attention(slot) and _outside(watched)
+        ]
         return calibrated
 
     def slot_bits(self, slot: Slot) -> int | None:
         """Bits of an operand: those of its kind of site, then policy and ``exclude``."""
         if slot.site.kind in MATMUL_KINDS:
             bits = super().slot_bits(slot)
-            return self.attention_bits if bits and slot.role == "post_softmax" else bits
+            return self.attention_bits if bits and _is_attention(slot) else bits
         if not self.everything or self.excluded_by(slot.site) is not None:
             return None
         if slot.site.kind == "norm" and slot.site.function not in ("layer_norm", "rms_norm"):
@@ -109,11 +119,16 @@ class FQViT(Method):
             return None
         return self.activation_bits if slot.site.kind == "softmax" else self.residual_bits
 
+    def why_float(self, slot: Slot) -> str:
+        if _is_attention(slot) and super().slot_bits(slot) is not None:
+            return "attention_bits=None"
+        return super().why_float(slot)
+
     def _quantizer(self, slot: Slot, watched: MinMaxRange, stream: Stream | None) -> Quantizer:
         bits = self.slot_bits(slot)
         assert bits is not None
         minimum, maximum = watched.finish()
-        if slot.role == "post_softmax" and slot.site.kind in MATMUL_KINDS:
+        if _is_attention(slot) and not _outside(watched):
             return LogQuantizer.base2(torch.ones_like(maximum), bits=bits)
         if stream is not None:
             return factor_quantizer(stream, minimum, maximum, bits)
@@ -161,19 +176,20 @@ class IntegerSoftmax(Adjustment):
     """Softmax over the last dim with the exponential of I-BERT (arXiv 2101.01321, section 4.3).
 
     exp(x) = 2^-n (0.3585 (p + 1.353)² + 0.344), n = floor(-x / ln 2), p = x + n ln 2, for x less
-    its maximum. The integers' values are computed in float32; the error against exp is below
-    0.3 % of 1. The sum and the division that follow are exact to float32.
+    its maximum. The integers' values are computed in float32 at least; the error against exp is
+    below 0.3 % of 1. The sum and the division that follow are exact to float32.
     """
 
     deployable: ClassVar[bool] = False
 
     def forward(self, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
-        (x,) = operands
+        (given,) = operands
+        x = given.to(torch.promote_types(given.dtype, torch.float32))
         x = x - x.amax(-1, keepdim=True)
         n = (x * (-1 / math.log(2))).floor().clamp_(max=126)
         p = torch.add(x, n, alpha=math.log(2)).clamp_(min=-math.log(2))
         exponential = (0.3585 * (p + 1.353).square() + 0.344) * torch.exp2(-n)
-        return exponential / exponential.sum(-1, keepdim=True)
+        return (exponential / exponential.sum(-1, keepdim=True)).to(given.dtype)
 
     def config(self) -> dict[str, Any]:
         return {}
@@ -184,23 +200,52 @@ class IntegerSoftmax(Adjustment):
 
 
 def _why_not_integer(scores: Tensor, softmax: Tensor) -> str:
-    if not torch.allclose(scores.softmax(-1).to(softmax.dtype), softmax, atol=1e-5):
+    over_last = scores.float().softmax(-1)
+    rounding = 2 * torch.finfo(softmax.dtype).eps
+    if not torch.allclose(over_last, softmax.float(), rtol=max(1e-5, rounding), atol=1e-5):
         return "a softmax over another dim than the last"
     if bool((scores.amax(-1) - scores.amin(-1) > MASKED).any()):
         return "its scores are masked"
     return ""
 
 
-def _by_factors(slot: Slot, calibration: Calibration) -> bool:
+def _is_attention(slot: Slot) -> bool:
+    return slot.role == "post_softmax" and slot.site.kind in MATMUL_KINDS
+
+
+def _outside(watched: MinMaxRange) -> bool:
+    """Whether what was seen is no probability, as behind a linear that mixes heads."""
+    minimum, maximum = watched.finish()
+    return bool((minimum < 0) | (maximum > 1.001))
+
+
+def _by_factors(slot: Slot, trace: Trace) -> bool:
     """Whether an operand is the residual stream: a layer norm's input, or the skip of an add."""
     if slot.site.kind == "norm":
         return True
     if slot.site.kind != "add":
         return False
-    fed = [calibration.trace[name] for name in slot.site.operands[slot.index].fed_by]
-    return not fed or any(
-        site.kind not in MATMUL_KINDS or site.role == "patch_embed" for site in fed
-    )
+    operand = slot.site.operands[slot.index]
+    fed = [trace[name] for name in operand.fed_by]
+    skip = any(site.kind not in MATMUL_KINDS or site.role == "patch_embed" for site in fed)
+    return not fed or (skip and all(_channels_last(trace, s, operand.shape) for s in fed))
+
+
+def _channels_last(trace: Trace, site: Site, shape: tuple[int, ...]) -> bool:
+    """Whether the channels of ``site`` run along the last dim of an operand of ``shape``.
+
+    Tokens' do; of an image, only if they do behind the last norm or weight in front of it.
+    """
+    if len(shape) < 4:
+        return True
+    if site.kind in ("add", "activation"):
+        sources = {name for operand in site.operands for name in operand.fed_by}
+        return all(_channels_last(trace, trace[name], shape) for name in sources)
+    if site.kind not in ("linear", "conv", "norm"):
+        return True
+    axis = channel_axis(site)
+    channels = site.output_shape[axis]
+    return shape[-1] == channels and (axis == -1 or shape[1] != channels)
 
 
 def _weight_axis(site: Site) -> int:
