@@ -158,6 +158,14 @@ def test_fisher_weights_change_the_fit():
         assert not torch.equal(plain(images), weighted(images))
 
 
+def test_fisher_weights_pass_layers_that_work_in_place():
+    parts = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 3)
+    model, images = nn.Sequential(*parts), torch.rand(4, 3, 4, 4)
+    quantized = quantize(model, BRECQ(fisher=True, **(QUICK | {"iterations": 2})), images)
+    report = quantized.report()
+    assert "reconstructed" in report or "not better" in report
+
+
 @pytest.mark.parametrize("bits", [(None, 4), (4, None), (None, None)])
 def test_a_float_side_stays_float(bits):
     model, images = built("timm-vit")

@@ -48,7 +48,8 @@ def squared_gradients(data: BlockData, block: Block, layout: Layout) -> Tensor |
 
         def hold(module: nn.Module, given: Any, output: Any, held: list[Tensor] = held) -> Any:
             held.append(first_tensor(output).detach().requires_grad_())
-            return with_first_tensor(output, held[-1])
+            # A copy, since what follows may change it in place.
+            return with_first_tensor(output, held[-1].clone())
 
         hook = data.model.get_submodule(block.name).register_forward_hook(hold)
         try:
