@@ -190,3 +190,10 @@ def test_adjusted_softmaxes_are_saved_and_loaded(tmp_path):
     loaded = quietvit.load(whole.save(tmp_path / "m.qvit"), model=model)
     with torch.no_grad():
         assert torch.equal(loaded(images), whole(images))
+
+
+def test_a_method_on_top_excludes_what_its_base_can_exclude():
+    model, images = zoo.build("timm-vit")
+    base = FQViT(exclude=("blocks.0.norm1",))
+    whole = quietvit.quantize(model, quietvit.QwT(base=base), images, progress=False)
+    assert whole.quantizer("blocks.0.norm1", "input") is None

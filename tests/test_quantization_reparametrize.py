@@ -201,3 +201,27 @@ def test_weights_are_written_in_any_memory_format():
     write_weight(model, site, wanted)
     assert torch.equal(model[0].weight, wanted)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Pointwise(nn.Module):
+    """A channels-first norm, then a convolution of kernel size 1."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.conv = nn.Conv2d(6, 4, 1, **kwargs)
+
+    def forward(self, x):
+        return self.conv(self.norm(self.first(x)).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(("kwargs", "count"), [({}, 1), ({"padding": 1}, 0), ({"stride": 2}, 0)])
+def test_a_pointwise_convolution_is_a_linear_unless_it_pads(kwargs, count):
+    model, x = Pointwise(**kwargs), torch.randn(1, 5, 5, 6)
+    traced = trace(model, x)
+    with torch.no_grad():
+        wanted = model(x)
+    links, calibrated = moved(model, traced)
+    with torch.no_grad(), intercept(traced, calibrated.handle, kinds=SITE_KINDS):
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+    assert len(links.links) == count

@@ -96,7 +96,6 @@ class ChannelAffine(Adjustment):
         self.axis = axis
         self.register_buffer("gain", gain.detach().float())
         self.register_buffer("bias", bias.detach().float())
-        self._plain = bool((self.gain == 1).all())
 
     @classmethod
     def of(
@@ -118,7 +117,7 @@ class ChannelAffine(Adjustment):
         shape[self.axis] = -1
         wide = y.to(torch.promote_types(y.dtype, torch.float32))  # a gain may overflow float16
         gain, bias = self.gain.to(wide.dtype).view(shape), self.bias.to(wide.dtype).view(shape)
-        return (wide + bias if self._plain else torch.addcmul(bias, wide, gain)).to(y.dtype)
+        return torch.addcmul(bias, wide, gain).to(y.dtype)
 
     def at(self, channels: Sequence[int], axis: int) -> ChannelAffine:
         """The same for some of the channels, along another axis."""
@@ -138,8 +137,7 @@ class ChannelAffine(Adjustment):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ChannelAffine:
         channels = config["channels"]
-        # A placeholder gain that is not 1 keeps the general way open for what is loaded.
-        return cls(torch.full((channels,), 2.0), torch.zeros(channels), config["axis"])
+        return cls(torch.ones(channels), torch.zeros(channels), config["axis"])
 
 
 class Compensation(nn.Module):

@@ -22,7 +22,7 @@ from quietvit.tracing import MATMUL_KINDS
 if TYPE_CHECKING:
     from quietvit.quantization.calibrated import Calibrated
     from quietvit.quantization.calibration import Calibration
-    from quietvit.tracing import Site
+    from quietvit.tracing import Site, Trace
 
 OPERANDS = {
     "linear": ("input", "weight"),
@@ -180,8 +180,9 @@ class Method(BaseModel, ABC):
         """The first pattern in ``exclude`` that matches the site's name."""
         return next((p for p in self.exclude if fnmatch.fnmatchcase(site.name, p)), None)
 
-    def check_exclude(self, names: list[str]) -> None:
-        """Raise QuietvitError for a pattern that matches none of the site names."""
+    def check_exclude(self, trace: Trace) -> None:
+        """Raise QuietvitError for a pattern that matches no site of a kind that is quantized."""
+        names = [site.name for site in trace.sites if site.kind in self.kinds]
         for pattern in self.exclude:
             if not fnmatch.filter(names, pattern):
                 raise QuietvitError(

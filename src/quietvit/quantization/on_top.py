@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, PlainSerializer, model_validator
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.method import Method, Slot, get_method
+from quietvit.tracing import Trace
 
 SHARED = ("weight_bits", "activation_bits", "patch_embed_bits", "head_bits", "exclude")
 
@@ -73,6 +74,9 @@ class OnTop(Method):
 
     def slot_bits(self, slot: Slot) -> int | None:
         return self.base.slot_bits(slot)
+
+    def check_exclude(self, trace: Trace) -> None:
+        self.base.check_exclude(trace)
 
     def why_float(self, slot: Slot) -> str:
         return self.base.why_float(slot)

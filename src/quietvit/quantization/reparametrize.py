@@ -124,6 +124,9 @@ def _columns(trace: Trace, norm: Site, site: Site) -> tuple[int, ...] | str:
     shape = site.weight_shape or ()
     if any(size != 1 for size in shape[2:]):
         return f"{site.name} is a convolution of kernel {shape[2:]}; padding cannot be shifted"
+    dims = len(shape) - 2
+    if dims > 0 and site.output_shape[-dims:] != site.operands[0].shape[-dims:]:
+        return f"{site.name} is a convolution with stride or padding, which cannot be shifted"
     ends = norm.name, site.name
     links = [link for link in trace.links if (link.source, link.consumer) == ends]
     mixed = site.operands[0].fed_by != (norm.name,)

@@ -44,7 +44,8 @@ def parse_method(text: str, bits: str, options: Iterable[str] = ()) -> Method:
 
     The part behind the last hyphen is the activation range where it is one of ``RANGES``. A method
     behind ``+`` works on top of the one before it. ``options``: ``field=value`` for the last method
-    that has the field, values as JSON or plain text.
+    that has the field, or for the first if it is one that all share (bits, ``exclude``); values as
+    JSON or plain text.
 
     Raises:
         QuietvitError: unknown method, range or field, or bits outside 2..16.

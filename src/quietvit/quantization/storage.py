@@ -46,8 +46,9 @@ TENSORS, FACTS = "model.safetensors", "quantization.json"
 def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Path:
     """Write ``path``, a folder with ``model.safetensors`` and ``quantization.json``; returns it.
 
-    The weights stored are the quantized ones: float weights behind them are not kept. Codes take
-    one byte up to 8 bits, two above. The folder appears whole, under a temporary name first.
+    The weights stored are the quantized ones: float weights behind them are not kept, but where a
+    weight is shared, computed or transposed. Codes take one byte up to 8 bits, two above. The
+    folder appears whole, under a temporary name first.
 
     Raises QuietvitError where ``path`` exists: with ``force`` an earlier save is replaced, any
     other file or folder is refused all the same.
