@@ -230,7 +230,6 @@ class BlockData:
     trace: Trace
     calibrated: Calibrated
     images: ImageStream
-    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         slots = [slot.site for slot in self.calibrated.quantizers]

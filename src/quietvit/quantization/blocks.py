@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept
+from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
 from quietvit.tracing.ops import FAMILIES
-
-BLOCK_KINDS = SITE_KINDS - {"add"}
-"""What can be intercepted in a block alone: adds are counted in whole models only."""
 
 Handler = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], Tensor]
 

@@ -17,7 +17,6 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization.blocks import first_tensor
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.layout import Laid, lay_out, some_matrices, some_rows
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import OmseRange
 from quietvit.quantization.weights import frozen
@@ -262,11 +261,6 @@ def product_notes(name: str, products: Mapping[str, Product], *, gradients: bool
             f"depend, and weighed all their outputs alike: {', '.join(flat)}"
         )
     return notes
-
-
-def operand_role(slot: Slot) -> str:
-    """The role of the activation in a slot, "weight" for a weight."""
-    return "weight" if slot.is_weight else slot.site.operands[slot.index].role
 
 
 def has_heads(site: Site) -> bool:

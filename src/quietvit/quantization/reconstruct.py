@@ -31,7 +31,7 @@ from quietvit.quantization.blocks import Block, find_blocks
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.method import between, get_method
-from quietvit.quantization.on_top import OnTop
+from quietvit.quantization.on_top import SHARED, OnTop
 from quietvit.quantization.weights import (
     frozen,
     read_weight,
@@ -42,8 +42,6 @@ from quietvit.quantization.weights import (
 
 CHECKED = 64
 """Images on which a block's error is measured before and after."""
-
-_SHARED = ("weight_bits", "activation_bits", "patch_embed_bits", "head_bits", "exclude")
 
 
 class Reconstruction(OnTop):
@@ -96,7 +94,7 @@ class Reconstruction(OnTop):
     def _default_base(cls, given: Any) -> Any:
         if not isinstance(given, dict) or given.get("base") is not None:
             return given
-        shared = {name: given[name] for name in _SHARED if name in given}
+        shared = {name: given[name] for name in SHARED if name in given}
         ranges = {"weight_range": "omse", "activation_range": "omse"}
         return given | {"base": get_method("rtn")(**ranges, **shared)}
 
@@ -188,7 +186,7 @@ class _Run:
         learning = [b for b in todo if Learned.of(self.data, b, self.method)]
         total = len(learning) * self.method.iterations
         label = f"{self.method.name} {self.method.label}{self._estimate(learning, first)}"
-        bar: Any = self.calibration.track(range(total), total, label)  # type: ignore[arg-type]
+        bar = self.calibration.track(range(total), total, label)
         with closing(bar):
             self._blocks(todo, lambda: next(bar, None))
         self._notes(blocks, missing)

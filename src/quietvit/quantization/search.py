@@ -30,9 +30,10 @@ Proposals = Sequence[Sequence[Callable[[Tensor], Tensor]]]
 
 
 def product_dtype(device: torch.device, bits: Sequence[int | None]) -> torch.dtype:
-    """bfloat16 where it is fast and holds every code exactly, that is up to 8 bits, else float32.
+    """bfloat16 where it is fast and holds every uniform code exactly, up to 8 bits, else float32.
 
-    Then products of codes are exact too; only their sums are rounded, to 2^-9 of themselves.
+    Then products of such codes are exact too; only their sums are rounded, to 2^-9 of themselves,
+    and so are the values of quantizers of other families before they are multiplied.
     """
     if any(each is None or each > 8 for each in bits):
         return torch.float32

@@ -16,7 +16,7 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.method import Slot, register
 from quietvit.quantization.nonuniform import GELU_SHIFT
-from quietvit.quantization.products import Product, has_heads, operand_role
+from quietvit.quantization.products import Product, has_heads
 from quietvit.quantization.quantizers import affine_parameters
 from quietvit.quantization.reparametrize import NormLink, norm_links, reparametrize
 from quietvit.quantization.search import Affine, Groups, Log, Proposals, Side
@@ -67,7 +67,7 @@ class AdaLog(SearchMethod):
     reparametrization: StrictBool = True
 
     def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:
-        bits, role = self.slot_bits(slot), operand_role(slot)
+        bits, role = self.slot_bits(slot), slot.role
         assert bits is not None
         if role in ("post_softmax", "post_gelu"):
             shift = GELU_SHIFT if role == "post_gelu" else 0.0

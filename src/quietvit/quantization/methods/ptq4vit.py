@@ -12,7 +12,7 @@ from pydantic import Field, StrictBool, StrictInt
 from torch import Tensor
 
 from quietvit.quantization.method import Slot, register
-from quietvit.quantization.products import Product, has_heads, operand_role
+from quietvit.quantization.products import Product, has_heads
 from quietvit.quantization.search import (
     Affine,
     Groups,
@@ -73,7 +73,7 @@ class PTQ4ViT(SearchMethod):
     candidates: Annotated[StrictInt, Field(ge=2)] = 100
 
     def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:
-        bits, role = self.slot_bits(slot), operand_role(slot)
+        bits, role = self.slot_bits(slot), slot.role
         assert bits is not None
         if self.twin and role == "post_softmax":
             return TwinSoftmax(x, Groups.along(x), bits, dtype)

@@ -6,7 +6,7 @@ How blocks are fed lives in ``block_data``; where a compensation acts, in ``quan
 from __future__ import annotations
 
 import copy
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -78,12 +78,9 @@ class QwT(OnTop):
         first = calibration.images.peek()
         known, without = layouts(reference, blocks, first[:1])
         way: Leaves | None = None
-        total = len(known)
-        names = f"{self.name} {self.label}"
         order = [block for block in blocks if block.name in known]
-        bar: Any = calibration.track(order, total, names)  # type: ignore[arg-type]
         with torch.no_grad():
-            for block in bar:
+            for block in calibration.track(order, len(order), f"{self.name} {self.label}"):
                 layout = known[block.name]
                 if way is None or not layout.chained:
                     way = data.reach(block.name, layout, quantized=True)
