@@ -14,6 +14,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "brecq": {"iterations": 8, "batch_size": 4},
     "qdrop": {"iterations": 8, "batch_size": 4},
     "ptq4vit": {"candidates": 20, "rounds": 1},
+    "adalog": {"rounds": 1},
 }
 
 

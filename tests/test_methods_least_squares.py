@@ -254,3 +254,10 @@ def test_a_gram_of_what_is_not_finite_names_its_site():
     gram.update(torch.full((1, 2, 3), 1e30), torch.full((1, 2, 3), 1e30))
     with pytest.raises(QuietvitError, match="fc1"):
         gram.finish("fc1")
+
+
+def test_a_hessian_that_is_not_positive_definite_is_refused_with_the_remedy():
+    hessian = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]], dtype=torch.float64)
+    weight = torch.ones(1, 3, 2, dtype=torch.float64)
+    with pytest.raises(QuietvitError, match="raise damp"):
+        round_with_feedback(weight, hessian, torch.round)

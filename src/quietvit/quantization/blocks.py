@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+from quietvit.tracing.intercept import Handler
 from quietvit.tracing.ops import FAMILIES
-
-Handler = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from quietvit.errors import QuietvitError
 from quietvit.quantization.method import Slot
 from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept
+from quietvit.tracing.intercept import Handler
 
 BATCH = 8
 IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
 _SHOW_AFTER = 3.0
 
 T = TypeVar("T")
-Handler = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], Tensor]
 
 
 class ImageStream:

@@ -151,8 +151,14 @@ def round_with_feedback(
         return torch.empty_like(weight).scatter_(-1, columns, ordered)
     weight = weight.clone()
     features = weight.shape[-1]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError as problem:  # type: ignore[attr-defined]
+        raise QuietvitError(
+            f"a Hessian of {features} inputs is not positive definite ({problem}); raise damp, "
+            "0.01 is usual."
+        ) from problem
     rounded = torch.empty_like(weight)
     for start in range(0, features, block):
         end = min(start + block, features)

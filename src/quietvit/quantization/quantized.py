@@ -21,13 +21,13 @@ from quietvit.quantization.adjustments import (
     channel_axis,
 )
 from quietvit.quantization.blocks import first_tensor, watching_blocks, with_first_tensor
-from quietvit.quantization.calibration import Handler
 from quietvit.quantization.coverage import Coverage
 from quietvit.quantization.equalize import SCALED_THROUGH
 from quietvit.quantization.kept import State, state_of, unchanged
 from quietvit.quantization.method import OPERANDS, Method, Slot
 from quietvit.quantization.quantizers import Quantizer
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+from quietvit.tracing.intercept import Handler
 
 
 class QuantizedModel(nn.Module):

@@ -65,8 +65,9 @@ class Reconstruction(OnTop):
 
     How long all will take is measured on one iteration of each block before the first, and shown
     with the progress bar. Held in memory for all images: a block's input on the quantized and, for
-    QDrop, on the float way, its float output and the block's next quantized output; also the
-    images, where they come from a generator or a loader, and a float copy of the model.
+    QDrop, on the float way, its float output, the block's next quantized output and, with BRECQ's
+    ``fisher``, weights of that shape; also the images, where they come from a generator or a
+    loader, and a float copy of the model.
 
     Differs from the authors' code, on purpose: (1) rounding and activation scales are learned
     together, as QDrop does; BRECQ learns scales after all rounding. (2) The logarithm of a scale is

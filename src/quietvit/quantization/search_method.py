@@ -35,6 +35,10 @@ class SearchMethod(Method):
     ``rounds``: how often both operands are searched. ``rows``: how many tokens of each site stand
     for all, drawn at random with ``seed``; None takes all. ``hessian``: weigh errors of the output
     by the gradient there.
+
+    Candidates are multiplied in bfloat16 where the processor or GPU is fast at it and bits are at
+    most 8, else in float32 (derived here): other machines may choose other, about equally good
+    steps. All images are held in memory, and the chosen rows of every site.
     """
 
     patch_embed_bits: EdgeBits = "same"

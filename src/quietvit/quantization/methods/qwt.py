@@ -50,7 +50,8 @@ class QwT(OnTop):
     Blocks are the residual blocks found in the trace (``blocks.find_blocks``); those whose input
     and output have different shapes get no compensation. Notes name the blocks without one.
 
-    Held in memory: the input of one block and its quantized output, for all images; the sums of
+    Held in memory for all images: the input of one block, its quantized output, and that output
+    compensated; the sums of
     the fit are float64 and do not grow with the images.
     """
 
