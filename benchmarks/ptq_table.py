@@ -23,14 +23,16 @@ from quietvit.errors import QuietvitError
 
 # (setting, source) -> float top-1 and top-1 by bits; the published ones on the validation set.
 FIELD = "published comparisons of the field [public]"
+DOPQ = "arXiv 2408.03291: its own TanQ, blocks reconstructed on 1024 images"
 OWN_CODE = "the authors' own code on these weights and images, not run by this script"
 PUBLISHED: dict[tuple[str, str], tuple[float, dict[str, float]]] = {
     ("ptq4vit", FIELD): (72.21, {"W6A6": 69.68, "W4A4": 36.96}),
     ("repq-vit", FIELD): (72.21, {"W6A6": 70.76, "W4A4": 57.43}),
     ("erq", FIELD): (72.21, {"W4A4": 60.29}),
     ("adalog", FIELD): (72.21, {"W4A4": 63.52}),
-    ("qdrop", FIELD): (72.21, {"W4A4": 64.95}),
-    ("dopq-vit", "arXiv 2408.03291 (its own TanQ)"): (72.21, {"W6A6": 71.17, "W4A4": 65.54}),
+    ("qdrop-240", f"{FIELD}; 20000 iterations, uniform quantizers"): (72.21, {"W4A4": 64.95}),
+    ("dopq-vit", DOPQ): (72.21, {"W6A6": 71.17, "W4A4": 65.54}),
+    ("qdrop-240-on-dopq-vit", DOPQ): (72.21, {"W6A6": 71.17, "W4A4": 65.54}),
     ("repq-vit", OWN_CODE): (78.5, {"W8A8": 78.7, "W6A6": 78.1, "W4A4": 62.7}),
     ("ptq4vit", f"{OWN_CODE}; 2 rounds, 50 candidates"): (
         78.5,

@@ -230,7 +230,7 @@ def test_published_drops_stand_beside_those_here(script, rows_of, tmp_path):
     lines = script.compared(script.read(out)).splitlines()
     (line,) = [row for row in lines if row.startswith("| repq-vit | W4A4 |") and "[public]" in row]
     assert line.startswith("| repq-vit | W4A4 | 9.0 | 14.78 | -5.8 |")
-    assert any(row.startswith("| qdrop | W4A4 |  | 7.26 |  |") for row in lines)
+    assert any(row.startswith("| qdrop-240 | W4A4 |  | 7.26 |  |") for row in lines)
     assert {setting for setting, _ in rows_of.PUBLISHED} <= set(script.SETTINGS)
 
 
