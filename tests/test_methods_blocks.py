@@ -12,10 +12,10 @@ import quietvit
 from block_cases import Doubling, built, quantize
 from quietvit.errors import QuietvitError
 from quietvit.quantization import RTN, reconstruct
-from quietvit.quantization.block_data import BlockData, by_image, chunks, layouts
 from quietvit.quantization.blocks import find_blocks, first_tensor, watching_blocks
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
+from quietvit.quantization.fitting.block_data import BlockData, by_image, chunks, layouts
 from quietvit.quantization.methods.brecq import BRECQ
 from quietvit.quantization.methods.qdrop import QDrop
 from quietvit.quantization.methods.qwt import QwT

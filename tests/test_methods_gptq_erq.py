@@ -10,7 +10,12 @@ import quietvit
 import zoo
 from quietvit.errors import QuietvitError
 from quietvit.quantization import RTN
-from quietvit.quantization.least_squares import damped, grouped, nearest, round_with_feedback
+from quietvit.quantization.fitting.least_squares import (
+    damped,
+    grouped,
+    nearest,
+    round_with_feedback,
+)
 from quietvit.quantization.method import Slot, get_method
 from quietvit.quantization.methods import erq
 from quietvit.quantization.methods.erq import ERQ

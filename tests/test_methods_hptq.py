@@ -11,9 +11,15 @@ import quietvit
 import zoo
 from quietvit.errors import QuietvitError
 from quietvit.quantization import thresholds
+from quietvit.quantization.fitting.thresholds import (
+    ERRORS,
+    Points,
+    Statistics,
+    search,
+    without_outliers,
+)
 from quietvit.quantization.methods.hptq import HPTQ, mean_error
 from quietvit.quantization.quantizers import AffineQuantizer
-from quietvit.quantization.thresholds import ERRORS, Points, Statistics, search, without_outliers
 
 
 def points_of(x):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quietvit.errors import QuietvitError
-from quietvit.quantization.least_squares import (
+from quietvit.quantization.fitting.least_squares import (
     Gram,
     damped,
     grouped,

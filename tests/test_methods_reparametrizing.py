@@ -13,15 +13,15 @@ import quietvit
 import zoo
 from quietvit.errors import QuietvitError
 from quietvit.quantization.companding import TanQuantizer
+from quietvit.quantization.fitting.postnorm import (
+    percentile_range,
+    quantiles,
+)
 from quietvit.quantization.methods.dopq_vit import DopQViT
 from quietvit.quantization.methods.repq_vit import RepQViT
 from quietvit.quantization.methods.rtn import RTN
 from quietvit.quantization.methods.smoothquant import SmoothQuant, smoothing_scale
 from quietvit.quantization.nonuniform import LogQuantizer, squared_error
-from quietvit.quantization.postnorm import (
-    percentile_range,
-    quantiles,
-)
 from quietvit.quantization.quantizers import AffineQuantizer, affine_fake
 from quietvit.quantization.reparametrize import norm_links
 from quietvit.tracing.trace import call

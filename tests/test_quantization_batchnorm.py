@@ -10,10 +10,10 @@ from torch import nn
 import quietvit
 import zoo
 from quietvit.quantization import get_method
-from quietvit.quantization.batchnorm import fold_batchnorms
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
-from quietvit.quantization.equalize import equalize, std_after_relu
+from quietvit.quantization.fitting.batchnorm import fold_batchnorms
+from quietvit.quantization.fitting.equalize import equalize, std_after_relu
 from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, intercept, trace
 
 

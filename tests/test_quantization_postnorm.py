@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from quietvit.errors import QuietvitError
-from quietvit.quantization.methods.dopq_vit import DopQViT
-from quietvit.quantization.methods.repq_vit import RepQViT
-from quietvit.quantization.nonuniform import squared_error
-from quietvit.quantization.postnorm import (
+from quietvit.quantization.fitting.postnorm import (
     BLOCK,
     PERCENTILES,
     ChannelSteps,
@@ -17,6 +14,9 @@ from quietvit.quantization.postnorm import (
     percentile_range,
     quantiles,
 )
+from quietvit.quantization.methods.dopq_vit import DopQViT
+from quietvit.quantization.methods.repq_vit import RepQViT
+from quietvit.quantization.nonuniform import squared_error
 from quietvit.quantization.quantizers import AffineQuantizer
 
 

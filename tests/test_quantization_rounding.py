@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quietvit.quantization.fitting.rounding import LearnedScale, Rounding, random_keep, undecided
 from quietvit.quantization.quantizers import AffineQuantizer
-from quietvit.quantization.rounding import LearnedScale, Rounding, random_keep, undecided
 
 
 def rounded(axis=0, bits=3):

@@ -17,6 +17,10 @@ from quietvit.errors import QuietvitError, nearest
 from quietvit.tracing import Site
 from quietvit.tracing.ops import norm_channel_dim
 
+HOMOGENEOUS = frozenset({"relu"})
+"""Activations with f(s x) = s f(x) for which the standard deviation behind them is known here."""
+SCALED_THROUGH = HOMOGENEOUS | {"pooled"}
+"""What a link may lead through for the scale of a channel to arrive at its end."""
 ADJUSTMENTS: dict[str, type[Adjustment]] = {}
 A = TypeVar("A", bound="type[Adjustment]")
 

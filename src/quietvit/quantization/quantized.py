@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import (
+    SCALED_THROUGH,
     Adjustment,
     ChannelAffine,
     Compensation,
@@ -22,7 +23,6 @@ from quietvit.quantization.adjustments import (
 )
 from quietvit.quantization.blocks import first_tensor, watching_blocks, with_first_tensor
 from quietvit.quantization.coverage import Coverage
-from quietvit.quantization.equalize import SCALED_THROUGH
 from quietvit.quantization.kept import State, state_of, unchanged
 from quietvit.quantization.method import OPERANDS, Method, Slot
 from quietvit.quantization.quantizers import Quantizer

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.fitting.products import Product, has_heads
+from quietvit.quantization.fitting.search import Affine, Groups, Log, Proposals, Side
+from quietvit.quantization.fitting.search_method import SearchMethod
 from quietvit.quantization.method import Slot, register
 from quietvit.quantization.nonuniform import GELU_SHIFT
-from quietvit.quantization.products import Product, has_heads
 from quietvit.quantization.quantizers import affine_parameters
 from quietvit.quantization.reparametrize import NormLink, norm_links, reparametrize
-from quietvit.quantization.search import Affine, Groups, Log, Proposals, Side
-from quietvit.quantization.search_method import SearchMethod
 from quietvit.quantization.weights import read_weight
 from quietvit.tracing import Trace
 

@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from quietvit.quantization.companding import TanQuantizer
+from quietvit.quantization.fitting.postnorm import (
+    ChannelSteps,
+    Layerwise,
+    blocks,
+    layerwise,
+    quantiles,
+)
 from quietvit.quantization.method import register
 from quietvit.quantization.methods.repq_vit import RepQViT
 from quietvit.quantization.nonuniform import squared_error
-from quietvit.quantization.postnorm import ChannelSteps, Layerwise, blocks, layerwise, quantiles
 from quietvit.quantization.quantizers import Quantizer
 from quietvit.quantization.ranges import Stream
 

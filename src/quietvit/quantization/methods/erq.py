@@ -16,7 +16,7 @@ from torch import Tensor
 from quietvit.quantization.adjustments import ChannelAffine
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.least_squares import (
+from quietvit.quantization.fitting.least_squares import (
     Gram,
     grouped,
     movable,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quietvit.quantization.blocks import find_blocks
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.least_squares import (
+from quietvit.quantization.fitting.least_squares import (
     Gram,
     damped,
     grouped,

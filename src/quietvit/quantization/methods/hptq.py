@@ -14,13 +14,11 @@ from torch import Tensor
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import ChannelAffine, channel_axis
-from quietvit.quantization.batchnorm import fold_batchnorms
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.equalize import equalize
-from quietvit.quantization.method import Method, Slot, between, register
-from quietvit.quantization.quantizers import AffineQuantizer
-from quietvit.quantization.thresholds import (
+from quietvit.quantization.fitting.batchnorm import fold_batchnorms
+from quietvit.quantization.fitting.equalize import equalize
+from quietvit.quantization.fitting.thresholds import (
     ErrorName,
     Points,
     Statistics,
@@ -28,6 +26,8 @@ from quietvit.quantization.thresholds import (
     search,
     without_outliers,
 )
+from quietvit.quantization.method import Method, Slot, between, register
+from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 SHIFTED = frozenset({"prelu", "elu", "hardswish", "silu", "gelu"})

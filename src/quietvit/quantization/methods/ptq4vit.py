@@ -11,9 +11,8 @@ import torch
 from pydantic import Field, StrictBool, StrictInt
 from torch import Tensor
 
-from quietvit.quantization.method import Slot, register
-from quietvit.quantization.products import Product, has_heads
-from quietvit.quantization.search import (
+from quietvit.quantization.fitting.products import Product, has_heads
+from quietvit.quantization.fitting.search import (
     Affine,
     Groups,
     Proposals,
@@ -24,7 +23,8 @@ from quietvit.quantization.search import (
     fixed,
     symmetric_start,
 )
-from quietvit.quantization.search_method import SearchMethod
+from quietvit.quantization.fitting.search_method import SearchMethod
+from quietvit.quantization.method import Slot, register
 from quietvit.tracing import Site, Trace
 
 SPLITS = 20

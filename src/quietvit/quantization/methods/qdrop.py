@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from quietvit.quantization.fitting.reconstruct import Reconstruction
 from quietvit.quantization.method import register
-from quietvit.quantization.reconstruct import Reconstruction
 
 
 @register("qdrop")

@@ -13,7 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from quietvit.quantization.adjustments import Compensation
-from quietvit.quantization.block_data import (
+from quietvit.quantization.blocks import Block, find_blocks
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.fitting.block_data import (
     BlockData,
     Layout,
     Leaves,
@@ -21,12 +24,9 @@ from quietvit.quantization.block_data import (
     each,
     layouts,
 )
-from quietvit.quantization.blocks import Block, find_blocks
-from quietvit.quantization.calibrated import Calibrated
-from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.fitting.reconstruct import check_base, few, replayable
 from quietvit.quantization.method import register
 from quietvit.quantization.on_top import OnTop
-from quietvit.quantization.reconstruct import check_base, few, replayable
 from quietvit.quantization.weights import refuse_inference_mode
 
 SMALLEST_SHARE = 1e-12

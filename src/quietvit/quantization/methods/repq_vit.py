@@ -15,9 +15,7 @@ from torch import Tensor
 from quietvit.errors import QuietvitError
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import EdgeBits, Method, Slot, register
-from quietvit.quantization.nonuniform import LogQuantizer, squared_error
-from quietvit.quantization.postnorm import (
+from quietvit.quantization.fitting.postnorm import (
     ChannelSteps,
     Layerwise,
     blocks,
@@ -25,6 +23,8 @@ from quietvit.quantization.postnorm import (
     percentile_range,
     quantiles,
 )
+from quietvit.quantization.method import EdgeBits, Method, Slot, register
+from quietvit.quantization.nonuniform import LogQuantizer, squared_error
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.quantization.reparametrize import NormLink, NormLinks, norm_links, reparametrize
 from quietvit.tracing import MATMUL_KINDS, Site

@@ -12,17 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from quietvit.quantization.adjustments import ChannelAffine, channel_axis
-from quietvit.quantization.batchnorm import Folded, Folds, scale_weight, skipped_note
+from quietvit.quantization.adjustments import (
+    HOMOGENEOUS,
+    SCALED_THROUGH,
+    ChannelAffine,
+    channel_axis,
+)
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.fitting.batchnorm import Folded, Folds, scale_weight, skipped_note
 from quietvit.quantization.weights import read_weight, why_fixed, write_weight
 from quietvit.tracing import Site, Trace
 
-HOMOGENEOUS = frozenset({"relu"})
-"""Activations with f(s x) = s f(x) for which the standard deviation behind them is known here."""
-SCALED_THROUGH = HOMOGENEOUS | {"pooled"}
-"""What a link may lead through for the scale of a channel to arrive at its end."""
 _WATCHED = frozenset({"linear", "conv", "norm"})
 
 

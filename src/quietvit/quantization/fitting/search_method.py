@@ -14,10 +14,8 @@ from torch import Tensor
 
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Bits, EdgeBits, Method, Slot
-from quietvit.quantization.products import Product, nearest_step, product_notes, record
-from quietvit.quantization.quantizers import Quantizer
-from quietvit.quantization.search import (
+from quietvit.quantization.fitting.products import Product, nearest_step, product_notes, record
+from quietvit.quantization.fitting.search import (
     Float,
     Output,
     Proposals,
@@ -25,6 +23,8 @@ from quietvit.quantization.search import (
     alternate,
     product_dtype,
 )
+from quietvit.quantization.method import Bits, EdgeBits, Method, Slot
+from quietvit.quantization.quantizers import Quantizer
 from quietvit.tracing import Trace
 
 

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quietvit.quantization.block_data import BlockData, Leaves
 from quietvit.quantization.blocks import Block
 from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.fitting.block_data import BlockData, Leaves
+from quietvit.quantization.fitting.rounding import LearnedScale, Rounding, random_keep, undecided
 from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer
-from quietvit.quantization.rounding import LearnedScale, Rounding, random_keep, undecided
 from quietvit.quantization.weights import read_weight, why_fixed
 from quietvit.tracing import Site
 
 if TYPE_CHECKING:
-    from quietvit.quantization.reconstruct import Reconstruction
+    from quietvit.quantization.fitting.reconstruct import Reconstruction
 
 
 @dataclass

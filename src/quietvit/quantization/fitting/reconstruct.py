@@ -18,7 +18,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
-from quietvit.quantization.block_data import (
+from quietvit.quantization.blocks import Block, find_blocks
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration, ImageStream
+from quietvit.quantization.fitting.block_data import (
     BlockData,
     Layout,
     Leaves,
@@ -26,10 +29,7 @@ from quietvit.quantization.block_data import (
     each,
     layouts,
 )
-from quietvit.quantization.block_fit import Learned, Samples, fit
-from quietvit.quantization.blocks import Block, find_blocks
-from quietvit.quantization.calibrated import Calibrated
-from quietvit.quantization.calibration import Calibration, ImageStream
+from quietvit.quantization.fitting.block_fit import Learned, Samples, fit
 from quietvit.quantization.method import between, get_method
 from quietvit.quantization.on_top import SHARED, OnTop
 from quietvit.quantization.weights import (

@@ -16,7 +16,7 @@ from torch import Tensor
 from quietvit.errors import QuietvitError
 from quietvit.quantization.blocks import first_tensor
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.layout import Laid, lay_out, some_matrices, some_rows
+from quietvit.quantization.fitting.layout import Laid, lay_out, some_matrices, some_rows
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import OmseRange
 from quietvit.quantization.weights import frozen
