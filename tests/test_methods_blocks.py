@@ -11,10 +11,11 @@ from torch import nn
 import quietvit
 from block_cases import Doubling, built, quantize
 from quietvit.errors import QuietvitError
-from quietvit.quantization import RTN, reconstruct
+from quietvit.quantization import RTN
 from quietvit.quantization.blocks import find_blocks, first_tensor, watching_blocks
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
+from quietvit.quantization.fitting import reconstruct
 from quietvit.quantization.fitting.block_data import BlockData, by_image, chunks, layouts
 from quietvit.quantization.methods.brecq import BRECQ
 from quietvit.quantization.methods.qdrop import QDrop

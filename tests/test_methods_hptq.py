@@ -10,7 +10,7 @@ from torch import nn
 import quietvit
 import zoo
 from quietvit.errors import QuietvitError
-from quietvit.quantization import thresholds
+from quietvit.quantization.fitting import thresholds
 from quietvit.quantization.fitting.thresholds import (
     ERRORS,
     Points,

@@ -13,8 +13,8 @@ from torch import nn
 import quietvit
 import zoo
 from quietvit.errors import QuietvitError
-from quietvit.quantization import search, search_method
 from quietvit.quantization.companding import TwinQuantizer
+from quietvit.quantization.fitting import search, search_method
 from quietvit.quantization.fitting.search import Affine, Groups, Log, Output, TwinGelu, TwinSoftmax
 from quietvit.quantization.method import Slot, get_method
 from quietvit.quantization.methods.adalog import even_out

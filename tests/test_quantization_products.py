@@ -11,8 +11,8 @@ from torch import nn
 
 import quietvit
 import zoo
-from quietvit.quantization import layout, products
 from quietvit.quantization.calibration import Calibration, ImageStream
+from quietvit.quantization.fitting import layout, products
 
 
 def images(count: int = 3, size: int = 32) -> torch.Tensor:

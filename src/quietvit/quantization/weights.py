@@ -43,6 +43,11 @@ def why_fixed(model: nn.Module, trace: Trace, site: Site) -> str | None:
     return f"{name} is tied to the weight of {readers[0]}" if readers else None
 
 
+def weight_axis(site: Site) -> int:
+    """Which dim of a weight counts its outputs: 1 of a transposed convolution, else 0."""
+    return 1 if "transpose" in site.function else 0
+
+
 def read_weight(model: nn.Module, site: Site) -> Tensor:
     """The weight as the site reads it, (out, in, ...), a detached copy."""
     if site.weight is None or site.weight_shape is None:

@@ -23,6 +23,7 @@ from quietvit.quantization.blocks import (
 )
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import ImageStream, run_model
+from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import Trace, intercept
 
 CHUNK = 16
@@ -207,7 +208,7 @@ def channel_dim(block: Block, layout: Layout) -> int:
     if not last or last[-1].weight_shape is None:
         return -1
     axis = channel_axis(last[-1])
-    width = last[-1].weight_shape[1 if "transpose" in last[-1].function else 0]
+    width = last[-1].weight_shape[weight_axis(last[-1])]
     if -axis <= len(sizes) and sizes[axis] == width:
         return axis
     others = [d - len(sizes) for d, n in enumerate(sizes) if n == width]

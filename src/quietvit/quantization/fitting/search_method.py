@@ -25,6 +25,7 @@ from quietvit.quantization.fitting.search import (
 )
 from quietvit.quantization.method import Bits, EdgeBits, Method, Slot
 from quietvit.quantization.quantizers import Quantizer
+from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import Trace
 
 
@@ -142,4 +143,4 @@ def _axis(side: Side, slot: Slot) -> int | None:
         return None
     if not slot.is_weight:
         return -3
-    return 1 if "transpose" in slot.site.function else 0
+    return weight_axis(slot.site)

@@ -20,6 +20,7 @@ from quietvit.quantization.method import Bits, EdgeBits, Method, Slot, register
 from quietvit.quantization.nonuniform import LogQuantizer, power_of_two_factor
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, affine_parameters
 from quietvit.quantization.ranges import MinMaxRange, Stream
+from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 LARGEST_EXPONENT = 3
@@ -81,7 +82,7 @@ class FQViT(Method):
                 if slot.is_weight and slot in ranges:
                     continue
                 if slot not in ranges:
-                    ranges[slot] = MinMaxRange(_weight_axis(site) if slot.is_weight else None)
+                    ranges[slot] = MinMaxRange(weight_axis(site) if slot.is_weight else None)
                     if _by_factors(slot, calibration.trace):
                         streams[slot] = Stream(-1)
                 ranges[slot].update(operand)
@@ -246,10 +247,6 @@ def _channels_last(trace: Trace, site: Site, shape: tuple[int, ...]) -> bool:
     axis = channel_axis(site)
     channels = site.output_shape[axis]
     return shape[-1] == channels and (axis == -1 or shape[1] != channels)
-
-
-def _weight_axis(site: Site) -> int:
-    return 1 if "transpose" in site.function else 0
 
 
 def _notes(calibrated: Calibrated, left: dict[str, str]) -> list[str]:

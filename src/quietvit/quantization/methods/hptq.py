@@ -28,6 +28,7 @@ from quietvit.quantization.fitting.thresholds import (
 )
 from quietvit.quantization.method import Method, Slot, between, register
 from quietvit.quantization.quantizers import AffineQuantizer
+from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 SHIFTED = frozenset({"prelu", "elu", "hardswish", "silu", "gelu"})
@@ -212,7 +213,7 @@ class HPTQ(Method):
             )
 
     def _weight_quantizer(self, site: Site, weight: Tensor, bits: int) -> AffineQuantizer:
-        axis = 1 if "transpose" in site.function else 0
+        axis = weight_axis(site)
         points = Points.of(weight, axis)
         threshold = search(
             points,

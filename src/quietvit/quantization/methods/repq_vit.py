@@ -27,6 +27,7 @@ from quietvit.quantization.method import EdgeBits, Method, Slot, register
 from quietvit.quantization.nonuniform import LogQuantizer, squared_error
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.quantization.reparametrize import NormLink, NormLinks, norm_links, reparametrize
+from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site
 from quietvit.tracing.ops import norm_channel_dim
 
@@ -153,6 +154,6 @@ def _uniform(slot: Slot, x: Tensor, bits: int) -> AffineQuantizer:
     """Asymmetric; weights by output channel, activations per tensor."""
     axis = None
     if slot.is_weight:
-        axis = 1 if "transpose" in slot.site.function else 0
+        axis = weight_axis(slot.site)
     low, high = percentile_range(x, bits, axis=axis)
     return AffineQuantizer.from_range(low, high, bits=bits, symmetric=False, axis=axis)

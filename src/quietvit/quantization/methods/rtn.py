@@ -14,6 +14,7 @@ from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.method import Method, Slot, between, register
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeEstimator, RangeName, make_range
+from quietvit.quantization.weights import weight_axis
 
 Granularity = Literal["per_tensor", "per_channel"]
 
@@ -85,7 +86,7 @@ class RTN(Method):
 
     def _axis(self, slot: Slot) -> int | None:
         if slot.is_weight:
-            outputs = 1 if "transpose" in slot.site.function else 0
+            outputs = weight_axis(slot.site)
             return outputs if self.weight_granularity == "per_channel" else None
         if self.activation_granularity == "per_tensor" or slot.site.kind not in ("linear", "conv"):
             return None
