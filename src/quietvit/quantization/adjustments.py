@@ -13,7 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quietvit.errors import QuietvitError, nearest
+from quietvit.errors import QuietvitError
+from quietvit.quantization.registry import rebuild, registering
 from quietvit.tracing import Site
 from quietvit.tracing.ops import norm_channel_dim
 
@@ -27,22 +28,12 @@ A = TypeVar("A", bound="type[Adjustment]")
 
 def register_adjustment(name: str) -> Callable[[A], A]:
     """Class decorator: make an adjustment known under ``name``, as saved models name it."""
-
-    def add(cls: A) -> A:
-        if name in ADJUSTMENTS and ADJUSTMENTS[name] is not cls:
-            raise QuietvitError(f"an adjustment named {name!r} is registered already.")
-        cls.kind = name
-        ADJUSTMENTS[name] = cls
-        return cls
-
-    return add
+    return registering(ADJUSTMENTS, name, "an adjustment")
 
 
 def build_adjustment(kind: str, config: dict[str, Any]) -> Adjustment:
     """Rebuild an adjustment from ``kind`` and ``config()``; its buffers are loaded afterwards."""
-    if kind not in ADJUSTMENTS:
-        raise QuietvitError(f"unknown adjustment {kind!r}{nearest(kind, ADJUSTMENTS)}")
-    return ADJUSTMENTS[kind].from_config(config)
+    return rebuild(ADJUSTMENTS, kind, config, "adjustment")  # type: ignore[no-any-return]
 
 
 class Adjustment(nn.Module, ABC):

@@ -33,11 +33,12 @@ class Calibrated:
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
     ) -> Tensor:
         """Run a site on quantized operands, adjusted: a handler for ``intercept``."""
-        quantized = []
-        for index, operand in enumerate(operands):
-            quantizer = self.quantizers.get(Slot(site, index))
-            quantized.append(operand if quantizer is None else quantizer(operand))
-        return self.adjust(site, tuple(quantized), run)
+        return self.adjust(site, self.quantize(site, operands), run)
+
+    def quantize(self, site: Site, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A site's operands, quantized where a quantizer stands."""
+        found = [self.quantizers.get(Slot(site, index)) for index in range(len(operands))]
+        return tuple(x if q is None else q(x) for q, x in zip(found, operands, strict=True))
 
     def adjust(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]

@@ -107,6 +107,7 @@ def _patterns(value: Any) -> Any:
 
 Bits = Annotated[int | None, BeforeValidator(_bits)]
 EdgeBits = Annotated[int | Literal["same"] | None, BeforeValidator(_edge_bits)]
+Granularity = Literal["per_tensor", "per_channel"]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
 
 

@@ -75,7 +75,7 @@ class QuantizedModel(nn.Module):
         changed = [*(slot.site for slot in quantizers), *map(trace.__getitem__, adjustments or ())]
         self._kinds = frozenset(site.kind for site in changed)
         self._blocks = tuple(compensations or ())
-        self._adjusted = tuple(adjustments or ())
+        self._adjusted = {name: module_key(name) for name in adjustments or ()}
         self._moved: dict[str, tuple[ChannelAffine, ChannelAffine]] = {}
         self._kept: dict[str, tuple[State, Tensor]] = {}
         self._observer: Handler | None = None
@@ -135,9 +135,10 @@ class QuantizedModel(nn.Module):
                 self._quantize(site, keys[index], index, operand) if index in keys else operand
                 for index, operand in enumerate(operands)
             )
-        if site.name not in self._adjusted:
+        adjusted = self._adjusted.get(site.name)
+        if adjusted is None:
             return run(*operands)
-        return self.adjustments[module_key(site.name)](operands, run)  # type: ignore[no-any-return]
+        return self.adjustments[adjusted](operands, run)  # type: ignore[no-any-return]
 
     def _watched(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
@@ -207,7 +208,7 @@ class QuantizedModel(nn.Module):
 
     def adjusted(self) -> dict[str, Adjustment]:
         """Adjustments of sites' outputs, by site name."""
-        found = {name: self.adjustments[module_key(name)] for name in self._adjusted}
+        found = {name: self.adjustments[key] for name, key in self._adjusted.items()}
         return {name: a for name, a in found.items() if isinstance(a, Adjustment)}
 
     def compensated(self) -> dict[str, Compensation]:

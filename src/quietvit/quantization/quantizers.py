@@ -12,7 +12,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quietvit.errors import QuietvitError, nearest
+from quietvit.errors import QuietvitError
+from quietvit.quantization.registry import rebuild, registering
 
 MIN_BITS, MAX_BITS = 2, 16
 SMALLEST_SCALE = 2.0**-100
@@ -23,22 +24,12 @@ Q = TypeVar("Q", bound="type[Quantizer]")
 
 def register_quantizer(name: str) -> Callable[[Q], Q]:
     """Class decorator: make a quantizer known under ``name``, so that saved models can name it."""
-
-    def add(cls: Q) -> Q:
-        if name in QUANTIZERS and QUANTIZERS[name] is not cls:
-            raise QuietvitError(f"a quantizer named {name!r} is registered already; choose another")
-        cls.kind = name
-        QUANTIZERS[name] = cls
-        return cls
-
-    return add
+    return registering(QUANTIZERS, name, "a quantizer")
 
 
 def build_quantizer(kind: str, config: dict[str, Any]) -> Quantizer:
     """Rebuild a quantizer from ``kind`` and ``config()``; its buffers are loaded afterwards."""
-    if kind not in QUANTIZERS:
-        raise QuietvitError(f"unknown quantizer {kind!r}{nearest(kind, QUANTIZERS)}")
-    return QUANTIZERS[kind].from_config(config)
+    return rebuild(QUANTIZERS, kind, config, "quantizer")  # type: ignore[no-any-return]
 
 
 class Quantizer(nn.Module, ABC):

@@ -14,7 +14,6 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import ChannelAffine
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer, affine_fake
 from quietvit.quantization.ranges import RangeName, make_range
 from quietvit.quantization.weights import why_fixed
@@ -190,8 +189,7 @@ def run_to(
 
     def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
         if quantized:
-            found = [calibrated.quantizers.get(Slot(site, i)) for i in range(len(operands))]
-            operands = tuple(x if q is None else q(x) for q, x in zip(found, operands, strict=True))
+            operands = calibrated.quantize(site, operands)
         if site.kind in ("linear", "conv"):
             look(site, operands, run)
             if site.name == last.name:

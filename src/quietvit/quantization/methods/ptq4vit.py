@@ -5,7 +5,7 @@ The search lives in ``search``, the recording of products and gradients in ``pro
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, StrictBool, StrictInt
@@ -24,14 +24,12 @@ from quietvit.quantization.fitting.search import (
     symmetric_start,
 )
 from quietvit.quantization.fitting.search_method import SearchMethod
-from quietvit.quantization.method import Slot, register
+from quietvit.quantization.method import Granularity, Slot, register
 from quietvit.tracing import Site, Trace
 
 SPLITS = 20
 """Candidates for the split of post-softmax values: 1, 1/2, ..., 2^-19."""
 _LOWEST, _HIGHEST = 0.01, 1.2
-
-Granularity = Literal["per_tensor", "per_channel"]
 
 
 @register("ptq4vit")

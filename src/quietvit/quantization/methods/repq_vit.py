@@ -134,7 +134,7 @@ class RepQViT(Method):
             bits = self.slot_bits(slot)
             if bits is None or slot in calibrated.quantizers:
                 continue
-            attention = site.kind in ("matmul", "einsum") and _role(slot) == "post_softmax"
+            attention = site.kind in ("matmul", "einsum") and slot.role == "post_softmax"
             if attention and bool((x < 0).any()):
                 attention = False
                 calibrated.notes.append(
@@ -143,11 +143,6 @@ class RepQViT(Method):
             calibrated.quantizers[slot] = (
                 self.attention_quantizer(x, bits) if attention else _uniform(slot, x, bits)
             )
-
-
-def _role(slot: Slot) -> str:
-    operands = slot.site.operands
-    return operands[slot.index].role if slot.index < len(operands) else ""
 
 
 def _uniform(slot: Slot, x: Tensor, bits: int) -> AffineQuantizer:

@@ -5,18 +5,16 @@ Nothing here moves a weight; methods that do are files of their own beside this 
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Method, Slot, between, register
+from quietvit.quantization.method import Granularity, Method, Slot, between, register
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeEstimator, RangeName, make_range
 from quietvit.quantization.weights import weight_axis
-
-Granularity = Literal["per_tensor", "per_channel"]
 
 
 @register("rtn")
