@@ -88,6 +88,12 @@ def test_few_rows_are_kept_of_many():
         torch.testing.assert_close(product.left.shape[3], product.right.shape[2])
 
 
+def test_what_is_kept_does_not_grow_with_the_images():
+    found = recorded(tiny_vit(), images(128), rows=64, gradients=False)
+    for name, product in found.items():
+        assert product.left.shape[0] * product.left.shape[2] <= 64, name
+
+
 def test_products_are_those_of_the_model():
     model, batch = tiny_vit(), images(3)
     outputs = {}

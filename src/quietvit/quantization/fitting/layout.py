@@ -97,24 +97,47 @@ def some_rows(
     return left[:, :, chosen].float(), laid.right.float(), some
 
 
+@dataclass(frozen=True)
+class Few:
+    """How many matrices are kept of a batch, how many rows of each, and what later ones owe."""
+
+    matrices: int
+    rows: int
+    owed: float
+
+
+def few_matrices(laid: Laid, budget: float | None, owed: float, *, first: bool) -> Few:
+    """For at most ``budget`` rows of this batch's matrices of activations; None keeps all.
+
+    Of a matrix at least ``_FEWEST`` rows are kept, or all. Where that leaves less than one matrix
+    of a batch, the fraction is ``owed`` to the next, so that over many batches the rows kept do
+    not grow with their number; of the ``first`` at least one is kept.
+    """
+    count, rows = laid.left.shape[0], laid.left.shape[2]
+    if budget is None or budget >= count * rows:
+        return Few(count, rows, owed)
+    # The same rows for every batch, since each holds as many matrices an image.
+    fewer = min(rows, max(_FEWEST, int(budget / count + 1e-6)))
+    due = owed + budget / fewer
+    matrices = min(count, max(1 if first else 0, round(due)))
+    return Few(matrices, fewer, min(due - matrices, 1.0))
+
+
 def some_matrices(
-    laid: Laid, gradient: Tensor | None, budget: float | None, generator: torch.Generator
+    laid: Laid, gradient: Tensor | None, few: Few, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Some rows of some matrices; of each matrix as many, those without gradient come last."""
     left, right = laid.left, laid.right
     count, rows = left.shape[0], left.shape[2]
-    if budget is not None and budget < count * rows:
-        # The same for every batch, since each holds as many matrices an image.
-        fewer = min(rows, max(_FEWEST, int(budget / count + 1e-6)))
-        matrices = min(count, max(1, round(budget / fewer)))
-        some = torch.randperm(count, generator=generator)[:matrices].sort().values
+    if few.matrices < count or few.rows < rows:
+        some = torch.randperm(count, generator=generator)[: few.matrices].sort().values
         some = some.to(left.device)
         left, right = left[some], right[some]
-        order = torch.rand(matrices, rows, generator=generator).to(left.device)
+        order = torch.rand(few.matrices, rows, generator=generator).to(left.device)
         if gradient is not None:
             gradient = gradient[some]
             order = order + gradient.ne(0).any(-1).any(1)
-        drawn = order.topk(fewer, dim=1).indices.sort(1).values[:, None, :, None]
+        drawn = order.topk(few.rows, dim=1).indices.sort(1).values[:, None, :, None]
         left = left.take_along_dim(drawn, 2)
         gradient = None if gradient is None else gradient.take_along_dim(drawn, 2)
     return left.float(), right.float(), None if gradient is None else gradient.bfloat16()

@@ -6,7 +6,7 @@ Rows and gradients are recorded here; steps are searched on them in ``search``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,13 @@ from torch import Tensor
 from quietvit.errors import QuietvitError
 from quietvit.quantization.blocks import first_tensor
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.fitting.layout import Laid, lay_out, some_matrices, some_rows
+from quietvit.quantization.fitting.layout import (
+    Laid,
+    few_matrices,
+    lay_out,
+    some_matrices,
+    some_rows,
+)
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import OmseRange
 from quietvit.quantization.weights import frozen
@@ -92,6 +98,7 @@ class _Kept:
     right: _Stack
     gradient: _Stack
     weighed: bool = True
+    owed: float = 0.0
 
 
 class Recorder:
@@ -139,12 +146,18 @@ class Recorder:
             laid = call.laid
             gradient = laid.arrange(call.gradient[0].float()) if call.gradient else None
             budget = None if self.share is None else self.share * images
-            choose = some_matrices if laid.activations else some_rows
-            left, right, some = choose(laid, gradient, budget, self.generator)
             if call.site.name not in self.kept:
                 dim = 0 if laid.activations else 2
                 self.kept[call.site.name] = _Kept(_Stack(dim), _Stack(0), _Stack(dim))
             kept = self.kept[call.site.name]
+            if laid.activations:
+                few = few_matrices(laid, budget, kept.owed, first=kept.left.whole is None)
+                kept.owed = few.owed
+                if not few.matrices:
+                    continue
+                left, right, some = some_matrices(laid, gradient, few, self.generator)
+            else:
+                left, right, some = some_rows(laid, gradient, budget, self.generator)
             kept.left.put(left, images / of)
             if laid.activations or kept.right.whole is None:
                 kept.right.put(right, images / of if laid.activations else 1.0)
@@ -198,11 +211,16 @@ def record(
 
     Raises QuietvitError for gradients inside ``torch.inference_mode``.
     """
-    images = calibration.everything()
-    share = None if rows is None else rows / images.shape[0]
-    recorder = Recorder(wanted, share, seed)
-    batches = images.split(_BATCH)
-    for batch in calibration.track(batches, len(batches), label):
+    given = calibration.images.source
+    stream: Iterable[Tensor] = calibration.images
+    if not isinstance(given, Tensor):
+        # Their number must be known beforehand.
+        given = calibration.everything()
+        stream = (given,)
+    count = len(given)
+    recorder = Recorder(wanted, None if rows is None else rows / count, seed)
+    batches = (part for batch in stream for part in batch.split(_BATCH))
+    for batch in calibration.track(batches, -(-count // _BATCH), label):
         if gradients:
             with frozen(calibration.model), torch.enable_grad():
                 entered = batch.detach().clone().requires_grad_()
@@ -214,7 +232,7 @@ def record(
             with torch.no_grad():
                 calibration.run(batch, recorder.handle, kinds=MATMUL_KINDS)
         with torch.no_grad():
-            recorder.choose(len(batch), len(images))
+            recorder.choose(len(batch), count)
     return recorder.products()
 
 

@@ -39,7 +39,8 @@ class SearchMethod(Method):
 
     Candidates are multiplied in bfloat16 where the processor or GPU is fast at it and bits are at
     most 8, else in float32 (derived here): other machines may choose other, about equally good
-    steps. All images are held in memory, and the chosen rows of every site.
+    steps. The chosen rows of every site are held in memory; so are all images, unless they come as
+    one tensor.
     """
 
     patch_embed_bits: EdgeBits = "same"
