@@ -32,30 +32,47 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The timm model: ``kwargs`` go to ``timm.create_model``, ``weights`` is a local file."""
+    """The model: a timm name, or ``hf:/folder`` for a transformers image classifier kept there.
+
+    ``kwargs`` go to ``timm.create_model`` (to the transformers config), ``weights`` is a local file
+    (timm only). ``freeze`` are wildcards of parameter names that do not train; ``freeze_blocks``
+    keeps the first n blocks and what comes before them as they are.
+    """
 
     name: str
     weights: Path | None = None
     kwargs: dict[str, Any] = {}
     preprocessing: dict[str, Any] = {}
+    freeze: tuple[str, ...] = ()
+    freeze_blocks: int = Field(default=0, ge=0)
 
 
 class DataConfig(Section):
     """The data set (see ``quietvit.data.load_dataset``), how many images of it, how they vary.
 
     ``num_classes`` is taken from the training images where it is not given; given, a label at or
-    above it is refused.
+    above it is refused. An image that cannot be decoded is replaced by another one and counted; the
+    run stops when more than ``max_bad_images`` different ones were met. ``repeats`` puts each image
+    so often into an epoch, differently augmented, and takes as many fewer images (DeiT's repeated
+    augmentation). ``shuffle_window``: shards whose images are mixed with each other, for data that
+    comes in shards (None mixes all).
     """
 
     dataset: str
     num_classes: int | None = Field(default=None, ge=1)
     train_images: int | None = Field(default=None, ge=1)
     test_images: int | None = Field(default=None, ge=1)
+    max_bad_images: int = Field(default=0, ge=0)
+    repeats: int = Field(default=1, ge=1)
+    shuffle_window: int | None = Field(default=None, ge=1)
     augmentation: Augmentation = Augmentation()
 
 
 class OptimizerConfig(Section):
-    """AdamW. ``decay_norms_and_biases`` applies the weight decay to every parameter."""
+    """AdamW. ``decay_norms_and_biases`` applies the weight decay to every parameter.
+
+    ``layer_decay``: the learning rate of each block is this factor of the next one's (timm).
+    """
 
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
@@ -63,6 +80,7 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     decay_norms_and_biases: bool = False
     clip_grad: float | None = Field(default=None, gt=0)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
 
 
 class ScheduleConfig(Section):
@@ -93,13 +111,44 @@ class EmaConfig(Section):
     warmup: bool = True
 
 
+class StrengthScheduleConfig(Section):
+    """A factor of a strength over the run, in epochs: see ``quietvit.decay.StrengthSchedule``.
+
+    0 before ``start_epoch``, then up to 1 within ``warmup_epochs``, then ``constant``, or down to
+    ``final`` at the end of the run.
+    """
+
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    start_epoch: float = Field(default=0.0, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    final: float = Field(default=0.0, ge=0)
+
+
+class RegularizerConfig(Section):
+    """What all regularizers have. A strength of 0 is off."""
+
+    strength: Strength
+    schedule: StrengthScheduleConfig | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.strength > 0
+
+
 class ColinearityConfig(Section):
-    """Colinearity Decay; a mapping as ``strength`` gives one per kind of pair. 0 is off."""
+    """Colinearity Decay; a mapping as ``strength`` gives one per kind of pair. 0 is off.
+
+    ``schedule`` may be a mapping from kind to schedule. ``sharded`` divides the update between the
+    processes, ``compile`` compiles it.
+    """
 
     strength: Strength | dict[str, Strength] = 1.0
     penalty: Literal["energy", "peak", "cosine", "top"] = "energy"
     kinds: tuple[str, ...] | None = None
     every: int = Field(default=1, ge=1)
+    schedule: StrengthScheduleConfig | dict[str, StrengthScheduleConfig] | None = None
+    sharded: bool = False
+    compile: bool = False
 
     @property
     def active(self) -> bool:
@@ -107,21 +156,65 @@ class ColinearityConfig(Section):
         return any(value > 0 for value in values)
 
 
-class NormGainConfig(Section):
+class NormGainConfig(RegularizerConfig):
     """Decay of the norm gains alone, weighted by their squares. 0 is off."""
 
     strength: Strength = 3.0
 
-    @property
-    def active(self) -> bool:
-        return self.strength > 0
+
+class SpectralConfig(RegularizerConfig):
+    """S2D, ``quietvit.SpectralDecay``: the leading singular values of layers they dominate.
+
+    ``coupled`` puts its gradient before the optimizer, as published; else it is a decoupled update.
+    ``images`` of the training data tell which layers those are, every ``refresh`` steps.
+    """
+
+    strength: Strength = 5e-4
+    threshold: Share = 0.95
+    components: int = Field(default=3, ge=1)
+    refresh: int = Field(default=100, ge=1)
+    power: int = Field(default=2, ge=1)
+    coupled: bool = True
+    images: int = Field(default=16, ge=1)
+
+
+class TweoConfig(RegularizerConfig):
+    """TWEO, ``quietvit.TWEO``: a penalty on the largest outputs of blocks, added to the loss."""
+
+    strength: Strength = 0.01
+    threshold: float = Field(default=3.0, gt=0)
+    power: float = Field(default=4.0, ge=1)
+
+
+class KurtosisConfig(RegularizerConfig):
+    """KURE, ``quietvit.KurtosisRegularization``: kurtosis of weight matrices towards ``target``."""
+
+    strength: Strength = 1.0
+    target: float = Field(default=1.8, ge=1)
+    coupled: bool = True
+
+
+class PairWeightConfig(RegularizerConfig):
+    """Plain weight decay of the very matrices that Colinearity Decay acts on: its control."""
+
+    strength: Strength = 1.0
+    kinds: tuple[str, ...] | None = None
 
 
 class DecayConfig(Section):
-    """Decoupled updates after each optimizer step; none by default."""
+    """Regularizers side by side; none by default. They act in the order in which they stand here.
+
+    ``watch_every``: every so many logged steps, also log the largest activation of any block and
+    the largest amplification of any pair; 0 never.
+    """
 
     cd: ColinearityConfig | None = None
     norm_gains: NormGainConfig | None = None
+    weight: PairWeightConfig | None = None
+    s2d: SpectralConfig | None = None
+    kure: KurtosisConfig | None = None
+    tweo: TweoConfig | None = None
+    watch_every: int = Field(default=10, ge=0)
 
 
 class CheckpointConfig(Section):
@@ -137,6 +230,8 @@ class TrainConfig(Section):
     The effective batch is batch_size x accumulation x processes; the images left over at the end
     of an epoch are left out. ``evaluate_every`` counts epochs (0: only at the end), ``log_every``
     optimizer steps; ``device`` is ``auto`` or ``cpu``; ``threads`` are torch's on the CPU.
+    ``parallel`` is how several processes share the model: ``ddp`` keeps it whole in each,
+    ``fsdp2`` in parts. ``compile`` compiles the model.
     """
 
     recipe: Literal[1] = 1
@@ -155,6 +250,8 @@ class TrainConfig(Section):
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: Literal["auto", "cpu"] = "auto"
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    compile: bool = False
     evaluate_every: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
     tensorboard: bool = True
