@@ -12,7 +12,7 @@ import quietvit
 from block_cases import Doubling, built, quantize
 from quietvit.errors import QuietvitError
 from quietvit.quantization import RTN
-from quietvit.quantization.blocks import find_blocks, first_tensor, watching_blocks
+from quietvit.quantization.blocks import find_blocks
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.fitting import reconstruct
@@ -23,6 +23,7 @@ from quietvit.quantization.methods.qwt import QwT
 from quietvit.quantization.storage import load
 from quietvit.quantization.weights import read_weight
 from quietvit.tracing import trace
+from quietvit.tracing.block_modules import first_tensor, watching_modules
 
 MODELS = ["timm-vit", "timm-swin", "hf-vit", "tv-vit", "timm-hybrid"]
 QUICK = {"weight_bits": 4, "activation_bits": 4, "iterations": 30, "batch_size": 4}
@@ -45,7 +46,7 @@ def test_blocks_alone_on_collected_inputs_make_the_models_output(name):
     def look(name, args, kwargs, output):
         outputs[name] = known[name].split_output(output)
 
-    with torch.no_grad(), watching_blocks(model, known, look):
+    with torch.no_grad(), watching_modules(model, known, look):
         model(images)
     previous = None
     for block in blocks[-4:]:
@@ -79,7 +80,7 @@ def errors(model, quantized, images):
         def look(name, args, kwargs, output, seen=seen):
             seen[name] = first_tensor(output).clone()
 
-        with torch.no_grad(), watching_blocks(which, blocks, look):
+        with torch.no_grad(), watching_modules(which, blocks, look):
             quantized(images) if which is quantized.model else model(images)
         found.append(seen)
     return {b: float((found[0][b] - found[1][b]).square().mean()) for b in blocks}

@@ -7,8 +7,9 @@ import torch
 
 from block_cases import Doubling, Narrowing, built, quantize
 from quietvit.quantization import RTN
-from quietvit.quantization.blocks import find_blocks, first_tensor, watching_blocks
+from quietvit.quantization.blocks import find_blocks
 from quietvit.quantization.methods.qwt import LinearFit, QwT
+from quietvit.tracing.block_modules import first_tensor, watching_modules
 
 
 def test_the_streamed_fit_is_that_of_lstsq():
@@ -60,7 +61,7 @@ def test_each_kept_compensation_brings_its_block_nearer_to_float(name):
     def look(name, args, kwargs, output):
         seen[name] = args, kwargs, first_tensor(output).clone()
 
-    with torch.no_grad(), watching_blocks(quantized.model, blocks, look):
+    with torch.no_grad(), watching_modules(quantized.model, blocks, look):
         quantized(images)
     for block, compensation in quantized.compensated().items():
         args, kwargs, output = seen[block]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import zoo
-from quietvit.quantization.blocks import find_blocks, first_tensor, run_block, watching_blocks
+from quietvit.quantization.blocks import find_blocks, run_block
 from quietvit.tracing import trace
+from quietvit.tracing.block_modules import first_tensor, watching_modules
 from quietvit.tracing.trace import call
 
 
@@ -29,7 +30,7 @@ def test_a_block_alone_computes_what_it_computes_in_the_model(name):
     def look(name, args, kwargs, output):
         seen[name] = args, kwargs, first_tensor(output).clone()
 
-    with torch.no_grad(), watching_blocks(model, blocks, look):
+    with torch.no_grad(), watching_modules(model, blocks, look):
         call(model, example)
     assert seen.keys() == blocks.keys()
     for name, (args, kwargs, wanted) in seen.items():

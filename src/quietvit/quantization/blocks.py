@@ -7,16 +7,14 @@ block is the business of ``methods``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quietvit.errors import QuietvitError
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+from quietvit.tracing.block_modules import lies_within, residual_modules
 from quietvit.tracing.intercept import Handler
 from quietvit.tracing.ops import FAMILIES
 
@@ -42,17 +40,15 @@ class Block:
 def find_blocks(trace: Trace) -> tuple[Block, ...]:
     """The blocks of a model in order of execution; every matrix product with a weight is in one.
 
-    A residual block is the outermost module below a container of several like it: the largest
-    module that holds a residual add and no add of another such module beside its own. All other
-    linears and convolutions are blocks of their own. Derived here (BRECQ, arXiv 2102.05426, takes
-    the blocks of a ResNet by name).
+    The residual blocks are those of ``quietvit.tracing.block_modules.residual_modules``; all other
+    linears and convolutions are blocks of their own.
     """
-    residual = _residual_modules(trace)
+    residual = residual_modules(trace)
     blocks: list[tuple[int, Block]] = []
     inside: set[str] = set()
     order = {site.name: place for place, site in enumerate(trace.sites)}
     for module in residual:
-        sites = [site for site in trace.sites if _within(site.module, module)]
+        sites = [site for site in trace.sites if lies_within(site.module, module)]
         if not sites or not any(site.macs for site in sites):
             continue
         part = subtrace(trace, sites)
@@ -92,54 +88,6 @@ def subtrace(trace: Trace, sites: Collection[Site]) -> Trace | None:
     return Trace(trace.model_name, tuple(moved), links, scores, whole)
 
 
-@contextmanager
-def watching_blocks(
-    model: nn.Module,
-    names: Collection[str],
-    look: Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any],
-) -> Iterator[None]:
-    """Show the arguments and output of modules to ``look(name, args, kwargs, output)``.
-
-    What ``look`` returns, unless None, takes the place of the output.
-    """
-    hooks = []
-    for name in names:
-
-        def hook(
-            module: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            output: Any,
-            name: str = name,
-        ) -> Any:
-            return look(name, args, kwargs, output)
-
-        hooks.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-def first_tensor(nested: Any) -> Tensor:
-    """The first floating-point tensor in a module's input or output."""
-    for leaf in torch.utils._pytree.tree_flatten(nested)[0]:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf
-    raise QuietvitError(f"no tensor of numbers in {type(nested).__name__}, a module's argument.")
-
-
-def with_first_tensor(nested: Any, tensor: Tensor) -> Any:
-    """``nested`` with its first floating-point tensor replaced."""
-    leaves, spec = torch.utils._pytree.tree_flatten(nested)
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            leaves[place] = tensor
-            return torch.utils._pytree.tree_unflatten(leaves, spec)
-    raise QuietvitError(f"no tensor of numbers in {type(nested).__name__}, a module's argument.")
-
-
 def run_block(
     model: nn.Module,
     block: Block,
@@ -152,22 +100,3 @@ def run_block(
     """Call a block's module alone, its sites under ``handler``."""
     with intercept(block.trace, handler, kinds=kinds):
         return model.get_submodule(block.name)(*args, **kwargs)
-
-
-def _within(module: str, outer: str) -> bool:
-    return module == outer or module.startswith(outer + ".")
-
-
-def _residual_modules(trace: Trace) -> list[str]:
-    """Paths of residual blocks, in order: see ``find_blocks``."""
-    adds = [site for site in trace.sites if site.kind == "add" and site.module]
-    paths = list(dict.fromkeys(site.module for site in adds))
-    # The add of an attention's relative position is no residual of the block that holds it.
-    numbered: dict[str, None] = {}
-    for path in paths:
-        parts = path.split(".")
-        places = [i for i, part in enumerate(parts) if part.rpartition("_")[2].isdigit()]
-        cut = places[-1] + 1 if places else len(parts)
-        numbered[".".join(parts[:cut])] = None
-    found = list(numbered)
-    return [p for p in found if not any(q != p and _within(p, q) for q in found)]

@@ -21,12 +21,12 @@ from quietvit.quantization.adjustments import (
     Compensation,
     channel_axis,
 )
-from quietvit.quantization.blocks import first_tensor, watching_blocks, with_first_tensor
 from quietvit.quantization.coverage import Coverage
 from quietvit.quantization.kept import State, state_of, unchanged
 from quietvit.quantization.method import OPERANDS, Method, Slot
 from quietvit.quantization.quantizers import Quantizer
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+from quietvit.tracing.block_modules import first_tensor, watching_modules, with_first_tensor
 from quietvit.tracing.intercept import Handler
 
 
@@ -94,7 +94,7 @@ class QuantizedModel(nn.Module):
                 x, y = first_tensor((given, named)), first_tensor(output)
                 return with_first_tensor(output, self.compensations[module_key(name)](x, y))
 
-        with watching_blocks(self.model, self._blocks, compensate), running:
+        with watching_modules(self.model, self._blocks, compensate), running:
             return self.model(*args, **kwargs)
 
     @contextmanager

@@ -14,17 +14,12 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import ChannelAffine, channel_axis
-from quietvit.quantization.blocks import (
-    Block,
-    first_tensor,
-    run_block,
-    watching_blocks,
-    with_first_tensor,
-)
+from quietvit.quantization.blocks import Block, run_block
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import ImageStream, run_model
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import Trace, intercept
+from quietvit.tracing.block_modules import first_tensor, watching_modules, with_first_tensor
 
 CHUNK = 16
 """Images that run through a block at once where nothing is learned."""
@@ -143,7 +138,7 @@ def _calls(model: nn.Module, blocks: Sequence[Block], images: Tensor) -> _Seen:
         for name in names:
             module = model.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(entered(name), with_kwargs=True))
-        with torch.no_grad(), watching_blocks(model, names, left):
+        with torch.no_grad(), watching_modules(model, names, left):
             run_model(model, images)
     finally:
         for hook in hooks:
@@ -270,7 +265,7 @@ class BlockData:
                 x, y = first_tensor((given, named)), first_tensor(output)
                 return with_first_tensor(output, compensations[name](x, y))
 
-        with watching_blocks(self.model, tuple(compensations), compensate), running:
+        with watching_modules(self.model, tuple(compensations), compensate), running:
             return run_model(self.model, images)
 
     def quantized(self, block: Block, layout: Layout, given: Leaves, handler: Any = None) -> Tensor:

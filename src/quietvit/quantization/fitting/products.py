@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
-from quietvit.quantization.blocks import first_tensor
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.fitting.layout import (
     Laid,
@@ -27,6 +26,7 @@ from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import OmseRange
 from quietvit.quantization.weights import frozen
 from quietvit.tracing import MATMUL_KINDS, Site
+from quietvit.tracing.block_modules import first_tensor
 
 _BATCH = 2
 _LOOSE = 1 << 14

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quietvit.quantization.blocks import Block, first_tensor, with_first_tensor
+from quietvit.quantization.blocks import Block
 from quietvit.quantization.calibration import run_model
 from quietvit.quantization.fitting.block_data import BlockData, Layout
 from quietvit.quantization.fitting.reconstruct import Reconstruction
 from quietvit.quantization.method import register
+from quietvit.tracing.block_modules import first_tensor, with_first_tensor
 
 
 @register("brecq")
