@@ -17,30 +17,55 @@ from quietvit.tracing import call, intercept
 from zoo import build
 
 COUNTS = {
-    "timm-vit": {"norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
-    "timm-deit-distilled": {"norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
-    "timm-swin": {"norm_linear": 9, "value_output": 12, "mlp": 4, "query_key": 12},
-    "timm-beit": {"norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
-    "timm-eva-swiglu": {"norm_linear": 4, "value_output": 4, "gated_mlp": 4},
-    "timm-dinov2-layerscale": {"norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
-    "timm-hybrid": {"norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
-    "timm-qk-norm": {"norm_linear": 4, "value_output": 4, "mlp": 2},
+    "timm-vit": {"residual": 3, "norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
+    "timm-deit-distilled": {
+        "residual": 3,
+        "norm_linear": 4,
+        "value_output": 4,
+        "mlp": 2,
+        "query_key": 4,
+    },
+    "timm-swin": {"residual": 7, "norm_linear": 9, "value_output": 12, "mlp": 4, "query_key": 12},
+    "timm-beit": {"residual": 3, "norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
+    "timm-eva-swiglu": {"residual": 3, "norm_linear": 4, "value_output": 4, "gated_mlp": 4},
+    "timm-dinov2-layerscale": {
+        "residual": 3,
+        "norm_linear": 4,
+        "value_output": 4,
+        "mlp": 2,
+        "query_key": 4,
+    },
+    "timm-hybrid": {"residual": 4, "norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
+    "timm-qk-norm": {"residual": 3, "norm_linear": 4, "value_output": 4, "mlp": 2},
     "timm-convit-cached-table": {
+        "residual": 4,
         "norm_linear": 6,
         "value_output": 4,
         "mlp": 2,
         "query_key": 4,
     },
-    "hf-detr": {"norm_linear": 12, "value_output": 20, "mlp": 5, "query_key": 16},
-    "hf-vit": {"norm_linear": 8, "value_output": 8, "mlp": 2, "query_key": 8},
-    "hf-dinov2": {"norm_linear": 8, "value_output": 8, "mlp": 2, "query_key": 8},
-    "hf-swin": {"norm_linear": 17, "value_output": 12, "mlp": 4, "query_key": 12},
-    "hf-siglip": {"norm_linear": 10, "value_output": 12, "mlp": 3, "query_key": 8},
-    "hf-yolos": {"norm_linear": 10, "value_output": 8, "mlp": 4, "query_key": 8},
-    "tv-vit": {"norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
-    "tv-swin": {"norm_linear": 9, "value_output": 12, "mlp": 4, "query_key": 12},
-    "nn-encoder-pre-norm": {"norm_linear": 4, "value_output": 8, "mlp": 2, "query_key": 8},
-    "nn-encoder-post-norm": {"norm_linear": 3, "value_output": 8, "mlp": 2, "query_key": 8},
+    "hf-detr": {"residual": 10, "norm_linear": 12, "value_output": 20, "mlp": 5, "query_key": 16},
+    "hf-vit": {"residual": 5, "norm_linear": 8, "value_output": 8, "mlp": 2, "query_key": 8},
+    "hf-dinov2": {"residual": 5, "norm_linear": 8, "value_output": 8, "mlp": 2, "query_key": 8},
+    "hf-swin": {"residual": 13, "norm_linear": 17, "value_output": 12, "mlp": 4, "query_key": 12},
+    "hf-siglip": {"residual": 7, "norm_linear": 10, "value_output": 12, "mlp": 3, "query_key": 8},
+    "hf-yolos": {"residual": 7, "norm_linear": 10, "value_output": 8, "mlp": 4, "query_key": 8},
+    "tv-vit": {"residual": 3, "norm_linear": 4, "value_output": 4, "mlp": 2, "query_key": 4},
+    "tv-swin": {"residual": 7, "norm_linear": 9, "value_output": 12, "mlp": 4, "query_key": 12},
+    "nn-encoder-pre-norm": {
+        "residual": 3,
+        "norm_linear": 4,
+        "value_output": 8,
+        "mlp": 2,
+        "query_key": 8,
+    },
+    "nn-encoder-post-norm": {
+        "residual": 3,
+        "norm_linear": 3,
+        "value_output": 8,
+        "mlp": 2,
+        "query_key": 8,
+    },
 }
 
 
@@ -56,6 +81,25 @@ def test_kinds_and_numbers_of_pairs(name):
 def test_a_row_of_the_first_reaches_that_column_of_the_second_alone(name):
     model, example = build(name)
     traced = quietvit.trace(model, example)
+    kinds = ("mlp", "value_output", "gated_mlp", "norm_linear")
+    assert_reaches_its_column_alone(
+        model, example, traced, find_pairs(model, trace=traced, kinds=kinds)
+    )
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_writer_of_the_stream_reaches_its_column_alone_but_for_the_norm(name, monkeypatch):
+    model, example = build(name)
+    traced = quietvit.trace(model, example)
+    pairs = [
+        pair for pair in find_pairs(model, trace=traced, kinds=KINDS) if pair.kind == "residual"
+    ]
+    scaled = lambda x, shape, weight=None, bias=None, eps=0.0: x * weight + bias  # noqa: E731
+    monkeypatch.setattr(F, "layer_norm", scaled)
+    assert_reaches_its_column_alone(model, example, traced, pairs)
+
+
+def assert_reaches_its_column_alone(model, example, traced, pairs):
     seen = {}
 
     def handler(site, operands, run):
@@ -71,7 +115,6 @@ def test_a_row_of_the_first_reaches_that_column_of_the_second_alone(name):
 
     before = inputs()
     silent = 0
-    pairs = find_pairs(model, trace=traced, kinds=KINDS[:4])
     for number, pair in enumerate(pairs):
         parameter = pair.first.parameter(model)
         original = parameter.detach().clone()
@@ -94,6 +137,24 @@ def test_a_row_of_the_first_reaches_that_column_of_the_second_alone(name):
         assert reached <= {column}, pair.name
         silent += not reached
     assert silent <= len(pairs) // 10  # a ReLU may be
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "hf-vit", "timm-swin", "nn-encoder-post-norm"])
+def test_gains_between_and_before_are_those_that_the_reader_sees(name):
+    model, example = build(name)
+    kinds = ("mlp", "value_output", "residual", "norm_linear")
+    pairs = find_pairs(model, example, kinds=kinds, fold_gains=True)
+    of_reader = {p.second.parameter_name: p.first for p in pairs if p.kind == "norm_linear"}
+    folded = [pair for pair in pairs if pair.kind in ("mlp", "value_output")]
+    for pair in folded:
+        assert pair.before == of_reader.get(pair.first.parameter_name)
+        assert pair.between is None
+    assert any(pair.before is not None for pair in folded)
+    for pair in pairs:
+        if pair.kind == "residual":
+            assert pair.between == of_reader[pair.second.parameter_name]
+    plain = find_pairs(model, example, kinds=kinds)
+    assert all(pair.before is None for pair in plain)
 
 
 def test_query_key_product_makes_the_scores():

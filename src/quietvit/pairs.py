@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -19,7 +19,7 @@ from quietvit.tracing import Link, Scores, Site, Trace, WeightView, trace
 from quietvit.tracing.ops import norm_channel_dim
 from quietvit.tracing.weights import Index, compress
 
-KINDS = ("mlp", "value_output", "gated_mlp", "norm_linear", "query_key")
+KINDS = ("mlp", "value_output", "gated_mlp", "norm_linear", "residual", "query_key")
 DENSE_KINDS = ("mlp", "value_output", "gated_mlp")
 DEFAULT_KINDS = (*DENSE_KINDS, "norm_linear")
 
@@ -28,8 +28,10 @@ DEFAULT_KINDS = (*DENSE_KINDS, "norm_linear")
 class MatrixPair:
     """An ordered pair: ``first`` (A) acts before ``second`` (B), and B A is defined.
 
-    ``kind`` is one of ``mlp``, ``value_output``, ``gated_mlp``, ``norm_linear``, ``query_key``.
-    ``head`` counts attention heads, ``through`` names what stands between the two.
+    ``kind`` is one of ``KINDS``, see ``find_pairs``. ``head`` counts attention heads, ``through``
+    names what stands between the two. ``before`` and ``between`` are gains of norms, as diagonal
+    matrices, in front of A and between A and B: the map is then B diag(between) A diag(before).
+    They are read by an update, not moved.
     """
 
     first: WeightView
@@ -37,6 +39,8 @@ class MatrixPair:
     kind: str
     head: int | None = None
     through: tuple[str, ...] = ()
+    before: WeightView | None = None
+    between: WeightView | None = None
 
     @property
     def name(self) -> str:
@@ -99,6 +103,7 @@ def find_pairs(
     *,
     kinds: Collection[str] = DEFAULT_KINDS,
     trace: Trace | None = None,
+    fold_gains: bool = False,
 ) -> FoundPairs:
     """Find the ordered matrix pairs of ``model`` by following channels through one forward pass.
 
@@ -111,7 +116,12 @@ def find_pairs(
       rows of V take part in one pair for each query head;
     - ``gated_mlp``: up -> down and gate -> down;
     - ``norm_linear``: the gain of a norm, as a diagonal matrix -> the linear that reads it;
+    - ``residual``: what writes the residual stream (proj, fc2) -> what reads it next through a norm
+      (fc1, qkv), the norm's gain between;
     - ``query_key``: per head, A = W_K, B = W_Qᵀ.
+
+    With ``fold_gains`` the gain of the norm that A reads becomes part of A (``before``) in the
+    kinds mlp, value_output and gated_mlp.
 
     What writes the logits (the head) is never the second of a pair. Raises QuietvitError for an
     unknown kind, and where no pair is found (saying what was seen instead). The kinds ``mlp`` and
@@ -145,6 +155,8 @@ def find_pairs(
             skipped[f"{first.name} -> {second.name}", reason] = None
         elif kind in kinds:
             found |= dict.fromkeys(_pairs(link, first, second, kind))
+    if "residual" in kinds:
+        found |= dict.fromkeys(_residual(trace))
     if "query_key" in kinds:
         for scores in trace.scores:
             if reason := _rotated(scores):
@@ -153,7 +165,8 @@ def find_pairs(
                 found |= dict.fromkeys(_query_key(scores, trace))
     if not found:
         raise _no_pairs(trace, kinds, skipped)
-    return FoundPairs(tuple(found), tuple(skipped))
+    pairs = _folded(tuple(found), trace) if fold_gains else tuple(found)
+    return FoundPairs(pairs, tuple(skipped))
 
 
 def _steps(through: tuple[str, ...]) -> tuple[str, ...]:
@@ -243,6 +256,70 @@ def _pairs(link: Link, first: Site, second: Site, kind: str) -> Iterator[MatrixP
         a = select_rows(first.weight, channels, _height(first))
         b = select_cols(second.weight, columns, len(link.channels))
         yield MatrixPair(a, b, kind, number if head >= 0 else None, link.through)
+
+
+def _norm_readers(trace: Trace) -> Iterator[tuple[Site, Site, WeightView, tuple[int, ...]]]:
+    """Each norm with gains, a linear that reads it, the gains it reads, and their channels."""
+    for link in trace.links:
+        norm, reader = trace[link.source], trace[link.consumer]
+        if norm.kind != "norm" or _steps(link.through) or norm.weight is None:
+            continue
+        if reader.weight is None or not _is_matrix(reader) or reader.role in ("constant", "head"):
+            continue
+        if _columns(reader) == len(link.channels) and min(link.channels) >= 0:
+            gains = select_rows(norm.weight, link.channels, _height(norm))
+            yield norm, reader, gains, link.channels
+
+
+def _residual(trace: Trace) -> Iterator[MatrixPair]:
+    """What writes the stream in front of each norm -> what reads that norm."""
+    sites = {site.name: site for site in trace.sites}
+    for norm, reader, gains, channels in _norm_readers(trace):
+        assert reader.weight is not None
+        for name in _writers(norm, sites):
+            writer = sites[name]
+            if writer.weight is None or not _is_matrix(writer) or not _is_whole(writer):
+                continue
+            if writer.role == "patch_embed" or _height(writer) != _height(norm):
+                continue
+            first = select_rows(writer.weight, channels, _height(writer))
+            yield MatrixPair(
+                first, reader.weight, "residual", through=("residual", "norm"), between=gains
+            )
+
+
+def _writers(norm: Site, sites: Mapping[str, Site]) -> Iterator[str]:
+    """The linears that wrote to the residual stream since something read it last."""
+
+    def fed(name: str) -> set[str]:
+        return {sites[to].kind for to in sites[name].feeds}
+
+    first = norm.operands[0].fed_by
+    waiting = [name for name in first if sites[name].kind == "add"]
+    yield from (name for name in first if sites[name].kind != "add" and "add" in fed(name))
+    while waiting:
+        add = sites[waiting.pop()]
+        for name in (name for operand in add.operands for name in operand.fed_by):
+            if fed(name) == {"add"}:
+                if sites[name].kind == "add":
+                    waiting.append(name)
+                else:
+                    yield name
+
+
+def _folded(pairs: tuple[MatrixPair, ...], trace: Trace) -> tuple[MatrixPair, ...]:
+    """The pairs with the gain in front of their first matrix, where a norm is read by it."""
+    gains = {
+        reader.weight.parameter_name: found
+        for _, reader, found, _ in _norm_readers(trace)
+        if reader.weight is not None
+    }
+    return tuple(
+        replace(pair, before=gains.get(pair.first.parameter_name))
+        if pair.kind in DENSE_KINDS
+        else pair
+        for pair in pairs
+    )
 
 
 def _query_key(scores: Scores, trace: Trace) -> Iterator[MatrixPair]:
