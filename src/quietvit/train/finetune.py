@@ -1,0 +1,159 @@
+"""Which parameters train, and how fast: freezing, groups of weight decay, layer-wise rates.
+
+Nothing is trained here and no optimizer is built; ``setup`` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quietvit.data import data_config
+from quietvit.errors import QuietvitError, nearest
+from quietvit.tracing import trace
+from quietvit.tracing.block_modules import lies_within, residual_modules
+
+if TYPE_CHECKING:
+    from quietvit.train.config import OptimizerConfig
+
+
+def freeze(model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0) -> list[str]:
+    """Set ``requires_grad=False`` where asked for, and return those names in the model's order.
+
+    A frozen part still runs as the mode says (dropout acts, running statistics move).
+
+    Args:
+        model: it is changed in place.
+        patterns: wildcards of parameter names, such as ``patch_embed.*``; letters keep their case.
+        blocks: the first so many residual blocks, as the trace finds them, and all before them.
+
+    Raises:
+        QuietvitError: a pattern that matches nothing (the nearest names are given), more blocks
+            than there are, or nothing left to train. The model is then as it was.
+    """
+    parameters = dict(model.named_parameters())
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matched = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not matched:
+            raise QuietvitError(
+                f"model.freeze: {pattern!r} matches no parameter of {type(model).__name__}"
+                f"{nearest(pattern, _patterns(parameters))}; its first parameters are "
+                f"{', '.join(list(parameters)[:3])}."
+            )
+        frozen |= set(matched)
+    if blocks:
+        depths, count = block_depths(model)
+        if blocks > count:
+            raise QuietvitError(
+                f"model.freeze_blocks is {blocks}, but {type(model).__name__} has {count} residual "
+                f"blocks; give 0 to {count}."
+            )
+        frozen |= {name for name, depth in depths.items() if depth <= blocks}
+    if all(name in frozen or not p.requires_grad for name, p in parameters.items()):
+        raise QuietvitError(
+            f"model.freeze and model.freeze_blocks leave none of the {len(parameters)} parameters "
+            f"of {type(model).__name__} to train; freeze fewer."
+        )
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    return [name for name in parameters if name in frozen]
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return groups for an optimizer, every trainable parameter in exactly one, frozen in none.
+
+    Norms and biases (1-D) and what a timm model names in ``no_weight_decay()`` have no weight
+    decay, unless ``config.decay_norms_and_biases``. With ``config.layer_decay`` d each group has
+    ``lr_scale`` = d ** (greatest depth - depth), which timm's schedulers multiply the rate with;
+    ``lr`` itself is not in the groups. Depths of a model with ``group_matcher`` are timm's, so that
+    the scales are those of ``timm.optim.param_groups_layer_decay``; other models count their
+    residual blocks: embeddings 0, blocks 1..n, what follows n + 1 (as BEiT's fine-tuning, arXiv
+    2106.08254, counts them).
+    """
+    from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+
+    groups: list[dict[str, Any]]
+    if config.decay_norms_and_biases:
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": trainable, "weight_decay": config.weight_decay}]
+    else:
+        kept: Any = getattr(model, "no_weight_decay", set)()
+        groups = param_groups_weight_decay(
+            model, weight_decay=config.weight_decay, no_weight_decay_list=kept
+        )
+    if config.layer_decay is None or config.layer_decay == 1:
+        return groups
+    depths = _timm_depths(model) if hasattr(model, "group_matcher") else block_depths(model)[0]
+    depth_of = {id(p): depths[name] for name, p in model.named_parameters()}
+    last = max(depths.values())
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        by_depth: dict[int, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_depth.setdefault(depth_of[id(parameter)], []).append(parameter)
+        for depth, members in sorted(by_depth.items()):
+            scale = config.layer_decay ** (last - depth)
+            split.append({**group, "params": members, "lr_scale": scale})
+    return split
+
+
+def block_depths(model: nn.Module) -> tuple[dict[str, int], int]:
+    """Return the depth of every parameter by its name, and the number n of residual blocks.
+
+    0: used before the first block; i: in block i (from 1), or on the way from block i - 1 to it;
+    n + 1: after the last. A parameter that the trace does not see (tables that are added) counts
+    as before the first block if the model defines it before, else as after the last.
+
+    Raises QuietvitError where the model does not run on an image of its own size, or has no block.
+    """
+    device = next(model.parameters()).device
+    found = trace(model, torch.zeros(1, *data_config(model)["input_size"], device=device))
+    blocks = residual_modules(found)
+    if not blocks:
+        raise QuietvitError(
+            f"{type(model).__name__} has no residual blocks to count layers by; leave out "
+            "model.freeze_blocks and optimizer.layer_decay."
+        )
+    starts = {block: len(found.sites) for block in blocks}
+    used: dict[str, int] = {}
+    for place, site in enumerate(found.sites):
+        for block in blocks:
+            if lies_within(site.module, block):
+                starts[block] = min(starts[block], place)
+        for module in (site.module, site.weight.module if site.weight is not None else site.module):
+            used.setdefault(module, place)
+    depths: dict[str, int] = {}
+    passed = False
+    for name, _ in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        inside = [i for i, block in enumerate(blocks) if lies_within(owner, block)]
+        passed = passed or bool(inside)
+        if inside:
+            depths[name] = inside[0] + 1
+        elif owner in used:
+            before = sum(start < used[owner] for start in starts.values())
+            depths[name] = before + 1 if before else 0
+        else:
+            depths[name] = len(blocks) + 1 if passed else 0
+    return depths, len(blocks)
+
+
+def _timm_depths(model: Any) -> dict[str, int]:
+    from timm.models import group_parameters  # type: ignore[attr-defined]
+
+    depths: dict[str, int] = group_parameters(
+        model, model.group_matcher(coarse=False), reverse=True
+    )
+    last = max(depths.values())
+    return {name: depths.get(name, last) for name, _ in model.named_parameters()}
+
+
+def _patterns(names: Sequence[str] | dict[str, Any]) -> list[str]:
+    parts = [name.split(".") for name in names]
+    folders = {".".join(p[:end]) + ".*" for p in parts for end in range(1, len(p))}
+    return [*names, *sorted(folders)]
