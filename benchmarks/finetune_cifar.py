@@ -77,9 +77,9 @@ def new_model(data: Path) -> nn.Module:
     return create_model(MODEL, num_classes=CLASSES, weights=weights, img_size=SIZE)
 
 
-def images(table: Path, count: int, cache: Path) -> tuple[Tensor, Tensor]:
-    """The first ``count`` images of a table, bicubic at SIZE, as uint8 (N, 3, SIZE, SIZE)."""
-    file = cache / f"{table.stem}-{count}-{SIZE}.safetensors"
+def images(table: Path, count: int, cache: Path, size: int = SIZE) -> tuple[Tensor, Tensor]:
+    """The first ``count`` images of a table, bicubic at ``size``, as uint8 (N, 3, size, size)."""
+    file = cache / f"{table.stem}-{count}-{size}.safetensors"
     if not file.exists():
         from torchvision.transforms.functional import pil_to_tensor
 
@@ -87,7 +87,7 @@ def images(table: Path, count: int, cache: Path) -> tuple[Tensor, Tensor]:
         pictures, labels = [], []
         for i in range(count):
             picture, label = dataset[i]
-            pictures.append(pil_to_tensor(picture.resize((SIZE, SIZE), 3)))
+            pictures.append(pil_to_tensor(picture.resize((size, size), 3)))
             labels.append(label)
         cache.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
@@ -99,7 +99,9 @@ def images(table: Path, count: int, cache: Path) -> tuple[Tensor, Tensor]:
 
 def normalized(x: Tensor, model: nn.Module) -> Tensor:
     config = data_config(model)
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (
+        torch.tensor(config[key], device=x.device).view(3, 1, 1) for key in ("mean", "std")
+    )
     return (x.float() / 255 - mean) / std
 
 

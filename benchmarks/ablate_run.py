@@ -1,0 +1,183 @@
+"""One run of ``ablate.py``: train a ViT on CIFAR-10 under some regularizers, quantize, measure.
+
+Which runs there are, and their table, is in ``ablate``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import quietvit
+from finetune_cifar import images, normalized, outliers, parameter_groups, top1
+from quietvit.data import create_model
+
+CLASSES, CALIBRATION = 10, 32
+BITS = ("W8A8", "W6A6", "W4A4")
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on how much. ``held_out`` training images choose among the tries."""
+
+    size: int
+    train: int
+    held_out: int
+    test: int
+    epochs: int
+    batch: int
+    lr: float
+    warmup: float
+    pretrained: bool
+
+
+# Reduced, for a processor; GPU_TASKS are the full ones.
+CPU_TASKS = {
+    "finetune": Task(96, 4000, 1000, 1000, 2, 64, 3e-4, 0.05, True),
+    "scratch": Task(32, 8000, 1000, 1000, 12, 64, 1e-3, 0.1, False),
+}
+GPU_TASKS = {
+    "finetune": replace(CPU_TASKS["finetune"], train=45000, held_out=5000, test=10000, epochs=5),
+    "scratch": replace(
+        CPU_TASKS["scratch"], train=45000, held_out=5000, test=10000, epochs=60, batch=256
+    ),
+}
+
+
+def build(task: Task, data: Path) -> nn.Module:
+    """DeiT-Tiny with ImageNet weights, or a ViT of 5.4 million parameters for 32 px."""
+    name = "deit_tiny_patch16_224"
+    if task.pretrained:
+        weights = data / f"{name}.safetensors"
+        return create_model(name, num_classes=CLASSES, weights=weights, img_size=task.size)
+    model: nn.Module = timm.create_model(
+        name, num_classes=CLASSES, img_size=task.size, patch_size=4, drop_path_rate=0.05
+    )
+    return model
+
+
+@dataclass(frozen=True)
+class Split:
+    train: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def read(task: Task, data: Path, cache: Path, device: torch.device) -> Split:
+    x, y = images(data / "cifar10_train.parquet", task.train + task.held_out, cache, task.size)
+    x, y = x.to(device), y.to(device)
+    test = images(data / "cifar10_test.parquet", task.test, cache, task.size)
+    cut = task.train
+    return Split((x[:cut], y[:cut]), (x[cut:], y[cut:]), (test[0].to(device), test[1].to(device)))
+
+
+def attach(
+    model: nn.Module, setting: Setting, optimizer: torch.optim.Optimizer, shown: Tensor
+) -> list[Any]:
+    """Every regularizer of a setting, attached; the last entries may have a loss (TWEO)."""
+    example, found = shown[:1], []
+    if "cd" in setting:
+        chosen = dict(setting["cd"])
+        if chosen.pop("fold", False):
+            kinds = [kind for kind, value in chosen["strength"].items() if value]
+            chosen["pairs"] = quietvit.find_pairs(model, example, kinds=kinds, fold_gains=True)
+        found.append(quietvit.ColinearityDecay(model, example, **chosen))
+    if "gains" in setting:
+        found.append(quietvit.NormGainDecay(model, example, strength=setting["gains"]))
+    if "weight" in setting:
+        found.append(quietvit.PairWeightDecay(model, example, **setting["weight"]))
+    if "s2d" in setting:
+        found.append(quietvit.SpectralDecay(model, example, images=shown, **setting["s2d"]))
+    if "kure" in setting:
+        found.append(quietvit.KurtosisRegularization(model, example, **setting["kure"]))
+    if "tweo" in setting:
+        found.append(quietvit.TWEO(model, example, **setting["tweo"]))
+    return [each.attach(optimizer) for each in found]
+
+
+def train(
+    task: Task, setting: Setting, seed: int, split: Split, data: Path, limit: int | None = None
+) -> tuple[nn.Module, dict[str, float]]:
+    """The trained model in eval mode, the seconds it took and its last loss."""
+    device = split.train[0].device
+    torch.manual_seed(seed)
+    model = build(task, data).to(device)
+    x, y = split.train
+    optimizer = torch.optim.AdamW(parameter_groups(model, setting), lr=task.lr)
+    regularizers = attach(model, setting, optimizer, normalized(x[:16], model))
+    penalties = [each for each in regularizers if hasattr(each, "loss")]
+    steps = task.epochs * (len(x) // task.batch)
+    warmup = max(1, round(task.warmup * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min((t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps)))
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    start, loss, done = time.perf_counter(), torch.zeros(()), 0
+    for _ in range(task.epochs):
+        order = torch.randperm(len(x), generator=generator).to(device)
+        for picked in order[: len(x) // task.batch * task.batch].view(-1, task.batch):
+            batch = varied(x[picked], task.size // 8, generator)
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = model(normalized(batch, model))
+            loss = F.cross_entropy(logits.float(), y[picked])
+            for penalty in penalties:
+                loss = loss + penalty.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            done += 1
+            if limit is not None and done >= limit:
+                break
+        if limit is not None and done >= limit:
+            break
+    seconds = time.perf_counter() - start
+    for each in regularizers:
+        each.detach()
+    return model.eval(), {"train_seconds": round(seconds, 1), "last_loss": float(loss.detach())}
+
+
+def varied(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """Flipped half of the time each, and all moved by one random shift, edges padded."""
+    flip = torch.rand(len(x), generator=generator) < 0.5
+    x = torch.where(flip.to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
+    top, left = torch.randint(0, 2 * shift + 1, (2,), generator=generator).tolist()
+    wide = F.pad(x.float(), (shift,) * 4, mode="replicate")
+    return wide[:, :, top : top + x.shape[-2], left : left + x.shape[-1]]
+
+
+def measure(model: nn.Module, split: Split) -> dict[str, float]:
+    """Top-1 of the float and of each quantized model, and how large its activations are.
+
+    On held-out images (``val``), by which tries are chosen, at 4 bits only; on test images at all.
+    """
+    calibration = normalized(split.train[0][:CALIBRATION], model)
+    row = {"val_float": top1(model, *split.held_out, model)}
+    row["float"] = top1(model, *split.test, model)
+    for bits in BITS:
+        weight, activation = int(bits[1]), int(bits[3])
+        for name, method in methods(weight, activation).items():
+            quantized = quietvit.quantize(model, method, calibration, progress=False)
+            row[f"{bits}-{name}"] = top1(quantized, *split.test, model)
+            if bits == "W4A4":
+                row[f"val_{bits}-{name}"] = top1(quantized, *split.held_out, model)
+    return row | outliers(model, normalized(split.test[0][:64], model))
+
+
+def methods(weight: int, activation: int) -> dict[str, Any]:
+    bits = {"weight_bits": weight, "activation_bits": activation}
+    return {
+        "minmax": quietvit.RTN(**bits, weight_range="minmax", activation_range="minmax"),
+        "omse": quietvit.RTN(**bits, weight_range="omse", activation_range="omse"),
+        "repq": quietvit.RepQViT(**bits),
+    }
