@@ -1,0 +1,291 @@
+"""TWEO: a penalty on the largest outputs of residual blocks, added to the task loss.
+
+The only regularizer here that acts on activations; those that act on weights are beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
+
+from quietvit.decay.attach import innermost
+from quietvit.decay.regularizer import number, one_strength
+from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
+from quietvit.errors import QuietvitError
+from quietvit.tracing import trace
+from quietvit.tracing.block_modules import first_tensor, residual_modules
+
+_EPSILON = 1e-6
+_PATIENCE = 3
+_MOST_PASSES = 64
+
+
+class TWEO:
+    """Penalize large block outputs: ``strength / L * sum_l mean((|A_l| / (threshold + 1e-6))^p)``.
+
+    A_l is the output of residual block l after its add, p is ``power``; the mean is taken in
+    float32 whatever the dtype of A_l. Values below ``threshold`` cost next to nothing, one at ten
+    times the threshold as much as 10^p at the threshold. Source: arXiv 2511.23225, second-hand
+    (docs/method.md); its epsilon is not public to us.
+
+    Build it before ``torch.compile``, FSDP's ``fully_shard`` and DDP, then one line in a loop::
+
+        criterion = quietvit.TWEO(model, x).attach(optimizer).around(criterion)
+
+    or add ``loss()`` to the task loss by hand. Forward passes in training mode with gradients
+    count, those in eval mode or under ``no_grad`` do not. Checkpointing of blocks works where it is
+    not reentrant (``use_reentrant=False``). Under DDP and FSDP each process penalizes its own
+    images.
+
+    Args:
+        model: the model that is trained, as itself (not inside DDP).
+        example: input for ``quietvit.trace``, by which the blocks are found.
+        strength: the factor of the penalty in the loss, at least 0.
+        threshold: the magnitude from which on outputs are expensive, at least 1e-6.
+        power: p, at least 1.
+        schedule: function from the optimizer step (0, 1, ...) to a factor of the strength; needs
+            ``attach``, which counts the steps.
+
+    Raises:
+        QuietvitError: on bad values, on a model without residual blocks; while training, where
+            ``loss()`` finds no pass, or is not called in three optimizer steps on end.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        *,
+        strength: float = 0.01,
+        threshold: float = 3.0,
+        power: float = 4.0,
+        schedule: Schedule | None = None,
+    ) -> None:
+        self.strength = one_strength(strength, "TWEO")
+        self.threshold = number(threshold, "threshold", "TWEO", least=1e-6)
+        self.power = number(power, "power", "TWEO", least=1.0)
+        checked = checked_schedule(schedule)
+        if isinstance(checked, Mapping):
+            raise QuietvitError("TWEO(schedule=...) takes one function, not one for each kind.")
+        self.schedule = checked
+        self.model = getattr(model, "_orig_mod", model)
+        self.steps = 0
+        self.blocks: tuple[str, ...] = tuple(residual_modules(trace(self.model, example)))
+        if not self.blocks:
+            raise QuietvitError(
+                f"{type(self.model).__name__} has no residual block (a module below a container, "
+                "whose output is a sum with its input), so TWEO has nothing to penalize; "
+                "quietvit.trace(model, example) shows what is seen of it."
+            )
+        self._seen: list[tuple[str, Tensor]] = []
+        self._last: dict[str, Tensor] = {}
+        self._used, self._unused = False, 0
+        self._hooks: list[Any] = []
+        self._handles: list[Any] = []
+        self._watch()
+
+    def loss(self) -> Tensor:
+        """Return the penalty, strength included, of the forward passes since the last call.
+
+        A float32 scalar with a graph. Of several passes (two views of one batch, say) it is the
+        mean, each pass counting the same. Raises QuietvitError where there was none.
+        """
+        if not self._seen:
+            raise QuietvitError(
+                "TWEO.loss() found no forward pass in training mode with gradients since the last "
+                f"call. Is it this very {type(self.model).__name__} that is trained, in train() "
+                "mode, not detached, and TWEO built before torch.compile? Does checkpointing of "
+                "blocks use use_reentrant=False?"
+            )
+        if self.schedule is not None and not self._handles:
+            raise QuietvitError("TWEO has a schedule and no optimizer counts steps; call attach().")
+        seen, self._seen = self._seen, []
+        self._last = _by_block([(name, term.detach()) for name, term in seen])
+        self._used, self._unused = True, 0
+        terms = torch.stack([term.to(seen[0][1].device) for _, term in seen])
+        return terms.mean() * (self.strength * factor_at(self.schedule, self.steps))
+
+    def around(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a function that calls ``criterion`` and adds ``loss()`` to what it returns.
+
+        With the model in eval mode or under ``no_grad`` it is ``criterion`` alone.
+        """
+
+        def with_penalty(*args: Any, **kwargs: Any) -> Tensor:
+            value = criterion(*args, **kwargs)
+            if not (torch.is_grad_enabled() and self.model.training):
+                return value
+            return value + self.loss().to(value.device)
+
+        return with_penalty
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Count the steps of ``optimizer``, and raise when three pass without ``loss()``.
+
+        Raises QuietvitError if already attached or if the optimizer cannot be hooked.
+        """
+        if self._handles:
+            raise QuietvitError(
+                "this TWEO is already attached to an optimizer; call detach() first, or build a "
+                "second one."
+            )
+        self._handles = [innermost(optimizer).register_step_post_hook(self._after_step)]
+        self._watch()
+        return self
+
+    def detach(self) -> None:
+        """Stop following the optimizer and watching the blocks, until ``attach`` is called."""
+        for handle in (*self._handles, *self._hooks):
+            handle.remove()
+        self._handles, self._hooks, self._seen = [], [], []
+
+    def penalty(self) -> float:
+        """Return the penalty of the last passes, strength not included. One sync."""
+        found = self.penalties()
+        return math.fsum(found.values()) / len(found)
+
+    def penalties(self) -> dict[str, float]:
+        """Return the mean of (|A| / threshold)^p of each block in the last passes, by its name.
+
+        Raises QuietvitError before the first pass.
+        """
+        last = _by_block([(n, t.detach()) for n, t in self._seen]) if self._seen else self._last
+        if not last:
+            raise QuietvitError("TWEO has seen no forward pass in training mode yet.")
+        device = next(iter(last.values())).device
+        values = torch.stack([value.to(device) for value in last.values()]).tolist()
+        return dict(zip(last, values, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step counter and the settings (numbers and strings only)."""
+        return {"steps": self.steps, "settings": self._settings()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the step counter. Raises QuietvitError where the settings saved are others."""
+        self.steps = checked_state(self, self._settings(), state)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "penalty": "tweo",
+            "blocks": len(self.blocks),
+            "strength": self.strength,
+            "threshold": self.threshold,
+            "power": self.power,
+            "schedule": described(self.schedule),
+        }
+
+    def _watch(self) -> None:
+        if self._hooks:
+            return
+        for name in self.blocks:
+            module = self.model.get_submodule(name)
+            self._hooks.append(module.register_forward_hook(_Look(self, name)))
+
+    def _look(self, name: str, output: Any) -> None:
+        if not (self.model.training and torch.is_grad_enabled()):
+            return
+        term = _MeanPower.apply(first_tensor(output), self.threshold + _EPSILON, self.power)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint computes the block again during the backward pass
+        if len(self._seen) >= _MOST_PASSES * len(self.blocks):
+            raise QuietvitError(
+                f"{_MOST_PASSES} forward passes in training mode were seen without a call of "
+                "TWEO.loss(), and their graphs are kept for it; add loss() to the loss, or call "
+                "detach(), or run passes that are not trained on under torch.no_grad()."
+            )
+        self._seen.append((name, term))
+
+    @torch.compiler.disable
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._seen = []
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return
+        self.steps += 1
+        self._unused = 0 if self._used else self._unused + 1
+        self._used = False
+        if self._unused >= _PATIENCE:
+            raise QuietvitError(
+                f"{self._unused} optimizer steps passed without TWEO.loss(): it is not part of the "
+                "loss. Add it, or use criterion = tweo.around(criterion), or call detach()."
+            )
+
+
+class _MeanPower(torch.autograd.Function):
+    """mean((|x| / scale)^power) in float32; keeps x alone for the backward pass, in its dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, power: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.scale, ctx.power = scale, power
+        wide = x if x.dtype == torch.float64 else x.float()
+        return _power(wide.abs() / scale, power).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        wide = x if x.dtype == torch.float64 else x.float()
+        slope = _power(wide.abs() / ctx.scale, ctx.power - 1) * wide.sign()
+        return (slope * (grad * (ctx.power / ctx.scale / x.numel()))).to(x.dtype), None, None
+
+
+def _power(x: Tensor, power: float) -> Tensor:
+    """x^power for x >= 0, by products where there are few: pow costs a logarithm each."""
+    if power == 4:
+        return x.square().square()
+    return x.square() * x if power == 3 else x.pow(power)
+
+
+class _Look:
+    """Forward hook of one block. Copies and pickles of the model carry one that does nothing."""
+
+    def __init__(self, owner: TWEO, name: str) -> None:
+        self._owner = weakref.ref(owner)
+        self._name = name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        owner = self._owner()
+        if owner is not None:
+            owner._look(self._name, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Nothing, ())
+
+
+class _Nothing:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        return None
+
+
+def _by_block(terms: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {}
+    for name, term in terms:
+        found.setdefault(name, []).append(term)
+    return {name: torch.stack(values).mean() for name, values in found.items()}
+
+
+def checked_state(owner: object, mine: Mapping[str, Any], state: Mapping[str, Any]) -> int:
+    """Return the saved step counter. Raises QuietvitError where the settings saved are others."""
+    kind = type(owner).__name__
+    if "steps" not in state or "settings" not in state:
+        raise QuietvitError(
+            f"this is no state of a {kind}: it has the keys {sorted(state)}, not 'steps' and "
+            "'settings'."
+        )
+    saved = dict(state["settings"])
+    for key in sorted(mine.keys() | saved.keys()):
+        if mine.get(key) != saved.get(key):
+            raise QuietvitError(
+                f"the state was saved with {key}={saved.get(key)!r}, this {kind} has "
+                f"{key}={mine.get(key)!r}; build it with the same settings, or start without "
+                "loading the state."
+            )
+    return int(state["steps"])
