@@ -1,74 +1,71 @@
-"""Decoupled updates that follow an optimizer: when they run, at which rate, how they write.
+"""Regularizers that act on weights at the steps of an optimizer: when, at which rate, how.
 
-What is written is up to the subclass (``colinearity``, ``gains``); no mathematics of pairs here.
+What is computed is up to the subclasses; no mathematics of pairs or layers here.
 """
 
 from __future__ import annotations
 
-import math
-import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from quietvit.decay.following import Watch, Watched, innermost, is_skipped
+from quietvit.decay.regularizer import checked_state
+from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
+from quietvit.decay.whole import all_finite, like, read, whole_parameters
 from quietvit.errors import QuietvitError
 
-Schedule = Callable[[int], float]
-_WRAPPED = ("optimizer", "_base_optimizer", "base_optimizer", "_optimizer", "inner_optimizer")
-_PATIENCE = 3
+__all__ = ["Attachment", "DecoupledUpdate", "PenaltyGradient", "Schedule", "innermost"]
 
 
-class DecoupledUpdate(ABC):
-    """A change of weights after each optimizer step, in units of the step's learning rate.
+class Attachment(ABC):
+    """Something that acts on weights at each step of an optimizer.
 
-    Runs as ``register_step_post_hook`` of the innermost optimizer, so it is skipped with a step
-    that ``GradScaler`` skips, and gradient accumulation needs nothing special. Each parameter moves
-    at the learning rate its own group has at that moment, whether or not it received a gradient.
-    Parameters with ``requires_grad=False`` and parameters the optimizer does not hold are left
-    alone. Weights below float32 are computed in float32 and rounded once when written: a change
-    under half a unit in the last place (relative 2^-9 for bfloat16) rounds away, so keep float32
-    master weights where such small strengths matter.
+    Runs in hooks of the innermost optimizer, so it is skipped with a step that ``GradScaler``
+    skips, and gradient accumulation needs nothing special. Parameters with ``requires_grad=False``
+    and parameters the optimizer does not hold are left alone.
 
-    If training goes on without the hook being called (weights change between backward passes
+    If training goes on without the hooks being called (weights change between backward passes
     three times in a row), the next backward pass raises QuietvitError.
     """
 
-    def __init__(self, model: nn.Module, *, every: int, schedule: Schedule | None) -> None:
+    coupled: bool = False
+    concerns: ClassVar[str] = "parameters concerned"
+
+    def __init__(
+        self, model: nn.Module, *, every: int, schedule: Schedule | Mapping[str, Schedule] | None
+    ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise QuietvitError(f"every={every!r}: give a whole number of steps, 1 or more.")
-        if schedule is not None and not callable(schedule):
-            raise QuietvitError(
-                f"schedule={schedule!r}: give a function from the step (0, 1, ...) to a factor."
-            )
         self.model = model
         self.every = every
-        self.schedule = schedule
+        self.schedule = checked_schedule(schedule)
         self.steps = 0
+        self.in_step = False
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._handles: list[Any] = []
-        self._in_step = False
         self._held: set[str] = set()
-        self._watched: list[_Watched] = []
+        self._watched: list[Watched] = []
 
     @abstractmethod
     def _names(self) -> tuple[str, ...]:
         """Parameters that may change."""
 
     @abstractmethod
-    def _deltas(self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]) -> _Deltas:
-        """Return the change of each parameter in ``rates`` (learning rate x schedule x every)."""
+    def _apply(self, optimizer: Optimizer, factor: float) -> None:
+        """Act once, ``factor`` (schedule x every) as strong."""
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
         """What must agree for a state to be loaded: numbers and strings."""
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Run after every step of ``optimizer`` (wrappers such as accelerate's are looked into).
+        """Act at every step of ``optimizer`` (wrappers such as accelerate's are looked into).
 
         Raises QuietvitError if already attached, if the optimizer cannot be hooked, or if it holds
         none of the parameters concerned.
@@ -79,10 +76,10 @@ class DecoupledUpdate(ABC):
                 "first, or build a second one."
             )
         inner = innermost(optimizer)
-        held = self._rates(inner, 1.0)
+        held = self._groups(inner)
         if not held:
             raise QuietvitError(
-                f"none of the {len(self._names())} parameters of the pairs (first: "
+                f"none of the {len(self._names())} {self.concerns} (first: "
                 f"{self._names()[0]}) is trainable and in a group of this "
                 f"{type(inner).__name__}; build the optimizer from this model's parameters, after "
                 "any load_state_dict(assign=True) or .to()."
@@ -94,9 +91,9 @@ class DecoupledUpdate(ABC):
             inner.register_step_post_hook(self._after_step),
         ]
         names = list(held)
-        self._watched = [_Watched(name, self._read(name)) for name in {names[0], names[-1]}]
+        self._watched = [Watched(name, self._read(name)) for name in {names[0], names[-1]}]
         for watched in self._watched:
-            hook = _Watch(self, watched)
+            hook = Watch(self, watched)
             self._handles.append(watched.parameter.register_post_accumulate_grad_hook(hook))
         return self
 
@@ -107,12 +104,12 @@ class DecoupledUpdate(ABC):
         self._handles, self._watched, self._held = [], [], set()
         self._optimizer = None
 
-    @torch.no_grad()
     def step(self, optimizer: Optimizer | None = None) -> None:
         """Apply one step now, for loops whose optimizer cannot be hooked: call it after each step.
 
-        ``optimizer`` gives the learning rates (default: the attached one). An attached object
-        already steps by itself.
+        What is coupled is called before each step in its place, with gradients unscaled.
+        ``optimizer`` gives parameters and learning rates (default: the attached one). An attached
+        object already steps by itself.
         """
         if optimizer is None:
             optimizer = self._optimizer() if self._optimizer is not None else None
@@ -121,63 +118,42 @@ class DecoupledUpdate(ABC):
                 f"{type(self).__name__}.step() knows no learning rate; call attach(optimizer) "
                 "once, or step(optimizer) after each step."
             )
-        count = self.steps + 1
-        if count % self.every == 0:
-            factor = self._factor() * self.every
-            rates = self._rates(optimizer, factor)
-            if rates:
-                self._write(rates)
-        self.steps = count
+        self._act(optimizer)
+        self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step counter and the settings (numbers, strings and tensors only)."""
-        return {"steps": self.steps, "settings": self._settings()}
+        return {"steps": self.steps, "settings": self._all_settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the step counter. Raises QuietvitError where the settings saved are others."""
-        if "steps" not in state or "settings" not in state:
-            raise QuietvitError(
-                f"this is no state of a {type(self).__name__}: it has the keys "
-                f"{sorted(state)}, not 'steps' and 'settings'."
-            )
-        mine, saved = self._settings(), dict(state["settings"])
-        for key in sorted(mine.keys() | saved.keys()):
-            if mine.get(key) != saved.get(key):
-                raise QuietvitError(
-                    f"the state was saved with {key}={saved.get(key)!r}, this "
-                    f"{type(self).__name__} has {key}={mine.get(key)!r}; build it with the same "
-                    "settings, or start without loading the state."
-                )
-        self.steps = int(state["steps"])
+        self.steps = checked_state(self, self._all_settings(), state)
+
+    def _all_settings(self) -> dict[str, Any]:
+        schedule = {} if self.schedule is None else {"schedule": described(self.schedule)}
+        return self._settings() | schedule
+
+    @torch.no_grad()
+    def _act(self, optimizer: Optimizer) -> None:
+        if (self.steps + 1) % self.every == 0:
+            self._apply(optimizer, self._factor() * self.every)
 
     def _factor(self) -> float:
-        factor = 1.0 if self.schedule is None else float(self.schedule(self.steps))
-        if not (math.isfinite(factor) and factor >= 0):
-            raise QuietvitError(
-                f"schedule({self.steps}) returned {factor}; it must be finite and not negative."
-            )
-        return factor
+        """The factor that all strengths share; one for each kind is the subclass's business."""
+        shared = None if isinstance(self.schedule, Mapping) else self.schedule
+        return factor_at(shared, self.steps)
 
     def _read(self, name: str) -> Tensor:
-        module, _, attribute = name.rpartition(".")
-        found = getattr(self.model.get_submodule(module), attribute)
-        assert isinstance(found, Tensor)
-        return found
+        return read(self.model, name)
 
     def _parameters(self) -> dict[str, Tensor]:
         """Every parameter, whole and detached; names tied to one parameter get one tensor."""
-        found: dict[int, Tensor] = {}
-        parameters = {name: self._read(name) for name in self._names()}
-        for parameter in parameters.values():
-            if id(parameter) not in found:
-                found[id(parameter)] = _gathered(parameter)
-        return {name: found[id(parameter)] for name, parameter in parameters.items()}
+        return whole_parameters(self.model, self._names())
 
-    def _rates(self, optimizer: Optimizer, factor: float) -> dict[str, float]:
-        """Learning rate x factor of every parameter that may move now."""
+    def _groups(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """The group of every parameter that may change now."""
         group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-        lr_of: dict[int, float] = {}
-        rates = {}
+        found = {}
         for name in self._names():
             parameter = self._read(name)
             group = group_of.get(id(parameter))
@@ -188,13 +164,80 @@ class DecoupledUpdate(ABC):
                         "is not any more (load_state_dict(assign=True) and some wrappers replace "
                         "parameters); build the optimizer anew, then detach() and attach() to it."
                     )
-                continue
-            if not parameter.requires_grad:
-                continue
+            elif parameter.requires_grad:
+                found[name] = group
+        return found
+
+    def _rates(self, optimizer: Optimizer, factor: float) -> dict[str, float]:
+        """Learning rate x factor of every parameter that may move now."""
+        lr_of: dict[int, float] = {}
+        rates = {}
+        for name, group in self._groups(optimizer).items():
             if id(group) not in lr_of:
                 lr_of[id(group)] = float(group["lr"])
             rates[name] = lr_of[id(group)] * factor
         return rates
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self.in_step = True
+        return self._couple(optimizer, args, kwargs) if self.coupled else None
+
+    @torch.compiler.disable
+    def _couple(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Act before the step, or, where a closure computes the gradients, after each call of it.
+
+        Returns None, or the arguments of the step with another closure.
+        """
+        if is_skipped(optimizer):
+            return None
+        if "grad_scaler" in kwargs:
+            raise QuietvitError(
+                f"{type(optimizer).__name__}.step takes a grad_scaler and unscales gradients by "
+                f"itself, so {type(self).__name__} cannot add to them; use coupled=False, or an "
+                "optimizer that reads grad_scale."
+            )
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._act(optimizer)
+            return None
+
+        def with_gradient() -> Any:
+            loss = closure()
+            self._act(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": with_gradient}
+        return (args[0], with_gradient, *args[2:]), kwargs
+
+    @torch.compiler.disable
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.in_step = False
+        if not is_skipped(optimizer):
+            if not self.coupled:
+                self._act(optimizer)
+            self.steps += 1
+        for watched in self._watched:
+            watched.reset()
+
+
+class DecoupledUpdate(Attachment):
+    """A change of weights after each optimizer step, in units of the step's learning rate.
+
+    Runs as ``register_step_post_hook``. Each parameter moves at the learning rate its own group has
+    at that moment, whether or not it received a gradient. Weights below float32 are computed in
+    float32 and rounded once when written: a change under half a unit in the last place (relative
+    2^-9 for bfloat16) rounds away, so keep float32 master weights where small strengths matter.
+    """
+
+    @abstractmethod
+    def _deltas(self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]) -> _Deltas:
+        """Return the change of each parameter in ``rates`` (learning rate x schedule x every)."""
+
+    def _apply(self, optimizer: Optimizer, factor: float) -> None:
+        rates = self._rates(optimizer, factor)
+        if rates:
+            self._write(rates)
 
     def _write(self, rates: Mapping[str, float]) -> None:
         whole = self._parameters()
@@ -202,108 +245,93 @@ class DecoupledUpdate(ABC):
             deltas = self._deltas(whole, rates)
         for name, delta in deltas.items():
             parameter = self._read(name)
-            parameter.add_(_like(parameter, delta))
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._in_step = True
-
-    @torch.compiler.disable
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._in_step = False
-        found_inf = getattr(optimizer, "found_inf", None)
-        skipped = found_inf is not None and float(found_inf) > 0
-        if not skipped:
-            self.step(optimizer)
-        for watched in self._watched:
-            watched.reset()
+            parameter.add_(like(parameter, delta))
 
 
-_Deltas = dict[str, Tensor]
+class PenaltyGradient(DecoupledUpdate):
+    """A penalty whose gradient is added to ``.grad`` before each step (``coupled``), or decoupled.
 
+    Coupled, it goes through the optimizer's moments as the gradient of the task loss does. It is
+    added in ``register_step_pre_hook``: after ``GradScaler`` has unscaled (multiplied by
+    ``grad_scale`` where the optimizer unscales by itself), after DDP has averaged, and after any
+    clipping, so it is not clipped together with the loss's gradient. A parameter without a gradient
+    gets one. Where the step takes a closure, the gradient is added after each call of it, and the
+    loss it returns lacks the penalty.
 
-def innermost(optimizer: Any) -> Optimizer:
-    """Return the optimizer that really steps, out of its wrappers.
-
-    Raises QuietvitError where step hooks registered on it would never fire.
+    Decoupled, it is W <- W - (learning rate) x (gradient), as ``DecoupledUpdate`` describes.
     """
-    seen: set[int] = set()
-    while id(optimizer) not in seen:
-        seen.add(id(optimizer))
-        for attribute in _WRAPPED:
-            inner = getattr(optimizer, attribute, None)
-            if inner is not None and hasattr(inner, "param_groups"):
-                optimizer = inner
-                break
-    hooked = getattr(type(optimizer).step, "hooked", False) if hasattr(optimizer, "step") else False
-    if not isinstance(optimizer, Optimizer) or not hooked:
-        raise QuietvitError(
-            f"{type(optimizer).__name__} does not call step hooks (it is no torch.optim.Optimizer "
-            "whose __init__ ran, and holds none that is known); attach to the torch optimizer "
-            "inside it, or call .step(optimizer) after each of its steps."
-        )
-    return optimizer
 
-
-class _Watched:
-    """A parameter and the version it had after the last step we saw."""
-
-    def __init__(self, name: str, parameter: Tensor) -> None:
-        self.name = name
-        self._parameter = weakref.ref(parameter)
-        self.reset()
-
-    @property
-    def parameter(self) -> Tensor:
-        found = self._parameter()
-        assert found is not None
-        return found
-
-    def reset(self) -> None:
-        found = self._parameter()
-        self.version = found._version if found is not None else -1
-        self.unseen = 0
-
-
-class _Watch:
-    """Counts changes of a weight between backward passes that no hook of ours accompanied."""
-
-    def __init__(self, update: DecoupledUpdate, watched: _Watched) -> None:
-        self._update = update
-        self._watched = watched
-
-    @torch.compiler.disable
-    def __call__(self, parameter: Tensor) -> None:
-        watched = self._watched
-        if self._update._in_step or parameter._version == watched.version:
-            return
-        watched.version = parameter._version
-        watched.unseen += 1
-        if watched.unseen >= _PATIENCE:
+    def __init__(
+        self, model: nn.Module, *, coupled: bool, every: int, schedule: Schedule | None
+    ) -> None:
+        if isinstance(schedule, Mapping):
             raise QuietvitError(
-                f"{watched.name} changed {watched.unseen} times between backward passes without a "
-                f"call of {type(self._update).__name__}: another optimizer steps than the one it "
-                "is attached to. Call detach() and attach() to the optimizer that trains the "
-                "model, or call .step(optimizer) after each step."
+                f"{type(self).__name__} has no kinds of pairs: give one schedule, not a mapping."
+            )
+        super().__init__(model, every=every, schedule=schedule)
+        self.coupled = bool(coupled)
+
+    @abstractmethod
+    def _gradients(
+        self, parameters: Mapping[str, Tensor], names: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Return the gradient, strength included, of parameters among ``names``; tied ones once.
+
+        Parameters whose gradient is zero may be left out.
+        """
+
+    def _deltas(self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]) -> _Deltas:
+        found = self._gradients(parameters, rates)
+        return {name: gradient * -rates[name] for name, gradient in found.items()}
+
+    def _apply(self, optimizer: Optimizer, factor: float) -> None:
+        if factor == 0:
+            return
+        if not self.coupled:
+            super()._apply(optimizer, factor)
+            return
+        names = self._groups(optimizer)
+        if not names:
+            return
+        whole = self._parameters()
+        with torch.autocast(next(iter(whole.values())).device.type, enabled=False):
+            gradients = self._gradients(whole, names)
+        scale = getattr(optimizer, "grad_scale", None)
+        for name, gradient in gradients.items():
+            added = gradient * factor
+            self._add(name, added if scale is None else added * scale.to(added))
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        parameter = self._read(name)
+        own = like(parameter, gradient)
+        if parameter.grad is None:
+            parameter.grad = own.to(parameter.dtype)
+        else:
+            parameter.grad.add_(own)
+
+
+def refuse_unless_finite(found: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raise, naming the first parameter that is not finite or whose change in ``found`` is not.
+
+    ``found`` is whatever was computed for each name. One synchronization.
+    """
+    if all_finite(found.values()):
+        return
+    for name in found:
+        bad = int((~parameters[name].isfinite()).sum())
+        if bad:
+            raise QuietvitError(
+                f"{name}: {bad} of its values are NaN or infinite; no weight was changed. Training "
+                "diverged before this step: lower the learning rate, clip gradients, and resume "
+                "from an earlier checkpoint."
+            )
+    for name, change in found.items():
+        if not all_finite([change]):
+            raise QuietvitError(
+                f"{name}: its change overflows (largest weight "
+                f"{float(parameters[name].abs().max()):.3g}); no weight was changed. Lower the "
+                "learning rate or the strength, and resume from an earlier checkpoint."
             )
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor; where nobody has loaded torch.distributed.tensor none is."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def _gathered(parameter: Tensor) -> Tensor:
-    whole: Any = parameter.detach()
-    gathered: Tensor = whole.full_tensor() if _is_sharded(whole) else whole
-    return gathered
-
-
-def _like(parameter: Any, whole: Tensor) -> Tensor:
-    """A full-size tensor, sharded as the parameter is."""
-    if not _is_sharded(parameter):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+_Deltas = dict[str, Tensor]

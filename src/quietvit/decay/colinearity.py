@@ -17,6 +17,7 @@ from quietvit.decay.attach import DecoupledUpdate, Schedule
 from quietvit.decay.limits import TrustRegion
 from quietvit.decay.penalties import PENALTIES, Basis, Penalty, Top, scaled
 from quietvit.decay.plan import Batch, batches, wide
+from quietvit.decay.schedule import check_kinds, factor_at
 from quietvit.errors import QuietvitError, nearest
 from quietvit.pairs import DEFAULT_KINDS, MatrixPair, find_pairs
 
@@ -45,7 +46,8 @@ class ColinearityDecay(DecoupledUpdate):
         every: apply every n-th step, with n-fold strength.
         kinds: kinds of pairs (default: those of ``strength`` if a mapping, else
             ``quietvit.pairs.DEFAULT_KINDS``, else, where ``pairs`` is given, all of them).
-        schedule: function from the optimizer step (0, 1, ...) to a factor of the strength.
+        schedule: function from the optimizer step (0, 1, ...) to a factor of the strength, such as
+            ``quietvit.decay.StrengthSchedule``; or a mapping from kind to such functions.
         pairs: explicit pairs instead of ``find_pairs(model, example)``.
 
     Raises:
@@ -63,7 +65,7 @@ class ColinearityDecay(DecoupledUpdate):
         penalty: str | Penalty = "energy",
         every: int = 1,
         kinds: Sequence[str] | None = None,
-        schedule: Schedule | None = None,
+        schedule: Schedule | Mapping[str, Schedule] | None = None,
         pairs: Sequence[MatrixPair] | None = None,
     ) -> None:
         super().__init__(model, every=every, schedule=schedule)
@@ -72,6 +74,8 @@ class ColinearityDecay(DecoupledUpdate):
         if isinstance(kinds, str):
             raise QuietvitError(f"kinds={kinds!r}: give a sequence of kinds, such as ({kinds!r},).")
         self.pairs = self._chosen(model, example, kinds, pairs)
+        if isinstance(self.schedule, Mapping):
+            check_kinds(self.schedule, {pair.kind for pair in self.pairs})
         self._shares = _shares(self.pairs)
         self._plan: tuple[object, list[Batch], TrustRegion] | None = None
         self._bases: list[Basis | None] = []
@@ -134,7 +138,12 @@ class ColinearityDecay(DecoupledUpdate):
         return settings
 
     def _strength_of(self, pair: MatrixPair) -> float:
-        return self.strength if isinstance(self.strength, float) else self.strength[pair.kind]
+        strength = self.strength if isinstance(self.strength, float) else self.strength[pair.kind]
+        if not isinstance(self.schedule, Mapping):
+            return strength  # the factor that all kinds share is in the rates
+        return strength * factor_at(
+            self.schedule[pair.kind], self.steps, f"schedule[{pair.kind!r}]"
+        )
 
     def _deltas(
         self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay.attach import DecoupledUpdate, Schedule
-from quietvit.decay.colinearity import checked_strength
 from quietvit.decay.plan import wide
+from quietvit.decay.regularizer import one_strength
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair, find_pairs
 from quietvit.tracing import WeightView
@@ -43,10 +43,7 @@ class NormGainDecay(DecoupledUpdate):
         pairs: Sequence[MatrixPair] | None = None,
     ) -> None:
         super().__init__(model, every=every, schedule=schedule)
-        checked = checked_strength(strength)
-        if not isinstance(checked, float):
-            raise QuietvitError(f"strength={strength!r}: NormGainDecay takes one number.")
-        self.strength = checked
+        self.strength = one_strength(strength, "NormGainDecay")
         if pairs is None:
             if example is None:
                 raise QuietvitError(

@@ -73,3 +73,22 @@ def whole_number(value: Any, name: str, owner: str, *, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise QuietvitError(f"{owner}({name}={value!r}): give a whole number, {least} or more.")
     return value
+
+
+def checked_state(owner: object, mine: Mapping[str, Any], state: Mapping[str, Any]) -> int:
+    """Return the saved step counter. Raises QuietvitError where the settings saved are others."""
+    kind = type(owner).__name__
+    if "steps" not in state or "settings" not in state:
+        raise QuietvitError(
+            f"this is no state of a {kind}: it has the keys {sorted(state)}, not 'steps' and "
+            "'settings'."
+        )
+    saved = dict(state["settings"])
+    for key in sorted(mine.keys() | saved.keys()):
+        if mine.get(key) != saved.get(key):
+            raise QuietvitError(
+                f"the state was saved with {key}={saved.get(key)!r}, this {kind} has "
+                f"{key}={mine.get(key)!r}; build it with the same settings, or start without "
+                "loading the state."
+            )
+    return int(state["steps"])

@@ -6,12 +6,13 @@ Who multiplies by them is ``attach``'s and each regularizer's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from quietvit.decay.regularizer import number, whole_number
 from quietvit.errors import QuietvitError, nearest
+from quietvit.pairs import KINDS
 
 Schedule = Callable[[int], float]
 SHAPES = ("constant", "linear", "cosine")
@@ -84,11 +85,29 @@ def checked_schedule(
     return schedule
 
 
+def check_kinds(schedule: Mapping[str, Schedule], kinds: Collection[str]) -> None:
+    """Raise QuietvitError unless a schedule for each kind has all of ``kinds``, and known ones."""
+    for kind in kinds:
+        if kind not in schedule:
+            raise QuietvitError(
+                f"pairs of kind {kind!r} have no schedule{nearest(kind, schedule)}; schedule is "
+                f"given for {sorted(schedule)}."
+            )
+    for kind in schedule:
+        if kind not in KINDS and kind not in kinds:
+            raise QuietvitError(
+                f"schedule names the kind {kind!r}, which is unknown{nearest(kind, KINDS)}; "
+                f"known: {', '.join(KINDS)}."
+            )
+
+
 def factor_at(schedule: Schedule | None, step: int, name: str = "schedule") -> float:
     """Return the factor at ``step``. Raises QuietvitError if it is negative or not finite."""
     factor = 1.0 if schedule is None else float(schedule(step))
     if not (math.isfinite(factor) and factor >= 0):
-        raise QuietvitError(f"{name}({step}) returned {factor}; it must be finite and not negative.")
+        raise QuietvitError(
+            f"{name}({step}) returned {factor}; it must be finite and not negative."
+        )
     return factor
 
 
