@@ -1,0 +1,116 @@
+"""Image folders: ``root/train/<class>/*.jpg``, one folder a class. Files are found, not opened.
+
+Names are kept as one array of bytes, so that a million of them take no Python objects.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from quietvit.data.images import ImageDataset
+from quietvit.errors import QuietvitError, nearest
+
+_SPLITS = {"train", "val", "test"}
+
+
+def open_folder(root: Path, split: str | None, num_classes: int | None) -> ImageDataset:
+    """Open ``split`` of an image folder; for None the folder itself is one folder a class.
+
+    Raises:
+        QuietvitError: a folder is missing, holds no images, or has a class that training lacks.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not root.is_dir():
+        raise QuietvitError(f"the folder {root} of the data set does not exist; check the path.")
+    if split is None and holds_splits(root):
+        held = sorted(entry.name for entry in root.iterdir() if entry.name in _SPLITS)
+        raise QuietvitError(
+            f"{root} holds {' and '.join(map(repr, held))}, which are splits and no classes; ask "
+            f"for the split 'train' or 'test', or open one of them: 'imagefolder:{root / held[0]}'."
+        )
+    folder = root if split is None else _split_folder(root, split)
+    reference = root / "train" if split == "test" and (root / "train").is_dir() else folder
+    classes = sorted(entry.name for entry in reference.iterdir() if entry.is_dir())
+    present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    unknown = [name for name in present if name not in classes]
+    if unknown:
+        raise QuietvitError(
+            f"{folder} has a class {unknown[0]!r} that {reference} does not have"
+            f"{nearest(unknown[0], classes)}; both need the same class folders."
+        )
+    files: list[bytes] = []
+    labels: list[int] = []
+    for name in present:
+        found = [
+            path
+            for path in _files_below(folder / name)
+            if os.path.splitext(path)[1].lower() in IMG_EXTENSIONS  # noqa: PTH122
+        ]
+        found.sort(key=lambda path: Path(path).parts)
+        files += [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path in found]
+        labels += [classes.index(name)] * len(found)
+    if not files:
+        raise QuietvitError(
+            f"{folder} holds no images; one folder a class is expected inside, with files "
+            f"ending in {', '.join(IMG_EXTENSIONS)}."
+        )
+    names = np.array(files)
+    return ImageDataset(
+        labels,
+        partial(_read_file, folder, names),
+        partial(_path_of, folder, names),
+        num_classes=len(classes) if num_classes is None else num_classes,
+        name=f"imagefolder:{root}",
+        class_names=tuple(classes),
+    )
+
+
+def holds_splits(root: Path) -> bool:
+    """Tell splits from classes: train/ beside val/ or test/, or no folder but these."""
+    if not root.is_dir():
+        return False
+    held = {entry.name for entry in root.iterdir() if entry.is_dir()}
+    return ("train" in held and len(held & _SPLITS) > 1) or (bool(held) and held <= _SPLITS)
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    wanted = ["train"] if split == "train" else ["val", "test"]
+    for name in wanted:
+        if (root / name).is_dir():
+            return root / name
+    held = sorted(entry.name for entry in root.iterdir())
+    shown = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "") if held else "nothing"
+    raise QuietvitError(
+        f"{root} has no folder {' or '.join(repr(name) for name in wanted)} (it holds {shown}); "
+        "arrange the images as train/<class>/*.jpg and val/<class>/*.jpg."
+    )
+
+
+def _files_below(folder: str | Path) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(entry.path)
+            elif entry.is_file():
+                yield entry.path
+
+
+def _read_file(folder: Path, names: np.ndarray, index: int) -> bytes:
+    path = _path_of(folder, names, index)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise QuietvitError(
+            f"the image {path} could not be read: {error.strerror or error}; restore the file or "
+            "open the data set again without it."
+        ) from error
+
+
+def _path_of(folder: Path, names: np.ndarray, index: int) -> str:
+    return str(folder / os.fsdecode(bytes(names[index])))

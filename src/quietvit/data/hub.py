@@ -1,0 +1,152 @@
+"""Data sets of Hugging Face: a folder written by ``save_to_disk``, or a name on the hub.
+
+Needs the package ``datasets``; what it holds in memory is an arrow table mapped from disk.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quietvit.data.images import ImageDataset
+from quietvit.errors import QuietvitError
+
+_SPLITS = {"train": ("train",), "test": ("validation", "val", "valid", "test")}
+
+
+def open_hub(rest: str, split: str | None, num_classes: int | None) -> ImageDataset:
+    """Open ``hf:/folder`` or ``hf:owner/name[:configuration]``.
+
+    The images are the column of type ``Image``, the labels the one of type ``ClassLabel``; where
+    there are several, those called image or img, and label or fine_label. Names of classes are
+    kept. The test images are the split ``validation`` (or val, valid), else ``test``.
+
+    Raises:
+        QuietvitError: ``datasets`` is missing, the folder or name cannot be opened, there is no
+            such split or no such column.
+    """
+    found = _loaded(rest)
+    data = _split_of(found, split, rest)
+    image, label = _columns(data.features, rest)
+    feature = data.features[label]
+    names = tuple(getattr(feature, "names", None) or ()) or None
+    if num_classes is None and names is not None:
+        num_classes = len(names)
+    if num_classes is None and split == "test":
+        num_classes = int(_labels(_split_of(found, "train", rest), label, rest).max()) + 1
+    from datasets import Image
+
+    encoded = data.select_columns([image]).cast_column(image, Image(decode=False))
+    return ImageDataset(
+        _labels(data, label, rest),
+        partial(_read_row, encoded, image, rest),
+        "row {}".format,
+        num_classes=num_classes,
+        name=f"hf:{rest}" if split is None else f"hf:{rest} ({split})",
+        class_names=names,
+    )
+
+
+def has_splits(rest: str) -> bool:
+    """Whether a data set has splits: one on the hub does, a folder says so in its files."""
+    folder = Path(rest).expanduser()
+    return (folder / "dataset_dict.json").exists() if folder.is_dir() else True
+
+
+def _loaded(rest: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise QuietvitError(
+            f"hf:{rest} needs the package datasets: pip install 'quietvit[datasets]'."
+        ) from error
+    folder = Path(rest).expanduser()
+    local = folder.is_dir() or rest.startswith(("/", ".", "~"))
+    try:
+        if local:
+            return datasets.load_from_disk(str(folder))
+        name, _, configuration = rest.partition(":")
+        return datasets.load_dataset(name, configuration or None)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = (
+            "it must be a folder written by datasets' save_to_disk"
+            if local
+            else "check the name and the connection to the hub, or save it elsewhere by "
+            "save_to_disk and give that folder as 'hf:/folder'"
+        )
+        raise QuietvitError(f"hf:{rest} could not be opened ({reason}); {remedy}.") from error
+
+
+def _split_of(found: Any, split: str | None, rest: str) -> Any:
+    if not isinstance(found, dict):
+        if split == "test":
+            raise QuietvitError(
+                f"hf:{rest} is one data set without splits, so it has no test images; save a "
+                "DatasetDict with 'train' and 'test'."
+            )
+        return found
+    wanted = list(found) if split is None and len(found) == 1 else _SPLITS.get(split or "", ())
+    for name in wanted:
+        if name in found:
+            return found[name]
+    raise QuietvitError(
+        f"hf:{rest} has the splits {', '.join(map(repr, found))}; "
+        + (
+            "ask for 'train' or 'test'."
+            if split is None
+            else f"none is called {' or '.join(map(repr, wanted))}."
+        )
+    )
+
+
+def _columns(features: Any, rest: str) -> tuple[str, str]:
+    from datasets import ClassLabel, Image, Value
+
+    images = [name for name, kind in features.items() if isinstance(kind, Image)]
+    labels = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
+    labels = labels or [
+        name
+        for name, kind in features.items()
+        if isinstance(kind, Value) and "int" in kind.dtype and name in ("label", "labels")
+    ]
+    return (
+        _one(images, ("image", "img"), "images (type Image)", features, rest),
+        _one(labels, ("label", "labels", "fine_label"), "labels (type ClassLabel)", features, rest),
+    )
+
+
+def _one(found: list[str], usual: tuple[str, ...], what: str, features: Any, rest: str) -> str:
+    chosen = found if len(found) == 1 else [name for name in usual if name in found]
+    if not chosen:
+        held = ", ".join(f"{name!r} ({type(kind).__name__})" for name, kind in features.items())
+        raise QuietvitError(
+            f"hf:{rest} has {len(found) or 'no'} columns of {what}{' to choose from' * bool(found)}"
+            f": it has {held}. Cast or rename the columns to 'image' and 'label', or remove the "
+            "others, and save it again."
+        )
+    return chosen[0]
+
+
+def _labels(data: Any, label: str, rest: str) -> np.ndarray:
+    column = data.select_columns([label]).with_format("arrow")[:].column(label)
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise QuietvitError(f"row {row} of hf:{rest} has no label; fill it in or drop the row.")
+    labels: np.ndarray = column.to_numpy().astype(np.int64)
+    return labels
+
+
+def _read_row(data: Any, image: str, rest: str, index: int) -> bytes:
+    value = data[int(index)][image] or {}
+    if value.get("bytes"):
+        return bytes(value["bytes"])
+    path = value.get("path")
+    try:
+        return Path(path or "").read_bytes()
+    except OSError as error:
+        reason = f"its file {path} could not be read" if path else "it holds neither bytes nor path"
+        raise QuietvitError(f"row {index} of hf:{rest} has no image: {reason}.") from error

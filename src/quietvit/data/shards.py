@@ -1,0 +1,100 @@
+"""WebDataset shards: tars of images and labels, read by seek, so that any order can be exact.
+
+What a tar holds is found out in ``tars``; in which order images come is decided in training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from quietvit.data.images import ImageDataset
+from quietvit.data.paths import Recent, expand, part_for, split_parts
+from quietvit.data.tars import TarIndex, name_at, read_index
+from quietvit.errors import QuietvitError
+
+logger = logging.getLogger("quietvit")
+
+OPEN_SHARDS = 64
+_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_EXAMPLE = "'shards:/train-{0000..1023}.tar,/val-{0000..0049}.tar'"
+
+
+def open_shards(rest: str, split: str | None, num_classes: int | None) -> ImageDataset:
+    """Open ``/train-{0000..1023}.tar[,/val-{0000..0049}.tar]``; globs and folders of tars too.
+
+    The shards are local files: WebDataset's own iterators stream from anywhere, but cannot go on
+    exactly where a run stopped. Each shard is a group of ``ImageDataset.groups``.
+
+    Raises:
+        QuietvitError: a shard is missing, compressed, truncated, or holds a sample without image
+            or label; no samples at all.
+    """
+    parts = split_parts(rest)
+    chosen = part_for(parts, split, "shards", _EXAMPLE)
+    reader = ShardReader(*_indexed(chosen))
+    if num_classes is None and split == "test":
+        indexes = _indexed(parts[0])[1]
+        num_classes = max((int(index.labels.max(initial=-1)) for index in indexes), default=-1) + 1
+    return ImageDataset(
+        reader.labels,
+        reader.read,
+        reader.where,
+        num_classes=num_classes,
+        name=f"shards {chosen}",
+        groups=np.repeat(np.arange(len(reader.paths), dtype=np.int32), np.diff(reader.starts)),
+    )
+
+
+class ShardReader:
+    """Images of several tars by number. Up to ``OPEN_SHARDS`` are open at once in a process."""
+
+    def __init__(self, paths: list[Path], indexes: list[TarIndex]) -> None:
+        self.paths = paths
+        self.starts = np.cumsum([0, *(len(index.offsets) for index in indexes)])
+        self.offsets = np.concatenate([index.offsets for index in indexes])
+        self.sizes = np.concatenate([index.sizes for index in indexes])
+        self.labels = np.concatenate([index.labels for index in indexes])
+        self._files: Recent[BinaryIO] = Recent(OPEN_SHARDS)
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image ``index``."""
+        path, size = self.paths[self._shard(index)], int(self.sizes[index])
+        try:
+            file = self._files.get(self._shard(index), self._open)
+            content = os.pread(file.fileno(), size, int(self.offsets[index]))
+        except OSError as error:
+            raise QuietvitError(
+                f"the shard {path} could not be read: {error.strerror or error}; restore the file."
+            ) from error
+        if len(content) < size:
+            raise QuietvitError(
+                f"the shard {path} is shorter than when it was opened, and lacks "
+                f"{self.where(index)}; leave data sets alone while they are in use."
+            )
+        return content
+
+    def where(self, index: int) -> str:
+        """Return the sample's member and its shard; the tar is looked through for it."""
+        path = self.paths[self._shard(index)]
+        return f"{name_at(path, int(self.offsets[index]))} in {path}"
+
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def _open(self, shard: int) -> BinaryIO:
+        return self.paths[shard].open("rb", buffering=0)  # type: ignore[return-value]
+
+
+def _indexed(part: str) -> tuple[list[Path], list[TarIndex]]:
+    if part.startswith("pipe:") or "://" in part:
+        raise QuietvitError(
+            f"shards are read from local files, and {part} is none; copy them here first (an exact "
+            "resume needs to reach any image at any time)."
+        )
+    paths = expand(part, _SUFFIXES, "shard")
+    return paths, [read_index(path) for path in paths]

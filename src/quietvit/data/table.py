@@ -1,0 +1,261 @@
+"""Tables of encoded images: parquet, and arrow or feather files; one file or many.
+
+Labels are read alone. Images are read by row group (parquet) or record batch (arrow), a few of
+which are kept; a table need not fit into memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quietvit.data.images import ImageDataset
+from quietvit.data.paths import Recent, expand, part_for, split_parts
+from quietvit.errors import QuietvitError, nearest
+
+logger = logging.getLogger("quietvit")
+
+SUFFIXES = (".parquet", ".arrow", ".feather")
+KEPT_BYTES = 512 * 2**20
+OPEN_FILES = 64
+_EXAMPLE = "'table:/train.parquet,/test.parquet'"
+
+
+def open_table(rest: str, split: str | None, num_classes: int | None) -> ImageDataset:
+    """Open ``/train.parquet[,/test.parquet]``, where each may be a glob, a brace range, a folder.
+
+    Each process keeps up to ``KEPT_BYTES`` of decoded row groups. A larger table with large row
+    groups is slow in random order (a log line says so): set ``shuffle_window``, or write it with
+    a small ``row_group_size``. Uncompressed arrow files are mapped, not read.
+
+    Raises:
+        QuietvitError: a missing file or column, a column of another type, a row without label.
+    """
+    parts = split_parts(rest)
+    chosen = part_for(parts, split, "table", _EXAMPLE)
+    table = TableReader(expand(chosen, SUFFIXES, "table"))
+    labels = table.labels()
+    if len(labels) == 0:
+        raise QuietvitError(f"the table {chosen} holds no rows, so no images; check the file.")
+    if num_classes is None and split == "test":
+        reference = TableReader(expand(parts[0], SUFFIXES, "table"), ["label"]).labels()
+        num_classes = int(reference.max(initial=-1)) + 1
+    return ImageDataset(
+        labels,
+        table.read,
+        table.where,
+        num_classes=num_classes,
+        name=f"table {chosen}",
+        groups=np.repeat(np.arange(len(table.rows), dtype=np.int32), table.rows),
+    )
+
+
+class TableReader:
+    """Rows of several files by number, over chunks: row groups or record batches.
+
+    ``rows`` counts those of each chunk, ``owner`` is its file and ``number`` its number there.
+
+    Raises:
+        QuietvitError: a file cannot be read, or lacks one of ``columns``, or has no bytes in it.
+    """
+
+    def __init__(self, paths: list[Path], columns: list[str] | None = None) -> None:
+        self.paths = paths
+        self._files: Recent[Any] = Recent(OPEN_FILES)
+        self._chunks: Recent[Any] = Recent(KEPT_BYTES, _bytes_of)
+        self._reads, self._told = 0, False
+        rows: list[int] = []
+        owner: list[int] = []
+        number: list[int] = []
+        for index, path in enumerate(paths):
+            file = self._file(index)
+            _check_columns(path, file.schema, columns or ["image", "label"])
+            counts = _guarded(path, file.counts)
+            rows += counts
+            owner += [index] * len(counts)
+            number += range(len(counts))
+        self.rows = np.array(rows, np.int64)
+        self.owner, self.number = np.array(owner, np.int64), np.array(number, np.int64)
+        self.ends = np.cumsum(self.rows)
+
+    def labels(self) -> np.ndarray:
+        """Return the labels of all rows (N,), int64; nothing else is read."""
+        columns = []
+        for index, path in enumerate(self.paths):
+            file = self._file(index)
+            columns.append(_labels_of(_guarded(path, partial(file.column, "label")), path))
+        return np.concatenate(columns)
+
+    def read(self, index: int) -> bytes:
+        """Return the encoded image of row ``index``."""
+        self._reads += 1
+        chunk, row = self._place(index)
+        value = self._chunks.get(chunk, self._chunk)[row].as_py()
+        if isinstance(value, dict):
+            value = value["bytes"]
+        if not value:
+            first = self._first_row(chunk)
+            raise QuietvitError(
+                f"row {first + row} of the table {self.paths[self.owner[chunk]]} has no image; "
+                "write the encoded bytes into the column 'image' or drop the row."
+            )
+        return bytes(value)
+
+    def where(self, index: int) -> str:
+        """Return ``row 3``, with its file where there are several."""
+        chunk, row = self._place(index)
+        row += self._first_row(chunk)
+        return f"row {row}" if len(self.paths) == 1 else f"row {row} of {self._path(chunk)}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        chunk = int(np.searchsorted(self.ends, index, side="right"))
+        return chunk, int(index - self.ends[chunk] + self.rows[chunk])
+
+    def _first_row(self, chunk: int) -> int:
+        first = chunk - self.number[chunk]
+        return int(self.rows[first:chunk].sum())
+
+    def _path(self, chunk: int) -> Path:
+        return self.paths[self.owner[chunk]]
+
+    def _file(self, index: int) -> Any:
+        return self._files.get(index, lambda index: _opened(self.paths[index]))
+
+    def _chunk(self, chunk: int) -> Any:
+        file = self._file(int(self.owner[chunk]))
+        images = _guarded(self._path(chunk), partial(file.chunk, int(self.number[chunk])))
+        kept = self._chunks
+        wasted = kept.dropped > 32 and self.rows[chunk] > 8 and self._reads < 4 * kept.made
+        if wasted and not self._told:
+            self._told = True
+            logger.warning(
+                "%s does not fit into the %d MiB kept of it, and its row groups hold %d images: in "
+                "random order each image costs one of them. Set data.shuffle_window, or write the "
+                "table with row_group_size=64.",
+                self.paths[0].parent, KEPT_BYTES >> 20, self.rows[chunk],
+            )  # fmt: skip
+        return images
+
+
+class _Parquet:
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.file = pq.ParquetFile(path, memory_map=True)
+        self.schema = self.file.schema_arrow
+
+    def counts(self) -> list[int]:
+        about = self.file.metadata
+        return [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+
+    def column(self, name: str) -> Any:
+        return self.file.read(columns=[name], use_threads=False).column(name)
+
+    def chunk(self, number: int) -> Any:
+        found = self.file.read_row_group(number, columns=["image"], use_threads=False)
+        return found.column("image")
+
+
+class _Arrow:
+    """An IPC file (feather), read batch by batch, or a stream, mapped as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self.path, self.source = path, pa.memory_map(str(path))
+        self.batches: Any = None
+        try:
+            self.schema = pa.ipc.open_file(self.source).schema
+        except pa.ArrowInvalid:
+            self.source.seek(0)
+            stream = pa.ipc.open_stream(self.source)
+            self.schema, self.batches = stream.schema, list(stream)
+
+    def counts(self) -> list[int]:
+        if self.batches is not None:
+            return [batch.num_rows for batch in self.batches]
+        reader = self._reader("label")
+        return [reader.get_batch(at).num_rows for at in range(reader.num_record_batches)]
+
+    def column(self, name: str) -> Any:
+        import pyarrow as pa
+
+        batches = self.batches
+        if batches is None:
+            reader = self._reader(name)
+            batches = [reader.get_batch(at) for at in range(reader.num_record_batches)]
+        kind = self.schema.field(name).type
+        return pa.chunked_array([batch.column(name) for batch in batches], kind)
+
+    def chunk(self, number: int) -> Any:
+        if self.batches is not None:
+            return self.batches[number].column("image")
+        return self._reader("image").get_batch(number).column("image")
+
+    def _reader(self, name: str) -> Any:
+        import pyarrow as pa
+
+        options = pa.ipc.IpcReadOptions(
+            included_fields=[self.schema.get_field_index(name)], use_threads=False
+        )
+        return pa.ipc.open_file(self.source, options=options)
+
+
+def _opened(path: Path) -> Any:
+    return _guarded(path, partial(_Parquet if path.suffix == ".parquet" else _Arrow, path))
+
+
+def _guarded(path: Path, call: Callable[[], Any]) -> Any:
+    import pyarrow as pa
+
+    try:
+        return call()
+    except (pa.ArrowException, OSError) as error:
+        kind = "a parquet" if path.suffix == ".parquet" else "an arrow"
+        raise QuietvitError(
+            f"{path} could not be read as {kind} table ({str(error).splitlines()[0]}); copy it "
+            "again or write it with pyarrow."
+        ) from error
+
+
+def _check_columns(path: Path, schema: Any, columns: list[str]) -> None:
+    import pyarrow as pa
+
+    for column in columns:
+        if column not in schema.names:
+            raise QuietvitError(
+                f"{path} has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
+                f"{nearest(column, schema.names)}. Rename the columns to 'image' and 'label'."
+            )
+    kind = schema.field("label").type
+    if not pa.types.is_integer(kind):
+        raise QuietvitError(
+            f"the column 'label' of {path} is of type {kind}; it needs integers from 0."
+        )
+    if "image" not in columns:
+        return
+    kind = schema.field("image").type
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if not (is_bytes or is_struct):
+        raise QuietvitError(
+            f"the column 'image' of {path} is of type {kind}; it needs the encoded bytes of the "
+            "image (binary, or a struct with a field 'bytes')."
+        )
+
+
+def _labels_of(column: Any, path: Path) -> np.ndarray:
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise QuietvitError(f"row {row} of {path} has no label; fill it in or drop the row.")
+    labels: np.ndarray = column.to_numpy().astype(np.int64)
+    return labels
+
+
+def _bytes_of(column: Any) -> int:
+    return int(column.nbytes)
