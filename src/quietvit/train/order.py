@@ -5,6 +5,7 @@ So a run may stop anywhere and go on, with any number of workers, and see the sa
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,36 +18,134 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from quietvit.data import ImageDataset
+from quietvit.errors import QuietvitError
 
-Place = tuple[int, int]
+logger = logging.getLogger("quietvit")
+
+Place = tuple[int, ...]
+
+_REPLACED = 0x7265706C
+_TRIES = 100
 
 
 class SeededImages(Dataset[tuple[Tensor, int]]):
-    """``dataset`` augmented: ``self[epoch, index]`` draws from (seed, epoch, index) only."""
+    """``dataset`` augmented: ``self[place]`` draws from (seed, place) only.
+
+    A place is (epoch, index), or (epoch, index, copy) where an epoch repeats its images.
+
+    An image that cannot be read or decoded is replaced by another one of the data set, drawn from
+    (seed, place), so that a resumed run replaces it by the same. Each such image is logged once,
+    and the different ones are counted over all workers of this process, from its start. Images for
+    evaluation are never replaced, because the accuracy would be that of another data set.
+
+    Args:
+        max_bad: how many different images may be replaced; 0 stops at the first one.
+
+    Raises:
+        QuietvitError: more than ``max_bad`` images cannot be decoded; the first few are named.
+    """
 
     def __init__(
-        self, dataset: ImageDataset, transform: Callable[[Image.Image], Tensor], seed: int
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int,
+        *,
+        max_bad: int = 0,
     ) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.dataset, self.transform, self.seed, self.max_bad = dataset, transform, seed, max_bad
+        # One byte an image in memory shared with the workers: no locks, and each counts once.
+        self._bad = torch.zeros(len(dataset) if max_bad else 0, dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, place: Place) -> tuple[Tensor, int]:  # type: ignore[override]
-        epoch, index = place
-        image, label = self.dataset[index]
-        with seeded(self.seed, epoch, index):
+        image, label = self._read(place)
+        with seeded(self.seed, *place):
             return self.transform(image), label
+
+    @property
+    def bad_images(self) -> list[int]:
+        """The indices of the images found bad so far by any worker of this process."""
+        return [int(index) for index in self._bad.nonzero()]
+
+    def _read(self, place: Place) -> tuple[Image.Image, int]:
+        index = place[1]
+        if not self.max_bad:
+            return self.dataset[index]
+        drawn = None
+        for _ in range(_TRIES):
+            try:
+                return self.dataset[index]
+            except QuietvitError as error:
+                self._count(index, error)
+            drawn = drawn or np.random.default_rng((self.seed, *place, _REPLACED))
+            index = int(drawn.integers(len(self.dataset)))
+        raise QuietvitError(
+            f"{_TRIES} images drawn in a row from {self.dataset.name} could not be read; check "
+            "that the data set can still be reached."
+        )
+
+    def _count(self, index: int, error: QuietvitError) -> None:
+        known = bool(self._bad[index])
+        self._bad[index] = 1
+        bad = self.bad_images
+        if len(bad) > self.max_bad:
+            named = "; ".join(self.dataset.where(index) for index in bad[:5])
+            raise QuietvitError(
+                f"{len(bad)} images of {self.dataset.name} could not be decoded, and "
+                f"data.max_bad_images allows {self.max_bad}: {named}"
+                f"{'; ...' if len(bad) > 5 else ''}. The last one: {error} Mend or remove them, or "
+                "raise data.max_bad_images."
+            ) from error
+        if not known:
+            logger.warning(
+                "bad image %d of at most %d, replaced by another: %s", len(bad), self.max_bad, error
+            )
 
 
 class EpochBatches(Sampler[list[Place]]):
-    """Batches of (epoch, index) in the order of the epoch, from batch ``start`` on.
+    """Batches of places in the order of the epoch (``epoch_order``), from batch ``start`` on.
 
-    The order is a permutation drawn from (seed, epoch). ``batches`` is how many make an epoch.
+    Args:
+        images: how many there are.
+        batch_size: places in a batch.
+        batches: how many make an epoch.
+        seed: of the order.
+        repeats: how often each image of an epoch comes, each time with its own randomness
+            (repeated augmentation, Hoffer et al. 2019, as DeiT uses it). An epoch is as long as
+            without, so it visits 1/``repeats`` of the images, each ``repeats`` times in a row (the
+            last one fewer times where the number does not divide).
+        groups: what lies together on disk, one number per image: ``ImageDataset.groups``.
+        window: mix images within so many groups at a time; None mixes all.
+
+    timm's ``RepeatAugSampler`` needs torch.distributed and deals the copies out to its processes,
+    from a position that cannot be entered. Here the copies are neighbours in one order, which is a
+    function of (seed, epoch) in any number of processes, so that a run can go on anywhere in it.
+
+    Raises:
+        QuietvitError: ``window`` is given for images that are not in groups.
     """
 
-    def __init__(self, images: int, batch_size: int, batches: int, seed: int) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        batches: int,
+        seed: int,
+        *,
+        repeats: int = 1,
+        groups: np.ndarray | None = None,
+        window: int | None = None,
+    ) -> None:
+        if window is not None and groups is None:
+            raise QuietvitError(
+                f"data.shuffle_window is {window}, but this data set is not in shards: each of its "
+                "images can be reached alike. Leave data.shuffle_window out."
+            )
         self.images, self.batches, self.seed = images, batches, seed
+        self.repeats, self.groups, self.window = repeats, groups, window
         self.batch_size, self.drop_last = batch_size, True
         self.epoch, self.start = 0, 0
 
@@ -59,10 +158,39 @@ class EpochBatches(Sampler[list[Place]]):
 
     def __iter__(self) -> Iterator[list[Place]]:
         epoch = self.epoch
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.images).tolist()
+        order = epoch_order(self.images, self.seed, epoch, self.groups, self.window)
         for batch in range(self.start, self.batches):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, index) for index in chosen]
+            first = batch * self.batch_size
+            visits = range(first, min(first + self.batch_size, self.images))
+            if self.repeats == 1:
+                yield [(epoch, int(order[visit])) for visit in visits]
+            else:
+                yield [
+                    (epoch, int(order[visit // self.repeats]), visit % self.repeats)
+                    for visit in visits
+                ]
+
+
+def epoch_order(
+    images: int,
+    seed: int,
+    epoch: int,
+    groups: np.ndarray | None = None,
+    window: int | None = None,
+) -> np.ndarray:
+    """Return a permutation (images,) drawn from (seed, epoch).
+
+    With a ``window``, the groups are permuted and cut into windows of so many; one window comes
+    after the other, the images of each in random order. Reading is then near to sequential, and a
+    window is what needs to be at hand.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    order = generator.permutation(images)
+    if groups is None or window is None:
+        return order
+    present, group = np.unique(groups, return_inverse=True)
+    windows = generator.permutation(len(present)) // window
+    return order[np.argsort(windows[group[order]], kind="stable")]
 
 
 @contextmanager
