@@ -1,4 +1,4 @@
-"""timm models with weights from local files, strict; another head or image size is said aloud.
+"""Models with weights from local files, strict; another head or image size is said aloud.
 
 Nothing is downloaded and nothing unpickled: safetensors, or ``torch.load(weights_only=True)``.
 """
@@ -31,8 +31,11 @@ def create_model(
 ) -> nn.Module:
     """Build a timm model, with the weights of a local file if one is given.
 
+    ``hf:/folder`` builds the transformers image classifier of that folder with the weights there,
+    and ``kwargs`` are keys of its config: see ``huggingface.create_hf_model``.
+
     Args:
-        name: a timm model, such as ``deit_tiny_patch16_224``.
+        name: a timm model, such as ``deit_tiny_patch16_224``, or ``hf:`` and a folder.
         num_classes: classes of the head; None takes the number in the weights, or timm's. Where the
             weights have another number, the head starts anew and a log line says so.
         weights: ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads.
@@ -48,7 +51,7 @@ def create_model(
     import timm
 
     state = read_weights(weights) if weights is not None else None
-    if not timm.is_model(name):
+    if not name.startswith("hf:") and not timm.is_model(name):
         raise QuietvitError(
             f"timm has no model named {name!r}{nearest(name, timm.list_models())}; "
             "timm.list_models('*vit*') lists them."
@@ -59,6 +62,10 @@ def create_model(
             f"preprocessing has no key {unknown[0]!r}{nearest(unknown[0], _PREPROCESSING)}; it has "
             f"{', '.join(_PREPROCESSING)}."
         )
+    if name.startswith("hf:"):
+        from quietvit.data.huggingface import create_hf_model
+
+        return create_hf_model(name[3:], num_classes, kwargs, preprocessing, state)
     if num_classes is None and state is not None:
         num_classes = _classes_in(state, timm.get_pretrained_cfg(name))
     if num_classes is not None:
@@ -95,10 +102,10 @@ def load_weights(
         weights, source = read_weights(weights), str(weights)
     own = model.state_dict()
     state = _without_other_head(model, own, dict(weights), source)
-    problems = _differences(own, state)
+    problems = differences(own, state)
     if problems:
         state = _filtered(model, state)
-        if _differences(own, state):
+        if differences(own, state):
             shown = "; ".join(problems[:3])
             more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise QuietvitError(
@@ -197,7 +204,8 @@ def _filtered(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return adapted
 
 
-def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Say where a file's ``state`` and a model's ``own`` have other keys or shapes."""
     found = [
         f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
         for key in own

@@ -1,0 +1,322 @@
+"""transformers image classifiers out of a local folder, as the rest of the library wants them.
+
+How their preprocessing is translated is in ``image_processor``; models of timm are in ``weights``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quietvit.data.image_processor import translated_preprocessing
+from quietvit.errors import QuietvitError, nearest
+
+logger = logging.getLogger("quietvit")
+
+_OWNED = {
+    "num_labels": "data.num_classes",
+    "id2label": "data.num_classes",
+    "label2id": "data.num_classes",
+    "model_type": "model.name",
+}
+_REMOTE = {"trust_remote_code": False}
+
+
+def create_hf_model(
+    folder: str,
+    num_classes: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Build a transformers image classifier from ``config.json``, with the folder's safetensors.
+
+    The weights are float32. No pickle is read and no code of the folder is run. Without a weights
+    file the model starts from random, and a log line says so. ``preprocessor_config.json`` becomes
+    the model's data config (``quietvit.data.data_config``); the image size is the one it makes.
+
+    Args:
+        folder: local folder; what is no path is taken as a name on the Hugging Face hub.
+        num_classes: classes of the head; None takes the config's. Another number than there
+            starts the head anew, and a log line says so.
+        kwargs: override the config, as ``image_size`` (``img_size`` is the same). Position tables
+            of another size are resampled bicubically, as transformers does, and a log line says so.
+        preprocessing: overrides in the data config: mean, std, interpolation, crop_pct, crop_mode.
+        weights: name -> tensor, loaded strictly in place of the folder's.
+
+    Raises:
+        QuietvitError: transformers is missing, no such folder, a hub out of reach, no image
+            classifier, no safetensors, unknown keys, weights of other shapes, or preprocessing
+            that cannot be translated.
+    """
+    transformers = _transformers()
+    source = _source(folder)
+    raw, plain = _configs(transformers, source, {})
+    changes = {("image_size" if k == "img_size" else k): v for k, v in (kwargs or {}).items()}
+    _check(changes, raw, plain, source)
+    prepared = _preprocessing(transformers, source, plain)
+    if "image_size" not in changes and prepared["input_size"] != _input_size(plain):
+        changes["image_size"] = list(prepared["input_size"][1:])
+    _, config = _configs(transformers, source, changes)
+    if num_classes is not None and num_classes != config.num_labels:
+        config.num_labels = num_classes
+    model = _built(transformers, source, config)
+    if weights is not None:
+        _load(model, dict(weights), "the weights")
+    elif _without_weights(source):
+        logger.warning("%s holds no weights: the model starts from random.", source)
+    else:
+        state = _pretrained(transformers, source, plain)
+        _load(model, _adapted(state, model, plain, config, source), source)
+    data = {**prepared, "input_size": _input_size(config), **(preprocessing or {})}
+    model.pretrained_cfg = {**data, "num_classes": config.num_labels}  # type: ignore[assignment]
+    return model
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise QuietvitError(
+            "models named 'hf:...' need transformers, which is not installed; pip install "
+            "'quietvit[transformers]'."
+        ) from error
+    return transformers
+
+
+def _source(folder: str) -> str:
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            held = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+            raise QuietvitError(
+                f"{path} holds no config.json (it holds {held}); give the folder that "
+                "save_pretrained() of a transformers image classifier wrote."
+            )
+        return str(path)
+    if not folder or folder[0] in "/.~" or folder.count("/") > 1:
+        raise QuietvitError(
+            f"the folder {path} of the model does not exist; give 'hf:' and the folder that "
+            "save_pretrained() wrote."
+        )
+    return folder
+
+
+def _local(source: str) -> dict[str, Any]:
+    return _REMOTE | {"local_files_only": Path(source).is_dir()}
+
+
+def _configs(transformers: Any, source: str, changes: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the keys of ``config.json``, and the config with ``changes`` in them."""
+    try:
+        raw, _ = transformers.PretrainedConfig.get_config_dict(source, **_local(source))
+        rest = {key: value for key, value in raw.items() if key != "model_type"}
+        config = transformers.AutoConfig.for_model(
+            str(raw.get("model_type")), **{**rest, **changes}
+        )
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+        if given:
+            problem = f"{source} cannot be built with {given}: {_first(error)}; change or leave out"
+            raise QuietvitError(f"{problem} that argument.") from error
+        raise QuietvitError(f"{_unreadable(source, 'config.json', error)}") from error
+    return raw, config
+
+
+def _unreadable(source: str, what: str, error: Exception) -> str:
+    if Path(source).is_dir():
+        return (
+            f"{what} in {source} could not be read as that of a transformers model that needs no "
+            f"code of its own: {_first(error)}; save it again with save_pretrained()."
+        )
+    return (
+        f"{source!r} is no folder here, and {what} could not be had from the Hugging Face hub: "
+        f"{_first(error)}; check the name and the connection, or download it elsewhere and give "
+        "the folder: hf:/path/to/folder."
+    )
+
+
+def _first(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def _check(changes: Mapping[str, Any], raw: Mapping[str, Any], config: Any, source: str) -> None:
+    known = {*raw, *config.to_dict(), "image_size"} - set(_OWNED)
+    for key in changes:
+        if key in _OWNED:
+            raise QuietvitError(f"model.kwargs.{key} is not taken; set {_OWNED[key]} in its place.")
+        if key not in known:
+            raise QuietvitError(
+                f"the config of {source} has no key {key!r}{nearest(key, known)}; model.kwargs of "
+                f"a transformers model are keys of its {type(config).__name__}."
+            )
+
+
+def _built(transformers: Any, source: str, config: Any) -> nn.Module:
+    try:
+        model: nn.Module = transformers.AutoModelForImageClassification.from_config(
+            config, dtype=torch.float32, **_REMOTE
+        )
+    except Exception as error:
+        raise QuietvitError(
+            f"{source} is no image classifier that transformers builds from its config: "
+            f"{_first(error)}; give the folder of a ViT, DeiT, DINOv2, Swin or the like."
+        ) from error
+    return model
+
+
+def _without_weights(source: str) -> bool:
+    """Whether a folder holds no weights at all. Raises QuietvitError for pickled ones alone."""
+    path = Path(source)
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return False
+    pickled = [
+        f.name for f in sorted(path.iterdir()) if f.suffix in (".bin", ".pt", ".h5", ".ckpt")
+    ]
+    if pickled:
+        raise QuietvitError(
+            f"{source} holds its weights as {pickled[0]} and not as safetensors; load it where you "
+            "trust it and write it again with save_pretrained()."
+        )
+    return True
+
+
+def _pretrained(transformers: Any, source: str, config: Any) -> dict[str, Tensor]:
+    """Read the weights by the names of this transformers, at the size and classes they have."""
+    try:
+        model, info = transformers.AutoModelForImageClassification.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_local(source),
+        )
+    except Exception as error:
+        raise QuietvitError(_unreadable(source, "the weights", error)) from error
+    missing = sorted(info["missing_keys"])
+    lacking = [key for key in missing if not _of_head(key)]
+    if lacking:
+        raise QuietvitError(
+            f"{source} lacks the weights {', '.join(lacking[:3])} ({len(lacking)} in all) of a "
+            f"{type(model).__name__}; give the folder of such a model."
+        )
+    if missing:
+        logger.warning("%s has no head: '%s' starts anew.", source, missing[0].rpartition(".")[0])
+    if info["unexpected_keys"]:
+        extra = sorted(info["unexpected_keys"])
+        logger.warning("%s: %d weights have no use here (first %s).", source, len(extra), extra[0])
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+def _of_head(key: str) -> bool:
+    return "classifier" in key or key.startswith(("head.", "fc."))
+
+
+def _adapted(
+    state: dict[str, Tensor], model: nn.Module, before: Any, after: Any, source: str
+) -> dict[str, Tensor]:
+    """Put a new head and resampled position tables where only classes or sizes differ."""
+    own = model.state_dict()
+    resampled: list[str] = []
+    for key in [key for key in own if key in state and own[key].shape != state[key].shape]:
+        old, new = state[key], own[key]
+        labels = (before.num_labels, after.num_labels)
+        if (len(old), len(new)) == labels and old.shape[1:] == new.shape[1:]:
+            if key.endswith(".weight"):
+                logger.warning(
+                    "%s: the head '%s' tells %d classes apart, %d are asked for: it starts anew.",
+                    source, key.removesuffix(".weight"), *labels,
+                )  # fmt: skip
+            state[key] = new
+        elif key.endswith("relative_position_bias_table") and old.shape[1:] == new.shape[1:]:
+            grids = (math.isqrt(len(old)),) * 2, (math.isqrt(len(new)),) * 2
+            table = _resampled(old[None], new[None].shape, *grids)
+            state[key] = new if table is None else table[0]
+        elif "position_embedding" in key and old.shape[-1] == new.shape[-1]:
+            flat = old.ndim == 2
+            shape = new[None].shape if flat else new.shape
+            table = _resampled(old[None] if flat else old, shape, _grid(before), _grid(after))
+            state[key] = old if table is None else (table[0] if flat else table)
+        elif key.endswith("relative_position_index"):
+            state[key] = new
+        if state[key] is not old and state[key] is not new:
+            resampled.append(f"{key} from {tuple(old.shape)} to {tuple(new.shape)}")
+    if resampled:
+        logger.warning("%s: resampled bicubically: %s.", source, "; ".join(resampled[:2]))
+    return state
+
+
+def _resampled(
+    table: Tensor, shape: torch.Size, old: tuple[int, int], new: tuple[int, int]
+) -> Tensor | None:
+    """Resample a table (1, extra + h w, D); the extra rows in front stay. None if it is none."""
+    extra = table.shape[1] - math.prod(old)
+    if extra < 0 or extra != shape[1] - math.prod(new):
+        return None
+    grid = table[:, extra:].unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :extra], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+def _sides(value: Any) -> tuple[int, int]:
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    return int(sides[0]), int(sides[1])
+
+
+def _grid(config: Any) -> tuple[int, int]:
+    size, patch = _sides(config.image_size), _sides(config.patch_size)
+    return size[0] // patch[0], size[1] // patch[1]
+
+
+def _input_size(config: Any) -> tuple[int, int, int]:
+    return (int(getattr(config, "num_channels", 3)), *_sides(getattr(config, "image_size", 224)))
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    from quietvit.data.weights import differences
+
+    problems = differences(model.state_dict(), state)
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise QuietvitError(
+            f"{source} cannot be loaded into {type(model).__name__} as built here: "
+            f"{'; '.join(problems[:3])}{more}. Give the folder, arguments and transformers version "
+            "the weights were made with."
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def _preprocessing(transformers: Any, source: str, config: Any) -> dict[str, Any]:
+    """Translate the folder's image processor into timm's data config."""
+    path = Path(source)
+    if path.is_dir() and not (path / "preprocessor_config.json").is_file():
+        logger.warning(
+            "%s holds no preprocessor_config.json: images are resized whole and normalized by "
+            "ImageNet's mean and std; set model.preprocessing if that is wrong.",
+            source,
+        )
+        return {
+            "input_size": _input_size(config),
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+        }
+    try:
+        found = transformers.AutoImageProcessor.from_pretrained(source, **_local(source))
+        settings = json.loads(found.to_json_string())
+    except Exception as error:
+        raise QuietvitError(_unreadable(source, "preprocessor_config.json", error)) from error
+    return translated_preprocessing(settings, _input_size(config), source)

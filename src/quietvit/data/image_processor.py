@@ -1,0 +1,91 @@
+"""Preprocessing as transformers states it -> timm's data config.
+
+Pure: dictionaries in, dictionaries out. What is done with images is decided in ``transforms``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from quietvit.errors import QuietvitError
+
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+
+def translated_preprocessing(
+    settings: Mapping[str, Any], built_for: tuple[int, int, int], source: str = "the folder"
+) -> dict[str, Any]:
+    """Return timm's data config of an image processor's settings.
+
+    Args:
+        settings: of transformers: size, crop_size, do_*, resample, image_mean, image_std, ...
+        built_for: (channels, height, width) of the model, for a processor that does not resize.
+
+    Raises QuietvitError for steps that timm's evaluation transform does not have.
+    """
+    if settings.get("do_flip_channel_order"):
+        raise QuietvitError(
+            f"{source} wants images with blue first (do_flip_channel_order), which the transforms "
+            "here do not do; give another model."
+        )
+    factor = float(settings.get("rescale_factor") or 1 / 255) if settings.get("do_rescale") else 1.0
+    scale = round(255.0 * factor, 9)
+    if settings.get("do_normalize"):
+        mean = tuple(float(value) / scale for value in settings["image_mean"])
+        std = tuple(float(value) / scale for value in settings["image_std"])
+    else:
+        mean, std = (0.0,) * 3, (1 / scale,) * 3
+    final, resized, mode = _sizes(settings, built_for[1:], source)
+    return {
+        "input_size": (built_for[0], *final),
+        "mean": mean,
+        "std": std,
+        "interpolation": _RESAMPLE.get(settings.get("resample", 3), "bicubic"),
+        "crop_pct": _crop_pct(final[0], resized),
+        "crop_mode": mode,
+    }
+
+
+def _sizes(
+    settings: Mapping[str, Any], built_for: tuple[int, int], source: str
+) -> tuple[tuple[int, int], int, str]:
+    """Return the final size, the (shorter) side before the crop, and timm's crop mode."""
+    size = settings.get("size") if settings.get("do_resize", True) else None
+    crop = settings.get("crop_size") if settings.get("do_center_crop") else None
+    final = None if crop is None else _named_sides(crop)
+    if size is None:
+        return final or built_for, (final or built_for)[0], "center" if final else "squash"
+    if "shortest_edge" in size:
+        edge = int(size["shortest_edge"])
+        crop_pct = settings.get("crop_pct")
+        if final is None and crop_pct is not None:  # as ConvNeXt: no crop from 384 pixels on
+            whole = edge >= 384
+            return (
+                (edge, edge),
+                edge if whole else int(edge / crop_pct),
+                ("squash" if whole else "center"),
+            )
+        return final or (edge, edge), edge, "center"
+    sides = _named_sides(size)
+    if sides is None:
+        raise QuietvitError(
+            f"{source} resizes images to {dict(size)}, which is neither a height and width nor a "
+            "shortest edge; give a model with one image size."
+        )
+    return final or sides, sides[0], "squash"
+
+
+def _named_sides(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int):
+        return size, size
+    if size.get("height") is None or size.get("width") is None:
+        return None
+    return int(size["height"]), int(size["width"])
+
+
+def _crop_pct(final: int, resized: int) -> float:
+    """Return final / resized, so that timm's floor(final / crop_pct) is ``resized`` again."""
+    share = final / resized
+    return share if math.floor(final / share) == resized else final / (resized + 0.5)
