@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from quietvit.errors import QuietvitError
 
 if TYPE_CHECKING:
-    from quietvit.decay import ColinearityDecay, NormGainDecay
+    from quietvit.decay import (
+        TWEO,
+        ColinearityDecay,
+        KurtosisRegularization,
+        NormGainDecay,
+        PairWeightDecay,
+        SpectralDecay,
+    )
     from quietvit.measure import diagnose
     from quietvit.pairs import find_pairs
     from quietvit.quantization import (
@@ -41,6 +48,10 @@ _HOMES = {
     "find_pairs": "quietvit.pairs",
     "ColinearityDecay": "quietvit.decay",
     "NormGainDecay": "quietvit.decay",
+    "SpectralDecay": "quietvit.decay",
+    "TWEO": "quietvit.decay",
+    "KurtosisRegularization": "quietvit.decay",
+    "PairWeightDecay": "quietvit.decay",
     "diagnose": "quietvit.measure",
     "quantize": "quietvit.quantization",
     "RTN": "quietvit.quantization",
@@ -66,17 +77,21 @@ __all__ = [
     "GPTQ",
     "HPTQ",
     "RTN",
+    "TWEO",
     "AdaLog",
     "ColinearityDecay",
     "DopQViT",
     "FQViT",
+    "KurtosisRegularization",
     "NormGainDecay",
     "PTQ4ViT",
+    "PairWeightDecay",
     "QDrop",
     "QuietvitError",
     "QwT",
     "RepQViT",
     "SmoothQuant",
+    "SpectralDecay",
     "diagnose",
     "find_pairs",
     "list_methods",

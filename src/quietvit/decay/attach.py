@@ -42,7 +42,7 @@ class Attachment(ABC):
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise QuietvitError(f"every={every!r}: give a whole number of steps, 1 or more.")
-        self.model = model
+        self.model = getattr(model, "_orig_mod", model)
         self.every = every
         self.schedule = checked_schedule(schedule)
         self.steps = 0

@@ -1,0 +1,69 @@
+"""How far each pair amplifies its worst output channel: what to watch while training.
+
+Reads weights alone; nothing is changed and nothing penalized here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.decay.plan import wide
+from quietvit.decay.whole import whole_parameters
+from quietvit.errors import QuietvitError
+from quietvit.pairs import MatrixPair
+from quietvit.tracing import WeightView
+
+
+@torch.no_grad()
+def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, float]:
+    """Return max_k |A^T b_k| of each pair by its name (the largest where names are equal).
+
+    That is the standard deviation of the pair's worst output channel, where its input is white and
+    of unit variance and nothing stands between; gains ``before`` and ``between`` count. NaN and
+    infinity give ``inf``. One synchronization. Where FSDP2 keeps parameters in parts, all processes
+    have to call it. Raises QuietvitError where there are no pairs. Derived here (docs/method.md).
+    """
+    if not pairs:
+        raise QuietvitError("amplifications: give at least one pair.")
+    model = getattr(model, "_orig_mod", model)
+    views = [view for pair in pairs for view in _views(pair)]
+    parameters = whole_parameters(model, dict.fromkeys(view.parameter_name for view in views))
+    device = next(iter(parameters.values())).device
+
+    def read(view: WeightView) -> Tensor:
+        return wide(view.select(parameters[view.parameter_name]))
+
+    with torch.autocast(device.type, enabled=False):
+        values = [_worst_channel(pair, *map(read, _views(pair))) for pair in pairs]
+    found: dict[str, float] = {}
+    together = torch.stack([value.to(device, torch.float64) for value in values])
+    for pair, value in zip(pairs, together.tolist(), strict=True):
+        value = value if math.isfinite(value) else math.inf
+        found[pair.name] = max(value, found.get(pair.name, 0.0))
+    return found
+
+
+def worst_amplification(model: nn.Module, pairs: Sequence[MatrixPair]) -> tuple[str, float]:
+    """Return the name of the pair with the largest ``amplifications``, and the value."""
+    found = amplifications(model, pairs)
+    name = max(found, key=found.__getitem__)
+    return name, found[name]
+
+
+def _views(pair: MatrixPair) -> tuple[WeightView, ...]:
+    optional = (view for view in (pair.before, pair.between) if view is not None)
+    return (pair.first, pair.second, *optional)
+
+
+def _worst_channel(pair: MatrixPair, A: Tensor, B: Tensor, *gains: Tensor) -> Tensor:
+    rest = list(gains)
+    if pair.before is not None:
+        A = A * rest.pop(0)
+    if pair.between is not None:
+        B = B * rest.pop(0)
+    through = B * A if A.ndim == 1 else B @ A
+    return through.norm(dim=1).amax()

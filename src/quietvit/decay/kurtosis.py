@@ -1,0 +1,144 @@
+"""KURE: the kurtosis of weight matrices towards that of a uniform distribution.
+
+When and how its gradient is applied is in ``attach``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.decay.attach import PenaltyGradient, Schedule, refuse_unless_finite
+from quietvit.decay.plan import wide
+from quietvit.decay.regularizer import number, one_strength
+from quietvit.decay.whole import read, untied
+from quietvit.errors import QuietvitError
+from quietvit.tracing import trace
+
+_FLAT = 64
+
+
+class KurtosisRegularization(PenaltyGradient):
+    """KURE: ``strength / L sum_l |K(W_l) - target|^2`` over L weights of linears and convolutions.
+
+    K(W) = mean(((W - mean) / deviation)^4) over all entries of a weight: 1.8 for a uniform
+    distribution, 3 for a normal one. A weight whose entries are all equal has no kurtosis and is
+    left alone. Coupled (as published) the gradient enters ``.grad``, see ``PenaltyGradient``.
+    arXiv 2002.07686; the gradient in closed form and the decoupled form are derived here.
+
+    Args:
+        model: the model whose parameters the optimizer holds, built before FSDP or compilation.
+        example: input for ``quietvit.trace``, by which the weights are found.
+        strength: at least 0, in units of the loss's gradient (coupled) or of the rate (decoupled).
+        target: the kurtosis aimed at, 1 or more.
+        coupled, every, schedule: see ``PenaltyGradient``, ``ColinearityDecay``.
+
+    Raises:
+        QuietvitError: on bad values, on a model without such weights; while training, on a weight
+            that is NaN or infinite (no weight is changed then), and on steps that pass without a
+            call. One device synchronisation per step.
+    """
+
+    concerns = "weights of linears and convolutions"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        *,
+        strength: float = 1.0,
+        target: float = 1.8,
+        coupled: bool = True,
+        every: int = 1,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(model, coupled=coupled, every=every, schedule=schedule)
+        own = type(self).__name__
+        self.strength = one_strength(strength, own)
+        self.target = number(target, "target", own, least=1.0)
+        traced = trace(self.model, example)
+        names = dict.fromkeys(
+            site.weight.parameter_name
+            for site in traced.sites
+            if site.kind in ("linear", "conv") and site.weight is not None
+        )
+        first = untied({name: read(self.model, name) for name in names})
+        self.weights: tuple[str, ...] = tuple(name for name in names if first[name] == name)
+        if not self.weights:
+            raise QuietvitError(
+                f"{traced.model_name} has no linear or convolution whose weight is a parameter: "
+                f"{own} has nothing to act on; print(quietvit.trace(model, example)) shows what "
+                "is seen of it."
+            )
+
+    def penalty(self) -> float:
+        """Return the mean over weights of |K - target|^2, strength not included. One sync each."""
+        return math.fsum(self.penalties().values()) / len(self.weights)
+
+    @torch.no_grad()
+    def penalties(self) -> dict[str, float]:
+        """Return |K - target|^2 of each weight by its name, 0 where all entries are equal."""
+        found = {}
+        for name, whole in self._parameters().items():
+            z, deviation = standardized(wide(whole))
+            square = (z.square().square().mean() - self.target).square()
+            found[name] = float(torch.where(deviation > 0, square, 0.0))
+        return found
+
+    def _names(self) -> tuple[str, ...]:
+        return self.weights
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "penalty": "kurtosis",
+            "weights": len(self.weights),
+            "strength": self.strength,
+            "target": self.target,
+            "coupled": self.coupled,
+            "every": self.every,
+        }
+
+    def _gradients(
+        self, parameters: Mapping[str, Tensor], names: Collection[str]
+    ) -> dict[str, Tensor]:
+        if self.strength == 0:
+            return {}
+        share = self.strength / len(self.weights)
+        found = {
+            name: kurtosis_gradient(wide(parameters[name]), self.target) * share
+            for name in self.weights
+            if name in names
+        }
+        refuse_unless_finite(found, parameters)
+        return found
+
+
+def kurtosis_gradient(W: Tensor, target: float) -> Tensor:
+    """Return the gradient of |K(W) - target|^2, shaped like W, 0 where all entries are equal.
+
+    With z = (W - mean) / deviation over n entries,
+    dK/dW = 4 / (n deviation) (z^3 - mean(z^3) - K z).
+    """
+    z, deviation = standardized(W)
+    cube = z * z.square()
+    K = (cube * z).mean()
+    slope = cube - cube.mean() - K * z
+    flat = deviation == 0
+    scale = 8 * (K - target) / (W.numel() * torch.where(flat, 1.0, deviation))
+    return slope * torch.where(flat, 0.0, scale)
+
+
+def standardized(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (W - mean) / deviation and the deviation; both 0 where it is only rounding."""
+    largest = W.abs().amax()
+    tiny = torch.finfo(W.dtype).tiny
+    W = W / largest.clamp_min(tiny)
+    centred = W - W.mean()
+    deviation = centred.square().mean().sqrt()
+    flat = (largest < tiny) | (deviation < _FLAT * torch.finfo(W.dtype).eps)
+    deviation = torch.where(flat, 0.0, deviation)
+    return centred / torch.where(flat, 1.0, deviation) * ~flat, deviation * largest

@@ -1,0 +1,257 @@
+"""S2D, selective spectral decay: the leading singular values of layers that they dominate.
+
+How one layer is judged is in ``dominance``; when and how a gradient is applied in ``attach``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.decay.attach import PenaltyGradient, Schedule, refuse_unless_finite
+from quietvit.decay.dominance import Spectrum, dominances, leading
+from quietvit.decay.plan import wide
+from quietvit.decay.regularizer import number, one_strength, whole_number
+from quietvit.decay.whole import all_finite
+from quietvit.errors import QuietvitError
+from quietvit.tracing import Trace, WeightView, trace
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight W (out, in) of linear sites, and the sites that multiply by it."""
+
+    view: WeightView
+    sites: tuple[str, ...]
+
+
+class SpectralDecay(PenaltyGradient):
+    """S2D: penalize the leading singular values of the linear layers that they dominate.
+
+    PCDR_k of a neuron i and an input row x is |sum_{r<=k} s_r u_ir (v_r . x)| / |(W x)_i|, the
+    share of the activation that the k leading components make. A layer takes part with the smallest
+    k <= ``components`` whose PCDR_k is at least ``threshold``, else it is left alone. The penalty
+    is ``strength / (power + 1) sum_{r<=k} s_r^(power + 1)``, the gradient
+    ``strength sum_{r<=k} s_r^power u_r v_r^T``; power 1 is an L2 penalty of these components.
+
+    Coupled (as published) the gradient enters ``.grad``, see ``PenaltyGradient``. Decoupled, the
+    weight loses the learning rate times it, and no component is carried through zero.
+
+    Every ``refresh`` applied steps one forward pass of ``images`` in eval mode without gradient,
+    and the singular vectors of every layer, choose anew; between, the vectors stay, and the s_r are
+    those of now along them (u_r . W v_r). Source: arXiv 2602.14432, second-hand (docs/method.md).
+    Derived here, not public: PCDR of a layer is the mean over at most 1024 input rows, of the
+    neuron with the largest |W x| each, bias left out; singular values are current between
+    refreshes.
+
+    Args:
+        model: the model whose parameters the optimizer holds, built before FSDP or compilation.
+        example: input for ``quietvit.trace``.
+        images: (N, C, H, W) whose activations give PCDR, the same in every process, of any size N
+            that passes through the model at once; default ``example``.
+        strength: at least 0, in units of the loss's gradient (coupled) or of the rate (decoupled).
+        threshold: of PCDR, 0 to 1.
+        components: largest k.
+        refresh: applied steps between two selections.
+        power: n, at least 1.
+        coupled, every, schedule: see ``PenaltyGradient``, ``ColinearityDecay``.
+
+    Raises:
+        QuietvitError: on bad values, on a model without linear layers; while training, on weights
+            or activations that are NaN or infinite (no weight is changed then), and on steps that
+            pass without a call. One device synchronisation per step.
+    """
+
+    concerns = "weights of linear layers"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        *,
+        images: Any = None,
+        strength: float = 5e-4,
+        threshold: float = 0.95,
+        components: int = 3,
+        refresh: int = 100,
+        power: int = 2,
+        coupled: bool = True,
+        every: int = 1,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(model, coupled=coupled, every=every, schedule=schedule)
+        own = type(self).__name__
+        self.strength = one_strength(strength, own)
+        self.threshold = number(threshold, "threshold", own)
+        if self.threshold > 1:
+            raise QuietvitError(f"{own}(threshold={threshold!r}): PCDR is a share, give 0 to 1.")
+        self.components = whole_number(components, "components", own)
+        self.refresh = whole_number(refresh, "refresh", own)
+        self.power = whole_number(power, "power", own)
+        self.images = example if images is None else images
+        self.dominance: dict[str, tuple[float, ...]] = {}
+        self._trace = trace(self.model, example)
+        self.layers = _layers(self.model, self._trace)
+        self._chosen: dict[str, tuple[Tensor, Tensor]] | None = None
+        self._refreshed = 0
+
+    @property
+    def selected(self) -> dict[str, int]:
+        """The layers that take part since the last refresh, each with its k."""
+        return {name: u.shape[1] for name, (u, _) in (self._chosen or {}).items()}
+
+    def penalty(self) -> float:
+        """Return sum over the selected layers of sum_r s_r^(power + 1) / (power + 1)."""
+        return math.fsum(self.penalties().values())
+
+    @torch.no_grad()
+    def penalties(self) -> dict[str, float]:
+        """Return sum_{r<=k} s_r^(power + 1) / (power + 1) of each layer, 0 where not selected.
+
+        Before the first step the layers are selected for this call alone: one forward pass.
+        """
+        parameters = self._parameters()
+        chosen = self._selection(parameters)[0] if self._chosen is None else self._chosen
+        found = dict.fromkeys((str(layer.view) for layer in self.layers), 0.0)
+        for layer in self.layers:
+            if str(layer.view) in chosen:
+                _, _, s = self._components(layer, chosen, parameters)
+                total = s.abs().pow(self.power + 1).sum() / (self.power + 1)
+                found[str(layer.view)] = float(total)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step counter, the settings, and the singular vectors of selected layers."""
+        state = super().state_dict()
+        if self._chosen is not None:
+            state["refreshed"] = self._refreshed
+            state["chosen"] = {name: [u, v] for name, (u, v) in self._chosen.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave. Raises QuietvitError where the settings differ."""
+        super().load_state_dict(state)
+        chosen = state.get("chosen")
+        known = {str(layer.view) for layer in self.layers}
+        for name in chosen or ():
+            if name not in known:
+                raise QuietvitError(
+                    f"the state has singular vectors of {name}, which is no linear layer of this "
+                    f"{type(self.model).__name__}; start without it."
+                )
+        self._refreshed = int(state.get("refreshed", 0))
+        self._chosen = None if chosen is None else {n: (u, v) for n, (u, v) in chosen.items()}
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(layer.view.parameter_name for layer in self.layers))
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "penalty": "spectral",
+            "layers": len(self.layers),
+            "strength": self.strength,
+            "threshold": self.threshold,
+            "components": self.components,
+            "refresh": self.refresh,
+            "power": self.power,
+            "coupled": self.coupled,
+            "every": self.every,
+        }
+
+    def _gradients(
+        self, parameters: Mapping[str, Tensor], names: Collection[str]
+    ) -> dict[str, Tensor]:
+        return self._along(parameters, names, lambda name, s: self._slope(s))
+
+    def _deltas(
+        self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        def shrunk(name: str, s: Tensor) -> Tensor:
+            change = (self._slope(s) * rates[name]).abs()
+            return -torch.minimum(change, s.abs()) * s.sign()
+
+        return self._along(parameters, rates, shrunk)
+
+    def _slope(self, s: Tensor) -> Tensor:
+        return s.sign() * s.abs().pow(self.power) * self.strength
+
+    def _along(
+        self,
+        parameters: Mapping[str, Tensor],
+        names: Collection[str],
+        amount: Callable[[str, Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """Sum of amount(s)_r u_r v_r^T over the selected layers, shaped like their parameters."""
+        if self.strength == 0:
+            return {}
+        applied = self.steps // self.every
+        if self._chosen is None or applied - self._refreshed >= self.refresh:
+            self._chosen, self.dominance = self._selection(parameters)
+            self._refreshed = applied
+        found: dict[str, Tensor] = {}
+        for layer in self.layers:
+            name = layer.view.parameter_name
+            if name not in names or str(layer.view) not in self._chosen:
+                continue
+            u, v, s = self._components(layer, self._chosen, parameters)
+            whole = wide(parameters[name])
+            if name not in found:
+                found[name] = torch.zeros_like(whole, memory_format=torch.contiguous_format)
+            layer.view.scatter_add_(found[name], (u * amount(name, s)) @ v.mT)
+        refuse_unless_finite(found, parameters)
+        return found
+
+    def _components(
+        self,
+        layer: Layer,
+        chosen: Mapping[str, tuple[Tensor, Tensor]],
+        parameters: Mapping[str, Tensor],
+    ) -> Spectrum:
+        W = wide(layer.view.select(parameters[layer.view.parameter_name]))
+        u, v = (vectors.to(W) for vectors in chosen[str(layer.view)])
+        return u, v, ((W @ v) * u).sum(0)
+
+    def _selection(
+        self, parameters: Mapping[str, Tensor]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, tuple[float, ...]]]:
+        """Singular vectors of the layers that are dominated by them, and PCDR of every layer."""
+        weights = {
+            str(layer.view): wide(layer.view.select(parameters[layer.view.parameter_name]))
+            for layer in self.layers
+        }
+        if not all_finite(weights.values()):
+            refuse_unless_finite({n: parameters[n] for n in self._names()}, parameters)
+        spectra = {name: leading(W, self.components) for name, W in weights.items()}
+        of_site = {site: str(layer.view) for layer in self.layers for site in layer.sites}
+        shares = dominances(self.model, self._trace, self.images, weights, spectra, of_site)
+        chosen = {}
+        for name, share in shares.items():
+            enough = [k for k, value in enumerate(share, 1) if value >= self.threshold]
+            if enough:
+                u, v, _ = spectra[name]
+                chosen[name] = u[:, : enough[0]].contiguous(), v[:, : enough[0]].contiguous()
+        return chosen, shares
+
+
+def _layers(model: nn.Module, traced: Trace) -> tuple[Layer, ...]:
+    """Weights of linear sites, each once however many sites and names it has."""
+    found: dict[object, tuple[WeightView, list[str]]] = {}
+    for site in traced.sites:
+        view = site.weight
+        if site.kind != "linear" or view is None or site.role == "constant":
+            continue
+        key = (id(view.parameter(model)), view.rows, view.cols)
+        first, sites = found.setdefault(key, (view, []))
+        if first.transposed == view.transposed:
+            sites.append(site.name)
+    if not found:
+        raise QuietvitError(
+            f"{traced.model_name} has no linear layer whose weight is a parameter: SpectralDecay "
+            "has nothing to act on; print(quietvit.trace(model, example)) shows what is seen."
+        )
+    return tuple(Layer(view, tuple(sites)) for view, sites in found.values())
