@@ -75,10 +75,10 @@ def interrupt(output, monkeypatch, at, resume=False, **changes):
     """Stop a run right after optimizer step ``at`` is counted, wherever that falls."""
     after_step = loop._Loop._after_step
 
-    def stop(self):
+    def stop(self, images):
         if self.step == at:
             raise StoppedError
-        return after_step(self)
+        return after_step(self, images)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Loop, "_after_step", stop)
@@ -261,7 +261,7 @@ def test_warm_up_and_cosine_are_counted_in_optimizer_steps(tmp_path):
 
 def test_weight_decay_spares_norms_and_biases_unless_told(tmp_path):
     def shares(**optimizer):
-        parts = build(config(tmp_path, optimizer=optimizer))
+        parts = build(config(tmp_path, optimizer=optimizer)).parts
         decayed = {
             id(p)
             for group in parts.inner.param_groups
@@ -390,7 +390,7 @@ def test_the_number_of_classes_can_be_stated(tmp_path):
     with pytest.raises(QuietvitError, match=r"kwargs\.num_classes .*set data\.num_classes"):
         config(tmp_path / "b", model={**MODEL, "kwargs": {"num_classes": 5}})
     wider = build(config(tmp_path / "c", data={"dataset": "embedded:digits", "num_classes": 12}))
-    assert wider.plain.num_classes == wider.test.num_classes == 12
+    assert wider.parts.plain.num_classes == wider.test.num_classes == 12
 
 
 def test_logging_the_penalty_counts_as_time_of_the_decay(tmp_path, monkeypatch):
@@ -399,12 +399,15 @@ def test_logging_the_penalty_counts_as_time_of_the_decay(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     watch = metrics.Stopwatch()
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    watch.start_with(optimizer)
-    watch.stop_with(optimizer)
+    with watch.around_hooks(optimizer):
+        optimizer.register_step_post_hook(lambda *_: next(ticks) and None)
     optimizer.step()
     with watch.running():
         next(ticks)
-    assert watch.seconds == 1 + 2
+    assert watch.seconds == 1 + 2 + 2
+    watch.unhook()
+    optimizer.step()
+    assert watch.seconds == 1 + 2 + 2
 
 
 def test_an_accuracy_measured_after_the_checkpoint_is_not_told_twice(tmp_path):

@@ -5,6 +5,7 @@ No pickle: tensors go to safetensors, everything else to JSON. What is saved is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -36,18 +37,22 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         state: dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays, nested.
 
     Raises:
-        QuietvitError: the disk is full or cannot be written; earlier checkpoints are untouched.
+        QuietvitError: the disk is full or cannot be written; earlier checkpoints are untouched, and
+            the space needed and free is named.
     """
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     tensors: dict[str, Tensor] = {}
-    plain = _packed(state, tensors, set())
+    plain = json.dumps(_packed(state, tensors, set()))
+    needed = sum(tensor.nbytes for tensor in tensors.values()) + len(plain)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*.partial"):
             shutil.rmtree(leftover)
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary.mkdir()
         save_file(tensors, temporary / _TENSORS)
-        (temporary / _STATE).write_text(json.dumps(plain), encoding="utf-8")
+        (temporary / _STATE).write_text(plain, encoding="utf-8")
         sums = {name: _checksum(temporary / name) for name in (_TENSORS, _STATE)}
         manifest = {"step": step, "sha256": sums}
         (temporary / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
@@ -61,7 +66,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         shutil.rmtree(temporary, ignore_errors=True)
         raise QuietvitError(
             f"the checkpoint {final} could not be written ({error}); earlier ones are untouched. "
-            "Free some space and resume."
+            f"It needs {needed / 2**20:.1f} MiB, and {_free(folder)} are free there. Free some "
+            "space and resume."
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -96,6 +102,18 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in ``folder``, oldest first, damaged ones too."""
     return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit())
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is not damaged, or None."""
+    return next((path for path in reversed(list_checkpoints(folder)) if not _damage(path)), None)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB"
+    except OSError:
+        return "unknown MiB"
 
 
 def _damage(path: Path) -> str | None:

@@ -266,6 +266,11 @@ class TrainConfig(Section):
                 raise ValueError(f"model.kwargs.{key} is not taken; set {owner} in its place")
         if self.mix.active and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch_size, not {self.batch_size}")
+        if self.parallel == "fsdp2" and self.ema is not None:
+            raise ValueError(
+                "ema averages whole weights, and parallel='fsdp2' keeps none whole; set parallel "
+                "to 'ddp', or ema to none"
+            )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(
                 f"schedule.min_lr ({self.schedule.min_lr:g}) is above optimizer.lr "

@@ -15,6 +15,7 @@ from quietvit.errors import QuietvitError
 from quietvit.files import refuse_nonempty
 from quietvit.train.config import TrainConfig
 from quietvit.train.metrics import METRICS, TENSORBOARD
+from quietvit.train.recipe import parse_config
 from quietvit.train.result import CONFIG, RESULT, WEIGHTS
 
 CHECKPOINTS = "checkpoints"
@@ -33,7 +34,7 @@ def fresh(output: Path) -> None:
 
 
 def same_run(config: TrainConfig) -> None:
-    """Refuse to resume what was another configuration; name the first keys that differ."""
+    """Refuse to resume another configuration or recipe version, naming what differs."""
     path = config.output / CONFIG
     if not path.exists():
         refuse_nonempty(config.output)
@@ -44,6 +45,15 @@ def same_run(config: TrainConfig) -> None:
         raise QuietvitError(
             f"{path} is damaged ({error}); start anew in another output folder."
         ) from error
+    version = before.get("recipe") if isinstance(before, dict) else None
+    if version != config.recipe:
+        raise QuietvitError(
+            f"{config.output} was begun with a recipe of version {version!r}, this quietvit reads "
+            f"version {config.recipe}; finish it with the quietvit that began it, or start anew in "
+            "another output folder."
+        )
+    # Keys that came after the run was begun have the values they stood for then.
+    before = json.loads(parse_config(before, str(path)).model_dump_json())
     now = json.loads(config.model_dump_json())
     differing = [f"{key} was {old!r} and is {new!r}" for key, old, new in _differences(before, now)]
     if differing:

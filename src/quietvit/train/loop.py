@@ -23,19 +23,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import Subset
 
 from quietvit.data import evaluate, evaluation_loader, evaluation_transform
 from quietvit.data.evaluate import worker_errors
 from quietvit.errors import QuietvitError
 from quietvit.files import refuse_nonempty, write_atomic
-from quietvit.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from quietvit.train.config import TrainConfig
+from quietvit.train.engine import gathered, whole_model
 from quietvit.train.folder import CHECKPOINTS, fresh, same_run
 from quietvit.train.metrics import Metrics
-from quietvit.train.order import generator_states, set_generator_states
+from quietvit.train.regularizers import detach
 from quietvit.train.result import CONFIG, RESULT, WEIGHTS, TrainResult
+from quietvit.train.resume import check_same_checkpoint, collect, raise_together, restore
 from quietvit.train.setup import Run, build
+from quietvit.train.step import forward_backward
+from quietvit.train.stopping import EXIT_CODE, Termination
+from quietvit.train.watch import Watch
 
 logger = logging.getLogger("quietvit")
 
@@ -71,11 +77,15 @@ def train(
         refuse_nonempty(output, force)
     with _threads(config.threads):
         run = build(config)
-        if run.accelerator.is_main_process:
+        accelerator = run.parts.accelerator
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
             if not resume:
                 fresh(output)
             write_atomic(output / CONFIG, config.model_dump_json(indent=2) + "\n")
+        accelerator.wait_for_everyone()
         state = load_checkpoint(output / CHECKPOINTS) if resume else None
+        check_same_checkpoint(run.parts, None if state is None else state["step"])
         if resume and state is None:
             logger.warning("%s holds no checkpoint; the run starts from its beginning.", output)
         loop = _Loop(run, state)
@@ -90,31 +100,34 @@ class _Loop:
     """Where a run stands, and the steps from there."""
 
     def __init__(self, run: Run, state: dict[str, Any] | None) -> None:
-        self.r, self.config = run, run.config
+        self.r, self.p, self.config = run, run.parts, run.parts.config
+        self.accelerator = run.parts.accelerator
         self.step = self.batch = self.epoch = 0
+        self.saved = -1
         self.train_seconds = 0.0
         self.losses = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         if state is not None:
             self._restore(state)
-            logger.warning("resuming at step %d of %d.", self.step, run.total_steps)
-        main = run.accelerator.is_main_process
+            logger.warning("resuming at step %d of %d.", self.step, self.p.total_steps)
+        main = self.accelerator.is_main_process
         self.metrics = (
             Metrics(self.config.output, self.step, self.config.tensorboard) if main else None
         )
+        self.termination = Termination(self.accelerator)
 
     def run_epochs(self, progress: bool) -> None:
         """Train from where the run stands to the end of the last epoch."""
-        main = self.r.accelerator.is_main_process
+        main = self.accelerator.is_main_process
         with worker_errors(), _bar(progress and main) as bar:
-            task = bar.add_task("training", total=self.r.total_steps, completed=self.step, loss="")
+            task = bar.add_task("training", total=self.p.total_steps, completed=self.step, loss="")
             while self.epoch < self.config.epochs:
                 self.r.batches.seek(self.epoch, self.batch)
-                self.r.model.train()
+                self.p.model.train()
                 self._mark = time.perf_counter()
                 for images, labels in self.r.loader:
-                    if self._forward_backward(images, labels):
-                        loss = self._after_step()
+                    if self._batch(images, labels):
+                        loss = self._after_step(images)
                         bar.update(task, completed=self.step)
                         if loss is not None:
                             bar.update(task, loss=f"loss {loss:.3f}")
@@ -125,167 +138,209 @@ class _Loop:
                     self._write(top1=self.top1(), epoch=self.epoch)
             self._finite("at the end")
 
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> bool:
+    def _batch(self, images: Tensor, labels: Tensor) -> bool:
         """One forward and backward pass; True where the optimizer stepped after it."""
-        r = self.r
-        targets: Tensor = labels
-        if r.mix is not None:
-            images, targets = r.mix(images, labels)
-        with r.accelerator.accumulate(r.model):
-            outputs = r.model(images)
-            heads = outputs if isinstance(outputs, tuple) else (outputs,)
-            loss = torch.stack([r.criterion(head, targets) for head in heads]).mean()
-            r.accelerator.backward(loss)
-            if r.accelerator.sync_gradients:
-                if self.config.optimizer.clip_grad is not None:
-                    r.accelerator.clip_grad_norm_(
-                        r.model.parameters(), self.config.optimizer.clip_grad
-                    )
-                r.scheduler.step_update(self.step)
-            r.optimizer.step()
-            r.optimizer.zero_grad()
-        self.loss_sum += loss.detach()
+        try:
+            self.loss_sum += forward_backward(self.p, images, labels, self.step)
+        except QuietvitError as error:
+            raise QuietvitError(f"at step {self.step + 1}: {error} {self._last_saved()}") from error
         self.losses += 1
-        self.batch += r.accelerator.num_processes
-        return bool(r.accelerator.sync_gradients)
+        self.batch += self.accelerator.num_processes
+        return bool(self.accelerator.sync_gradients)
 
-    def _after_step(self) -> float | None:
+    def _after_step(self, images: Tensor) -> float | None:
         """Average, log and save. Returns the mean loss where it was logged."""
-        r, config = self.r, self.config
+        p, config = self.p, self.config
         self.step += 1
-        if r.ema is not None:
-            r.ema.update(r.plain, self.step)
+        if p.ema is not None:
+            p.ema.update(p.plain, self.step)
         logged = None
-        if self.step % config.log_every == 0 or self.step == r.total_steps:
+        if self.step % config.log_every == 0 or self.step == p.total_steps:
             logged = self._finite(f"at step {self.step}")
             self._tick()
-            values = {"loss": logged, "lr": r.optimizer.param_groups[0]["lr"]}
-            seen = self.step * r.effective_batch
-            values |= {"images_per_second": seen / self.train_seconds}
-            for name, decay in r.decays.items():
-                if hasattr(decay, "penalty"):
-                    with r.stopwatch.running():
-                        penalty = decay.penalty()
-                    values[f"penalty_{name}"] = float(penalty)
-            self._write(**values, epoch=self.step / r.steps_per_epoch)
+            self._log(logged, images)
             self.loss_sum.zero_()
             self.losses = 0
         every = config.checkpoint.every
         if every and self.step % every == 0:
-            self._finite(f"at step {self.step}")
-            self._tick()
             self._save()
         self._tick()
+        if self.termination.due() and self.step < p.total_steps:
+            self._terminate()
         return logged
+
+    def _log(self, loss: float, images: Tensor) -> None:
+        p, every = self.p, self.config.decay.watch_every
+        rate = max(group["lr"] for group in p.optimizer.param_groups)
+        seen = self.step * p.effective_batch / self.train_seconds
+        values: dict[str, float | str] = {"loss": loss, "lr": rate, "images_per_second": seen}
+        with p.stopwatch.running():
+            for name, part in p.regularizers.items():
+                values[f"penalty_{name}"] = float(part.penalty())
+            if p.watch is not None and (self.step // self.config.log_every) % every == 0:
+                values |= self._watched(p.watch, images)
+        self._write(**values, epoch=self.step / p.steps_per_epoch)
+
+    def _watched(self, watch: Watch, images: Tensor) -> dict[str, float | str]:
+        values: dict[str, float | str] = {}
+        seen = watch.amplification(self.step)
+        if seen is not None:
+            values = {"worst_amplification": seen.amplification, "worst_pair": seen.pair}
+        with self.accelerator.autocast():
+            own = watch.activation(images)
+        if own is not None:
+            name, value = max(gathered(self.accelerator, own), key=lambda found: found[1])
+            values |= {"largest_activation": value, "largest_block": name}
+        return values
 
     def _tick(self) -> None:
         now = time.perf_counter()
         self.train_seconds += now - self._mark
         self._mark = now
 
-    def _write(self, **values: float) -> None:
+    def _write(self, **values: float | str) -> None:
         if self.metrics is not None:
             self.metrics.write(self.step, **values)
 
     def _finite(self, when: str) -> float:
-        mean = float(self.loss_sum) / max(1, self.losses)
-        if math.isfinite(mean):
-            return mean
-        saved = list_checkpoints(self.config.output / CHECKPOINTS)
-        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
-        raise QuietvitError(
-            f"the loss became {mean} {when} ({self.losses} batches since it was last a number); "
-            f"{last}. Lower optimizer.lr (now {self.config.optimizer.lr:g}), set "
-            "optimizer.clip_grad, or train with precision 'no'."
+        """Return the mean loss over all processes since it was last logged."""
+        total = self.accelerator.reduce(self.loss_sum, reduction="mean")
+        mean = float(total) / max(1, self.losses)
+        if not math.isfinite(mean):
+            batches = f"{self.losses} batches since it was last a number"
+            raise self._diverged(f"the loss became {mean} {when} ({batches})")
+        return mean
+
+    def _finite_weights(self) -> None:
+        own = [getattr(p, "to_local", lambda p=p: p)() for p in self.p.plain.parameters()]
+        bad = sum((~part.isfinite()).sum() for part in own)
+        if int(self.accelerator.reduce(torch.as_tensor(bad), reduction="sum")):
+            raise self._diverged(f"weights became NaN or infinite at step {self.step}")
+
+    def _diverged(self, what: str) -> QuietvitError:
+        """Every process must call."""
+        watch, config = self.p.watch, self.config
+        pair = ""
+        if watch is not None:
+            last, seen = watch.last, watch.amplification(self.step)
+            if seen is not None:
+                pair = f" The largest amplification is {seen.amplification:g}, of {seen.pair}"
+                if last is not None:
+                    pair += f" (at step {last.step} {last.amplification:g}, of {last.pair})"
+                pair += "."
+        return QuietvitError(
+            f"{what}.{pair} {self._last_saved()} Lower optimizer.lr (now "
+            f"{config.optimizer.lr:g}), set optimizer.clip_grad, or train with precision 'no'."
         )
 
-    def _save(self) -> None:
-        from accelerate.utils import gather_object
+    def _last_saved(self) -> str:
+        path = newest_whole(self.config.output / CHECKPOINTS)
+        return "There is no checkpoint." if path is None else f"The last checkpoint is {path}."
 
-        r = self.r
-        generators: list[Any] = gather_object([generator_states()])
-        if not r.accelerator.is_main_process:
-            return
+    def _terminate(self) -> None:
+        if self.saved != self.step:
+            self._finite(f"at step {self.step}")
+            self._save()
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "SIGTERM: stopped after step %d of %d; the checkpoint %s is written. Go on with "
+                "resume (--resume).",
+                self.step,
+                self.p.total_steps,
+                newest_whole(self.config.output / CHECKPOINTS),
+            )
+        self.accelerator.wait_for_everyone()
+        raise SystemExit(EXIT_CODE)
+
+    def _save(self) -> None:
+        self._finite(f"at step {self.step}")
+        self._finite_weights()
+        self._tick()
         state = {
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
-            "processes": r.accelerator.num_processes,
-            "model": r.plain.state_dict(),
-            "ema": None if r.ema is None else r.ema.module.state_dict(),
-            "optimizer": r.inner.state_dict(),
-            "scaler": None if r.accelerator.scaler is None else r.accelerator.scaler.state_dict(),
-            "decays": {name: decay.state_dict() for name, decay in r.decays.items()},
-            "generators": generators,
-            "seconds": (self.train_seconds, r.stopwatch.seconds),
-            "loss": (float(self.loss_sum), self.losses),
+            "seconds": (self.train_seconds, self.p.stopwatch.seconds),
+            "loss": (gathered(self.accelerator, float(self.loss_sum)), self.losses),
+            **collect(self.p),
         }
-        folder = self.config.output / CHECKPOINTS
-        save_checkpoint(folder, self.step, state, self.config.checkpoint.keep)
+        problem = None
+        if self.accelerator.is_main_process:
+            folder = self.config.output / CHECKPOINTS
+            try:
+                save_checkpoint(folder, self.step, state, self.config.checkpoint.keep)
+            except QuietvitError as error:
+                problem = str(error)
+        raise_together(self.p, problem)
+        self.saved = self.step
 
     def _restore(self, state: dict[str, Any]) -> None:
-        r = self.r
-        processes = r.accelerator.num_processes
-        if state["processes"] != processes:
-            raise QuietvitError(
-                f"the checkpoint was written by {state['processes']} processes and this run has "
-                f"{processes}; resume with the same number."
-            )
+        restore(self.p, state)
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        r.plain.load_state_dict(state["model"])
-        if r.ema is not None:
-            r.ema.module.load_state_dict(state["ema"])
-        r.inner.load_state_dict(state["optimizer"])
-        if r.accelerator.scaler is not None:
-            r.accelerator.scaler.load_state_dict(state["scaler"])
-        for name, decay in r.decays.items():
-            decay.load_state_dict(state["decays"][name])
         self.train_seconds, decay_seconds = state["seconds"]
-        r.stopwatch.reset(decay_seconds)
-        self.loss_sum.fill_(state["loss"][0])
-        self.losses = state["loss"][1]
-        set_generator_states(state["generators"][r.accelerator.process_index])
+        self.p.stopwatch.reset(decay_seconds)
+        sums, self.losses = state["loss"]
+        self.loss_sum.fill_(sums[self.accelerator.process_index])
+        self.saved = self.step
 
     def top1(self, average: bool = True, progress: bool = False) -> float:
-        """Top-1 in percent on the test images, of the moving average if there is one."""
-        r = self.r
-        model = r.evaluated
-        source: nn.Module = r.ema.module if average and r.ema is not None else r.plain
-        model.load_state_dict(source.state_dict())
-        loader = evaluation_loader(
-            r.test, evaluation_transform(model), 2 * self.config.batch_size, self.config.num_workers
+        """Top-1 in percent on the test images, of the moving average if there is one.
+
+        Each process takes its share of the images.
+        """
+        p, accelerator = self.p, self.accelerator
+        state = (
+            p.ema.module.state_dict()
+            if average and p.ema is not None
+            else whole_model(accelerator, p.plain)
         )
-        return evaluate(model, loader, r.accelerator.device, progress)
+        p.evaluated.load_state_dict(state)
+        share: Any = self.r.test
+        if accelerator.num_processes > 1:
+            places = range(accelerator.process_index, len(self.r.test), accelerator.num_processes)
+            share = Subset(self.r.test, places)
+        correct = 0
+        if len(share):
+            loader = evaluation_loader(
+                share,
+                evaluation_transform(p.evaluated),
+                2 * self.config.batch_size,
+                self.config.num_workers,
+            )
+            own = evaluate(p.evaluated, loader, accelerator.device, progress)
+            correct = round(own * len(share) / 100)
+        return 100.0 * sum(gathered(accelerator, correct)) / len(self.r.test)
 
     def finish(self, progress: bool) -> TrainResult:
         """Evaluate, write weights and result."""
-        r, output = self.r, self.config.output
-        progress = progress and r.accelerator.is_main_process
+        p, output = self.p, self.config.output
+        progress = progress and self.accelerator.is_main_process
         result = TrainResult(
             output=output,
             config=self.config,
-            num_classes=r.train.num_classes,
+            num_classes=self.r.train.num_classes,
             top1=self.top1(progress=progress),
-            top1_without_ema=None if r.ema is None else self.top1(average=False),
+            top1_without_ema=None if p.ema is None else self.top1(average=False),
             steps=self.step,
             train_seconds=self.train_seconds,
-            decay_seconds=r.stopwatch.seconds,
+            decay_seconds=p.stopwatch.seconds,
         )
-        if r.accelerator.is_main_process:
-            final = r.plain if r.ema is None else r.ema.module
+        state = whole_model(self.accelerator, p.plain) if p.ema is None else None
+        if self.accelerator.is_main_process:
+            final = p.ema.module.state_dict() if state is None else state
             weights = {
                 key: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-                for key, value in final.state_dict().items()
+                for key, value in final.items()
             }
             write_atomic(output / WEIGHTS, save(weights))
             self._write(top1=result.top1, epoch=self.epoch)
             result.write()
-        r.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         return result
 
     def close(self) -> None:
-        for decay in self.r.decays.values():
-            decay.detach()
+        self.termination.close()
+        detach(self.p.regularizers, self.p.stopwatch)
         if self.metrics is not None:
             self.metrics.close()
 

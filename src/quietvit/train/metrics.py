@@ -1,6 +1,6 @@
 """Numbers of a run as it goes: one JSON object a line in metrics.jsonl, and TensorBoard.
 
-The time spent in the decay is measured here too. Nothing is computed about the model.
+The time spent in regularizers is measured here too. Nothing is computed about the model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -36,12 +37,21 @@ class Metrics:
             purge = step + 1 if step else None
             self._writer = SummaryWriter(str(output / TENSORBOARD), purge_step=purge)  # type: ignore[no-untyped-call]
 
-    def write(self, step: int, **values: float) -> None:
-        """Add one line, and one point to each TensorBoard curve."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+    def write(self, step: int, **values: float | str) -> None:
+        """Add one line, and one point to each TensorBoard curve of numbers.
+
+        Raises QuietvitError where the disk is full or the file cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise QuietvitError(
+                f"{self.path} could not be written at step {step} ({error.strerror or error}); "
+                "free some space and resume: the checkpoints written so far are whole."
+            ) from error
         for name, value in values.items():
-            if self._writer is not None and name != "epoch":
+            if self._writer is not None and name != "epoch" and not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -63,19 +73,28 @@ class Metrics:
 
 
 class Stopwatch:
-    """Time of the decay: between two step post hooks of an optimizer, and while ``running``."""
+    """Time of the regularizers: their hooks on an optimizer, and while ``running``."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
         self._began = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._handles: list[Any] = []
 
-    def start_with(self, optimizer: Optimizer) -> None:
-        """Hooks registered from now on are timed, until ``stop_with``."""
-        optimizer.register_step_post_hook(lambda *_: self._start())
+    @contextmanager
+    def around_hooks(self, optimizer: Optimizer) -> Iterator[None]:
+        """Time the hooks, before and after a step, that are registered inside."""
+        for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+            self._handles.append(register(lambda *_: self._start()))
+        yield
+        for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+            self._handles.append(register(lambda *_: self._stop()))
 
-    def stop_with(self, optimizer: Optimizer) -> None:
-        optimizer.register_step_post_hook(lambda *_: self._stop())
+    def unhook(self) -> None:
+        """Time no hooks any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ Nothing is trained here; ``loop`` takes it from there.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,43 +18,62 @@ from quietvit.data import (
     ImageDataset,
     create_model,
     data_config,
+    evaluation_transform,
     load_dataset,
     subset,
     training_transform,
 )
 from quietvit.errors import QuietvitError
 from quietvit.train.config import TrainConfig
+from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
+from quietvit.train.finetune import freeze, parameter_groups
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import EpochBatches, SeededImages
+from quietvit.train.regularizers import attach, build_regularizers
+from quietvit.train.stopping import ignore_in_worker
+from quietvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 @dataclass
-class Run:
-    """The parts of a run. ``plain`` is the model inside ``model``, which the engine wraps."""
+class Parts:
+    """What is trained, apart from data. ``plain`` is the model inside ``model`` (the engine's)."""
 
     config: TrainConfig
     accelerator: Accelerator
-    train: ImageDataset
-    test: ImageDataset
-    batches: EpochBatches
-    loader: Any
+    num_classes: int | None
     plain: nn.Module
     model: nn.Module
+    compiled: Callable[..., Any]
     evaluated: nn.Module
     inner: torch.optim.Optimizer
     optimizer: Any
     scheduler: Any
-    decays: dict[str, Any]
+    regularizers: dict[str, Any]
     stopwatch: Stopwatch
+    watch: Watch | None
     ema: Any
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
     criterion: nn.Module
     steps_per_epoch: int
-    total_steps: int
     effective_batch: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.config.epochs
+
+
+@dataclass
+class Run:
+    """The parts of a run, with its data."""
+
+    parts: Parts
+    train: ImageDataset
+    test: ImageDataset
+    batches: EpochBatches
+    loader: Any
 
 
 def build(config: TrainConfig) -> Run:
@@ -64,70 +82,126 @@ def build(config: TrainConfig) -> Run:
     Raises:
         QuietvitError: bad data, model, weights or decay settings, or a precision the machine lacks.
     """
-    from accelerate.utils import set_seed
-
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     train, test = open_data(config)
     train = subset(train, config.data.train_images)
     processes = accelerator.num_processes
-    effective = config.batch_size * config.accumulation * processes
-    steps_per_epoch = len(train) // effective
+    steps_per_epoch = len(train) // effective_batch(config, processes)
     if steps_per_epoch == 0:
         raise QuietvitError(
-            f"one step takes {effective} images (batch_size {config.batch_size} x accumulation "
-            f"{config.accumulation} x {processes} processes), but {train.name} has {len(train)} "
-            "for training; lower batch_size."
+            f"one step takes {effective_batch(config, processes)} images (batch_size "
+            f"{config.batch_size} x accumulation {config.accumulation} x {processes} processes), "
+            f"but {train.name} has {len(train)} for training; lower batch_size."
         )
+
+    def first_images(plain: nn.Module, count: int) -> Tensor:
+        if count > len(train):
+            raise QuietvitError(
+                f"decay.s2d.images is {count}, but {train.name} has {len(train)} images for "
+                "training; lower it."
+            )
+        transform = evaluation_transform(plain)
+        return torch.stack([transform(train[index][0]) for index in range(count)])
+
+    parts = assemble(config, accelerator, train.num_classes, first_images, steps_per_epoch)
+    count = steps_per_epoch * config.accumulation * processes
+    batches = EpochBatches(
+        len(train),
+        config.batch_size,
+        count,
+        config.seed,
+        repeats=config.data.repeats,
+        groups=train.groups,
+        window=config.data.shuffle_window,
+    )
+    transform = training_transform(parts.plain, config.data.augmentation)
+    loader = DataLoader(
+        SeededImages(train, transform, config.seed, max_bad=config.data.max_bad_images),
+        batch_sampler=batches,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        worker_init_fn=ignore_in_worker,
+        generator=torch.Generator(),
+    )
+    return Run(parts, train, test, batches, accelerator.prepare(loader))
+
+
+def effective_batch(config: TrainConfig, processes: int) -> int:
+    """Return the number of images of an optimizer step."""
+    return config.batch_size * config.accumulation * processes
+
+
+def assemble(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    num_classes: int | None,
+    first_images: Callable[[nn.Module, int], Tensor],
+    steps_per_epoch: int,
+) -> Parts:
+    """Build model, optimizer, regularizers and engine; ``num_classes`` None is the model's own.
+
+    ``first_images(model, n)`` gives training images (n, 3, H, W) as the model takes them.
+    """
+    from accelerate.utils import set_seed
+
     set_seed(config.seed)
     plain = create_model(
         config.model.name,
-        train.num_classes,
+        num_classes,
         config.model.weights,
         preprocessing=config.model.preprocessing,
         **config.model.kwargs,
     ).to(accelerator.device)
     evaluated = copy.deepcopy(plain).requires_grad_(False)
     ema = _average(config, plain)
+    freeze(plain, config.model.freeze, config.model.freeze_blocks)
     inner = _optimizer(config, plain)
+    example = example_of(plain)
     stopwatch = Stopwatch()
-    stopwatch.start_with(inner)
-    decays = _decays(config, plain, inner)
-    stopwatch.stop_with(inner)
-    count = steps_per_epoch * config.accumulation * processes
-    batches = EpochBatches(len(train), config.batch_size, count, config.seed)
-    loader = DataLoader(
-        SeededImages(train, training_transform(plain, config.data.augmentation), config.seed),
-        batch_sampler=batches,
-        num_workers=config.num_workers,
-        persistent_workers=config.num_workers > 0,
-        generator=torch.Generator(),
+    regularizers = build_regularizers(
+        config.decay,
+        plain,
+        example,
+        lambda count: first_images(plain, count).to(accelerator.device),
+        steps_per_epoch,
+        steps_per_epoch * config.epochs,
     )
-    model, optimizer, prepared = accelerator.prepare(plain, inner, loader)
+    sharded = is_sharded(accelerator)
+    watch = Watch(plain, example) if config.decay.watch_every or sharded else None
+    if watch is not None:
+        shard_by(accelerator, plain, watch.blocks)
+    model, optimizer = accelerator.prepare(plain, inner)
+    attach(regularizers, inner, stopwatch)
     set_seed(config.seed, device_specific=True)
-    return Run(
+    return Parts(
         config=config,
         accelerator=accelerator,
-        train=train,
-        test=test,
-        batches=batches,
-        loader=prepared,
+        num_classes=num_classes,
         plain=plain,
         model=model,
+        compiled=torch.compile(model) if config.compile else model,
         evaluated=evaluated,
         inner=inner,
         optimizer=optimizer,
         scheduler=_scheduler(config, inner, steps_per_epoch),
-        decays=decays,
+        regularizers=regularizers,
         stopwatch=stopwatch,
+        watch=watch if config.decay.watch_every else None,
         ema=ema,
-        mix=_mix(config, train.num_classes),
+        mix=None if num_classes is None else _mix(config, num_classes),
         criterion=nn.CrossEntropyLoss(
             label_smoothing=0.0 if config.mix.active else config.label_smoothing
         ),
         steps_per_epoch=steps_per_epoch,
-        total_steps=steps_per_epoch * config.epochs,
-        effective_batch=effective,
+        effective_batch=effective_batch(config, accelerator.num_processes),
     )
+
+
+def example_of(model: nn.Module) -> Tensor:
+    """Return one image of noise (1, 3, H, W), the same each time, to trace a model by."""
+    size = data_config(model)["input_size"]
+    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(next(model.parameters()).device)
 
 
 def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
@@ -141,39 +215,12 @@ def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
     return train, subset(test, config.data.test_images)
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-
-    if "RANK" not in os.environ:
-        # accelerate keeps one state per process and refuses a second run with other settings.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulation,
-        cpu=config.device == "cpu",
-    )
-    if config.precision == "fp16" and accelerator.device.type == "cpu":
-        raise QuietvitError(
-            "precision 'fp16' scales its loss on a GPU only, and this run is on the CPU; set "
-            "precision to 'bf16' or 'no'."
-        )
-    return accelerator
-
-
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    from timm import optim
-
     chosen = config.optimizer
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: Any = [{"params": trainable, "weight_decay": chosen.weight_decay}]
-    if not chosen.decay_norms_and_biases:
-        kept: Any = getattr(model, "no_weight_decay", set)()
-        groups = optim.param_groups_weight_decay(  # type: ignore[attr-defined]
-            model, weight_decay=chosen.weight_decay, no_weight_decay_list=kept
-        )
-    return torch.optim.AdamW(groups, lr=chosen.lr, betas=chosen.betas, eps=chosen.eps)
+    groups = parameter_groups(model, chosen)
+    optimizer = torch.optim.AdamW(groups, lr=chosen.lr, betas=chosen.betas, eps=chosen.eps)
+    check_groups(model, optimizer)
+    return optimizer
 
 
 def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
@@ -189,34 +236,6 @@ def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_
         warmup_prefix=True,
         t_in_epochs=False,
     )
-
-
-def _decays(
-    config: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Build and attach the decoupled updates, in the order they act in: cd, norm_gains."""
-    decays: dict[str, Any] = {}
-    size = data_config(model)["input_size"]
-    device = next(model.parameters()).device
-    example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    cd, gains = config.decay.cd, config.decay.norm_gains
-    if cd is not None and cd.active:
-        from quietvit.decay import ColinearityDecay
-
-        decays["cd"] = ColinearityDecay(
-            model,
-            example,
-            strength=cd.strength,
-            penalty=cd.penalty,
-            every=cd.every,
-            kinds=cd.kinds,
-        ).attach(optimizer)
-    if gains is not None and gains.active:
-        from quietvit.decay import NormGainDecay
-
-        decay = NormGainDecay(model, example, strength=gains.strength)
-        decays["norm_gains"] = decay.attach(optimizer)
-    return decays
 
 
 def _average(config: TrainConfig, model: nn.Module) -> Any:

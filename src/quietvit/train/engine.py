@@ -1,0 +1,218 @@
+"""accelerate as this package uses it: processes, precision, sharding, and state dicts made whole.
+
+What is computed in a step is in ``loop``; what a run is put together from, in ``setup``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from quietvit.errors import QuietvitError
+from quietvit.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_FSDP2_SINCE = (1, 6)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the engine of a run: device, processes, precision, accumulation, sharding.
+
+    With ``parallel="fsdp2"`` parameters are kept in parts in float32; a reduced precision holds for
+    the computation, while gradients are averaged in float32.
+
+    Raises:
+        QuietvitError: fp16 on a CPU, or an accelerate without FSDP2.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, DistributedType, GradientState
+
+    if "RANK" not in os.environ:
+        # accelerate keeps one state per process and refuses a second run with other settings.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    plugin = _plugin(config) if config.parallel == "fsdp2" and shared else None
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulation,
+        cpu=config.device == "cpu",
+        fsdp_plugin=plugin,
+    )
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise QuietvitError(
+            "precision 'fp16' scales its loss on a GPU only, and this run is on the CPU; set "
+            "precision to 'bf16' or 'no'."
+        )
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate takes the plugin on accelerators only, though all below it works with gloo.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def shard_by(accelerator: Accelerator, model: nn.Module, blocks: Sequence[str]) -> None:
+    """Make each of these modules a unit of sharding; does nothing where the model is kept whole."""
+    if not is_sharded(accelerator):
+        return
+    classes = {type(model.get_submodule(name)).__name__ for name in blocks}
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(classes)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the model is kept in parts."""
+    return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
+    """Return the value of each process, in every process; all of them must call."""
+    if accelerator.num_processes == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    found: list[Any] = gather_object([value])
+    return found
+
+
+def whole_model(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state, gathered in every process. All of them must call."""
+    if not is_sharded(accelerator):
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True)
+    state: Any = get_model_state_dict(model, options=options)
+    return dict(state)
+
+
+def whole_optimizer(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer
+) -> dict[str, Any]:
+    """Return the optimizer's state as one process has it; on the main process only if sharded."""
+    if not is_sharded(accelerator):
+        return optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    named: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    if not named:
+        return {}
+    place = _places(named["param_groups"])
+    return {
+        "state": {place[name]: named["state"][name] for name in place if name in named["state"]},
+        "param_groups": [
+            {**group, "params": [place[name] for name in group["params"]]}
+            for group in named["param_groups"]
+        ],
+    }
+
+
+def load_whole(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    model_state: Mapping[str, Any],
+    optimizer_state: Any,
+) -> None:
+    """Load what ``whole_model`` and ``whole_optimizer`` gave, in every process.
+
+    Where the model is in parts the optimizer must have no step hooks that count or change weights:
+    torch makes room for its state by a step at rate 0.
+
+    Raises:
+        QuietvitError: the optimizer's state is of several optimizers, or of other groups.
+    """
+    check_optimizer_state(optimizer, optimizer_state)
+    if not is_sharded(accelerator):
+        model.load_state_dict(model_state)
+        optimizer.load_state_dict(optimizer_state)
+        return
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    name_of = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    named: Any = {
+        "state": {name_of[place]: value for place, value in optimizer_state["state"].items()},
+        "param_groups": [
+            {**group, "params": [name_of[place] for place in group["params"]]}
+            for group in optimizer_state["param_groups"]
+        ],
+    }
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, dict(model_state), options=options)
+    set_optimizer_state_dict(model, optimizer, named, options=options)
+
+
+def check_optimizer_state(optimizer: Optimizer, state: Any) -> None:
+    """Refuse a saved state that is not of one optimizer with the groups of this one."""
+    if isinstance(state, list | tuple):
+        raise QuietvitError(
+            f"the training state holds {len(state)} optimizers and this run has one; quietvit "
+            "resumes its own checkpoints. Take the weights alone (model.weights) and start anew."
+        )
+    if not isinstance(state, Mapping) or "param_groups" not in state or "state" not in state:
+        raise QuietvitError(
+            "the training state holds no optimizer state (keys 'state' and 'param_groups'); take "
+            "the weights alone (model.weights) and start anew."
+        )
+    saved = [len(group["params"]) for group in state["param_groups"]]
+    mine = [len(group["params"]) for group in optimizer.param_groups]
+    if saved != mine:
+        raise QuietvitError(
+            f"the optimizer was saved with {sum(saved)} parameters in groups of {saved} and now "
+            f"has {sum(mine)} in groups of {mine}: other layers are frozen, or another version "
+            "grouped them. Resume with what began the run, or start anew from its weights."
+        )
+
+
+def check_groups(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse trainable parameters that are in no group, or in several."""
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    for name, parameter in model.named_parameters():
+        times = held.count(id(parameter)) if parameter.requires_grad else 1
+        if times != 1:
+            raise QuietvitError(
+                f"the parameter {name} trains, but is in {times} groups of the optimizer; each "
+                "must be in exactly one."
+            )
+
+
+def _places(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    names = [name for group in groups for name in group["params"]]
+    return {name: place for place, name in enumerate(names)}
+
+
+def _plugin(config: TrainConfig) -> Any:
+    from accelerate import FullyShardedDataParallelPlugin
+
+    found = version("accelerate")
+    if tuple(int(part) for part in found.split(".")[:2]) < _FSDP2_SINCE:
+        raise QuietvitError(
+            f"parallel='fsdp2' needs accelerate {'.'.join(map(str, _FSDP2_SINCE))} or later, this "
+            f"is {found}; pip install -U accelerate, or set parallel to 'ddp'."
+        )
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    reduced = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    policy = MixedPrecisionPolicy(
+        param_dtype=reduced, reduce_dtype=torch.float32, output_dtype=torch.float32
+    )
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        mixed_precision_policy=policy,
+        cpu_ram_efficient_loading=False,
+    )

@@ -1,0 +1,82 @@
+"""What is looked at while a run goes on: its largest activation, its most amplifying pair.
+
+Numbers for logs and for the message of a run that diverged; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+
+logger = logging.getLogger("quietvit")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The pair with the largest amplification at ``step``."""
+
+    step: int
+    pair: str
+    amplification: float
+
+
+class Watch:
+    """Looks at a model's blocks and pairs; where it has none of either, that is left out.
+
+    ``example``: one image (1, 3, H, W) to trace by.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        from quietvit.decay.activations import ActivationWatch
+        from quietvit.pairs import find_pairs
+        from quietvit.tracing import trace
+
+        self.model = model
+        self.last: Seen | None = None
+        self.pairs: Any = ()
+        self._activations: ActivationWatch | None = None
+        traced = trace(model, example)
+        try:
+            self.pairs = find_pairs(model, example, trace=traced)
+            self._activations = ActivationWatch(model, traced)
+        except QuietvitError as error:
+            logger.warning("not everything can be watched: %s", error)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The residual blocks."""
+        return () if self._activations is None else self._activations.blocks
+
+    def amplification(self, step: int) -> Seen | None:
+        """Return the pair with the largest amplification now, and keep it if that is a number.
+
+        Every process must call where the model is in parts.
+        """
+        if not self.pairs:
+            return None
+        from quietvit.decay import worst_amplification
+
+        pair, value = worst_amplification(self.model, self.pairs)
+        seen = Seen(step, pair, value)
+        if value < float("inf"):
+            self.last = seen
+        return seen
+
+    @torch.no_grad()
+    def activation(self, images: Tensor) -> tuple[str, float] | None:
+        """Return the block with the largest output on ``images`` in eval mode, and that value."""
+        if self._activations is None:
+            return None
+        from quietvit.tracing import evaluating
+
+        watch = self._activations
+        watch.reset()
+        with evaluating(self.model), torch.compiler.set_stance("force_eager"), watch:
+            self.model(images)
+        return watch.largest()
