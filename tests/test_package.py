@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "quietvit"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = {
+    "datasets",
     "onnx",
     "onnxruntime",
     "onnxscript",

@@ -71,7 +71,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier r
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Name of a timm model, or the folder of a training run."),
+    typer.Argument(
+        metavar="MODEL", help="Name of a timm model, hf:FOLDER, or the folder of a training run."
+    ),
 ]
 Architecture = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a timm model.")]
 Weights = Annotated[
@@ -86,7 +88,10 @@ Size = Annotated[
     int | None,
     typer.Option("--size", min=1, help="Side of the images in pixels.", show_default="the model's"),
 ]
-_DATA = "Parquet table, folder with one folder a class, or embedded:digits; its {} images if split."
+_DATA = (
+    "Parquet or arrow table, folder with one folder a class, shards:/path/*.tar, hf:/folder, or "
+    "embedded:digits; its {} images if split."
+)
 Images = Annotated[str, typer.Option("--images", metavar="DATA", help=_DATA.format("test"))]
 Calibration = Annotated[
     str, typer.Option("--calibration", metavar="DATA", help=_DATA.format("training"))
@@ -111,7 +116,7 @@ Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda
 def build_model(
     name: str, weights: Path | None, classes: int | None, size: int | None
 ) -> nn.Module:
-    """Build a timm model in eval mode, or load that of a training run; says so if it is random.
+    """Build a model in eval mode, or load that of a training run; says so if it is random.
 
     Raises QuietvitError for what neither is, and for weights named beside a training run.
     """
@@ -126,7 +131,7 @@ def build_model(
                 "leave --weights, --classes and --size out."
             )
         return TrainResult.read(name).load_model()
-    if weights is None:
+    if weights is None and not name.startswith("hf:"):
         typer.echo("note: no --weights given, so the weights of the model are random.", err=True)
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
     return create_model(name, classes, weights, **sized).eval()
@@ -152,17 +157,10 @@ def example_of(model: nn.Module) -> Tensor:
 def open_data(text: str, split: Literal["train", "test"]) -> ImageDataset:
     """Open the data a plain path stands for: ``split`` where it has splits, else all of it."""
     from quietvit.data import load_dataset
-    from quietvit.data.sources import holds_splits
+    from quietvit.data.sources import has_splits, spec_of
 
-    form, colon, rest = text.partition(":")
-    if form not in ("embedded", "imagefolder", "table") or not colon:
-        form, rest = ("table" if text.endswith(".parquet") else "imagefolder"), text
-    has_splits = {
-        "embedded": True,
-        "table": "," in rest,
-        "imagefolder": holds_splits(Path(rest).expanduser()),
-    }
-    return load_dataset(f"{form}:{rest}", split if has_splits[form] else None)
+    spec = spec_of(text)
+    return load_dataset(spec, split if has_splits(spec) else None)
 
 
 def draw_images(model: nn.Module, dataset: ImageDataset, count: int, seed: int) -> Tensor:

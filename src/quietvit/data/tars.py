@@ -115,8 +115,8 @@ def build_index(path: Path) -> TarIndex:
                 _add(current, extension, member, tar, path)
         except (tarfile.TarError, EOFError) as error:
             raise _truncated(path, str(error)) from error
-        close(current)
         _check_end(path, tar)
+        close(current)
     where = np.array(images, np.int64).reshape(-1, 2)
     return TarIndex(where[:, 0].copy(), where[:, 1].copy(), np.array(labels, np.int64))
 
