@@ -46,8 +46,8 @@ class SpectralDecay(PenaltyGradient):
     and the singular vectors of every layer, choose anew; between, the vectors stay, and the s_r are
     those of now along them (u_r . W v_r). Source: arXiv 2602.14432, second-hand (docs/method.md).
     Derived here, not public: PCDR of a layer is the mean over at most 1024 input rows, of the
-    neuron with the largest |W x| each, bias left out; singular values are current between
-    refreshes.
+    neuron with the largest |W x| each, bias left out; k stays below the rank of W; the layer that
+    writes the logits is left alone; singular values are current between refreshes.
 
     Args:
         model: the model whose parameters the optimizer holds, built before FSDP or compilation.
@@ -226,7 +226,9 @@ class SpectralDecay(PenaltyGradient):
         }
         if not all_finite(weights.values()):
             refuse_unless_finite({n: parameters[n] for n in self._names()}, parameters)
-        spectra = {name: leading(W, self.components) for name, W in weights.items()}
+        spectra = {
+            name: leading(W, min(self.components, min(W.shape) - 1)) for name, W in weights.items()
+        }
         of_site = {site: str(layer.view) for layer in self.layers for site in layer.sites}
         shares = dominances(self.model, self._trace, self.images, weights, spectra, of_site)
         chosen = {}
@@ -243,7 +245,9 @@ def _layers(model: nn.Module, traced: Trace) -> tuple[Layer, ...]:
     found: dict[object, tuple[WeightView, list[str]]] = {}
     for site in traced.sites:
         view = site.weight
-        if site.kind != "linear" or view is None or site.role == "constant":
+        if site.kind != "linear" or view is None or site.role in ("constant", "head"):
+            continue
+        if min(view.read(model).shape) < 2:
             continue
         key = (id(view.parameter(model)), view.rows, view.cols)
         first, sites = found.setdefault(key, (view, []))
@@ -251,7 +255,7 @@ def _layers(model: nn.Module, traced: Trace) -> tuple[Layer, ...]:
             sites.append(site.name)
     if not found:
         raise QuietvitError(
-            f"{traced.model_name} has no linear layer whose weight is a parameter: SpectralDecay "
-            "has nothing to act on; print(quietvit.trace(model, example)) shows what is seen."
+            f"{traced.model_name} has no linear layer (beside the head) whose weight is a matrix of "
+            "parameters: SpectralDecay has nothing to act on; print(quietvit.trace(model, example)) shows what is seen."
         )
     return tuple(Layer(view, tuple(sites)) for view, sites in found.values())
