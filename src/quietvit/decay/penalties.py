@@ -22,9 +22,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quietvit.decay.products import (
+    both_products,
+    channel_energy,
+    inverse,
+    largest_rate,
+    mean_square,
+    scaled,
+    shares,
+    smaller,
+    square,
+)
 from quietvit.errors import QuietvitError
 
 Basis = tuple[Tensor, Tensor]
+Factored = tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -42,17 +54,41 @@ class Operator:
 
 
 class Penalty(ABC):
-    """One penalty. All methods are pure and accept (A, B) as the module describes."""
+    """One penalty. All methods are pure and accept (A, B) as the module describes.
+
+    ``tame``: whether finite weights of ordinary size always give finite directions, so that an
+    update need not look at each of them; False asks for that look, which costs a second pass.
+    """
 
     name: ClassVar[str]
+    tame: ClassVar[bool] = False
 
     @abstractmethod
+    def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        """Return the parts of the stated penalty that A and that B is moved by, each (n,)."""
+
+    @abstractmethod
+    def factored(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> Factored:
+        """Return ((PA, fA), (PB, fB)) with dA = fA PA and dB = fB PB, f: (n,), None for 1.
+
+        ``products``: dtype of the matrix products (and then of PA and PB), None for that of A.
+        """
+
     def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
         """Return the stated penalty of each pair, shape (n,)."""
+        of_A, of_B = self.sides(A, B, basis)
+        return of_A + of_B
 
-    @abstractmethod
     def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
         """Return (dA, dB), shaped like A and B: the gradients of the stated penalty."""
+        (PA, fA), (PB, fB) = self.factored(A, B, basis)
+        return PA if fA is None else scaled(PA, fA), PB if fB is None else scaled(PB, fB)
 
     @abstractmethod
     def operators(
@@ -62,14 +98,20 @@ class Penalty(ABC):
 
     def static_bounds(self, A: Tensor, B: Tensor) -> tuple[float, float]:
         """Return upper bounds of the rates of A and of B that follow from shapes alone."""
-        return _smaller(B), _smaller(A)
+        return smaller(B), smaller(A)
 
-    def bounds(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+    def bounds(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return upper bounds (n,) of the largest rates of A and of B, without a decomposition.
 
         By the Schatten 4-norm: s_max^4 <= |M M^T|^2, one product on the smaller side of M.
         """
-        return _largest_rate(B), _largest_rate(A)
+        return largest_rate(B, products), largest_rate(A, products)
 
     def basis(self, A: Tensor, B: Tensor) -> Basis | None:
         """Return what has to be cached between steps, or None where nothing has."""
@@ -89,13 +131,23 @@ class Energy(Penalty):
     """
 
     name = "energy"
+    tame = True
 
-    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
-        return _energy_of(A, B, mean_square(A), mean_square(B))
+    def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        held_A, held_B = A.detach(), B.detach()
+        of_A = channel_energy(A, held_B).sum(-1) * inverse(mean_square(held_B))
+        of_B = channel_energy(held_A, B).sum(-1) * inverse(mean_square(held_A))
+        return of_A / 2, of_B / 2
 
-    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
-        dA, dB = _products(A, B)
-        return scaled(dA, inverse(mean_square(B))), scaled(dB, inverse(mean_square(A)))
+    def factored(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> Factored:
+        PA, PB = both_products(A, B, products)
+        return (PA, inverse(mean_square(B))), (PB, inverse(mean_square(A)))
 
     def operators(
         self, A: Tensor, B: Tensor, basis: Basis | None = None
@@ -123,23 +175,29 @@ class Peak(Penalty):
     """
 
     name = "peak"
+    tame = True
 
-    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
+    def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
         held_A, held_B = A.detach(), B.detach()
-        _, scale = _channel_weights(held_A, held_B)
-        of_B = _channel_energy(held_A, B).square().sum(-1) * inverse(mean_square(held_A))
-        of_A = _channel_energy(A, held_B).square().sum(-1) * inverse(mean_square(held_B))
-        return (of_B + of_A) * inverse(scale) / 4
+        scale = inverse(shares(channel_energy(held_A, held_B))[1]) / 4
+        of_A = channel_energy(A, held_B).square().sum(-1) * inverse(mean_square(held_B))
+        of_B = channel_energy(held_A, B).square().sum(-1) * inverse(mean_square(held_A))
+        return of_A * scale, of_B * scale
 
-    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
-        weights, _ = _channel_weights(A, B)
-        dA, dB = _products(A, B, weights)
-        return scaled(dA, inverse(mean_square(B))), scaled(dB, inverse(mean_square(A)))
+    def factored(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> Factored:
+        PA, PB = both_products(A, B, products, weighed=True)
+        return (PA, inverse(mean_square(B))), (PB, inverse(mean_square(A)))
 
     def operators(
         self, A: Tensor, B: Tensor, basis: Basis | None = None
     ) -> tuple[Operator, Operator]:
-        weights, _ = _channel_weights(A, B)
+        weights, _ = shares(channel_energy(A, B))
         M = _weighted(B, weights)
         return (
             Operator(scaled(_right_gram(A, M), inverse(mean_square(B)))),
@@ -148,13 +206,19 @@ class Peak(Penalty):
 
     def static_bounds(self, A: Tensor, B: Tensor) -> tuple[float, float]:
         share = (1 + B.shape[1] ** 0.5) / 2
-        return _smaller(B) * share, _smaller(A) * share
+        return smaller(B) * share, smaller(A) * share
 
-    def bounds(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
-        weights, _ = _channel_weights(A, B)
+    def bounds(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        weights, _ = shares(channel_energy(A, B))
         M = _weighted(B, weights)
-        of_A = _largest_rate(M) * mean_square(M) * inverse(mean_square(B))
-        return of_A, _largest_rate(A) * weights.amax(-1)
+        of_A = largest_rate(M, products) * mean_square(M) * inverse(mean_square(B))
+        return of_A, largest_rate(A, products) * weights.amax(-1)
 
 
 class Cosine(Penalty):
@@ -171,19 +235,27 @@ class Cosine(Penalty):
     """
 
     name = "cosine"
+    tame = True
 
-    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
+    def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
         def cosine(a: Tensor, b: Tensor) -> Tensor:
-            return _channel_energy(a, b).sum(-1) * inverse(_square(a) * _square(b))
+            return channel_energy(a, b).sum(-1) * inverse(square(a) * square(b))
 
         held_A, held_B = A.detach(), B.detach()
-        of_B = _square(held_B) * _smaller(A) * cosine(held_A, B)
-        of_A = _square(held_A) * _smaller(B) * cosine(A, held_B)
-        return (of_B + of_A) / 2
+        of_A = square(held_A) * smaller(B) * cosine(A, held_B)
+        of_B = square(held_B) * smaller(A) * cosine(held_A, B)
+        return of_A / 2, of_B / 2
 
-    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
-        dA, dB = Energy().directions(A, B)
-        return dA - scaled(A, _share(dA, A)), dB - scaled(B, _share(dB, B))
+    def factored(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> Factored:
+        PA, PB = both_products(A, B, products)
+        dA, dB = scaled(PA, inverse(mean_square(B))), scaled(PB, inverse(mean_square(A)))
+        return (dA - scaled(A, _share(dA, A)), None), (dB - scaled(B, _share(dB, B)), None)
 
     def operators(
         self, A: Tensor, B: Tensor, basis: Basis | None = None
@@ -211,6 +283,7 @@ class Top(Penalty):
     """
 
     name = "top"
+    tame = True
     count: int = 8
     refresh: int = 100
 
@@ -230,21 +303,27 @@ class Top(Penalty):
         v = torch.linalg.svd(B, full_matrices=False).Vh[:, : self.count].mT
         return u.contiguous(), v.contiguous()
 
-    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
+    def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
         held_A, held_B = A.detach(), B.detach()
         u, v = self._basis(held_A, held_B, basis)
         of_B = (_first_squares(held_A, u) * (B @ u).square().sum(1)).sum(-1)
         of_A = (_second_squares(held_B, v) * _first_squares(A, v)).sum(-1)
         nu_A, nu_B = inverse(mean_square(held_A)), inverse(mean_square(held_B))
-        return (of_B * nu_A + of_A * nu_B) / 2
+        return of_A * nu_B / 2, of_B * nu_A / 2
 
-    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+    def factored(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> Factored:
         u, v = self._basis(A, B, basis)
         rates_A, rates_B = self._rates(A, B, (u, v))
         dB = ((B @ u) * rates_B[:, None, :]) @ u.mT
         if A.ndim == 2:
-            return A * (v.square() * rates_A[:, None, :]).sum(-1), dB
-        return (v * rates_A[:, None, :]) @ (v.mT @ A), dB
+            return (A * (v.square() * rates_A[:, None, :]).sum(-1), None), (dB, None)
+        return ((v * rates_A[:, None, :]) @ (v.mT @ A), None), (dB, None)
 
     def operators(
         self, A: Tensor, B: Tensor, basis: Basis | None = None
@@ -256,7 +335,13 @@ class Top(Penalty):
             return Operator((v.square() * rates_A[:, None, :]).sum(-1)), of_B
         return Operator((v * rates_A[:, None, :]) @ v.mT), of_B
 
-    def bounds(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+    def bounds(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
         rates_A, rates_B = self._rates(A, B, self._basis(A, B, basis))
         return rates_A.amax(-1), rates_B.amax(-1)
 
@@ -274,68 +359,12 @@ class Top(Penalty):
 PENALTIES: dict[str, type[Penalty]] = {kind.name: kind for kind in (Energy, Peak, Cosine, Top)}
 
 
-def mean_square(M: Tensor) -> Tensor:
-    """Return nu(M) = |M|^2 / min(shape), the mean squared singular value, shape (n,)."""
-    return _square(M) / _smaller(M)
-
-
-def inverse(x: Tensor) -> Tensor:
-    """Return 1 / x, and 0 where x is below the smallest normal number (a zero matrix)."""
-    tiny = torch.finfo(x.dtype).tiny
-    return torch.where(x < tiny, 0.0, 1 / x.clamp_min(tiny))
-
-
-def scaled(M: Tensor, factor: Tensor) -> Tensor:
-    """Return each matrix or vector of M times its factor (n,)."""
-    return M * factor.view(-1, *([1] * (M.ndim - 1)))
-
-
-def _square(M: Tensor) -> Tensor:
-    return M.flatten(1).square().sum(1)
-
-
-def _smaller(M: Tensor) -> float:
-    return float(M.shape[1] if M.ndim == 2 else min(M.shape[1:]))
-
-
 def _share(direction: Tensor, weight: Tensor) -> Tensor:
-    return (direction * weight).flatten(1).sum(1) * inverse(_square(weight))
-
-
-def _channel_energy(A: Tensor, B: Tensor) -> Tensor:
-    """a_k = |A^T b_k|^2, shape (n, o)."""
-    return (B * A[:, None, :] if A.ndim == 2 else B @ A).square().sum(-1)
-
-
-def _channel_weights(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The shares w = a / c, shape (n, o), and c = sum(a^2) / sum(a), shape (n,)."""
-    energy = _channel_energy(A, B)
-    total = energy.sum(-1)
-    part = scaled(energy, inverse(total))
-    concentration = part.square().sum(-1)
-    return scaled(part, inverse(concentration)), total * concentration
+    return (direction * weight).flatten(1).sum(1) * inverse(square(weight))
 
 
 def _weighted(B: Tensor, weights: Tensor) -> Tensor:
     return B * weights.sqrt()[:, :, None]
-
-
-def _energy_of(A: Tensor, B: Tensor, nu_A: Tensor, nu_B: Tensor) -> Tensor:
-    of_B = _channel_energy(A.detach(), B).sum(-1) * inverse(nu_A.detach())
-    of_A = _channel_energy(A, B.detach()).sum(-1) * inverse(nu_B.detach())
-    return (of_B + of_A) / 2
-
-
-def _products(A: Tensor, B: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """B^T D B A and D B A A^T, D = diag(weights) or the identity, by the cheaper order."""
-    DB = B if weights is None else B * weights[:, :, None]
-    if A.ndim == 2:
-        return A * (DB * B).sum(1), DB * A.square()[:, None, :]
-    (h, d), o = A.shape[1:], B.shape[1]
-    if 2 * h * (o + d) < 3 * o * d:
-        return (DB.mT @ B) @ A, DB @ (A @ A.mT)
-    BA = DB @ A
-    return B.mT @ BA, BA @ A.mT
 
 
 def _left_gram(A: Tensor) -> Tensor:
@@ -352,11 +381,3 @@ def _first_squares(A: Tensor, u: Tensor) -> Tensor:
 
 def _second_squares(B: Tensor, v: Tensor) -> Tensor:
     return (B @ v).square().sum(1)
-
-
-def _largest_rate(M: Tensor) -> Tensor:
-    """An upper bound of s_max^2 / nu(M); exact where M is diagonal."""
-    if M.ndim == 2:
-        return M.square().amax(-1) * inverse(mean_square(M))
-    gram = M @ M.mT if M.shape[1] <= M.shape[2] else M.mT @ M
-    return _square(gram).sqrt() * inverse(mean_square(M))
