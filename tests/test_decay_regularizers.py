@@ -452,4 +452,5 @@ def test_compiled_training_is_the_same(name: str, what: str) -> None:
     assert made.steps == 4
     wanted = weights(plain)
     for key, value in weights(compiled).items():
-        torch.testing.assert_close(value, wanted[key], rtol=1e-9, atol=1e-11)
+        # a compiled AdamW corrects its moments in float32
+        torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-6)

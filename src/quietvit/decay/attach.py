@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 
 from quietvit.decay.following import Watch, Watched, innermost, is_skipped
 from quietvit.decay.regularizer import checked_state
-from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
+from quietvit.decay.schedule import (
+    Schedule,
+    checked_schedule,
+    described,
+    factor_at,
+    one_schedule,
+)
 from quietvit.decay.whole import all_finite, like, read, whole_parameters
 from quietvit.errors import QuietvitError
 
@@ -264,11 +270,8 @@ class PenaltyGradient(DecoupledUpdate):
     def __init__(
         self, model: nn.Module, *, coupled: bool, every: int, schedule: Schedule | None
     ) -> None:
-        if isinstance(schedule, Mapping):
-            raise QuietvitError(
-                f"{type(self).__name__} has no kinds of pairs: give one schedule, not a mapping."
-            )
-        super().__init__(model, every=every, schedule=schedule)
+        one = one_schedule(schedule, type(self).__name__)
+        super().__init__(model, every=every, schedule=one)
         self.coupled = bool(coupled)
 
     @abstractmethod

@@ -48,7 +48,7 @@ def shares(X: Tensor, W: Tensor, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     neuron = Y.abs().argmax(1, keepdim=True)
     total = Y.gather(1, neuron).abs()
     parts = (u[neuron[:, 0]] * s * (X @ v)).cumsum(1).abs()
-    kept = total > 0
+    kept = total != 0
     ratio = torch.where(kept, parts / torch.where(kept, total, 1.0), 0.0)
     return ratio.sum(0), kept.sum()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quietvit.decay.attach import DecoupledUpdate, Schedule
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import one_strength
+from quietvit.decay.schedule import one_schedule
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair, find_pairs
 from quietvit.tracing import WeightView
@@ -42,7 +43,7 @@ class NormGainDecay(DecoupledUpdate):
         schedule: Schedule | None = None,
         pairs: Sequence[MatrixPair] | None = None,
     ) -> None:
-        super().__init__(model, every=every, schedule=schedule)
+        super().__init__(model, every=every, schedule=one_schedule(schedule, "NormGainDecay"))
         self.strength = one_strength(strength, "NormGainDecay")
         if pairs is None:
             if example is None:

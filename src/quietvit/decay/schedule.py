@@ -85,6 +85,13 @@ def checked_schedule(
     return schedule
 
 
+def one_schedule(schedule: Schedule | None, owner: str) -> Schedule | None:
+    """Return the schedule. Raises QuietvitError where it is a mapping."""
+    if isinstance(schedule, Mapping):
+        raise QuietvitError(f"{owner} takes one schedule, not one for each kind of pair.")
+    return schedule
+
+
 def check_kinds(schedule: Mapping[str, Schedule], kinds: Collection[str]) -> None:
     """Raise QuietvitError unless a schedule for each kind has all of ``kinds``, and known ones."""
     for kind in kinds:

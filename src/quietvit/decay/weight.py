@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quietvit.decay.attach import DecoupledUpdate, Schedule, refuse_unless_finite
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import one_strength
+from quietvit.decay.schedule import one_schedule
 from quietvit.decay.whole import untied
 from quietvit.errors import QuietvitError, nearest
 from quietvit.pairs import DEFAULT_KINDS, MatrixPair, find_pairs
@@ -55,9 +56,7 @@ class PairWeightDecay(DecoupledUpdate):
         schedule: Schedule | None = None,
         pairs: Sequence[MatrixPair] | None = None,
     ) -> None:
-        super().__init__(model, every=every, schedule=schedule)
-        if isinstance(schedule, Mapping):
-            raise QuietvitError("PairWeightDecay takes one schedule, not one for each kind.")
+        super().__init__(model, every=every, schedule=one_schedule(schedule, "PairWeightDecay"))
         self.strength = one_strength(strength, "PairWeightDecay")
         self.pairs = _chosen(self.model, example, kinds, pairs)
         self.views: tuple[WeightView, ...] = tuple(
