@@ -4,7 +4,8 @@
 authors' code takes, the gradient of KL(softmax(z0) || softmax(z)) at z = z0, where it is zero but
 for rounding errors; their scaling to norm one makes weights of these. ``none``: plain squared
 error. Each with 2 rounds of 50 candidates, as the authors' code was run on these weights, and with
-the published 3 of 100. Seed ``first`` is the first 32 images, on which that code had 40.5. Resumable; needs what ``ptq_deit_tiny.py`` needs.
+the published 3 of 100. Seed ``first`` is the first 32 images, on which that code had 40.5.
+Resumable; needs what ``ptq_deit_tiny.py`` needs.
 
     python benchmarks/ptq4vit_criterion.py run
     python benchmarks/ptq4vit_criterion.py summary
