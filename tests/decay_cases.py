@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,13 @@ def still(model: nn.Module, lr: float = 0.01) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=lr)
 
 
-def one_process(folder: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+@contextmanager
+def process_group(folder: Path, rank: int = 0, size: int = 1) -> Iterator[None]:
+    """A process group of so many processes, of which this is one."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

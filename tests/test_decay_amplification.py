@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import quietvit
-from decay_cases import images, one_process, tower
+from decay_cases import images, process_group, tower
 from quietvit import QuietvitError
 from quietvit.decay import amplifications, worst_amplification
 from quietvit.pairs import KINDS, MatrixPair
@@ -96,7 +96,8 @@ def test_no_pairs_are_refused() -> None:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[None]:
-    yield from one_process(tmp_path)
+    with process_group(tmp_path):
+        yield
 
 
 @pytest.mark.usefixtures("process")

@@ -20,7 +20,7 @@ from decay_cases import (
     backward,
     changed,
     images,
-    one_process,
+    process_group,
     still,
     tower,
     train,
@@ -31,6 +31,7 @@ from quietvit.decay import Regularizer, StrengthSchedule
 
 every_one = pytest.mark.parametrize("name", MAKERS)
 on_weights = pytest.mark.parametrize("name", ON_WEIGHTS)
+SHARDED = [name for name in ON_WEIGHTS if name != "cd"]  # cd: test_decay_environments
 coupled = pytest.mark.parametrize("name", COUPLED)
 
 
@@ -410,11 +411,12 @@ def test_strength_zero_is_the_optimizer_alone(name: str) -> None:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[None]:
-    yield from one_process(tmp_path)
+    with process_group(tmp_path):
+        yield
 
 
 @pytest.mark.usefixtures("process")
-@pytest.mark.parametrize("name", [n for n in ON_WEIGHTS if n != "cd"])
+@pytest.mark.parametrize("name", SHARDED)
 def test_parameters_sharded_by_fsdp2_move_as_whole_ones(name: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
@@ -437,7 +439,7 @@ def test_parameters_sharded_by_fsdp2_move_as_whole_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["model", "step"])
-@pytest.mark.parametrize("name", [n for n in ON_WEIGHTS if n != "cd"])
+@pytest.mark.parametrize("name", SHARDED)
 def test_compiled_training_is_the_same(name: str, what: str) -> None:
     plain, compiled = tower(), tower()
     optimizer = adam(plain)
@@ -454,3 +456,40 @@ def test_compiled_training_is_the_same(name: str, what: str) -> None:
     for key, value in weights(compiled).items():
         # a compiled AdamW corrects its moments in float32
         torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-6)
+
+
+def _train_in_parts(rank: int, folder: str) -> None:
+    """One of two processes: every regularizer under FSDP2, the result saved by the first."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    torch.set_num_threads(1)
+    with process_group(Path(folder), rank, 2):
+        found = {}
+        for name in SHARDED:
+            model = tower()
+            made = MAKERS[name](model, images())
+            mesh = init_device_mesh("cpu", (2,))
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            optimizer = adam(model)
+            made.attach(optimizer)
+            train(model, optimizer, steps=range(5))
+            found[name] = {key: p.full_tensor() for key, p in model.named_parameters()}
+            made.penalties()
+        if rank == 0:
+            torch.save(found, Path(folder) / "weights.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_that_hold_parts_train_the_weights_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_train_in_parts, (str(tmp_path),), nprocs=2)
+    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    for name in SHARDED:
+        whole = tower()
+        optimizer = adam(whole)
+        MAKERS[name](whole, images()).attach(optimizer)
+        train(whole, optimizer, steps=range(5))
+        for key, value in weights(whole).items():
+            torch.testing.assert_close(found[name][key], value, rtol=1e-9, atol=1e-11)
