@@ -22,12 +22,14 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "quietvit"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = {
+    "lightning",
     "datasets",
     "onnx",
     "onnxruntime",
     "onnxscript",
     "openvino",
     "pycocotools",
+    "pytorch_lightning",
     "torchao",
     "transformers",
 }
