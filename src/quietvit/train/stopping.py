@@ -51,5 +51,9 @@ class Termination:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """Keep a loader's process alive under SIGTERM; it ends with the process it works for."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Keep a loader's process alive under the first SIGTERM, so that the step can be finished.
+
+    The second one ends it: multiprocessing terminates the workers it could not reach otherwise, at
+    the end of the program, and would wait for ever for one that ignores it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
