@@ -96,8 +96,8 @@ class SeededImages(Dataset[tuple[Tensor, int]]):
             raise QuietvitError(
                 f"{len(bad)} images of {self.dataset.name} could not be decoded, and "
                 f"data.max_bad_images allows {self.max_bad}: {named}"
-                f"{'; ...' if len(bad) > 5 else ''}. The last one: {error} Mend or remove them, or "
-                "raise data.max_bad_images."
+                f"{'; ...' if len(bad) > 5 else ''}. The last one: {error} Or raise "
+                "data.max_bad_images, to train on the others."
             ) from error
         if not known:
             logger.warning(
