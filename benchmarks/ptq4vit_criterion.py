@@ -33,7 +33,8 @@ from quietvit.quantization.methods.ptq4vit import PTQ4ViT
 
 OUT = Path("results/ptq4vit_criterion.csv")
 COLUMNS = ("criterion", "rounds", "candidates", "seed", "images", "top1", "cpu_seconds", "torch")
-SEARCHES = ((2, 50), (3, 100))
+SEARCHES = ("2x50", "3x100")
+CRITERIA = ("curvature", "kl", "none", "all-rows")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 OutOption = Annotated[Path, typer.Option(help="The table.")]
@@ -54,6 +55,7 @@ def measure(row: dict[str, Any], where: Any, images: int) -> dict[str, Any]:
         rounds=row["rounds"],
         candidates=row["candidates"],
         hessian=row["criterion"] != "none",
+        rows=None if row["criterion"] == "all-rows" else 2048,
     )
     model = create_model(where.model, weights=where.weights).eval()
     stored = Stored(where.calibration)
@@ -82,6 +84,8 @@ def run(
     data: Annotated[Path, typer.Option(envvar="QUIETVIT_TEST_DATA", help="Folder with the data.")],
     out: OutOption = OUT,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "first,0,1,2",
+    searches: Annotated[str, typer.Option(help="Rounds x candidates.")] = ",".join(SEARCHES),
+    criteria: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(CRITERIA),
     images: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
     cache: Annotated[Path, typer.Option(help="Folder for the images as tensors.")] = CACHE,
 ) -> None:
@@ -90,8 +94,9 @@ def run(
     done = {tuple(row[key] for key in keys) for row in read(out)}
     where = prepare(data, cache)
     for seed in seeds.split(","):
-        for rounds, candidates in SEARCHES:
-            for criterion in ("curvature", "kl", "none"):
+        for search in searches.split(","):
+            rounds, candidates = map(int, search.split("x"))
+            for criterion in criteria.split(","):
                 values = (criterion, rounds, candidates, seed, images)
                 if tuple(map(str, values)) in done:
                     continue
