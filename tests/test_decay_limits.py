@@ -157,7 +157,7 @@ def test_only_the_directions_that_trip_are_limited() -> None:
     [(penalty, strength) for penalty in PENALTIES for strength in (1.0, 12.0)]
     + [("energy", 25.0), ("cosine", 25.0), ("top", 25.0)],
 )
-def test_within_the_region_the_explicit_formula_holds_bit_for_bit(
+def test_within_the_region_the_explicit_formula_holds_to_rounding(
     penalty: str, strength: float
 ) -> None:
     """At 12 and 25 bounds from shapes, or from Gram matrices, trip although no rate reaches 1."""
@@ -172,8 +172,9 @@ def test_within_the_region_the_explicit_formula_holds_bit_for_bit(
         top *= float(operator.weights.max()) if operator.weights is not None else 1.0
         assert top * strength * 1e-2 <= 1
     step(model, [link("l0", "l1")], strength, penalty)
-    assert torch.equal(model.l0.weight, A + dA[0] * -(strength * 1e-2))
-    assert torch.equal(model.l1.weight, B + dB[0] * -(strength * 1e-2))
+    for weight, before, direction in ((model.l0.weight, A, dA), (model.l1.weight, B, dB)):
+        wanted = before - direction[0] * (strength * 1e-2)
+        torch.testing.assert_close(weight.detach(), wanted, rtol=1e-14, atol=1e-14)
 
 
 def test_three_stages_of_bounds_agree_and_are_ordered() -> None:

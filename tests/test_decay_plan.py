@@ -51,7 +51,8 @@ def test_every_pair_is_in_one_batch_and_read_as_its_views_read() -> None:
     plan = batches(MIXED, parameters)
     assert sorted(i for batch in plan for i in batch.members) == list(range(len(MIXED)))
     for batch in plan:
-        A, B = batch.read(parameters)
+        operands = batch.read(parameters)
+        A, B = operands.A, operands.B
         assert len(A) == len(B) == len(batch.members)
         for i, position in enumerate(batch.members):
             pair = MIXED[position]
@@ -64,8 +65,9 @@ def test_writing_a_run_is_writing_each_view() -> None:
     once = {name: torch.zeros_like(p) for name, p in parameters.items()}
     each = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for batch in batches(MIXED, parameters):
+        read = batch.read(parameters)
         for runs, entries, side in zip(
-            (batch.firsts, batch.seconds), batch.read(parameters), ("first", "second"), strict=True
+            (batch.firsts, batch.seconds), (read.A, read.B), ("first", "second"), strict=True
         ):
             for run in runs:
                 part = entries[run.start : run.start + run.count]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quietvit.decay.penalties import Basis, Operator, Penalty
 from quietvit.decay.plan import Batch, overlaps
+from quietvit.decay.products import product_dtype
 from quietvit.pairs import MatrixPair
 
 Steps = Sequence[float]
@@ -31,7 +33,7 @@ class TrustRegion:
 
     How: side p of a pair has the largest rate r_p = learning rate x strength x largest eigenvalue
     of its operator. The load of p is the sum of r_q over all sides q that share an entry with it.
-    Where the load is at most 1, the plain update is taken, bit for bit. Elsewhere the eigenvalues
+    Where the load is at most 1, the plain update is taken as it is. Elsewhere the eigenvalues
     of p are cut at r_p / load, so that the cuts of sides that share an entry sum to at most 1;
     directions below the cut keep their plain update. Derived here.
 
@@ -54,7 +56,7 @@ class TrustRegion:
         self._sharing = overlaps(views, parameters)
         self._static = [0.0] * len(views)
         for batch in plan:
-            bounds = rule.static_bounds(*batch.read(parameters))
+            bounds = batch.read(parameters).apply(rule.static_bounds)
             for position in batch.members:
                 self._static[2 * position : 2 * position + 2] = bounds
         self._matrix: Tensor | None = None
@@ -70,22 +72,36 @@ class TrustRegion:
         return [i for i, batch in enumerate(self._plan) if not heavy.isdisjoint(batch.members)]
 
     def within(
-        self, suspects: Sequence[int], parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
+        self,
+        suspects: Sequence[int],
+        parameters: Mapping[str, Tensor],
+        steps: Steps,
+        bases: Bases,
+        products: str = "float32",
+        device: torch.device | None = None,
     ) -> Tensor:
-        """Return a flag on the device: do cheap bounds keep all loads at most 1? No sync."""
-        device = next(iter(parameters.values())).device
+        """Return a flag on the device: do cheap bounds keep all loads at most 1? No sync.
+
+        Where the update is going to be computed in bfloat16, at most 1 - 2^-6.
+        """
+        if device is None:
+            device = next(iter(parameters.values())).device
         if not suspects:
             return torch.ones((), dtype=torch.bool, device=device)
         bounds = torch.tensor(self._static, device=device)
         for i in suspects:
             batch = self._plan[i]
-            bound_A, bound_B = self._rule.bounds(*batch.read(parameters), bases[i])
+            operands = batch.read(parameters)
+            dtype = product_dtype(products, operands.A)
+            bound_A, bound_B = operands.apply(
+                partial(self._rule.bounds, basis=bases[i], products=dtype)
+            )
             members = torch.tensor(batch.members, device=device)
             for side, bound in enumerate((bound_A, bound_B)):
                 at = 2 * members + side
                 bounds[at] = torch.minimum(bounds[at], bound.to(bounds))
         rates = bounds * torch.tensor(steps, device=device)
-        return (self._loads(rates) <= 1).all()
+        return (self._loads(rates) <= (1 if products == "float32" else 1 - 2.0**-6)).all()
 
     def limited(
         self, suspects: Sequence[int], parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
@@ -95,7 +111,7 @@ class TrustRegion:
         bounds = torch.tensor(self._static, dtype=torch.float64)
         for i in suspects:
             batch = self._plan[i]
-            operators = self._rule.operators(*batch.read(parameters), bases[i])
+            operators = batch.read(parameters).apply(partial(self._rule.operators, basis=bases[i]))
             for side, operator in enumerate(operators):
                 at = 2 * torch.tensor(batch.members) + side
                 bounds[at] = _largest(operator).to(bounds)
@@ -107,13 +123,14 @@ class TrustRegion:
         cuts = torch.where(loads > 1, rates / loads, torch.inf)
         found = []
         for i, batch in enumerate(self._plan):
-            A, B = batch.read(parameters)
-            dA, dB = self._rule.directions(A, B, bases[i])
+            operands = batch.read(parameters)
+            A, B = operands.A, operands.B
+            dA, dB = operands.apply(partial(self._rule.directions, basis=bases[i]))
             step_A, step_B = (_times(d, batch, steps, side) for side, d in enumerate((dA, dB)))
             at = 2 * torch.tensor(batch.members)
             cut_A, cut_B = cuts[at].to(A), cuts[at + 1].to(B)
             if bool(torch.isfinite(torch.cat([cut_A, cut_B])).any()):
-                of_A, of_B = self._rule.operators(A, B, bases[i])
+                of_A, of_B = operands.apply(partial(self._rule.operators, basis=bases[i]))
                 factors = torch.tensor(steps, device=A.device, dtype=A.dtype)
                 at = at.to(A.device)
                 cut = _cut_step_A(A, of_A, factors[at], cut_A)

@@ -146,8 +146,9 @@ class Energy(Penalty):
         basis: Basis | None = None,
         products: torch.dtype | None = None,
     ) -> Factored:
+        fA, fB = inverse(mean_square(B)), inverse(mean_square(A))
         PA, PB = both_products(A, B, products)
-        return (PA, inverse(mean_square(B))), (PB, inverse(mean_square(A)))
+        return (PA, fA), (PB, fB)
 
     def operators(
         self, A: Tensor, B: Tensor, basis: Basis | None = None
@@ -191,8 +192,9 @@ class Peak(Penalty):
         basis: Basis | None = None,
         products: torch.dtype | None = None,
     ) -> Factored:
+        fA, fB = inverse(mean_square(B)), inverse(mean_square(A))
         PA, PB = both_products(A, B, products, weighed=True)
-        return (PA, inverse(mean_square(B))), (PB, inverse(mean_square(A)))
+        return (PA, fA), (PB, fB)
 
     def operators(
         self, A: Tensor, B: Tensor, basis: Basis | None = None

@@ -1,13 +1,15 @@
 """How pairs are read in batches of equal shape, and which of them share entries of a weight.
 
-Only indices and copies; what is done with the matrices is in ``penalties`` and ``limits``.
+Only indices and copies; what is done with the matrices is in ``penalties`` and ``limits``, when
+each batch is written in ``update``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from quietvit.tracing import WeightView
 from quietvit.tracing.weights import Index
 
 _LARGEST_BATCH = 2**24
+Side = TypeVar("Side")
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,28 @@ class Run:
     count: int = 1
     axis: int = 0
 
-    def read(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return the matrices, shape (count, rows, cols), or gains, (1, h), at least float32."""
-        entries = wide(self.view.select(parameters[self.view.parameter_name]))
+    def read(self, whole: Tensor) -> Tensor:
+        """Return the matrices, shape (count, rows, cols), or gains, (1, h), at least float32.
+
+        Of a float32 or float64 parameter it is a view, if the indices are ranges.
+        """
+        entries = wide(self.view.select(whole))
         if self.count == 1:
             return entries.unsqueeze(0)
         if self.axis == 0:
             return entries.unflatten(0, (self.count, -1))
         return entries.unflatten(1, (self.count, -1)).transpose(0, 1)
+
+    def add_scaled_(self, whole: Tensor, entries: Tensor, factors: Tensor) -> None:
+        """Add entries shaped like ``read``'s, each matrix times its factor (count,), into whole."""
+        factors = factors.view(-1, *([1] * (entries.ndim - 1)))
+        chosen = (self.view.rows, self.view.cols)
+        if all(index is None or isinstance(index, range) for index in chosen) and (
+            whole.ndim <= 2 or whole.is_contiguous()
+        ):
+            self.read(whole).addcmul_(entries, factors)
+        else:
+            self.scatter_add_(whole, entries * factors)
 
     def scatter_add_(self, whole: Tensor, entries: Tensor) -> None:
         """Add entries shaped like ``read``'s into a tensor shaped like the parameter."""
@@ -50,6 +67,36 @@ class Run:
         else:
             entries = entries.transpose(0, 1).flatten(1, 2)
         self.view.scatter_add_(whole, entries)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """A: (n, h, d), or (n, h) where diagonal, B: (n, o, h), and gains of norms, (n, d) and (n, h).
+
+    At least float32. With gains, the partner of B is diag(between) A diag(before), that of A is
+    B diag(between): see ``quietvit.pairs.MatrixPair``.
+    """
+
+    A: Tensor
+    B: Tensor
+    before: Tensor | None = None
+    between: Tensor | None = None
+
+    def apply(self, method: Callable[[Tensor, Tensor], tuple[Side, Side]]) -> tuple[Side, Side]:
+        """Return what a method of a penalty, given (A, B), says of A and of B with partners."""
+        if self.before is None and self.between is None:
+            return method(self.A, self.B)
+        A, B = self.partners()
+        return method(self.A, B)[0], method(A, self.B)[1]
+
+    def partners(self) -> tuple[Tensor, Tensor]:
+        """Return the partner of B, shaped like A, and that of A, shaped like B."""
+        A, B = self.A, self.B
+        if self.before is not None:
+            A = A * self.before[:, None, :]
+        if self.between is not None:
+            A, B = A * self.between[:, :, None], B * self.between[:, None, :]
+        return A, B
 
 
 @dataclass(frozen=True)
@@ -65,21 +112,77 @@ class Batch:
     firsts: tuple[Run, ...]
     seconds: tuple[Run, ...]
 
-    def read(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return A: (n, h, d), or (n, h) where diagonal, and B: (n, o, h), in at least float32."""
-        return _joined(self.firsts, parameters), _joined(self.seconds, parameters)
+    def read(self, parameters: Mapping[str, Tensor]) -> Operands:
+        """Return the matrices of the members, and their gains."""
+        return Operands(
+            _joined(self.firsts, parameters),
+            _joined(self.seconds, parameters),
+            _gains([pair.before for pair in self.pairs], parameters),
+            _gains([pair.between for pair in self.pairs], parameters),
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that its pairs move."""
+        return tuple(dict.fromkeys(r.view.parameter_name for r in (*self.firsts, *self.seconds)))
 
 
-def batches(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor]) -> list[Batch]:
-    """Group pairs of equal shapes, dtype and device; a batch holds at most 2^24 numbers."""
+def windows(
+    pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], room: int
+) -> list[list[int]]:
+    """Positions of pairs that are worked on together, in the order of the parameters.
+
+    Pairs of the same two parameters stay together. A window holds parameters of ``room`` numbers in
+    all, or a single group of pairs.
+    """
+    order = {id(parameter): place for place, parameter in enumerate(parameters.values())}
+    size = {id(parameter): parameter.numel() for parameter in parameters.values()}
+    groups: dict[tuple[int, int], list[int]] = {}
+    for position, pair in enumerate(pairs):
+        one, two = (id(parameters[view.parameter_name]) for view in (pair.first, pair.second))
+        groups.setdefault((one, two), []).append(position)
+    found: list[list[int]] = []
+    held: set[int] = set()
+    for ids in sorted(groups, key=lambda ids: sorted(order[i] for i in ids)):
+        if not found or sum(size[i] for i in held | set(ids)) > room:
+            found.append([])
+            held = set()
+        found[-1] += groups[ids]
+        held |= set(ids)
+    return found
+
+
+def block_size(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor]) -> int:
+    """About the numbers of the largest block: 3/2 of those in the largest pair's parameters.
+
+    In a transformer block of width h, fc1 and fc2 hold 8 h^2 numbers, all four weights 12 h^2.
+    """
+    largest = 0
+    for pair in pairs:
+        held = {id(w): w for w in (parameters[v.parameter_name] for v in (pair.first, pair.second))}
+        largest = max(largest, sum(parameter.numel() for parameter in held.values()))
+    return largest * 3 // 2
+
+
+def batches(
+    pairs: Sequence[MatrixPair],
+    parameters: Mapping[str, Tensor],
+    positions: Iterable[int] | None = None,
+) -> list[Batch]:
+    """Group pairs of equal shapes, dtype and device; a batch holds at most 2^24 numbers.
+
+    Only those at ``positions`` where given. Batches follow the order of their first pairs.
+    """
     groups: dict[tuple[object, ...], list[int]] = {}
     sizes: dict[tuple[object, ...], int] = {}
-    for position, pair in enumerate(pairs):
+    for position in range(len(pairs)) if positions is None else positions:
+        pair = pairs[position]
         shapes = []
         for view in (pair.first, pair.second):
             entries = view.select(parameters[view.parameter_name])
             shapes.append((tuple(entries.shape), entries.dtype, entries.device))
-        key = (*shapes, pair.first.diagonal, pair.kind)
+        gains = (pair.before is None, pair.between is None)
+        key = (*shapes, pair.first.diagonal, pair.kind, *gains)
         groups.setdefault(key, []).append(position)
         sizes[key] = sum(math.prod(shape) for shape, _, _ in shapes)
     found = []
@@ -144,8 +247,13 @@ def _union(whole: Index | None, last: Index | None, following: Index | None) -> 
 
 
 def _joined(runs: Sequence[Run], parameters: Mapping[str, Tensor]) -> Tensor:
-    read = [run.read(parameters) for run in runs]
+    read = [run.read(parameters[run.view.parameter_name]) for run in runs]
     return read[0] if len(read) == 1 else torch.cat(read)
+
+
+def _gains(views: Sequence[WeightView | None], parameters: Mapping[str, Tensor]) -> Tensor | None:
+    found = [view.select(parameters[view.parameter_name]) for view in views if view is not None]
+    return wide(torch.stack(found)) if found else None
 
 
 def wide(tensor: Tensor) -> Tensor:

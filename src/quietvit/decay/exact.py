@@ -1,0 +1,118 @@
+"""The update where care is needed: every change held and looked at before a weight is written.
+
+For weights that are not finite or enormous, and for steps that the trust region has to limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from quietvit.decay.layout import Layout
+from quietvit.decay.penalties import Basis, Penalty
+from quietvit.decay.plan import Batch, batches, wide
+from quietvit.decay.products import scaled
+from quietvit.errors import QuietvitError
+from quietvit.pairs import MatrixPair
+
+
+def exact_changes(
+    pairs: Sequence[MatrixPair],
+    layout: Layout,
+    parameters: Mapping[str, Tensor],
+    rule: Penalty,
+    bases: Sequence[Basis | None],
+    steps: Sequence[float],
+    moving: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """Return the change of each parameter in ``moving``, limited by the trust region.
+
+    In float32 products (float64 for such weights). Raises QuietvitError, naming the pair, where a
+    weight or a change is not finite.
+    """
+    whole = _Whole(parameters, moving)
+    for position, batch in enumerate(layout.plan):
+        directions = batch.read(parameters).apply(partial(rule.directions, basis=bases[position]))
+        whole.add(batch, *directions, steps)
+    region = layout.region
+    suspects = region.suspects(steps)
+    within = region.within(suspects, parameters, steps, bases)
+    is_finite, is_within = torch.stack([whole.finite().to(within.device), within]).tolist()
+    if not is_finite:
+        blame(pairs, parameters, rule)
+    if not is_within:
+        limited = region.limited(suspects, parameters, steps, bases)
+        if limited is not None:
+            whole = _Whole(parameters, moving)
+            for batch, step_A, step_B in limited:
+                whole.add(batch, step_A, step_B, None)
+            if not whole.finite():
+                blame(pairs, parameters, rule)
+    return whole.deltas
+
+
+def blame(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: Penalty) -> NoReturn:
+    """Raise, naming the first pair that is not finite."""
+    for pair in pairs:
+        for view in (pair.first, pair.second, pair.before, pair.between):
+            if view is None:
+                continue
+            bad = int((~view.select(parameters[view.parameter_name]).isfinite()).sum())
+            if bad:
+                raise QuietvitError(
+                    f"{pair.name}: {bad} values of {view} are NaN or infinite; no weight was "
+                    "changed. Training diverged before this step: lower the learning rate, "
+                    "clip gradients, and resume from an earlier checkpoint."
+                )
+    for pair in pairs:
+        operands = batches([pair], parameters)[0].read(parameters)
+        if not all(part.isfinite().all() for part in operands.apply(rule.directions)):
+            raise QuietvitError(
+                f"{pair.name}: its {rule.name} update overflows (largest weights "
+                f"{float(operands.A.abs().max()):.3g} and {float(operands.B.abs().max()):.3g}); no "
+                "weight was changed. Lower the learning rate and resume from an earlier checkpoint."
+            )
+    raise QuietvitError(
+        "the update of the pairs is not finite though every pair is: the learning rate times the "
+        "strength overflows; no weight was changed."
+    )
+
+
+class _Whole:
+    """Full-size changes of the parameters that move, summed over all pairs."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], moving: Mapping[str, float]) -> None:
+        self.deltas: dict[str, Tensor] = {}
+        self._of: dict[str, Tensor] = {}
+        owner: dict[int, str] = {}
+        for name in moving:
+            first = owner.setdefault(id(parameters[name]), name)
+            if first == name:
+                self.deltas[name] = torch.zeros_like(
+                    wide(parameters[name]), memory_format=torch.contiguous_format
+                )
+            self._of[name] = self.deltas[first]
+
+    def add(self, batch: Batch, dA: Tensor, dB: Tensor, steps: Sequence[float] | None) -> None:
+        """Subtract each pair's direction times its step (1 where ``steps`` is None)."""
+        for side, runs, d in ((0, batch.firsts, dA), (1, batch.seconds, dB)):
+            for run in runs:
+                whole = self._of.get(run.view.parameter_name)
+                if whole is None:
+                    continue
+                rows = slice(run.start, run.start + run.count)
+                if steps is None:
+                    run.scatter_add_(whole, -d[rows])
+                    continue
+                own = [steps[2 * member + side] for member in batch.members[rows]]
+                factors = torch.tensor(own, dtype=d.dtype, device=d.device)
+                run.scatter_add_(whole, scaled(d[rows], -factors))
+
+    def finite(self) -> Tensor:
+        """Return one flag on one device: is every change finite?"""
+        flags = [delta.isfinite().all() for delta in self.deltas.values()]
+        return torch.stack([flag.to(flags[0].device) for flag in flags]).all()

@@ -1,0 +1,233 @@
+"""The update of all pairs, batch by batch, on one process or divided among several.
+
+Every change is computed from the values before the update. A parameter is written as soon as the
+last batch that uses it has been computed, so that the changes of about one block are held at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quietvit.decay.layout import Layout, Source
+from quietvit.decay.penalties import Basis, Penalty
+from quietvit.decay.plan import Operands, Run, wide
+from quietvit.decay.products import product_dtype
+from quietvit.decay.whole import like
+
+Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+Directed = Callable[[Operands, Basis | None, torch.dtype | None, Tensor, Tensor], Factors]
+
+
+def directed(rule: Penalty, *, compiled: bool = False) -> Directed:
+    """Return the pure function that gives ((PA, fA), (PB, fB)): A changes by fA PA, B by fB PB.
+
+    It takes the operands, the basis, the dtype of products and the steps of A and of B, both (n,):
+    tensors, so that a compiled function serves every learning rate and strength.
+    """
+
+    def changes(
+        A: Tensor,
+        B: Tensor,
+        before: Tensor | None,
+        between: Tensor | None,
+        basis: Basis | None,
+        products: torch.dtype | None,
+        step_A: Tensor,
+        step_B: Tensor,
+    ) -> Factors:
+        (PA, fA), (PB, fB) = Operands(A, B, before, between).apply(
+            lambda A, B: rule.factored(A, B, basis, products)
+        )
+        return (PA, _factor(fA, step_A)), (PB, _factor(fB, step_B))
+
+    run: Any = changes
+    if compiled:
+        run = torch.compile(changes, fullgraph=True, dynamic=False)
+
+    def call(
+        operands: Operands,
+        basis: Basis | None,
+        products: torch.dtype | None,
+        step_A: Tensor,
+        step_B: Tensor,
+    ) -> Factors:
+        given = (operands.A, operands.B, operands.before, operands.between)
+        if not compiled:
+            return run(*given, basis, products, step_A, step_B)
+        # One graph for each shape of pairs: Swin has more than the eight that are the default.
+        with torch._dynamo.config.patch(recompile_limit=256):
+            return run(*given, basis, products, step_A, step_B)
+
+    return call
+
+
+class Update:
+    """One update of all pairs: ``steps`` are (learning rate)(strength)(share) of each side.
+
+    ``moving`` are the names of parameters that may change. The caller has made sure that the
+    changes are finite and within the trust region.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        source: Source,
+        run: Directed,
+        bases: Sequence[Basis | None],
+        steps: Sequence[float],
+        moving: Mapping[str, float],
+        products: str,
+    ) -> None:
+        self._layout, self._source, self._run, self._bases = layout, source, run, bases
+        self._moving = {source.first[name] for name in moving}
+        self._products = products
+        self._signed = [-steps[i] for i in layout.order]
+        self._vectors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def write(self) -> None:
+        """Change the parameters, each when the last batch that uses it has been computed."""
+        waiting: dict[str, Tensor] = {}
+        for place in range(len(self._layout.plan)):
+            self._add(place, waiting)
+            for owner in self._layout.uses[place]:
+                if self._layout.last_batch[owner] != place:
+                    continue
+                if owner in waiting:
+                    parameter = self._source.parameters[owner]
+                    parameter.copy_(like(parameter, waiting.pop(owner).to(parameter.dtype)))
+                self._source.release(owner)
+
+    def _add(self, place: int, waiting: dict[str, Tensor]) -> None:
+        """Add the changes of one batch to the new values that wait, or to parameters directly."""
+        for run, matrices, factors in self._changes(place):
+            owner = self._source.first[run.view.parameter_name]
+            if owner not in waiting and not self._is_direct(owner, place):
+                whole = self._source[owner]
+                waiting[owner] = whole.to(wide(whole).dtype, copy=True)
+            target = waiting[owner] if owner in waiting else self._source[owner]
+            run.add_scaled_(target, matrices, factors)
+
+    def write_divided(self) -> None:
+        """As ``write``, the windows divided among the processes of the default group.
+
+        Each computes its own of a round of windows and broadcasts their changes; all write the
+        same numbers. Every process must call.
+        """
+        import torch.distributed as dist
+
+        rank, world = dist.get_rank(), dist.get_world_size()
+        waiting: dict[str, Tensor] = {}
+        for start in range(0, len(self._layout.windows), world):
+            round_ = range(start, min(start + world, len(self._layout.windows)))
+            mine = None
+            for window in round_:
+                owners = self._owners(window)
+                for owner in owners:
+                    if self._source.in_parts(owner):
+                        _ = self._source[owner]  # all take part in gathering it
+                if window - start == rank:
+                    mine = self._window_changes(window)
+                for owner in owners:
+                    if self._source.in_parts(owner):
+                        self._source.release(owner)
+            for window in round_:
+                moved = self._moved(window)
+                if not moved:
+                    continue
+                flat = mine if window - start == rank else self._flat(moved)
+                assert flat is not None
+                dist.broadcast(flat, src=window - start)
+                for owner, change in self._split(flat, moved).items():
+                    if owner in waiting:
+                        waiting[owner] += change
+                    elif self._layout.last_window[owner] != window:
+                        waiting[owner] = change.clone()
+                    else:
+                        waiting[owner] = change
+                for owner in self._owners(window):
+                    if self._layout.last_window[owner] == window and owner in waiting:
+                        parameter = self._source.parameters[owner]
+                        parameter.add_(like(parameter, waiting.pop(owner)))
+
+    def _changes(self, place: int) -> list[tuple[Run, Tensor, Tensor]]:
+        """What is added by one batch: runs, their matrices and the factor of each."""
+        batch, slices = self._layout.plan[place], self._layout.slices[place]
+        if not any(self._signed[slices[0].start : slices[1].stop]):
+            return []
+        operands = batch.read(self._source)
+        vector = self._vector(operands.A)
+        dtype = product_dtype(self._products, operands.A)
+        step_A, step_B = (vector[own] for own in slices)
+        changes = self._run(operands, self._bases[place], dtype, step_A, step_B)
+        found = []
+        for runs, own, (matrices, factors) in zip(
+            (batch.firsts, batch.seconds), slices, changes, strict=True
+        ):
+            for run in runs:
+                rows = slice(run.start, run.start + run.count)
+                if self._source.first[run.view.parameter_name] in self._moving and any(
+                    self._signed[own.start + run.start : own.start + run.start + run.count]
+                ):
+                    found.append((run, matrices[rows], factors[rows]))
+        return found
+
+    def _vector(self, like: Tensor) -> Tensor:
+        key = (like.dtype, like.device)
+        if key not in self._vectors:
+            self._vectors[key] = torch.tensor(self._signed, dtype=like.dtype, device=like.device)
+        return self._vectors[key]
+
+    def _is_direct(self, owner: str, place: int) -> bool:
+        """Whether the parameter itself can be added to: used no more, and not in low precision."""
+        whole = self._source[owner]
+        return (
+            self._layout.last_batch[owner] == place
+            and not self._source.in_parts(owner)
+            and wide(whole) is whole
+        )
+
+    def _owners(self, window: int) -> list[str]:
+        """The parameters that the batches of a window use."""
+        places = self._layout.windows[window]
+        return list(dict.fromkeys(owner for i in places for owner in self._layout.uses[i]))
+
+    def _moved(self, window: int) -> list[str]:
+        """The parameters that the batches of a window change."""
+        plan, first = self._layout.plan, self._source.first
+        names = (name for i in self._layout.windows[window] for name in plan[i].names)
+        return [o for o in dict.fromkeys(first[name] for name in names) if o in self._moving]
+
+    def _window_changes(self, window: int) -> Tensor | None:
+        moved = self._moved(window)
+        if not moved:
+            return None
+        flat = self._flat(moved).zero_()
+        wholes = self._split(flat, moved)
+        for place in self._layout.windows[window]:
+            for run, matrices, factors in self._changes(place):
+                owner = self._source.first[run.view.parameter_name]
+                run.add_scaled_(wholes[owner], matrices, factors)
+        return flat
+
+    def _flat(self, moved: Sequence[str]) -> Tensor:
+        parameters = [self._source.parameters[owner] for owner in moved]
+        double = any(p.dtype == torch.float64 for p in parameters)
+        dtype = torch.float64 if double else torch.float32
+        numbers = sum(p.numel() for p in parameters)
+        return torch.empty(numbers, dtype=dtype, device=parameters[0].device)
+
+    def _split(self, flat: Tensor, moved: Sequence[str]) -> dict[str, Tensor]:
+        shapes = [self._source.parameters[owner].shape for owner in moved]
+        parts = flat.split([shape.numel() for shape in shapes])
+        return {o: part.view(s) for o, part, s in zip(moved, parts, shapes, strict=True)}
+
+
+def _factor(factor: Tensor | None, step: Tensor) -> Tensor:
+    if factor is None:
+        return step
+    largest = torch.finfo(step.dtype).max
+    return (factor * step).clamp(-largest, largest)
