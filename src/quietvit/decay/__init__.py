@@ -4,7 +4,7 @@ Most act on ordered matrix pairs. Knows models only through ``quietvit.pairs`` a
 ``quietvit.tracing``, and nothing of quantization.
 """
 
-from quietvit.decay.activations import ActivationWatch
+from quietvit.decay.activations import ActivationWatch, largest_activation
 from quietvit.decay.amplification import amplifications, worst_amplification
 from quietvit.decay.colinearity import ColinearityDecay
 from quietvit.decay.gains import NormGainDecay
@@ -28,5 +28,6 @@ __all__ = [
     "SpectralDecay",
     "StrengthSchedule",
     "amplifications",
+    "largest_activation",
     "worst_amplification",
 ]

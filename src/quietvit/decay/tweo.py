@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
-from quietvit.decay.attach import innermost
-from quietvit.decay.regularizer import number, one_strength
+from quietvit.decay.following import innermost, is_skipped
+from quietvit.decay.regularizer import checked_state, number, one_strength
 from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
 from quietvit.errors import QuietvitError
 from quietvit.tracing import trace
@@ -205,8 +205,7 @@ class TWEO:
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._seen = []
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and float(found_inf) > 0:
+        if is_skipped(optimizer):
             return
         self.steps += 1
         self._unused = 0 if self._used else self._unused + 1
@@ -270,22 +269,3 @@ def _by_block(terms: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
     for name, term in terms:
         found.setdefault(name, []).append(term)
     return {name: torch.stack(values).mean() for name, values in found.items()}
-
-
-def checked_state(owner: object, mine: Mapping[str, Any], state: Mapping[str, Any]) -> int:
-    """Return the saved step counter. Raises QuietvitError where the settings saved are others."""
-    kind = type(owner).__name__
-    if "steps" not in state or "settings" not in state:
-        raise QuietvitError(
-            f"this is no state of a {kind}: it has the keys {sorted(state)}, not 'steps' and "
-            "'settings'."
-        )
-    saved = dict(state["settings"])
-    for key in sorted(mine.keys() | saved.keys()):
-        if mine.get(key) != saved.get(key):
-            raise QuietvitError(
-                f"the state was saved with {key}={saved.get(key)!r}, this {kind} has "
-                f"{key}={mine.get(key)!r}; build it with the same settings, or start without "
-                "loading the state."
-            )
-    return int(state["steps"])
