@@ -19,6 +19,7 @@ from quietvit.console import (
     Classes,
     Count,
     Device,
+    DryRun,
     ErrorsAsParagraphs,
     Force,
     Images,
@@ -27,6 +28,7 @@ from quietvit.console import (
     MethodOptions,
     Model,
     Output,
+    OutputOrDry,
     Overrides,
     Recipe,
     Resume,
@@ -101,24 +103,31 @@ def _console(least: int = 0) -> Console:
     epilog=epilog(
         "quietvit train --recipe digits --output runs/digits",
         "quietvit train -r my.toml -s epochs=3 -s decay.cd=none --output runs/plain",
+        "quietvit train --recipe digits --dry-run",
     ),
 )
 def train(
     recipe: Recipe,
-    output: Output,
+    output: OutputOrDry = None,
     overrides: Overrides = None,
     resume: Resume = False,
     force: Force = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train or fine-tune one model by a recipe."""
-    from quietvit.train import load_recipe
+    from quietvit.train import estimate, load_recipe
     from quietvit.train import train as run
 
-    config = load_recipe(recipe, overrides or []).model_copy(update={"output": output})
-    result = run(config, resume=resume, force=force)
+    config = load_recipe(recipe, overrides or [])
+    if dry_run:
+        typer.echo(str(estimate(config)))
+        return
+    if output is None:
+        raise QuietvitError("train writes into a folder; name it by --output (or use --dry-run).")
+    result = run(config.model_copy(update={"output": output}), resume=resume, force=force)
     typer.echo(
         f"top-1 {result.top1:.2f} % after {result.steps} steps in {result.train_seconds:.0f} s, "
-        f"of it {result.decay_seconds:.1f} s decay"
+        f"of it {result.decay_seconds:.1f} s regularizers"
     )
     typer.echo(f"Written: {result.weights}")
 

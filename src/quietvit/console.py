@@ -67,6 +67,14 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe; repeat."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
+OutputOrDry = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder for everything written; not needed for a dry run."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print batch, steps, memory and time, measured; write nothing."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
 Model = Annotated[

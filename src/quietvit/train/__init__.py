@@ -4,13 +4,16 @@ Data and evaluation are in ``quietvit.data``, the decay itself in ``quietvit.dec
 """
 
 from quietvit.train.config import TrainConfig
+from quietvit.train.estimate import Estimate, estimate
 from quietvit.train.loop import train
 from quietvit.train.recipe import list_recipes, load_recipe, parse_config
 from quietvit.train.result import TrainResult
 
 __all__ = [
+    "Estimate",
     "TrainConfig",
     "TrainResult",
+    "estimate",
     "list_recipes",
     "load_recipe",
     "parse_config",

@@ -33,7 +33,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         QuietvitError: fp16 on a CPU, or an accelerate without FSDP2.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, DistributedType, GradientState
+    from accelerate.state import (
+        AcceleratorState,
+        DistributedType,
+        GradientState,
+        PartialState,
+    )
 
     if "RANK" not in os.environ:
         # accelerate keeps one state per process and refuses a second run with other settings.
@@ -55,6 +60,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate takes the plugin on accelerators only, though all below it works with gloo.
+        PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     return accelerator
@@ -71,6 +77,13 @@ def shard_by(accelerator: Accelerator, model: nn.Module, blocks: Sequence[str]) 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether the model is kept in parts."""
     return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def reshard(model: nn.Module) -> None:
+    """Put parameters back in parts after a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
@@ -110,8 +123,8 @@ def whole_optimizer(
     return {
         "state": {place[name]: named["state"][name] for name in place if name in named["state"]},
         "param_groups": [
-            {**group, "params": [place[name] for name in group["params"]]}
-            for group in named["param_groups"]
+            {**mine, "params": [place[name] for name in group["params"]]}
+            for group, mine in zip(named["param_groups"], optimizer.param_groups, strict=True)
         ],
     }
 

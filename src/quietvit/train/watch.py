@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.train.engine import reshard
 
 logger = logging.getLogger("quietvit")
 
@@ -78,5 +79,8 @@ class Watch:
         watch = self._activations
         watch.reset()
         with evaluating(self.model), torch.compiler.set_stance("force_eager"), watch:
-            self.model(images)
+            try:
+                self.model(images)
+            finally:
+                reshard(self.model)
         return watch.largest()

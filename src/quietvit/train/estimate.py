@@ -1,0 +1,197 @@
+"""A dry run: what a configuration takes on this machine, measured on a few real steps.
+
+Nothing is written and no training image is read. The run itself is in ``loop``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.data import data_config, subset
+from quietvit.errors import QuietvitError
+from quietvit.train.config import DecayConfig, TrainConfig
+from quietvit.train.engine import make_accelerator
+from quietvit.train.regularizers import detach
+from quietvit.train.setup import Parts, assemble, effective_batch, open_data
+from quietvit.train.step import forward_backward
+
+_WARM_UP, _MEASURED = 2, 3
+_STAND_IN = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take.
+
+    ``images`` and the steps are None where the data set is not there, ``missing`` then says why.
+    ``memory`` are bytes: the peak of the CUDA allocator of this process, or of the whole process on
+    a CPU. ``step_seconds`` are those of an optimizer step on images that are there already;
+    ``regularizer_share`` is the share of it in regularizers, in percent (TWEO's backward pass not
+    counted in; neither are S2D's refreshes, which come every ``refresh`` steps).
+    """
+
+    processes: int
+    effective_batch: int
+    images: int | None
+    missing: str
+    steps_per_epoch: int | None
+    total_steps: int | None
+    parameters: int
+    trainable: int
+    device: str
+    memory: int
+    step_seconds: float
+    measured_steps: int
+    regularizer_share: float
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of all steps, without reading images, evaluation and checkpoints."""
+        return None if self.total_steps is None else self.total_steps * self.step_seconds
+
+    def __str__(self) -> str:
+        known = self.images is not None
+        peak = "allocated" if self.device != "cpu" else "of the process, all in"
+        rows = [
+            ("training images", f"{self.images}" if known else f"not there: {self.missing}"),
+            ("processes", f"{self.processes}, on {self.device}"),
+            ("effective batch", f"{self.effective_batch}"),
+            ("steps per epoch", f"{self.steps_per_epoch}" if known else "unknown"),
+            ("steps in all", f"{self.total_steps}" if known else "unknown"),
+            ("parameters", f"{self.parameters:,}, {self.trainable:,} train"),
+            ("peak memory", f"{self.memory / 2**20:.0f} MiB {peak}, a process"),
+            ("time of a step", f"{self.step_seconds:.4g} s, mean of {self.measured_steps}"),
+            ("of it regularizers", f"{self.regularizer_share:.1f} %"),
+            ("time in all", _told(self.seconds)),
+        ]
+        text = "\n".join(f"{name:<20}{value}" for name, value in rows)
+        return f"{text}\nTimes without reading images, evaluation, logs and checkpoints."
+
+
+def estimate(config: TrainConfig) -> Estimate:
+    """Build model, optimizer and regularizers, run a few steps on noise, and measure.
+
+    Two steps warm up, then as many as cover ``decay.cd.every``, at least three, are measured.
+    Regularizers act at full strength, without their schedules.
+
+    Raises:
+        QuietvitError: a model, weights or settings that ``train`` would refuse as well.
+    """
+    accelerator = make_accelerator(config)
+    images, classes, missing = _size(config)
+    effective = effective_batch(config, accelerator.num_processes)
+    steps = None if images is None else images // effective
+    if steps == 0:
+        raise QuietvitError(
+            f"one step takes {effective} images, but there are {images} for training; lower "
+            "batch_size."
+        )
+    steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
+    parameters = list(parts.evaluated.parameters())
+    trainable = sum(p.numel() for p in parts.plain.parameters() if p.requires_grad)
+    every = 1 if config.decay.cd is None else config.decay.cd.every
+    count = -(-_MEASURED // every) * every
+    try:
+        seconds, own = _measured(parts, count)
+    finally:
+        detach(parts.regularizers, parts.stopwatch)
+    return Estimate(
+        processes=accelerator.num_processes,
+        effective_batch=effective,
+        images=images,
+        missing=missing,
+        steps_per_epoch=steps,
+        total_steps=None if steps is None else steps * config.epochs,
+        parameters=sum(p.numel() for p in parameters),
+        trainable=trainable,
+        device=_device(accelerator.device),
+        memory=_peak(accelerator.device),
+        step_seconds=seconds / count,
+        measured_steps=count,
+        regularizer_share=100 * own / seconds,
+    )
+
+
+def _size(config: TrainConfig) -> tuple[int | None, int | None, str]:
+    """Number of training images and classes, or what keeps them from being read."""
+    try:
+        train, _ = open_data(config)
+        train = subset(train, config.data.train_images)
+    except QuietvitError as error:
+        return None, config.data.num_classes, str(error)
+    return len(train), train.num_classes, ""
+
+
+def _measured(parts: Parts, count: int) -> tuple[float, float]:
+    """Seconds of ``count`` optimizer steps, and of the regularizers in them."""
+    accelerator, config = parts.accelerator, parts.config
+    images = _noise(parts.evaluated, config.batch_size).to(accelerator.device)
+    classes = parts.num_classes or _classes(parts, images[:1])
+    labels = torch.arange(config.batch_size, device=accelerator.device) % classes
+    parts.model.train()
+    began = before = 0.0
+    for step in range(_WARM_UP + count):
+        if step == _WARM_UP:
+            began, before = _now(accelerator.device), parts.stopwatch.seconds
+        for _ in range(config.accumulation):
+            # mixup works in place
+            forward_backward(parts, images.clone(), labels, step)
+        if parts.ema is not None:
+            parts.ema.update(parts.plain, step + 1)
+    return _now(accelerator.device) - began, parts.stopwatch.seconds - before
+
+
+@torch.no_grad()
+def _classes(parts: Parts, image: Tensor) -> int:
+    outputs = parts.evaluated.eval()(image)
+    return int(getattr(outputs, "logits", outputs).shape[-1])
+
+
+def _noise(model: nn.Module, count: int) -> Tensor:
+    size = data_config(model)["input_size"]
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _without_schedules(decay: DecayConfig) -> DecayConfig:
+    sections: dict[str, Any] = {}
+    for name in DecayConfig.model_fields:
+        section = getattr(decay, name)
+        if hasattr(section, "schedule"):
+            sections[name] = section.model_copy(update={"schedule": None})
+    return decay.model_copy(update=sections)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _told(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

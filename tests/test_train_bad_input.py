@@ -1,0 +1,199 @@
+"""What goes wrong while training: told with place, values and remedy, and nothing saved is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from quietvit.errors import QuietvitError
+from quietvit.train import checkpoint, loop, step
+from quietvit.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from quietvit.train.engine import check_groups, check_optimizer_state
+from quietvit.train.setup import build
+from test_train_loop import EVERYTHING, assert_same, config, interrupt, run
+
+
+def test_a_diverged_run_names_step_pair_and_last_checkpoint(tmp_path, monkeypatch):
+    forward = step.forward_backward
+
+    def diverging(parts, images, labels, at):
+        if at == 5:
+            with torch.no_grad():
+                parts.plain.blocks[1].mlp.fc1.weight.fill_(float("nan"))
+        return forward(parts, images, labels, at)
+
+    monkeypatch.setattr(loop, "forward_backward", diverging)
+    with pytest.raises(QuietvitError) as caught:
+        run(tmp_path / "run", decay={"watch_every": 2})
+    told = str(caught.value)
+    assert told.startswith("the loss became nan at step 6 (1 batches since it was last a number).")
+    assert "The largest amplification is inf, of " in told
+    assert "blocks.1.mlp.fc1.weight" in told
+    logged = [
+        json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    last = [line for line in logged if "worst_pair" in line][-1]
+    assert last["step"] == 4
+    assert f"(at step 4 {last['worst_amplification']:g}, of {last['worst_pair']})" in told
+    path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert path.name == "step-00000004"
+    assert f"The last checkpoint is {path}." in told
+
+
+def test_a_regularizer_that_finds_nan_first_is_told_with_the_step(tmp_path, monkeypatch):
+    forward = step.forward_backward
+
+    def diverging(parts, images, labels, at):
+        if at == 3:
+            with torch.no_grad():
+                parts.plain.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
+        return forward(parts, images, labels, at)
+
+    monkeypatch.setattr(loop, "forward_backward", diverging)
+    with pytest.raises(
+        QuietvitError, match=r"^at step 4: .*NaN or infinite.*last checkpoint is .*step-00000002"
+    ):
+        run(tmp_path / "run", decay={"cd": {"strength": 1.0}})
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
+    forward = step.forward_backward
+
+    def spoiling(parts, images, labels, at):
+        loss = forward(parts, images, labels, at)
+        if at == 3:
+            with torch.no_grad():
+                parts.plain.head.bias[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(loop, "forward_backward", spoiling)
+    with pytest.raises(QuietvitError, match="weights became NaN or infinite at step 4"):
+        run(tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 2
+
+
+def test_a_full_disk_is_told_with_the_space_needed_and_free(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
+    usage = os.statvfs(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage_of(2**20))
+        with pytest.raises(QuietvitError) as caught:
+            save_checkpoint(tmp_path, 2, {"x": torch.zeros(2**20)}, keep=1)
+    assert usage.f_bavail
+    told = str(caught.value)
+    assert os.strerror(errno.ENOSPC) in told
+    assert "It needs 4.0 MiB, and 1.0 MiB are free there" in told
+    assert load_checkpoint(tmp_path) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def usage_of(free):
+    class Usage:
+        pass
+
+    Usage.free = free
+    return Usage
+
+
+def test_metrics_on_a_full_disk_are_told(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("")
+    metrics = loop.Metrics(tmp_path, 0, False)
+    metrics.path = tmp_path / "gone" / "metrics.jsonl"
+    with pytest.raises(QuietvitError, match=r"could not be written at step 3 .*free some space"):
+        metrics.write(3, loss=1.0)
+
+
+def test_sigterm_finishes_the_step_saves_and_the_run_resumes_exactly(tmp_path, monkeypatch, caplog):
+    expected = run(tmp_path / "whole", **EVERYTHING)
+    forward, before = step.forward_backward, signal.getsignal(signal.SIGTERM)
+
+    def terminated(parts, images, labels, at):
+        if at == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(parts, images, labels, at)
+
+    caplog.set_level(logging.WARNING, "quietvit")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "forward_backward", terminated)
+        with pytest.raises(SystemExit) as caught:
+            run(tmp_path / "run", **{**EVERYTHING, "checkpoint": {"every": 0}})
+    assert caught.value.code == 143
+    assert "SIGTERM: stopped after step 5 of 14; the checkpoint" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert_same(run(tmp_path / "run", resume=True, **EVERYTHING), expected)
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_code_143_on_sigterm(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(config(tmp_path / "run", epochs=5000).model_dump_json())
+    command = [sys.executable, "-m", "quietvit.cli", "train", "-r", str(path)]
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "SIGTERM: stopped after step" in told
+    assert "Traceback" not in told
+
+
+def test_resuming_a_run_of_another_recipe_version_is_refused(tmp_path, monkeypatch):
+    interrupt(tmp_path / "run", monkeypatch, 3)
+    path = tmp_path / "run" / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "recipe": 7}))
+    with pytest.raises(QuietvitError, match=r"recipe of version 7, this quietvit reads version 1"):
+        run(tmp_path / "run", resume=True)
+    # a run begun before a key existed has its default
+    del content["parallel"], content["decay"]["watch_every"]
+    path.write_text(json.dumps(content))
+    assert run(tmp_path / "run", resume=True).steps == 14
+
+
+def test_a_checkpoint_of_several_processes_is_refused_in_one(tmp_path, monkeypatch):
+    interrupt(tmp_path / "run", monkeypatch, 3)
+    state = load_checkpoint(tmp_path / "run" / "checkpoints")
+    save_checkpoint(tmp_path / "run" / "checkpoints", 2, {**state, "processes": 4}, keep=1)
+    with pytest.raises(
+        QuietvitError, match=r"by 4 processes and this run has 1; resume with 4 .*batch_size 32"
+    ):
+        run(tmp_path / "run", resume=True)
+
+
+def test_a_training_state_of_two_optimizers_or_of_other_groups_is_refused():
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    optimizer = torch.optim.AdamW(weights)
+    with pytest.raises(QuietvitError, match="holds 2 optimizers and this run has one"):
+        check_optimizer_state(optimizer, [optimizer.state_dict()] * 2)
+    with pytest.raises(QuietvitError, match="holds no optimizer state"):
+        check_optimizer_state(optimizer, {"step": 3})
+    fewer = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:2]}])
+    with pytest.raises(QuietvitError, match=r"with 2 parameters in groups of \[1, 1\] and now has"):
+        check_optimizer_state(optimizer, fewer.state_dict())
+
+
+def test_a_parameter_without_a_group_is_named(tmp_path):
+    parts = build(config(tmp_path)).parts
+    check_groups(parts.plain, parts.inner)
+    parts.inner.param_groups[0]["params"].pop()
+    with pytest.raises(QuietvitError, match="trains, but is in 0 groups of the optimizer"):
+        check_groups(parts.plain, parts.inner)
+    parts.plain.requires_grad_(False)
+    check_groups(parts.plain, parts.inner)
+
+
+def test_an_average_of_sharded_weights_is_refused(tmp_path):
+    with pytest.raises(QuietvitError, match=r"ema averages whole weights.*ema to none"):
+        config(tmp_path, parallel="fsdp2", ema={"decay": 0.9})

@@ -1,0 +1,181 @@
+"""Several processes on the CPU (gloo), as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quietvit.errors import QuietvitError
+from quietvit.train.checkpoint import list_checkpoints, load_checkpoint
+from test_train_loop import MODEL, config, lines, run
+
+QUIET = {**MODEL, "kwargs": {**MODEL["kwargs"], "drop_rate": 0.0, "drop_path_rate": 0.0}}
+SHARED = {
+    "batch_size": 4,
+    "model": QUIET,
+    "optimizer": {"lr": 3e-3, "eps": 1e-4, "clip_grad": 1.0},
+    "data": {"dataset": "embedded:digits", "train_images": 48, "test_images": 20},
+    "checkpoint": {"every": 2, "keep": 4},
+}
+CD = {"cd": {"strength": 5.0}, "watch_every": 2}
+
+SCRIPT = """
+import json, os, sys
+from safetensors.torch import save_file
+from quietvit.train import loop, parse_config, train
+from quietvit.train.engine import whole_model
+
+class Stopped(Exception):
+    pass
+
+after_step, finish, rank = loop._Loop._after_step, loop._Loop.finish, os.environ["RANK"]
+for job in json.loads(open(sys.argv[1]).read()):
+    def stopping(self, images):
+        if self.step == job["stop_at"]:
+            raise Stopped
+        return after_step(self, images)
+
+    def finishing(self, progress):
+        weights = whole_model(self.accelerator, self.p.plain)
+        path = f"{self.config.output}.rank{rank}"
+        save_file({key: value.clone() for key, value in weights.items()}, path)
+        return finish(self, progress)
+
+    loop._Loop._after_step, loop._Loop.finish = stopping, finishing
+    try:
+        train(parse_config(job["config"]), resume=job["resume"], progress=False)
+    except Stopped:
+        print("stopped", flush=True)
+"""
+
+
+def job(output, resume=False, stop_at=-1, **changes):
+    """A run, as the script below takes it."""
+    content = json.loads(config(output, **changes).model_dump_json())
+    return {"config": content, "resume": resume, "stop_at": stop_at}
+
+
+def start(tmp_path, *jobs, processes=2):
+    script, listed = tmp_path / "script.py", tmp_path / "jobs.json"
+    script.write_text(SCRIPT)
+    listed.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", str(script), str(listed)]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def launch(tmp_path, *jobs, processes=2, fails=False):
+    """Run the jobs one after the other in the same processes."""
+    process = start(tmp_path, *jobs, processes=processes)
+    told, _ = process.communicate(timeout=300)
+    assert (process.returncode != 0) == fails, told
+    return told
+
+
+def ranks(output, count=2):
+    return [load_file(f"{output}.rank{rank}") for rank in range(count)]
+
+
+def assert_equal(one, other):
+    assert list(one) == list(other)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def assert_close(one, other, atol=1e-5):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.allclose(one[key], other[key], rtol=0, atol=atol), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_runs_of_two_processes_resume_exactly_with_the_weights_alike(tmp_path, parallel):
+    changes = {**SHARED, "decay": CD, "model": MODEL, "parallel": parallel}
+    whole, cut, one = tmp_path / "whole", tmp_path / "cut", tmp_path / "one"
+    told = launch(
+        tmp_path,
+        job(whole, **changes),
+        job(cut, stop_at=7, **changes),
+        job(cut, resume=True, **changes),
+    )
+    assert told.count("stopped") == 2
+    assert "resuming at step 6 of 12" in told
+    assert_equal(*ranks(cut))
+    assert_equal(*ranks(whole))
+    assert_equal(ranks(cut)[0], ranks(whole)[0])
+    assert lines(cut) == lines(whole)
+    run(one, **{**changes, "parallel": "ddp"})
+    mine, theirs = (load_checkpoint(output / "checkpoints") for output in (cut, one))
+    assert shapes(mine["model"]) == shapes(theirs["model"])
+    assert shapes(mine["optimizer"]) == shapes(theirs["optimizer"])
+
+
+def shapes(nested):
+    if isinstance(nested, torch.Tensor):
+        return nested.shape
+    if isinstance(nested, dict):
+        return {key: shapes(value) for key, value in nested.items() if key != "lr"}
+    return [shapes(item) for item in nested] if isinstance(nested, list) else nested
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_equal_one_with_the_same_effective_batch(tmp_path, parallel):
+    decay = {
+        **CD,
+        "norm_gains": {"strength": 1.0},
+        "weight": {"strength": 1.0},
+        "s2d": {"images": 4, "refresh": 3, "threshold": 0.1, "strength": 0.01},
+        "kure": {"strength": 0.1},
+        "tweo": {"strength": 0.1, "threshold": 0.5},
+    }
+    changes = {**SHARED, "decay": decay}
+    one = run(tmp_path / "one", accumulation=4, **changes)
+    two = tmp_path / "two"
+    launch(tmp_path, job(two, accumulation=2, parallel=parallel, **changes))
+    both = ranks(two)
+    assert_equal(*both)
+    assert_close(load_file(one.weights), both[0])
+    assert_equal(load_file(two / "model.safetensors"), both[0])
+    losses = [
+        [line["loss"] for line in lines(output) if "loss" in line] for output in (one.output, two)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert json.loads((two / "result.json").read_text())["top1"] == one.top1
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_is_refused_on_resume(tmp_path):
+    launch(tmp_path, job(tmp_path / "run", stop_at=4, **SHARED))
+    with pytest.raises(QuietvitError, match=r"written by 2 processes .* has 1; resume with 2"):
+        run(tmp_path / "run", resume=True, **SHARED)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_stops_all_processes(tmp_path):
+    output = tmp_path / "run"
+    changes = {**SHARED, "epochs": 4000, "checkpoint": {"every": 0}}
+    process = start(tmp_path, job(output, **changes))
+    path = output / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") > 3):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "SIGTERM: stopped after step" in told
+    assert len(list_checkpoints(output / "checkpoints")) == 1

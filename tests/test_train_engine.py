@@ -1,0 +1,198 @@
+"""Regularizers of a recipe in the loop, schedules in epochs, compilation, the dry run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quietvit.decay import StrengthSchedule
+from quietvit.errors import QuietvitError
+from quietvit.train import estimate
+from quietvit.train.setup import build
+from test_cli import run as command
+from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, lines, run
+
+REGULARIZERS = {
+    "cd": {"strength": 3.0, "schedule": {"shape": "cosine", "warmup_epochs": 0.5}},
+    "norm_gains": {"strength": 1.0},
+    "weight": {"strength": 0.5, "schedule": {"start_epoch": 1.0}},
+    "s2d": {"images": 4, "refresh": 3, "threshold": 0.1, "strength": 0.01},
+    "kure": {"strength": 0.1},
+    "tweo": {"strength": 0.1, "threshold": 0.5},
+    "watch_every": 2,
+}
+
+
+@pytest.mark.parametrize("at", [5, 9])
+def test_with_every_regularizer_a_run_resumes_bit_for_bit(tmp_path, monkeypatch, at):
+    changes = {**EVERYTHING, "decay": REGULARIZERS}
+    expected = run(tmp_path / "whole", **changes)
+    interrupt(tmp_path / "run", monkeypatch, at, **changes)
+    assert_same(run(tmp_path / "run", resume=True, **changes), expected)
+    logged = [json.loads(t) for t in (expected.output / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in logged if "loss" in line]
+    for name in ("cd", "norm_gains", "weight", "s2d", "kure", "tweo"):
+        assert all(line[f"penalty_{name}"] >= 0 for line in logged)
+    seen = [line["step"] for line in logged if "worst_pair" in line]
+    assert seen == list(range(2, 15, 2))
+    assert all(line["largest_activation"] > 0 for line in logged if line["step"] in seen)
+    again = [json.loads(t) for t in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    kept = ("worst_amplification", "worst_pair", "largest_activation", "largest_block")
+    assert [[line.get(key) for key in kept] for line in again] == [
+        [line.get(key) for key in kept]
+        for line in map(json.loads, (expected.output / "metrics.jsonl").read_text().splitlines())
+    ]
+
+
+@pytest.mark.parametrize("name", ["cd", "norm_gains", "weight", "s2d", "kure", "tweo"])
+def test_each_regularizer_changes_the_weights_and_watching_does_not(tmp_path, name):
+    section = {key: v for key, v in REGULARIZERS[name].items() if key != "schedule"}
+    plain = run(tmp_path / "plain", epochs=1, decay={"watch_every": 0})
+    watched = run(tmp_path / "watched", epochs=1, decay={"watch_every": 1})
+    assert_same(watched, plain)
+    regularized = run(tmp_path / "own", epochs=1, decay={name: section})
+    one, other = load_file(plain.weights), load_file(regularized.weights)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+    assert regularized.decay_seconds > 0
+
+
+def test_schedules_in_epochs_are_steps_of_the_strength(tmp_path):
+    decay = {
+        "cd": {
+            "strength": {"mlp": 1.0, "value_output": 2.0},
+            "schedule": {
+                "mlp": {"shape": "linear", "start_epoch": 0.5, "warmup_epochs": 1, "final": 0.1},
+                "value_output": {"warmup_epochs": 0.3},
+            },
+        },
+        "norm_gains": {"schedule": {"shape": "cosine"}},
+    }
+    parts = build(config(tmp_path, epochs=4, decay=decay)).parts
+    assert list(parts.regularizers) == ["cd", "norm_gains"]
+    assert parts.steps_per_epoch == 7
+    assert parts.regularizers["cd"].schedule == {
+        "mlp": StrengthSchedule("linear", start=4, warmup=7, total=28, final=0.1),
+        "value_output": StrengthSchedule(warmup=2),
+    }
+    assert parts.regularizers["norm_gains"].schedule == StrengthSchedule("cosine", total=28)
+
+
+def test_regularizers_act_in_the_order_of_the_configuration(tmp_path):
+    turned = dict(reversed(list(REGULARIZERS.items())))
+    parts = build(config(tmp_path, decay=turned)).parts
+    assert list(parts.regularizers) == ["cd", "norm_gains", "weight", "s2d", "kure", "tweo"]
+
+
+def test_more_images_for_s2d_than_there_are_are_refused(tmp_path):
+    with pytest.raises(QuietvitError, match=r"decay\.s2d\.images is 100, but .* has 60"):
+        run(tmp_path / "run", decay={"s2d": {"images": 100}})
+
+
+def test_layer_decay_scales_the_schedule_of_each_group(tmp_path):
+    parts = build(config(tmp_path, optimizer={"lr": 1e-2, "layer_decay": 0.5})).parts
+    parts.scheduler.step_update(3)
+    rates = {group["lr_scale"]: group["lr"] for group in parts.inner.param_groups}
+    assert len(rates) > 2
+    for scale, rate in rates.items():
+        assert rate == pytest.approx(scale * rates[1.0])
+    result = run(tmp_path / "run", optimizer={"lr": 1e-2, "layer_decay": 0.5}, epochs=1)
+    assert lines(result.output)[0]["lr"] == 1e-2
+
+
+def test_frozen_blocks_stay_as_they_are(tmp_path):
+    model = {**MODEL, "freeze_blocks": 1}
+    start = build(config(tmp_path / "a", model=model)).parts.plain.state_dict()
+    result = run(tmp_path / "b", model=model, epochs=1, decay={"cd": {"strength": 10.0}})
+    end = load_file(result.weights)
+    same = {key for key in end if torch.equal(start[key], end[key])}
+    assert {key for key in end if key.startswith("blocks.0.")} <= same
+    assert not any(key.startswith("blocks.1.") for key in same)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_plain_one_and_is_saved_by_plain_names(
+    tmp_path, monkeypatch
+):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
+    changes = {
+        "epochs": 1,
+        "ema": {"decay": 0.9},
+        "model": {**MODEL, "kwargs": {**MODEL["kwargs"], "drop_rate": 0.0, "drop_path_rate": 0.0}},
+        "decay": {name: REGULARIZERS[name] for name in ("cd", "s2d", "tweo", "watch_every")},
+        "optimizer": {"lr": 1e-3, "eps": 1e-4},
+    }
+    plain = run(tmp_path / "plain", **changes)
+    fast = run(tmp_path / "fast", compile=True, **changes)
+    one, other = load_file(plain.weights), load_file(fast.weights)
+    assert list(one) == list(other)
+    assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+    with monkeypatch.context() as patch:
+        interrupt(tmp_path / "cut", patch, 5, compile=True, **changes)
+    assert_same(run(tmp_path / "cut", resume=True, compile=True, **changes), fast)
+
+
+def test_an_object_with_logits_is_trained_on(tmp_path, monkeypatch):
+    from quietvit.train import setup
+
+    class Outputs:
+        def __init__(self, logits):
+            self.logits = logits
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.pretrained_cfg = inner, inner.pretrained_cfg
+
+        def forward(self, images):
+            return Outputs(self.inner(images))
+
+    create = setup.create_model
+    expected = run(tmp_path / "plain", epochs=1)
+    monkeypatch.setattr(setup, "create_model", lambda *a, **k: Wrapped(create(*a, **k)))
+    found = run(tmp_path / "run", epochs=1)
+    losses = [
+        [line["loss"] for line in lines(result.output) if "loss" in line]
+        for result in (found, expected)
+    ]
+    # The wrapper does not pass on which parameters have no weight decay.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_dry_run_measures_and_writes_nothing(tmp_path):
+    changes = {**EVERYTHING, "decay": REGULARIZERS, "epochs": 3}
+    found = estimate(config(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+    assert found.effective_batch == 8
+    assert (found.images, found.steps_per_epoch, found.total_steps) == (60, 7, 21)
+    assert found.parameters == found.trainable > 20000
+    assert found.memory > 2**20
+    assert found.step_seconds > 0
+    assert 0 < found.regularizer_share < 100
+    assert found.seconds == 21 * found.step_seconds
+    every = {**REGULARIZERS, "cd": {"strength": 1.0, "every": 4}}
+    assert estimate(config(tmp_path / "run", decay=every)).measured_steps == 4
+
+
+def test_a_dry_run_without_the_data_says_so(tmp_path):
+    data = {"dataset": f"imagefolder:{tmp_path / 'none'}"}
+    found = estimate(config(tmp_path / "run", data=data))
+    assert found.images is found.total_steps is found.seconds is None
+    assert "not there: " in str(found)
+    assert "does not exist" in str(found)
+
+
+def test_the_command_prints_the_dry_run_and_needs_a_folder_otherwise(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(config(tmp_path / "run").model_dump_json())
+    told = command("train", "--recipe", path, "--dry-run")
+    assert told.exit_code == 0
+    assert "effective batch     8\n" in told.output
+    assert "of it regularizers" in told.output
+    assert sorted(tmp_path.iterdir()) == [path]
+    refused = command("train", "--recipe", path)
+    assert refused.exit_code == 2
+    assert "--output" in refused.stderr
