@@ -219,13 +219,15 @@ def test_a_step_that_grad_scaler_skips_does_nothing(name: str, fused: bool) -> N
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for bad in (False, True, True, False):
         before = weights(model)
-        backward(model, made, factor=float(scaler.get_scale()) * (float("inf") if bad else 1.0))
+        backward(model, made, factor=scaler.get_scale())
+        if bad:
+            model.head.bias.grad[0] = float("inf")
         scaler.scale(torch.zeros((), requires_grad=True))  # makes the scaler know its scale
         grads = [p.grad.clone() for p in model.parameters()]
         scaler.step(optimizer)
         if fused and bad:  # else the scaler has unscaled them
             for parameter, grad in zip(model.parameters(), grads, strict=True):
-                assert torch.equal(parameter.grad.nan_to_num(), grad.nan_to_num())
+                assert torch.equal(parameter.grad, grad)
         scaler.update()
         optimizer.zero_grad()
         assert bool(changed(model, before)) != bad
