@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from quietvit.errors import QuietvitError
+from quietvit.train import engine
 from quietvit.train.checkpoint import list_checkpoints, load_checkpoint
 from test_train_loop import MODEL, config, lines, run
 
@@ -25,6 +27,8 @@ SHARED = {
     "data": {"dataset": "embedded:digits", "train_images": 48, "test_images": 20},
     "checkpoint": {"every": 2, "keep": 4},
 }
+OLD = tuple(map(int, version("accelerate").split(".")[:2])) < (1, 6)
+FSDP2 = pytest.param("fsdp2", marks=pytest.mark.skipif(OLD, reason="accelerate without FSDP2"))
 CD = {"cd": {"strength": 5.0}, "watch_every": 2}
 
 SCRIPT = """
@@ -102,7 +106,7 @@ def assert_close(one, other, atol=1e-5):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", FSDP2])
 def test_runs_of_two_processes_resume_exactly_with_the_weights_alike(tmp_path, parallel):
     changes = {**SHARED, "decay": CD, "model": MODEL, "parallel": parallel}
     whole, cut, one = tmp_path / "whole", tmp_path / "cut", tmp_path / "one"
@@ -133,7 +137,7 @@ def shapes(nested):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", FSDP2])
 def test_two_processes_equal_one_with_the_same_effective_batch(tmp_path, parallel):
     decay = {
         **CD,
@@ -179,3 +183,11 @@ def test_sigterm_saves_and_stops_all_processes(tmp_path):
     assert process.returncode != 0
     assert "SIGTERM: stopped after step" in told
     assert len(list_checkpoints(output / "checkpoints")) == 1
+
+
+def test_an_accelerate_without_fsdp2_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(engine, "version", lambda _: "1.5.2")
+    with pytest.raises(QuietvitError, match=r"needs accelerate 1\.6 or later, this is 1\.5\.2"):
+        engine.make_accelerator(config(tmp_path, parallel="fsdp2"))

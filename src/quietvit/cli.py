@@ -5,6 +5,7 @@ Nothing is computed here, and nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -119,12 +120,17 @@ def train(
     from quietvit.train import train as run
 
     config = load_recipe(recipe, overrides or [])
+    first = os.environ.get("RANK", "0") == "0"
     if dry_run:
-        typer.echo(str(estimate(config)))
+        told = str(estimate(config))
+        if first:
+            typer.echo(told)
         return
     if output is None:
         raise QuietvitError("train writes into a folder; name it by --output (or use --dry-run).")
     result = run(config.model_copy(update={"output": output}), resume=resume, force=force)
+    if not first:
+        return
     typer.echo(
         f"top-1 {result.top1:.2f} % after {result.steps} steps in {result.train_seconds:.0f} s, "
         f"of it {result.decay_seconds:.1f} s regularizers"

@@ -167,6 +167,8 @@ def load_whole(
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, dict(model_state), options=options)
     set_optimizer_state_dict(model, optimizer, named, options=options)
+    for group, saved in zip(optimizer.param_groups, optimizer_state["param_groups"], strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
 
 
 def check_optimizer_state(optimizer: Optimizer, state: Any) -> None:
