@@ -255,7 +255,8 @@ def _layers(model: nn.Module, traced: Trace) -> tuple[Layer, ...]:
             sites.append(site.name)
     if not found:
         raise QuietvitError(
-            f"{traced.model_name} has no linear layer (beside the head) whose weight is a matrix of "
-            "parameters: SpectralDecay has nothing to act on; print(quietvit.trace(model, example)) shows what is seen."
+            f"{traced.model_name} has no linear layer (beside the head) whose weight is a matrix "
+            "of parameters: SpectralDecay has nothing to act on; "
+            "print(quietvit.trace(model, example)) shows what is seen."
         )
     return tuple(Layer(view, tuple(sites)) for view, sites in found.values())
