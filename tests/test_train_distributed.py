@@ -27,7 +27,7 @@ SHARED = {
     "data": {"dataset": "embedded:digits", "train_images": 48, "test_images": 20},
     "checkpoint": {"every": 2, "keep": 4},
 }
-OLD = tuple(map(int, version("accelerate").split(".")[:2])) < (1, 6)
+OLD = tuple(map(int, version("accelerate").split(".")[:2])) < (1, 7)
 FSDP2 = pytest.param("fsdp2", marks=pytest.mark.skipif(OLD, reason="accelerate without FSDP2"))
 CD = {"cd": {"strength": 5.0}, "watch_every": 2}
 
@@ -188,6 +188,6 @@ def test_sigterm_saves_and_stops_all_processes(tmp_path):
 def test_an_accelerate_without_fsdp2_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(engine, "version", lambda _: "1.5.2")
-    with pytest.raises(QuietvitError, match=r"needs accelerate 1\.6 or later, this is 1\.5\.2"):
+    monkeypatch.setattr(engine, "version", lambda _: "1.6.0")
+    with pytest.raises(QuietvitError, match=r"needs accelerate 1\.7 or later, this is 1\.6\.0"):
         engine.make_accelerator(config(tmp_path, parallel="fsdp2"))

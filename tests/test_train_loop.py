@@ -134,6 +134,14 @@ def test_an_interrupted_run_resumes_to_the_same_weights_bit_for_bit(
     assert_same(run(tmp_path / "run", resume=True, **EVERYTHING), whole(**EVERYTHING))
 
 
+def test_a_run_resumes_from_a_checkpoint_at_the_end_of_an_epoch(tmp_path, monkeypatch, whole):
+    changes = {**EVERYTHING, "evaluate_every": 1}
+    expected = whole(**changes)
+    changes |= {"checkpoint": {"every": 7}}
+    interrupt(tmp_path / "run", monkeypatch, 9, **changes)
+    assert_same(run(tmp_path / "run", resume=True, **changes), expected)
+
+
 def test_a_run_interrupted_twice_and_with_other_workers_ends_the_same(tmp_path, monkeypatch, whole):
     expected = whole(**EVERYTHING)
     output = tmp_path / "run"

@@ -20,7 +20,7 @@ from quietvit.train.config import TrainConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_FSDP2_SINCE = (1, 6)
+_FSDP2_SINCE = (1, 7)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

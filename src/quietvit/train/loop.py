@@ -125,7 +125,8 @@ class _Loop:
                 self.r.batches.seek(self.epoch, self.batch)
                 self.p.model.train()
                 self._mark = time.perf_counter()
-                for images, labels in self.r.loader:
+                # A checkpoint may lie at the end of an epoch, and some loaders refuse to be empty.
+                for images, labels in self.r.loader if len(self.r.batches) else ():
                     if self._batch(images, labels):
                         loss = self._after_step(images)
                         bar.update(task, completed=self.step)
