@@ -148,6 +148,7 @@ def test_under_ddp_all_processes_hold_the_same_bits_and_those_of_one_process(
             torch.testing.assert_close(found[sharded][1][key], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @worlds
 def test_under_fsdp2_the_weights_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(in_fsdp, (world, str(tmp_path)), nprocs=world)

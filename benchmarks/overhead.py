@@ -1,0 +1,419 @@
+"""What a regularizer costs: step time with it over step time without, DeiT-T/S/B and Swin-T.
+
+Random images and weights, AdamW, bfloat16 autocast. Everything of one model and batch is measured in
+one process, the variants in turn, repeated; a row gives the median and the extremes over repeats.
+On a GPU whole steps are compared. On a CPU, where a percent drowns in the noise of whole steps, what
+runs in the optimizer's hooks is timed by itself (``how`` = hook) and added to the plain step; TWEO
+acts in the forward pass, so its whole steps are compared everywhere. ``floor``: matrix FLOPs of the
+update over those of the step, what no implementation in the same precision can beat.
+Cases go from cheap to dear until --minutes are spent; the rest is skipped and said. Resumable: a
+case that is in the table is not measured again.
+
+    python benchmarks/overhead.py run --minutes 10
+    python benchmarks/overhead.py run --models deit_tiny_patch16_224 --batches 8 --minutes 1 --out x.csv
+    python benchmarks/overhead.py summary
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import quietvit
+
+MODELS = (
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "deit_base_patch16_224",
+)
+BATCHES = (64, 256)
+EVERY, REFRESH = 4, 100
+# Name -> class, its settings. Cheap strengths: what they do to the weights does not matter here.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cd": ("ColinearityDecay", {"strength": 1.0}),
+    "cd-float32": ("ColinearityDecay", {"strength": 1.0, "products": "float32"}),
+    "cd-compiled": ("ColinearityDecay", {"strength": 1.0, "compile": True}),
+    "cd-top-svd": ("ColinearityDecay", {"strength": 1.0, "penalty": "top"}),
+    "s2d": ("SpectralDecay", {"refresh": 10**9}),
+    "s2d-svd": ("SpectralDecay", {"refresh": 1}),
+    "tweo": ("TWEO", {}),
+    "kure": ("KurtosisRegularization", {}),
+    "norm-gains": ("NormGainDecay", {"strength": 3.0}),
+}
+# Amortized rows of the summary: name -> (often, seldom, every so many steps).
+AMORTIZED = {
+    f"cd, every={EVERY}": (None, "cd", EVERY),
+    f"s2d, refresh={REFRESH}": ("s2d", "s2d-svd", REFRESH),
+}
+COLUMNS = (
+    *("model", "batch", "device", "variant", "how", "plain_ms", "cost_ms", "ratio"),
+    *("ratio_low", "ratio_high", "repeats", "floor", "extra_memory_mib", "block_mib", "settings"),
+    *("precision", "threads", "quietvit", "torch", "timm", "machine"),
+)
+RATE = 1e-4
+OUT = Path("results/overhead.csv")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+OutOption = Annotated[Path, typer.Option(help="The table.")]
+Row = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """A model that trains on one batch of random images, and clocks around its steps."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, name: str, batch: int, device: torch.device) -> Bench:
+        torch.manual_seed(0)
+        model = timm.create_model(name).to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+        images = torch.randn(batch, 3, 224, 224, device=device)
+        return cls(model, optimizer, images, torch.randint(0, 1000, (batch,), device=device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def backward(self, regularizer: Any = None) -> None:
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits = self.model(self.images)
+        loss = F.cross_entropy(logits.float(), self.labels)
+        if isinstance(regularizer, quietvit.TWEO):
+            loss = loss + regularizer.loss()
+        loss.backward()
+
+    def step(self, regularizer: Any = None) -> None:
+        self.backward(regularizer)
+        self.optimizer.step()
+
+    def seconds(self, work: Callable[[], object], times: int = 1) -> float:
+        """Wall seconds of one call, the device waited for."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        self.wait()
+        return (time.perf_counter() - start) / times
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> float:
+        """Peak memory since ``reset_peak``, MiB: allocated on a GPU, resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+        except (OSError, IndexError):
+            return float("nan")
+
+
+def make(variant: str, bench: Bench) -> Any:
+    kind, settings = VARIANTS[variant]
+    example = torch.zeros(1, 3, 224, 224, device=bench.device)
+    given = dict(settings)
+    if kind == "SpectralDecay":
+        given["images"] = torch.randn(16, 3, 224, 224, device=bench.device)
+    made = getattr(quietvit, kind)(bench.model, example, **given)
+    if kind == "TWEO":
+        made.detach()
+    return made
+
+
+@contextmanager
+def attached(regularizer: Any, bench: Bench) -> Iterator[None]:
+    if regularizer is None:
+        yield
+        return
+    regularizer.attach(bench.optimizer)
+    try:
+        yield
+    finally:
+        regularizer.detach()
+
+
+def update(regularizer: Any, bench: Bench) -> None:
+    """What a regularizer does in the optimizer's hooks, alone."""
+    regularizer.step(bench.optimizer)
+
+
+def flops(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def step_flops(name: str, batch: int) -> float:
+    """Matrix FLOPs of a forward and backward pass, counted on two images."""
+    small = Bench.of(name, 2, torch.device("cpu"))
+    return flops(small.backward) / 2 * batch
+
+
+def block_mib(model: nn.Module) -> float:
+    """Size of the weights of the largest residual block, MiB."""
+    from quietvit.tracing.block_modules import residual_modules
+
+    device = next(model.parameters()).device
+    names = residual_modules(quietvit.trace(model, torch.zeros(1, 3, 224, 224, device=device)))
+    sizes = [sum(p.nbytes for p in model.get_submodule(n).parameters()) for n in names]
+    return max(sizes) / 2**20
+
+
+def whole_steps(
+    bench: Bench, made: dict[str, Any], repeats: int, times: int
+) -> dict[str, list[float]]:
+    """Seconds of a step with each regularizer, and with none, in turn."""
+    everyone: dict[str, Any] = {"plain": None} | made
+    for regularizer in everyone.values():
+        with attached(regularizer, bench):
+            bench.step(regularizer)
+    found: dict[str, list[float]] = {name: [] for name in everyone}
+    order = list(everyone)
+    for repeat in range(repeats):
+        for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
+            with attached(everyone[name], bench):
+                one = lambda name=name: bench.step(everyone[name])  # noqa: E731
+                found[name].append(bench.seconds(one, times))
+    return found
+
+
+def hooks(bench: Bench, made: dict[str, Any], repeats: int) -> dict[str, list[float]]:
+    """Seconds of what each regularizer does beside an optimizer step, in turn."""
+    found: dict[str, list[float]] = {name: [] for name in made}
+    for regularizer in made.values():
+        update(regularizer, bench)
+    for _ in range(repeats):
+        for name, regularizer in made.items():
+            found[name].append(bench.seconds(lambda r=regularizer: update(r, bench)))
+    return found
+
+
+def memory(bench: Bench, regularizer: Any, in_forward: bool) -> float:
+    """How much higher the peak is with it, MiB: of a step, or on a CPU of the update alone."""
+    if bench.device.type == "cuda" or in_forward:
+        peaks = []
+        for one in (None, regularizer):
+            with attached(one, bench):
+                bench.reset_peak()
+                bench.step(one)
+                bench.wait()
+                peaks.append(bench.peak())
+        return peaks[1] - peaks[0]
+    bench.reset_peak()
+    before = bench.peak()
+    update(regularizer, bench)
+    return bench.peak() - before
+
+
+def measure(
+    name: str, batch: int, device: torch.device, variants: Sequence[str], seconds: float
+) -> list[Row]:
+    """The rows of one model and batch within about so many seconds; none where that is too few."""
+    bench = Bench.of(name, batch, device)
+    bench.step()
+    one = bench.seconds(bench.step)
+    on_device = device.type != "cpu"
+    in_steps = [v for v in variants if on_device or v == "tweo"]
+    times = max(1, min(20, int(0.5 / one))) if on_device else 1
+    repeats = min(9, int(seconds * 0.7 / (one * times * (len(in_steps) + 1))) - 1)
+    if repeats < 2:
+        print(f"skipped {name} batch {batch}: a step takes {one:.1f} s, {seconds:.0f} s are left")
+        return []
+    made = {variant: make(variant, bench) for variant in variants}
+    steps = whole_steps(bench, {v: made[v] for v in in_steps}, repeats, times)
+    in_hooks = {v: r for v, r in made.items() if v not in in_steps}
+    alone = hooks(bench, in_hooks, 5)
+    plain = statistics.median(steps["plain"])
+    total = step_flops(name, batch)
+    block = block_mib(bench.model)
+    rows = []
+    for variant, regularizer in made.items():
+        if variant in in_steps:
+            how, samples = "step", steps[variant]
+            pairs = zip(samples, steps["plain"], strict=True)
+            ratios = [with_it / without for with_it, without in pairs]
+        else:
+            how, samples = "hook", alone[variant]
+            ratios = [1 + cost / plain for cost in samples]
+        ratio = statistics.median(ratios)
+        floor = 0.0
+        if variant not in ("tweo", "cd-compiled"):
+            floor = flops(lambda r=regularizer: update(r, bench)) / total
+        rows.append(
+            {
+                "model": name,
+                "batch": batch,
+                "device": device.type,
+                "variant": variant,
+                "how": how,
+                "plain_ms": round(1e3 * plain, 2),
+                "cost_ms": round(1e3 * plain * (ratio - 1), 2),
+                "ratio": round(ratio, 5),
+                "ratio_low": round(min(ratios), 5),
+                "ratio_high": round(max(ratios), 5),
+                "repeats": len(ratios),
+                "floor": round(floor, 6),
+                "extra_memory_mib": round(memory(bench, regularizer, variant == "tweo"), 1),
+                "block_mib": round(block, 1),
+                "settings": json.dumps(VARIANTS[variant][1], sort_keys=True),
+                "precision": "bfloat16 autocast",
+                "threads": torch.get_num_threads(),
+                "quietvit": quietvit.__version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "machine": machine(device),
+            }
+        )
+    return rows
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} {os.cpu_count()} cores"
+
+
+def read(out: Path) -> list[dict[str, str]]:
+    if not out.exists():
+        return []
+    with out.open(newline="") as handle:
+        reader = csv.DictReader(handle)
+        rows = list(reader)
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise typer.BadParameter(f"{out} has other columns; move it away or choose another --out")
+    return rows
+
+
+def append(out: Path, rows: Sequence[Row]) -> None:
+    fresh = not out.exists()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, COLUMNS)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+@app.command()
+def run(
+    minutes: Annotated[float, typer.Option(help="When to stop starting cases.")] = 10.0,
+    out: OutOption = OUT,
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
+    batches: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(map(str, BATCHES)),
+    variants: Annotated[str, typer.Option(help="Comma-separated.")] = "",
+    device: Annotated[str, typer.Option(help="cuda or cpu; the GPU where there is one.")] = "",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's own choice.")] = 0,
+) -> None:
+    """Measure the cases that have no rows yet, the cheap ones first."""
+    if threads:
+        torch.set_num_threads(threads)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Compiling for a CPU takes longer than the whole measurement.
+    usual = [v for v in VARIANTS if where.type == "cuda" or v != "cd-compiled"]
+    chosen = variants.split(",") if variants else usual
+    for variant in chosen:
+        if variant not in VARIANTS:
+            raise typer.BadParameter(f"{variant!r} is none of {', '.join(VARIANTS)}")
+    end = time.monotonic() + 60 * minutes
+    for batch in map(int, batches.split(",")):
+        for name in models.split(","):
+            key = (name, str(batch), where.type)
+            done = {
+                row["variant"]
+                for row in read(out)
+                if (row["model"], row["batch"], row["device"]) == key
+            }
+            todo = [variant for variant in chosen if variant not in done]
+            left = end - time.monotonic()
+            if not todo or left <= 0:
+                continue
+            rows = measure(name, batch, where, todo, left / 2 if minutes > 2 else left)
+            append(out, rows)
+            for row in rows:
+                print(name, batch, row["variant"], row["ratio"], row["cost_ms"], "ms", flush=True)
+
+
+@app.command()
+def summary(out: OutOption = OUT) -> None:
+    """Print the table as Markdown: ratio of step times, its extremes, the floor, the memory."""
+    rows = read(out)
+    print(
+        "| model | batch | device | variant | ratio | extremes | cost, ms | plain step, ms |",
+        end="",
+    )
+    print(" floor | extra memory, MiB | one block, MiB |")
+    print("|---" * 11 + "|")
+    cases = dict.fromkeys((row["model"], row["batch"], row["device"]) for row in rows)
+    for case in cases:
+        own = {r["variant"]: r for r in rows if (r["model"], r["batch"], r["device"]) == case}
+        for row in own.values():
+            shown = "s2d between refreshes" if row["variant"] == "s2d" else row["variant"]
+            line(case, shown, row, float(row["ratio"]), float(row["floor"]))
+        for label, (often, seldom, every) in AMORTIZED.items():
+            if seldom not in own or (often is not None and often not in own):
+                continue
+            base = own[often] if often is not None else None
+            light = float(base["ratio"]) if base else 1.0
+            light_floor = float(base["floor"]) if base else 0.0
+            ratio = light + (float(own[seldom]["ratio"]) - light) / every
+            floor = light_floor + (float(own[seldom]["floor"]) - light_floor) / every
+            line(case, f"{label} (from the rows above)", own[seldom], ratio, floor, derived=True)
+
+
+def line(
+    case: tuple[str, str, str],
+    label: str,
+    row: dict[str, str],
+    ratio: float,
+    floor: float,
+    derived: bool = False,
+) -> None:
+    plain = float(row["plain_ms"])
+    extremes = "" if derived else f"{float(row['ratio_low']):.4f}–{float(row['ratio_high']):.4f}"
+    cells = (
+        *case,
+        label,
+        f"{ratio:.4f}",
+        extremes,
+        f"{(ratio - 1) * plain:.1f}",
+        f"{plain:.0f}",
+        f"{floor:.4f}" if floor else "",
+        row["extra_memory_mib"],
+        row["block_mib"],
+    )
+    print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    app()
