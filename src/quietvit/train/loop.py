@@ -224,11 +224,9 @@ class _Loop:
         pair = ""
         if watch is not None:
             last, seen = watch.last, watch.amplification(self.step)
-            if seen is not None:
-                pair = f" The largest amplification is {seen.amplification:g}, of {seen.pair}"
-                if last is not None:
-                    pair += f" (at step {last.step} {last.amplification:g}, of {last.pair})"
-                pair += "."
+            pair = "" if seen is None else f" The largest amplification is {seen}."
+            if last is not None:
+                pair += f" It was last logged finite at step {last.step}: {last}."
         return QuietvitError(
             f"{what}.{pair} {self._last_saved()} Lower optimizer.lr (now "
             f"{config.optimizer.lr:g}), set optimizer.clip_grad, or train with precision 'no'."

@@ -6,6 +6,7 @@ Numbers for logs and for the message of a run that diverged; nothing is changed.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,22 @@ logger = logging.getLogger("quietvit")
 
 @dataclass(frozen=True)
 class Seen:
-    """The pair with the largest amplification at ``step``."""
+    """The pair with the largest amplification at ``step``, and how many of all are not finite.
+
+    Once the loss is NaN, an optimizer's step soon leaves no pair finite; the last look before tells
+    more then.
+    """
 
     step: int
     pair: str
     amplification: float
+    infinite: int
+    pairs: int
+
+    def __str__(self) -> str:
+        if not self.infinite:
+            return f"{self.amplification:g}, of {self.pair}"
+        return f"infinite for {self.infinite} of {self.pairs} pairs, first {self.pair}"
 
 
 class Watch:
@@ -61,11 +73,13 @@ class Watch:
         """
         if not self.pairs:
             return None
-        from quietvit.decay import worst_amplification
+        from quietvit.decay import amplifications
 
-        pair, value = worst_amplification(self.model, self.pairs)
-        seen = Seen(step, pair, value)
-        if value < float("inf"):
+        found = amplifications(self.model, self.pairs)
+        pair = max(found, key=found.__getitem__)
+        infinite = sum(math.isinf(value) for value in found.values())
+        seen = Seen(step, pair, found[pair], infinite, len(found))
+        if not infinite:
             self.last = seen
         return seen
 
