@@ -34,7 +34,8 @@ class TrainResult:
     ``top1`` is in percent, of the weights saved (the moving average where the config has one;
     ``top1_without_ema`` is then that of the last weights). ``train_seconds`` is the time of the
     training steps, data included, evaluation and checkpoints not; ``decay_seconds`` the part of it
-    spent in the decay's updates and in its penalty where that is logged.
+    spent in regularizers: at the optimizer's steps, in TWEO's loss (not its backward pass), and in
+    what is logged of them.
     """
 
     output: Path
