@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quietvit.decay.attach import DecoupledUpdate, Schedule
 from quietvit.decay.exact import blame, exact_changes
 from quietvit.decay.layout import Layout, Source, lay_out
-from quietvit.decay.penalties import PENALTIES, Basis, Penalty, Top
+from quietvit.decay.penalties import Basis, Penalty, Top, penalty_named
 from quietvit.decay.plan import Batch
 from quietvit.decay.products import checked_products
 from quietvit.decay.schedule import check_kinds, factor_at
@@ -57,7 +57,8 @@ class ColinearityDecay(DecoupledUpdate):
         pairs: explicit pairs instead of ``find_pairs(model, example)``.
         products: precision of the matrix products: ``float32``, ``bfloat16`` (sums and weights
             stay float32), or ``auto``, bfloat16 where the processor is faster at it (float64
-            weights keep float64). In bfloat16 a change is off by about 0.4 % of itself.
+            weights keep float64). In bfloat16 a change is off by some 0.2 % of itself (DeiT-Tiny:
+            median over parameters 0.15 %, largest 0.3 %; ``cosine`` 0.3 and 1.1 %).
         sharded: divide the work among the processes of the default process group; all then write
             the same numbers. In a single process it changes nothing.
         compile: compile the pure part of the update with ``torch.compile``, once for each shape of
@@ -91,7 +92,7 @@ class ColinearityDecay(DecoupledUpdate):
         super().__init__(model, every=every, schedule=schedule)
         self.products = checked_products(products)
         self.sharded = bool(sharded)
-        self.rule = _penalty_named(penalty)
+        self.rule = penalty_named(penalty)
         self.strength = checked_strength(strength)
         if isinstance(kinds, str):
             raise QuietvitError(f"kinds={kinds!r}: give a sequence of kinds, such as ({kinds!r},).")
@@ -343,14 +344,3 @@ def checked_strength(strength: float | Mapping[str, float]) -> float | dict[str,
     if isinstance(strength, Mapping):
         return {str(kind): checked(value, f" for {kind}") for kind, value in strength.items()}
     return checked(strength, "")
-
-
-def _penalty_named(penalty: str | Penalty) -> Penalty:
-    if isinstance(penalty, Penalty):
-        return penalty
-    if penalty not in PENALTIES:
-        raise QuietvitError(
-            f"penalty {penalty!r} is unknown{nearest(str(penalty), PENALTIES)}; known: "
-            f"{', '.join(PENALTIES)}."
-        )
-    return PENALTIES[penalty]()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quietvit.decay.layout import Layout
-from quietvit.decay.penalties import Basis, Penalty
+from quietvit.decay.penalty import Basis, Penalty
 from quietvit.decay.plan import Batch, batches, wide
 from quietvit.decay.products import scaled
 from quietvit.errors import QuietvitError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay.limits import TrustRegion
-from quietvit.decay.penalties import Penalty
+from quietvit.decay.penalty import Penalty
 from quietvit.decay.plan import Batch, batches, block_size, windows
 from quietvit.decay.whole import gathered, is_sharded, read, untied
 from quietvit.pairs import MatrixPair

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quietvit.decay.penalties import Basis, Operator, Penalty
+from quietvit.decay.penalty import Basis, Operator, Penalty
 from quietvit.decay.plan import Batch, overlaps
 from quietvit.decay.products import product_dtype
 from quietvit.pairs import MatrixPair

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quietvit.decay.layout import Layout, Source
-from quietvit.decay.penalties import Basis, Penalty
+from quietvit.decay.penalty import Basis, Penalty
 from quietvit.decay.plan import Operands, Run, wide
 from quietvit.decay.products import product_dtype
 from quietvit.decay.whole import like

@@ -1,0 +1,97 @@
+"""What a penalty of ordered pairs has to offer; the penalties themselves are in ``penalties``.
+
+Shapes, units and what counts as constant: see there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quietvit.decay.products import largest_rate, scaled, smaller
+
+Basis = tuple[Tensor, Tensor]
+Factored = tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The linear map whose value on a weight is its direction: weight (x) gram - shift.
+
+    ``gram`` (n, h, h), or (n, h) where diagonal, is symmetric and acts on the hidden dimension;
+    ``weights`` (n, o) scales output channels; ``shift`` (n,) is subtracted as a multiple of the
+    identity. Its eigenvalues are weights_k * gram_i - shift: the rate of each direction.
+    """
+
+    gram: Tensor
+    weights: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Penalty(ABC):
+    """One penalty. All methods are pure and accept (A, B) as the module describes.
+
+    ``tame``: whether finite weights of ordinary size always give finite directions, so that an
+    update need not look at each of them; False asks for that look, which costs a second pass.
+    """
+
+    name: ClassVar[str]
+    tame: ClassVar[bool] = False
+
+    @abstractmethod
+    def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        """Return the parts of the stated penalty that A and that B is moved by, each (n,)."""
+
+    @abstractmethod
+    def factored(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> Factored:
+        """Return ((PA, fA), (PB, fB)) with dA = fA PA and dB = fB PB, f: (n,), None for 1.
+
+        ``products``: dtype of the matrix products (and then of PA and PB), None for that of A.
+        """
+
+    def penalty(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Tensor:
+        """Return the stated penalty of each pair, shape (n,)."""
+        of_A, of_B = self.sides(A, B, basis)
+        return of_A + of_B
+
+    def directions(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
+        """Return (dA, dB), shaped like A and B: the gradients of the stated penalty."""
+        (PA, fA), (PB, fB) = self.factored(A, B, basis)
+        return PA if fA is None else scaled(PA, fA), PB if fB is None else scaled(PB, fB)
+
+    @abstractmethod
+    def operators(
+        self, A: Tensor, B: Tensor, basis: Basis | None = None
+    ) -> tuple[Operator, Operator]:
+        """Return the linear maps that take A to dA and B to dB. Forms h x h matrices: not cheap."""
+
+    def static_bounds(self, A: Tensor, B: Tensor) -> tuple[float, float]:
+        """Return upper bounds of the rates of A and of B that follow from shapes alone."""
+        return smaller(B), smaller(A)
+
+    def bounds(
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return upper bounds (n,) of the largest rates of A and of B, without a decomposition.
+
+        By the Schatten 4-norm: s_max^4 <= |M M^T|^2, one product on the smaller side of M.
+        """
+        return largest_rate(B, products), largest_rate(A, products)
+
+    def basis(self, A: Tensor, B: Tensor) -> Basis | None:
+        """Return what has to be cached between steps, or None where nothing has."""
+        return None

@@ -1,0 +1,52 @@
+"""The table of benchmarks/overhead.py: rows are kept, and amortized as their steps are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import overhead
+
+
+def row(variant: str, ratio: float) -> dict[str, Any]:
+    numbers = {"plain_ms": 1000.0, "ratio_low": ratio, "ratio_high": ratio, "floor": ratio / 100}
+    blank = dict.fromkeys(overhead.COLUMNS, "")
+    case = {"model": "m", "batch": 8, "device": "cpu", "variant": variant, "ratio": ratio}
+    return blank | numbers | case
+
+
+def test_rows_are_kept_and_amortized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "table.csv"
+    overhead.append(out, [row("cd", 1.04)])
+    overhead.append(out, [row("s2d", 1.01), row("s2d-svd", 2.01)])
+    assert [r["variant"] for r in overhead.read(out)] == ["cd", "s2d", "s2d-svd"]
+    overhead.summary(out)
+    cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    shown = {row[3]: row[4] for row in cells}
+    assert shown["cd, every=4 (from the rows above)"] == "1.0100"
+    assert shown["s2d, refresh=100 (from the rows above)"] == "1.0200"
+    assert shown["s2d between refreshes"] == "1.0100"
+
+
+def test_a_table_of_other_columns_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "table.csv"
+    out.write_text("a,b\n1,2\n")
+    with pytest.raises(typer.BadParameter, match="other columns"):
+        overhead.read(out)
+
+
+def test_every_variant_is_a_public_regularizer() -> None:
+    import quietvit
+
+    for kind, _ in overhead.VARIANTS.values():
+        assert hasattr(quietvit, kind)
+    for often, seldom, every in overhead.AMORTIZED.values():
+        assert seldom in overhead.VARIANTS
+        assert often is None or often in overhead.VARIANTS
+        assert every > 1
