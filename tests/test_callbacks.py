@@ -7,6 +7,7 @@ import logging
 import sys
 import types
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ class Plain(nn.Module):
 
 def hf_trainer(folder: Path, model: nn.Module, callbacks: list[Any], **more: Any) -> Any:
     transformers = pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    if "keep_torch_compile" not in signature(accelerate.Accelerator.unwrap_model).parameters:
+        pytest.skip(f"the Trainer does not run with accelerate {accelerate.__version__}")
     arguments = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -315,9 +319,9 @@ def test_a_penalty_on_activations_in_lightning(tmp_path):
 
 
 def test_several_optimizers_are_refused_with_the_way_out(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
     model = hf_model()
     callback = lightning_callback(cd(model))
-    lightning = pytest.importorskip("lightning.pytorch")
     trainer = lightning.Trainer(
         max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,11 @@ def test_the_added_line_lowers_the_penalty_and_the_model_learns(name, tmp_path):
     package = WITH_AND_WITHOUT[name]
     if package is not None:
         pytest.importorskip(package)
+    if package == "transformers":
+        from accelerate import Accelerator
+
+        if "keep_torch_compile" not in signature(Accelerator.unwrap_model).parameters:
+            pytest.skip("the Trainer does not run with this accelerate")
     text = run(name, tmp_path)
     rows = re.findall(rf"strength (\d): top-1 {NUMBER} %, penalty {NUMBER}", text)
     assert [row[0] for row in rows] == ["0", "1"], text
