@@ -209,7 +209,9 @@ def test_frozen_and_foreign_parameters_are_left_alone_and_their_partner_moves() 
     optimizer.param_groups[0]["params"] = [
         p for p in optimizer.param_groups[0]["params"] if p is not model.proj.weight
     ]
-    ColinearityDecay(model, strength=1.0, pairs=block_pairs(norms=False)).attach(optimizer)
+    decay = ColinearityDecay(model, strength=1.0, pairs=block_pairs(norms=False))
+    with pytest.warns(UserWarning, match=r"1 of 4 .*in no group of this SGD \(first: proj.weight\)"):
+        decay.attach(optimizer)
     before, wanted = weights(model), expected(model, block_pairs(norms=False), lambda *_: 0.01)
     optimizer.step()
     after = weights(model)

@@ -5,6 +5,7 @@ What is computed is up to the subclasses; no mathematics of pairs or layers here
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -73,7 +74,8 @@ class Attachment(ABC):
     def attach(self, optimizer: Optimizer) -> Self:
         """Act at every step of ``optimizer`` (wrappers such as accelerate's are looked into).
 
-        Raises QuietvitError if already attached, if the optimizer cannot be hooked, or if it holds
+        Trainable parameters concerned that are in none of its groups stay as they are, and a
+        warning names them. Raises QuietvitError if already attached, if the optimizer cannot be hooked, or if it holds
         none of the parameters concerned.
         """
         if self._handles:
@@ -90,6 +92,7 @@ class Attachment(ABC):
                 f"{type(inner).__name__}; build the optimizer from this model's parameters, after "
                 "any load_state_dict(assign=True) or .to()."
             )
+        self._warn_of_others(held, inner)
         self._optimizer = weakref.ref(inner)
         self._held = set(held)
         self._handles = [
@@ -102,6 +105,19 @@ class Attachment(ABC):
             hook = Watch(self, watched)
             self._handles.append(watched.parameter.register_post_accumulate_grad_hook(hook))
         return self
+
+    def _warn_of_others(self, held: Collection[str], optimizer: Optimizer) -> None:
+        """Say which parameters another optimizer, or none, has."""
+        names = dict.fromkeys(self._names())
+        others = [n for n in names if n not in held and self._read(n).requires_grad]
+        if others:
+            warnings.warn(
+                f"{type(self).__name__}: {len(others)} of {len(names)} {self.concerns} are "
+                f"trainable but in no group of this {type(optimizer).__name__} (first: "
+                f"{others[0]}), so they stay as they are; if a second optimizer trains them, "
+                "attach another one to it.",
+                stacklevel=3,
+            )
 
     def detach(self) -> None:
         """Stop following the optimizer. Does nothing if not attached."""
