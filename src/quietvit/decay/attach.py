@@ -75,8 +75,8 @@ class Attachment(ABC):
         """Act at every step of ``optimizer`` (wrappers such as accelerate's are looked into).
 
         Trainable parameters concerned that are in none of its groups stay as they are, and a
-        warning names them. Raises QuietvitError if already attached, if the optimizer cannot be hooked, or if it holds
-        none of the parameters concerned.
+        warning says so. Raises QuietvitError if already attached, if the optimizer cannot be
+        hooked, or if it holds none of the parameters concerned.
         """
         if self._handles:
             raise QuietvitError(
