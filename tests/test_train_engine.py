@@ -80,6 +80,22 @@ def test_schedules_in_epochs_are_steps_of_the_strength(tmp_path):
     assert parts.regularizers["norm_gains"].schedule == StrengthSchedule("cosine", total=28)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "told"),
+    [
+        ({"start_epoch": 2}, r"start_epoch \(2\) must be below epochs \(2\)"),
+        ({"shape": "cosine", "start_epoch": 1, "warmup_epochs": 1}, "has no way down"),
+    ],
+)
+def test_a_strength_that_would_act_after_the_end_is_refused(tmp_path, schedule, told):
+    with pytest.raises(QuietvitError, match=rf"decay\.cd\.schedule: .*{told}"):
+        config(tmp_path, decay={"cd": {"schedule": schedule}})
+    each = {"mlp": {}, "value_output": schedule}
+    with pytest.raises(QuietvitError, match=rf"decay\.cd\.schedule\.value_output: .*{told}"):
+        config(tmp_path, decay={"cd": {"schedule": each}})
+    config(tmp_path, decay={"cd": {"schedule": schedule}}, epochs=3)
+
+
 def test_regularizers_act_in_the_order_of_the_configuration(tmp_path):
     turned = dict(reversed(list(REGULARIZERS.items())))
     parts = build(config(tmp_path, decay=turned)).parts

@@ -5,6 +5,7 @@ Reading it from TOML, overriding it and explaining mistakes is ``recipe``'s work
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -123,6 +124,18 @@ class StrengthScheduleConfig(Section):
     warmup_epochs: float = Field(default=0.0, ge=0)
     final: float = Field(default=0.0, ge=0)
 
+    def late(self, epochs: int) -> str:
+        """Why nothing of it, or no way down, is left within ``epochs``; "" where all is well."""
+        if self.start_epoch >= epochs:
+            return f"start_epoch ({self.start_epoch:g}) must be below epochs ({epochs})"
+        up = self.start_epoch + self.warmup_epochs
+        if self.shape != "constant" and up >= epochs:
+            return (
+                f"start_epoch + warmup_epochs ({up:g}) must be below epochs ({epochs}), or shape "
+                f"{self.shape!r} has no way down"
+            )
+        return ""
+
 
 class RegularizerConfig(Section):
     """What all regularizers have. A strength of 0 is off."""
@@ -216,6 +229,16 @@ class DecayConfig(Section):
     tweo: TweoConfig | None = None
     watch_every: int = Field(default=10, ge=0)
 
+    def schedules(self) -> Iterator[tuple[str, StrengthScheduleConfig]]:
+        """Each schedule of strengths, with its key."""
+        for name in DecayConfig.model_fields:
+            schedule = getattr(getattr(self, name), "schedule", None)
+            if isinstance(schedule, dict):
+                for kind, own in schedule.items():
+                    yield f"decay.{name}.schedule.{kind}", own
+            elif schedule is not None:
+                yield f"decay.{name}.schedule", schedule
+
 
 class CheckpointConfig(Section):
     """Every ``every`` optimizer steps (0: none), the last ``keep`` are kept."""
@@ -281,4 +304,7 @@ class TrainConfig(Section):
                 f"schedule.warmup_epochs ({self.schedule.warmup_epochs:g}) must be below epochs "
                 f"({self.epochs})"
             )
+        for key, strength in self.decay.schedules():
+            if problem := strength.late(self.epochs):
+                raise ValueError(f"{key}: {problem}")
         return self
