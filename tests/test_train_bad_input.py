@@ -13,12 +13,14 @@ import sys
 import pytest
 import torch
 
+from quietvit.data import create_model
 from quietvit.errors import QuietvitError
 from quietvit.train import checkpoint, loop, step
 from quietvit.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from quietvit.train.engine import check_groups, check_optimizer_state
 from quietvit.train.setup import build
-from test_train_loop import EVERYTHING, assert_same, config, interrupt, run
+from quietvit.train.watch import Watch
+from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, run
 
 
 def test_a_diverged_run_names_step_pair_and_last_checkpoint(tmp_path, monkeypatch):
@@ -42,7 +44,7 @@ def test_a_diverged_run_names_step_pair_and_last_checkpoint(tmp_path, monkeypatc
     last = [line for line in logged if "worst_pair" in line][-1]
     assert last["step"] == 4
     value, pair = last["worst_amplification"], last["worst_pair"]
-    assert f"It was last logged finite at step 4: {value:g}, of {pair}." in told
+    assert f"was last finite at step 4: {value:g}, of {pair}." in told
     path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert path.name == "step-00000004"
     assert f"The last checkpoint is {path}." in told
@@ -58,10 +60,37 @@ def test_a_regularizer_that_finds_nan_first_is_told_with_the_step(tmp_path, monk
         return forward(parts, images, labels, at)
 
     monkeypatch.setattr(loop, "forward_backward", diverging)
-    with pytest.raises(
-        QuietvitError, match=r"^at step 4: .*NaN or infinite.*last checkpoint is .*step-00000002"
-    ):
-        run(tmp_path / "run", decay={"cd": {"strength": 1.0}})
+    told = (
+        r"^at step 4: .*NaN or infinite.*"
+        r"The largest amplification was last finite at step 2: [\d.]+, of \w+: blocks.*"
+        r"last checkpoint is .*step-00000002"
+    )
+    with pytest.raises(QuietvitError, match=told):
+        run(tmp_path / "run", decay={"cd": {"strength": 1.0}, "watch_every": 2})
+
+
+def test_a_diverged_run_names_the_pair_where_nothing_is_logged_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "_heads", lambda outputs: (outputs * float("nan"),))
+    with pytest.raises(QuietvitError, match=r"became nan at step 1 .*largest amplification is"):
+        run(tmp_path / "run", decay={"watch_every": 0})
+
+
+@pytest.mark.parametrize("missing", ["pairs", "blocks", "trace"])
+def test_what_cannot_be_watched_does_not_keep_the_rest_from_it(monkeypatch, caplog, missing):
+    def refused(*args, **kwargs):
+        raise QuietvitError("there is none")
+
+    places = {
+        "pairs": "quietvit.pairs.find_pairs",
+        "blocks": "quietvit.decay.activations.residual_modules",
+        "trace": "quietvit.tracing.trace",
+    }
+    monkeypatch.setattr(places[missing], refused)
+    example = torch.randn(1, 3, 16, 16)
+    watch = Watch(create_model("vit_tiny_patch16_224", 10, **MODEL["kwargs"]), example)
+    assert "not everything can be watched: there is none" in caplog.text
+    assert bool(watch.blocks) == (watch.activation(example) is not None) == (missing == "pairs")
+    assert (watch.amplification(0) is None) == (missing != "blocks")
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):

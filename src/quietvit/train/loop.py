@@ -40,8 +40,7 @@ from quietvit.train.result import CONFIG, RESULT, WEIGHTS, TrainResult
 from quietvit.train.resume import check_same_checkpoint, collect, raise_together, restore
 from quietvit.train.setup import Run, build
 from quietvit.train.step import forward_backward
-from quietvit.train.stopping import EXIT_CODE, Termination
-from quietvit.train.watch import Watch
+from quietvit.train.stopping import EXIT_CODE, Termination, end_workers
 
 logger = logging.getLogger("quietvit")
 
@@ -144,7 +143,8 @@ class _Loop:
         try:
             self.loss_sum += forward_backward(self.p, images, labels, self.step)
         except QuietvitError as error:
-            raise QuietvitError(f"at step {self.step + 1}: {error} {self._last_saved()}") from error
+            told = f"at step {self.step + 1}: {error}{self._last_finite()} {self._last_saved()}"
+            raise QuietvitError(told) from error
         self.losses += 1
         self.batch += self.accelerator.num_processes
         return bool(self.accelerator.sync_gradients)
@@ -178,12 +178,13 @@ class _Loop:
         with p.stopwatch.running():
             for name, part in p.regularizers.items():
                 values[f"penalty_{name}"] = float(part.penalty())
-            if p.watch is not None and (self.step // self.config.log_every) % every == 0:
-                values |= self._watched(p.watch, images)
+            if every and (self.step // self.config.log_every) % every == 0:
+                values |= self._watched(images)
         self._write(**values, epoch=self.step / p.steps_per_epoch)
 
-    def _watched(self, watch: Watch, images: Tensor) -> dict[str, float | str]:
+    def _watched(self, images: Tensor) -> dict[str, float | str]:
         values: dict[str, float | str] = {}
+        watch = self.p.watch
         seen = watch.amplification(self.step)
         if seen is not None:
             values = {"worst_amplification": seen.amplification, "worst_pair": seen.pair}
@@ -220,17 +221,19 @@ class _Loop:
 
     def _diverged(self, what: str) -> QuietvitError:
         """Every process must call."""
-        watch, config = self.p.watch, self.config
-        pair = ""
-        if watch is not None:
-            last, seen = watch.last, watch.amplification(self.step)
-            pair = "" if seen is None else f" The largest amplification is {seen}."
-            if last is not None:
-                pair += f" It was last logged finite at step {last.step}: {last}."
+        before = self._last_finite()
+        seen = self.p.watch.amplification(self.step)
+        pair = "" if seen is None else f" The largest amplification is {seen}."
         return QuietvitError(
-            f"{what}.{pair} {self._last_saved()} Lower optimizer.lr (now "
-            f"{config.optimizer.lr:g}), set optimizer.clip_grad, or train with precision 'no'."
+            f"{what}.{pair}{before} {self._last_saved()} Lower optimizer.lr (now "
+            f"{self.config.optimizer.lr:g}), set optimizer.clip_grad, or train with precision 'no'."
         )
+
+    def _last_finite(self) -> str:
+        last = self.p.watch.last
+        if last is None:
+            return ""
+        return f" The largest amplification was last finite at step {last.step}: {last}."
 
     def _last_saved(self) -> str:
         path = newest_whole(self.config.output / CHECKPOINTS)
@@ -339,6 +342,7 @@ class _Loop:
 
     def close(self) -> None:
         self.termination.close()
+        end_workers(self.r.loader)
         detach(self.p.regularizers, self.p.stopwatch)
         if self.metrics is not None:
             self.metrics.close()

@@ -25,7 +25,7 @@ from quietvit.data import (
 )
 from quietvit.errors import QuietvitError
 from quietvit.train.config import TrainConfig
-from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
+from quietvit.train.engine import check_groups, make_accelerator, shard_by
 from quietvit.train.finetune import freeze, parameter_groups
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import EpochBatches, SeededImages
@@ -53,7 +53,7 @@ class Parts:
     scheduler: Any
     regularizers: dict[str, Any]
     stopwatch: Stopwatch
-    watch: Watch | None
+    watch: Watch
     ema: Any
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
     criterion: nn.Module
@@ -166,10 +166,8 @@ def assemble(
         steps_per_epoch,
         steps_per_epoch * config.epochs,
     )
-    sharded = is_sharded(accelerator)
-    watch = Watch(plain, example) if config.decay.watch_every or sharded else None
-    if watch is not None:
-        shard_by(accelerator, plain, watch.blocks)
+    watch = Watch(plain, example)
+    shard_by(accelerator, plain, watch.blocks)
     model, optimizer = accelerator.prepare(plain, inner)
     attach(regularizers, inner, stopwatch)
     set_seed(config.seed, device_specific=True)
@@ -186,7 +184,7 @@ def assemble(
         scheduler=_scheduler(config, inner, steps_per_epoch),
         regularizers=regularizers,
         stopwatch=stopwatch,
-        watch=watch if config.decay.watch_every else None,
+        watch=watch,
         ema=ema,
         mix=None if num_classes is None else _mix(config, num_classes),
         criterion=nn.CrossEntropyLoss(

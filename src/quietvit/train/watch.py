@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class Seen:
 
 
 class Watch:
-    """Looks at a model's blocks and pairs; where it has none of either, that is left out.
+    """Looks at a model's blocks and pairs; what it has none of is left out, with a warning.
 
     ``example``: one image (1, 3, H, W) to trace by.
     """
@@ -54,12 +55,10 @@ class Watch:
         self.last: Seen | None = None
         self.pairs: Any = ()
         self._activations: ActivationWatch | None = None
-        traced = trace(model, example)
-        try:
-            self.pairs = find_pairs(model, example, trace=traced)
-            self._activations = ActivationWatch(model, traced)
-        except QuietvitError as error:
-            logger.warning("not everything can be watched: %s", error)
+        traced = _or_warn(lambda: trace(model, example))
+        if traced is not None:
+            self.pairs = _or_warn(lambda: find_pairs(model, trace=traced)) or ()
+            self._activations = _or_warn(lambda: ActivationWatch(model, traced))
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -98,3 +97,11 @@ class Watch:
             finally:
                 reshard(self.model)
         return watch.largest()
+
+
+def _or_warn(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except QuietvitError as error:
+        logger.warning("not everything can be watched: %s", error)
+        return None
