@@ -3,8 +3,9 @@
 Two tasks: fine-tuning DeiT-Tiny, and a ViT of 5.4 million parameters from scratch, on CIFAR-10.
 Every family of settings gets the same number of tries with seed 0; the try that is best on held-out
 training images (mean of the two W4A4 figures that are not min-max) goes on with more seeds, and is
-judged on test images. On a processor a reduced grid, on a GPU the full one; families are worked off
-in the order of their tiers, as far as ``--minutes`` go. Resumable: one CSV row a run. Needs
+judged on test images. A run that diverges counts as a try, with figures of nan. On a processor a
+reduced grid, on a GPU the full one; families are worked off in the order of their tiers, as far as
+``--minutes`` go. Resumable: one CSV row a run. Needs
 QUIETVIT_TEST_DATA (or --data), see docs/development.md.
 
     python benchmarks/ablate.py run --minutes 60
@@ -19,6 +20,7 @@ import csv
 import fcntl
 import fnmatch
 import json
+import math
 import os
 import platform
 import statistics
@@ -35,18 +37,23 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ablate_run import CPU_TASKS, GPU_TASKS, Setting, measure, read, train
+from ablate_run import CPU_TASKS, GPU_TASKS, Setting, Split, Task, measure, read, train
+from quietvit import QuietvitError
 
 OUT = Path("results/ablate.csv")
 RUNS = Path("runs/ablate")
 FINAL_SEEDS = (1, 2, 3)
 DENSE, NORM = ("mlp", "value_output"), ("norm_linear",)
-COLUMNS = (
-    *("task", "scale", "family", "setting", "seed", "stage"),
+FIGURES = (
     *("val_float", "val_W4A4-minmax", "val_W4A4-omse", "val_W4A4-repq", "float"),
     *(f"{bits}-{name}" for bits in ("W8A8", "W6A6", "W4A4") for name in ("minmax", "omse", "repq")),
     *("residual_max", "post_norm_max_over_rms", "post_gelu_max_over_rms"),
-    *("last_loss", "train_seconds", "seconds", "device", "torch", "machine"),
+    *("last_loss", "train_seconds"),
+)
+COLUMNS = (
+    *("task", "scale", "family", "setting", "seed", "stage"),
+    *FIGURES,
+    *("seconds", "device", "torch", "machine"),
 )
 
 
@@ -129,8 +136,9 @@ def key_of(row: Row) -> tuple[str, ...]:
 
 
 def score(row: Row) -> float:
-    """By which tries are chosen, on held-out images."""
-    return statistics.mean(float(row[f"val_W4A4-{name}"]) for name in ("omse", "repq"))
+    """By which tries are chosen, on held-out images; one that diverged is below all others."""
+    found = statistics.mean(float(row[f"val_W4A4-{name}"]) for name in ("omse", "repq"))
+    return -math.inf if math.isnan(found) else found
 
 
 def best_try(rows: Sequence[Row], task: str, scale: str, family: str) -> str | None:
@@ -193,14 +201,24 @@ def one(given: str) -> None:
     task = (GPU_TASKS if job.scale == "gpu" else CPU_TASKS)[job.task]
     split = read(task, data, cache, device)
     start = time.perf_counter()
-    model, facts = train(task, json.loads(job.setting), int(job.seed), split, data, asked["limit"])
-    row: dict[str, Any] = asdict(job) | facts | measure(model, split)
-    row["last_loss"] = round(facts["last_loss"], 4)
+    row: dict[str, Any] = asdict(job) | measured(task, job, split, data, asked["limit"])
     row["seconds"] = round(time.perf_counter() - start, 1)
     row["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     row["torch"] = torch.__version__
     row["machine"] = f"{platform.machine()} {os.cpu_count()} cores, bfloat16 autocast"
     print(json.dumps(row))
+
+
+def measured(task: Task, job: Job, split: Split, data: Path, limit: int | None) -> dict[str, float]:
+    """What one run gives; where it diverges nan for each figure."""
+    try:
+        model, facts = train(task, json.loads(job.setting), int(job.seed), split, data, limit)
+        if not math.isfinite(facts["last_loss"]):
+            raise QuietvitError(f"the last loss is {facts['last_loss']}")
+        return facts | {"last_loss": round(facts["last_loss"], 4)} | measure(model, split)
+    except QuietvitError as error:
+        print("DIVERGED", *job.key, error, file=sys.stderr, flush=True)
+        return dict.fromkeys(FIGURES, math.nan)
 
 
 def spawn(job: Job, where: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""The ablation's bookkeeping: what runs next, which try wins, what a run that diverges leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import ablate
+from quietvit import QuietvitError
+
+TASK, FAMILY = "scratch", "cd"
+TRIES = [json.dumps(setting, sort_keys=True) for setting in ablate.FAMILIES[FAMILY]]
+
+
+def row(setting: str, value: float, seed: str = "0") -> dict[str, str]:
+    figures = dict.fromkeys(ablate.FIGURES, str(value))
+    stage = "search" if seed == "0" else "final"
+    known = {"task": TASK, "scale": "cpu", "family": FAMILY, "seed": seed, "stage": stage}
+    return {**dict.fromkeys(ablate.COLUMNS, "1"), **figures, **known, "setting": setting}
+
+
+def planned(rows: list[dict[str, str]]) -> list[tuple[str, str, str]]:
+    jobs = ablate.next_jobs(rows, [TASK], "cpu", [FAMILY])
+    return [(job.setting, job.seed, job.stage) for job in jobs]
+
+
+def test_every_family_has_the_same_number_of_tries_and_no_setting_is_in_two() -> None:
+    assert {len(tries) for tries in ablate.FAMILIES.values()} == {4}
+    shown = [json.dumps(s, sort_keys=True) for tries in ablate.FAMILIES.values() for s in tries]
+    assert len(set(shown)) == len(shown)
+
+
+def test_the_best_try_goes_on_once_all_are_done() -> None:
+    rows = [row(setting, value) for setting, value in zip(TRIES, (40, 60, 50), strict=False)]
+    assert planned(rows) == [(TRIES[3], "0", "search")]
+    rows.append(row(TRIES[3], 10))
+    assert planned(rows) == [(TRIES[1], seed, "final") for seed in ("1", "2", "3")]
+    assert planned([*rows, row(TRIES[1], 60, "2")]) == [
+        (TRIES[1], seed, "final") for seed in ("1", "3")
+    ]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_try_that_diverged_counts_and_loses(place: int) -> None:
+    values = [40.0, 41.0, 42.0, 43.0]
+    values[place] = math.nan
+    rows = [row(setting, value) for setting, value in zip(TRIES, values, strict=True)]
+    best = TRIES[3 if place != 3 else 2]
+    assert planned(rows) == [(best, seed, "final") for seed in ("1", "2", "3")]
+
+
+@pytest.mark.parametrize("how", ["refused", "nan"])
+def test_a_run_that_diverges_gives_a_row_of_nan(
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def train(*given: Any) -> Any:
+        if how == "refused":
+            raise QuietvitError("4 values are NaN or infinite")
+        return None, {"train_seconds": 1.0, "last_loss": math.nan}
+
+    monkeypatch.setattr(ablate, "train", train)
+    job = ablate.Job(TASK, "cpu", FAMILY, TRIES[0], "0", "search")
+    found = ablate.measured(ablate.CPU_TASKS[TASK], job, None, tmp_path, None)  # type: ignore[arg-type]
+    assert set(found) == set(ablate.FIGURES)
+    assert all(math.isnan(value) for value in found.values())
+    out = tmp_path / "table.csv"
+    rest = dict.fromkeys(("seconds", "device", "torch", "machine"), "1")
+    ablate.append(out, vars(job) | found | rest)
+    assert ablate.score(ablate.rows_of(out)[0]) == -math.inf
