@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import random
 import tarfile
 
@@ -227,3 +228,12 @@ def test_too_many_bad_images_stop_a_run_with_the_remedy(tmp_path, shards, worker
     data = {"dataset": shards, "max_bad_images": 2}
     with pytest.raises(QuietvitError, match=r"^3 images of shards .*003\.png in .*train-0\.tar"):
         run(tmp_path / "run", data=data, num_workers=workers, batch_size=4)
+
+
+def test_a_run_that_fails_leaves_no_worker_behind(tmp_path):
+    """While the error is held, torch ends no worker; at the program's end it waits for them."""
+    before = multiprocessing.active_children()
+    with pytest.raises(QuietvitError) as held:
+        run(tmp_path / "run", num_workers=2, optimizer={"lr": 1e20}, decay={"cd": {}})
+    assert held.traceback
+    assert multiprocessing.active_children() == before

@@ -57,3 +57,16 @@ def ignore_in_worker(worker: int) -> None:
     the end of the program, and would wait for ever for one that ignores it.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def end_workers(loader: Any) -> None:
+    """End the processes of a loader now, also where the traceback of an error still holds them.
+
+    Left to the end of the program, torch no longer ends them in good order: it waits for those that
+    outlive the first SIGTERM.
+    """
+    for part in (loader, getattr(loader, "base_dataloader", None)):
+        workers = getattr(part, "_iterator", None)
+        if workers is not None:
+            workers._shutdown_workers()
+            part._iterator = None
