@@ -24,7 +24,7 @@ from quietvit.decay.schedule import (
     factor_at,
     one_schedule,
 )
-from quietvit.decay.whole import all_finite, like, read, whole_parameters
+from quietvit.decay.whole import like, read, whole_parameters
 from quietvit.errors import QuietvitError
 
 __all__ = ["Attachment", "DecoupledUpdate", "PenaltyGradient", "Schedule", "innermost"]
@@ -327,30 +327,6 @@ class PenaltyGradient(DecoupledUpdate):
             parameter.grad = own.to(parameter.dtype)
         else:
             parameter.grad.add_(own)
-
-
-def refuse_unless_finite(found: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Raise, naming the first parameter that is not finite or whose change in ``found`` is not.
-
-    ``found`` is whatever was computed for each name. One synchronization.
-    """
-    if all_finite(found.values()):
-        return
-    for name in found:
-        bad = int((~parameters[name].isfinite()).sum())
-        if bad:
-            raise QuietvitError(
-                f"{name}: {bad} of its values are NaN or infinite; no weight was changed. Training "
-                "diverged before this step: lower the learning rate, clip gradients, and resume "
-                "from an earlier checkpoint."
-            )
-    for name, change in found.items():
-        if not all_finite([change]):
-            raise QuietvitError(
-                f"{name}: its change overflows (largest weight "
-                f"{float(parameters[name].abs().max()):.3g}); no weight was changed. Lower the "
-                "learning rate or the strength, and resume from an earlier checkpoint."
-            )
 
 
 _Deltas = dict[str, Tensor]

@@ -5,7 +5,6 @@ Reads weights and one forward pass; who is penalized for it is decided in ``spec
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay.plan import wide
+from quietvit.decay.whole import reshard
 from quietvit.errors import QuietvitError
 from quietvit.tracing import Site, Trace, call, evaluating, intercept
 
@@ -91,7 +91,7 @@ def dominances(
             with intercept(traced, handler, kinds=("linear",)):
                 call(model, inputs)
         finally:
-            _reshard(model)
+            reshard(model)
     names = list(sums)
     table = torch.stack(
         [(total / count.clamp_min(1)).double().to(device) for total, count in sums.values()]
@@ -104,16 +104,3 @@ def dominances(
                 "values: look at them, or resume from an earlier checkpoint."
             )
     return {name: tuple(row) for name, row in zip(names, table, strict=True)}
-
-
-def _reshard(model: nn.Module) -> None:
-    """Free what FSDP2 keeps whole after a forward pass: it awaits a backward pass that never comes.
-
-    Else the next optimizer step would change the parts, and training go on with the old whole.
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    if kind is not None:
-        for module in model.modules():
-            if isinstance(module, kind):
-                module.reshard()

@@ -16,6 +16,7 @@ from quietvit.decay.attach import DecoupledUpdate, Schedule
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import one_strength
 from quietvit.decay.schedule import one_schedule
+from quietvit.decay.whole import refuse_unless_finite
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair, find_pairs
 from quietvit.tracing import WeightView
@@ -103,22 +104,8 @@ class NormGainDecay(DecoupledUpdate):
                 owner.setdefault(id(whole), name), torch.zeros_like(wide(whole))
             )
             view.scatter_add_(target, -g * share)
-        self._check(deltas)
+        refuse_unless_finite(deltas, parameters)
         return deltas
-
-    def _check(self, deltas: Mapping[str, Tensor]) -> None:
-        if not deltas:
-            return
-        flags = [delta.isfinite().all() for delta in deltas.values()]
-        finite = torch.stack([flag.to(flags[0].device) for flag in flags])
-        if bool(finite.all()):
-            return
-        name = list(deltas)[finite.tolist().index(False)]
-        raise QuietvitError(
-            f"norm gains {name}: {int((~deltas[name].isfinite()).sum())} of their changes are NaN "
-            "or infinite; no weight was changed. Training diverged before this step: lower the "
-            "learning rate, clip gradients, and resume from an earlier checkpoint."
-        )
 
 
 def _shares(g: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.attach import PenaltyGradient, Schedule, refuse_unless_finite
+from quietvit.decay.attach import PenaltyGradient, Schedule
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import number, one_strength
-from quietvit.decay.whole import read, untied
+from quietvit.decay.whole import read, refuse_unless_finite, untied
 from quietvit.errors import QuietvitError
 from quietvit.tracing import trace
 

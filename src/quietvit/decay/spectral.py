@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.attach import PenaltyGradient, Schedule, refuse_unless_finite
+from quietvit.decay.attach import PenaltyGradient, Schedule
 from quietvit.decay.dominance import Spectrum, dominances, leading
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import number, one_strength, whole_number
-from quietvit.decay.whole import all_finite
+from quietvit.decay.whole import all_finite, refuse_unless_finite
 from quietvit.errors import QuietvitError
 from quietvit.tracing import Trace, WeightView, trace
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.attach import DecoupledUpdate, Schedule, refuse_unless_finite
+from quietvit.decay.attach import DecoupledUpdate, Schedule
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import one_strength
 from quietvit.decay.schedule import one_schedule
-from quietvit.decay.whole import untied
+from quietvit.decay.whole import refuse_unless_finite, untied
 from quietvit.errors import QuietvitError, nearest
 from quietvit.pairs import DEFAULT_KINDS, MatrixPair, find_pairs
 from quietvit.tracing import WeightView

@@ -1,6 +1,6 @@
 """Parameters as whole tensors, also where FSDP2 keeps them in parts (DTensor).
 
-Reading and laying out alone; who reads and who writes is elsewhere.
+Reading, laying out, and whether they are finite; who reads and who writes is elsewhere.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
 
 
 def read(model: nn.Module, name: str) -> Tensor:
@@ -57,6 +59,19 @@ def like(parameter: Any, whole: Tensor) -> Tensor:
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 keeps whole after a forward pass that no backward pass follows.
+
+    Else the next optimizer step would change the parts, and training go on with the old whole.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is not None:
+        for module in model.modules():
+            if isinstance(module, kind):
+                module.reshard()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor; where nobody has loaded torch.distributed.tensor none is."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -67,3 +82,27 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every entry of every tensor is finite: one synchronization."""
     flags = [tensor.isfinite().all() for tensor in tensors]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+def refuse_unless_finite(found: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raise, naming the first parameter that is not finite or whose change in ``found`` is not.
+
+    ``found`` is whatever was computed for each name. One synchronization.
+    """
+    if all_finite(found.values()):
+        return
+    for name in found:
+        bad = int((~parameters[name].isfinite()).sum())
+        if bad:
+            raise QuietvitError(
+                f"{name}: {bad} of its values are NaN or infinite; no weight was changed. Training "
+                "diverged before this step: lower the learning rate, clip gradients, and resume "
+                "from an earlier checkpoint."
+            )
+    for name, change in found.items():
+        if not all_finite([change]):
+            raise QuietvitError(
+                f"{name}: its change overflows (largest weight "
+                f"{float(parameters[name].abs().max()):.3g}); no weight was changed. Lower the "
+                "learning rate or the strength, and resume from an earlier checkpoint."
+            )

@@ -79,13 +79,6 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(getattr(accelerator, "is_fsdp2", False))
 
 
-def reshard(model: nn.Module) -> None:
-    """Put parameters back in parts after a forward pass that no backward pass follows."""
-    for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()  # type: ignore[operator]
-
-
 def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
     """Return the value of each process, in every process; all of them must call."""
     if accelerator.num_processes == 1:

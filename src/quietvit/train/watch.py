@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.train.engine import reshard
 
 logger = logging.getLogger("quietvit")
 
@@ -87,6 +86,7 @@ class Watch:
         """Return the block with the largest output on ``images`` in eval mode, and that value."""
         if self._activations is None:
             return None
+        from quietvit.decay.whole import reshard
         from quietvit.tracing import evaluating
 
         watch = self._activations
