@@ -71,6 +71,23 @@ def test_a_folder_of_tars_is_all_its_tars(three):
     assert len(load_dataset(f"shards:{three}")) == 14, "the kept indexes are no shards"
 
 
+def test_a_glob_that_the_kept_indexes_match_too_is_the_shards_alone(three):
+    for _ in range(2):
+        assert shades_of(load_dataset(f"shards:{three}/train-*")) == SHADES
+    (three / ".train-03.tar").write_bytes(b"")
+    assert len(load_dataset(f"shards:{three}")) == 14, "nor is a hidden file"
+
+
+def test_a_shard_is_not_searched_for_the_names_of_good_images(three, monkeypatch):
+    dataset = load_dataset(f"shards:{three}")
+
+    def searched(path, offset):
+        raise AssertionError(path)
+
+    monkeypatch.setattr("quietvit.data.shards.name_at", searched)
+    assert shades_of(dataset) == [*SHADES, 60, 61]
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_kind_of_tar_is_read_long_names_and_folders_included(tmp_path, form):
     names = ["a/1", "b" * 90 + "/" + "c" * 80, "a/2"]
@@ -137,6 +154,17 @@ def test_an_image_that_cannot_be_decoded_is_named_by_sample_and_shard(tmp_path):
         dataset[1]
 
 
+def test_whatever_a_decoder_raises_is_a_bad_image(three, monkeypatch):
+    dataset = load_dataset(f"shards:{three}")
+
+    def opened(_):
+        raise RuntimeError("Failed to decode frame 0")  # as Pillow's decoder of AVIF
+
+    monkeypatch.setattr(Image, "open", opened)
+    with pytest.raises(QuietvitError, match=r"train-00\.tar.*could not be decoded: Failed to"):
+        dataset[0]
+
+
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
 def test_compressed_shards_are_refused_with_the_remedy(tmp_path, mode):
     for name in ("a.tar", "b.tar.gz"):
@@ -178,7 +206,7 @@ def test_what_is_no_tar_and_tars_joined_by_cat_are_refused(tmp_path):
     [
         ("train-{00..03}.tar", r"train-03\.tar does not exist.*range in"),
         ("train-{02..00}.tar", "name nothing"),
-        ("other-*.tar", "no shard matches"),
+        ("other-*.tar", r"no shard ending in .* matches .*other-"),
         ("train-0{0,0}.tar", "more than once"),
         ("none", "does not exist"),
     ],

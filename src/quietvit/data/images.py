@@ -75,7 +75,9 @@ class ImageDataset(Dataset[Sample]):
         content = self._read(index)
         if isinstance(content, Image.Image):
             return content.convert("RGB"), int(self.labels[index])
-        return decode(content, f"{self._where(index)} of {self.name}"), int(self.labels[index])
+        # Where it lies may take a search through its shard, so it is asked for only when it is bad.
+        image = decode(content, lambda: f"{self._where(index)} of {self.name}")
+        return image, int(self.labels[index])
 
     def where(self, index: int) -> str:
         """Return a few words that name image ``index``: its file, its row, its sample."""
@@ -121,15 +123,15 @@ def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageData
     )
 
 
-def decode(content: bytes, where: str) -> Image.Image:
-    """Decode an image to RGB. Raises QuietvitError naming ``where`` if it cannot be done."""
+def decode(content: bytes, where: Callable[[], str]) -> Image.Image:
+    """Decode an image to RGB. Raises QuietvitError naming ``where()`` if it cannot be done."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(content)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged files raise anything, AVIF's decoder a RuntimeError
         raise QuietvitError(
-            f"the image at {where} could not be decoded: {error} ({len(content)} bytes); replace "
+            f"the image at {where()} could not be decoded: {error} ({len(content)} bytes); replace "
             "it or remove it from the data set."
         ) from error
 

@@ -54,7 +54,8 @@ def part_for(parts: Sequence[str], split: str | None, form: str, example: str) -
 def expand(part: str, suffixes: tuple[str, ...], what: str) -> list[Path]:
     """Return the files that ``part`` names: a file, a brace range or list, a glob, a folder.
 
-    Braces give their files in the order written, globs and folders in order of name.
+    Braces give their files in the order written, globs and folders in order of name. Globs and
+    folders pass over hidden files, and over names that do not end in ``suffixes``.
 
     Raises:
         QuietvitError: a file is missing, or a pattern or folder (of files ending in ``suffixes``)
@@ -64,20 +65,23 @@ def expand(part: str, suffixes: tuple[str, ...], what: str) -> list[Path]:
     for text in _expand_braces(part):
         path = Path(text).expanduser()
         if path.is_dir():
-            held = [entry for entry in path.iterdir() if entry.name.endswith(suffixes)]
-            found += sorted(entry for entry in held if not entry.name.startswith("."))
+            held = sorted(entry for entry in path.iterdir() if _is_one(entry, suffixes))
             if not held:
                 raise QuietvitError(
                     f"the folder {path} holds no {what} ending in {', '.join(suffixes)}; check "
                     "the path."
                 )
+            found += held
         elif path.exists():
             found.append(path)
         elif glob.has_magic(text):
-            matching = sorted(Path(match) for match in glob.glob(str(path)))  # noqa: PTH207
-            if not matching:
-                raise QuietvitError(f"no {what} matches {text}; check the path.")
-            found += matching
+            matches = map(Path, glob.glob(str(path)))  # noqa: PTH207
+            held = sorted(match for match in matches if _is_one(match, suffixes))
+            if not held:
+                raise QuietvitError(
+                    f"no {what} ending in {', '.join(suffixes)} matches {text}; check the path."
+                )
+            found += held
         else:
             raise QuietvitError(
                 f"the {what} {path} does not exist; check the path"
@@ -87,6 +91,10 @@ def expand(part: str, suffixes: tuple[str, ...], what: str) -> list[Path]:
     if twice:
         raise QuietvitError(f"{part} names {twice[0]} more than once; name each {what} once.")
     return found
+
+
+def _is_one(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.endswith(suffixes) and not path.name.startswith(".")
 
 
 def _expand_braces(text: str) -> list[str]:
