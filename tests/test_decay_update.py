@@ -380,3 +380,15 @@ def test_many_shapes_are_compiled_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_products_are_refused(products: Any) -> None:
     with pytest.raises(QuietvitError, match="give one of auto, float32, bfloat16"):
         ColinearityDecay(vit(), EXAMPLE, products=products)
+
+
+def test_a_state_of_folded_gains_is_refused_where_they_are_not() -> None:
+    def made(fold: bool) -> ColinearityDecay:
+        model = vit()
+        pairs = find_pairs(model, EXAMPLE, kinds=("mlp",), fold_gains=fold)
+        return ColinearityDecay(model, pairs=pairs, strength=STRENGTH)
+
+    for fold in (False, True):
+        made(fold).load_state_dict(made(fold).state_dict())
+        with pytest.raises(QuietvitError, match="saved with folded="):
+            made(not fold).load_state_dict(made(fold).state_dict())

@@ -17,7 +17,7 @@ from torch import nn
 from quietvit.errors import QuietvitError, nearest
 from quietvit.tracing import Link, Scores, Site, Trace, WeightView, trace
 from quietvit.tracing.ops import norm_channel_dim
-from quietvit.tracing.weights import Index, compress
+from quietvit.tracing.weights import select_cols, select_rows
 
 KINDS = ("mlp", "value_output", "gated_mlp", "norm_linear", "residual", "query_key")
 DENSE_KINDS = ("mlp", "value_output", "gated_mlp")
@@ -339,26 +339,6 @@ def _height(site: Site) -> int:
         return site.output_shape[norm_channel_dim(site.function)]
     assert site.weight_shape is not None
     return site.weight_shape[0]
-
-
-def select_rows(view: WeightView, rows: Sequence[int], height: int) -> WeightView:
-    """Some rows of the matrix that ``view`` shows, which has ``height`` of them."""
-    if view.transposed:
-        return replace(view, cols=_chosen(view.cols, rows, height))
-    return replace(view, rows=_chosen(view.rows, rows, height))
-
-
-def select_cols(view: WeightView, cols: Sequence[int], width: int) -> WeightView:
-    """Some columns of the matrix that ``view`` shows, which has ``width`` of them."""
-    if view.transposed:
-        return replace(view, rows=_chosen(view.rows, cols, width))
-    return replace(view, cols=_chosen(view.cols, cols, width))
-
-
-def _chosen(base: Index | None, chosen: Sequence[int], size: int) -> Index | None:
-    if tuple(chosen) == tuple(range(size)):
-        return base
-    return compress(tuple(chosen) if base is None else tuple(base[i] for i in chosen))
 
 
 def _no_pairs(

@@ -170,6 +170,9 @@ class ColinearityDecay(DecoupledUpdate):
             "strength": self.strength if isinstance(self.strength, float) else dict(self.strength),
             "every": self.every,
         }
+        folded = sum(pair.before is not None for pair in self.pairs)
+        if folded:
+            settings["folded"] = folded
         if isinstance(self.rule, Top):
             settings |= {"count": self.rule.count, "refresh": self.rule.refresh}
         return settings

@@ -5,8 +5,8 @@ How views are found from recorded entries lives here; pairs of them live in ``pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,26 @@ def compress(index: tuple[int, ...]) -> Index:
     if step > 0 and index == tuple(range(index[0], index[-1] + 1, step)):
         return range(index[0], index[-1] + 1, step)
     return index
+
+
+def select_rows(view: WeightView, rows: Sequence[int], height: int) -> WeightView:
+    """Some rows of the matrix that ``view`` shows, which has ``height`` of them."""
+    if view.transposed:
+        return replace(view, cols=_chosen(view.cols, rows, height))
+    return replace(view, rows=_chosen(view.rows, rows, height))
+
+
+def select_cols(view: WeightView, cols: Sequence[int], width: int) -> WeightView:
+    """Some columns of the matrix that ``view`` shows, which has ``width`` of them."""
+    if view.transposed:
+        return replace(view, rows=_chosen(view.rows, cols, width))
+    return replace(view, cols=_chosen(view.cols, cols, width))
+
+
+def _chosen(base: Index | None, chosen: Sequence[int], size: int) -> Index | None:
+    if tuple(chosen) == tuple(range(size)):
+        return base
+    return compress(tuple(chosen) if base is None else tuple(base[i] for i in chosen))
 
 
 def _index(index: Index) -> slice | list[int]:

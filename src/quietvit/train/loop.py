@@ -9,19 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Subset
@@ -35,6 +25,7 @@ from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered, whole_model
 from quietvit.train.folder import CHECKPOINTS, fresh, same_run
 from quietvit.train.metrics import Metrics
+from quietvit.train.progress import bar_of, threads
 from quietvit.train.regularizers import detach
 from quietvit.train.result import CONFIG, RESULT, WEIGHTS, TrainResult
 from quietvit.train.resume import check_same_checkpoint, collect, raise_together, restore
@@ -74,7 +65,7 @@ def train(
             return TrainResult.read(output)
     else:
         refuse_nonempty(output, force)
-    with _threads(config.threads):
+    with threads(config.threads):
         run = build(config)
         accelerator = run.parts.accelerator
         accelerator.wait_for_everyone()
@@ -118,7 +109,7 @@ class _Loop:
     def run_epochs(self, progress: bool) -> None:
         """Train from where the run stands to the end of the last epoch."""
         main = self.accelerator.is_main_process
-        with worker_errors(), _bar(progress and main) as bar:
+        with worker_errors(), bar_of(progress and main) as bar:
             task = bar.add_task("training", total=self.p.total_steps, completed=self.step, loss="")
             while self.epoch < self.config.epochs:
                 self.r.batches.seek(self.epoch, self.batch)
@@ -346,25 +337,3 @@ class _Loop:
         detach(self.p.regularizers, self.p.stopwatch)
         if self.metrics is not None:
             self.metrics.close()
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=Console(stderr=True),
-        disable=not shown,
-    )
