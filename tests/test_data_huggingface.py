@@ -225,6 +225,23 @@ def test_the_evaluation_transform_is_the_processor(tmp_path, name):
     assert (found - wanted).abs().max() < 2.5 * step, "but for rounding of resampled pixels"
 
 
+@pytest.mark.parametrize(
+    ("processor", "settings"),
+    [
+        ("Levit", {"size": {"shortest_edge": 32}, "do_center_crop": True}),
+        ("PoolFormer", {"size": {"shortest_edge": 32}, "crop_pct": 0.9, "do_center_crop": True}),
+        ("EfficientNet", {"include_top": True}),
+        ("Perceiver", {"size": {"height": 24, "width": 24}, "do_center_crop": True}),
+    ],
+)
+def test_a_processor_that_does_more_than_its_settings_say_is_refused(tmp_path, processor, settings):
+    more = {"image_processor_type": f"{processor}ImageProcessor", **settings}
+    more.setdefault("crop_size", {"height": 32, "width": 32})
+    folder = saved(tmp_path, original("ViT"), **more)
+    with pytest.raises(QuietvitError, match=f"{processor}ImageProcessor.* does more than its sett"):
+        create_model(folder)
+
+
 @pytest.mark.parametrize("edge", range(25, 520, 7))
 def test_the_crop_is_taken_from_the_very_size(edge):
     settings = processor(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quietvit.data.image_processor import translated_preprocessing
+from quietvit.data.image_processor import check_translation, translated_preprocessing
 from quietvit.errors import QuietvitError, nearest
 
 logger = logging.getLogger("quietvit")
@@ -319,4 +319,6 @@ def _preprocessing(transformers: Any, source: str, config: Any) -> dict[str, Any
         settings = json.loads(found.to_json_string())
     except Exception as error:
         raise QuietvitError(_unreadable(source, "preprocessor_config.json", error)) from error
-    return translated_preprocessing(settings, _input_size(config), source)
+    translated = translated_preprocessing(settings, _input_size(config), source)
+    check_translation(found, translated, source)
+    return translated

@@ -1,6 +1,7 @@
 """Preprocessing as transformers states it -> timm's data config.
 
-Pure: dictionaries in, dictionaries out. What is done with images is decided in ``transforms``.
+Dictionaries in, dictionaries out, and a trial of them on two pictures. What is done with images is
+decided in ``transforms``.
 """
 
 from __future__ import annotations
@@ -9,9 +10,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from quietvit.errors import QuietvitError
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_BY_HAND = (
+    "Take preprocessor_config.json out of a copy of the folder, and set model.preprocessing (mean, "
+    "std, interpolation, crop_pct, crop_mode) yourself."
+)
 
 
 def translated_preprocessing(
@@ -89,3 +97,40 @@ def _crop_pct(final: int, resized: int) -> float:
     """Return final / resized, so that timm's floor(final / crop_pct) is ``resized`` again."""
     share = final / resized
     return share if math.floor(final / share) == resized else final / (resized + 0.5)
+
+
+def check_translation(processor: Any, config: Mapping[str, Any], source: str) -> None:
+    """Make two pictures by the processor and by timm's transform of ``config``, and compare.
+
+    Some processors of transformers do what their settings do not say (LeViT's and PoolFormer's
+    resize to more than their ``size``).
+
+    Raises QuietvitError where sizes differ, or values by more than interpolation explains.
+    """
+    import torch
+    from timm.data.transforms_factory import create_transform
+
+    transform = create_transform(**config, is_training=False)
+    for sides in ((300, 300), (400, 300)):
+        coarse = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize(sides, Image.Resampling.BICUBIC)
+        try:
+            theirs = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])[0]
+        except Exception as error:
+            raise QuietvitError(
+                f"the preprocessing of {source} ({type(processor).__name__}) made no pixel_values "
+                f"of a picture ({error}). {_BY_HAND}"
+            ) from error
+        ours: Any = transform(picture)
+        if theirs.shape != ours.shape and theirs.shape[-2] != theirs.shape[-1]:
+            continue  # it leaves the sides of an image unequal, which no batch of images allows
+        apart = math.inf
+        if theirs.shape == ours.shape:
+            apart = float((theirs - ours).abs().mean() / theirs.std())
+        if apart > 0.05:
+            raise QuietvitError(
+                f"the preprocessing of {source} ({type(processor).__name__}) does more than its "
+                f"settings say: a picture of {sides[0]} x {sides[1]} becomes another one here "
+                f"(sizes {tuple(theirs.shape)} and {tuple(ours.shape)}, difference {apart:.2g} of "
+                f"its spread). {_BY_HAND}"
+            )
