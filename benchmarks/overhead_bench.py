@@ -1,0 +1,200 @@
+"""What ``overhead.py`` measures with: a model that trains, its variants, clocks and meters.
+
+Which cases there are, and their table, is in ``overhead``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import quietvit
+from quietvit.decay.penalties import Top
+
+RATE = 1e-4
+# Name -> class, its settings. Cheap strengths: what they do to the weights does not matter here.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cd": ("ColinearityDecay", {"strength": 1.0}),
+    "cd-float32": ("ColinearityDecay", {"strength": 1.0, "products": "float32"}),
+    "cd-compiled": ("ColinearityDecay", {"strength": 1.0, "compile": True}),
+    "cd-top": ("ColinearityDecay", {"strength": 1.0, "top_refresh": 10**9}),
+    "cd-top-svd": ("ColinearityDecay", {"strength": 1.0, "top_refresh": 1}),
+    "s2d": ("SpectralDecay", {"refresh": 10**9}),
+    "s2d-svd": ("SpectralDecay", {"refresh": 1}),
+    "tweo": ("TWEO", {}),
+    "kure": ("KurtosisRegularization", {}),
+    "norm-gains": ("NormGainDecay", {"strength": 3.0}),
+}
+
+
+@dataclass
+class Bench:
+    """A model that trains on one batch of random images, and clocks around its steps."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, name: str, batch: int, device: torch.device) -> Bench:
+        torch.manual_seed(0)
+        model = timm.create_model(name).to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+        images = torch.randn(batch, 3, 224, 224, device=device)
+        return cls(model, optimizer, images, torch.randint(0, 1000, (batch,), device=device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def backward(self, regularizer: Any = None) -> None:
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits = self.model(self.images)
+        loss = F.cross_entropy(logits.float(), self.labels)
+        if isinstance(regularizer, quietvit.TWEO):
+            loss = loss + regularizer.loss()
+        loss.backward()
+
+    def step(self, regularizer: Any = None) -> None:
+        self.backward(regularizer)
+        self.optimizer.step()
+
+    def seconds(self, work: Callable[[], object], times: int = 1) -> float:
+        """Wall seconds of one call, the device waited for."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        self.wait()
+        return (time.perf_counter() - start) / times
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> float:
+        """Peak memory since ``reset_peak``, MiB: allocated on a GPU, resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+        except (OSError, IndexError):
+            return float("nan")
+
+
+def make(variant: str, bench: Bench) -> Any:
+    kind, settings = VARIANTS[variant]
+    example = torch.zeros(1, 3, 224, 224, device=bench.device)
+    given = dict(settings)
+    if "top_refresh" in given:
+        given["penalty"] = Top(refresh=given.pop("top_refresh"))
+    if kind == "SpectralDecay":
+        given["images"] = torch.randn(16, 3, 224, 224, device=bench.device)
+    made = getattr(quietvit, kind)(bench.model, example, **given)
+    if kind == "TWEO":
+        made.detach()
+    return made
+
+
+@contextmanager
+def attached(regularizer: Any, bench: Bench) -> Iterator[None]:
+    if regularizer is None:
+        yield
+        return
+    regularizer.attach(bench.optimizer)
+    try:
+        yield
+    finally:
+        regularizer.detach()
+
+
+def update(regularizer: Any, bench: Bench) -> None:
+    """What a regularizer does in the optimizer's hooks, alone."""
+    regularizer.step(bench.optimizer)
+
+
+def flops(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def step_flops(name: str, batch: int) -> float:
+    """Matrix FLOPs of a forward and backward pass, counted on two images."""
+    small = Bench.of(name, 2, torch.device("cpu"))
+    return flops(small.backward) / 2 * batch
+
+
+def block_mib(model: nn.Module) -> float:
+    """Size of the weights of the largest residual block, MiB."""
+    from quietvit.tracing.block_modules import residual_modules
+
+    device = next(model.parameters()).device
+    names = residual_modules(quietvit.trace(model, torch.zeros(1, 3, 224, 224, device=device)))
+    sizes = [sum(p.nbytes for p in model.get_submodule(n).parameters()) for n in names]
+    return max(sizes) / 2**20
+
+
+def whole_steps(
+    bench: Bench, made: dict[str, Any], repeats: int, times: int
+) -> dict[str, list[float]]:
+    """Seconds of a step with each regularizer, and with none, in turn."""
+    everyone: dict[str, Any] = {"plain": None} | made
+    for regularizer in everyone.values():
+        with attached(regularizer, bench):
+            bench.step(regularizer)
+    found: dict[str, list[float]] = {name: [] for name in everyone}
+    order = list(everyone)
+    for repeat in range(repeats):
+        for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
+            with attached(everyone[name], bench):
+                one = lambda name=name: bench.step(everyone[name])  # noqa: E731
+                found[name].append(bench.seconds(one, times))
+    return found
+
+
+def hooks(bench: Bench, made: dict[str, Any], repeats: int) -> dict[str, list[float]]:
+    """Seconds of what each regularizer does beside an optimizer step, in turn."""
+    found: dict[str, list[float]] = {name: [] for name in made}
+    for regularizer in made.values():
+        update(regularizer, bench)
+    for _ in range(repeats):
+        for name, regularizer in made.items():
+            found[name].append(bench.seconds(lambda r=regularizer: update(r, bench)))
+    return found
+
+
+def memory(bench: Bench, regularizer: Any, in_forward: bool) -> float:
+    """How much higher the peak is with it, MiB: of a step, or on a CPU of the update alone."""
+    if bench.device.type == "cuda" or in_forward:
+        peaks = []
+        for one in (None, regularizer):
+            with attached(one, bench):
+                bench.reset_peak()
+                bench.step(one)
+                bench.wait()
+                peaks.append(bench.peak())
+        return peaks[1] - peaks[0]
+    bench.reset_peak()
+    before = bench.peak()
+    update(regularizer, bench)
+    return bench.peak() - before
