@@ -562,6 +562,8 @@ def test_state_of_other_settings_is_refused() -> None:
         ({"kinds": "mlp"}, "kinds='mlp'"),
         ({"kinds": ("mpl",)}, "did you mean 'mlp'"),
         ({"strength": {"mlp": 0.0}}, "no kind is left"),
+        ({"strength": {"mlp": 0.0, "norm_linear": 1.0}, "kinds": ("mlp",)}, "no kind is left"),
+        ({"kinds": ()}, "no kind is left"),
         ({"strength": {"mlp": 1.0}, "kinds": ("norm_linear",)}, "has no strength"),
     ],
 )

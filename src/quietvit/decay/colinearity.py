@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay.attach import DecoupledUpdate, Schedule
+from quietvit.decay.choice import chosen_pairs
 from quietvit.decay.exact import blame, exact_changes
 from quietvit.decay.layout import Layout, Source, lay_out
 from quietvit.decay.penalties import Basis, Penalty, Top, penalty_named
@@ -25,7 +26,7 @@ from quietvit.decay.schedule import check_kinds, factor_at
 from quietvit.decay.update import Update, directed
 from quietvit.decay.whole import like
 from quietvit.errors import QuietvitError, nearest
-from quietvit.pairs import DEFAULT_KINDS, MatrixPair, find_pairs
+from quietvit.pairs import MatrixPair
 
 
 class ColinearityDecay(DecoupledUpdate):
@@ -94,9 +95,8 @@ class ColinearityDecay(DecoupledUpdate):
         self.sharded = bool(sharded)
         self.rule = penalty_named(penalty)
         self.strength = checked_strength(strength)
-        if isinstance(kinds, str):
-            raise QuietvitError(f"kinds={kinds!r}: give a sequence of kinds, such as ({kinds!r},).")
-        self.pairs = self._chosen(model, example, kinds, pairs)
+        own = type(self).__name__
+        self.pairs = chosen_pairs(own, model, example, self._kinds(kinds), pairs)
         if isinstance(self.schedule, Mapping):
             check_kinds(self.schedule, {pair.kind for pair in self.pairs})
         self._shares = _shares(self.pairs)
@@ -276,45 +276,24 @@ class ColinearityDecay(DecoupledUpdate):
             self._layout = (signature, layout)
         return self._layout[1]
 
-    def _chosen(
-        self,
-        model: nn.Module,
-        example: Any,
-        kinds: Sequence[str] | None,
-        pairs: Sequence[MatrixPair] | None,
-    ) -> tuple[MatrixPair, ...]:
-        per_kind = None if isinstance(self.strength, float) else self.strength
-        if kinds is None and per_kind is not None:
-            kinds = [kind for kind, value in per_kind.items() if value > 0]
-        if kinds is not None and not kinds:
-            raise QuietvitError(f"strength={self.strength}, kinds={kinds}: no kind is left.")
-        if kinds is not None and per_kind is not None:
-            for kind in kinds:
-                if kind not in per_kind:
-                    raise QuietvitError(
-                        f"kind {kind!r} has no strength{nearest(kind, per_kind)}; strength is "
-                        f"given for {sorted(per_kind)}."
-                    )
-            kinds = [kind for kind in kinds if per_kind[kind] > 0]
-        if pairs is None:
-            if example is None:
+    def _kinds(self, kinds: Sequence[str] | None) -> Sequence[str] | None:
+        """The kinds asked for whose strength is not 0; None where it does not depend on them."""
+        if isinstance(self.strength, float) or isinstance(kinds, str):
+            return kinds
+        for kind in kinds or ():
+            if kind not in self.strength:
                 raise QuietvitError(
-                    "ColinearityDecay needs an example input to find the pairs (a batch of one "
-                    "image is enough), or pairs=..."
+                    f"kind {kind!r} has no strength{nearest(kind, self.strength)}; strength is "
+                    f"given for {sorted(self.strength)}."
                 )
-            chosen = tuple(find_pairs(model, example, kinds=tuple(kinds or DEFAULT_KINDS)))
-        else:
-            chosen = tuple(pair for pair in pairs if kinds is None or pair.kind in kinds)
-            have = sorted({pair.kind for pair in pairs})
-            for kind in kinds or ():
-                if have and kind not in have:
-                    raise QuietvitError(
-                        f"no pair is of kind {kind!r}{nearest(kind, have)}; the pairs given are "
-                        f"of {have}."
-                    )
-        if not chosen:
-            raise QuietvitError("no pairs: give at least one MatrixPair, or pairs=None.")
-        return chosen
+        asked = self.strength if kinds is None else kinds
+        left = [kind for kind in asked if self.strength[kind] > 0]
+        if not left:
+            raise QuietvitError(
+                f"strength={self.strength}, kinds={kinds}: no kind is left; give one a strength "
+                "above 0."
+            )
+        return left
 
 
 def _shares(pairs: Sequence[MatrixPair]) -> list[float]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay.attach import DecoupledUpdate, Schedule
+from quietvit.decay.choice import chosen_pairs
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import one_strength
 from quietvit.decay.schedule import one_schedule
 from quietvit.decay.whole import refuse_unless_finite, untied
-from quietvit.errors import QuietvitError, nearest
-from quietvit.pairs import DEFAULT_KINDS, MatrixPair, find_pairs
+from quietvit.pairs import MatrixPair
 from quietvit.tracing import WeightView
 
 
@@ -58,7 +58,7 @@ class PairWeightDecay(DecoupledUpdate):
     ) -> None:
         super().__init__(model, every=every, schedule=one_schedule(schedule, "PairWeightDecay"))
         self.strength = one_strength(strength, "PairWeightDecay")
-        self.pairs = _chosen(self.model, example, kinds, pairs)
+        self.pairs = chosen_pairs(type(self).__name__, self.model, example, kinds, pairs)
         self.views: tuple[WeightView, ...] = tuple(
             dict.fromkeys(view for pair in self.pairs for view in (pair.first, pair.second))
         )
@@ -116,32 +116,3 @@ class PairWeightDecay(DecoupledUpdate):
         for view in views:
             view.scatter_(mask, torch.ones_like(view.select(mask)))
         return mask
-
-
-def _chosen(
-    model: nn.Module,
-    example: Any,
-    kinds: Sequence[str] | None,
-    pairs: Sequence[MatrixPair] | None,
-) -> tuple[MatrixPair, ...]:
-    if isinstance(kinds, str):
-        raise QuietvitError(f"kinds={kinds!r}: give a sequence of kinds, such as ({kinds!r},).")
-    if kinds is not None and not kinds:
-        raise QuietvitError("PairWeightDecay(kinds=()): no kind is left.")
-    if pairs is None:
-        if example is None:
-            raise QuietvitError(
-                "PairWeightDecay needs an example input to find the pairs (a batch of one image is "
-                "enough), or pairs=..."
-            )
-        return tuple(find_pairs(model, example, kinds=tuple(kinds or DEFAULT_KINDS)))
-    have = sorted({pair.kind for pair in pairs})
-    for kind in kinds or ():
-        if have and kind not in have:
-            raise QuietvitError(
-                f"no pair is of kind {kind!r}{nearest(kind, have)}; the pairs given are of {have}."
-            )
-    chosen = tuple(pair for pair in pairs if kinds is None or pair.kind in kinds)
-    if not chosen:
-        raise QuietvitError("no pairs: give at least one MatrixPair, or pairs=None.")
-    return chosen

@@ -1,0 +1,49 @@
+"""Which pairs a regularizer acts on: those given, or those found in the model, of some kinds.
+
+How pairs are found is in ``quietvit.pairs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from quietvit.errors import QuietvitError, nearest
+from quietvit.pairs import DEFAULT_KINDS, MatrixPair, find_pairs
+
+
+def chosen_pairs(
+    owner: str,
+    model: nn.Module,
+    example: Any,
+    kinds: Sequence[str] | None,
+    pairs: Sequence[MatrixPair] | None,
+) -> tuple[MatrixPair, ...]:
+    """Return the pairs of ``kinds``, of ``pairs`` where given, else found by ``example``.
+
+    ``kinds`` None: all of ``pairs``, else ``DEFAULT_KINDS``. Raises QuietvitError where no kind or
+    no pair is left, where ``pairs`` have none of a kind, and without an example to find them by.
+    """
+    if isinstance(kinds, str):
+        raise QuietvitError(f"kinds={kinds!r}: give a sequence of kinds, such as ({kinds!r},).")
+    if kinds is not None and not kinds:
+        raise QuietvitError(f"{owner}: kinds={kinds}: no kind is left; give at least one.")
+    if pairs is None:
+        if example is None:
+            raise QuietvitError(
+                f"{owner} needs an example input to find the pairs (a batch of one image is "
+                "enough), or pairs=..."
+            )
+        return tuple(find_pairs(model, example, kinds=tuple(kinds or DEFAULT_KINDS)))
+    have = sorted({pair.kind for pair in pairs})
+    for kind in kinds or ():
+        if have and kind not in have:
+            raise QuietvitError(
+                f"no pair is of kind {kind!r}{nearest(kind, have)}; the pairs given are of {have}."
+            )
+    chosen = tuple(pair for pair in pairs if kinds is None or pair.kind in kinds)
+    if not chosen:
+        raise QuietvitError("no pairs: give at least one MatrixPair, or pairs=None.")
+    return chosen
