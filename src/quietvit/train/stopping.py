@@ -67,6 +67,6 @@ def end_workers(loader: Any) -> None:
     """
     for part in (loader, getattr(loader, "base_dataloader", None)):
         workers = getattr(part, "_iterator", None)
-        if workers is not None:
+        if part is not None and workers is not None:
             workers._shutdown_workers()
             part._iterator = None
