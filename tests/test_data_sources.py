@@ -152,6 +152,16 @@ def test_wrong_folders_are_refused_with_what_they_hold(tmp_path):
         load_dataset(f"imagefolder:{tmp_path / 'empty'}", "train")
 
 
+def test_what_is_hidden_is_neither_a_class_nor_an_image(tmp_path):
+    folder(tmp_path, "train", [".ipynb_checkpoints", "ant", "bee"])
+    folder(tmp_path, "val", ["ant", "bee"])
+    (tmp_path / "train" / "ant" / "._0.jpg").write_bytes(b"of another system")
+    (tmp_path / ".cache").mkdir()
+    train = load_dataset(f"imagefolder:{tmp_path}", "train")
+    assert (train.class_names, train.labels.tolist()) == (("ant", "bee"), [0, 0, 1, 1])
+    assert load_dataset(f"imagefolder:{tmp_path}", "test").labels.tolist() == [0, 0, 1, 1]
+
+
 def test_splits_are_never_read_as_classes(tmp_path):
     folder(tmp_path, "val", ["ant", "bee"])
     with pytest.raises(QuietvitError, match="splits and no classes"):

@@ -21,6 +21,8 @@ _SPLITS = {"train", "val", "test"}
 def open_folder(root: Path, split: str | None, num_classes: int | None) -> ImageDataset:
     """Open ``split`` of an image folder; for None the folder itself is one folder a class.
 
+    Hidden files and folders are passed over.
+
     Raises:
         QuietvitError: a folder is missing, holds no images, or has a class that training lacks.
     """
@@ -36,8 +38,7 @@ def open_folder(root: Path, split: str | None, num_classes: int | None) -> Image
         )
     folder = root if split is None else _split_folder(root, split)
     reference = root / "train" if split == "test" and (root / "train").is_dir() else folder
-    classes = sorted(entry.name for entry in reference.iterdir() if entry.is_dir())
-    present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    classes, present = _folders_in(reference), _folders_in(folder)
     unknown = [name for name in present if name not in classes]
     if unknown:
         raise QuietvitError(
@@ -75,8 +76,14 @@ def holds_splits(root: Path) -> bool:
     """Tell splits from classes: train/ beside val/ or test/, or no folder but these."""
     if not root.is_dir():
         return False
-    held = {entry.name for entry in root.iterdir() if entry.is_dir()}
+    held = set(_folders_in(root))
     return ("train" in held and len(held & _SPLITS) > 1) or (bool(held) and held <= _SPLITS)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(
+        entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."
+    )
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -95,6 +102,8 @@ def _split_folder(root: Path, split: str) -> Path:
 def _files_below(folder: str | Path) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.name.startswith("."):
+                continue
             if entry.is_dir(follow_symlinks=False):
                 yield from _files_below(entry.path)
             elif entry.is_file():
