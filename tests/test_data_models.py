@@ -132,6 +132,16 @@ def test_augmentations_vary_and_keep_the_shape(augmentation):
     assert any(not torch.equal(drawn[0], one) for one in drawn[1:])
 
 
+@pytest.mark.parametrize("crop", ["none", "shift", "resized"])
+@pytest.mark.parametrize("policy", [None, "rand-m9-mstd0.5-inc1"])
+def test_color_jitter_acts_whatever_stands_beside_it(crop, policy):
+    for strength, present in ((0.4, True), (0.0, False)):
+        augmentation = Augmentation(crop=crop, auto_augment=policy, color_jitter=strength)
+        steps = training_transform(tiny(), augmentation).transforms
+        found = [step for step in steps if type(step).__name__ == "ColorJitter"]
+        assert any(step.brightness for step in found) is present
+
+
 @pytest.mark.parametrize("crop", ["shift", "resized"])
 def test_an_unknown_augmentation_policy_is_refused(crop):
     with pytest.raises(QuietvitError, match="does not know the augmentation policy 'wild-m9'"):

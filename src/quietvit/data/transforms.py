@@ -23,7 +23,8 @@ class Augmentation(BaseModel):
     ``crop``: ``none`` resizes the whole image; ``shift`` resizes it and moves it by up to
     ``shift`` of its size, edges padded; ``resized`` is timm's random resized crop with area
     ``scale``. ``auto_augment`` is a timm policy such as ``rand-m9-mstd0.5-inc1``; ``erasing`` is
-    the probability of random erasing.
+    the probability of random erasing. ``color_jitter`` acts beside ``auto_augment`` too, where
+    timm's own scripts leave it out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,15 +77,15 @@ def training_transform(model: nn.Module, augmentation: Augmentation | None = Non
 
 
 def _resized_crop(config: dict[str, Any], augmentation: Augmentation) -> Transform:
-    from timm.data.transforms_factory import create_transform
+    from timm.data.transforms_factory import transforms_imagenet_train
 
     try:
-        transform: Transform = create_transform(
-            input_size=config["input_size"],
-            is_training=True,
+        transform: Transform = transforms_imagenet_train(
+            img_size=tuple(config["input_size"][-2:]),
             scale=augmentation.scale,
             hflip=augmentation.flip,
             color_jitter=augmentation.color_jitter,
+            force_color_jitter=augmentation.color_jitter > 0,
             auto_augment=augmentation.auto_augment,
             interpolation=config["interpolation"],
             mean=config["mean"],
