@@ -52,9 +52,10 @@ class PTQ4ViT(SearchMethod):
     the float model's own logits z0, where it is taken, but for rounding errors; here it is a random
     direction whose squares are on average that loss's second derivative (``curvature_root``;
     derived here). Either is worth the same on DeiT-Tiny at W4A4, and plain squared error
-    (``hessian=False``) is better there (docs/lab-log.md). ``rows`` tokens of each site, drawn at random, stand for all (derived here; None
-    takes all). The split is searched against the quantized right operand, not the float one, and a
-    step is kept where no candidate is better, so that the criterion never rises. Inputs of
+    (``hessian=False``) is better there (docs/lab-log.md). ``rows`` tokens of each site, drawn at
+    random, stand for all (derived here; None takes all). The split is searched against the
+    quantized right operand, not the float one, and a step is kept where no candidate is better, so
+    that the criterion never rises. Inputs of
     convolutions other than the patch embedding are quantized. What cannot be laid out as a product
     of matrices gets the steps of least squared error of the operand itself, with a note.
     """
