@@ -212,3 +212,11 @@ def test_the_command_prints_the_dry_run_and_needs_a_folder_otherwise(tmp_path):
     refused = command("train", "--recipe", path)
     assert refused.exit_code == 2
     assert "--output" in refused.stderr
+
+
+def test_the_command_takes_another_model_than_the_recipes(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(config(tmp_path / "run").model_dump_json())
+    refused = command("train", "--recipe", path, "--model", "vit_tny_patch16_224", "--dry-run")
+    assert refused.exit_code == 2
+    assert "vit_tiny_patch16_224" in refused.stderr

@@ -5,6 +5,7 @@ Nothing is computed here, and nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -110,6 +111,10 @@ def _console(least: int = 0) -> Console:
 def train(
     recipe: Recipe,
     output: OutputOrDry = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="In place of the recipe's: a timm model, or hf:FOLDER."),
+    ] = None,
     overrides: Overrides = None,
     resume: Resume = False,
     force: Force = False,
@@ -119,7 +124,8 @@ def train(
     from quietvit.train import estimate, load_recipe
     from quietvit.train import train as run
 
-    config = load_recipe(recipe, overrides or [])
+    chosen = [] if model is None else [f"model.name={json.dumps(model)}"]
+    config = load_recipe(recipe, [*chosen, *(overrides or [])])
     first = os.environ.get("RANK", "0") == "0"
     if dry_run:
         told = str(estimate(config))

@@ -120,6 +120,7 @@ def build(config: TrainConfig) -> Run:
         batch_sampler=batches,
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
+        pin_memory=parts.accelerator.device.type == "cuda",
         worker_init_fn=ignore_in_worker,
         generator=torch.Generator(),
     )
