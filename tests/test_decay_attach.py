@@ -12,32 +12,12 @@ import torch
 from timm.optim import Lookahead
 from torch import Tensor, nn
 
+from decay_cases import HEADS, WIDTH, Block
 from quietvit import QuietvitError
 from quietvit.decay import PENALTIES, ColinearityDecay, NormGainDecay
 from quietvit.decay.penalties import Energy, Top
 from quietvit.pairs import MatrixPair
 from quietvit.tracing import WeightView
-
-WIDTH, HIDDEN, HEADS = 8, 12, 2
-
-
-class Block(nn.Module):
-    """A transformer block with a fused qkv, two heads, and a norm before each half."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        )
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
 
 
 def block_pairs(norms: bool = True) -> list[MatrixPair]:
