@@ -1,7 +1,8 @@
 """What a regularizer costs: step time with it over step time without, DeiT-T/S/B and Swin-T.
 
-Random images and weights, AdamW, bfloat16 autocast. Everything of one model and batch is measured
-in one process, the variants in turn, repeated; a row gives the median and the extremes over
+Random images and weights, AdamW, bfloat16 autocast where the device is faster in it, else float32
+(column ``precision``); on a CPU 32 images are in memory at a time and gradients accumulate.
+Everything of one model and batch is measured in one process, the variants in turn, repeated; a row gives the median and the extremes over
 repeats. On a GPU whole steps are compared. On a CPU, where a percent drowns in the noise of whole
 steps, what runs in the optimizer's hooks is timed by itself (``how`` = hook) and added to the plain
 step; TWEO acts in the forward pass, so its whole steps are compared everywhere. ``floor``: matrix
@@ -122,7 +123,7 @@ def measure(
                 "extra_memory_mib": round(memory(bench, regularizer, variant == "tweo"), 1),
                 "block_mib": round(block, 1),
                 "settings": json.dumps(VARIANTS[variant][1], sort_keys=True),
-                "precision": "bfloat16 autocast",
+                "precision": bench.precision,
                 "threads": torch.get_num_threads(),
                 "quietvit": quietvit.__version__,
                 "torch": torch.__version__,
