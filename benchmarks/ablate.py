@@ -3,10 +3,10 @@
 Two tasks: fine-tuning DeiT-Tiny, and a ViT of 5.4 million parameters from scratch, on CIFAR-10.
 Every family of settings gets the same number of tries with seed 0; the try that is best on held-out
 training images (mean of the two W4A4 figures that are not min-max) goes on with more seeds, and is
-judged on test images. A run that diverges counts as a try, with figures of nan. On a processor a
-reduced grid, on a GPU the full one; families are worked off in the order of their tiers, as far as
-``--minutes`` go. Resumable: one CSV row a run. Needs
-QUIETVIT_TEST_DATA (or --data), see docs/development.md.
+judged on test images. A run that diverges counts as a try, with figures of nan. The tasks are full
+on a GPU, reduced on a processor with fast bfloat16, reduced once more on any other (``--scale``);
+families are worked off in the order of their tiers, as far as ``--minutes`` go. Resumable: one CSV
+row a run. Needs QUIETVIT_TEST_DATA (or --data), see docs/development.md.
 
     python benchmarks/ablate.py run --minutes 60
     python benchmarks/ablate.py run --tasks scratch --families 'adamw,cd*' --jobs 2
@@ -37,8 +37,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ablate_run import CPU_TASKS, GPU_TASKS, Setting, Split, Task, measure, read, train
+from ablate_run import TASKS, Setting, Split, Task, measure, own_scale, read, train
 from quietvit import QuietvitError
+from quietvit.decay.products import product_dtype
 
 OUT = Path("results/ablate.csv")
 RUNS = Path("runs/ablate")
@@ -96,6 +97,9 @@ TIERS: tuple[dict[str, list[Setting]], ...] = (
         "cd+norm-cosine": _cd(LADDER, (*DENSE, *NORM), penalty="cosine"),
         "cd+norm-top": _cd(LADDER, (*DENSE, *NORM), penalty="top"),
         "cd+norm-every10": _cd(LADDER, (*DENSE, *NORM), every=10),
+        "cd+norm-every50": _cd(LADDER, (*DENSE, *NORM), every=50),
+        "cd+norm-late": _cd(LADDER, (*DENSE, *NORM), schedule={"start": 0.5}),
+        "cd+gains": _with(_cd(LADDER, DENSE), gains=3.0),
         "s2d-decoupled": _each("s2d", (0.03, 0.3, 3.0, 30.0), coupled=False),
         "kure-decoupled": _each("kure", (0.1, 1.0, 10.0, 100.0), coupled=False),
     },
@@ -198,24 +202,27 @@ def one(given: str) -> None:
     job, data, cache = Job(**asked["job"]), Path(asked["data"]), Path(asked["cache"])
     torch.set_num_threads(asked["threads"])
     device = torch.device("cuda" if job.scale == "gpu" else "cpu")
-    task = (GPU_TASKS if job.scale == "gpu" else CPU_TASKS)[job.task]
+    task = TASKS[job.scale][job.task]
     split = read(task, data, cache, device)
     start = time.perf_counter()
     row: dict[str, Any] = asdict(job) | measured(task, job, split, data, asked["limit"])
     row["seconds"] = round(time.perf_counter() - start, 1)
     row["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     row["torch"] = torch.__version__
-    row["machine"] = f"{platform.machine()} {os.cpu_count()} cores, bfloat16 autocast"
+    low = product_dtype("auto", split.train[0].float()) is not None
+    precision = "bfloat16 autocast" if low else "float32"
+    row["machine"] = f"{platform.machine()} {os.cpu_count()} cores, {precision}"
     print(json.dumps(row))
 
 
 def measured(task: Task, job: Job, split: Split, data: Path, limit: int | None) -> dict[str, float]:
-    """What one run gives; where it diverges nan for each figure."""
+    """What one run gives; a try only what tries are chosen by; where it diverges nan for all."""
     try:
         model, facts = train(task, json.loads(job.setting), int(job.seed), split, data, limit)
         if not math.isfinite(facts["last_loss"]):
             raise QuietvitError(f"the last loss is {facts['last_loss']}")
-        return facts | {"last_loss": round(facts["last_loss"], 4)} | measure(model, split)
+        found = measure(model, split, final=job.stage == "final")
+        return facts | {"last_loss": round(facts["last_loss"], 4)} | found
     except QuietvitError as error:
         print("DIVERGED", *job.key, error, file=sys.stderr, flush=True)
         return dict.fromkeys(FIGURES, math.nan)
@@ -239,15 +246,14 @@ def run(
     minutes: Annotated[float, typer.Option(help="No run begins that would end later.")] = 60.0,
     tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "finetune,scratch",
     families: FamiliesOption = "*",
-    scale: Annotated[str, typer.Option(help="cpu, gpu or auto.")] = "auto",
+    scale: Annotated[str, typer.Option(help="small, cpu, gpu or auto.")] = "auto",
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads each.")] = 1,
     cache: Annotated[Path, typer.Option(help="Folder for the images as tensors.")] = RUNS,
     limit: Annotated[int | None, typer.Option(help="Steps of training, to try it out.")] = None,
 ) -> None:
     """Work off what has no row yet, as far as the time goes."""
-    if scale == "auto":
-        scale = "gpu" if torch.cuda.is_available() else "cpu"
+    scale = own_scale() if scale == "auto" else scale
     if limit is not None and out == OUT:
         raise typer.BadParameter("--limit is for trying out: give another --out")
     chosen = matching(families)
@@ -299,7 +305,7 @@ def plan(
     out: OutOption = OUT,
     tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "finetune,scratch",
     families: FamiliesOption = "*",
-    scale: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
+    scale: Annotated[str, typer.Option(help="small, cpu or gpu.")] = "cpu",
 ) -> None:
     """Print what would run next, and how many runs are left in all."""
     rows, chosen = rows_of(out), matching(families)
@@ -316,7 +322,10 @@ def summary(
     stage: Annotated[str, typer.Option(help="final or search.")] = "final",
 ) -> None:
     """Print Markdown: of finals mean and standard deviation over seeds, of tries each."""
-    shown = ("float", "W8A8-minmax", "W6A6-minmax", "W4A4-minmax", "W4A4-omse", "W4A4-repq")
+    at_four = ("W4A4-minmax", "W4A4-omse", "W4A4-repq")
+    shown = ("float", "W8A8-minmax", "W6A6-minmax", *at_four)
+    if stage == "search":
+        shown = tuple(f"val_{name}" for name in ("float", *at_four))
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows_of(out):
         if row["stage"] == stage:

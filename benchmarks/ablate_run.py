@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import quietvit
 from finetune_cifar import images, normalized, outliers, parameter_groups, top1
 from quietvit.data import create_model
+from quietvit.decay import StrengthSchedule
+from quietvit.decay.products import product_dtype
 
 CLASSES, CALIBRATION = 10, 32
 BITS = ("W8A8", "W6A6", "W4A4")
@@ -27,7 +29,11 @@ Setting = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on how much. ``held_out`` training images choose among the tries."""
+    """What is trained, on how much. ``held_out`` training images choose among the tries.
+
+    ``patch``, ``width`` and ``depth`` are of the model from scratch, heads of 64 channels but of 32
+    where it is narrower than DeiT-Tiny.
+    """
 
     size: int
     train: int
@@ -38,29 +44,56 @@ class Task:
     lr: float
     warmup: float
     pretrained: bool
+    patch: int = 4
+    width: int = 192
+    depth: int = 12
 
 
-# Reduced, for a processor; GPU_TASKS are the full ones.
+# Reduced for a processor that is fast in bfloat16 ("cpu"), once more for one that is not ("small");
+# "gpu" has the full ones.
 CPU_TASKS = {
     "finetune": Task(96, 4000, 1000, 1000, 2, 64, 3e-4, 0.05, True),
     "scratch": Task(32, 8000, 1000, 1000, 12, 64, 1e-3, 0.1, False),
 }
-GPU_TASKS = {
-    "finetune": replace(CPU_TASKS["finetune"], train=45000, held_out=5000, test=10000, epochs=5),
-    "scratch": replace(
-        CPU_TASKS["scratch"], train=45000, held_out=5000, test=10000, epochs=60, batch=256
-    ),
+TASKS = {
+    "small": {
+        "finetune": Task(64, 3000, 500, 1000, 2, 32, 4e-4, 0.05, True),
+        "scratch": Task(32, 3000, 500, 1000, 20, 32, 1e-3, 0.1, False, patch=8, width=96, depth=6),
+    },
+    "cpu": CPU_TASKS,
+    "gpu": {
+        "finetune": replace(
+            CPU_TASKS["finetune"], train=45000, held_out=5000, test=10000, epochs=5
+        ),
+        "scratch": replace(
+            CPU_TASKS["scratch"], train=45000, held_out=5000, test=10000, epochs=60, batch=256
+        ),
+    },
 }
 
 
+def own_scale() -> str:
+    """The largest scale that this machine does not take days for."""
+    if torch.cuda.is_available():
+        return "gpu"
+    return "cpu" if product_dtype("auto", torch.zeros(1)) is not None else "small"
+
+
 def build(task: Task, data: Path) -> nn.Module:
-    """DeiT-Tiny with ImageNet weights, or a ViT of 5.4 million parameters for 32 px."""
+    """DeiT-Tiny with ImageNet weights, or a ViT for 32 px (of 5.4 million parameters at full)."""
     name = "deit_tiny_patch16_224"
     if task.pretrained:
         weights = data / f"{name}.safetensors"
         return create_model(name, num_classes=CLASSES, weights=weights, img_size=task.size)
     model: nn.Module = timm.create_model(
-        name, num_classes=CLASSES, img_size=task.size, patch_size=4, drop_path_rate=0.05
+        name,
+        num_classes=CLASSES,
+        img_size=task.size,
+        patch_size=task.patch,
+        embed_dim=task.width,
+        depth=task.depth,
+        num_heads=3,
+        drop_path_rate=0.05,
     )
     return model
 
@@ -81,7 +114,7 @@ def read(task: Task, data: Path, cache: Path, device: torch.device) -> Split:
 
 
 def attach(
-    model: nn.Module, setting: Setting, optimizer: torch.optim.Optimizer, shown: Tensor
+    model: nn.Module, setting: Setting, optimizer: torch.optim.Optimizer, shown: Tensor, steps: int
 ) -> list[Any]:
     """Every regularizer of a setting, attached; the last entries may have a loss (TWEO)."""
     example, found = shown[:1], []
@@ -90,6 +123,9 @@ def attach(
         if chosen.pop("fold", False):
             kinds = [kind for kind, value in chosen["strength"].items() if value]
             chosen["pairs"] = quietvit.find_pairs(model, example, kinds=kinds, fold_gains=True)
+        if "schedule" in chosen:
+            share = chosen.pop("schedule")
+            chosen["schedule"] = StrengthSchedule(start=round(share["start"] * steps))
         found.append(quietvit.ColinearityDecay(model, example, **chosen))
     if "gains" in setting:
         found.append(quietvit.NormGainDecay(model, example, strength=setting["gains"]))
@@ -113,9 +149,10 @@ def train(
     model = build(task, data).to(device)
     x, y = split.train
     optimizer = torch.optim.AdamW(parameter_groups(model, setting), lr=task.lr)
-    regularizers = attach(model, setting, optimizer, normalized(x[:16], model))
-    penalties = [each for each in regularizers if hasattr(each, "loss")]
     steps = task.epochs * (len(x) // task.batch)
+    regularizers = attach(model, setting, optimizer, normalized(x[:16], model), steps)
+    penalties = [each for each in regularizers if hasattr(each, "loss")]
+    low = product_dtype("auto", x) is not None
     warmup = max(1, round(task.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps)))
@@ -127,7 +164,7 @@ def train(
         order = torch.randperm(len(x), generator=generator).to(device)
         for picked in order[: len(x) // task.batch * task.batch].view(-1, task.batch):
             batch = varied(x[picked], task.size // 8, generator)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
                 logits = model(normalized(batch, model))
             loss = F.cross_entropy(logits.float(), y[picked])
             for penalty in penalties:
@@ -156,21 +193,24 @@ def varied(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     return wide[:, :, top : top + x.shape[-2], left : left + x.shape[-1]]
 
 
-def measure(model: nn.Module, split: Split) -> dict[str, float]:
+def measure(model: nn.Module, split: Split, final: bool = True) -> dict[str, float]:
     """Top-1 of the float and of each quantized model, and how large its activations are.
 
-    On held-out images (``val``), by which tries are chosen, at 4 bits only; on test images at all.
+    On held-out images (``val``), by which tries are chosen, at 4 bits only; on test images at all
+    bits, where ``final``.
     """
     calibration = normalized(split.train[0][:CALIBRATION], model)
     row = {"val_float": top1(model, *split.held_out, model)}
-    row["float"] = top1(model, *split.test, model)
-    for bits in BITS:
+    if final:
+        row["float"] = top1(model, *split.test, model)
+    for bits in BITS if final else ("W4A4",):
         weight, activation = int(bits[1]), int(bits[3])
         for name, method in methods(weight, activation).items():
             quantized = quietvit.quantize(model, method, calibration, progress=False)
-            row[f"{bits}-{name}"] = top1(quantized, *split.test, model)
             if bits == "W4A4":
                 row[f"val_{bits}-{name}"] = top1(quantized, *split.held_out, model)
+            if final:
+                row[f"{bits}-{name}"] = top1(quantized, *split.test, model)
     return row | outliers(model, normalized(split.test[0][:64], model))
 
 

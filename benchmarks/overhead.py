@@ -2,12 +2,13 @@
 
 Random images and weights, AdamW, bfloat16 autocast where the device is faster in it, else float32
 (column ``precision``); on a CPU 32 images are in memory at a time and gradients accumulate.
-Everything of one model and batch is measured in one process, the variants in turn, repeated; a row gives the median and the extremes over
-repeats. On a GPU whole steps are compared. On a CPU, where a percent drowns in the noise of whole
-steps, what runs in the optimizer's hooks is timed by itself (``how`` = hook) and added to the plain
-step; TWEO acts in the forward pass, so its whole steps are compared everywhere. ``floor``: matrix
-FLOPs of the update over those of the step, the ratio less 1 at equal efficiency. Extra memory is
-that of the peak, on a CPU of the resident set during the update.
+Everything of one model and batch is measured in one process, the variants in turn, repeated; a row
+gives the median and the extremes over repeats. On a GPU whole steps are compared. On a CPU, where a
+percent drowns in the noise of whole steps, what runs in the optimizer's hooks is timed by itself
+(``how`` = hook) and added to the plain step; TWEO acts in the forward pass, so its whole steps are
+compared everywhere. ``floor``: matrix FLOPs of the update over those of the step, the ratio less 1
+at equal efficiency. Extra memory is that of the peak, on a CPU of the resident set during the
+update.
 Cases go from cheap to dear until --minutes are spent; the rest is skipped and said. Resumable: a
 row that is in the table is not measured again.
 

@@ -67,7 +67,7 @@ def test_a_run_that_diverges_gives_a_row_of_nan(
 
     monkeypatch.setattr(ablate, "train", train)
     job = ablate.Job(TASK, "cpu", FAMILY, TRIES[0], "0", "search")
-    found = ablate.measured(ablate.CPU_TASKS[TASK], job, None, tmp_path, None)  # type: ignore[arg-type]
+    found = ablate.measured(ablate.TASKS["cpu"][TASK], job, None, tmp_path, None)  # type: ignore[arg-type]
     assert set(found) == set(ablate.FIGURES)
     assert all(math.isnan(value) for value in found.values())
     out = tmp_path / "table.csv"
