@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PairWeightDecay,
         SpectralDecay,
     )
+    from quietvit.deployment import check, export, predict
     from quietvit.measure import diagnose
     from quietvit.pairs import find_pairs
     from quietvit.quantization import (
@@ -53,6 +54,9 @@ _HOMES = {
     "KurtosisRegularization": "quietvit.decay",
     "PairWeightDecay": "quietvit.decay",
     "diagnose": "quietvit.measure",
+    "export": "quietvit.deployment",
+    "check": "quietvit.deployment",
+    "predict": "quietvit.deployment",
     "quantize": "quietvit.quantization",
     "RTN": "quietvit.quantization",
     "SmoothQuant": "quietvit.quantization",
@@ -92,10 +96,13 @@ __all__ = [
     "RepQViT",
     "SmoothQuant",
     "SpectralDecay",
+    "check",
     "diagnose",
+    "export",
     "find_pairs",
     "list_methods",
     "load",
+    "predict",
     "quantize",
     "trace",
 ]

@@ -79,6 +79,7 @@ class QuantizedModel(nn.Module):
         self._moved: dict[str, tuple[ChannelAffine, ChannelAffine]] = {}
         self._kept: dict[str, tuple[State, Tensor]] = {}
         self._observer: Handler | None = None
+        self._replacement: Callable[[Slot, Tensor], Tensor] | None = None
         self.train(model.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +114,21 @@ class QuantizedModel(nn.Module):
             yield
         finally:
             self._observer = None
+
+    @contextmanager
+    def replacing(self, replacement: Callable[[Slot, Tensor], Tensor]) -> Iterator[None]:
+        """Inside ``with``, call ``replacement(slot, operand)`` in place of every quantizer.
+
+        Operands are those that the quantizer would get. One at a time: raises QuietvitError inside
+        another ``replacing`` of this model.
+        """
+        if self._replacement is not None:
+            raise QuietvitError("the quantizers of this model are replaced already; leave that.")
+        self._replacement = replacement
+        try:
+            yield
+        finally:
+            self._replacement = None
 
     def _moved_inputs(self) -> dict[str, tuple[ChannelAffine, ChannelAffine]]:
         """For each reader of a re-parametrized norm: how its input was moved, and the way back."""
@@ -156,6 +172,8 @@ class QuantizedModel(nn.Module):
         return self._observer(site, (back.apply_to(operands[0]), *operands[1:]), quantized)
 
     def _quantize(self, site: Site, key: str, index: int, operand: Tensor) -> Tensor:
+        if self._replacement is not None:
+            return self._replacement(self._slots[site.name][index], operand)
         quantizer = self.quantizers[key]
         keepable = index == 1 and site.weight is not None and site.kind in ("linear", "conv")
         if self.training or torch.is_grad_enabled() or not keepable:
@@ -175,7 +193,7 @@ class QuantizedModel(nn.Module):
         self._kept.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}, "_observer": None}
+        return self.__dict__ | {"_kept": {}, "_observer": None, "_replacement": None}
 
     def train(self, mode: bool = True) -> QuantizedModel:
         self.refresh()

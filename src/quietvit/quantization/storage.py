@@ -268,7 +268,7 @@ def _weight_codes(quantized: QuantizedModel) -> dict[str, tuple[Tensor, list[tup
     or where what a site multiplies is not the parameter itself (a standardized weight).
     """
     model = quantized.model
-    used = _weights_in_use(quantized)
+    used = weights_in_use(quantized)
     by_name: dict[str, list[tuple[Slot, Quantizer]]] = {}
     for slot, quantizer in _pairs(quantized):
         view = slot.site.weight
@@ -316,7 +316,7 @@ def _middle(quantizer: Quantizer) -> int:
     return (low + high + 1) // 2
 
 
-def _weights_in_use(quantized: QuantizedModel) -> dict[str, Tensor]:
+def weights_in_use(quantized: QuantizedModel) -> dict[str, Tensor]:
     """The second operand of every linear and conv as one pass over zeros sees it."""
     seen: dict[str, Tensor] = {}
 

@@ -1,0 +1,18 @@
+"""From a simulated quantized model to a file a runtime computes in integers, and the proof of it."""
+
+from quietvit.deployment.check import Check, check
+from quietvit.deployment.export import Artifact, export
+from quietvit.deployment.predict import Prediction, predict
+from quietvit.deployment.proof import Proof
+from quietvit.deployment.runtime import open_runtime
+
+__all__ = [
+    "Artifact",
+    "Check",
+    "Prediction",
+    "Proof",
+    "check",
+    "export",
+    "open_runtime",
+    "predict",
+]

@@ -1,0 +1,149 @@
+"""A quantized model as an ONNX graph in float, its quantized operands marked by name.
+
+torch's exporter writes the graph; what becomes of the marks is decided in ``lower``.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
+from quietvit.quantization.method import Slot
+
+DOMAIN, OPERAND, WEIGHT = "quietvit", "Operand", "Weight"
+INPUT, OUTPUT = "images", "logits"
+OPSETS = (20, 21)
+
+
+class Logits(nn.Module):
+    """A model whose output is one tensor: its ``logits`` where it has such, or its only tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.model(images)
+        found = getattr(output, "logits", output)
+        if isinstance(found, Tensor):
+            return found
+        leaves = torch.utils._pytree.tree_leaves(found)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if len(tensors) != 1:
+            raise QuietvitError(
+                f"the model gives {len(tensors)} tensors, not logits; export a classifier, or wrap "
+                "the model so that it returns one tensor."
+            )
+        return tensors[0]
+
+
+def captured(quantized: QuantizedModel, opset: int) -> Any:
+    """Return an ``onnx_ir.Model`` of the quantized model, batch dynamic, operands marked.
+
+    A quantized activation goes through a node ``quietvit::Operand``, a quantized weight is the
+    output of a node ``quietvit::Weight`` without inputs; both have the attribute ``slot``, the key
+    of the slot. Raises QuietvitError where torch cannot export the model.
+    """
+
+    def marked(slot: Slot, x: Tensor) -> Tensor:
+        name = WEIGHT if slot.is_weight else OPERAND
+        given = [] if slot.is_weight else [x]
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{name}",
+            given,
+            {"slot": slot.key},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
+        )
+
+    own = as_float32(quantized)
+    with own.replacing(marked):
+        return to_ir(own, own.input_shape, opset)
+
+
+def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
+    """Return an ``onnx_ir.Model`` of a model of images, with a dynamic batch."""
+    if opset not in OPSETS:
+        raise QuietvitError(
+            f"opset {opset} is not written; choose 21, or 20 for older runtimes (4-bit weights "
+            "need 21, and 23 fuses attention, which hides its products)."
+        )
+    need("onnxscript")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example = torch.zeros(2, *input_shape, device=device)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                Logits(model).eval(),
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+    except QuietvitError:
+        raise
+    except Exception as error:  # the exporter raises whatever its many parts raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, QuietvitError):
+            raise cause from None
+        name = type(getattr(model, "model", model)).__name__
+        raise QuietvitError(
+            f"torch could not export {name} to ONNX: {type(cause).__name__}: {cause}. A model "
+            "whose Python code decides by the values of tensors, or by the batch size, cannot be "
+            "exported."
+        ) from error
+    assert program is not None
+    return program.model
+
+
+def need(*names: str) -> None:
+    """Raise QuietvitError naming the extra, unless all these packages can be imported."""
+    import importlib
+
+    extras = {"openvino": "openvino", "torchao": "torchao"}
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            extra = extras.get(name, "onnx")
+            raise QuietvitError(
+                f"{name} cannot be imported ({error}); install it: pip install 'quietvit[{extra}]'."
+            ) from error
+
+
+def as_float32(quantized: QuantizedModel) -> QuantizedModel:
+    """The model itself where its weights are float32, else a copy in float32."""
+    floats = {p.dtype for p in quantized.parameters() if p.is_floating_point()}
+    return quantized if floats <= {torch.float32} else copy.deepcopy(quantized).float()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress and warnings off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,269 @@
+"""``check``: an exported file against the simulated model it came from, on real images.
+
+Three questions, each answered in a file of its own: what ran in integers (``proof``), whether it
+computes the same (``parity``), and what that is worth (``speed``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quietvit.deployment.capture import as_float32
+from quietvit.deployment.export import parts_of
+from quietvit.deployment.facts import Facts
+from quietvit.deployment.onnx_file import float_onnx_of
+from quietvit.deployment.parity import Agreement, agreements
+from quietvit.deployment.proof import Proof, prove
+from quietvit.deployment.runtime import (
+    WITHOUT_VNNI,
+    OnnxRuntime,
+    OpenVINO,
+    Runtime,
+    open_runtime,
+    processor,
+    vnni,
+)
+from quietvit.deployment.speed import Speed, measure
+from quietvit.deployment.uniform import as_uniform
+from quietvit.errors import QuietvitError
+from quietvit.files import write_atomic
+from quietvit.quantization import QuantizedModel
+
+AGREEMENT, DIFFERENCE, FEW, BATCH = 99.0, 0.3, 500, 32
+
+
+@dataclass(frozen=True)
+class Check:
+    """What ``check`` found.
+
+    ``agreement``: percent of images with the same class in file and simulated model; ``top1`` and
+    ``top1_simulated`` in percent, None without labels. ``ratio`` of sizes and times: float over
+    integer.
+    """
+
+    path: Path
+    machine: str
+    proof: Proof
+    agreements: tuple[Agreement, ...]
+    images: int
+    agreement: float
+    top1: float | None
+    top1_simulated: float | None
+    speeds: tuple[Speed, ...]
+    bytes: int
+    float_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What the file claims and does not keep, a sentence each; empty where all is kept."""
+        found = [
+            f"{ran.product} ran in float as {ran.operator}: {ran.reason}"
+            for ran in self.proof.broken
+        ]
+        found += [
+            f"{a.product}: {a.wrong} of {a.codes} codes and {a.off} of {a.sums} sums of products "
+            "are not the simulated model's"
+            for a in self.agreements
+            if not a.equal
+        ]
+        # Few images cannot tell 99 from 98 percent: one in 500 may be chance.
+        room = 0 if self.images >= FEW else 100 / max(self.images, 1)
+        if self.agreement < AGREEMENT - room:
+            found.append(
+                f"the class is the simulated model's on {self.agreement:.2f} % of {self.images} "
+                f"images, less than {AGREEMENT:g} %"
+            )
+        if self.top1 is not None and self.top1_simulated is not None:
+            apart = abs(self.top1 - self.top1_simulated)
+            if apart > DIFFERENCE + room:
+                found.append(
+                    f"top-1 is {self.top1:.2f} % where the simulated model has "
+                    f"{self.top1_simulated:.2f} %, more than {DIFFERENCE:g} points apart"
+                )
+        return tuple(found)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write everything as JSON."""
+        content = {
+            "path": str(self.path),
+            "machine": self.machine,
+            "runtime": self.proof.runtime,
+            "ok": self.ok,
+            "failures": list(self.failures),
+            "integer_share_of_macs": self.proof.integer_share,
+            "products": [
+                asdict(ran) | {"claimed": ran.product in self.proof.claimed}
+                for ran in self.proof.ran
+            ],
+            "agreements": [asdict(agreement) for agreement in self.agreements],
+            "images": self.images,
+            "class_agreement_percent": self.agreement,
+            "top1": self.top1,
+            "top1_simulated": self.top1_simulated,
+            "speed": [asdict(speed) for speed in self.speeds],
+            "bytes": self.bytes,
+            "float_bytes": self.float_bytes,
+            "notes": list(self.notes),
+        }
+        return write_atomic(path, json.dumps(content, indent=1) + "\\n")
+
+    def __str__(self) -> str:
+        from quietvit.deployment.text import check_text
+
+        return check_text(self)
+
+
+def check(
+    path: str | Path,
+    against: QuantizedModel | str | Path,
+    images: Tensor | Iterable[Any],
+    *,
+    runtime: str | None = None,
+    threads: int = 0,
+    seconds: float = 10.0,
+    batches: tuple[int, ...] = (1, 8),
+) -> Check:
+    """Prove what an exported file computes in integers, that it computes the same, and how fast.
+
+    ``against``: the quantized model it was exported from, or its .qvit. ``images``: a tensor
+    (N, C, H, W) after the model's own transform, or batches of such, with labels behind them
+    (N,) for top-1. ``runtime``: ``onnxruntime`` or ``openvino``, by default what the suffix says.
+    ``seconds``: how long each batch size of ``batches`` is timed, 0 for not at all; the float model
+    is exported from ``against`` and runs in the same runtime, in turn.
+
+    Kept are: every product that the file says is integer ran so (from the runtime's optimized
+    graph); on the first two images every code and every sum of products is the simulated model's
+    but for ties; the class agrees on 99 % of the images, top-1 within 0.3 points. Below 500 images
+    one image more may differ. Per product only onnxruntime is compared.
+
+    Raises QuietvitError for a file that is truncated, foreign, of another image size or another
+    model, and for a missing extra.
+    """
+    path = Path(path)
+    loaded = open_runtime(path, runtime, threads)
+    facts = loaded.facts
+    quantized = _simulated(against, facts)
+    _same_model(path, facts, quantized)
+    given = list(_batches(images))
+    loaded.check_images(tuple(given[0][0].shape))
+    compared: tuple[Agreement, ...] = ()
+    notes = list(facts.notes)
+    if isinstance(loaded, OpenVINO):
+        notes.append("product by product only onnxruntime is compared: check the .onnx for that")
+    else:
+        compared = tuple(agreements(path, facts, quantized, given[0][0][:2]))
+    if vnni() is False:
+        notes.append(WITHOUT_VNNI)
+    count, same, right, simulated_right = _classes(loaded, quantized, given)
+    floating = float_onnx_of(quantized.model, quantized.input_shape)
+    return Check(
+        path=path,
+        machine=processor(),
+        proof=prove(loaded, facts),
+        agreements=compared,
+        images=count,
+        agreement=100 * same / count,
+        top1=None if right is None else 100 * right / count,
+        top1_simulated=None if simulated_right is None else 100 * simulated_right / count,
+        speeds=tuple(_speeds(loaded, floating, given, threads, seconds, batches)),
+        bytes=sum(part.stat().st_size for part in parts_of(path)),
+        float_bytes=len(floating),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _simulated(against: QuantizedModel | str | Path, facts: Facts) -> QuantizedModel:
+    if not isinstance(against, QuantizedModel):
+        from quietvit.quantization import load
+
+        against = load(against)
+    own = as_float32(against).cpu().eval()
+    return as_uniform(own)[0] if facts.uniform else own
+
+
+def _same_model(path: Path, facts: Facts, quantized: QuantizedModel) -> None:
+    """Raise QuietvitError unless both make the same products of images of one shape."""
+    own = [(site.name, site.macs) for site in quantized.trace.matmuls]
+    theirs = [(p.name, p.macs) for p in facts.products if p.kind != "compensation"]
+    if own != theirs or quantized.input_shape != facts.input_shape:
+        differing = next(
+            (pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]), ""
+        )
+        raise QuietvitError(
+            f"{path} was exported from another model than the one it is checked against: images of "
+            f"{facts.input_shape} against {quantized.input_shape}, {len(theirs)} products against "
+            f"{len(own)}{f', first {differing[1]} against {differing[0]}' if differing else ''}. "
+            "Give the .qvit that it was exported from."
+        )
+
+
+Labelled = tuple[Tensor, Tensor | None]
+
+
+def _batches(images: Any) -> Iterator[Labelled]:
+    """Images (B, C, H, W) on the CPU with their labels, if there are any."""
+    empty = True
+    for item in [images] if isinstance(images, Tensor) else images:
+        whole = isinstance(item, tuple | list)
+        x, y = (item[0], item[1] if len(item) > 1 else None) if whole else (item, None)
+        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
+            shown = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise QuietvitError(
+                f"a batch of images is {shown}; give float tensors (N, C, H, W) after the model's "
+                "own transform, with labels (N,) behind them or without."
+            )
+        parts = zip(x.split(BATCH), [None] * len(x) if y is None else y.split(BATCH), strict=False)
+        for part, labels in parts:
+            empty = False
+            yield part.detach().float().cpu().contiguous(), labels
+    if empty:
+        raise QuietvitError("there are no images to check on; give at least one.")
+
+
+def _classes(
+    loaded: Runtime, quantized: QuantizedModel, given: list[Labelled]
+) -> tuple[int, int, int | None, int | None]:
+    """(images, same class in both, right in the file, right in the simulated model)."""
+    count = same = right = simulated_right = 0
+    labelled = all(labels is not None for _, labels in given)
+    for x, labels in given:
+        theirs = torch.from_numpy(loaded(x.numpy())).argmax(-1)
+        with torch.no_grad():
+            output = quantized(x)
+        own = getattr(output, "logits", output).argmax(-1)
+        count, same = count + len(x), same + int((theirs == own).sum())
+        if labels is not None:
+            right += int((theirs == labels.cpu()).sum())
+            simulated_right += int((own == labels.cpu()).sum())
+    return count, same, right if labelled else None, simulated_right if labelled else None
+
+
+def _speeds(
+    loaded: Runtime,
+    floating: bytes,
+    given: list[Labelled],
+    threads: int,
+    seconds: float,
+    batches: tuple[int, ...],
+) -> Iterator[Speed]:
+    if seconds <= 0:
+        return
+    kind = OpenVINO if isinstance(loaded, OpenVINO) else OnnxRuntime
+    other = kind(floating, threads=threads)
+    pool = given[0][0].numpy()
+    for size in batches:
+        images = np.ascontiguousarray(np.resize(pool, (size, *pool.shape[1:])))
+        yield measure(loaded, other, images, seconds)

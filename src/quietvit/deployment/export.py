@@ -1,0 +1,215 @@
+"""``export``: the one verb from a quantized model to a file that a runtime computes in integers.
+
+How the graph is written is ``onnx_file``'s business, what ran is proven by ``check``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quietvit.deployment.capture import as_float32
+from quietvit.deployment.facts import Facts, facts_of
+from quietvit.deployment.grids import Grid, why_none
+from quietvit.deployment.onnx_file import grids_of, onnx_of
+from quietvit.deployment.uniform import Replaced, as_uniform
+from quietvit.errors import QuietvitError
+from quietvit.files import write_atomic
+from quietvit.quantization import QuantizedModel
+from quietvit.quantization.architecture import preprocessing_of
+from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+
+TARGETS = ("onnx", "openvino")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported file, its facts, and which quantizers were replaced to export it."""
+
+    path: Path
+    facts: Facts
+    replaced: tuple[Replaced, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, of an IR both its files."""
+        return sum(part.stat().st_size for part in parts_of(self.path))
+
+    def check(self, against: Any, images: Any, **options: Any) -> Any:
+        """Prove what runs in integers; see ``quietvit.check``."""
+        from quietvit.deployment.check import check
+
+        return check(self.path, against, images, **options)
+
+
+def export(
+    quantized: QuantizedModel,
+    path: str | Path,
+    *,
+    to: str | None = None,
+    as_: str | None = None,
+    opset: int = 21,
+    preprocessing: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+    force: bool = False,
+) -> Artifact:
+    """Write a quantized model as a file whose products a runtime computes in integers.
+
+    ``to``: ``onnx`` (a file .onnx with QuantizeLinear and DequantizeLinear, for onnxruntime) or
+    ``openvino`` (.xml and .bin); by default what the suffix of ``path`` says. Input ``images``
+    (batch, C, H, W), float32, output ``logits``; the batch is dynamic. Weights are stored as
+    integers, int8, or int4 where they have at most 4 bits (opset 21). Activations of fewer than 8
+    bits are carried in 8-bit codes: the accuracy is theirs, the speed that of 8 bits.
+
+    ``as_="uniform"`` replaces quantizers that no integer kernel has (logarithmic, two-range, one
+    scale a channel, more than 8 bits) by uniform ones of 8 bits and says what that loses; without
+    it they are refused. ``preprocessing``: timm's data config, by default the model's own;
+    ``labels``: a name for each class, by default those of ImageNet-1k for its models, or a
+    transformers model's.
+
+    Raises QuietvitError for a model that is not quantized or not calibrated, codes without integer
+    kernels, a model torch cannot export, a missing extra, or a path in use (``force`` replaces an
+    earlier export).
+    """
+    if not isinstance(quantized, QuantizedModel):
+        raise QuietvitError(
+            f"a {type(quantized).__name__} is not quantized, so there are no integers to export; "
+            "make it a QuantizedModel by quietvit.quantize(model, method, images), or read one by "
+            "quietvit.load(path)."
+        )
+    path = Path(path)
+    target = _target(path, to)
+    refuse_existing(path, force)
+    if as_ not in (None, "uniform"):
+        raise QuietvitError(f"as_={as_!r} is not known; the only way is 'uniform'.")
+    _refuse_uncalibrated(quantized)
+    own, replaced = as_float32(quantized), list[Replaced]()
+    if as_ == "uniform":
+        own, replaced = as_uniform(own)
+    else:
+        _refuse_simulated(own)
+    grids = grids_of(own)
+    facts = facts_of(
+        own,
+        grids,
+        preprocessing=preprocessing or preprocessing_of(own.model),
+        labels=labels or labels_of(own.model),
+        notes=[*_notes(own, grids), *map(str, replaced)],
+        uniform=as_ == "uniform",
+    )
+    content = onnx_of(own, grids, facts, opset)
+    if target == "openvino":
+        from quietvit.deployment.openvino_file import write_openvino
+
+        write_openvino(content, path, facts)
+    else:
+        write_atomic(path, content)
+    return Artifact(path, facts, tuple(replaced))
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files an artifact is made of."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise QuietvitError where something stands at ``path``; with ``force`` only for a folder."""
+    for part in parts_of(path):
+        if part.is_dir():
+            raise QuietvitError(f"{part} is a folder; name a file, such as model.onnx.")
+        if part.exists() and not force:
+            raise QuietvitError(
+                f"{part} exists already; choose another name, or pass force (--force) to replace "
+                "it."
+            )
+
+
+def labels_of(model: Any) -> tuple[str, ...] | None:
+    """Names of the classes: a transformers model's own, or ImageNet-1k's; None if unknown."""
+    named = getattr(getattr(model, "config", None), "id2label", None)
+    if isinstance(named, Mapping) and named:
+        return tuple(str(named[key]) for key in sorted(named, key=int))
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, dict):
+        return None
+    if config.get("label_names"):
+        return tuple(config["label_names"])
+    if config.get("num_classes") != 1000 or getattr(model, "num_classes", None) != 1000:
+        return None
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    return tuple(info.index_to_description(index) for index in range(1000))
+
+
+def _target(path: Path, to: str | None) -> str:
+    suffixes = {".onnx": "onnx", ".xml": "openvino"}
+    target = suffixes.get(path.suffix) if to is None else to
+    if target not in TARGETS or suffixes.get(path.suffix, target) != target:
+        raise QuietvitError(
+            f"{path} with to={to!r} names no file that can be written: choose model.onnx "
+            "(to='onnx'), or model.xml (to='openvino'); torchao models live in memory, see "
+            "quietvit.deployment.to_torchao."
+        )
+    if path.suffix not in suffixes:
+        wanted = next(suffix for suffix, name in suffixes.items() if name == target)
+        raise QuietvitError(
+            f"{path} does not end in {wanted}, as files for {target} do; name it so."
+        )
+    return target
+
+
+def _refuse_uncalibrated(quantized: QuantizedModel) -> None:
+    slots = [slot for slot in quantized.slots() if not slot.is_weight]
+    if not quantized.slots():
+        raise QuietvitError(
+            "the model has no quantizers at all, so there are no integers to export; quantize it "
+            "by quietvit.quantize(model, method, images)."
+        )
+    untouched = [
+        slot
+        for slot in slots
+        if isinstance(q := quantized.quantizers[slot.key], AffineQuantizer)
+        and bool((q.scale == 1).all())
+        and bool((q.zero_point == 0).all())
+    ]
+    if slots and len(untouched) == len(slots):
+        raise QuietvitError(
+            f"the quantizers were never calibrated: all {len(slots)} activations have scale 1 and "
+            f"zero point 0, the first {slots[0].site.name}. Quantize with calibration images "
+            "(quietvit.quantize), or load the finished .qvit."
+        )
+
+
+def _refuse_simulated(quantized: QuantizedModel) -> None:
+    reasons = []
+    for slot in quantized.slots():
+        quantizer = quantized.quantizers[slot.key]
+        assert isinstance(quantizer, Quantizer)
+        why = why_none(slot, quantizer)
+        if why is not None:
+            reasons.append(f"{slot.site.name} ({slot.operand}): {why}")
+    if reasons:
+        more = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+        raise QuietvitError(
+            f"{quantized.method.name} is simulated here, and {len(reasons)} operands have no "
+            f"integer kernel: {'; '.join(reasons[:2])}{more}. as_='uniform' (--as uniform) puts "
+            "uniform quantizers of 8 bits in their place and says what is lost."
+        )
+
+
+def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid]) -> list[str]:
+    notes = []
+    slots = {slot.key: slot for slot in quantized.slots()}
+    low = {grids[key].bits for key, slot in slots.items() if not slot.is_weight} - {8}
+    if low:
+        bits = ", ".join(map(str, sorted(low)))
+        notes.append(
+            f"activations of {bits} bits are carried in 8-bit codes: the accuracy is theirs, the "
+            "speed that of 8 bits"
+        )
+    if any(slot.site.kind not in ("linear", "conv", "matmul", "einsum") for slot in slots.values()):
+        notes.append("operands of norms, softmax or additions are rounded, and computed in float")
+    return notes

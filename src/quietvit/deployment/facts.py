@@ -1,0 +1,123 @@
+"""What travels inside an exported file: sites, grids, preprocessing, labels, where it came from.
+
+JSON in the file's own metadata, under the key ``quietvit``; data, never code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quietvit
+from quietvit.deployment.grids import Grid
+from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
+from quietvit.tracing import MATMUL_KINDS
+
+KEY, FORMAT, VERSION = "quietvit", "quietvit exported model", 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product of the model: its share of the work, and the grids of its operands.
+
+    ``operands``: name -> ``Grid.facts``, empty where the product is in float, and ``why_float``
+    then says why.
+    """
+
+    name: str
+    kind: str
+    macs: int
+    operands: dict[str, dict[str, Any]]
+    why_float: str | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything ``quietvit check`` and ``quietvit predict`` need beside the graph.
+
+    ``uniform``: quantizers were replaced by uniform ones to export it.
+    """
+
+    method: str
+    input_shape: tuple[int, ...]
+    products: tuple[Product, ...]
+    total_macs: int
+    preprocessing: dict[str, Any] | None
+    labels: tuple[str, ...] | None
+    notes: tuple[str, ...]
+    uniform: bool
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | None, path: Path) -> Facts:
+        """Raises QuietvitError where the text is not what ``to_json`` wrote."""
+        try:
+            content = json.loads(text or "")
+            known = content.pop("format"), content.pop("version")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise QuietvitError(
+                f"{path} was not exported by quietvit: its metadata has no entry {KEY!r} "
+                f"({type(error).__name__}). Export it from its .qvit by 'quietvit export'."
+            ) from error
+        if known != (FORMAT, VERSION):
+            raise QuietvitError(
+                f"{path} is {known[0]!r} of version {known[1]!r}, this quietvit reads {FORMAT!r} of "
+                f"version {VERSION}; export it again from its .qvit."
+            )
+        products = tuple(Product(**product) for product in content.pop("products"))
+        for name in ("input_shape", "labels", "notes"):
+            content[name] = None if content[name] is None else tuple(content[name])
+        return cls(products=products, **content)
+
+    def product(self, name: str) -> Product:
+        return next(product for product in self.products if product.name == name)
+
+
+def facts_of(
+    quantized: QuantizedModel,
+    grids: Mapping[str, Grid],
+    *,
+    preprocessing: Mapping[str, Any] | None,
+    labels: Sequence[str] | None,
+    notes: Sequence[str] = (),
+    uniform: bool = False,
+) -> Facts:
+    """Collect the facts of a quantized model; ``grids`` by the key of the slot."""
+    keys: dict[str, dict[str, str]] = {}
+    for slot in quantized.slots():
+        if slot.site.kind in MATMUL_KINDS:
+            keys.setdefault(slot.site.name, {})[slot.operand] = slot.key
+    coverage = quantized.coverage
+    reasons = dict(coverage.untouched)
+    products = []
+    for site in quantized.trace.matmuls:
+        operands = {name: grids[key].facts for name, key in keys.get(site.name, {}).items()}
+        for operand in operands.values():
+            if isinstance(operand["scale"], list):
+                operand["scale"] = operand["zero_point"] = None  # long, and in the graph
+        why = reasons.get(site.name)
+        products.append(Product(site.name, site.kind, site.macs, operands, why))
+    extra = [name for name, _ in coverage.untouched if name not in {p.name for p in products}]
+    for name in extra:
+        macs = coverage.untouched_macs[[n for n, _ in coverage.untouched].index(name)]
+        products.append(Product(name, "compensation", macs, {}, reasons[name]))
+    return Facts(
+        method=f"{quantized.method.name} {quantized.method.label}",
+        input_shape=quantized.input_shape,
+        products=tuple(products),
+        total_macs=coverage.total_macs,
+        preprocessing=None if preprocessing is None else json.loads(json.dumps(preprocessing)),
+        labels=None if labels is None else tuple(labels),
+        notes=(*quantized.notes, *notes),
+        uniform=uniform,
+        versions={"quietvit": quietvit.__version__, "torch": torch.__version__},
+    )

@@ -1,0 +1,94 @@
+"""Affine maps of channels folded into the norms and biases before them.
+
+Re-parametrization moves a norm's output, bias correction a linear's; in the exported graph neither
+is to cost an operation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quietvit.deployment.products import constant_of, only_user, other_input
+
+if TYPE_CHECKING:
+    from quietvit.deployment.lower import Writer
+
+
+def fold_affine(writer: Writer) -> None:
+    """Fold Mul and Add of constants behind LayerNormalization, and behind a bias, in place.
+
+    Exact but for the rounding of float32: g·(γ x̂ + β) + b = (g γ) x̂ + (g β + b), and
+    1·(y + b) + c = y + (b + c).
+    """
+    for node in list(writer.graph):
+        if node.op_type == "LayerNormalization":
+            _into_norm(writer, node)
+        elif node.op_type == "Add":
+            _into_bias(writer, node)
+
+
+def _affine_behind(value: Any) -> tuple[np.ndarray, np.ndarray, Any] | None:
+    """(gain, bias, node of the Add) of ``value * gain + bias``, each one number or (channels,)."""
+    mul = only_user(value, "Mul")
+    add = None if mul is None else only_user(mul.outputs[0], "Add")
+    if add is None:
+        return None
+    found = [constant_of(other_input(mul, value)), constant_of(other_input(add, mul.outputs[0]))]
+    flat = [_vector(array) for array in found]
+    return None if flat[0] is None or flat[1] is None else (flat[0], flat[1], add)
+
+
+def _vector(array: np.ndarray | None) -> np.ndarray | None:
+    """A constant along the last axis alone as a vector, a number as a vector of one."""
+    if array is None or array.dtype != np.float32:
+        return None
+    along_last = array.ndim == 0 or array.size == array.shape[-1]
+    return array.reshape(-1) if along_last else None
+
+
+def _into_norm(writer: Writer, norm: Any) -> None:
+    behind = _affine_behind(norm.outputs[0])
+    if behind is None or norm.outputs[0].is_graph_output():
+        return
+    scale = constant_of(norm.inputs[1])
+    offset = constant_of(norm.inputs[2]) if len(norm.inputs) > 2 else None
+    if scale is None or scale.ndim != 1 or (len(norm.inputs) > 2 and offset is None):
+        return
+    gain, bias, add = behind
+    if gain.size not in (1, scale.size) or bias.size not in (1, scale.size):
+        return
+    offset = np.zeros_like(scale) if offset is None else offset
+    wide = [array.astype(np.float64) for array in (scale, offset, gain, bias)]
+    folded = wide[0] * wide[2], wide[1] * wide[2] + wide[3]
+    given = [
+        writer.constant(f"{norm.name}:{name}", array.astype(np.float32))
+        for name, array in zip(("gain", "bias"), folded, strict=True)
+    ]
+    attributes = {name: attribute.value for name, attribute in norm.attributes.items()}
+    like = add.outputs[0]
+    new = writer.node(
+        norm,
+        "LayerNormalization",
+        [norm.inputs[0], *given],
+        f"{norm.name}:folded",
+        like,
+        **attributes,
+    )
+    like.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _into_bias(writer: Writer, first: Any) -> None:
+    behind = _affine_behind(first.outputs[0])
+    if behind is None:
+        return
+    product = next((i for i in first.inputs if constant_of(i) is None), None)
+    array = None if product is None else _vector(constant_of(other_input(first, product)))
+    gain, bias, add = behind
+    if array is None or not (gain == 1).all() or bias.size not in (1, array.size):
+        return
+    total = writer.constant(f"{first.name}:bias", array + bias)
+    like = add.outputs[0]
+    new = writer.node(first, "Add", [product, total], f"{first.name}:folded", like)
+    like.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -1,0 +1,168 @@
+"""From marks to QuantizeLinear and DequantizeLinear, laid out as integer kernels want them.
+
+The marked graph comes from ``capture``; products are rearranged in ``products``. Values and nodes
+are named after their sites, so that a runtime's own graph can be read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from quietvit.deployment.capture import DOMAIN, WEIGHT
+from quietvit.deployment.grids import Grid
+
+
+@dataclass
+class Stored:
+    """What stands at a slot: its grid, and for a weight its codes in the model's own layout."""
+
+    name: str
+    grid: Grid
+    codes: np.ndarray | None = None
+
+
+@dataclass
+class Writer:
+    """Adds nodes and initializers to a graph under the names it is given."""
+
+    graph: Any
+    _shared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def constant(self, name: str, array: np.ndarray) -> Any:
+        """An initializer; one of the same name is the same."""
+        import onnx_ir as ir
+
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.tensor(np.array(array, order="C"), name=name)
+        value = ir.Value(
+            name=name,
+            const_value=tensor,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+        )
+        self.graph.initializers[name] = value
+        return value
+
+    def node(
+        self,
+        before: Any,
+        op: str,
+        inputs: list[Any],
+        name: str,
+        like: Any = None,
+        **attributes: Any,
+    ) -> Any:
+        """A node in front of ``before``; returns its output, named ``name``, shaped like ``like``."""
+        import onnx_ir as ir
+
+        node = ir.node(op, inputs, attributes or None, name=name)
+        self.graph.insert_before(before, node)
+        node.outputs[0].name = name
+        if like is not None:
+            node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
+        return node.outputs[0]
+
+    def quantized(self, before: Any, x: Any, stored: Stored) -> Any:
+        """x as 8-bit codes: clipped where the codes are fewer, then QuantizeLinear."""
+        import onnx_ir as ir
+
+        grid = stored.grid
+        key = (x, grid.bits, grid.scale.tobytes(), grid.zero_point.tobytes())
+        if key in self._shared:
+            return self._shared[key]
+        name = stored.name
+        given = x
+        if grid.ends is not None:
+            low, high = (
+                self.constant(f"{name}:{side}", end)
+                for side, end in zip(("low", "high"), grid.ends, strict=True)
+            )
+            given = self.node(before, "Clip", [x, low, high], f"{name}:clipped", x)
+        codes = self.node(before, "QuantizeLinear", [given, *self.scale(stored)], f"{name}:codes")
+        codes.shape, codes.type = x.shape, ir.TensorType(ir.DataType.UINT8)
+        self._shared[key] = codes
+        return codes
+
+    def dequantized(self, before: Any, codes: Any, stored: Stored, axis: int | None = None) -> Any:
+        extra = {} if stored.grid.scale.ndim == 0 else {"axis": axis}
+        given = [codes, *self.scale(stored)]
+        return self.node(before, "DequantizeLinear", given, f"{stored.name}:values", **extra)
+
+    def scale(self, stored: Stored) -> list[Any]:
+        """Scale and zero point; a zero point of signed codes that is zero everywhere is left out."""
+        grid = stored.grid
+        found = [self.constant(f"{stored.name}:scale", grid.scale)]
+        if not grid.signed or grid.zero_point.any():
+            zero = grid.zero_point.astype(grid.dtype)
+            found.append(self.constant(f"{stored.name}:zero_point", zero))
+        return found
+
+    def weight(self, before: Any, stored: Stored, codes: np.ndarray) -> Any:
+        """The codes of a weight in the layout given; 4-bit ones take half a byte in the file."""
+        import onnx_ir as ir
+
+        if stored.grid.bits > 4 or self.graph.opset_imports.get("", 0) < 21:
+            return self.constant(f"{stored.name}:codes", codes)
+        import ml_dtypes
+
+        small = self.constant(f"{stored.name}:codes4", codes.astype(ml_dtypes.int4))
+        return self.node(before, "Cast", [small], f"{stored.name}:codes", to=int(ir.DataType.INT8))
+
+
+def lower(model: Any, stored: Mapping[str, Stored]) -> None:
+    """Replace every mark of an ``onnx_ir.Model`` in place; ``stored`` by the key of the slot.
+
+    Afterwards the graph has standard operators alone. Weights that nothing reads any more are gone.
+    """
+    from quietvit.deployment.fold import fold_affine
+    from quietvit.deployment.products import patches_as_product, product_of_weight, settled
+
+    graph = model.graph
+    writer = Writer(graph)
+    marks = [node for node in graph if node.domain == DOMAIN]
+    for node in [mark for mark in marks if mark.op_type != WEIGHT]:
+        entry = stored[node.attributes["slot"].as_string()]
+        x, output = node.inputs[0], node.outputs[0]
+        codes = writer.quantized(node, x, entry)
+        values = writer.dequantized(node, codes, entry)
+        _replace(graph, node, values, output)
+    for node in [mark for mark in marks if mark.op_type == WEIGHT]:
+        entry = stored[node.attributes["slot"].as_string()]
+        output = node.outputs[0]
+        if patches_as_product(writer, node, entry) or product_of_weight(writer, node, entry):
+            graph.remove(node, safe=True)
+            continue
+        assert entry.codes is not None
+        codes = writer.weight(node, entry, entry.codes)
+        values = writer.dequantized(node, codes, entry, entry.grid.axis)
+        _replace(graph, node, values, output)
+    fold_affine(writer)
+    _swept(model)
+    settled(writer)
+    model.opset_imports.pop(DOMAIN, None)
+    graph.opset_imports.pop(DOMAIN, None)
+    _swept(model)
+
+
+def _replace(graph: Any, node: Any, values: Any, output: Any) -> None:
+    values.shape, values.type = output.shape, output.type
+    output.replace_all_uses_with(values)
+    graph.remove(node, safe=True)
+
+
+def _swept(model: Any) -> None:
+    """Remove nodes and initializers that nothing reads."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
+
+
+def weight_codes(grid: Grid, quantizer: Any, weight: Tensor) -> np.ndarray:
+    """Codes of a weight as the site reads it, (out, in, ...)."""
+    return grid.codes(quantizer, weight.detach())

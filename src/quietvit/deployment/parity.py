@@ -1,0 +1,239 @@
+"""Whether an exported file computes what the simulated model computes, integer by integer.
+
+Logits are no test: one rounding that falls the other way moves them all. So every product is given
+the same inputs in both, and its codes and sums of products are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quietvit.deployment.facts import Facts, Product
+from quietvit.deployment.runtime import OnnxRuntime
+from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
+from quietvit.quantization.method import Slot
+
+TIE = 1e-3
+"""How far from the middle between two codes a value may be for its rounding to go either way."""
+ROUNDING = 2.0**-21
+"""Share by which float32 arithmetic may move a sum of products on its way out of the integers."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One product on given inputs.
+
+    ``codes``: how many integers went in; ``ties``: how many of them differ by one where the value
+    lies in the middle between both; ``wrong``: how many differ otherwise. ``sums``: how many sums
+    of products came out; ``off``: how many of them are not those of the codes.
+    """
+
+    product: str
+    codes: int
+    ties: int
+    wrong: int
+    sums: int
+    off: int
+
+    @property
+    def equal(self) -> bool:
+        return self.wrong == 0 and self.off == 0
+
+
+def agreements(
+    path: Path, facts: Facts, quantized: QuantizedModel, images: Tensor
+) -> list[Agreement]:
+    """Compare every integer product of an ONNX file with the simulated model's, on ``images``.
+
+    ``images``: (N, C, H, W) as the model takes them. Raises QuietvitError where file and model are
+    not of one kind.
+    """
+    wanted = [product for product in facts.products if product.why_float is None]
+    slots: dict[str, list[Slot]] = {}
+    for slot in quantized.slots():
+        slots.setdefault(slot.site.name, []).append(slot)
+    for product in wanted:
+        if len(slots.get(product.name, [])) != 2:
+            raise QuietvitError(
+                f"{path} multiplies integers in {product.name}, where this {quantized.method.name} "
+                "model has no two quantizers; give the .qvit that it was exported from."
+            )
+    operands = _operands(quantized, images)
+    parts = Parts.of(path, [product.name for product in wanted])
+    given = {
+        name: [operands[name][slot.index] for slot in slots[name] if not slot.is_weight]
+        for name in parts.codes
+    }
+    codes, sums = parts.run(given)
+    return [
+        _compared(p, slots[p.name], quantized, operands[p.name], codes[p.name], sums[p.name])
+        for p in wanted
+    ]
+
+
+def _operands(quantized: QuantizedModel, images: Tensor) -> dict[str, dict[int, Tensor]]:
+    """Every operand as its quantizer gets it, in one pass of the simulated model."""
+    kept: dict[str, dict[int, Tensor]] = {}
+
+    def keep(slot: Slot, x: Tensor) -> Tensor:
+        kept.setdefault(slot.site.name, {})[slot.index] = x.detach().clone()
+        result: Tensor = quantized.quantizers[slot.key](x)
+        return result
+
+    with torch.no_grad(), quantized.replacing(keep):
+        quantized(images)
+    return kept
+
+
+def _compared(
+    product: Product,
+    slots: list[Slot],
+    quantized: QuantizedModel,
+    operands: dict[int, Tensor],
+    theirs: list[np.ndarray],
+    found: np.ndarray,
+) -> Agreement:
+    codes, ties, wrong = 0, 0, 0
+    sides: list[np.ndarray] = []
+    scale: Any = np.float64(1)
+    waiting = iter(theirs)
+    for slot in sorted(slots, key=lambda slot: slot.index):
+        quantizer: Any = quantized.quantizers[slot.key]
+        moved = product.operands[slot.operand]["moved"]
+        x = operands[slot.index]
+        own = quantizer.codes(x).cpu().numpy().astype(np.int64) + moved
+        used = own
+        if not slot.is_weight:
+            used = next(waiting).astype(np.int64).reshape(own.shape)
+            middle, odd = _differing(own, used, x, quantizer)
+            codes, ties, wrong = codes + own.size, ties + middle, wrong + odd
+        zero = quantizer.zero_point.cpu().numpy().astype(np.int64) + moved
+        sides.append(used - _along(zero, quantizer.axis, own.ndim))
+        scale = scale * quantizer.scale.double().cpu().numpy()
+    count, off = _sums(product, sides, scale, found)
+    return Agreement(product.name, codes, ties, wrong, count, off)
+
+
+def _differing(own: np.ndarray, theirs: np.ndarray, x: Tensor, quantizer: Any) -> tuple[int, int]:
+    """(ties, others) among codes that differ."""
+    apart = own != theirs
+    if not apart.any():
+        return 0, 0
+    steps = x.double().cpu().numpy() / float(quantizer.scale)
+    distance = np.abs(steps - np.floor(steps) - 0.5)
+    ties = apart & (np.abs(own - theirs) == 1) & (distance < TIE)
+    return int(ties.sum()), int((apart & ~ties).sum())
+
+
+def _along(values: np.ndarray, axis: int | None, ndim: int) -> np.ndarray:
+    if axis is None:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def _sums(
+    product: Product, sides: list[np.ndarray], scale: np.ndarray, found: np.ndarray
+) -> tuple[int, int]:
+    """(how many, how many differ) of scale times the sums of products of the integers."""
+    left, right = (side.astype(np.float64) for side in sides)  # exact: all stay below 2^53
+    if product.kind == "linear":
+        exact = left @ right.T
+    else:
+        exact = _patch_product(left, right) if product.kind == "conv" else left @ right
+    exact = exact * scale
+    apart = np.abs(found.astype(np.float64).reshape(exact.shape) - exact)
+    return exact.size, int((apart > ROUNDING * np.abs(exact)).sum())
+
+
+def _patch_product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """A convolution of patches as (B, L, out), as the file has it."""
+    out, channels, kh, kw = weight.shape
+    batch, _, height, width = x.shape
+    h, w = height // kh, width // kw
+    cut = x.reshape(batch, channels, h, kh, w, kw).transpose(0, 2, 4, 1, 3, 5)
+    return cut.reshape(batch, h * w, -1) @ weight.reshape(out, -1).T  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of an ONNX file that quantize operands and multiply them, cut out of the rest.
+
+    ``inputs``, ``codes``: per product the values that are quantized, in the order of the operands,
+    and their codes.
+    """
+
+    model: Any
+    inputs: dict[str, list[str]]
+    codes: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, path: Path, names: list[str]) -> Parts:
+        """Cut out the products of these names. Raises QuietvitError where one is not there."""
+        import onnx
+
+        model = onnx.load(path)
+        made = {output: node for node in model.graph.node for output in node.output}
+        kept: dict[str, Any] = {}
+        inputs: dict[str, list[str]] = {}
+        codes: dict[str, list[str]] = {}
+
+        def back(value: str, name: str) -> None:
+            node = made.get(value)
+            if node is None:
+                return
+            kept[node.name] = node
+            if node.op_type != "QuantizeLinear":
+                for given in node.input:
+                    back(given, name)
+                return
+            before = made.get(node.input[0])
+            if before is not None and before.op_type == "Clip":
+                kept[before.name] = before
+            else:
+                before = node
+            inputs[name].append(before.input[0])
+            codes[name].append(node.output[0])
+
+        for name in names:
+            inputs[name], codes[name] = [], []
+            if f"{name}:product" not in made:
+                raise QuietvitError(f"{path} has no product named {name}; export it again.")
+            back(f"{name}:product", name)
+        order = [node for node in model.graph.node if node.name in kept]
+        used = {given for node in order for given in node.input}
+        stored = [entry for entry in model.graph.initializer if entry.name in used]
+        del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
+        del model.graph.input[:], model.graph.output[:]
+        model.graph.node.extend(order)
+        model.graph.initializer.extend(stored)
+        return cls(model, inputs, codes)
+
+    def run(
+        self, given: dict[str, list[Tensor]]
+    ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
+        """Codes of the operands and the product, by the name of the product, for given operands."""
+        from onnx import TensorProto, helper
+
+        fed: dict[str, np.ndarray] = {}
+        for name, values in self.inputs.items():
+            fed |= {v: x.cpu().numpy() for v, x in zip(values, given[name], strict=True)}
+        outputs = {value: TensorProto.UINT8 for values in self.codes.values() for value in values}
+        outputs |= {f"{name}:product": TensorProto.FLOAT for name in self.inputs}
+        graph = self.model.graph
+        for value, array in fed.items():
+            graph.input.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, array.shape))
+        for value, kind in outputs.items():
+            graph.output.append(helper.make_tensor_value_info(value, kind, None))
+        session = OnnxRuntime(self.model.SerializeToString()).session
+        found = dict(zip(outputs, session.run(list(outputs), fed), strict=True))
+        codes = {name: [found[v] for v in values] for name, values in self.codes.items()}
+        return codes, {name: found[f"{name}:product"] for name in self.inputs}

@@ -1,0 +1,165 @@
+"""Matrix products laid out so that runtimes find their integer kernels.
+
+Three habits of runtimes decide the layout, each seen in their optimized graphs (docs/decisions.md):
+a product followed by the addition of a plain bias vector becomes a float Gemm before quantization
+is looked at; a Gemm with a float bias is never an integer product; a convolution is one only where
+its output is quantized too. So biases get a shape that no Gemm takes, Gemm becomes MatMul, and a
+convolution of patches that do not overlap becomes the MatMul it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from quietvit.deployment.lower import Stored, Writer
+
+
+def product_of_weight(writer: Writer, mark: Any, stored: Stored) -> bool:
+    """Rewrite ``x Wᵀ + b`` for a marked W, as MatMul or Gemm; False where it is neither."""
+    users = list(mark.outputs[0].uses())
+    if len(users) != 1:
+        return False
+    user = users[0].node
+    if user.op_type == "Gemm" and users[0].idx == 1:
+        return _gemm(writer, user, stored)
+    if user.op_type != "Transpose" or list(user.attributes["perm"].as_ints()) != [1, 0]:
+        return False
+    assert stored.codes is not None
+    readers = list(user.outputs[0].uses())
+    if not readers or any(r.node.op_type != "MatMul" or r.idx != 1 for r in readers):
+        return False
+    codes = writer.weight(user, stored, stored.codes.T)
+    values = writer.dequantized(user, codes, stored, 1)
+    values.type = user.outputs[0].type
+    user.outputs[0].replace_all_uses_with(values)
+    writer.graph.remove(user, safe=True)
+    return True
+
+
+def _gemm(writer: Writer, node: Any, stored: Stored) -> bool:
+    """Gemm(x, W, b) with x (B, in) becomes MatMul of x (B, 1, in), which no fusion makes Gemm."""
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    plain = attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
+    if not plain or attributes.get("transA", 0) or not attributes.get("transB", 0):
+        return False
+    assert stored.codes is not None
+    site = stored.name.rpartition(":")[0]
+    x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+    middle = writer.constant("quietvit:axis1", np.array([1], dtype=np.int64))
+    given = x.producer()
+    if given is not None and given.op_type == "DequantizeLinear":
+        codes = writer.node(node, "Unsqueeze", [given.inputs[0], middle], f"{site}:rows")
+        tall = writer.node(node, "DequantizeLinear", [codes, *given.inputs[1:]], f"{site}:tall")
+    else:
+        tall = writer.node(node, "Unsqueeze", [x, middle], f"{site}:tall")
+    tall.type = x.type
+    weight = writer.dequantized(node, writer.weight(node, stored, stored.codes.T), stored, 1)
+    weight.type = x.type
+    out = writer.node(node, "MatMul", [tall, weight], f"{site}:product")
+    if bias is not None:
+        out = writer.node(node, "Add", [out, bias], f"{site}:biased")
+    flat = writer.node(node, "Squeeze", [out, middle], f"{site}:flat", node.outputs[0])
+    node.outputs[0].replace_all_uses_with(flat, replace_graph_outputs=True)
+    writer.graph.remove(node, safe=True)
+    return True
+
+
+def patches_as_product(writer: Writer, mark: Any, stored: Stored) -> bool:
+    """A convolution whose kernel is its stride, unpadded: patches (B, L, C·k·k) times Wᵀ."""
+    users = list(mark.outputs[0].uses())
+    if len(users) != 1 or users[0].node.op_type != "Conv" or users[0].idx != 1:
+        return False
+    conv = users[0].node
+    assert stored.codes is not None
+    out, channels, *kernel = stored.codes.shape
+    found = {name: attribute.value for name, attribute in conv.attributes.items()}
+    x, shape = conv.inputs[0], conv.inputs[0].shape
+    sides = [] if shape is None else [side for side in list(shape)[2:] if isinstance(side, int)]
+    plain = (
+        len(kernel) == 2
+        and list(found.get("strides", [1, 1])) == kernel
+        and not any(found.get("pads", [0]))
+        and all(n == 1 for n in found.get("dilations", [1]))
+        and found.get("group", 1) == 1
+        and found.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        and len(sides) == 2
+        and all(side >= k for side, k in zip(sides, kernel, strict=False))
+    )
+    given = x.producer()
+    if not plain or given is None or given.op_type != "DequantizeLinear":
+        return False
+    if any(side % k for side, k in zip(sides, kernel, strict=True)):
+        return False
+    site = stored.name.rpartition(":")[0]
+    (h, w), (kh, kw) = (side // k for side, k in zip(sides, kernel, strict=True)), kernel
+    cut = writer.constant(f"{site}:cut", np.array([-1, channels, h, kh, w, kw], dtype=np.int64))
+    rows = writer.constant(
+        f"{site}:rows", np.array([-1, h * w, channels * kh * kw], dtype=np.int64)
+    )
+    codes = writer.node(conv, "Reshape", [given.inputs[0], cut], f"{site}:cut_codes")
+    codes = writer.node(conv, "Transpose", [codes], f"{site}:ordered", perm=[0, 2, 4, 1, 3, 5])
+    codes = writer.node(conv, "Reshape", [codes, rows], f"{site}:patches")
+    patches = writer.node(conv, "DequantizeLinear", [codes, *given.inputs[1:]], f"{site}:values")
+    flat = stored.codes.reshape(out, -1).T
+    weight = writer.dequantized(conv, writer.weight(conv, stored, flat), stored, 1)
+    patches.type = weight.type = x.type
+    product = writer.node(conv, "MatMul", [patches, weight], f"{site}:product")
+    if len(conv.inputs) > 2 and conv.inputs[2] is not None:
+        product = writer.node(conv, "Add", [product, conv.inputs[2]], f"{site}:biased")
+    last = writer.node(conv, "Transpose", [product], f"{site}:channels", perm=[0, 2, 1])
+    back = writer.constant(f"{site}:back", np.array([-1, out, h, w], dtype=np.int64))
+    image = writer.node(conv, "Reshape", [last, back], f"{site}:image", conv.outputs[0])
+    conv.outputs[0].replace_all_uses_with(image, replace_graph_outputs=True)
+    writer.graph.remove(conv, safe=True)
+    return True
+
+
+def settled(writer: Writer) -> None:
+    """Name products after their sites, and give biases behind them the shape (1, 1, N)."""
+    for node in [n for n in writer.graph if n.op_type in ("MatMul", "Conv")]:
+        sites = {_site_of(value) for value in node.inputs[:2]} - {None}
+        if len(sites) != 1:
+            continue
+        site = sites.pop()
+        node.name = node.outputs[0].name = f"{site}:product"
+        if node.op_type == "Conv":
+            continue
+        add = only_user(node.outputs[0], "Add")
+        array = None if add is None else constant_of(other_input(add, node.outputs[0]))
+        if array is None or array.ndim > 1 or array.size == 1:
+            continue
+        wide = writer.constant(f"{site}:bias", array.reshape(1, 1, -1))
+        add.replace_input_with(1 if add.inputs[0] is node.outputs[0] else 0, wide)
+
+
+def _site_of(value: Any) -> str | None:
+    """The site whose operand a value is, None where it was not quantized."""
+    producer = value.producer() if value is not None else None
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return None
+    site: str = producer.inputs[1].name.rsplit(":", 2)[0]
+    return site
+
+
+def only_user(value: Any, op: str) -> Any:
+    """The node that alone reads a value, if it is an ``op``."""
+    users = list(value.uses())
+    if len(users) != 1 or value.is_graph_output():
+        return None
+    return users[0].node if users[0].node.op_type == op else None
+
+
+def other_input(node: Any, value: Any) -> Any:
+    """The second input of a node of two, whichever place ``value`` has."""
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def constant_of(value: Any) -> np.ndarray | None:
+    """The array of an initializer or Constant; None where the value is computed."""
+    import onnx_ir as ir
+
+    found = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if found is None else np.asarray(found.numpy())

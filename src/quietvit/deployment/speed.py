@@ -1,0 +1,60 @@
+"""How fast an exported model is, against the float model in the same runtime, in turn.
+
+Ratios of one run, since machines are noisy; nothing is concluded from absolute times.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from quietvit.deployment.runtime import Runtime
+
+WARM_UP, LEAST, MOST = 2, 5, 100
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Milliseconds of one call, medians, and float over integer: the median of paired ratios."""
+
+    batch: int
+    integer_ms: float
+    float_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    repeats: int
+
+    @property
+    def images_per_second(self) -> float:
+        return 1000 * self.batch / self.integer_ms
+
+
+def measure(
+    integer: Runtime, floating: Runtime, images: np.ndarray, seconds: float = 10.0
+) -> Speed:
+    """Time one call of each in turn, on the same images (batch, C, H, W), for about so long."""
+    spent: dict[str, list[float]] = {"integer": [], "float": []}
+    for _ in range(WARM_UP):
+        integer(images)
+        floating(images)
+    end = time.perf_counter() + seconds
+    while len(spent["float"]) < LEAST or (time.perf_counter() < end and len(spent["float"]) < MOST):
+        for name, runtime in (("integer", integer), ("float", floating)):
+            start = time.perf_counter()
+            runtime(images)
+            spent[name].append(1000 * (time.perf_counter() - start))
+    ratios = [f / i for f, i in zip(spent["float"], spent["integer"], strict=True)]
+    quarter = statistics.quantiles(ratios, n=4)
+    return Speed(
+        len(images),
+        statistics.median(spent["integer"]),
+        statistics.median(spent["float"]),
+        statistics.median(ratios),
+        quarter[0],
+        quarter[2],
+        len(ratios),
+    )

@@ -1,0 +1,63 @@
+"""A check and a prediction as text for a terminal. Nothing is computed here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quietvit.deployment.check import Check
+
+SHOWN = 12
+
+
+def check_text(found: Check) -> str:
+    """The whole check: what ran, whether it is the same, size and speed, the verdict."""
+    proof = found.proof
+    integers = sum(ran.integer for ran in proof.ran)
+    lines = [
+        f"{found.path} in {proof.runtime} on {found.machine}",
+        "",
+        f"integers   {100 * proof.integer_share:.2f} % of the multiply-accumulates, "
+        f"{integers} of {len(proof.ran)} products",
+        "           " + ", ".join(f"{count} {name}" for name, count in proof.counts.items()),
+    ]
+    in_float = [ran for ran in proof.ran if not ran.integer]
+    for ran in in_float[:SHOWN]:
+        share = 100 * ran.macs / proof.total_macs if proof.total_macs else 0.0
+        lines.append(f"           float: {ran.product} ({share:.2f} %), {ran.reason}")
+    if len(in_float) > SHOWN:
+        lines.append(f"           ... and {len(in_float) - SHOWN} more in float")
+    if found.agreements:
+        codes = sum(a.codes for a in found.agreements)
+        ties = sum(a.ties for a in found.agreements)
+        wrong = sum(a.wrong for a in found.agreements)
+        sums = sum(a.sums for a in found.agreements)
+        off = sum(a.off for a in found.agreements)
+        lines.append(
+            f"the same   {len(found.agreements)} products on given inputs: of {codes} codes {wrong} "
+            f"differ ({ties} ties), of {sums} sums {off}"
+        )
+    lines.append(
+        f"           class of the simulated model on {found.agreement:.2f} % of {found.images} images"
+    )
+    if found.top1 is not None:
+        lines.append(f"           top-1 {found.top1:.2f} %, simulated {found.top1_simulated:.2f} %")
+    lines.append(
+        f"size       {found.bytes / 1e6:.2f} MB, float {found.float_bytes / 1e6:.2f} MB: "
+        f"{found.float_bytes / found.bytes:.2f} times smaller"
+    )
+    for speed in found.speeds:
+        lines.append(
+            f"speed      batch {speed.batch}: {speed.integer_ms:.1f} ms, float {speed.float_ms:.1f} ms: "
+            f"{speed.ratio:.2f} times as fast ({speed.ratio_low:.2f} to {speed.ratio_high:.2f}), "
+            f"{speed.images_per_second:.0f} images/s"
+        )
+    lines += [f"note       {note}" for note in found.notes]
+    lines.append("")
+    failures = found.failures
+    lines += [f"FAILED     {failure}" for failure in failures[:SHOWN]]
+    if len(failures) > SHOWN:
+        lines.append(f"FAILED     ... and {len(failures) - SHOWN} more")
+    if not failures:
+        lines.append("ok         what the file says of itself was kept")
+    return "\n".join(lines)

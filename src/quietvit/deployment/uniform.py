@@ -1,0 +1,108 @@
+"""Uniform quantizers in place of codes that no integer kernel has, and what that loses.
+
+The replacement is chosen from the quantizer alone; whoever has images calibrates anew.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quietvit.deployment.grids import why_none
+from quietvit.quantization import QuantizedModel
+from quietvit.quantization.method import Slot
+from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One quantizer that was replaced: where, what it was, and the largest error this adds.
+
+    ``error`` is the largest distance between a level of the old quantizer and the nearest of the
+    new one, in shares of the range; ``lost`` how many of its distinct levels fall together.
+    """
+
+    site: str
+    operand: str
+    was: str
+    bits: int
+    error: float
+    levels: int
+    lost: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.site} ({self.operand}): {self.was} became {self.bits} uniform bits; "
+            f"{self.lost} of {self.levels} levels fall together, error up to "
+            f"{100 * self.error:.2g} % of the range"
+        )
+
+
+def as_uniform(quantized: QuantizedModel, bits: int = 8) -> tuple[QuantizedModel, list[Replaced]]:
+    """Return a copy whose quantizers are all uniform, of 8 bits at most, and what was replaced.
+
+    Derived here: a quantizer of unequal steps becomes an affine one of ``bits`` from its smallest to
+    its largest level; a scale for each channel becomes one for the tensor over all their ranges;
+    more than 8 bits become 8. Weights keep their codes' range channel by channel.
+    """
+    own = copy.deepcopy(quantized)
+    replaced = []
+    for slot in own.slots():
+        old = own.quantizers[slot.key]
+        assert isinstance(old, Quantizer)
+        if why_none(slot, old) is None:
+            continue
+        new = _uniform(slot, old, bits)
+        own.quantizers[slot.key] = new
+        replaced.append(_loss(slot, old, new))
+    own.refresh()
+    return own, replaced
+
+
+def _uniform(slot: Slot, old: Quantizer, bits: int) -> AffineQuantizer:
+    low, high = _ends(old)
+    axis = old.axis if slot.is_weight and isinstance(old, AffineQuantizer) else None
+    if axis is None:
+        low, high = low.min(), high.max()
+    symmetric = slot.is_weight and isinstance(old, AffineQuantizer) and old.signed
+    return AffineQuantizer.from_range(
+        low, high, bits=bits, symmetric=symmetric, signed=True if symmetric else None, axis=axis
+    )
+
+
+def _ends(old: Quantizer) -> tuple[Tensor, Tensor]:
+    if isinstance(old, AffineQuantizer):
+        first, last = old.code_range
+        zero = old.zero_point.float()
+        return (first - zero) * old.scale, (last - zero) * old.scale
+    levels = _levels(old)
+    return levels.min(), levels.max()
+
+
+def _levels(old: Quantizer) -> Tensor:
+    """Every value a quantizer with one scale gives; of one with a scale a channel the channels'."""
+    first, last = old.code_range
+    codes = torch.arange(first, last + 1, dtype=torch.int32)
+    if isinstance(old, AffineQuantizer):
+        zero, scale = old.zero_point.reshape(-1, 1), old.scale.reshape(-1, 1)
+        return ((codes - zero) * scale).flatten()
+    device = next((buffer.device for buffer in old.buffers()), codes.device)
+    return old.dequantize(codes.to(device))
+
+
+def _loss(slot: Slot, old: Quantizer, new: AffineQuantizer) -> Replaced:
+    if slot.is_weight and isinstance(old, AffineQuantizer) and old.axis is not None:
+        levels, step = torch.empty(0), 0.5 / ((1 << new.bits) - 1)
+        count, kept, error = 1 << old.bits, 1 << new.bits, step
+    else:
+        levels = _levels(old).unique()
+        after: Any = new(levels)
+        count, kept = len(levels), len(after.unique())
+        spread = float(levels.max() - levels.min()) or 1.0
+        error = float((after - levels).abs().max()) / spread
+    kind = f"{old.kind} {old.bits} bits"
+    return Replaced(slot.site.name, slot.operand, kind, new.bits, error, count, count - kept)
