@@ -58,7 +58,7 @@ class Writer:
         like: Any = None,
         **attributes: Any,
     ) -> Any:
-        """A node in front of ``before``; returns its output, named ``name``, shaped like ``like``."""
+        """A node in front of ``before``; its output, called ``name`` and shaped like ``like``."""
         import onnx_ir as ir
 
         node = ir.node(op, inputs, attributes or None, name=name)
@@ -95,7 +95,7 @@ class Writer:
         return self.node(before, "DequantizeLinear", given, f"{stored.name}:values", **extra)
 
     def scale(self, stored: Stored) -> list[Any]:
-        """Scale and zero point; a zero point of signed codes that is zero everywhere is left out."""
+        """Scale and zero point; for signed codes none that is zero everywhere."""
         grid = stored.grid
         found = [self.constant(f"{stored.name}:scale", grid.scale)]
         if not grid.signed or grid.zero_point.any():
