@@ -5,11 +5,11 @@ Reading it from TOML, overriding it and explaining mistakes is ``recipe``'s work
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from quietvit.data.transforms import Augmentation
 
@@ -137,6 +137,34 @@ class StrengthScheduleConfig(Section):
         return ""
 
 
+# Pydantic judges a value by one branch of a union, the one named here, and not by each in turn.
+# The names stand in the location of an error, where ``recipe`` takes them out.
+ONE, EACH = "<one>", "<one for each kind>"
+
+
+def _strengths(value: Any) -> str:
+    return EACH if isinstance(value, Mapping) else ONE
+
+
+def _schedules(value: Any) -> str:
+    """A table that holds tables is one of kinds; an empty one is a schedule without settings."""
+    own = isinstance(value, Mapping) and any(
+        isinstance(part, Mapping | StrengthScheduleConfig) for part in value.values()
+    )
+    return EACH if own else ONE
+
+
+Strengths = Annotated[
+    Annotated[Strength, Tag(ONE)] | Annotated[dict[str, Strength], Tag(EACH)],
+    Discriminator(_strengths),
+]
+Schedules = Annotated[
+    Annotated[StrengthScheduleConfig, Tag(ONE)]
+    | Annotated[dict[str, StrengthScheduleConfig], Tag(EACH)],
+    Discriminator(_schedules),
+]
+
+
 class RegularizerConfig(Section):
     """What all regularizers have. A strength of 0 is off."""
 
@@ -155,11 +183,11 @@ class ColinearityConfig(Section):
     processes, ``compile`` compiles it.
     """
 
-    strength: Strength | dict[str, Strength] = 1.0
+    strength: Strengths = 1.0
     penalty: Literal["energy", "peak", "cosine", "top"] = "energy"
     kinds: tuple[str, ...] | None = None
     every: int = Field(default=1, ge=1)
-    schedule: StrengthScheduleConfig | dict[str, StrengthScheduleConfig] | None = None
+    schedule: Schedules | None = None
     sharded: bool = False
     compile: bool = False
 
