@@ -24,6 +24,7 @@ REGULARIZERS = {
     "tweo": {"strength": 0.1, "threshold": 0.5},
     "watch_every": 2,
 }
+ON_WEIGHTS = ("cd", "norm_gains", "weight", "s2d", "kure")
 
 
 @pytest.mark.parametrize("at", [5, 9])
@@ -100,6 +101,50 @@ def test_regularizers_act_in_the_order_of_the_configuration(tmp_path):
     turned = dict(reversed(list(REGULARIZERS.items())))
     parts = build(config(tmp_path, decay=turned)).parts
     assert list(parts.regularizers) == ["cd", "norm_gains", "weight", "s2d", "kure", "tweo"]
+
+
+def test_every_regularizer_of_weights_may_act_every_few_steps(tmp_path):
+    decay = {
+        name: {**section, "every": 3}
+        for name, section in REGULARIZERS.items()
+        if name in ON_WEIGHTS
+    }
+    parts = build(config(tmp_path, decay=decay)).parts
+    assert {name: part.every for name, part in parts.regularizers.items()} == dict.fromkeys(
+        ON_WEIGHTS, 3
+    )
+    with pytest.raises(QuietvitError, match=r"there is no key 'decay\.tweo\.every'"):
+        config(tmp_path, decay={"tweo": {"every": 3}})
+    with pytest.raises(QuietvitError, match=r"decay\.kure\.every: .*greater than or equal to 1"):
+        config(tmp_path, decay={"kure": {"every": 0}})
+
+
+def test_gains_are_folded_and_products_taken_as_configured(tmp_path):
+    def made(**cd):
+        return build(config(tmp_path, decay={"cd": cd})).parts.regularizers["cd"]
+
+    assert made().products == "auto"
+    assert not any(pair.before for pair in made().pairs)
+    folded = made(fold_gains=True, products="float32", strength={"mlp": 1.0, "gated_mlp": 2.0})
+    assert folded.products == "float32"
+    assert folded.pairs
+    assert all(pair.before is not None for pair in folded.pairs)
+    with pytest.raises(QuietvitError, match=r"decay\.cd\.products: .*'bfloat16'.*given: 'half'"):
+        config(tmp_path, decay={"cd": {"products": "half"}})
+
+
+def test_a_run_begun_before_a_key_existed_resumes_exactly(tmp_path, monkeypatch):
+    changes = {**EVERYTHING, "decay": REGULARIZERS}
+    expected = run(tmp_path / "whole", **changes)
+    interrupt(tmp_path / "run", monkeypatch, 5, **changes)
+    path = tmp_path / "run" / "config.json"
+    content = json.loads(path.read_text())
+    for name in ON_WEIGHTS:
+        if name != "cd":
+            del content["decay"][name]["every"]
+    del content["decay"]["cd"]["fold_gains"], content["decay"]["cd"]["products"]
+    path.write_text(json.dumps(content))
+    assert_same(run(tmp_path / "run", resume=True, **changes), expected)
 
 
 def test_more_images_for_s2d_than_there_are_are_refused(tmp_path):

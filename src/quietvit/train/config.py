@@ -176,11 +176,19 @@ class RegularizerConfig(Section):
         return self.strength > 0
 
 
+class WeightRegularizerConfig(RegularizerConfig):
+    """What those that act on weights have: every n-th step, with n-fold strength."""
+
+    every: int = Field(default=1, ge=1)
+
+
 class ColinearityConfig(Section):
     """Colinearity Decay; a mapping as ``strength`` gives one per kind of pair. 0 is off.
 
-    ``schedule`` may be a mapping from kind to schedule. ``sharded`` divides the update between the
-    processes, ``compile`` compiles it.
+    ``schedule`` may be a mapping from kind to schedule. ``fold_gains`` takes the gain of the norm
+    in front of a first matrix as part of it, ``products`` is the precision of the matrix products
+    (``auto``: bfloat16 where that is fast). ``sharded`` divides the update between the processes,
+    ``compile`` compiles it.
     """
 
     strength: Strengths = 1.0
@@ -188,6 +196,8 @@ class ColinearityConfig(Section):
     kinds: tuple[str, ...] | None = None
     every: int = Field(default=1, ge=1)
     schedule: Schedules | None = None
+    fold_gains: bool = False
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
     sharded: bool = False
     compile: bool = False
 
@@ -197,17 +207,17 @@ class ColinearityConfig(Section):
         return any(value > 0 for value in values)
 
 
-class NormGainConfig(RegularizerConfig):
+class NormGainConfig(WeightRegularizerConfig):
     """Decay of the norm gains alone, weighted by their squares. 0 is off."""
 
     strength: Strength = 3.0
 
 
-class SpectralConfig(RegularizerConfig):
+class SpectralConfig(WeightRegularizerConfig):
     """S2D, ``quietvit.SpectralDecay``: the leading singular values of layers they dominate.
 
     ``coupled`` puts its gradient before the optimizer, as published; else it is a decoupled update.
-    ``images`` of the training data tell which layers those are, every ``refresh`` steps.
+    ``images`` of the training data tell which layers those are, every ``refresh`` applied steps.
     """
 
     strength: Strength = 5e-4
@@ -227,7 +237,7 @@ class TweoConfig(RegularizerConfig):
     power: float = Field(default=4.0, ge=1)
 
 
-class KurtosisConfig(RegularizerConfig):
+class KurtosisConfig(WeightRegularizerConfig):
     """KURE, ``quietvit.KurtosisRegularization``: kurtosis of weight matrices towards ``target``."""
 
     strength: Strength = 1.0
@@ -235,7 +245,7 @@ class KurtosisConfig(RegularizerConfig):
     coupled: bool = True
 
 
-class PairWeightConfig(RegularizerConfig):
+class PairWeightConfig(WeightRegularizerConfig):
     """Plain weight decay of the very matrices that Colinearity Decay acts on: its control."""
 
     strength: Strength = 1.0
