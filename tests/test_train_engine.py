@@ -147,6 +147,16 @@ def test_a_run_begun_before_a_key_existed_resumes_exactly(tmp_path, monkeypatch)
     assert_same(run(tmp_path / "run", resume=True, **changes), expected)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_the_log_tells_how_many_layers_s2d_acts_on(tmp_path, caplog, threshold):
+    decay = {"s2d": {"images": 4, "threshold": threshold}}
+    result = run(tmp_path / "run", epochs=1, decay=decay)
+    logged = [json.loads(t) for t in (result.output / "metrics.jsonl").read_text().splitlines()]
+    counts = {line["layers_s2d"] for line in logged if "loss" in line}
+    assert counts == ({0} if threshold else {8})
+    assert ("SpectralDecay selects none of its 8 layers" in caplog.text) == bool(threshold)
+
+
 def test_more_images_for_s2d_than_there_are_are_refused(tmp_path):
     with pytest.raises(QuietvitError, match=r"decay\.s2d\.images is 100, but .* has 60"):
         run(tmp_path / "run", decay={"s2d": {"images": 100}})

@@ -105,6 +105,14 @@ def build_regularizers(
     return built
 
 
+def figures(regularizers: Mapping[str, Any]) -> dict[str, float]:
+    """Return what is logged: the penalty of each, of S2D also on how many layers it acts."""
+    found = {f"penalty_{name}": float(part.penalty()) for name, part in regularizers.items()}
+    if "s2d" in regularizers:
+        found["layers_s2d"] = len(regularizers["s2d"].selected)
+    return found
+
+
 def attach(regularizers: Mapping[str, Any], optimizer: Optimizer, stopwatch: Stopwatch) -> None:
     """Let all of them follow ``optimizer``, their time before and after its steps measured."""
     with stopwatch.around_hooks(optimizer):
