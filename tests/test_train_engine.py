@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from quietvit.decay import StrengthSchedule
+from quietvit.decay import TWEO, ColinearityDecay, NormGainDecay, StrengthSchedule
 from quietvit.errors import QuietvitError
 from quietvit.train import estimate
 from quietvit.train.setup import build
@@ -246,6 +247,41 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path):
     assert found.seconds == 21 * found.step_seconds
     every = {**REGULARIZERS, "cd": {"strength": 1.0, "every": 4}}
     assert estimate(config(tmp_path / "run", decay=every)).measured_steps == 4
+
+
+def test_a_dry_run_counts_each_regularizer_as_often_as_it_acts_in_few_steps(tmp_path, monkeypatch):
+    clock, passes = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def takes(owner, name, seconds):
+        original = getattr(owner, name)
+
+        def slow(*args, **kwargs):
+            clock[0] += seconds
+            passes.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    takes(sys.modules[estimate.__module__], "forward_backward", 1.0)
+    takes(ColinearityDecay, "_write", 10.0)
+    takes(NormGainDecay, "_write", 20.0)
+    takes(TWEO, "loss", 0.5)
+    decay = {
+        "cd": {"strength": 1e-3, "every": 1000},
+        "norm_gains": {"every": 5},
+        "tweo": {"strength": 0.1},
+    }
+    found = estimate(config(tmp_path / "run", decay=decay))
+    own = 10 / 1000 + 20 / 5 + 0.5
+    assert found.step_seconds == pytest.approx(1 + own)
+    assert found.regularizer_share == pytest.approx(100 * own / (1 + own))
+    assert found.seconds == pytest.approx(14 * (1 + own))
+    assert {name: passes.count(name) for name in passes} == {
+        "forward_backward": found.measured_steps + 2,
+        "loss": found.measured_steps + 2,
+        "_write": 2 * (found.measured_steps + 2),
+    }
 
 
 def test_a_dry_run_without_the_data_says_so(tmp_path):
