@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from quietvit.decay import TWEO, ColinearityDecay, NormGainDecay, StrengthSchedule
 from quietvit.errors import QuietvitError
 from quietvit.train import estimate
+from quietvit.train.checkpoint import load_checkpoint, save_checkpoint
 from quietvit.train.setup import build
 from test_cli import run as command
 from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, lines, run
@@ -145,6 +146,10 @@ def test_a_run_begun_before_a_key_existed_resumes_exactly(tmp_path, monkeypatch)
             del content["decay"][name]["every"]
     del content["decay"]["cd"]["fold_gains"], content["decay"]["cd"]["products"]
     path.write_text(json.dumps(content))
+    folder = tmp_path / "run" / "checkpoints"
+    state = load_checkpoint(folder)
+    del state["bad_images"]
+    save_checkpoint(folder, state["step"], state, keep=1)
     assert_same(run(tmp_path / "run", resume=True, **changes), expected)
 
 

@@ -53,7 +53,7 @@ class DataConfig(Section):
 
     ``num_classes`` is taken from the training images where it is not given; given, a label at or
     above it is refused. An image that cannot be decoded is replaced by another one and counted; the
-    run stops when a process met more than ``max_bad_images`` different ones since its (re)start.
+    run stops when a process met more than ``max_bad_images`` different ones, resumes included.
     ``repeats`` puts each image so often into an epoch, differently augmented, and takes as many
     fewer images (DeiT's repeated augmentation). ``shuffle_window``: shards whose images are mixed
     with each other, for data that comes in shards (None mixes all).

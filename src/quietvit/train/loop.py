@@ -254,6 +254,7 @@ class _Loop:
             "batch": self.batch,
             "seconds": (self.train_seconds, self.p.stopwatch.seconds),
             "loss": (gathered(self.accelerator, float(self.loss_sum)), self.losses),
+            "bad_images": gathered(self.accelerator, self.r.images.bad_images),
             **collect(self.p),
         }
         problem = None
@@ -273,6 +274,8 @@ class _Loop:
         self.p.stopwatch.reset(decay_seconds)
         sums, self.losses = state["loss"]
         self.loss_sum.fill_(sums[self.accelerator.process_index])
+        if "bad_images" in state:  # checkpoints of earlier versions have none
+            self.r.images.mark_bad(state["bad_images"][self.accelerator.process_index])
         self.saved = self.step
 
     def top1(self, average: bool = True, progress: bool = False) -> float:
