@@ -189,11 +189,6 @@ class ColinearityDecay(DecoupledUpdate):
             self.schedule[pair.kind], self.steps, f"schedule[{pair.kind!r}]"
         )
 
-    def _deltas(
-        self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        raise NotImplementedError("the changes are written batch by batch, see _write")
-
     def _write(self, rates: Mapping[str, float]) -> None:
         steps = self._steps(rates)
         if not any(steps):

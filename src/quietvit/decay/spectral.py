@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quietvit.decay.attach import PenaltyGradient, Schedule
 from quietvit.decay.dominance import Spectrum, dominances, leading
 from quietvit.decay.plan import wide
-from quietvit.decay.regularizer import number, one_strength, whole_number
+from quietvit.decay.regularizer import number, whole_number
 from quietvit.decay.whole import all_finite, refuse_unless_finite
 from quietvit.errors import QuietvitError
 from quietvit.tracing import Trace, WeightView, trace
@@ -89,9 +89,8 @@ class SpectralDecay(PenaltyGradient):
         every: int = 1,
         schedule: Schedule | None = None,
     ) -> None:
-        super().__init__(model, coupled=coupled, every=every, schedule=schedule)
+        super().__init__(model, strength=strength, coupled=coupled, every=every, schedule=schedule)
         own = type(self).__name__
-        self.strength = one_strength(strength, own)
         self.threshold = number(threshold, "threshold", own)
         if self.threshold > 1:
             raise QuietvitError(f"{own}(threshold={threshold!r}): PCDR is a share, give 0 to 1.")
@@ -157,16 +156,13 @@ class SpectralDecay(PenaltyGradient):
         return tuple(dict.fromkeys(layer.view.parameter_name for layer in self.layers))
 
     def _settings(self) -> dict[str, Any]:
-        return {
+        return super()._settings() | {
             "penalty": "spectral",
             "layers": len(self.layers),
-            "strength": self.strength,
             "threshold": self.threshold,
             "components": self.components,
             "refresh": self.refresh,
             "power": self.power,
-            "coupled": self.coupled,
-            "every": self.every,
         }
 
     def _gradients(
@@ -193,8 +189,6 @@ class SpectralDecay(PenaltyGradient):
         amount: Callable[[str, Tensor], Tensor],
     ) -> dict[str, Tensor]:
         """Sum of amount(s)_r u_r v_r^T over the selected layers, shaped like their parameters."""
-        if self.strength == 0:
-            return {}
         applied = self.steps // self.every
         if self._chosen is None or applied - self._refreshed >= self.refresh:
             self._chosen, self.dominance = self._selection(parameters)
