@@ -22,6 +22,8 @@ def fold_affine(writer: Writer) -> None:
     Exact but for the rounding of float32: g·(γ x̂ + β) + b = (g γ) x̂ + (g β + b), and
     1·(y + b) + c = y + (b + c).
     """
+    for node in [n for n in writer.graph if n.op_type == "Mul"]:
+        _drop_ones(writer, node)
     for node in list(writer.graph):
         if node.op_type == "LayerNormalization":
             _into_norm(writer, node)
@@ -29,15 +31,29 @@ def fold_affine(writer: Writer) -> None:
             _into_bias(writer, node)
 
 
+def _drop_ones(writer: Writer, mul: Any) -> None:
+    for value in mul.inputs:
+        factor = constant_of(other_input(mul, value))
+        if factor is None or not (factor == 1).all() or mul.outputs[0].is_graph_output():
+            continue
+        if value.shape is not None and factor.ndim <= len(value.shape):
+            mul.outputs[0].replace_all_uses_with(value)
+            writer.graph.remove(mul, safe=True)
+        return
+
+
 def _affine_behind(value: Any) -> tuple[np.ndarray, np.ndarray, Any] | None:
-    """(gain, bias, node of the Add) of ``value * gain + bias``, each one number or (channels,)."""
+    """(gain, bias, node of the Add) of ``value * gain + bias``, each one number or (channels,).
+
+    The gain is 1 where only a bias is added.
+    """
     mul = only_user(value, "Mul")
-    add = None if mul is None else only_user(mul.outputs[0], "Add")
+    add = only_user(value if mul is None else mul.outputs[0], "Add")
     if add is None:
         return None
-    found = [constant_of(other_input(mul, value)), constant_of(other_input(add, mul.outputs[0]))]
-    flat = [_vector(array) for array in found]
-    return None if flat[0] is None or flat[1] is None else (flat[0], flat[1], add)
+    gain = np.ones(1, np.float32) if mul is None else _vector(constant_of(other_input(mul, value)))
+    bias = _vector(constant_of(other_input(add, value if mul is None else mul.outputs[0])))
+    return None if gain is None or bias is None else (gain, bias, add)
 
 
 def _vector(array: np.ndarray | None) -> np.ndarray | None:
