@@ -164,7 +164,7 @@ class Check:
             "float_bytes": self.float_bytes,
             "notes": list(self.notes),
         }
-        return write_atomic(path, json.dumps(content, indent=1) + "\\n")
+        return write_atomic(path, json.dumps(content, indent=1) + "\n")
 
     def __str__(self) -> str:
         from quietvit.deployment.text import check_text

@@ -115,9 +115,17 @@ def facts_of(
         input_shape=quantized.input_shape,
         products=tuple(products),
         total_macs=coverage.total_macs,
-        preprocessing=None if preprocessing is None else json.loads(json.dumps(preprocessing)),
+        preprocessing=_plain(preprocessing, quantized.input_shape),
         labels=None if labels is None else tuple(labels),
         notes=(*quantized.notes, *notes),
         uniform=uniform,
         versions={"quietvit": quietvit.__version__, "torch": torch.__version__},
     )
+
+
+def _plain(given: Mapping[str, Any] | None, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """As JSON has it, for images of the size the model was quantized at."""
+    if given is None:
+        return None
+    content: dict[str, Any] = json.loads(json.dumps(dict(given)))
+    return content | {"input_size": list(shape)}

@@ -1,0 +1,148 @@
+"""``quietvit export``, ``check`` and ``predict`` as a user types them; preprocessing travels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import quietvit
+from deployment_cases import exported, quantized
+from quietvit import QuietvitError
+from quietvit.data import create_model, evaluation_transform
+from quietvit.deployment import open_runtime
+from test_cli import MODEL, SIZE, refused, run, table
+
+assert table  # the fixture of test_cli
+
+
+@pytest.fixture
+def qvit(tmp_path: Path, table: Path) -> Path:
+    path = tmp_path / "tiny.qvit"
+    done = run(
+        "quantize", MODEL, *SIZE, "--classes", 2, "--calibration", table, "--count", 6, "-o", path
+    )
+    assert done.exit_code == 0, done.output
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_from_a_qvit_to_a_proven_file_and_a_prediction(
+    qvit: Path, table: Path, photo: Path, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("left\nright\n")
+    done = run("export", qvit, "--labels", labels)
+    assert done.exit_code == 0, done.output
+    written = qvit.with_suffix(".onnx")
+    assert str(written) in done.output
+    assert "exists already" in refused(run("export", qvit))
+    assert run("export", qvit, "--labels", labels, "--force").exit_code == 0
+
+    out = tmp_path / "check.json"
+    arguments = ("--against", qvit, "--images", table, "--seconds", 0.05, "--json", out)
+    done = run("check", written, *arguments)
+    assert done.exit_code == 0, done.output
+    assert "100.00 % of the multiply-accumulates" in done.output
+    assert json.loads(out.read_text())["ok"] is True
+
+    done = run("predict", written, photo, "--top", 2)
+    assert done.exit_code == 0, done.output
+    assert {line.split()[-1] for line in done.output.splitlines()[1:]} == {"left", "right"}
+    assert "does not exist" in refused(run("predict", written, tmp_path / "absent.jpg"))
+
+
+def test_a_broken_claim_ends_with_exit_code_1(qvit: Path, table: Path) -> None:
+    import onnx
+
+    assert run("export", qvit).exit_code == 0
+    path = qvit.with_suffix(".onnx")
+    content = onnx.load(path)
+    entry = next(i for i in content.graph.initializer if i.name.endswith("weight:codes"))
+    array = onnx.numpy_helper.to_array(entry).copy()
+    array.flat[0] = -array.flat[0] or 1
+    entry.CopyFrom(onnx.numpy_helper.from_array(array, entry.name))
+    onnx.save(content, path)
+    done = run("check", path, "--against", qvit, "--images", table, "--seconds", 0)
+    assert done.exit_code == 1, done.output
+    assert "FAILED" in done.output
+
+
+def test_a_simulated_method_needs_as_uniform(tmp_path: Path, table: Path) -> None:
+    path = tmp_path / "log.qvit"
+    quantize = ("quantize", MODEL, *SIZE, "--calibration", table, "--count", 6)
+    assert run(*quantize, "--method", "repq-vit", "-o", path).exit_code == 0
+    assert "--as uniform" in refused(run("export", path))
+    done = run("export", path, "--as", "uniform")
+    assert done.exit_code == 0, done.output
+    assert "levels fall together" in done.output
+
+
+def test_wrong_words(qvit: Path, tmp_path: Path) -> None:
+    assert "choose onnx" in refused(run("export", qvit, "--to", "tensorrt"))
+    assert "opset 17" in refused(run("export", qvit, "--opset", 17))
+    absent = refused(run("export", tmp_path / "absent.qvit"))
+    assert "quantization.json" in absent
+    labels = refused(run("export", qvit, "--labels", tmp_path / "absent.txt"))
+    assert "absent.txt" in labels
+
+
+def test_preprocessing_arguments_and_labels_travel(tmp_path: Path, photo: Path) -> None:
+    """What a recipe says of its model is in the .qvit and in the exported file."""
+    torch.manual_seed(0)
+    model = create_model(
+        "vit_tiny_patch16_224",
+        4,
+        preprocessing={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.7},
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=1,
+        num_heads=2,
+    ).eval()
+    transform = evaluation_transform(model)
+    x = transform(Image.open(photo).convert("RGB")).unsqueeze(0)
+    own = quietvit.quantize(model, quietvit.RTN(), torch.cat([x, torch.randn(3, 3, 32, 32)]))
+    loaded = quietvit.load(own.save(tmp_path / "tiny.qvit"))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), own(x))
+    again = evaluation_transform(loaded.model)(Image.open(photo).convert("RGB")).unsqueeze(0)
+    assert torch.equal(again, x)
+    artifact = quietvit.export(loaded, tmp_path / "tiny.onnx", labels=["a", "b", "c", "d"])
+    found = quietvit.predict(artifact.path, photo, top=4)
+    logits = torch.from_numpy(open_runtime(artifact.path)(x.numpy()))[0]
+    wanted = logits.softmax(-1)
+    assert [p.index for p in found] == wanted.argsort(descending=True).tolist()
+    assert [p.label for p in found] == ["abcd"[p.index] for p in found]
+    for p in found:
+        assert p.probability == pytest.approx(float(wanted[p.index]), rel=1e-5)
+
+
+def test_a_file_without_preprocessing_says_so(photo: Path) -> None:
+    with pytest.raises(QuietvitError, match="carries no preprocessing"):
+        quietvit.predict(exported("tv-vit").path, photo)
+    assert len(quietvit.predict(exported("vit").path, photo, top=3)) == 3  # of its own size
+
+
+def test_imagenet_models_know_their_labels() -> None:
+    from quietvit.deployment.exporting import labels_of
+
+    labels = labels_of(timm.create_model("test_vit"))
+    assert labels is not None
+    assert len(labels) == 1000
+    assert labels[0].startswith("tench")
+    assert labels_of(timm.create_model("test_vit", num_classes=7)) is None
+    named = labels_of(quantized("hf-vit").model)
+    assert named is not None
+    assert named[0] == "LABEL_0"
