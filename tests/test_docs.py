@@ -14,7 +14,7 @@ from quietvit.quantization import methods_markdown
 from quietvit.train.recipe import known_keys, list_recipes
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/getting-started.md", "docs/methods.md"]
+PAGES = ["README.md", "docs/getting-started.md", "docs/methods.md", "docs/deployment.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -31,6 +31,9 @@ def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     found = blocks(page)
     assert found, f"{page} shows no Python"
+    if any("quietvit.export" in source for _, source in found):
+        pytest.importorskip("onnxscript", reason="the page exports to ONNX")
+        pytest.importorskip("onnxruntime", reason="the page runs what it exports")
     batch = (torch.rand(2, 3, 224, 224), torch.tensor([0, 1]))
     namespace: dict[str, object] = {"__name__": "docs", "loader": [batch, batch]}
     for line, source in found:
