@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quietvit.deployment.capture import as_float32
+from quietvit.deployment.capture import as_float32, need
 from quietvit.deployment.facts import Facts, facts_of
 from quietvit.deployment.grids import Grid, why_none
 from quietvit.deployment.onnx_file import grids_of, onnx_of
@@ -22,6 +22,7 @@ from quietvit.quantization.architecture import preprocessing_of
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 
 TARGETS = ("onnx", "openvino")
+NEEDS = {"onnx": ("onnxscript", "onnx"), "openvino": ("onnxscript", "onnx", "openvino")}
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def export(
     path = Path(path)
     target = _target(path, to)
     refuse_existing(path, force)
+    need(*NEEDS[target])
     if as_ not in (None, "uniform"):
         raise QuietvitError(f"as_={as_!r} is not known; the only way is 'uniform'.")
     _refuse_uncalibrated(quantized)
@@ -96,7 +98,7 @@ def export(
         grids,
         preprocessing=preprocessing or preprocessing_of(own.model),
         labels=labels or labels_of(own.model),
-        notes=[*_notes(own, grids), *map(str, replaced)],
+        notes=[*_notes(own, grids, target), *map(str, replaced)],
         uniform=as_ == "uniform",
     )
     content = onnx_of(own, grids, facts, opset)
@@ -200,9 +202,14 @@ def _refuse_simulated(quantized: QuantizedModel) -> None:
         )
 
 
-def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid]) -> list[str]:
+def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid], target: str) -> list[str]:
     notes = []
     slots = {slot.key: slot for slot in quantized.slots()}
+    wide = [slot for key, slot in slots.items() if slot.is_weight and grids[key].bits == 8]
+    if target == "openvino" and wide:
+        from quietvit.deployment.openvino_file import SATURATES
+
+        notes.append(f"{len(wide)} weights have 8 bits: {SATURATES}")
     low = {grids[key].bits for key, slot in slots.items() if not slot.is_weight} - {8}
     if low:
         bits = ", ".join(map(str, sorted(low)))
