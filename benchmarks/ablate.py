@@ -325,7 +325,7 @@ def summary(
     at_four = ("W4A4-minmax", "W4A4-omse", "W4A4-repq")
     shown = ("float", "W8A8-minmax", "W6A6-minmax", *at_four)
     if stage == "search":
-        shown = tuple(f"val_{name}" for name in ("float", *at_four))
+        shown = tuple(f"val_{name}" for name in ("float", *at_four[1:]))
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows_of(out):
         if row["stage"] == stage:

@@ -210,6 +210,78 @@ def test_a_penalty_on_activations_goes_into_the_loss_of_the_trainer(tmp_path):
     assert not equal(*found)
 
 
+def failing(at: int) -> Any:
+    """A callback that ends the first training after so many steps."""
+    transformers = pytest.importorskip("transformers")
+    left = [at]
+
+    class Callback(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if left and state.global_step == left[0]:
+                left.clear()
+                raise FailedError
+
+    return Callback()
+
+
+class FailedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize("same", [True, False], ids=["same trainer", "another trainer"])
+def test_after_a_training_that_failed_the_next_attaches_once(tmp_path, name, same):
+    """As where it is detached and attached by hand in between."""
+    found = {}
+    for how in ("callback", "by hand"):
+        model = hf_model()
+        regularizer = REGULARIZERS[name](model)
+        own = [transformers_callback(regularizer)] if how == "callback" else []
+
+        def trainer(callbacks: list[Any], model: nn.Module = model) -> Any:
+            return hf_trainer(tmp_path, model, callbacks, save_strategy="no")
+
+        first = trainer([*own, failing(at=2)])
+        if how == "by hand":
+            regularizer.attach(first.create_optimizer())
+        with pytest.raises(FailedError):
+            first.train()
+        second = first if same else trainer(own)
+        if how == "by hand":
+            regularizer.detach()
+            regularizer.attach(second.optimizer or second.create_optimizer())
+        second.train()
+        assert regularizer.steps == 2 + STEPS
+        found[how] = weights(model)
+        if how == "callback":
+            regularizer.attach(torch.optim.SGD(model.parameters(), lr=0.1))  # is detached
+    assert equal(found["callback"], found["by hand"])
+
+
+def test_a_failed_training_goes_on_from_its_checkpoint_exactly(tmp_path):
+    whole = Plain()
+    callback = transformers_callback(cd(whole))
+    hf_trainer(tmp_path / "a", whole, [callback], train_dataset=one_image()).train()
+    model = Plain()
+    regularizer = cd(model)
+    callbacks = [transformers_callback(regularizer), failing(at=SAVED + 1)]
+    trainer = hf_trainer(tmp_path / "b", model, callbacks, train_dataset=one_image())
+    with pytest.raises(FailedError):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{SAVED}"))
+    assert regularizer.steps == STEPS
+    assert equal(weights(model), weights(whole))
+
+
+def test_where_one_regularizer_cannot_be_attached_none_is(tmp_path):
+    model = hf_model()
+    regularizer = cd(model)
+    callback = transformers_callback(regularizer, s2d(hf_model()))
+    with pytest.raises(QuietvitError, match="none of the"):
+        hf_trainer(tmp_path, model, [callback]).train()
+    regularizer.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 def test_two_callbacks_of_one_kind_are_refused(tmp_path):
     model = hf_model()
     callbacks = [transformers_callback(cd(model)), transformers_callback(cd(model))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,36 +13,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from huggingface_cases import FAMILIES, classifier, processor, saved
 from quietvit.data import create_model, data_config, evaluation_transform
 from quietvit.data.image_processor import translated_preprocessing
 from quietvit.errors import QuietvitError
 
 transformers = pytest.importorskip("transformers")
 
-HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-PLAIN = HIDDEN | {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
-SWIN = {
-    "image_size": 32,
-    "patch_size": 2,
-    "embed_dim": 16,
-    "depths": [1, 1],
-    "num_heads": [2, 4],
-    "window_size": 4,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "ViT": ("ViT", PLAIN),
-    "DeiT": ("DeiT", PLAIN),
-    "Dinov2": ("Dinov2", HIDDEN | {"image_size": 32, "patch_size": 8}),
-    "Swin": ("Swin", SWIN),
-    "Swin-absolute": ("Swin", SWIN | {"use_absolute_embeddings": True}),
-}
-
 
 def original(family: str, classes: int = 7) -> nn.Module:
     """A model with every weight random, so that one left at its start would show."""
-    prefix, settings = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**settings, num_labels=classes)
-    model: nn.Module = getattr(transformers, f"{prefix}ForImageClassification")(config)
+    model = classifier(family, classes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -52,27 +32,6 @@ def original(family: str, classes: int = 7) -> nn.Module:
     except RuntimeError:
         pytest.skip(f"{family} does not run in transformers {transformers.__version__}")
     return model.eval()
-
-
-def processor(**settings: Any) -> dict[str, Any]:
-    plain = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-        "resample": 2,
-        "size": {"height": 32, "width": 32},
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [0.5, 0.6, 0.7],
-    }
-    return {**plain, **settings}
-
-
-def saved(folder: Path, model: nn.Module, **settings: Any) -> str:
-    model.save_pretrained(folder)  # type: ignore[operator]
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor(**settings)))
-    return f"hf:{folder}"
 
 
 def logits(model: nn.Module, side: int = 32, **kwargs: Any) -> torch.Tensor:

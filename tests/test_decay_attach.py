@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from decay_cases import HEADS, WIDTH, Block
 from quietvit import QuietvitError
 from quietvit.decay import PENALTIES, ColinearityDecay, NormGainDecay
+from quietvit.decay.attach import DecoupledUpdate
 from quietvit.decay.penalties import Energy, Top
 from quietvit.pairs import MatrixPair
 from quietvit.tracing import WeightView
@@ -93,6 +94,31 @@ def test_one_step_is_the_sum_over_pairs_from_the_values_before() -> None:
     size = 2 * WIDTH
     query_key = block().qkv.weight[:size] - model.qkv.weight[:size]
     assert float(query_key.detach().norm()) > 0, "norm_linear reads all of qkv"
+
+
+class Halved(DecoupledUpdate):
+    """The least that a decoupled update has: what it acts on, what it is, how it writes."""
+
+    def _names(self) -> tuple[str, ...]:
+        return ("fc1.weight",)
+
+    def _settings(self) -> dict[str, Any]:
+        return {}
+
+    def _write(self, rates: dict[str, float]) -> None:
+        for name, rate in rates.items():
+            self._read(name).mul_(1 - rate / 2)
+
+
+def test_an_update_is_asked_for_no_more_than_every_class_has() -> None:
+    model = block()
+    before = weights(model)
+    optimizer = still(model)
+    Halved(model, every=3, schedule=None).attach(optimizer)
+    for _ in range(3):
+        optimizer.step()
+    before["fc1.weight"] *= 1 - 0.01 * 3 / 2
+    assert_equal(weights(model), before)
 
 
 def test_flat_spectrum_gives_the_arithmetic_of_decoupled_weight_decay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -62,6 +63,32 @@ def test_a_planted_layer_is_selected_with_its_rank_and_a_random_one_is_left(rank
 
 def test_more_components_than_allowed_are_left_alone() -> None:
     assert stepped(Two(3).double(), components=2).selected == {}
+
+
+def test_a_selection_of_no_layer_is_told_once_with_the_nearest(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, "quietvit")
+    model = Two(3).double()
+    made = SpectralDecay(model, rows(), components=2, refresh=1)
+    optimizer = still(model, lr=0.0)
+    made.attach(optimizer)
+    assert not caplog.records, "nothing was chosen yet"
+    for _ in range(3):
+        optimizer.step()
+    assert made.selected == {}
+    assert made.penalty() == 0.0
+    (record,) = caplog.records
+    told = record.getMessage()
+    nearest = max(made.dominance.items(), key=lambda found: max(found[1]))
+    assert "none of its 2 layers" in told
+    assert "threshold=0.95 with components=2" in told
+    assert f"the largest is {max(nearest[1]):.3g} ({nearest[0]})" in told
+    assert nearest[0] == "planted.weight"
+    caplog.clear()
+    stepped(Two(3).double())
+    stepped(Two(3).double(), components=2, strength=0.0)
+    assert not caplog.records
 
 
 def test_pcdr_is_the_formula_row_by_row() -> None:

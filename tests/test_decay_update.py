@@ -382,6 +382,16 @@ def test_unknown_products_are_refused(products: Any) -> None:
         ColinearityDecay(vit(), EXAMPLE, products=products)
 
 
+def test_found_pairs_are_folded_on_request_and_given_ones_are_not() -> None:
+    model = vit()
+    pairs = find_pairs(model, EXAMPLE, fold_gains=True)
+    folded = ColinearityDecay(model, EXAMPLE, fold_gains=True).pairs
+    assert folded == tuple(pairs)
+    assert any(pair.before is not None for pair in folded)
+    with pytest.raises(QuietvitError, match=r"find_pairs\(model, example, fold_gains=True\)"):
+        ColinearityDecay(model, pairs=pairs, fold_gains=True)
+
+
 def test_a_state_of_folded_gains_is_refused_where_they_are_not() -> None:
     def made(fold: bool) -> ColinearityDecay:
         model = vit()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from quietvit.decay import StrengthSchedule
+from quietvit.decay import TWEO, ColinearityDecay, NormGainDecay, StrengthSchedule
 from quietvit.errors import QuietvitError
 from quietvit.train import estimate
+from quietvit.train.checkpoint import load_checkpoint, save_checkpoint
 from quietvit.train.setup import build
 from test_cli import run as command
 from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, lines, run
@@ -24,6 +26,7 @@ REGULARIZERS = {
     "tweo": {"strength": 0.1, "threshold": 0.5},
     "watch_every": 2,
 }
+ON_WEIGHTS = ("cd", "norm_gains", "weight", "s2d", "kure")
 
 
 @pytest.mark.parametrize("at", [5, 9])
@@ -100,6 +103,64 @@ def test_regularizers_act_in_the_order_of_the_configuration(tmp_path):
     turned = dict(reversed(list(REGULARIZERS.items())))
     parts = build(config(tmp_path, decay=turned)).parts
     assert list(parts.regularizers) == ["cd", "norm_gains", "weight", "s2d", "kure", "tweo"]
+
+
+def test_every_regularizer_of_weights_may_act_every_few_steps(tmp_path):
+    decay = {
+        name: {**section, "every": 3}
+        for name, section in REGULARIZERS.items()
+        if name in ON_WEIGHTS
+    }
+    parts = build(config(tmp_path, decay=decay)).parts
+    assert {name: part.every for name, part in parts.regularizers.items()} == dict.fromkeys(
+        ON_WEIGHTS, 3
+    )
+    with pytest.raises(QuietvitError, match=r"there is no key 'decay\.tweo\.every'"):
+        config(tmp_path, decay={"tweo": {"every": 3}})
+    with pytest.raises(QuietvitError, match=r"decay\.kure\.every: .*greater than or equal to 1"):
+        config(tmp_path, decay={"kure": {"every": 0}})
+
+
+def test_gains_are_folded_and_products_taken_as_configured(tmp_path):
+    def made(**cd):
+        return build(config(tmp_path, decay={"cd": cd})).parts.regularizers["cd"]
+
+    assert made().products == "auto"
+    assert not any(pair.before for pair in made().pairs)
+    folded = made(fold_gains=True, products="float32", strength={"mlp": 1.0, "gated_mlp": 2.0})
+    assert folded.products == "float32"
+    assert folded.pairs
+    assert all(pair.before is not None for pair in folded.pairs)
+    with pytest.raises(QuietvitError, match=r"decay\.cd\.products: .*'bfloat16'.*given: 'half'"):
+        config(tmp_path, decay={"cd": {"products": "half"}})
+
+
+def test_a_run_begun_before_a_key_existed_resumes_exactly(tmp_path, monkeypatch):
+    changes = {**EVERYTHING, "decay": REGULARIZERS}
+    expected = run(tmp_path / "whole", **changes)
+    interrupt(tmp_path / "run", monkeypatch, 5, **changes)
+    path = tmp_path / "run" / "config.json"
+    content = json.loads(path.read_text())
+    for name in ON_WEIGHTS:
+        if name != "cd":
+            del content["decay"][name]["every"]
+    del content["decay"]["cd"]["fold_gains"], content["decay"]["cd"]["products"]
+    path.write_text(json.dumps(content))
+    folder = tmp_path / "run" / "checkpoints"
+    state = load_checkpoint(folder)
+    del state["bad_images"]
+    save_checkpoint(folder, state["step"], state, keep=1)
+    assert_same(run(tmp_path / "run", resume=True, **changes), expected)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_the_log_tells_how_many_layers_s2d_acts_on(tmp_path, caplog, threshold):
+    decay = {"s2d": {"images": 4, "threshold": threshold}}
+    result = run(tmp_path / "run", epochs=1, decay=decay)
+    logged = [json.loads(t) for t in (result.output / "metrics.jsonl").read_text().splitlines()]
+    counts = {line["layers_s2d"] for line in logged if "loss" in line}
+    assert counts == ({0} if threshold else {8})
+    assert ("SpectralDecay selects none of its 8 layers" in caplog.text) == bool(threshold)
 
 
 def test_more_images_for_s2d_than_there_are_are_refused(tmp_path):
@@ -191,6 +252,41 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path):
     assert found.seconds == 21 * found.step_seconds
     every = {**REGULARIZERS, "cd": {"strength": 1.0, "every": 4}}
     assert estimate(config(tmp_path / "run", decay=every)).measured_steps == 4
+
+
+def test_a_dry_run_counts_each_regularizer_as_often_as_it_acts_in_few_steps(tmp_path, monkeypatch):
+    clock, passes = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def takes(owner, name, seconds):
+        original = getattr(owner, name)
+
+        def slow(*args, **kwargs):
+            clock[0] += seconds
+            passes.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    takes(sys.modules[estimate.__module__], "forward_backward", 1.0)
+    takes(ColinearityDecay, "_write", 10.0)
+    takes(NormGainDecay, "_write", 20.0)
+    takes(TWEO, "loss", 0.5)
+    decay = {
+        "cd": {"strength": 1e-3, "every": 1000},
+        "norm_gains": {"every": 5},
+        "tweo": {"strength": 0.1},
+    }
+    found = estimate(config(tmp_path / "run", decay=decay))
+    own = 10 / 1000 + 20 / 5 + 0.5
+    assert found.step_seconds == pytest.approx(1 + own)
+    assert found.regularizer_share == pytest.approx(100 * own / (1 + own))
+    assert found.seconds == pytest.approx(14 * (1 + own))
+    assert {name: passes.count(name) for name in passes} == {
+        "forward_backward": found.measured_steps + 2,
+        "loss": found.measured_steps + 2,
+        "_write": 2 * (found.measured_steps + 2),
+    }
 
 
 def test_a_dry_run_without_the_data_says_so(tmp_path):

@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import quietvit
+from huggingface_cases import classifier, saved
 from quietvit.cli import app
 from quietvit.data import calibration_images, evaluation_transform, load_dataset
 from quietvit.train import TrainResult, load_recipe, train
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 4}
-FAMILIES = {
-    "ViT": HIDDEN | {"intermediate_size": 64, "image_size": 32, "patch_size": 8},
-    "Dinov2": HIDDEN | {"image_size": 32, "patch_size": 8},
-    "Swin": {
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 16,
-        "depths": [1, 1],
-        "num_heads": [2, 4],
-        "window_size": 4,
-    },
-}
-
-
-def folder(root: Path, family: str) -> Path:
-    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
-    getattr(transformers, f"{family}ForImageClassification")(config).save_pretrained(root)
-    settings = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-        "resample": 3,
-        "size": {"height": 32, "width": 32},
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [0.4, 0.5, 0.6],
-    }
-    (root / "preprocessor_config.json").write_text(json.dumps(settings))
-    return root
+FAMILIES = ("ViT", "Dinov2", "Swin")
 
 
 def run(root: Path, family: str, *more: str) -> TrainResult:
-    name = folder(root / "hf", family)
+    name = saved(root / "hf", classifier(family, 4))
     overrides = [
-        f"model.name=hf:{name}",
+        f"model.name={name}",
         "model.kwargs={ image_size = 16 }",
         "model.preprocessing={}",
         "data.train_images=96",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from huggingface_cases import classifier
 from quietvit.data import create_model, load_dataset
 from quietvit.train import list_recipes, load_recipe, train
 from quietvit.train.config import ColinearityConfig
@@ -163,17 +164,7 @@ def test_fine_tuning_starts_from_the_weights(tmp_path):
 
 
 def test_fine_tuning_a_transformers_folder(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-        num_labels=4,
-    )
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "hf")
+    classifier("ViT", 4).save_pretrained(tmp_path / "hf")
     name = "finetune_hf_folder"
     found = finished(name, *two_steps(name, tmp_path / "run", f"model.name=hf:{tmp_path / 'hf'}"))
     assert found["classifier.weight"].shape == (10, 32)

@@ -418,6 +418,36 @@ def test_logging_the_penalty_counts_as_time_of_the_decay(tmp_path, monkeypatch):
     assert watch.seconds == 1 + 2 + 2
 
 
+def test_the_events_of_a_gpu_do_not_pile_up_and_none_is_lost(monkeypatch):
+    clock = iter(range(10**6))
+    waited = []
+
+    class Event:
+        def record(self):
+            self.at = next(clock)
+
+        def synchronize(self):
+            waited.append(self.at)
+
+        def elapsed_time(self, later):
+            return 1000.0 * (later.at - self.at)
+
+    monkeypatch.setattr(metrics, "_event", Event)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    watch = metrics.Stopwatch(seconds=5.0)
+    held = []
+    for _ in range(1000):
+        with watch.running():
+            next(clock)
+        held.append(len(watch._events))
+    assert max(held) == metrics._PENDING
+    newest = 3 * 1000 - 1
+    assert max(waited) < newest - 3 * (metrics._PENDING - 2), "it waits for what is long done"
+    assert watch.seconds == 5.0 + 1000 * 2
+    assert watch.seconds == 5.0 + 1000 * 2
+
+
 def test_an_accuracy_measured_after_the_checkpoint_is_not_told_twice(tmp_path):
     written = [{"step": 3, "top1": 1.0}, {"step": 7, "loss": 2.0}, {"step": 7, "top1": 3.0}]
     text = "".join(f"{json.dumps(line)}\n" for line in [*written, {"step": 8, "loss": 1.0}])

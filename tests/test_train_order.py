@@ -112,6 +112,7 @@ def png(shade: int) -> bytes:
 
 
 BAD = (3, 11, 17)
+SEED = 5  # of an order in which the last of them comes long after the others
 
 
 def read(index):
@@ -154,6 +155,20 @@ def test_the_same_image_is_counted_once_and_one_too_many_stops_the_run():
         r"picture 3; picture 11; picture 17\..*Or raise data\.max_bad_images",
     ):
         images[0, 17]
+
+
+def test_images_known_to_be_bad_count_and_are_not_told_again(caplog):
+    caplog.set_level(logging.WARNING, "quietvit")
+    earlier, images = with_bad_ones(2), with_bad_ones(2)
+    earlier[0, 3], earlier[0, 11]
+    caplog.clear()
+    images.mark_bad([*earlier.bad_images, 999])
+    assert images.bad_images == [3, 11]
+    assert images[0, 3] == earlier[0, 3]
+    assert not caplog.messages
+    with pytest.raises(QuietvitError, match="picture 3; picture 11; picture 17"):
+        images[0, 17]
+    with_bad_ones(0).mark_bad(earlier.bad_images)
 
 
 def test_without_leave_the_first_bad_image_stops_the_run():
@@ -228,6 +243,27 @@ def test_too_many_bad_images_stop_a_run_with_the_remedy(tmp_path, shards, worker
     data = {"dataset": shards, "max_bad_images": 2}
     with pytest.raises(QuietvitError, match=r"^3 images of shards .*003\.png in .*train-0\.tar"):
         run(tmp_path / "run", data=data, num_workers=workers, batch_size=4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_counted_over_a_resume_which_may_allow_more(
+    tmp_path, monkeypatch, shards, workers
+):
+    def changes(max_bad):
+        data = {"dataset": shards, "max_bad_images": max_bad}
+        return {
+            "data": data, "seed": SEED, "epochs": 1, "batch_size": 4, "checkpoint": {"every": 1},
+            "num_workers": workers,
+        }  # fmt: skip
+
+    order = list(epoch_order(60, SEED, 0))
+    _, second, third = sorted(order.index(bad) // 4 for bad in BAD)
+    assert third - second > 2 + 2 * workers, "the third is not read ahead"
+    interrupt(tmp_path / "run", monkeypatch, second + 1, **changes(2))
+    with pytest.raises(QuietvitError, match=r"^3 images of shards .*max_bad_images allows 2: "):
+        run(tmp_path / "run", resume=True, **changes(2))
+    result = run(tmp_path / "run", resume=True, **changes(3))
+    assert_same(result, run(tmp_path / "whole", **changes(3)))
 
 
 def test_a_run_that_fails_leaves_no_worker_behind(tmp_path):

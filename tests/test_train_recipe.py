@@ -82,6 +82,43 @@ def test_mistakes_are_named_with_the_nearest_known_key(override, message):
     assert "pydantic" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("strength=-1", "strength: input should be greater than or equal to 0 (given: -1)"),
+        ("strength={mlp=-1}", "strength.mlp: input should be greater than or equal to 0"),
+        ("strength={mlp=[]}", "strength.mlp: input should be a valid number (given: [])"),
+        ("schedule={shape='cosin'}", "schedule.shape: input should be 'constant', 'linear'"),
+        ("schedule={warmup_epochs=-1}", "schedule.warmup_epochs: input should be greater"),
+        ("schedule={mlp={shape='x'}}", "schedule.mlp.shape: input should be 'constant', 'linear'"),
+        ("schedule=3", "schedule: input should be a valid dictionary"),
+        ("schedule={mlp={}, value_output=1}", "schedule.value_output: input should be a valid"),
+        ("schedule={mlp={shap='x'}}", "there is no key 'decay.cd.schedule.mlp.shap'; did you"),
+    ],
+)
+def test_a_wrong_value_where_several_types_are_taken_is_told_once(override, told):
+    with pytest.raises(QuietvitError) as caught:
+        load_recipe("digits", [f"decay.cd.{override}"])
+    assert told in str(caught.value)
+    assert str(caught.value).count(";") == ("did you" in told)
+
+
+@pytest.mark.parametrize(
+    "cd",
+    [
+        {"strength": 2.0, "schedule": {"shape": "linear", "warmup_epochs": 1}},
+        {"strength": {"mlp": 1.0}, "schedule": {"mlp": {"shape": "linear"}}},
+        {"schedule": {}},
+    ],
+)
+def test_one_value_or_one_for_each_kind_is_read_and_written_alike(cd):
+    config = parse_config({**MINIMAL, "decay": {"cd": cd}})
+    assert parse_config(json.loads(config.model_dump_json())) == config
+    schedule = config.decay.cd.schedule
+    assert isinstance(schedule, dict) == ("mlp" in cd["schedule"])
+    assert len(list(config.decay.schedules())) == 1
+
+
 def test_files_that_are_no_recipe_are_refused(tmp_path):
     with pytest.raises(QuietvitError, match="did you mean 'digits'"):
         load_recipe("digit")

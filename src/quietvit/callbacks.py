@@ -30,6 +30,10 @@ def transformers_callback(*regularizers: Regularizer) -> Any:
     exact resume is in ``trainer_state.json`` of each checkpoint. They are built on the model that
     the Trainer gets. TWEO also needs ``compute_loss_func=tweo.around(...)``.
 
+    A ``train()`` that raises leaves them attached, because the Trainer then calls no callback. The
+    next one, of this or another Trainer, detaches them first and counts on from where they stand,
+    or from its checkpoint; to go on without a Trainer, call ``detach()`` on each.
+
     Raises:
         QuietvitError: transformers is missing, or no regularizer is given. When training begins:
             the optimizer holds no parameter of a regularizer, a checkpoint of other regularizers.
@@ -159,9 +163,14 @@ def _key(regularizers: Sequence[Regularizer]) -> str:
 
 
 def _attach(regularizers: Sequence[Regularizer], optimizer: Any) -> None:
+    """Attach all of them, or, where one cannot be, none."""
     _detach(regularizers)
-    for regularizer in regularizers:
-        regularizer.attach(optimizer)
+    try:
+        for regularizer in regularizers:
+            regularizer.attach(optimizer)
+    except QuietvitError:
+        _detach(regularizers)
+        raise
 
 
 def _detach(regularizers: Sequence[Regularizer]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quietvit import __version__
+from quietvit.commands import add_to
 from quietvit.console import (
     Architecture,
     Bits,
@@ -392,6 +393,9 @@ def methods(
     for row in rows:
         text = f"{row['method']}: {row['source']}. Published with: {row['published']}."
         console.print(text, highlight=False, markup=False)
+
+
+add_to(app)
 
 
 def main() -> None:

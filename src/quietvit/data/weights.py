@@ -83,6 +83,7 @@ def create_model(
         size = kwargs["img_size"]
         sides = (size, size) if isinstance(size, int) else tuple(size)
         config["input_size"] = (int(kwargs.get("in_chans", 3)), *sides)
+    config["arguments"] = dict(kwargs)
     model.pretrained_cfg = config  # type: ignore[assignment]
     if state is not None:
         load_weights(model, state, source=str(weights))

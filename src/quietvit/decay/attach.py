@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quietvit.decay.following import Watch, Watched, innermost, is_skipped
-from quietvit.decay.regularizer import checked_state
+from quietvit.decay.regularizer import checked_state, one_strength
 from quietvit.decay.schedule import (
     Schedule,
     checked_schedule,
@@ -27,7 +27,7 @@ from quietvit.decay.schedule import (
 from quietvit.decay.whole import like, read, whole_parameters
 from quietvit.errors import QuietvitError
 
-__all__ = ["Attachment", "DecoupledUpdate", "PenaltyGradient", "Schedule", "innermost"]
+__all__ = ["Attachment", "DecoupledUpdate", "PenaltyGradient", "Schedule", "WholeUpdate"]
 
 
 class Attachment(ABC):
@@ -253,13 +253,21 @@ class DecoupledUpdate(Attachment):
     """
 
     @abstractmethod
-    def _deltas(self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]) -> _Deltas:
-        """Return the change of each parameter in ``rates`` (learning rate x schedule x every)."""
+    def _write(self, rates: Mapping[str, float]) -> None:
+        """Change the parameters in ``rates``, each by its learning rate x schedule x every."""
 
     def _apply(self, optimizer: Optimizer, factor: float) -> None:
         rates = self._rates(optimizer, factor)
         if rates:
             self._write(rates)
+
+
+class WholeUpdate(DecoupledUpdate):
+    """A decoupled update whose changes are all known before the first of them is written."""
+
+    @abstractmethod
+    def _deltas(self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]) -> _Deltas:
+        """Return the changes of parameters in ``rates``, strength included; tied ones once."""
 
     def _write(self, rates: Mapping[str, float]) -> None:
         whole = self._parameters()
@@ -270,7 +278,7 @@ class DecoupledUpdate(Attachment):
             parameter.add_(like(parameter, delta))
 
 
-class PenaltyGradient(DecoupledUpdate):
+class PenaltyGradient(WholeUpdate):
     """A penalty whose gradient is added to ``.grad`` before each step (``coupled``), or decoupled.
 
     Coupled, it goes through the optimizer's moments as the gradient of the task loss does. It is
@@ -284,11 +292,21 @@ class PenaltyGradient(DecoupledUpdate):
     """
 
     def __init__(
-        self, model: nn.Module, *, coupled: bool, every: int, schedule: Schedule | None
+        self,
+        model: nn.Module,
+        *,
+        strength: float,
+        coupled: bool,
+        every: int,
+        schedule: Schedule | None,
     ) -> None:
-        one = one_schedule(schedule, type(self).__name__)
-        super().__init__(model, every=every, schedule=one)
+        own = type(self).__name__
+        super().__init__(model, every=every, schedule=one_schedule(schedule, own))
+        self.strength = one_strength(strength, own)
         self.coupled = bool(coupled)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"strength": self.strength, "coupled": self.coupled, "every": self.every}
 
     @abstractmethod
     def _gradients(
@@ -304,7 +322,7 @@ class PenaltyGradient(DecoupledUpdate):
         return {name: gradient * -rates[name] for name, gradient in found.items()}
 
     def _apply(self, optimizer: Optimizer, factor: float) -> None:
-        if factor == 0:
+        if factor == 0 or self.strength == 0:
             return
         if not self.coupled:
             super()._apply(optimizer, factor)

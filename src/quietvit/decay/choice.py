@@ -20,11 +20,14 @@ def chosen_pairs(
     example: Any,
     kinds: Sequence[str] | None,
     pairs: Sequence[MatrixPair] | None,
+    *,
+    fold_gains: bool = False,
 ) -> tuple[MatrixPair, ...]:
     """Return the pairs of ``kinds``, of ``pairs`` where given, else found by ``example``.
 
-    ``kinds`` None: all of ``pairs``, else ``DEFAULT_KINDS``. Raises QuietvitError where no kind or
-    no pair is left, where ``pairs`` have none of a kind, and without an example to find them by.
+    ``kinds`` None: all of ``pairs``, else ``DEFAULT_KINDS``. ``fold_gains`` is that of
+    ``find_pairs``. Raises QuietvitError where no kind or no pair is left, where ``pairs`` have none
+    of a kind or are to be folded, and without an example to find them by.
     """
     if isinstance(kinds, str):
         raise QuietvitError(f"kinds={kinds!r}: give a sequence of kinds, such as ({kinds!r},).")
@@ -36,7 +39,13 @@ def chosen_pairs(
                 f"{owner} needs an example input to find the pairs (a batch of one image is "
                 "enough), or pairs=..."
             )
-        return tuple(find_pairs(model, example, kinds=tuple(kinds or DEFAULT_KINDS)))
+        asked = tuple(kinds or DEFAULT_KINDS)
+        return tuple(find_pairs(model, example, kinds=asked, fold_gains=fold_gains))
+    if fold_gains:
+        raise QuietvitError(
+            f"{owner}: fold_gains is for pairs that are found, and pairs are given; give "
+            "find_pairs(model, example, fold_gains=True), or leave pairs out."
+        )
     have = sorted({pair.kind for pair in pairs})
     for kind in kinds or ():
         if have and kind not in have:

@@ -56,6 +56,7 @@ class ColinearityDecay(DecoupledUpdate):
         schedule: function from the optimizer step (0, 1, ...) to a factor of the strength, such as
             ``quietvit.decay.StrengthSchedule``; or a mapping from kind to such functions.
         pairs: explicit pairs instead of ``find_pairs(model, example)``.
+        fold_gains: of the pairs found, see ``find_pairs``.
         products: precision of the matrix products: ``float32``, ``bfloat16`` (sums and weights
             stay float32), or ``auto``, bfloat16 where the processor is faster at it (float64
             weights keep float64). In bfloat16 a change is off by some 0.2 % of itself (DeiT-Tiny:
@@ -86,6 +87,7 @@ class ColinearityDecay(DecoupledUpdate):
         kinds: Sequence[str] | None = None,
         schedule: Schedule | Mapping[str, Schedule] | None = None,
         pairs: Sequence[MatrixPair] | None = None,
+        fold_gains: bool = False,
         products: str = "auto",
         sharded: bool = False,
         compile: bool = False,
@@ -96,7 +98,9 @@ class ColinearityDecay(DecoupledUpdate):
         self.rule = penalty_named(penalty)
         self.strength = checked_strength(strength)
         own = type(self).__name__
-        self.pairs = chosen_pairs(own, model, example, self._kinds(kinds), pairs)
+        self.pairs = chosen_pairs(
+            own, model, example, self._kinds(kinds), pairs, fold_gains=fold_gains
+        )
         if isinstance(self.schedule, Mapping):
             check_kinds(self.schedule, {pair.kind for pair in self.pairs})
         self._shares = _shares(self.pairs)
@@ -184,11 +188,6 @@ class ColinearityDecay(DecoupledUpdate):
         return strength * factor_at(
             self.schedule[pair.kind], self.steps, f"schedule[{pair.kind!r}]"
         )
-
-    def _deltas(
-        self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        raise NotImplementedError("the changes are written batch by batch, see _write")
 
     def _write(self, rates: Mapping[str, float]) -> None:
         steps = self._steps(rates)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.attach import DecoupledUpdate, Schedule
+from quietvit.decay.attach import Schedule, WholeUpdate
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import one_strength
 from quietvit.decay.schedule import one_schedule
@@ -22,7 +22,7 @@ from quietvit.pairs import MatrixPair, find_pairs
 from quietvit.tracing import WeightView
 
 
-class NormGainDecay(DecoupledUpdate):
+class NormGainDecay(WholeUpdate):
     """Decay the gains g of norms: ``g_j <- g_j (1 - lr strength g_j^2 / mean(g^2))``.
 
     A decoupled update in weight-decay units (equal gains decay by exactly ``strength``) that falls

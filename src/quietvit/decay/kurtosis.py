@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quietvit.decay.attach import PenaltyGradient, Schedule
 from quietvit.decay.plan import wide
-from quietvit.decay.regularizer import number, one_strength
+from quietvit.decay.regularizer import number
 from quietvit.decay.whole import read, refuse_unless_finite, untied
 from quietvit.errors import QuietvitError
 from quietvit.tracing import trace
@@ -56,9 +56,8 @@ class KurtosisRegularization(PenaltyGradient):
         every: int = 1,
         schedule: Schedule | None = None,
     ) -> None:
-        super().__init__(model, coupled=coupled, every=every, schedule=schedule)
+        super().__init__(model, strength=strength, coupled=coupled, every=every, schedule=schedule)
         own = type(self).__name__
-        self.strength = one_strength(strength, own)
         self.target = number(target, "target", own, least=1.0)
         traced = trace(self.model, example)
         names = dict.fromkeys(
@@ -93,20 +92,12 @@ class KurtosisRegularization(PenaltyGradient):
         return self.weights
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "penalty": "kurtosis",
-            "weights": len(self.weights),
-            "strength": self.strength,
-            "target": self.target,
-            "coupled": self.coupled,
-            "every": self.every,
-        }
+        own = {"penalty": "kurtosis", "weights": len(self.weights), "target": self.target}
+        return super()._settings() | own
 
     def _gradients(
         self, parameters: Mapping[str, Tensor], names: Collection[str]
     ) -> dict[str, Tensor]:
-        if self.strength == 0:
-            return {}
         share = self.strength / len(self.weights)
         found = {
             name: kurtosis_gradient(wide(parameters[name]), self.target) * share

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quietvit.decay.penalty import Basis, Factored, Operator, Penalty
+from quietvit.decay.penalty import Basis, Factored, Operator, Operators, Penalty
 from quietvit.decay.products import (
     both_products,
     channel_energy,
@@ -69,19 +69,13 @@ class Energy(Penalty):
         return of_A / 2, of_B / 2
 
     def factored(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
     ) -> Factored:
         fA, fB = inverse(mean_square(B)), inverse(mean_square(A))
         PA, PB = both_products(A, B, products)
         return (PA, fA), (PB, fB)
 
-    def operators(
-        self, A: Tensor, B: Tensor, basis: Basis | None = None
-    ) -> tuple[Operator, Operator]:
+    def operators(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Operators:
         return (
             Operator(scaled(_right_gram(A, B), inverse(mean_square(B)))),
             Operator(scaled(_left_gram(A), inverse(mean_square(A)))),
@@ -115,19 +109,13 @@ class Peak(Penalty):
         return of_A * scale, of_B * scale
 
     def factored(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
     ) -> Factored:
         fA, fB = inverse(mean_square(B)), inverse(mean_square(A))
         PA, PB = both_products(A, B, products, weighed=True)
         return (PA, fA), (PB, fB)
 
-    def operators(
-        self, A: Tensor, B: Tensor, basis: Basis | None = None
-    ) -> tuple[Operator, Operator]:
+    def operators(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Operators:
         weights, _ = shares(channel_energy(A, B))
         M = _weighted(B, weights)
         return (
@@ -140,11 +128,7 @@ class Peak(Penalty):
         return smaller(B) * share, smaller(A) * share
 
     def bounds(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         weights, _ = shares(channel_energy(A, B))
         M = _weighted(B, weights)
@@ -178,19 +162,13 @@ class Cosine(Penalty):
         return of_A / 2, of_B / 2
 
     def factored(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
     ) -> Factored:
         PA, PB = both_products(A, B, products)
         dA, dB = scaled(PA, inverse(mean_square(B))), scaled(PB, inverse(mean_square(A)))
         return (dA - scaled(A, _share(dA, A)), None), (dB - scaled(B, _share(dB, B)), None)
 
-    def operators(
-        self, A: Tensor, B: Tensor, basis: Basis | None = None
-    ) -> tuple[Operator, Operator]:
+    def operators(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Operators:
         of_A, of_B = Energy().operators(A, B)
         dA, dB = Energy().directions(A, B)
         return (
@@ -243,11 +221,7 @@ class Top(Penalty):
         return of_A * nu_B / 2, of_B * nu_A / 2
 
     def factored(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
     ) -> Factored:
         u, v = self._basis(A, B, basis)
         rates_A, rates_B = self._rates(A, B, (u, v))
@@ -256,9 +230,7 @@ class Top(Penalty):
             return (A * (v.square() * rates_A[:, None, :]).sum(-1), None), (dB, None)
         return ((v * rates_A[:, None, :]) @ (v.mT @ A), None), (dB, None)
 
-    def operators(
-        self, A: Tensor, B: Tensor, basis: Basis | None = None
-    ) -> tuple[Operator, Operator]:
+    def operators(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Operators:
         u, v = self._basis(A, B, basis)
         rates_A, rates_B = self._rates(A, B, (u, v))
         of_B = Operator((u * rates_B[:, None, :]) @ u.mT)
@@ -267,11 +239,7 @@ class Top(Penalty):
         return Operator((v * rates_A[:, None, :]) @ v.mT), of_B
 
     def bounds(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         rates_A, rates_B = self._rates(A, B, self._basis(A, B, basis))
         return rates_A.amax(-1), rates_B.amax(-1)

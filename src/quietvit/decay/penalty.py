@@ -32,6 +32,9 @@ class Operator:
     shift: Tensor | None = None
 
 
+Operators = tuple[Operator, Operator]
+
+
 class Penalty(ABC):
     """One penalty. All methods are pure and accept (A, B) as the module describes.
 
@@ -48,11 +51,7 @@ class Penalty(ABC):
 
     @abstractmethod
     def factored(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
     ) -> Factored:
         """Return ((PA, fA), (PB, fB)) with dA = fA PA and dB = fB PB, f: (n,), None for 1.
 
@@ -70,9 +69,7 @@ class Penalty(ABC):
         return PA if fA is None else scaled(PA, fA), PB if fB is None else scaled(PB, fB)
 
     @abstractmethod
-    def operators(
-        self, A: Tensor, B: Tensor, basis: Basis | None = None
-    ) -> tuple[Operator, Operator]:
+    def operators(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> Operators:
         """Return the linear maps that take A to dA and B to dB. Forms h x h matrices: not cheap."""
 
     def static_bounds(self, A: Tensor, B: Tensor) -> tuple[float, float]:
@@ -80,11 +77,7 @@ class Penalty(ABC):
         return smaller(B), smaller(A)
 
     def bounds(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return upper bounds (n,) of the largest rates of A and of B, without a decomposition.
 

@@ -5,6 +5,7 @@ How one layer is judged is in ``dominance``; when and how a gradient is applied 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from quietvit.decay.attach import PenaltyGradient, Schedule
 from quietvit.decay.dominance import Spectrum, dominances, leading
 from quietvit.decay.plan import wide
-from quietvit.decay.regularizer import number, one_strength, whole_number
+from quietvit.decay.regularizer import number, whole_number
 from quietvit.decay.whole import all_finite, refuse_unless_finite
 from quietvit.errors import QuietvitError
 from quietvit.tracing import Trace, WeightView, trace
+
+logger = logging.getLogger("quietvit")
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,12 @@ class SpectralDecay(PenaltyGradient):
 
     Every ``refresh`` applied steps one forward pass of ``images`` in eval mode without gradient,
     and the singular vectors of every layer, choose anew; between, the vectors stay, and the s_r are
-    those of now along them (u_r . W v_r). Source: arXiv 2602.14432, second-hand (docs/method.md).
-    Derived here, not public: PCDR of a layer is the mean over at most 1024 input rows, of the
-    neuron with the largest |W x| each, bias left out; k stays below the rank of W; the layer that
-    writes the logits is left alone; singular values are current between refreshes.
+    those of now along them (u_r . W v_r). Where no layer is selected nothing is penalized; the
+    logger ``quietvit`` warns the first time, ``selected`` and ``dominance`` are of the last choice.
+    Source: arXiv 2602.14432, second-hand (docs/method.md). Derived here, not public: PCDR of a
+    layer is the mean over at most 1024 input rows, of the neuron with the largest |W x| each, bias
+    left out; k stays below the rank of W; the layer that writes the logits is left alone; singular
+    values are current between refreshes.
 
     Args:
         model: the model whose parameters the optimizer holds, built before FSDP or compilation.
@@ -84,9 +89,8 @@ class SpectralDecay(PenaltyGradient):
         every: int = 1,
         schedule: Schedule | None = None,
     ) -> None:
-        super().__init__(model, coupled=coupled, every=every, schedule=schedule)
+        super().__init__(model, strength=strength, coupled=coupled, every=every, schedule=schedule)
         own = type(self).__name__
-        self.strength = one_strength(strength, own)
         self.threshold = number(threshold, "threshold", own)
         if self.threshold > 1:
             raise QuietvitError(f"{own}(threshold={threshold!r}): PCDR is a share, give 0 to 1.")
@@ -99,6 +103,7 @@ class SpectralDecay(PenaltyGradient):
         self.layers = _layers(self.model, self._trace)
         self._chosen: dict[str, tuple[Tensor, Tensor]] | None = None
         self._refreshed = 0
+        self._warned = False
 
     @property
     def selected(self) -> dict[str, int]:
@@ -151,16 +156,13 @@ class SpectralDecay(PenaltyGradient):
         return tuple(dict.fromkeys(layer.view.parameter_name for layer in self.layers))
 
     def _settings(self) -> dict[str, Any]:
-        return {
+        return super()._settings() | {
             "penalty": "spectral",
             "layers": len(self.layers),
-            "strength": self.strength,
             "threshold": self.threshold,
             "components": self.components,
             "refresh": self.refresh,
             "power": self.power,
-            "coupled": self.coupled,
-            "every": self.every,
         }
 
     def _gradients(
@@ -187,12 +189,11 @@ class SpectralDecay(PenaltyGradient):
         amount: Callable[[str, Tensor], Tensor],
     ) -> dict[str, Tensor]:
         """Sum of amount(s)_r u_r v_r^T over the selected layers, shaped like their parameters."""
-        if self.strength == 0:
-            return {}
         applied = self.steps // self.every
         if self._chosen is None or applied - self._refreshed >= self.refresh:
             self._chosen, self.dominance = self._selection(parameters)
             self._refreshed = applied
+            self._warn_of_none()
         found: dict[str, Tensor] = {}
         for layer in self.layers:
             name = layer.view.parameter_name
@@ -205,6 +206,24 @@ class SpectralDecay(PenaltyGradient):
             layer.view.scatter_add_(found[name], (u * amount(name, s)) @ v.mT)
         refuse_unless_finite(found, parameters)
         return found
+
+    def _warn_of_none(self) -> None:
+        """Say once that no layer was selected, and how near the nearest came."""
+        if self._chosen or self._warned:
+            return
+        self._warned = True
+        name, share = max(self.dominance.items(), key=lambda found: max(found[1]))
+        logger.warning(
+            "SpectralDecay selects none of its %d layers and changes nothing until it does: no "
+            "PCDR reaches threshold=%g with components=%d; the largest is %.3g (%s). It looks "
+            "again every %d applied steps; a lower threshold or more components would select some.",
+            len(self.layers),
+            self.threshold,
+            self.components,
+            max(share),
+            name,
+            self.refresh,
+        )
 
     def _components(
         self,

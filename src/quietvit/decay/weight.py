@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.attach import DecoupledUpdate, Schedule
+from quietvit.decay.attach import Schedule, WholeUpdate
 from quietvit.decay.choice import chosen_pairs
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import one_strength
@@ -22,7 +22,7 @@ from quietvit.pairs import MatrixPair
 from quietvit.tracing import WeightView
 
 
-class PairWeightDecay(DecoupledUpdate):
+class PairWeightDecay(WholeUpdate):
     """Weight decay ``W <- W (1 - lr strength)`` of the entries of matrices and gains in pairs.
 
     Each entry decays once a step, in however many pairs it is, and over all its names. After the

@@ -1,8 +1,8 @@
-"""From a simulated quantized model to a file a runtime computes in integers, and the proof of it."""
+"""From a simulated quantized model to a file computed in integers, and the proof of it."""
 
-from quietvit.deployment.check import Check, check
-from quietvit.deployment.export import Artifact, export
-from quietvit.deployment.predict import Prediction, predict
+from quietvit.deployment.checking import Check, check
+from quietvit.deployment.exporting import Artifact, export
+from quietvit.deployment.predicting import Prediction, predict
 from quietvit.deployment.proof import Proof
 from quietvit.deployment.runtime import open_runtime
 from quietvit.deployment.torchao_file import load_torchao

@@ -26,25 +26,29 @@ OPSETS = (20, 21)
 
 
 class Logits(nn.Module):
-    """A model whose output is one tensor: its ``logits`` where it has such, or its only tensor."""
+    """A model whose output is ``logits_of`` its output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        output = self.model(images)
-        found = getattr(output, "logits", output)
-        if isinstance(found, Tensor):
-            return found
-        leaves = torch.utils._pytree.tree_leaves(found)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if len(tensors) != 1:
-            raise QuietvitError(
-                f"the model gives {len(tensors)} tensors, not logits; export a classifier, or wrap "
-                "the model so that it returns one tensor."
-            )
-        return tensors[0]
+        return logits_of(self.model(images))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The one tensor a model gives: its ``logits`` where it has such, or its only tensor.
+
+    Raises QuietvitError where it gives several.
+    """
+    found = getattr(output, "logits", output)
+    tensors = [x for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, Tensor)]
+    if len(tensors) != 1:
+        raise QuietvitError(
+            f"the model gives {len(tensors)} tensors, not logits; export a classifier, or wrap "
+            "the model so that it returns one tensor."
+        )
+    return tensors[0]
 
 
 def captured(quantized: QuantizedModel, opset: int) -> Any:

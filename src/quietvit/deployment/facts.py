@@ -70,8 +70,8 @@ class Facts:
             ) from error
         if known != (FORMAT, VERSION):
             raise QuietvitError(
-                f"{path} is {known[0]!r} of version {known[1]!r}, this quietvit reads {FORMAT!r} of "
-                f"version {VERSION}; export it again from its .qvit."
+                f"{path} is {known[0]!r} of version {known[1]!r}, this quietvit reads {FORMAT!r} "
+                f"of version {VERSION}; export it again from its .qvit."
             )
         products = tuple(Product(**product) for product in content.pop("products"))
         for name in ("input_shape", "labels", "notes"):

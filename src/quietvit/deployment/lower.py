@@ -58,7 +58,7 @@ class Writer:
         like: Any = None,
         **attributes: Any,
     ) -> Any:
-        """A node in front of ``before``; returns its output, named ``name``, shaped like ``like``."""
+        """A node in front of ``before``; its output, called ``name`` and shaped like ``like``."""
         import onnx_ir as ir
 
         node = ir.node(op, inputs, attributes or None, name=name)
@@ -89,16 +89,23 @@ class Writer:
         self._shared[key] = codes
         return codes
 
-    def dequantized(self, before: Any, codes: Any, stored: Stored, axis: int | None = None) -> Any:
+    def dequantized(
+        self, before: Any, codes: Any, stored: Stored, axis: int | None = None, alone: bool = False
+    ) -> Any:
+        """DequantizeLinear; ``alone`` where no integer kernel will take it in."""
         extra = {} if stored.grid.scale.ndim == 0 else {"axis": axis}
-        given = [codes, *self.scale(stored)]
+        given = [codes, *self.scale(stored, alone)]
         return self.node(before, "DequantizeLinear", given, f"{stored.name}:values", **extra)
 
-    def scale(self, stored: Stored) -> list[Any]:
-        """Scale and zero point; a zero point of signed codes that is zero everywhere is left out."""
+    def scale(self, stored: Stored, always: bool = False) -> list[Any]:
+        """Scale and zero point; for signed codes none that is zero everywhere, unless ``always``.
+
+        Kernels are faster without; but onnxruntime puts a scalar in its place, which its own
+        DequantizeLinear then refuses where no kernel took that in.
+        """
         grid = stored.grid
         found = [self.constant(f"{stored.name}:scale", grid.scale)]
-        if not grid.signed or grid.zero_point.any():
+        if always or not grid.signed or grid.zero_point.any():
             zero = grid.zero_point.astype(grid.dtype)
             found.append(self.constant(f"{stored.name}:zero_point", zero))
         return found
@@ -113,6 +120,33 @@ class Writer:
 
         small = self.constant(f"{stored.name}:codes4", codes.astype(ml_dtypes.int4))
         return self.node(before, "Cast", [small], f"{stored.name}:codes", to=int(ir.DataType.INT8))
+
+    def in_blocks(self, before: Any, stored: Stored) -> Any:
+        """A 4-bit weight that multiplies float activations, (in, out) in blocks along its inputs.
+
+        Weight-only kernels want a scale for each block of 16 to 128 inputs; each channel's own is
+        repeated, so no value changes. None where no such block divides the inputs.
+        """
+        import ml_dtypes
+
+        grid, codes = stored.grid, stored.codes
+        assert codes is not None
+        inputs = codes.shape[1]
+        block = next((size for size in (128, 64, 32, 16) if inputs % size == 0), None)
+        if grid.bits > 4 or block is None or self.graph.opset_imports.get("", 0) < 21:
+            return None
+        shape = (inputs // block, codes.shape[0])
+        scale = np.broadcast_to(grid.scale, shape)
+        zero = np.broadcast_to(grid.zero_point, shape)
+        given = [
+            self.constant(f"{stored.name}:codes4", codes.T.astype(ml_dtypes.int4)),
+            self.constant(f"{stored.name}:scale", scale),
+        ]
+        if zero.any():
+            given.append(self.constant(f"{stored.name}:zero_point", zero.astype(ml_dtypes.int4)))
+        return self.node(
+            before, "DequantizeLinear", given, f"{stored.name}:values", axis=0, block_size=block
+        )
 
 
 def lower(model: Any, stored: Mapping[str, Stored]) -> None:
@@ -140,7 +174,7 @@ def lower(model: Any, stored: Mapping[str, Stored]) -> None:
             continue
         assert entry.codes is not None
         codes = writer.weight(node, entry, entry.codes)
-        values = writer.dequantized(node, codes, entry, entry.grid.axis)
+        values = writer.dequantized(node, codes, entry, entry.grid.axis, alone=True)
         _replace(graph, node, values, output)
     fold_affine(writer)
     _swept(model)

@@ -56,6 +56,8 @@ def agreements(
     not of one kind.
     """
     wanted = [product for product in facts.products if product.why_float is None]
+    if not wanted:
+        return []
     slots: dict[str, list[Slot]] = {}
     for slot in quantized.slots():
         slots.setdefault(slot.site.name, []).append(slot)

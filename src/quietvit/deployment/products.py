@@ -31,8 +31,11 @@ def product_of_weight(writer: Writer, mark: Any, stored: Stored) -> bool:
     readers = list(user.outputs[0].uses())
     if not readers or any(r.node.op_type != "MatMul" or r.idx != 1 for r in readers):
         return False
-    codes = writer.weight(user, stored, stored.codes.T)
-    values = writer.dequantized(user, codes, stored, 1)
+    alone = all(_site_of(reader.node.inputs[0]) is None for reader in readers)
+    values = writer.in_blocks(user, stored) if alone else None
+    if values is None:
+        codes = writer.weight(user, stored, stored.codes.T)
+        values = writer.dequantized(user, codes, stored, 1, alone)
     values.type = user.outputs[0].type
     user.outputs[0].replace_all_uses_with(values)
     writer.graph.remove(user, safe=True)
@@ -51,12 +54,13 @@ def _gemm(writer: Writer, node: Any, stored: Stored) -> bool:
     middle = writer.constant("quietvit:axis1", np.array([1], dtype=np.int64))
     given = x.producer()
     if given is not None and given.op_type == "DequantizeLinear":
-        codes = writer.node(node, "Unsqueeze", [given.inputs[0], middle], f"{site}:rows")
-        tall = writer.node(node, "DequantizeLinear", [codes, *given.inputs[1:]], f"{site}:tall")
+        rows = writer.node(node, "Unsqueeze", [given.inputs[0], middle], f"{site}:rows")
+        tall = writer.node(node, "DequantizeLinear", [rows, *given.inputs[1:]], f"{site}:tall")
     else:
         tall = writer.node(node, "Unsqueeze", [x, middle], f"{site}:tall")
     tall.type = x.type
-    weight = writer.dequantized(node, writer.weight(node, stored, stored.codes.T), stored, 1)
+    codes = writer.weight(node, stored, stored.codes.T)
+    weight = writer.dequantized(node, codes, stored, 1, alone=_site_of(x) is None)
     weight.type = x.type
     out = writer.node(node, "MatMul", [tall, weight], f"{site}:product")
     if bias is not None:

@@ -228,6 +228,6 @@ def processor() -> str:
 
 WITHOUT_VNNI = (
     "this processor has no VNNI: 8-bit products gain little speed here, often none, and a default "
-    "session of onnxruntime saturates them; set session.x64quantprecision to 1 in your own session, "
-    "as was done here"
+    "session of onnxruntime saturates them; set session.x64quantprecision to 1 in your own "
+    "session, as was done here"
 )

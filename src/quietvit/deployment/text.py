@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from quietvit.deployment.check import Check
+    from quietvit.deployment.checking import Check
 
 SHOWN = 12
 
@@ -34,22 +34,30 @@ def check_text(found: Check) -> str:
         sums = sum(a.sums for a in found.agreements)
         off = sum(a.off for a in found.agreements)
         lines.append(
-            f"the same   {len(found.agreements)} products on given inputs: of {codes} codes {wrong} "
-            f"differ ({ties} ties), of {sums} sums {off}"
+            f"the same   {len(found.agreements)} products on given inputs: of {codes} codes "
+            f"{wrong} differ ({ties} ties), of {sums} sums {off}"
         )
+    classes = found.classes
     lines.append(
-        f"           class of the simulated model on {found.agreement:.2f} % of {found.images} images"
+        f"           class of the simulated model on {classes.agreement:.2f} % of {classes.images} "
+        "images;"
     )
-    if found.top1 is not None:
-        lines.append(f"           top-1 {found.top1:.2f} %, simulated {found.top1_simulated:.2f} %")
+    lines.append(
+        f"           it keeps {classes.steadiness:.2f} % of its own when they are moved by 1e-6"
+    )
+    if classes.top1 is not None:
+        lines.append(
+            f"           top-1 {classes.top1:.2f} %, simulated {classes.top1_simulated:.2f} %"
+        )
     lines.append(
         f"size       {found.bytes / 1e6:.2f} MB, float {found.float_bytes / 1e6:.2f} MB: "
         f"{found.float_bytes / found.bytes:.2f} times smaller"
     )
     for speed in found.speeds:
         lines.append(
-            f"speed      batch {speed.batch}: {speed.integer_ms:.1f} ms, float {speed.float_ms:.1f} ms: "
-            f"{speed.ratio:.2f} times as fast ({speed.ratio_low:.2f} to {speed.ratio_high:.2f}), "
+            f"speed      batch {speed.batch}: {speed.integer_ms:.1f} ms, float "
+            f"{speed.float_ms:.1f} ms: {speed.ratio:.2f} times as fast "
+            f"({speed.ratio_low:.2f} to {speed.ratio_high:.2f}), "
             f"{speed.images_per_second:.0f} images/s"
         )
     lines += [f"note       {note}" for note in found.notes]

@@ -45,8 +45,8 @@ class Replaced:
 def as_uniform(quantized: QuantizedModel, bits: int = 8) -> tuple[QuantizedModel, list[Replaced]]:
     """Return a copy whose quantizers are all uniform, of 8 bits at most, and what was replaced.
 
-    Derived here: a quantizer of unequal steps becomes an affine one of ``bits`` from its smallest to
-    its largest level; a scale for each channel becomes one for the tensor over all their ranges;
+    Derived here: a quantizer of unequal steps becomes an affine one of ``bits`` from its smallest
+    to its largest level; a scale for each channel becomes one for the tensor over all their ranges;
     more than 8 bits become 8. Weights keep their codes' range channel by channel.
     """
     own = copy.deepcopy(quantized)

@@ -49,6 +49,9 @@ def architecture_of(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] 
     candidates = [plain]
     if size is not None:
         candidates.insert(0, plain | {"img_size": list(size)})
+    given = (config or {}).get("arguments")  # as ``quietvit.data.create_model`` notes them
+    if isinstance(given, dict) and _is_json(given):
+        candidates.insert(0, given)
     wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}, _modules(model)
     for arguments in candidates:
         built = _unweighted(name, arguments)
@@ -57,6 +60,13 @@ def architecture_of(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] 
         if ({n: tuple(t.shape) for n, t in built.state_dict().items()}, _modules(built)) == wanted:
             return {"library": "timm", "name": name, "arguments": arguments}
     return None
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) is not None)
+    except (TypeError, ValueError):
+        return False
 
 
 def _unweighted(name: str, arguments: dict[str, Any]) -> nn.Module | None:
@@ -100,6 +110,9 @@ def build(path: Path, facts: dict[str, Any]) -> nn.Module:
         built: nn.Module = timm.create_model(
             architecture["name"], pretrained=False, **architecture["arguments"]
         )
+    config = {**getattr(built, "pretrained_cfg", {}), **(facts.get("preprocessing") or {})}
+    config["arguments"] = architecture["arguments"]
+    built.pretrained_cfg = config  # type: ignore[assignment]
     return built
 
 

@@ -5,11 +5,11 @@ Reading it from TOML, overriding it and explaining mistakes is ``recipe``'s work
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from quietvit.data.transforms import Augmentation
 
@@ -53,7 +53,7 @@ class DataConfig(Section):
 
     ``num_classes`` is taken from the training images where it is not given; given, a label at or
     above it is refused. An image that cannot be decoded is replaced by another one and counted; the
-    run stops when a process met more than ``max_bad_images`` different ones since its (re)start.
+    run stops when a process met more than ``max_bad_images`` different ones, resumes included.
     ``repeats`` puts each image so often into an epoch, differently augmented, and takes as many
     fewer images (DeiT's repeated augmentation). ``shuffle_window``: shards whose images are mixed
     with each other, for data that comes in shards (None mixes all).
@@ -137,6 +137,34 @@ class StrengthScheduleConfig(Section):
         return ""
 
 
+# Pydantic judges a value by one branch of a union, the one named here, and not by each in turn.
+# The names stand in the location of an error, where ``recipe`` takes them out.
+ONE, EACH = "<one>", "<one for each kind>"
+
+
+def _strengths(value: Any) -> str:
+    return EACH if isinstance(value, Mapping) else ONE
+
+
+def _schedules(value: Any) -> str:
+    """A table that holds tables is one of kinds; an empty one is a schedule without settings."""
+    own = isinstance(value, Mapping) and any(
+        isinstance(part, Mapping | StrengthScheduleConfig) for part in value.values()
+    )
+    return EACH if own else ONE
+
+
+Strengths = Annotated[
+    Annotated[Strength, Tag(ONE)] | Annotated[dict[str, Strength], Tag(EACH)],
+    Discriminator(_strengths),
+]
+Schedules = Annotated[
+    Annotated[StrengthScheduleConfig, Tag(ONE)]
+    | Annotated[dict[str, StrengthScheduleConfig], Tag(EACH)],
+    Discriminator(_schedules),
+]
+
+
 class RegularizerConfig(Section):
     """What all regularizers have. A strength of 0 is off."""
 
@@ -148,18 +176,28 @@ class RegularizerConfig(Section):
         return self.strength > 0
 
 
+class WeightRegularizerConfig(RegularizerConfig):
+    """What those that act on weights have: every n-th step, with n-fold strength."""
+
+    every: int = Field(default=1, ge=1)
+
+
 class ColinearityConfig(Section):
     """Colinearity Decay; a mapping as ``strength`` gives one per kind of pair. 0 is off.
 
-    ``schedule`` may be a mapping from kind to schedule. ``sharded`` divides the update between the
-    processes, ``compile`` compiles it.
+    ``schedule`` may be a mapping from kind to schedule. ``fold_gains`` takes the gain of the norm
+    in front of a first matrix as part of it, ``products`` is the precision of the matrix products
+    (``auto``: bfloat16 where that is fast). ``sharded`` divides the update between the processes,
+    ``compile`` compiles it.
     """
 
-    strength: Strength | dict[str, Strength] = 1.0
+    strength: Strengths = 1.0
     penalty: Literal["energy", "peak", "cosine", "top"] = "energy"
     kinds: tuple[str, ...] | None = None
     every: int = Field(default=1, ge=1)
-    schedule: StrengthScheduleConfig | dict[str, StrengthScheduleConfig] | None = None
+    schedule: Schedules | None = None
+    fold_gains: bool = False
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
     sharded: bool = False
     compile: bool = False
 
@@ -169,17 +207,17 @@ class ColinearityConfig(Section):
         return any(value > 0 for value in values)
 
 
-class NormGainConfig(RegularizerConfig):
+class NormGainConfig(WeightRegularizerConfig):
     """Decay of the norm gains alone, weighted by their squares. 0 is off."""
 
     strength: Strength = 3.0
 
 
-class SpectralConfig(RegularizerConfig):
+class SpectralConfig(WeightRegularizerConfig):
     """S2D, ``quietvit.SpectralDecay``: the leading singular values of layers they dominate.
 
     ``coupled`` puts its gradient before the optimizer, as published; else it is a decoupled update.
-    ``images`` of the training data tell which layers those are, every ``refresh`` steps.
+    ``images`` of the training data tell which layers those are, every ``refresh`` applied steps.
     """
 
     strength: Strength = 5e-4
@@ -199,7 +237,7 @@ class TweoConfig(RegularizerConfig):
     power: float = Field(default=4.0, ge=1)
 
 
-class KurtosisConfig(RegularizerConfig):
+class KurtosisConfig(WeightRegularizerConfig):
     """KURE, ``quietvit.KurtosisRegularization``: kurtosis of weight matrices towards ``target``."""
 
     strength: Strength = 1.0
@@ -207,7 +245,7 @@ class KurtosisConfig(RegularizerConfig):
     coupled: bool = True
 
 
-class PairWeightConfig(RegularizerConfig):
+class PairWeightConfig(WeightRegularizerConfig):
     """Plain weight decay of the very matrices that Colinearity Decay acts on: its control."""
 
     strength: Strength = 1.0

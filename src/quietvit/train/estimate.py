@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,12 @@ from quietvit.data import data_config, subset
 from quietvit.errors import QuietvitError
 from quietvit.train.config import DecayConfig, TrainConfig
 from quietvit.train.engine import make_accelerator
-from quietvit.train.regularizers import detach
+from quietvit.train.metrics import Stopwatch
+from quietvit.train.regularizers import attach, detach
 from quietvit.train.setup import Parts, assemble, effective_batch, open_data
 from quietvit.train.step import forward_backward
 
-_WARM_UP, _MEASURED = 2, 3
+_WARM_UP, _MEASURED = 2, 4
 _STAND_IN = 1000
 
 
@@ -33,7 +36,8 @@ class Estimate:
     ``memory`` are bytes: the peak of the CUDA allocator of this process, or of the whole process on
     a CPU. ``step_seconds`` are those of an optimizer step on images that are there already;
     ``regularizer_share`` is the share of it in regularizers, in percent (TWEO's backward pass not
-    counted in; neither are S2D's refreshes, which come every ``refresh`` steps).
+    counted in; neither are S2D's refreshes, which come every ``refresh`` applied steps). One that
+    acts every n-th step counts with 1/n of the time it takes.
     """
 
     processes: int
@@ -77,8 +81,9 @@ class Estimate:
 def estimate(config: TrainConfig) -> Estimate:
     """Build model, optimizer and regularizers, run a few steps on noise, and measure.
 
-    Two steps warm up, then as many as cover ``decay.cd.every``, at least three, are measured.
-    Regularizers act at full strength, without their schedules.
+    Two steps warm up, then four are measured. All regularizers act at each of them, at full
+    strength and learning rate, and are timed one by one; the steps between, at which one with an
+    ``every`` does nothing, are left out, and its time is divided by ``every`` instead.
 
     Raises:
         QuietvitError: a model, weights or settings that ``train`` would refuse as well.
@@ -98,12 +103,7 @@ def estimate(config: TrainConfig) -> Estimate:
     parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
     parameters = list(parts.evaluated.parameters())
     trainable = sum(p.numel() for p in parts.plain.parameters() if p.requires_grad)
-    every = 1 if config.decay.cd is None else config.decay.cd.every
-    count = -(-_MEASURED // every) * every
-    try:
-        seconds, own = _measured(parts, count)
-    finally:
-        detach(parts.regularizers, parts.stopwatch)
+    seconds, own = _measured(parts)
     return Estimate(
         processes=accelerator.num_processes,
         effective_batch=effective,
@@ -115,8 +115,8 @@ def estimate(config: TrainConfig) -> Estimate:
         trainable=trainable,
         device=_device(accelerator.device),
         memory=_peak(accelerator.device),
-        step_seconds=seconds / count,
-        measured_steps=count,
+        step_seconds=seconds / _MEASURED,
+        measured_steps=_MEASURED,
         regularizer_share=100 * own / seconds,
     )
 
@@ -131,23 +131,56 @@ def _size(config: TrainConfig) -> tuple[int | None, int | None, str]:
     return len(train), train.num_classes, ""
 
 
-def _measured(parts: Parts, count: int) -> tuple[float, float]:
-    """Seconds of ``count`` optimizer steps, and of the regularizers in them."""
+def _measured(parts: Parts) -> tuple[float, float]:
+    """Seconds of the measured optimizer steps, and of the regularizers in them, by their share."""
     accelerator, config = parts.accelerator, parts.config
     images = _noise(parts.evaluated, config.batch_size).to(accelerator.device)
     classes = parts.num_classes or _classes(parts, images[:1])
     labels = torch.arange(config.batch_size, device=accelerator.device) % classes
+    # Where a step of a regularizer has to be limited it takes longer: at the full rate as in a run.
+    warm = round(config.schedule.warmup_epochs * parts.steps_per_epoch)
     parts.model.train()
-    began = before = 0.0
-    for step in range(_WARM_UP + count):
-        if step == _WARM_UP:
-            began, before = _now(accelerator.device), parts.stopwatch.seconds
-        for _ in range(config.accumulation):
-            # mixup works in place
-            forward_backward(parts, images.clone(), labels, step)
-        if parts.ema is not None:
-            parts.ema.update(parts.plain, step + 1)
-    return _now(accelerator.device) - began, parts.stopwatch.seconds - before
+    with _timed_apart(parts) as watches:
+        began, before = 0.0, dict.fromkeys(watches, 0.0)
+        for step in range(_WARM_UP + _MEASURED):
+            if step == _WARM_UP:
+                before = {name: watch.seconds for name, watch in watches.items()}
+                began = _now(accelerator.device)
+            _make_due(parts.regularizers)
+            for _ in range(config.accumulation):
+                # mixup works in place
+                forward_backward(parts, images.clone(), labels, warm + step)
+            if parts.ema is not None:
+                parts.ema.update(parts.plain, step + 1)
+        seconds = _now(accelerator.device) - began
+        own = {name: watch.seconds - before[name] for name, watch in watches.items()}
+    share = {name: own[name] / _every(parts.regularizers.get(name)) for name in own}
+    return seconds - sum(own.values()) + sum(share.values()), sum(share.values())
+
+
+@contextmanager
+def _timed_apart(parts: Parts) -> Iterator[dict[str, Stopwatch]]:
+    """Inside, each regularizer has a stopwatch of its own; the empty name is the loss's of TWEO."""
+    watches = {name: Stopwatch() for name in parts.regularizers}
+    detach(parts.regularizers, parts.stopwatch)
+    try:
+        for name, part in parts.regularizers.items():
+            attach({name: part}, parts.inner, watches[name])
+        yield {**watches, "": parts.stopwatch}
+    finally:
+        for name, part in parts.regularizers.items():
+            detach({name: part}, watches[name])
+
+
+def _every(regularizer: Any) -> int:
+    return getattr(regularizer, "every", 1)
+
+
+def _make_due(regularizers: Mapping[str, Any]) -> None:
+    """Count on to the step before the next at which each acts."""
+    for regularizer in regularizers.values():
+        every = _every(regularizer)
+        regularizer.steps += every - 1 - regularizer.steps % every
 
 
 @torch.no_grad()

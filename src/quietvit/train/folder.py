@@ -22,6 +22,7 @@ CHECKPOINTS = "checkpoints"
 
 _MAY_CHANGE = {
     "output", "num_workers", "threads", "checkpoint", "tensorboard", "log_every", "evaluate_every",
+    "data.max_bad_images",
 }  # fmt: skip
 
 
@@ -69,6 +70,6 @@ def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str,
             yield prefix, before, now
         return
     for key in sorted(before.keys() | now.keys()):
-        if prefix or key not in _MAY_CHANGE:
-            dotted = f"{prefix}.{key}" if prefix else key
+        dotted = f"{prefix}.{key}" if prefix else key
+        if dotted not in _MAY_CHANGE:
             yield from _differences(before.get(key), now.get(key), dotted)

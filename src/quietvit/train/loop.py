@@ -26,7 +26,7 @@ from quietvit.train.engine import gathered, whole_model
 from quietvit.train.folder import CHECKPOINTS, fresh, same_run
 from quietvit.train.metrics import Metrics
 from quietvit.train.progress import bar_of, threads
-from quietvit.train.regularizers import detach
+from quietvit.train.regularizers import detach, figures
 from quietvit.train.result import CONFIG, RESULT, WEIGHTS, TrainResult
 from quietvit.train.resume import check_same_checkpoint, collect, raise_together, restore
 from quietvit.train.setup import Run, build
@@ -167,8 +167,7 @@ class _Loop:
         seen = self.step * p.effective_batch / self.train_seconds
         values: dict[str, float | str] = {"loss": loss, "lr": rate, "images_per_second": seen}
         with p.stopwatch.running():
-            for name, part in p.regularizers.items():
-                values[f"penalty_{name}"] = float(part.penalty())
+            values |= figures(p.regularizers)
             if every and (self.step // self.config.log_every) % every == 0:
                 values |= self._watched(images)
         self._write(**values, epoch=self.step / p.steps_per_epoch)
@@ -255,6 +254,7 @@ class _Loop:
             "batch": self.batch,
             "seconds": (self.train_seconds, self.p.stopwatch.seconds),
             "loss": (gathered(self.accelerator, float(self.loss_sum)), self.losses),
+            "bad_images": gathered(self.accelerator, self.r.images.bad_images),
             **collect(self.p),
         }
         problem = None
@@ -274,6 +274,8 @@ class _Loop:
         self.p.stopwatch.reset(decay_seconds)
         sums, self.losses = state["loss"]
         self.loss_sum.fill_(sums[self.accelerator.process_index])
+        if "bad_images" in state:  # checkpoints of earlier versions have none
+            self.r.images.mark_bad(state["bad_images"][self.accelerator.process_index])
         self.saved = self.step
 
     def top1(self, average: bool = True, progress: bool = False) -> float:

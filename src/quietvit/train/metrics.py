@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+_PENDING = 64
 
 
 class Metrics:
@@ -73,12 +76,16 @@ class Metrics:
 
 
 class Stopwatch:
-    """Time of the regularizers: their hooks on an optimizer, and while ``running``."""
+    """Time of the regularizers: their hooks on an optimizer, and while ``running``.
+
+    On a GPU by events, of which at most ``_PENDING`` spans are held: a new one adds up the oldest,
+    which the GPU has left behind long before.
+    """
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
         self._began = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._handles: list[Any] = []
 
     @contextmanager
@@ -111,14 +118,18 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         """Time so far; waits for the accelerator."""
-        for first, last in self._events:
+        self._add_up(keep=0)
+        return self._seconds
+
+    def _add_up(self, keep: int) -> None:
+        while len(self._events) > keep:
+            first, last = self._events.popleft()
             last.synchronize()
             self._seconds += first.elapsed_time(last) / 1000
-        self._events.clear()
-        return self._seconds
 
     def _start(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._add_up(keep=_PENDING - 1)
             self._events.append((_event(), _event()))
             self._events[-1][0].record()
         else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,8 +35,9 @@ class SeededImages(Dataset[tuple[Tensor, int]]):
 
     An image that cannot be read or decoded is replaced by another one of the data set, drawn from
     (seed, place), so that a resumed run replaces it by the same. Each such image is logged once,
-    and the different ones are counted over all workers of this process, from its start. Images for
-    evaluation are never replaced, because the accuracy would be that of another data set.
+    and the different ones are counted over all workers of this process; ``mark_bad`` goes on from
+    an earlier count. Images for evaluation are never replaced, because the accuracy would be that
+    of another data set.
 
     Args:
         max_bad: how many different images may be replaced; 0 stops at the first one.
@@ -69,6 +70,10 @@ class SeededImages(Dataset[tuple[Tensor, int]]):
     def bad_images(self) -> list[int]:
         """The indices of the images found bad so far by any worker of this process."""
         return [int(index) for index in self._bad.nonzero()]
+
+    def mark_bad(self, indices: Sequence[int]) -> None:
+        """Count these as found bad already; indices that are no image are left out."""
+        self._bad[[index for index in indices if index < len(self._bad)]] = 1
 
     def _read(self, place: Place) -> tuple[Image.Image, int]:
         index = place[1]

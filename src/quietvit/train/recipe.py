@@ -10,13 +10,13 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 import quietvit
 from quietvit.errors import QuietvitError, nearest
-from quietvit.train.config import TrainConfig
+from quietvit.train.config import EACH, ONE, TrainConfig
 
 VERSION = 1
 
@@ -85,6 +85,8 @@ def known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[s
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) is Annotated:
+        return _sections(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return [section for part in get_args(annotation) for section in _sections(part)]
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
@@ -131,20 +133,11 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _explained(problem: Any) -> str:
-    # A union of a number and a table adds its branches to the location; they are no keys.
-    known = set(known_keys())
-    parts = [str(part) for part in problem["loc"]]
-    key = ".".join(parts)
+    key = ".".join(str(part) for part in problem["loc"] if part not in (ONE, EACH))
     if problem["type"] == "extra_forbidden":
-        return f"there is no key {key!r}{nearest(key, known)}"
-    while parts and ".".join(parts) not in known:
-        parts.pop()
-    key = ".".join(parts) or key
+        return f"there is no key {key!r}{nearest(key, known_keys())}"
     if problem["type"] == "missing":
-        return f"the key {'.'.join(str(part) for part in problem['loc'])!r} is missing"
+        return f"the key {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if not key:
-        return message
-    given = f" (given: {problem['input']!r})" if key in known else ""
-    return f"{key}: {message}{given}"
+    return f"{key}: {message} (given: {problem['input']!r})" if key else message

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from quietvit.train.config import (
     ColinearityConfig,
     DecayConfig,
-    RegularizerConfig,
     StrengthScheduleConfig,
+    TweoConfig,
+    WeightRegularizerConfig,
 )
 from quietvit.train.metrics import Stopwatch
 
@@ -57,20 +58,22 @@ def build_regularizers(
             final=section.final,
         )
 
-    def common(section: ColinearityConfig | RegularizerConfig) -> dict[str, Any]:
-        return {"strength": section.strength, "schedule": schedule(section.schedule)}
+    def common(section: ColinearityConfig | WeightRegularizerConfig | TweoConfig) -> dict[str, Any]:
+        shared = {"strength": section.strength, "schedule": schedule(section.schedule)}
+        return shared if isinstance(section, TweoConfig) else {**shared, "every": section.every}
 
     cd, gains, weight = config.cd, config.norm_gains, config.weight
     if cd is not None and cd.active:
-        options: dict[str, Any] = {k: True for k in ("sharded", "compile") if getattr(cd, k)}
         built["cd"] = decay.ColinearityDecay(
             model,
             example,
             **common(cd),
             penalty=cd.penalty,
-            every=cd.every,
             kinds=cd.kinds,
-            **options,
+            fold_gains=cd.fold_gains,
+            products=cd.products,
+            sharded=cd.sharded,
+            compile=cd.compile,
         )
     if gains is not None and gains.active:
         built["norm_gains"] = decay.NormGainDecay(model, example, **common(gains))
@@ -100,6 +103,14 @@ def build_regularizers(
             model, example, **common(tweo), threshold=tweo.threshold, power=tweo.power
         )
     return built
+
+
+def figures(regularizers: Mapping[str, Any]) -> dict[str, float]:
+    """Return what is logged: the penalty of each, of S2D also on how many layers it acts."""
+    found = {f"penalty_{name}": float(part.penalty()) for name, part in regularizers.items()}
+    if "s2d" in regularizers:
+        found["layers_s2d"] = len(regularizers["s2d"].selected)
+    return found
 
 
 def attach(regularizers: Mapping[str, Any], optimizer: Optimizer, stopwatch: Stopwatch) -> None:

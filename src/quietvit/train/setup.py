@@ -73,6 +73,7 @@ class Run:
     train: ImageDataset
     test: ImageDataset
     batches: EpochBatches
+    images: SeededImages
     loader: Any
 
 
@@ -115,8 +116,9 @@ def build(config: TrainConfig) -> Run:
         window=config.data.shuffle_window,
     )
     transform = training_transform(parts.plain, config.data.augmentation)
+    images = SeededImages(train, transform, config.seed, max_bad=config.data.max_bad_images)
     loader = DataLoader(
-        SeededImages(train, transform, config.seed, max_bad=config.data.max_bad_images),
+        images,
         batch_sampler=batches,
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
@@ -124,7 +126,7 @@ def build(config: TrainConfig) -> Run:
         worker_init_fn=ignore_in_worker,
         generator=torch.Generator(),
     )
-    return Run(parts, train, test, batches, accelerator.prepare(loader))
+    return Run(parts, train, test, batches, images, accelerator.prepare(loader))
 
 
 def effective_batch(config: TrainConfig, processes: int) -> int:

@@ -29,8 +29,8 @@ def predict(
 ) -> list[Prediction]:
     """Return the ``top`` most probable classes of an image, the most probable first.
 
-    ``model``: an exported .onnx or .xml, or one already open (``open_runtime``). ``image``: a file or
-    a PIL image of any size. It is resized, cropped and normalized as the model was evaluated.
+    ``model``: an exported .onnx or .xml, or one already open (``open_runtime``). ``image``: a file
+    or a PIL image of any size. It is resized, cropped and normalized as the model was evaluated.
 
     Raises QuietvitError for a file that cannot be read, an artifact of ours without preprocessing,
     or a foreign one.

@@ -45,7 +45,7 @@ class Artifact:
 
     def check(self, against: Any, images: Any, **options: Any) -> Any:
         """Prove what runs in integers; see ``quietvit.check``."""
-        from quietvit.deployment.check import check
+        from quietvit.deployment.checking import check
 
         return check(self.path, against, images, **options)
 
@@ -161,7 +161,7 @@ def labels_of(model: Any) -> tuple[str, ...] | None:
         return tuple(config["label_names"])
     if config.get("num_classes") != 1000 or getattr(model, "num_classes", None) != 1000:
         return None
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
     return tuple(info.index_to_description(index) for index in range(1000))
