@@ -177,6 +177,19 @@ def test_four_bits_take_half_a_byte(tmp_path: Path) -> None:
     assert set(re.findall(r'element_type="([^"]+)"', path.read_text())) >= {"i4"}
 
 
+def test_weights_alone_are_not_called_integer(tmp_path: Path) -> None:
+    x = images(16, 8)
+    fields = {"weight_bits": 4, "activation_bits": None, "weight_symmetric": False, **SAME}
+    quantized, path = exported(OneLinear(), tmp_path, x, **fields)
+    runtime = open_runtime(path)
+    (ran,) = prove(runtime, runtime.facts).ran
+    assert not ran.integer
+    assert "activation_bits=None" in (ran.reason or "")
+    with torch.no_grad():
+        wanted = quantized(x).numpy()
+    np.testing.assert_allclose(runtime(x.numpy()), wanted, atol=1e-4 * np.abs(wanted).max())
+
+
 def test_facts_travel_once_and_claim_less(written: tuple[Any, Path]) -> None:
     quantized, path = written
     text = path.read_text()

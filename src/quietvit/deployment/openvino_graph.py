@@ -31,10 +31,17 @@ def without_zero_points(model: Any) -> frozenset[str]:
             continue
         if not node.input[2].endswith(SUFFIX) or node.input[2] not in stored:
             continue
+        readers = [user for user in graph.node if node.output[0] in user.input]
+        if any(not _quantized(made.get(reader.input[0])) for reader in readers):
+            continue  # its input is float, and so is the product
         site = node.input[2].removesuffix(SUFFIX)
         if not _moved(graph, node, stored, made) and not _corrected(graph, node, stored):
             kept.add(site)
     return frozenset(kept)
+
+
+def _quantized(node: Any) -> bool:
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _moved(graph: Any, node: Any, stored: dict[str, Any], made: dict[str, Any]) -> bool:

@@ -68,8 +68,8 @@ def _into_norm(model: nn.Module, trace: Trace, site: Site, by: ChannelAffine) ->
 
 def _into_bias(model: nn.Module, trace: Trace, site: Site, by: ChannelAffine) -> list[str]:
     module = called_module(model, trace, site)
-    plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    if not plain or site.weight is None or site.weight.module != site.module:
+    own = site.weight is not None and site.weight.module == site.module
+    if not own or not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         _refuse(site.name, "its bias was moved, and it is no module of torch.nn called once")
     if bool((by.gain != 1).any()):
         _refuse(site.name, "its output is scaled channel by channel")
