@@ -18,6 +18,7 @@ from quietvit.deployment.facts import facts_of
 from quietvit.deployment.onnx_file import grids_of, onnx_of
 from quietvit.deployment.openvino_file import ATTENTION, write_openvino
 from quietvit.deployment.openvino_graph import without_zero_points
+from quietvit.deployment.parity import agreements
 from quietvit.deployment.proof import prove
 from quietvit.deployment.runtime import OnnxRuntime
 from quietvit.quantization import quantize
@@ -90,6 +91,23 @@ def test_the_sums_of_a_product_are_the_simulated_models(
     (ran,) = prove(runtime, runtime.facts).ran
     assert ran.integer
     assert ran.operator.lower().endswith("_i8")
+    (compared,) = agreements(path, runtime.facts, quantized, 3 * x)
+    assert compared.equal
+    assert compared.codes == x.numel()
+
+
+def test_a_changed_weight_is_found(written: tuple[Any, Path], tmp_path: Path) -> None:
+    quantized, path = written
+    binary = bytearray(path.with_suffix(".bin").read_bytes())
+    codes = quantized.quantizer("head", "weight").codes(quantized.model.head.weight.detach())
+    row = codes.T.to(torch.int8).contiguous().numpy().tobytes()
+    start = bytes(binary).index(row)
+    binary[start] ^= 2
+    (tmp_path / "model.xml").write_bytes(path.read_bytes())
+    (tmp_path / "model.bin").write_bytes(binary)
+    facts = open_runtime(tmp_path / "model.xml").facts
+    found = agreements(tmp_path / "model.xml", facts, quantized, images(2))
+    assert [a.product for a in found if not a.equal] == ["head"]
 
 
 def test_a_weight_of_8_bits_with_zero_points_is_an_integer_product(tmp_path: Path) -> None:
@@ -124,6 +142,9 @@ def test_linears_run_in_integers_and_attention_is_not_claimed(written: tuple[Any
             assert ran.product not in proof.claimed
             assert ran.integer or ran.reason
     assert proof.broken == ()
+    compared = agreements(path, runtime.facts, quantized, 2 * images(2))
+    assert [a.product for a in compared] == [r.product for r in proof.ran if r.integer]
+    assert all(a.equal and a.codes > 0 and a.sums > 0 for a in compared)
     linear = sum(s.macs for s in quantized.trace.matmuls if s.kind in ("linear", "conv"))
     assert proof.integer_share >= linear / quantized.trace.macs
     with torch.no_grad():

@@ -17,6 +17,8 @@ from quietvit.deployment.facts import KEY, Facts
 from quietvit.errors import QuietvitError
 
 EXACT = ("session.x64quantprecision", "1")
+# Where the processor can, OpenVINO would compute what is float in half precision.
+SETTINGS: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
 
 
 class Runtime(ABC):
@@ -134,11 +136,7 @@ class OpenVINO(Runtime):
         core = openvino.Core()
         try:
             self.model = core.read_model(source if isinstance(source, bytes) else str(source))
-            settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-            # Where the processor has them OpenVINO would compute what is float in half precision.
-            settings["INFERENCE_PRECISION_HINT"] = "f32"
-            if threads:
-                settings["INFERENCE_NUM_THREADS"] = threads
+            settings = SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
             self.compiled = core.compile_model(self.model, "CPU", settings)
         except Exception as error:
             binary = ""
