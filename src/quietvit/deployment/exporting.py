@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quietvit.deployment.capture import as_float32
+from quietvit.deployment.capture import as_float32, need
 from quietvit.deployment.facts import Facts, facts_of
 from quietvit.deployment.grids import Grid, why_none
 from quietvit.deployment.onnx_file import grids_of, onnx_of
@@ -21,7 +21,13 @@ from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import preprocessing_of
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 
-TARGETS = ("onnx", "openvino")
+NEEDS = {
+    "onnx": ("onnxscript", "onnx"),
+    "openvino": ("onnxscript", "onnx", "openvino"),
+    "torchao": ("torchao",),
+}
+TARGETS = tuple(NEEDS)
+SUFFIXES = {".onnx": "onnx", ".xml": "openvino"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """Bytes on disk, of an IR both its files."""
+        """Bytes on disk, of all its files."""
         return sum(part.stat().st_size for part in parts_of(self.path))
 
     def check(self, against: Any, images: Any, **options: Any) -> Any:
@@ -57,11 +63,12 @@ def export(
 ) -> Artifact:
     """Write a quantized model as a file whose products a runtime computes in integers.
 
-    ``to``: ``onnx`` (a file .onnx with QuantizeLinear and DequantizeLinear, for onnxruntime) or
-    ``openvino`` (.xml and .bin); by default what the suffix of ``path`` says. Input ``images``
-    (batch, C, H, W), float32, output ``logits``; the batch is dynamic. Weights are stored as
-    integers, int8, or int4 where they have at most 4 bits (opset 21). Activations of fewer than 8
-    bits are carried in 8-bit codes: the accuracy is theirs, the speed that of 8 bits.
+    ``to``: ``onnx`` (a file .onnx with QuantizeLinear and DequantizeLinear, for onnxruntime),
+    ``openvino`` (.xml and .bin) or ``torchao`` (a folder, read by ``load_torchao``, whose linears
+    alone are integers); by default what the suffix of ``path`` says. Input ``images`` (batch, C, H,
+    W), float32, output ``logits``; the batch is dynamic. Weights are stored as integers, int8, or
+    int4 where they have at most 4 bits (opset 21, not torchao). Activations of fewer than 8 bits
+    are carried in 8-bit codes: the accuracy is theirs, the speed that of 8 bits.
 
     ``as_="uniform"`` replaces quantizers that no integer kernel has (logarithmic, two-range, one
     scale a channel, more than 8 bits) by uniform ones of 8 bits and says what that loses; without
@@ -81,24 +88,29 @@ def export(
         )
     path = Path(path)
     target = _target(path, to)
-    refuse_existing(path, force)
+    refuse_existing(path, force, target)
+    need(*NEEDS[target])
     if as_ not in (None, "uniform"):
         raise QuietvitError(f"as_={as_!r} is not known; the only way is 'uniform'.")
     _refuse_uncalibrated(quantized)
     own, replaced = as_float32(quantized), list[Replaced]()
     if as_ == "uniform":
         own, replaced = as_uniform(own)
-    else:
+    elif target != "torchao":  # it takes linears alone, and lists what it leaves in float
         _refuse_simulated(own)
-    grids = grids_of(own)
+    grids = grids_of(own, strict=target != "torchao")
     facts = facts_of(
         own,
         grids,
         preprocessing=preprocessing or preprocessing_of(own.model),
         labels=labels or labels_of(own.model),
-        notes=[*_notes(own, grids), *map(str, replaced)],
+        notes=[*_notes(own, grids, target), *map(str, replaced)],
         uniform=as_ == "uniform",
     )
+    if target == "torchao":
+        from quietvit.deployment.torchao_file import write_torchao
+
+        return Artifact(path, write_torchao(own, path, facts, force=force), tuple(replaced))
     content = onnx_of(own, grids, facts, opset)
     if target == "openvino":
         from quietvit.deployment.openvino_file import write_openvino
@@ -111,12 +123,23 @@ def export(
 
 def parts_of(path: Path) -> list[Path]:
     """The files an artifact is made of."""
+    if path.is_dir():
+        return sorted(path.iterdir())
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise QuietvitError where something stands at ``path``; with ``force`` only for a folder."""
-    for part in parts_of(path):
+def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:
+    """Raise QuietvitError where something stands at ``path``.
+
+    With ``force`` only for a folder, and for torchao, whose artifact is one, for any but an earlier
+    export.
+    """
+    if target == "torchao":
+        from quietvit.deployment.torchao_file import refuse_folder
+
+        refuse_folder(path, force)
+        return
+    for part in [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]:
         if part.is_dir():
             raise QuietvitError(f"{part} is a folder; name a file, such as model.onnx.")
         if part.exists() and not force:
@@ -145,16 +168,14 @@ def labels_of(model: Any) -> tuple[str, ...] | None:
 
 
 def _target(path: Path, to: str | None) -> str:
-    suffixes = {".onnx": "onnx", ".xml": "openvino"}
-    target = suffixes.get(path.suffix) if to is None else to
-    if target not in TARGETS or suffixes.get(path.suffix, target) != target:
+    target = SUFFIXES.get(path.suffix) if to is None else to
+    if target not in TARGETS or SUFFIXES.get(path.suffix, target) != target:
         raise QuietvitError(
-            f"{path} with to={to!r} names no file that can be written: choose model.onnx "
-            "(to='onnx'), or model.xml (to='openvino'); torchao models live in memory, see "
-            "quietvit.deployment.to_torchao."
+            f"{path} with to={to!r} names nothing that can be written: choose model.onnx "
+            "(to='onnx'), model.xml (to='openvino'), or a folder (to='torchao')."
         )
-    if path.suffix not in suffixes:
-        wanted = next(suffix for suffix, name in suffixes.items() if name == target)
+    if path.suffix not in SUFFIXES and target != "torchao":
+        wanted = next(suffix for suffix, name in SUFFIXES.items() if name == target)
         raise QuietvitError(
             f"{path} does not end in {wanted}, as files for {target} do; name it so."
         )
@@ -200,10 +221,15 @@ def _refuse_simulated(quantized: QuantizedModel) -> None:
         )
 
 
-def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid]) -> list[str]:
+def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid], target: str) -> list[str]:
     notes = []
     slots = {slot.key: slot for slot in quantized.slots()}
-    low = {grids[key].bits for key, slot in slots.items() if not slot.is_weight} - {8}
+    wide = [key for key, grid in grids.items() if slots[key].is_weight and grid.bits == 8]
+    if target == "openvino" and wide:
+        from quietvit.deployment.openvino_file import SATURATES
+
+        notes.append(f"{len(wide)} weights have 8 bits: {SATURATES}")
+    low = {grid.bits for key, grid in grids.items() if not slots[key].is_weight} - {8}
     if low:
         bits = ", ".join(map(str, sorted(low)))
         notes.append(

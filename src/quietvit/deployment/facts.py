@@ -91,7 +91,7 @@ def facts_of(
     notes: Sequence[str] = (),
     uniform: bool = False,
 ) -> Facts:
-    """Collect the facts of a quantized model; ``grids`` by the key of the slot."""
+    """Collect the facts of a quantized model; ``grids`` by key, of the slots that have one."""
     keys: dict[str, dict[str, str]] = {}
     for slot in quantized.slots():
         if slot.site.kind in MATMUL_KINDS:
@@ -100,7 +100,8 @@ def facts_of(
     reasons = dict(coverage.untouched)
     products = []
     for site in quantized.trace.matmuls:
-        operands = {name: grids[key].facts for name, key in keys.get(site.name, {}).items()}
+        own = keys.get(site.name, {}).items()
+        operands = {name: grids[key].facts for name, key in own if key in grids}
         for operand in operands.values():
             if isinstance(operand["scale"], list):
                 operand["scale"] = operand["zero_point"] = None  # long, and in the graph

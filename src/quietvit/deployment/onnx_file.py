@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quietvit.deployment.capture import captured, need, to_ir
 from quietvit.deployment.facts import KEY, Facts
-from quietvit.deployment.grids import Grid
+from quietvit.deployment.grids import Grid, why_none
 from quietvit.deployment.lower import Stored, lower, weight_codes
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
@@ -20,13 +20,17 @@ from quietvit.quantization.quantizers import Quantizer
 from quietvit.quantization.storage import weights_in_use
 
 
-def grids_of(quantized: QuantizedModel) -> dict[str, Grid]:
-    """The grid of every slot, by its key. Raises QuietvitError where a slot has none."""
+def grids_of(quantized: QuantizedModel, strict: bool = True) -> dict[str, Grid]:
+    """The grid of every slot, by its key.
+
+    Where a slot has none it is left out, or with ``strict`` QuietvitError is raised.
+    """
     found = {}
     for slot in quantized.slots():
         quantizer = quantized.quantizers[slot.key]
         assert isinstance(quantizer, Quantizer)
-        found[slot.key] = Grid.of(slot, quantizer)
+        if strict or why_none(slot, quantizer) is None:
+            found[slot.key] = Grid.of(slot, quantizer)
     return found
 
 

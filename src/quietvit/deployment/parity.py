@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quietvit.deployment.facts import Facts, Product
+from quietvit.deployment.parity_openvino import IRParts
 from quietvit.deployment.runtime import OnnxRuntime
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
@@ -50,7 +51,7 @@ class Agreement:
 def agreements(
     path: Path, facts: Facts, quantized: QuantizedModel, images: Tensor
 ) -> list[Agreement]:
-    """Compare every integer product of an ONNX file with the simulated model's, on ``images``.
+    """Compare every integer product of a file, .onnx or .xml, with the simulated model's.
 
     ``images``: (N, C, H, W) as the model takes them. Raises QuietvitError where file and model are
     not of one kind.
@@ -68,7 +69,8 @@ def agreements(
                 "model has no two quantizers; give the .qvit that it was exported from."
             )
     operands = _operands(quantized, images)
-    parts = Parts.of(path, [product.name for product in wanted])
+    names = [product.name for product in wanted]
+    parts: Parts | IRParts = (IRParts if path.suffix == ".xml" else Parts).of(path, names)
     given = {
         name: [operands[name][slot.index] for slot in slots[name] if not slot.is_weight]
         for name in parts.codes

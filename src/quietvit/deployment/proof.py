@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from quietvit.deployment.facts import Facts, Product
+from quietvit.deployment.openvino_file import ATTENTION, ZERO_POINTS, for_openvino
 from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, Runtime
 
 # Operators of onnxruntime whose kernels multiply integers, and those that multiply floats.
@@ -28,6 +31,7 @@ FLOAT_OPS = frozenset(
         *("Attention", "MultiHeadAttention", "Einsum", "ConvTranspose", "GroupQueryAttention"),
     }
 )
+OPENVINO_LAYERS = frozenset({"FullyConnected", "MatMul", "Convolution", "GroupConvolution"})
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Proof:
 def prove(runtime: Runtime, facts: Facts) -> Proof:
     """Read off the runtime's graph how each product of ``facts`` runs."""
     if isinstance(runtime, OpenVINO):
-        nodes = dict(_openvino_nodes(runtime))
+        facts = for_openvino(facts)
+        nodes = dict(_openvino_nodes(runtime, facts))
     else:
         assert isinstance(runtime, OnnxRuntime)
         nodes = dict(_onnxruntime_nodes(runtime.path))
@@ -83,9 +88,12 @@ def prove(runtime: Runtime, facts: Facts) -> Proof:
 
 
 def _ran(product: Product, found: tuple[str, bool, str | None] | None) -> Ran:
-    if product.why_float is not None:
+    if product.why_float is not None and (found is None or not found[1]):
         operator = found[0] if found is not None else "float"
-        return Ran(product.name, product.macs, operator, False, product.why_float)
+        reason = product.why_float
+        if found is not None and found[2] is not None and reason in (ATTENTION, ZERO_POINTS):
+            reason = found[2]  # what was seen says more than what was to be feared
+        return Ran(product.name, product.macs, operator, False, reason)
     if found is None:
         reason = "no operator of the runtime's graph bears its name: it was fused into another"
         return Ran(product.name, product.macs, "?", False, reason)
@@ -128,18 +136,48 @@ def _why(node: Any, made: dict[str, Any]) -> str:
     return "this onnxruntime has no integer kernel for this pattern"
 
 
-def _openvino_nodes(runtime: OpenVINO) -> Iterator[tuple[str, tuple[str, bool, str | None]]]:
-    """The same from OpenVINO's runtime model, which names layers, types and precisions."""
+def _openvino_nodes(
+    runtime: OpenVINO, facts: Facts
+) -> Iterator[tuple[str, tuple[str, bool, str | None]]]:
+    """The same from OpenVINO's runtime model, which names layers, precisions and kernels.
+
+    The kernel is chosen at the first call, so one is made. A layer whose precision is i8 may still
+    multiply floats (weights decompressed): only the kernel tells.
+    """
+    runtime(np.zeros([n or 1 for n in runtime.input_shape], dtype=np.float32))
+    products = {f"{product.name}:product": product for product in facts.products}
+    products |= {f"{product.name}:biased": product for product in facts.products}
     for node in runtime.compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        layer = str(info["layerType"].astype(str)) if "layerType" in info else ""
-        if layer not in ("FullyConnected", "MatMul", "Convolution"):
-            continue
-        names = str(info["originalLayersNames"].astype(str)).split(",")
-        precision = str(info["runtimePrecision"].astype(str))
-        kernel = str(info["primitiveType"].astype(str)) if "primitiveType" in info else ""
-        integer = precision in ("i8", "u8")
-        reason = None if integer else f"openvino chose {precision} ({kernel or 'no kernel named'})"
-        for name in names:
-            if name.endswith(":product"):
-                yield name, (f"{layer} {precision}", integer, reason)
+        info = {key: str(value.astype(str)) for key, value in node.get_rt_info().items()}
+        layer, kernel = info.get("layerType", "?"), info.get("primitiveType", "?")
+        fused = info.get("originalLayersNames", "").split(",")
+        for name in dict.fromkeys(each.partition("/Dequantization")[0] for each in fused):
+            if name not in products or (name.endswith(":biased") and layer == "Eltwise"):
+                continue
+            known = layer in OPENVINO_LAYERS
+            integer = (
+                known
+                and info.get("runtimePrecision") in ("i8", "u8")
+                and kernel.lower().endswith("_i8")
+            )
+            reason = None if integer else _why_openvino(products[name], layer, kernel)
+            yield f"{products[name].name}:product", (f"{layer} {kernel}", integer, reason)
+
+
+def _why_openvino(product: Product, layer: str, kernel: str) -> str:
+    if layer not in OPENVINO_LAYERS:
+        return (
+            f"openvino fused it with its neighbours into one {layer} ({kernel}), and does not say "
+            "that this multiplies integers"
+        )
+    if product.kind in ("linear", "conv"):
+        return (
+            f"openvino chose {kernel}, a float kernel, as it does where a weight has zero points; "
+            "'quietvit export --to openvino' takes those out"
+        )
+    zeros = [operand.get("zero_point") for operand in product.operands.values()]
+    return (
+        f"openvino chose {kernel}, a float kernel: it multiplies two activations in integers only "
+        f"where neither has a zero point (here {' and '.join(map(str, zeros))}), nor a signed one "
+        "is on the left"
+    )

@@ -17,6 +17,8 @@ from quietvit.deployment.facts import KEY, Facts
 from quietvit.errors import QuietvitError
 
 EXACT = ("session.x64quantprecision", "1")
+# Where the processor can, OpenVINO would compute what is float in half precision.
+SETTINGS: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
 
 
 class Runtime(ABC):
@@ -123,19 +125,27 @@ class OpenVINO(Runtime):
 
         self.path = source if isinstance(source, Path) else Path("a model in memory")
         self.name = f"openvino {openvino.__version__.partition('-')[0]}"
+        if isinstance(source, Path) and source.suffix == ".xml":
+            with source.open("rb") as file:
+                start = file.read(1000)
+            if b"<net" not in start:  # openvino would try its other readers, down to TensorFlow's
+                raise QuietvitError(
+                    f"{source} is no OpenVINO IR: it does not begin with <net>. Give the .xml that "
+                    "'quietvit export --to openvino' wrote."
+                )
         core = openvino.Core()
         try:
             self.model = core.read_model(source if isinstance(source, bytes) else str(source))
-            settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-            # Where the processor has them OpenVINO would compute what is float in half precision.
-            settings["INFERENCE_PRECISION_HINT"] = "f32"
-            if threads:
-                settings["INFERENCE_NUM_THREADS"] = threads
+            settings = SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
             self.compiled = core.compile_model(self.model, "CPU", settings)
         except Exception as error:
+            binary = ""
+            if self.path.suffix == ".xml":
+                binary = f"; an IR needs its own {self.path.with_suffix('.bin').name} beside it"
+            reason = str(error).strip().splitlines()[-1].rstrip(".!")
             raise QuietvitError(
-                f"openvino cannot load {self.path}: {str(error).strip().splitlines()[-1]}. The "
-                "file is cut short or foreign; an IR needs its .bin beside its .xml."
+                f"openvino cannot load {self.path}: {reason}. The file is cut short or "
+                f"foreign{binary}. Export it again."
             ) from error
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -1,0 +1,115 @@
+"""The products of an OpenVINO IR cut out of the rest, for ``parity`` to feed and to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from quietvit.deployment.capture import need
+from quietvit.deployment.runtime import SETTINGS
+from quietvit.errors import QuietvitError
+
+CLIPS = frozenset({"Minimum", "Maximum", "Clamp"})
+
+
+@dataclass(frozen=True)
+class IRParts:
+    """The same as ``parity.Parts`` for an IR: per product the names of the values quantized.
+
+    Codes and sums are computed by two models: a model that also gives its codes away might not
+    multiply them as integers.
+    """
+
+    path: Path
+    inputs: dict[str, list[str]]
+    codes: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, path: Path, names: list[str]) -> IRParts:
+        """Find the products of these names. Raises QuietvitError where one is not there."""
+        made = _outputs(_read(path))
+        inputs: dict[str, list[str]] = {}
+        codes: dict[str, list[str]] = {}
+        for name in names:
+            if f"{name}:product" not in made:
+                raise QuietvitError(f"{path} has no product named {name}; export it again.")
+            found = _quantizers(made[f"{name}:product"].get_node())
+            inputs[name] = codes[name] = list(dict.fromkeys(found))
+        return cls(path, inputs, codes)
+
+    def run(
+        self, given: dict[str, list[Tensor]]
+    ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
+        """Codes of the operands and the product, by the name of the product, for given operands."""
+        fed = {
+            key: x.cpu().numpy()
+            for name, keys in self.inputs.items()
+            for key, x in zip(keys, given[name], strict=True)
+        }
+        levels = self._computed(fed, list(fed), quantizers=True)
+        sums = self._computed(fed, [f"{name}:product" for name in self.inputs], quantizers=False)
+        codes = {name: [levels[key] for key in keys] for name, keys in self.codes.items()}
+        return codes, {name: sums[f"{name}:product"] for name in self.inputs}
+
+    def _computed(
+        self, fed: dict[str, np.ndarray], wanted: list[str], quantizers: bool
+    ) -> dict[str, np.ndarray]:
+        """Outputs of FakeQuantize, or tensors, by name, in a model that gets what is quantized."""
+        import openvino
+        from openvino import opset13 as ops
+
+        model = _read(self.path)
+        named = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
+        made = _outputs(model)
+        parameters = []
+        for key, array in fed.items():
+            parameters.append(ops.parameter(list(array.shape), np.float32, name=key))
+            _entrance(named[key].input(0)).replace_source_output(parameters[-1].output(0))
+        values = [named[each].output(0) if quantizers else made[each] for each in wanted]
+        part = openvino.Model([ops.result(value) for value in values], parameters, "part")
+        compiled = openvino.Core().compile_model(part, "CPU", SETTINGS)
+        found = compiled(list(fed.values()))
+        return {name: np.array(found[n]) for n, name in enumerate(wanted)}
+
+
+def _read(path: Path) -> Any:
+    need("openvino")
+    import openvino
+
+    return openvino.Core().read_model(str(path))
+
+
+def _outputs(model: Any) -> dict[str, Any]:
+    return {
+        name: output
+        for node in model.get_ordered_ops()
+        for output in node.outputs()
+        for name in output.get_names()
+    }
+
+
+def _entrance(given: Any) -> Any:
+    """Where a value enters the clipping in front of its quantizer, if there is some."""
+    node = given.get_source_output().get_node()
+    if node.get_type_name() not in CLIPS:
+        return given
+    computed = [
+        each
+        for each in node.inputs()
+        if each.get_source_output().get_node().get_type_name() != "Constant"
+    ]
+    return _entrance(computed[0])
+
+
+def _quantizers(node: Any) -> Iterator[str]:
+    """Names of the FakeQuantize that a product's operands come from, the first operand's first."""
+    if node.get_type_name() == "FakeQuantize":
+        yield node.get_friendly_name()
+        return
+    for value in node.input_values():
+        yield from _quantizers(value.get_node())

@@ -1,0 +1,238 @@
+"""Models of ``torchao_model`` on disk: safetensors and JSON in a folder, whole or not at all.
+
+torchao's own safetensors code is a prototype and keeps no architecture; this reads back bit for
+bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import quietvit
+from quietvit.deployment.capture import need
+from quietvit.deployment.facts import Facts
+from quietvit.deployment.torchao_model import IntegerLinear, TorchAO, int8_tensor, to_torchao
+from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
+from quietvit.quantization.architecture import architecture_of, build, compare_weights, set_dtypes
+
+FORMAT, VERSION = "quietvit torchao model", 1
+TENSORS, FACTS = "model.safetensors", "torchao.json"
+PARTS = ("codes", "scale", "input_scale", "input_zero_point")
+
+
+def save_torchao(
+    made: TorchAO,
+    path: str | Path,
+    *,
+    facts: Facts | None = None,
+    original: nn.Module | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write ``path``, a folder with ``model.safetensors`` and ``torchao.json``; returns it.
+
+    ``original``: the float model, from which the name timm knows it by is found, so that
+    ``load_torchao`` can build it; without it a model has to be given there. ``facts`` travel along.
+    The folder appears whole. Raises QuietvitError where ``path`` exists: with ``force`` an earlier
+    export is replaced, any other file or folder is refused all the same.
+    """
+    path = Path(path)
+    refuse_folder(path, force)
+    tensors, int8 = {}, {}
+    for name, tensor in made.model.state_dict().items():
+        parts = _parts(tensor)
+        if parts is None:
+            tensors[name] = tensor
+            continue
+        int8[name] = [part for part in PARTS if parts[part] is not None]
+        tensors |= {f"{name}:{part}": parts[part] for part in int8[name]}
+    shape = input_shape or (None if facts is None else facts.input_shape)
+    known = original is not None and shape is not None
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": architecture_of(original, shape) if known else None,  # type: ignore[arg-type]
+        "model_class": type(made.model).__name__,
+        "dtypes": {name: str(tensor.dtype) for name, tensor in tensors.items()},
+        "int8": int8,
+        "extended": [n for n, m in made.model.named_modules() if isinstance(m, IntegerLinear)],
+        "made": list(made.made),
+        "integer": list(made.integer),
+        "integer_share": made.integer_share,
+        "left_float": [list(entry) for entry in made.left_float],
+        "facts": None if facts is None else json.loads(facts.to_json()),
+        "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
+    }
+    folder = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        new = folder / path.name
+        new.mkdir()
+        plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
+        save_file(plain, new / TENSORS)
+        (new / FACTS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for each in new.iterdir():
+            with each.open("rb") as file:
+                os.fsync(file.fileno())
+        _put(new, path, folder / "earlier")
+    except (OSError, SafetensorError) as error:
+        raise QuietvitError(
+            f"could not write {path}: {getattr(error, 'strerror', None) or error}. What was there "
+            "before is untouched; free some space or choose another place."
+        ) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def write_torchao(quantized: QuantizedModel, path: Path, facts: Facts, *, force: bool) -> Facts:
+    """Convert and save a quantized model; returns its facts, with what is left in float."""
+    made = to_torchao(quantized)
+    why = dict(made.left_float)
+    products = tuple(
+        replace(product, why_float=why.get(product.name, product.why_float))
+        for product in facts.products
+    )
+    facts = replace(facts, products=products)
+    save_torchao(made, path, facts=facts, original=quantized.model, force=force)
+    return facts
+
+
+def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
+    """Read what ``save_torchao`` wrote; its outputs are the same bit for bit.
+
+    The architecture is built by timm where it came from there, else give ``model``, a float model
+    of the same architecture with any weights (a copy of it is used).
+
+    Raises QuietvitError for a missing extra, a missing, truncated or foreign file, and a model of
+    another architecture, naming the first keys that differ.
+    """
+    need("torchao")
+    path = Path(path)
+    content, tensors = _read(path)
+    if model is None and content.get("architecture") is None:
+        raise QuietvitError(
+            f"{path} holds a {content.get('model_class')} that timm does not build by name; build "
+            "the architecture yourself and give it: load_torchao(path, model=my_model)."
+        )
+    try:
+        own = build(path, content) if model is None else copy.deepcopy(model)
+        own.eval()
+        for name in content["made"]:
+            _set(own, name, tensors[name])
+        state = {name: t for name, t in tensors.items() if ":" not in name}
+        codes = {name: tensors[f"{name}:codes"] for name in content["int8"]}
+        for name in content["extended"]:
+            ends = [tensors.get(f"{name}.{what}") for what in ("low", "high", "offset")]
+            module = own.get_submodule(name)
+            assert isinstance(module, nn.Linear)
+            IntegerLinear.in_place_of(module, *ends)
+            if ends[2] is not None:
+                codes[f"{name}.weight"] = codes[f"{name}.weight"][:-1]
+        compare_weights(path, own, state | codes)
+        set_dtypes(own, content["dtypes"])
+        own.load_state_dict(state, strict=False)
+        for name in content["int8"]:
+            given = [tensors.get(f"{name}:{part}") for part in PARTS]
+            assert given[0] is not None
+            assert given[1] is not None
+            _set(own, name, int8_tensor(given[0], given[1], *given[2:]))
+        for parameter in own.parameters():
+            parameter.requires_grad_(False)
+        left = tuple((site, why) for site, why in content["left_float"])
+        integer, made = tuple(content["integer"]), tuple(content["made"])
+        return TorchAO(own, integer, content["integer_share"], left, made)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        raise QuietvitError(
+            f"{path} is not consistent ({type(error).__name__}: {error}); it was changed or cut "
+            "short after it was written. Export it again."
+        ) from error
+
+
+def facts_of_folder(path: Path) -> Facts:
+    """The facts that travel in a folder. Raises QuietvitError where there are none."""
+    content = _read(path)[0]
+    return Facts.from_json(json.dumps(content["facts"]), path)
+
+
+def refuse_folder(path: Path, force: bool) -> None:
+    """Raise QuietvitError where something stands at ``path``; with ``force`` unless it is ours."""
+    if not path.exists():
+        return
+    if not force:
+        raise QuietvitError(
+            f"{path} exists already; choose another name, or pass force (--force) to replace it."
+        )
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    if not path.is_dir() or names - {TENSORS, FACTS}:
+        raise QuietvitError(
+            f"{path} is not an earlier export for torchao (it is or holds "
+            f"{', '.join(sorted(names)[:3])}), so force does not replace it; choose another name."
+        )
+
+
+def _parts(tensor: Tensor) -> dict[str, Any] | None:
+    """The tensors inside an Int8Tensor, by ``PARTS``; None for a plain tensor."""
+    codes = getattr(tensor, "qdata", None)
+    if codes is None:
+        return None
+    whole: Any = tensor
+    values = codes, whole.scale, whole.act_quant_scale, whole.act_quant_zero_point
+    return dict(zip(PARTS, values, strict=True))
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module, _, attribute = name.rpartition(".")
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    model.get_submodule(module).register_parameter(attribute, parameter)
+
+
+def _put(new: Path, path: Path, aside: Path) -> None:
+    """Rename ``new`` to ``path``; what was there comes back where that fails."""
+    if path.exists():
+        path.rename(aside)
+    try:
+        new.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in (FACTS, TENSORS):
+        if not (path / name).is_file():
+            raise QuietvitError(
+                f"{path} holds no {name}; give the folder that 'quietvit export --to torchao' "
+                "wrote."
+            )
+    try:
+        content = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        tensors = load_file(path / TENSORS)
+    except (ValueError, SafetensorError, OSError) as error:
+        raise QuietvitError(
+            f"{path} is damaged or cut short ({error}); export it again."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise QuietvitError(f"{path / FACTS} was not written by 'quietvit export --to torchao'.")
+    if content.get("version") != VERSION:
+        raise QuietvitError(
+            f"{path} has format version {content.get('version')}, this quietvit reads {VERSION}; "
+            "export it again."
+        )
+    return content, tensors

@@ -1,0 +1,99 @@
+"""Adjustments of outputs folded into the parameters of the float modules that make them.
+
+Which modules compute in integers is ``torchao_model``'s business.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
+from quietvit.quantization.adjustments import ChannelAffine
+from quietvit.tracing import Site, Trace
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def fold_adjustments(model: nn.Module, quantized: QuantizedModel) -> tuple[str, ...]:
+    """Write every adjustment of ``quantized`` into ``model``, a copy of its model, in place.
+
+    g (γ x̂ + β) + b = (g γ) x̂ + (g β + b) for norms, (W x + c) + b = W x + (c + b) for linears and
+    convolutions; exact but for the rounding of float32. Returns the names of parameters that were
+    not there before.
+
+    Raises QuietvitError, naming the site, for what no parameter can hold: compensations of blocks,
+    learnt adjustments, norms and linears that are no modules of torch's own or run several times.
+    """
+    for name in quantized.compensated():
+        _refuse(name, "its block is compensated in float beside it")
+    made: list[str] = []
+    for name, adjustment in quantized.adjusted().items():
+        site = quantized.trace[name]
+        if not isinstance(adjustment, ChannelAffine):
+            _refuse(name, f"its output is adjusted by {adjustment.kind}, not by a gain and a bias")
+        elif site.kind == "norm":
+            made += _into_norm(model, quantized.trace, site, adjustment)
+        else:
+            made += _into_bias(model, quantized.trace, site, adjustment)
+    return tuple(made)
+
+
+def called_module(model: nn.Module, trace: Trace, site: Site) -> nn.Module | None:
+    """The module whose call is this site and no other; None where there is none."""
+    module = model.get_submodule(site.module)
+    inside = [other for other in trace.sites if other.module == site.module]
+    return module if len(inside) == 1 else None
+
+
+def _into_norm(model: nn.Module, trace: Trace, site: Site, by: ChannelAffine) -> list[str]:
+    module = called_module(model, trace, site)
+    if not isinstance(module, NORMS):
+        _refuse(site.name, "it is no norm of torch.nn that is called once in a pass")
+    centred = not isinstance(module, nn.RMSNorm)
+    if not centred and bool((by.bias != 0).any()):
+        _refuse(site.name, "it was shifted, and an RMSNorm has no bias")
+    made = []
+    gain, bias = _value(module, "weight", by.gain, 1.0), _value(module, "bias", by.bias, 0.0)
+    if gain.shape != by.gain.shape:
+        _refuse(site.name, f"its weight has shape {tuple(gain.shape)}, not {tuple(by.gain.shape)}")
+    made += _put(site.module, module, "weight", gain * by.gain.double())
+    if centred:
+        made += _put(site.module, module, "bias", bias * by.gain.double() + by.bias.double())
+    return made
+
+
+def _into_bias(model: nn.Module, trace: Trace, site: Site, by: ChannelAffine) -> list[str]:
+    module = called_module(model, trace, site)
+    own = site.weight is not None and site.weight.module == site.module
+    if not own or not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        _refuse(site.name, "its bias was moved, and it is no module of torch.nn called once")
+    if bool((by.gain != 1).any()):
+        _refuse(site.name, "its output is scaled channel by channel")
+    bias = _value(module, "bias", by.bias, 0.0) + by.bias.double()
+    return _put(site.module, module, "bias", bias)
+
+
+def _value(module: nn.Module, name: str, like: Tensor, default: float) -> Tensor:
+    found = getattr(module, name, None)
+    if found is None:
+        return torch.full_like(like, default, dtype=torch.float64)
+    return found.detach().double()  # type: ignore[no-any-return]
+
+
+def _put(where: str, module: Any, name: str, value: Tensor) -> list[str]:
+    """Set a parameter; its name where the module had none."""
+    before = getattr(module, name, None)
+    dtype = torch.float32 if before is None else before.dtype
+    setattr(module, name, nn.Parameter(value.to(dtype), requires_grad=False))
+    return [f"{where}.{name}"] if before is None else []
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise QuietvitError(
+        f"{name} cannot be expressed with torchao: {why}. Export to onnx, which keeps it, or "
+        "quantize by a method without such adjustments."
+    )

@@ -1,0 +1,265 @@
+"""A torch model whose linears multiply int8 by torchao, with our codes and our scales.
+
+Other products stay in float and are listed. How it is written to disk is ``torchao_file``'s.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quietvit.deployment.capture import as_float32, need
+from quietvit.deployment.torchao_fold import called_module, fold_adjustments
+from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
+from quietvit.quantization.method import Slot
+from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+from quietvit.quantization.storage import weights_in_use
+from quietvit.quantization.weights import why_fixed, write_weight
+from quietvit.tracing import MATMUL_KINDS, Site
+
+WEIGHT_ONLY = "its weight alone is quantized: int8 in memory, multiplied in float"
+
+
+@dataclass(frozen=True)
+class TorchAO:
+    """``model``: float but for linears with torchao's ``Int8Tensor`` as weight.
+
+    ``integer``: the sites that multiply int8 by int8, ``integer_share`` their share of all
+    multiply-accumulates. ``left_float``: every other product, and every operand whose quantizer is
+    not applied here, with the reason. ``made``: parameters the float model did not have.
+    """
+
+    model: nn.Module
+    integer: tuple[str, ...]
+    integer_share: float
+    left_float: tuple[tuple[str, str], ...]
+    made: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"{100 * self.integer_share:.2f} % of the multiply-accumulates in integers, "
+            f"{len(self.integer)} linears"
+        ]
+        return "\n".join([*lines, *(f"float: {site}, {why}" for site, why in self.left_float)])
+
+    def save(self, path: str | Path, force: bool = False) -> Path:
+        """Write the folder ``path``; see ``torchao_file.save_torchao``."""
+        from quietvit.deployment.torchao_file import save_torchao
+
+        return save_torchao(self, path, force=force)
+
+
+class IntegerLinear(nn.Linear):
+    """A linear with what torchao leaves out: fewer codes than int8 has, zero points of weights.
+
+    ``low``, ``high``: ends to which the input is clipped first. ``offset`` (out,): scale times zero
+    point of the weight, which then has one row more, of ones, whose output is Σx: s (q - z) x =
+    s q x - s z Σx, all sums in integers. Each is None where it is not needed.
+    """
+
+    low: Tensor | None
+    high: Tensor | None
+    offset: Tensor | None
+
+    @classmethod
+    def in_place_of(
+        cls, linear: nn.Linear, low: Tensor | None, high: Tensor | None, offset: Tensor | None
+    ) -> None:
+        """Make ``linear`` one in place, so that whoever holds it holds it still."""
+        linear.__class__ = cls
+        for name, value in (("low", low), ("high", high), ("offset", offset)):
+            linear.register_buffer(name, value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if self.low is None else input.clamp(self.low, self.high)
+        if self.offset is None:
+            return F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight)
+        y = y[..., :-1] - y[..., -1:] * self.offset
+        return y if self.bias is None else y + self.bias
+
+
+def to_torchao(quantized: QuantizedModel) -> TorchAO:
+    """Return a copy of the model whose linears compute the integers of the simulated model.
+
+    A linear with quantized input and weight gets its weight as int8 codes with a scale for each
+    output channel, and one static scale and zero point for the input; unsigned codes are moved by
+    128. Its sums of products are those of the simulated model. A linear whose weight alone is
+    quantized holds int8 and multiplies float. Convolutions, products of two activations, and
+    linears that torchao cannot take stay in float, with the values of the quantized weight where
+    there is one. Adjustments of norms and biases are folded.
+
+    Raises QuietvitError for a missing extra, a model that is not quantized, and for adjustments
+    that fit in no parameter.
+    """
+    need("torchao")
+    if not isinstance(quantized, QuantizedModel):
+        raise QuietvitError(
+            f"a {type(quantized).__name__} is not quantized; make it a QuantizedModel by "
+            "quietvit.quantize(model, method, images), or read one by quietvit.load(path)."
+        )
+    own = as_float32(quantized)
+    model = copy.deepcopy(own.model).eval()
+    made = fold_adjustments(model, own)
+    slots: dict[str, dict[int, Slot]] = {}
+    for slot in own.slots():
+        slots.setdefault(slot.site.name, {})[slot.index] = slot
+    used = weights_in_use(own)
+    coverage = own.coverage
+    untouched = dict(coverage.untouched)
+    integer, macs, left = [], 0, []
+    for site in own.trace.matmuls:
+        here = slots.get(site.name, {})
+        found = _converted(model, own, site, here, used.get(site.name))
+        if found is None:
+            integer.append(site.name)
+            macs += site.macs
+            continue
+        left.append((site.name, found if found == WEIGHT_ONLY else untouched.get(site.name, found)))
+        _round_weight(model, own, site, here)
+    for name, here in slots.items():
+        site = own.trace[name]
+        if site.kind not in MATMUL_KINDS:
+            operands = ", ".join(slot.operand for slot in here.values())
+            left.append((name, f"its {operands} is rounded in the simulated model, not here"))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    share = macs / coverage.total_macs if coverage.total_macs else 0.0
+    return TorchAO(model, tuple(integer), share, tuple(left), made)
+
+
+def _converted(
+    model: nn.Module, own: QuantizedModel, site: Site, here: dict[int, Slot], used: Tensor | None
+) -> str | None:
+    """Give the site's module an Int8Tensor; None if it now multiplies integers, else why not."""
+    if site.kind != "linear":
+        what = "convolution" if site.kind == "conv" else "product of two activations"
+        return f"torchao has no integer {what}: it is computed in float, its operands unrounded"
+    if 1 not in here:
+        return "its weight is not quantized"
+    module = called_module(model, own.trace, site)
+    own_call = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    if not own_call or site.weight is None or site.weight.module != site.module:
+        return "it is not the call of an nn.Linear, so torchao does not see it"
+    whole = site.weight.rows is None and site.weight.cols is None and not site.weight.transposed
+    reason = why_fixed(model, own.trace, site)
+    if reason is not None or not whole:
+        return reason or "its weight is a part of a parameter"
+    assert isinstance(module, nn.Linear)
+    if used is None or not torch.equal(used, module.weight):
+        return "its weight is computed from the parameter in every pass"
+    found = _weight_codes(own.quantizers[here[1].key], module.weight)
+    if isinstance(found, str):
+        return found
+    codes, steps, offset = found
+    given = own.quantizers[here[0].key] if 0 in here else None
+    reason = None if given is None else _why_no_input(given)
+    if reason is not None:
+        return reason
+    rank = len(site.operands[0].shape)
+    low, high = (None, None) if given is None else _ends(given)
+    scale, zero = (None, None) if given is None else _input_grid(given, rank)
+    if low is not None or offset is not None:
+        IntegerLinear.in_place_of(module, low, high, offset)
+    module.weight = nn.Parameter(int8_tensor(codes, steps, scale, zero), requires_grad=False)
+    if given is None:
+        return WEIGHT_ONLY
+    return None
+
+
+def int8_tensor(
+    codes: Tensor, scale: Tensor, input_scale: Tensor | None, input_zero: Tensor | None
+) -> Any:
+    """torchao's weight: codes (out, in) int8, scale (out, 1), of the input (1, ..., 1) or None."""
+    from torchao.quantization.granularity import PerTensor
+    from torchao.quantization.quant_primitives import MappingType
+    from torchao.quantization.quantize_.workflows.int8.int8_tensor import (
+        Int8Tensor,
+        QuantizeTensorToInt8Kwargs,
+    )
+
+    kwargs = None
+    if input_scale is not None:
+        shifted = input_zero is not None and bool((input_zero != 0).any())
+        mapping = MappingType.ASYMMETRIC if shifted else MappingType.SYMMETRIC
+        kwargs = QuantizeTensorToInt8Kwargs(PerTensor(), mapping_type=mapping)
+    return Int8Tensor(
+        codes,
+        scale,
+        [1, codes.shape[1]],
+        torch.float32,
+        act_quant_scale=input_scale,
+        act_quant_zero_point=input_zero,
+        act_quant_kwargs=kwargs,
+    )
+
+
+def _weight_codes(quantizer: Any, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | str:
+    """(codes int8 (out, in), scale (out, 1), offset), or why there are none.
+
+    Codes have no zero point where they fit into int8 without; else one row of ones is added, and
+    the offset (out,) is that of ``IntegerLinear``.
+    """
+    if not isinstance(quantizer, AffineQuantizer) or quantizer.bits > 8:
+        return f"its weight is {quantizer.kind} of {quantizer.bits} bits, torchao takes affine int8"
+    if quantizer.axis not in (None, 0, -2):
+        return f"its weight has scales along axis {quantizer.axis}, torchao takes output channels"
+    scale, zero = quantizer._broadcast(weight)
+    scale = scale.detach().reshape(-1, 1).expand(weight.shape[0], 1).clone()
+    codes = quantizer.codes(weight.detach())
+    plain = codes - zero
+    if int(plain.min()) >= -128 and int(plain.max()) <= 127:
+        return plain.to(torch.int8).contiguous(), scale, None
+    middle = 0 if quantizer.signed else 128
+    row = torch.ones(1, weight.shape[1], dtype=torch.int8, device=weight.device)
+    offset = (scale * (zero - middle)).reshape(-1)
+    moved = torch.cat([(codes - middle).to(torch.int8), row])
+    return moved, torch.cat([scale, torch.ones_like(scale[:1])]), offset
+
+
+def _why_no_input(quantizer: Any) -> str | None:
+    if not isinstance(quantizer, AffineQuantizer) or quantizer.bits > 8:
+        return f"its input is {quantizer.kind} of {quantizer.bits} bits, torchao takes affine int8"
+    if quantizer.axis is not None:
+        return "its input has a scale for each channel, torchao takes one for the tensor"
+    return None
+
+
+def _input_grid(quantizer: Any, rank: int) -> tuple[Tensor, Tensor]:
+    """(scale float32, zero point int8), both (1, ..., 1); unsigned 8-bit codes are moved by 128."""
+    zero = quantizer.zero_point
+    if not quantizer.signed and quantizer.bits == 8:
+        zero = zero - 128
+    shape = [1] * rank
+    return quantizer.scale.detach().reshape(shape).clone(), zero.reshape(shape).to(torch.int8)
+
+
+def _ends(quantizer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Smallest and largest value where the codes are fewer than int8 holds."""
+    if quantizer.bits == 8:
+        return None, None
+    low, high = ((end - quantizer.zero_point) * quantizer.scale for end in quantizer.code_range)
+    return low.detach().clone(), high.detach().clone()
+
+
+def _round_weight(model: nn.Module, own: QuantizedModel, site: Site, here: dict[int, Slot]) -> None:
+    """Leave in float what the quantized weight stands for, so that a .qvit gives the same model."""
+    from torchao.utils import TorchAOBaseTensor
+
+    if 1 not in here or not here[1].is_weight or site.weight is None:
+        return
+    whole = site.weight.parameter(model)
+    if isinstance(whole, TorchAOBaseTensor) or why_fixed(model, own.trace, site) is not None:
+        return
+    quantizer = own.quantizers[here[1].key]
+    assert isinstance(quantizer, Quantizer)
+    weight = site.weight.read(model).detach().reshape(site.weight_shape or whole.shape)
+    with torch.no_grad():
+        write_weight(model, site, quantizer(weight))
