@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -83,6 +84,15 @@ def test_a_product_that_a_runtime_computes_in_float_is_found(tmp_path: Path) -> 
     found = quietvit.check(path, own, pictures("timm-vit"), seconds=0, threads=1)
     assert not found.ok
     assert sum("ran in float" in line for line in str(found).splitlines()) == len(lying)
+
+
+def test_the_model_given_stays_as_it_is(tmp_path: Path) -> None:
+    own = copy.deepcopy(quantized("vit")).train()
+    modes = {name: module.training for name, module in own.named_modules()}
+    artifact = quietvit.export(own, tmp_path / "model.onnx")
+    found = artifact.check(own, pictures("vit"), seconds=0)
+    assert found.ok, found.failures
+    assert {name: module.training for name, module in own.named_modules()} == modes
 
 
 def test_one_wrong_weight_is_found(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
+from quietvit.tracing import evaluating
 
 DOMAIN, OPERAND, WEIGHT = "quietvit", "Operand", "Weight"
 INPUT, OUTPUT = "images", "logits"
@@ -87,9 +88,10 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = torch.zeros(2, *input_shape, device=device)
     try:
-        with torch.no_grad(), _quiet():
+        whole = Logits(model)
+        with torch.no_grad(), evaluating(whole), _quiet():
             program = torch.onnx.export(
-                Logits(model).eval(),
+                whole,
                 (example,),
                 dynamo=True,
                 opset_version=opset,

@@ -6,6 +6,7 @@ computes the same (``parity``), and what that is worth (``speed``).
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -237,7 +238,9 @@ def _simulated(against: QuantizedModel | str | Path, facts: Facts) -> QuantizedM
         from quietvit.quantization import load
 
         against = load(against)
-    own = as_float32(against).cpu().eval()
+    own = as_float32(against)
+    if own.training or any(p.device.type != "cpu" for p in own.parameters()):
+        own = copy.deepcopy(own).cpu().eval()  # the one given stays where and as it is
     return as_uniform(own)[0] if facts.uniform else own
 
 
