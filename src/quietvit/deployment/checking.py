@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from quietvit.deployment.capture import as_float32, logits_of
-from quietvit.deployment.exporting import parts_of
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.onnx_file import float_onnx_of
 from quietvit.deployment.parity import Agreement, agreements
@@ -30,6 +29,7 @@ from quietvit.deployment.runtime import (
     OpenVINO,
     Runtime,
     open_runtime,
+    parts_of,
     processor,
     vnni,
 )

@@ -14,6 +14,7 @@ from quietvit.deployment.capture import as_float32, need
 from quietvit.deployment.facts import Facts, facts_of
 from quietvit.deployment.grids import Grid, why_none
 from quietvit.deployment.onnx_file import grids_of, onnx_of
+from quietvit.deployment.runtime import parts_of
 from quietvit.deployment.uniform import Replaced, as_uniform
 from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
@@ -119,13 +120,6 @@ def export(
     else:
         write_atomic(path, content)
     return Artifact(path, facts, tuple(replaced))
-
-
-def parts_of(path: Path) -> list[Path]:
-    """The files an artifact is made of."""
-    if path.is_dir():
-        return sorted(path.iterdir())
-    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
 def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:

@@ -6,14 +6,11 @@ is to cost an operation.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from quietvit.deployment.products import constant_of, only_user, other_input
-
-if TYPE_CHECKING:
-    from quietvit.deployment.lower import Writer
+from quietvit.deployment.writer import Writer, constant_of, only_user, other_input
 
 
 def fold_affine(writer: Writer) -> None:

@@ -7,146 +7,16 @@ are named after their sites, so that a runtime's own graph can be read back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from quietvit.deployment.capture import DOMAIN, WEIGHT
+from quietvit.deployment.fold import fold_affine
 from quietvit.deployment.grids import Grid
-
-
-@dataclass
-class Stored:
-    """What stands at a slot: its grid, and for a weight its codes in the model's own layout."""
-
-    name: str
-    grid: Grid
-    codes: np.ndarray | None = None
-
-
-@dataclass
-class Writer:
-    """Adds nodes and initializers to a graph under the names it is given."""
-
-    graph: Any
-    _shared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-
-    def constant(self, name: str, array: np.ndarray) -> Any:
-        """An initializer; one of the same name is the same."""
-        import onnx_ir as ir
-
-        if name in self.graph.initializers:
-            return self.graph.initializers[name]
-        tensor = ir.tensor(np.array(array, order="C"), name=name)
-        value = ir.Value(
-            name=name,
-            const_value=tensor,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-        )
-        self.graph.initializers[name] = value
-        return value
-
-    def node(
-        self,
-        before: Any,
-        op: str,
-        inputs: list[Any],
-        name: str,
-        like: Any = None,
-        **attributes: Any,
-    ) -> Any:
-        """A node in front of ``before``; its output, called ``name`` and shaped like ``like``."""
-        import onnx_ir as ir
-
-        node = ir.node(op, inputs, attributes or None, name=name)
-        self.graph.insert_before(before, node)
-        node.outputs[0].name = name
-        if like is not None:
-            node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
-        return node.outputs[0]
-
-    def quantized(self, before: Any, x: Any, stored: Stored) -> Any:
-        """x as 8-bit codes: clipped where the codes are fewer, then QuantizeLinear."""
-        import onnx_ir as ir
-
-        grid = stored.grid
-        key = (x, grid.bits, grid.scale.tobytes(), grid.zero_point.tobytes())
-        if key in self._shared:
-            return self._shared[key]
-        name = stored.name
-        given = x
-        if grid.ends is not None:
-            low, high = (
-                self.constant(f"{name}:{side}", end)
-                for side, end in zip(("low", "high"), grid.ends, strict=True)
-            )
-            given = self.node(before, "Clip", [x, low, high], f"{name}:clipped", x)
-        codes = self.node(before, "QuantizeLinear", [given, *self.scale(stored)], f"{name}:codes")
-        codes.shape, codes.type = x.shape, ir.TensorType(ir.DataType.UINT8)
-        self._shared[key] = codes
-        return codes
-
-    def dequantized(
-        self, before: Any, codes: Any, stored: Stored, axis: int | None = None, alone: bool = False
-    ) -> Any:
-        """DequantizeLinear; ``alone`` where no integer kernel will take it in."""
-        extra = {} if stored.grid.scale.ndim == 0 else {"axis": axis}
-        given = [codes, *self.scale(stored, alone)]
-        return self.node(before, "DequantizeLinear", given, f"{stored.name}:values", **extra)
-
-    def scale(self, stored: Stored, always: bool = False) -> list[Any]:
-        """Scale and zero point; for signed codes none that is zero everywhere, unless ``always``.
-
-        Kernels are faster without; but onnxruntime puts a scalar in its place, which its own
-        DequantizeLinear then refuses where no kernel took that in.
-        """
-        grid = stored.grid
-        found = [self.constant(f"{stored.name}:scale", grid.scale)]
-        if always or not grid.signed or grid.zero_point.any():
-            zero = grid.zero_point.astype(grid.dtype)
-            found.append(self.constant(f"{stored.name}:zero_point", zero))
-        return found
-
-    def weight(self, before: Any, stored: Stored, codes: np.ndarray) -> Any:
-        """The codes of a weight in the layout given; 4-bit ones take half a byte in the file."""
-        import onnx_ir as ir
-
-        if stored.grid.bits > 4 or self.graph.opset_imports.get("", 0) < 21:
-            return self.constant(f"{stored.name}:codes", codes)
-        import ml_dtypes
-
-        small = self.constant(f"{stored.name}:codes4", codes.astype(ml_dtypes.int4))
-        return self.node(before, "Cast", [small], f"{stored.name}:codes", to=int(ir.DataType.INT8))
-
-    def in_blocks(self, before: Any, stored: Stored) -> Any:
-        """A 4-bit weight that multiplies float activations, (in, out) in blocks along its inputs.
-
-        Weight-only kernels want a scale for each block of 16 to 128 inputs; each channel's own is
-        repeated, so no value changes. None where no such block divides the inputs.
-        """
-        import ml_dtypes
-
-        grid, codes = stored.grid, stored.codes
-        assert codes is not None
-        inputs = codes.shape[1]
-        block = next((size for size in (128, 64, 32, 16) if inputs % size == 0), None)
-        if grid.bits > 4 or block is None or self.graph.opset_imports.get("", 0) < 21:
-            return None
-        shape = (inputs // block, codes.shape[0])
-        scale = np.broadcast_to(grid.scale, shape)
-        zero = np.broadcast_to(grid.zero_point, shape)
-        given = [
-            self.constant(f"{stored.name}:codes4", codes.T.astype(ml_dtypes.int4)),
-            self.constant(f"{stored.name}:scale", scale),
-        ]
-        if zero.any():
-            given.append(self.constant(f"{stored.name}:zero_point", zero.astype(ml_dtypes.int4)))
-        return self.node(
-            before, "DequantizeLinear", given, f"{stored.name}:values", axis=0, block_size=block
-        )
+from quietvit.deployment.products import patches_as_product, product_of_weight, settled
+from quietvit.deployment.writer import Stored, Writer
 
 
 def lower(model: Any, stored: Mapping[str, Stored]) -> None:
@@ -154,9 +24,6 @@ def lower(model: Any, stored: Mapping[str, Stored]) -> None:
 
     Afterwards the graph has standard operators alone. Weights that nothing reads any more are gone.
     """
-    from quietvit.deployment.fold import fold_affine
-    from quietvit.deployment.products import patches_as_product, product_of_weight, settled
-
     graph = model.graph
     writer = Writer(graph)
     marks = [node for node in graph if node.domain == DOMAIN]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from quietvit.deployment.capture import captured, need, to_ir
 from quietvit.deployment.facts import KEY, Facts
 from quietvit.deployment.grids import Grid, why_none
-from quietvit.deployment.lower import Stored, lower, weight_codes
+from quietvit.deployment.lower import lower, weight_codes
+from quietvit.deployment.writer import Stored
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.quantizers import Quantizer

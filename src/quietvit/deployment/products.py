@@ -1,20 +1,19 @@
 """Matrix products laid out so that runtimes find their integer kernels.
 
 Three habits of runtimes decide the layout, each seen in their optimized graphs (docs/decisions.md):
-a product followed by the addition of a plain bias vector becomes a float Gemm before quantization
-is looked at; a Gemm with a float bias is never an integer product; a convolution is one only where
-its output is quantized too. So biases get a shape that no Gemm takes, Gemm becomes MatMul, and a
-convolution of patches that do not overlap becomes the MatMul it is.
+a product followed by the addition of a plain bias vector can become a float Gemm before
+quantization is looked at; a Gemm with a float bias is never an integer product; a convolution is
+one only where its output is quantized too. So biases get a shape that no Gemm takes, Gemm becomes
+MatMul, and a convolution of patches that do not overlap becomes the MatMul it is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from quietvit.deployment.lower import Stored, Writer
+from quietvit.deployment.writer import Stored, Writer, constant_of, only_user, other_input
 
 
 def product_of_weight(writer: Writer, mark: Any, stored: Stored) -> bool:
@@ -146,24 +145,3 @@ def _site_of(value: Any) -> str | None:
         return None
     site: str = producer.inputs[1].name.rsplit(":", 2)[0]
     return site
-
-
-def only_user(value: Any, op: str) -> Any:
-    """The node that alone reads a value, if it is an ``op``."""
-    users = list(value.uses())
-    if len(users) != 1 or value.is_graph_output():
-        return None
-    return users[0].node if users[0].node.op_type == op else None
-
-
-def other_input(node: Any, value: Any) -> Any:
-    """The second input of a node of two, whichever place ``value`` has."""
-    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
-
-
-def constant_of(value: Any) -> np.ndarray | None:
-    """The array of an initializer or Constant; None where the value is computed."""
-    import onnx_ir as ir
-
-    found = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if found is None else np.asarray(found.numpy())

@@ -191,6 +191,13 @@ def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0)
     )
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The files an artifact is made of."""
+    if path.is_dir():
+        return sorted(path.iterdir())
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
 def onnx_metadata(path: Path) -> str | None:
     """The entry of ours in an ONNX file's metadata."""
     need("onnx")
