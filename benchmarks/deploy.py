@@ -165,7 +165,7 @@ def reference(work: Path, path: Path, data: Data, images: int, threads: int) -> 
 
 def macs_of(run: Run, source: Path | nn.Module, job: Job, images: np.ndarray) -> Macs:
     if isinstance(run, OpenVINO):
-        return openvino_macs(run.compiled)
+        return openvino_macs(run.compiled, images)
     if isinstance(source, Path):
         return onnxruntime_macs(source, images[:1], job.session == "exact")
     return torch_macs(run, images)

@@ -52,7 +52,7 @@ class Macs:
 
 
 def product(left: Shape, out: Shape) -> int:
-    """MACs of a matrix product, from the shapes of its left factor, transposed or not, and result."""
+    """MACs of a product from the shapes of its left factor, transposed or not, and its result."""
     return math.prod(out) * math.prod(left[-2:]) // out[-2]
 
 
@@ -110,9 +110,10 @@ def _onnxruntime(events: list[dict[str, Any]], graph: Any) -> Iterator[Found]:
         yield op, integer, convolution(weights[0], out)
 
 
-def openvino_macs(compiled: Any) -> Macs:
-    """Read off a model compiled by OpenVINO; what has no size there is the batch, taken as 1."""
-    return Macs.of(_openvino(compiled.get_runtime_model().get_ordered_ops()))
+def openvino_macs(compiled: Any, images: np.ndarray) -> Macs:
+    """Read off a model compiled by OpenVINO, which knows its sizes once it has run."""
+    compiled([images])
+    return Macs.of(_openvino(compiled.get_runtime_model().get_ordered_ops()), len(images))
 
 
 def _openvino(nodes: Sequence[Any]) -> Iterator[Found]:
@@ -121,15 +122,11 @@ def _openvino(nodes: Sequence[Any]) -> Iterator[Found]:
         layer = str(facts["layerType"].astype(str)) if "layerType" in facts else ""
         if layer not in ("FullyConnected", "MatMul", "Convolution"):
             continue
-        out = _sizes(node.get_output_partial_shape(0))
-        first, second = (_sizes(node.input(n).get_partial_shape()) for n in (0, 1))
+        out = node.get_output_partial_shape(0).to_shape()
+        first, second = (node.input(n).get_partial_shape().to_shape() for n in (0, 1))
         precision = str(facts["runtimePrecision"].astype(str))
         macs = convolution(second, out) if layer == "Convolution" else product(first, out)
         yield f"{layer} {precision}", precision in ("i8", "u8"), macs
-
-
-def _sizes(shape: Any) -> list[int]:
-    return [1 if size.is_dynamic else size.get_length() for size in shape]
 
 
 def torch_macs(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> Macs:

@@ -271,7 +271,4 @@ def bytes_of(source: Path | nn.Module) -> int:
         buffer = io.BytesIO()
         torch.save(source.state_dict(), buffer)
         return buffer.tell()
-    parts: Iterable[Path] = (
-        (source, source.with_suffix(".bin")) if source.suffix == ".xml" else (source,)
-    )
-    return sum(part.stat().st_size for part in parts)
+    return sum(part.stat().st_size for part in parts_of(source))
