@@ -335,13 +335,14 @@ def run(
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a line a row; times as float over integer, with quartiles."""
-    head = ["tool", "setting", "runtime", "images", "top-1", "float's class", "integers"]
+    head = ["tool", "setting", "runtime", "calibration", "top-1", "float's class", "integers"]
     head += [f"batch {size}, float/this" for size in BATCHES] + ["ms at 8", "MB"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         session = f", {row['session']}" if row["session"] else ""
         cells = [row["tool"], row["setting"], row["runtime"] + session, row["calibration"]]
-        cells += [f"{float(row['top1']):.1f}", f"{float(row['agreement']):.1f} %"]
+        few = "" if int(row["images"]) == IMAGES else f" of {row['images']}"
+        cells += [f"{float(row['top1']):.1f}{few}", f"{float(row['agreement']):.1f} %"]
         cells.append(f"{100 * float(row['integer_share']):.1f} %")
         for size in BATCHES:
             ratio, low, high = (float(row[f"b{size}_{n}"]) for n in ("ratio", "low", "high"))
