@@ -108,7 +108,11 @@ class Classes:
 
 @dataclass(frozen=True)
 class Check:
-    """What ``check`` found. ``bytes`` and ``float_bytes``: size of the file and of a float one."""
+    """What ``check`` found.
+
+    ``bytes`` and ``float_bytes``: size of the file and of a float one, which is made for the timing
+    only, so None without.
+    """
 
     path: Path
     machine: str
@@ -117,7 +121,7 @@ class Check:
     classes: Classes
     speeds: tuple[Speed, ...]
     bytes: int
-    float_bytes: int
+    float_bytes: int | None
     notes: tuple[str, ...]
 
     @property
@@ -219,7 +223,7 @@ def check(
     if vnni() is False and not isinstance(loaded, OpenVINO):
         notes.append(WITHOUT_VNNI)
     classes = _classes(loaded, quantized, given)
-    floating = float_onnx_of(quantized.model, quantized.input_shape)
+    floating = float_onnx_of(quantized.model, quantized.input_shape) if seconds > 0 else b""
     return Check(
         path=path,
         machine=processor(),
@@ -228,7 +232,7 @@ def check(
         classes=classes,
         speeds=tuple(_speeds(loaded, floating, given, threads, seconds, batches)),
         bytes=sum(part.stat().st_size for part in parts_of(path)),
-        float_bytes=len(floating),
+        float_bytes=len(floating) or None,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -314,7 +318,7 @@ def _speeds(
     seconds: float,
     batches: tuple[int, ...],
 ) -> Iterator[Speed]:
-    if seconds <= 0:
+    if not floating:
         return
     kind = OpenVINO if isinstance(loaded, OpenVINO) else OnnxRuntime
     other = kind(floating, threads=threads)

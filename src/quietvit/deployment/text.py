@@ -49,10 +49,11 @@ def check_text(found: Check) -> str:
         lines.append(
             f"           top-1 {classes.top1:.2f} %, simulated {classes.top1_simulated:.2f} %"
         )
-    lines.append(
-        f"size       {found.bytes / 1e6:.2f} MB, float {found.float_bytes / 1e6:.2f} MB: "
-        f"{found.float_bytes / found.bytes:.2f} times smaller"
-    )
+    size = f"size       {found.bytes / 1e6:.2f} MB"
+    if found.float_bytes is not None:
+        size += f", float {found.float_bytes / 1e6:.2f} MB: "
+        size += f"{found.float_bytes / found.bytes:.2f} times smaller"
+    lines.append(size)
     for speed in found.speeds:
         lines.append(
             f"speed      batch {speed.batch}: {speed.integer_ms:.1f} ms, float "
