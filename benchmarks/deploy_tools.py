@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 import quietvit
 from quietvit.deployment import export
-from quietvit.deployment.export import parts_of
 from quietvit.deployment.onnx_file import float_onnx_of
-from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, vnni
+from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, parts_of, vnni
 from quietvit.quantization.method import get_method
 
 Run = Callable[[np.ndarray], np.ndarray]

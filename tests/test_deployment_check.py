@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import quietvit
 from deployment_cases import exported, pictures, quantized
@@ -209,6 +209,49 @@ def test_bad_companions() -> None:
         quietvit.check(path, quantized("vit"), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(QuietvitError, match="does not run"):
         quietvit.check(path, quantized("vit"), pictures("vit"), runtime="tensorrt")
+    with pytest.raises(QuietvitError, match="one for each"):
+        quietvit.check(path, quantized("vit"), [(pictures("vit"), torch.zeros(3))], seconds=0)
+    with pytest.raises(QuietvitError, match="VisionTransformer is not quantized"):
+        quietvit.check(path, quantized("vit").model, pictures("vit"))  # type: ignore[arg-type]
+
+
+class Bare(nn.Module):
+    """Products without biases, one feeding the next, a convolution that overlaps, an einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.a, self.b = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5, bias=False)
+        self.gain = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        scores = torch.einsum("bqd,bkd->bqk", self.q(x), self.k(x))
+        x = x + scores.softmax(-1) @ self.v(x)
+        x = x + self.b(self.a(x))
+        x = x + (x.mean(-1, keepdim=True) * self.gain).sum(-1, keepdim=True)
+        return self.head(self.norm(x).mean(1))
+
+
+def test_what_is_written_otherwise_is_exact_and_not_claimed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    own = quietvit.quantize(Bare().eval(), quietvit.RTN(), x)
+    artifact = quietvit.export(own, tmp_path / "bare.onnx")
+    runtime = open_runtime(artifact.path)
+    assert [output.name for output in runtime.session.get_outputs()] == ["logits"]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        wanted = own(x).numpy()
+    assert np.linalg.norm(runtime(x.numpy()) - wanted) < 0.05 * np.linalg.norm(wanted)
+    found = artifact.check(own, x, seconds=0)
+    assert found.ok, found.failures
+    unclaimed = {p.name: p.why_float or "" for p in artifact.facts.products if p.why_float}
+    assert set(unclaimed) == {"stem", "query_key"}
+    assert "convolution" in unclaimed["stem"]
+    assert len(found.agreements) == len(artifact.facts.products) - 2
+    assert any("2 products" in note for note in found.notes)
 
 
 def test_what_the_processor_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ def content() -> tuple[bytes, Any]:
     quantized = quantize(OneLinear(), RTN(), images(8, 8), progress=False)
     grids = grids_of(quantized)
     facts = facts_of(quantized, grids, preprocessing=None, labels=None)
-    return onnx_of(quantized, grids, facts), facts
+    return onnx_of(quantized, grids, facts)
 
 
 @pytest.mark.parametrize("name", ["model.xml", "model.bin"])

@@ -39,7 +39,14 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="File to write.", show_default="beside the .qvit"),
     ] = None,
-    to: Annotated[str, typer.Option("--to", help="onnx, openvino or torchao.")] = "onnx",
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="onnx, openvino or torchao.",
+            show_default="what the suffix of the output says, else onnx",
+        ),
+    ] = None,
     as_: Annotated[
         str | None,
         typer.Option(
@@ -56,7 +63,9 @@ def export(
     """Write a quantized model as a file that a runtime computes in integers."""
     from quietvit.deployment import export as run
 
-    suffix = {"onnx": ".onnx", "openvino": ".xml", "torchao": ".torchao"}.get(to)
+    if to is None and output is None:
+        to = "onnx"
+    suffix = {"onnx": ".onnx", "openvino": ".xml", "torchao": ".torchao"}.get(to or "onnx")
     if suffix is None:
         raise QuietvitError(f"--to {to} is not known; choose onnx, openvino or torchao.")
     path = file.with_suffix(suffix) if output is None else output

@@ -7,6 +7,7 @@ computes the same (``parity``), and what that is worth (``speed``).
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -39,7 +40,8 @@ from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
 from quietvit.quantization import QuantizedModel
 
-AGREEMENT, DIFFERENCE, DISTURBANCE, BATCH = 99.0, 0.3, 1e-6, 32
+AGREEMENT, DIFFERENCE, DISTURBANCE = 99.0, 0.3, 1e-6
+BATCH, FEW = 32, 500
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,9 @@ def check(
     facts = loaded.facts
     quantized = _simulated(against, facts)
     _same_model(path, facts, quantized)
-    given = list(_batches(images))
-    loaded.check_images(tuple(given[0][0].shape))
+    given = _batches(images)
+    first = next(given)
+    loaded.check_images(tuple(first[0].shape))
     compared: tuple[Agreement, ...] = ()
     notes = list(facts.notes)
     if isinstance(loaded, OpenVINO) and path.suffix != ".xml":
@@ -219,10 +222,17 @@ def check(
             "of an .onnx in openvino no product is compared: export it to openvino for that"
         )
     else:
-        compared = tuple(agreements(path, facts, quantized, given[0][0][:2]))
+        compared = tuple(agreements(path, facts, quantized, first[0][:2]))
     if vnni() is False and not isinstance(loaded, OpenVINO):
         notes.append(WITHOUT_VNNI)
-    classes = _classes(loaded, quantized, given)
+    left = sum(p.why_float is not None for p in facts.products)
+    if left:
+        notes.append(f"{left} products that the file does not claim to be integer are not compared")
+    classes = _classes(loaded, quantized, itertools.chain([first], given))
+    if classes.images < FEW:
+        notes.append(
+            f"{classes.images} images are few: whether classes agree shows from about {FEW} on"
+        )
     floating = float_onnx_of(quantized.model, quantized.input_shape) if seconds > 0 else b""
     return Check(
         path=path,
@@ -230,7 +240,7 @@ def check(
         proof=prove(loaded, facts),
         agreements=compared,
         classes=classes,
-        speeds=tuple(_speeds(loaded, floating, given, threads, seconds, batches)),
+        speeds=tuple(_speeds(loaded, floating, first[0], threads, seconds, batches)),
         bytes=sum(part.stat().st_size for part in parts_of(path)),
         float_bytes=len(floating) or None,
         notes=tuple(dict.fromkeys(notes)),
@@ -238,6 +248,11 @@ def check(
 
 
 def _simulated(against: QuantizedModel | str | Path, facts: Facts) -> QuantizedModel:
+    if not isinstance(against, QuantizedModel | str | Path):
+        raise QuietvitError(
+            f"a {type(against).__name__} is not quantized; give the quantized model that the file "
+            "was exported from, or its .qvit."
+        )
     if not isinstance(against, QuantizedModel):
         from quietvit.quantization import load
 
@@ -279,19 +294,27 @@ def _batches(images: Any) -> Iterator[Labelled]:
                 f"a batch of images is {shown}; give float tensors (N, C, H, W) after the model's "
                 "own transform, with labels (N,) behind them or without."
             )
-        parts = zip(x.split(BATCH), [None] * len(x) if y is None else y.split(BATCH), strict=False)
-        for part, labels in parts:
+        named = None if y is None else torch.as_tensor(y)
+        if named is not None and named.shape != (len(x),):
+            raise QuietvitError(
+                f"{len(x)} images have labels of shape {tuple(named.shape)}; give one for each."
+            )
+        for start in range(0, len(x), BATCH):
+            part = x[start : start + BATCH]
+            labels = None if named is None else named[start : start + BATCH]
             empty = False
             yield part.detach().float().cpu().contiguous(), labels
     if empty:
         raise QuietvitError("there are no images to check on; give at least one.")
 
 
-def _classes(loaded: Runtime, quantized: QuantizedModel, given: list[Labelled]) -> Classes:
+def _classes(loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled]) -> Classes:
     count = same = steady = right = simulated_right = only_one = 0
-    labelled = all(labels is not None for _, labels in given)
+    labelled = True
     noise = torch.Generator().manual_seed(0)
     for x, labels in given:
+        labelled = labelled and labels is not None
+        loaded.check_images(tuple(x.shape))
         moved = x * (1 + DISTURBANCE * torch.randn(x.shape, generator=noise))
         with torch.no_grad():
             own, again = (logits_of(quantized(images)).argmax(-1) for images in (x, moved))
@@ -313,7 +336,7 @@ def _classes(loaded: Runtime, quantized: QuantizedModel, given: list[Labelled]) 
 def _speeds(
     loaded: Runtime,
     floating: bytes,
-    given: list[Labelled],
+    first: Tensor,
     threads: int,
     seconds: float,
     batches: tuple[int, ...],
@@ -322,7 +345,7 @@ def _speeds(
         return
     kind = OpenVINO if isinstance(loaded, OpenVINO) else OnnxRuntime
     other = kind(floating, threads=threads)
-    pool = given[0][0].numpy()
+    pool = first.numpy()
     for size in batches:
         images = np.ascontiguousarray(np.resize(pool, (size, *pool.shape[1:])))
         yield measure(loaded, other, images, seconds)

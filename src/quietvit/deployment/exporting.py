@@ -103,8 +103,8 @@ def export(
     facts = facts_of(
         own,
         grids,
-        preprocessing=preprocessing or preprocessing_of(own.model),
-        labels=labels or labels_of(own.model),
+        preprocessing=preprocessing_of(own.model) if preprocessing is None else preprocessing,
+        labels=labels_of(own.model) if labels is None else [str(label) for label in labels],
         notes=[*_notes(own, grids, target), *map(str, replaced)],
         uniform=as_ == "uniform",
     )
@@ -112,7 +112,7 @@ def export(
         from quietvit.deployment.torchao_file import write_torchao
 
         return Artifact(path, write_torchao(own, path, facts, force=force), tuple(replaced))
-    content = onnx_of(own, grids, facts, opset)
+    content, facts = onnx_of(own, grids, facts, opset)
     if target == "openvino":
         from quietvit.deployment.openvino_file import write_openvino
 

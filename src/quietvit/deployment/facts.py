@@ -6,8 +6,8 @@ JSON in the file's own metadata, under the key ``quietvit``; data, never code.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import MATMUL_KINDS
 
+UNCLAIMED = {
+    "conv": "a convolution that is no product of separate patches, which onnxruntime has in "
+    "integers only where its output is quantized at once",
+    "einsum": "written by torch in a form that is not followed, so nothing is claimed of it",
+}
 KEY, FORMAT, VERSION = "quietvit", "quietvit exported model", 1
 
 
@@ -78,6 +83,16 @@ class Facts:
             content[name] = None if content[name] is None else tuple(content[name])
         return cls(products=products, **content)
 
+    def claiming(self, names: Collection[str]) -> Facts:
+        """The facts with no product claimed to be integer but those named."""
+
+        def held_to(product: Product) -> Product:
+            if product.why_float is not None or product.name in names:
+                return product
+            return replace(product, why_float=UNCLAIMED.get(product.kind, UNCLAIMED["einsum"]))
+
+        return replace(self, products=tuple(map(held_to, self.products)))
+
     def product(self, name: str) -> Product:
         return next(product for product in self.products if product.name == name)
 
@@ -128,5 +143,11 @@ def _plain(given: Mapping[str, Any] | None, shape: tuple[int, ...]) -> dict[str,
     """As JSON has it, for images of the size the model was quantized at."""
     if given is None:
         return None
-    content: dict[str, Any] = json.loads(json.dumps(dict(given)))
+    try:
+        content: dict[str, Any] = json.loads(json.dumps(dict(given)))
+    except TypeError as error:
+        raise QuietvitError(
+            f"the preprocessing {dict(given)} holds what is neither number, text nor list "
+            f"({error}); give plain values, such as interpolation='bicubic'."
+        ) from error
     return content | {"input_size": list(shape)}

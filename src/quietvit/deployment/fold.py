@@ -33,7 +33,7 @@ def _drop_ones(writer: Writer, mul: Any) -> None:
         factor = constant_of(other_input(mul, value))
         if factor is None or not (factor == 1).all() or mul.outputs[0].is_graph_output():
             continue
-        if value.shape is not None and factor.ndim <= len(value.shape):
+        if value.shape is not None and value.shape == mul.outputs[0].shape:
             mul.outputs[0].replace_all_uses_with(value)
             writer.graph.remove(mul, safe=True)
         return
@@ -48,14 +48,19 @@ def _affine_behind(value: Any) -> tuple[np.ndarray, np.ndarray, Any] | None:
     add = only_user(value if mul is None else mul.outputs[0], "Add")
     if add is None:
         return None
-    gain = np.ones(1, np.float32) if mul is None else _vector(constant_of(other_input(mul, value)))
-    bias = _vector(constant_of(other_input(add, value if mul is None else mul.outputs[0])))
+    rank = None if value.shape is None else len(value.shape)
+    ones = np.ones(1, np.float32)
+    gain = ones if mul is None else _vector(constant_of(other_input(mul, value)), rank)
+    bias = _vector(constant_of(other_input(add, value if mul is None else mul.outputs[0])), rank)
     return None if gain is None or bias is None else (gain, bias, add)
 
 
-def _vector(array: np.ndarray | None) -> np.ndarray | None:
-    """A constant along the last axis alone as a vector, a number as a vector of one."""
-    if array is None or array.dtype != np.float32:
+def _vector(array: np.ndarray | None, rank: int | None) -> np.ndarray | None:
+    """A constant along the last axis alone as a vector, a number as a vector of one.
+
+    None for any other, and for one of more dims than the ``rank`` of what it meets.
+    """
+    if array is None or rank is None or array.ndim > rank or array.dtype != np.float32:
         return None
     along_last = array.ndim == 0 or array.size == array.shape[-1]
     return array.reshape(-1) if along_last else None
@@ -97,7 +102,8 @@ def _into_bias(writer: Writer, first: Any) -> None:
     if behind is None:
         return
     product = next((i for i in first.inputs if constant_of(i) is None), None)
-    array = None if product is None else _vector(constant_of(other_input(first, product)))
+    rank = None if product is None or product.shape is None else len(product.shape)
+    array = None if product is None else _vector(constant_of(other_input(first, product)), rank)
     gain, bias, add = behind
     if array is None or not (gain == 1).all() or bias.size not in (1, array.size):
         return

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quietvit.deployment.capture import DOMAIN, WEIGHT
+from quietvit.deployment.capture import DOMAIN, OUTPUT, WEIGHT
 from quietvit.deployment.fold import fold_affine
 from quietvit.deployment.grids import Grid
 from quietvit.deployment.products import patches_as_product, product_of_weight, settled
@@ -46,6 +46,7 @@ def lower(model: Any, stored: Mapping[str, Stored]) -> None:
     fold_affine(writer)
     _swept(model)
     settled(writer)
+    graph.outputs[0].name = OUTPUT
     model.opset_imports.pop(DOMAIN, None)
     graph.opset_imports.pop(DOMAIN, None)
     _swept(model)

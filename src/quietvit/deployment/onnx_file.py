@@ -37,17 +37,20 @@ def grids_of(quantized: QuantizedModel, strict: bool = True) -> dict[str, Grid]:
 
 def onnx_of(
     quantized: QuantizedModel, grids: Mapping[str, Grid], facts: Facts, opset: int = 21
-) -> bytes:
-    """Return the bytes of an ONNX file with the quantized model, its facts in the metadata.
+) -> tuple[bytes, Facts]:
+    """Return the bytes of an ONNX file with the quantized model, and the facts in its metadata.
 
+    Products that are not written as a MatMul of two quantized operands are no longer claimed there.
     Input ``images`` (batch, C, H, W) float32, output ``logits`` (batch, classes). Weights are int8,
     at opset 21 those of at most 4 bits int4. Raises QuietvitError where torch cannot export it.
     """
     model = captured(quantized, opset)
     weights = weights_in_use(quantized)
     lower(model, stored_of(quantized, grids, weights))
+    written = {node.name for node in model.graph if node.op_type == "MatMul"}
+    facts = facts.claiming({name.removesuffix(":product") for name in written})
     model.metadata_props[KEY] = facts.to_json()
-    return serialized(model)
+    return serialized(model), facts
 
 
 def stored_of(

@@ -31,10 +31,11 @@ def product_of_weight(writer: Writer, mark: Any, stored: Stored) -> bool:
     if not readers or any(r.node.op_type != "MatMul" or r.idx != 1 for r in readers):
         return False
     alone = all(_site_of(reader.node.inputs[0]) is None for reader in readers)
+    bare = any(only_user(reader.node.outputs[0], "Add") is None for reader in readers)
     values = writer.in_blocks(user, stored) if alone else None
     if values is None:
         codes = writer.weight(user, stored, stored.codes.T)
-        values = writer.dequantized(user, codes, stored, 1, alone)
+        values = writer.dequantized(user, codes, stored, 1, alone or bare)
     values.type = user.outputs[0].type
     user.outputs[0].replace_all_uses_with(values)
     writer.graph.remove(user, safe=True)
@@ -59,7 +60,7 @@ def _gemm(writer: Writer, node: Any, stored: Stored) -> bool:
         tall = writer.node(node, "Unsqueeze", [x, middle], f"{site}:tall")
     tall.type = x.type
     codes = writer.weight(node, stored, stored.codes.T)
-    weight = writer.dequantized(node, codes, stored, 1, alone=_site_of(x) is None)
+    weight = writer.dequantized(node, codes, stored, 1, alone=bias is None or _site_of(x) is None)
     weight.type = x.type
     out = writer.node(node, "MatMul", [tall, weight], f"{site}:product")
     if bias is not None:
@@ -102,16 +103,18 @@ def patches_as_product(writer: Writer, mark: Any, stored: Stored) -> bool:
     rows = writer.constant(
         f"{site}:rows", np.array([-1, h * w, channels * kh * kw], dtype=np.int64)
     )
-    codes = writer.node(conv, "Reshape", [given.inputs[0], cut], f"{site}:cut_codes")
-    codes = writer.node(conv, "Transpose", [codes], f"{site}:ordered", perm=[0, 2, 4, 1, 3, 5])
-    codes = writer.node(conv, "Reshape", [codes, rows], f"{site}:patches")
-    patches = writer.node(conv, "DequantizeLinear", [codes, *given.inputs[1:]], f"{site}:values")
+    pixels = writer.node(conv, "Reshape", [given.inputs[0], cut], f"{site}:cut_codes")
+    pixels = writer.node(conv, "Transpose", [pixels], f"{site}:ordered", perm=[0, 2, 4, 1, 3, 5])
+    pixels = writer.node(conv, "Reshape", [pixels, rows], f"{site}:patches")
+    patches = writer.node(conv, "DequantizeLinear", [pixels, *given.inputs[1:]], f"{site}:values")
     flat = stored.codes.reshape(out, -1).T
-    weight = writer.dequantized(conv, writer.weight(conv, stored, flat), stored, 1)
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    codes = writer.weight(conv, stored, flat)
+    weight = writer.dequantized(conv, codes, stored, 1, alone=bias is None)
     patches.type = weight.type = x.type
     product = writer.node(conv, "MatMul", [patches, weight], f"{site}:product")
-    if len(conv.inputs) > 2 and conv.inputs[2] is not None:
-        product = writer.node(conv, "Add", [product, conv.inputs[2]], f"{site}:biased")
+    if bias is not None:
+        product = writer.node(conv, "Add", [product, bias], f"{site}:biased")
     last = writer.node(conv, "Transpose", [product], f"{site}:channels", perm=[0, 2, 1])
     back = writer.constant(f"{site}:back", np.array([-1, out, h, w], dtype=np.int64))
     image = writer.node(conv, "Reshape", [last, back], f"{site}:image", conv.outputs[0])

@@ -103,7 +103,13 @@ class OnnxRuntime(Runtime):
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         name = self.session.get_inputs()[0].name
-        found: np.ndarray = self.session.run(None, {name: images})[0]
+        try:
+            found: np.ndarray = self.session.run(None, {name: images})[0]
+        except Exception as error:
+            raise QuietvitError(
+                f"onnxruntime cannot run {self.path} on images of shape {images.shape}: "
+                f"{str(error).strip().splitlines()[0]}."
+            ) from error
         return found
 
     @property

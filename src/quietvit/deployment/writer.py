@@ -88,7 +88,11 @@ class Writer:
     def dequantized(
         self, before: Any, codes: Any, stored: Stored, axis: int | None = None, alone: bool = False
     ) -> Any:
-        """DequantizeLinear; ``alone`` where no integer kernel will take it in."""
+        """DequantizeLinear; ``alone`` where it is not sure that an integer kernel takes it in.
+
+        That is so without a bias behind the product, too: a session that keeps products exact may
+        draw the next quantizer up to it.
+        """
         extra = {} if stored.grid.scale.ndim == 0 else {"axis": axis}
         given = [codes, *self.scale(stored, alone)]
         return self.node(before, "DequantizeLinear", given, f"{stored.name}:values", **extra)

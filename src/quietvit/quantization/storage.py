@@ -35,7 +35,7 @@ from quietvit.quantization.calibration import run_model
 from quietvit.quantization.method import Slot, get_method
 from quietvit.quantization.quantized import QuantizedModel, module_key
 from quietvit.quantization.quantizers import Quantizer, build_quantizer
-from quietvit.tracing import Site, intercept
+from quietvit.tracing import Site, evaluating, intercept
 from quietvit.tracing import trace as trace_model
 
 FORMAT, VERSION = "quietvit quantized model", 2
@@ -325,13 +325,8 @@ def weights_in_use(quantized: QuantizedModel) -> dict[str, Tensor]:
             seen[site.name] = operands[1].detach()
         return run(*operands)
 
-    training = quantized.model.training
-    quantized.model.eval()
-    try:
-        with torch.no_grad(), intercept(quantized.trace, handler):
-            run_model(quantized.model, _zeros(quantized.model, quantized.input_shape))
-    finally:
-        quantized.model.train(training)
+    with evaluating(quantized.model), torch.no_grad(), intercept(quantized.trace, handler):
+        run_model(quantized.model, _zeros(quantized.model, quantized.input_shape))
     return seen
 
 
