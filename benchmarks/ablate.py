@@ -46,7 +46,7 @@ RUNS = Path("runs/ablate")
 FINAL_SEEDS = (1, 2, 3)
 DENSE, NORM = ("mlp", "value_output"), ("norm_linear",)
 FIGURES = (
-    *("val_float", "val_W4A4-minmax", "val_W4A4-omse", "val_W4A4-repq", "float"),
+    *("val_float", "val_W4A4-omse", "val_W4A4-repq", "float"),
     *(f"{bits}-{name}" for bits in ("W8A8", "W6A6", "W4A4") for name in ("minmax", "omse", "repq")),
     *("residual_max", "post_norm_max_over_rms", "post_gelu_max_over_rms"),
     *("last_loss", "train_seconds"),
@@ -70,41 +70,61 @@ def _with(settings: Sequence[Setting], **more: Any) -> list[Setting]:
     return [{**setting, **more} for setting in settings]
 
 
-LADDER = (0.3, 1.0, 3.0, 10.0)
 ALL = {"decay_all": True}
-# Tiers of families, in the order they are worked off; four tries each.
-TIERS: tuple[dict[str, list[Setting]], ...] = (
-    {
-        "adamw": [{"weight_decay": decay} for decay in (0.05, 0.3, 1.0, 3.0)],
-        "adamw-all": [{"weight_decay": decay, **ALL} for decay in (0.3, 1.0, 3.0, 10.0)],
-        "norm-gains": [{"gains": strength} for strength in LADDER],
-        "cd": _cd(LADDER, DENSE),
-        "cd+norm": _cd(LADDER, (*DENSE, *NORM)),
-        "tweo": _each("tweo", (0.001, 0.01, 0.1, 1.0)),
-        "s2d": _each("s2d", (5e-5, 5e-4, 5e-3, 5e-2)),
-        "kure": _each("kure", (0.01, 0.1, 1.0, 10.0)),
-    },
-    {
-        "cd-norm": _cd(LADDER, NORM),
-        "cd+residual": _cd(LADDER, (*DENSE, "residual")),
-        "cd-fold": _cd(LADDER, DENSE, fold=True),
-        "pair-weight": _each("weight", LADDER, kinds=(*DENSE, *NORM)),
-        "cd+norm+tweo": _with(_cd(LADDER, (*DENSE, *NORM)), tweo={"strength": 0.01}),
-        "cd+norm+adamw-all": _with(_cd(LADDER, (*DENSE, *NORM)), weight_decay=1.0, **ALL),
-    },
-    {
-        "cd+norm-peak": _cd(LADDER, (*DENSE, *NORM), penalty="peak"),
-        "cd+norm-cosine": _cd(LADDER, (*DENSE, *NORM), penalty="cosine"),
-        "cd+norm-top": _cd(LADDER, (*DENSE, *NORM), penalty="top"),
-        "cd+norm-every10": _cd(LADDER, (*DENSE, *NORM), every=10),
-        "cd+norm-every50": _cd(LADDER, (*DENSE, *NORM), every=50),
-        "cd+norm-late": _cd(LADDER, (*DENSE, *NORM), schedule={"start": 0.5}),
-        "cd+gains": _with(_cd(LADDER, DENSE), gains=3.0),
-        "s2d-decoupled": _each("s2d", (0.03, 0.3, 3.0, 30.0), coupled=False),
-        "kure-decoupled": _each("kure", (0.1, 1.0, 10.0, 100.0), coupled=False),
-    },
-)
-FAMILIES = {name: tries for tier in TIERS for name, tries in tier.items()}
+# What a decoupled decay does to a fine-tuned weight goes with strength times the sum of learning
+# rates: shorter training, higher ladder. From scratch decay and growth come to a balance.
+LADDERS = {
+    ("small", "finetune"): (1.0, 3.0, 10.0, 30.0),
+    ("cpu", "finetune"): (1.0, 3.0, 10.0, 30.0),
+    ("gpu", "finetune"): (0.03, 0.1, 0.3, 1.0),
+}
+LADDER = (0.3, 1.0, 3.0, 10.0)
+
+
+def tiers_of(task: str, scale: str) -> tuple[dict[str, list[Setting]], ...]:
+    """Tiers of families, in the order they are worked off; four tries each."""
+    return _tiers(LADDERS.get((scale, task), LADDER))
+
+
+def families_of(task: str, scale: str) -> dict[str, list[Setting]]:
+    return {name: tries for tier in tiers_of(task, scale) for name, tries in tier.items()}
+
+
+def _tiers(ladder: Sequence[float]) -> tuple[dict[str, list[Setting]], ...]:
+    return (
+        {
+            "adamw": [{"weight_decay": decay} for decay in (0.05, *ladder[:3])],
+            "adamw-all": [{"weight_decay": decay, **ALL} for decay in ladder],
+            "norm-gains": [{"gains": strength} for strength in ladder],
+            "cd": _cd(ladder, DENSE),
+            "cd+norm": _cd(ladder, (*DENSE, *NORM)),
+            "tweo": _each("tweo", (0.001, 0.01, 0.1, 1.0)),
+            "s2d": _each("s2d", (5e-5, 5e-4, 5e-3, 5e-2)),
+            "kure": _each("kure", (0.01, 0.1, 1.0, 10.0)),
+        },
+        {
+            "cd-norm": _cd(ladder, NORM),
+            "cd+residual": _cd(ladder, (*DENSE, "residual")),
+            "cd-fold": _cd(ladder, DENSE, fold=True),
+            "pair-weight": _each("weight", ladder, kinds=(*DENSE, *NORM)),
+            "cd+norm+tweo": _with(_cd(ladder, (*DENSE, *NORM)), tweo={"strength": 0.01}),
+            "cd+norm+adamw-all": _with(_cd(ladder, (*DENSE, *NORM)), weight_decay=1.0, **ALL),
+        },
+        {
+            "cd+norm-peak": _cd(ladder, (*DENSE, *NORM), penalty="peak"),
+            "cd+norm-cosine": _cd(ladder, (*DENSE, *NORM), penalty="cosine"),
+            "cd+norm-top": _cd(ladder, (*DENSE, *NORM), penalty="top"),
+            "cd+norm-every10": _cd(ladder, (*DENSE, *NORM), every=10),
+            "cd+norm-every50": _cd(ladder, (*DENSE, *NORM), every=50),
+            "cd+norm-late": _cd(ladder, (*DENSE, *NORM), schedule={"start": 0.5}),
+            "cd+gains": _with(_cd(ladder, DENSE), gains=3.0),
+            "s2d-decoupled": _each("s2d", (0.03, 0.3, 3.0, 30.0), coupled=False),
+            "kure-decoupled": _each("kure", (0.1, 1.0, 10.0, 100.0), coupled=False),
+        },
+    )
+
+
+FAMILIES = tuple(families_of("scratch", "cpu"))
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 OutOption = Annotated[Path, typer.Option(help="The table.")]
@@ -147,7 +167,7 @@ def score(row: Row) -> float:
 
 def best_try(rows: Sequence[Row], task: str, scale: str, family: str) -> str | None:
     """The setting of a family that was best, None while a try is missing."""
-    wanted = {_shown(setting) for setting in FAMILIES[family]}
+    wanted = {_shown(setting) for setting in families_of(task, scale)[family]}
     found = {
         row["setting"]: score(row)
         for row in rows
@@ -162,9 +182,10 @@ def next_jobs(
 ) -> Iterator[Job]:
     """What can run now, in order: of each tier the tries of all tasks, then its finals."""
     done = {key_of(row) for row in rows}
-    for tier in TIERS:
-        chosen = [name for name in tier if name in families]
+    for level in range(len(_tiers(LADDER))):
+        chosen = [name for name in _tiers(LADDER)[level] if name in families]
         for task in tasks:
+            tier = tiers_of(task, scale)[level]
             for place in range(max((len(tier[name]) for name in chosen), default=0)):
                 for name in chosen:
                     job = Job(task, scale, name, _shown(tier[name][place]), "0", "search")
@@ -205,7 +226,7 @@ def one(given: str) -> None:
     task = TASKS[job.scale][job.task]
     split = read(task, data, cache, device)
     start = time.perf_counter()
-    row: dict[str, Any] = asdict(job) | measured(task, job, split, data, asked["limit"])
+    row: dict[str, Any] = asdict(job) | measured(task, job, split, data, cache, asked["limit"])
     row["seconds"] = round(time.perf_counter() - start, 1)
     row["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     row["torch"] = torch.__version__
@@ -215,10 +236,14 @@ def one(given: str) -> None:
     print(json.dumps(row))
 
 
-def measured(task: Task, job: Job, split: Split, data: Path, limit: int | None) -> dict[str, float]:
+def measured(
+    task: Task, job: Job, split: Split, data: Path, cache: Path, limit: int | None
+) -> dict[str, float]:
     """What one run gives; a try only what tries are chosen by; where it diverges nan for all."""
     try:
-        model, facts = train(task, json.loads(job.setting), int(job.seed), split, data, limit)
+        model, facts = train(
+            task, json.loads(job.setting), int(job.seed), split, data, limit, cache
+        )
         if not math.isfinite(facts["last_loss"]):
             raise QuietvitError(f"the last loss is {facts['last_loss']}")
         found = measure(model, split, final=job.stage == "final")

@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import quietvit
@@ -21,6 +22,7 @@ from finetune_cifar import images, normalized, outliers, parameter_groups, top1
 from quietvit.data import create_model
 from quietvit.decay import StrengthSchedule
 from quietvit.decay.products import product_dtype
+from quietvit.files import write_atomic
 
 CLASSES, CALIBRATION = 10, 32
 BITS = ("W8A8", "W6A6", "W4A4")
@@ -59,8 +61,8 @@ CPU_TASKS = {
 }
 TASKS = {
     "small": {
-        "finetune": Task(96, 2000, 500, 600, 2, 32, 3e-4, 0.05, True, probed=True),
-        "scratch": Task(32, 3000, 500, 600, 20, 32, 1e-3, 0.1, False, patch=8, width=96, depth=6),
+        "finetune": Task(96, 2000, 800, 800, 2, 32, 3e-4, 0.05, True, probed=True),
+        "scratch": Task(32, 3000, 800, 800, 20, 32, 1e-3, 0.1, False, patch=8, width=96, depth=6),
     },
     "cpu": CPU_TASKS,
     "gpu": {
@@ -143,7 +145,13 @@ def attach(
 
 
 def train(
-    task: Task, setting: Setting, seed: int, split: Split, data: Path, limit: int | None = None
+    task: Task,
+    setting: Setting,
+    seed: int,
+    split: Split,
+    data: Path,
+    limit: int | None = None,
+    cache: Path | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """The trained model in eval mode, the seconds it took and its last loss."""
     device = split.train[0].device
@@ -151,7 +159,7 @@ def train(
     model = build(task, data).to(device)
     x, y = split.train
     if task.probed:
-        probe(model, x, y)
+        put_probe(model, x, y, cache)
     optimizer = torch.optim.AdamW(parameter_groups(model, setting), lr=task.lr)
     steps = task.epochs * (len(x) // task.batch)
     regularizers = attach(model, setting, optimizer, normalized(x[:16], model), steps)
@@ -188,14 +196,27 @@ def train(
     return model.eval(), {"train_seconds": round(seconds, 1), "last_loss": float(loss.detach())}
 
 
+def put_probe(model: nn.Module, x: Tensor, y: Tensor, cache: Path | None) -> None:
+    """``probe`` in the head: the same for every run of a task, so kept in ``cache``."""
+    file = None if cache is None else cache / f"head-{len(x)}-{x.shape[-1]}.safetensors"
+    if file is not None and file.exists():
+        found = load(file.read_bytes())
+    else:
+        weight, bias = probe(model, x, y)
+        found = {"weight": weight, "bias": bias}
+        if file is not None:
+            write_atomic(file, save(found))
+    model.head.load_state_dict(found)
+
+
 @torch.no_grad()
-def probe(model: nn.Module, x: Tensor, y: Tensor, ridge: float = 0.1) -> None:
-    """Put the ridge regression of the classes on the features into the head.
+def probe(model: nn.Module, x: Tensor, y: Tensor, ridge: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the ridge regression of the classes on the features.
 
     ``ridge`` is in units of the mean squared feature sum. Logits are scaled to a standard deviation
     of 2, so that the loss begins where a trained head's would.
     """
-    body, head = model.forward_head, model.head
+    body = model.forward_head
     features = torch.cat(
         [
             body(model.forward_features(normalized(part, model)), pre_logits=True)
@@ -209,8 +230,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, ridge: float = 0.1) -> None:
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     weight = torch.linalg.solve(gram, centred.T @ wanted).T
     weight *= 2 / (centred @ weight.T).std()
-    head.weight.copy_(weight)
-    head.bias.copy_(-weight @ mean)
+    return weight.contiguous(), -weight @ mean
 
 
 def varied(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
@@ -225,23 +245,18 @@ def varied(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
 def measure(model: nn.Module, split: Split, final: bool = True) -> dict[str, float]:
     """Top-1 of the float and of each quantized model, and how large its activations are.
 
-    On held-out images (``val``), by which tries are chosen, at 4 bits only, and only the two
-    figures that count; on test images at all bits, where ``final``.
+    A try on held-out images (``val``), only the two figures at 4 bits by which it is chosen; a
+    final on test images, at all bits.
     """
     calibration = normalized(split.train[0][:CALIBRATION], model)
-    row = {"val_float": top1(model, *split.held_out, model)}
-    if final:
-        row["float"] = top1(model, *split.test, model)
+    shown, before = (split.test, "") if final else (split.held_out, "val_")
+    row = {f"{before}float": top1(model, *shown, model)}
     for bits in BITS if final else ("W4A4",):
         weight, activation = int(bits[1]), int(bits[3])
         for name, method in methods(weight, activation).items():
-            if not final and name == "minmax":
-                continue
-            quantized = quietvit.quantize(model, method, calibration, progress=False)
-            if bits == "W4A4":
-                row[f"val_{bits}-{name}"] = top1(quantized, *split.held_out, model)
-            if final:
-                row[f"{bits}-{name}"] = top1(quantized, *split.test, model)
+            if final or name != "minmax":
+                quantized = quietvit.quantize(model, method, calibration, progress=False)
+                row[f"{before}{bits}-{name}"] = top1(quantized, *shown, model)
     return row | outliers(model, normalized(split.test[0][:64], model))
 
 

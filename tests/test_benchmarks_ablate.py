@@ -16,7 +16,7 @@ import ablate
 from quietvit import QuietvitError
 
 TASK, FAMILY = "scratch", "cd"
-TRIES = [json.dumps(setting, sort_keys=True) for setting in ablate.FAMILIES[FAMILY]]
+TRIES = [json.dumps(setting, sort_keys=True) for setting in ablate.families_of(TASK, "cpu")[FAMILY]]
 
 
 def row(setting: str, value: float, seed: str = "0") -> dict[str, str]:
@@ -31,9 +31,14 @@ def planned(rows: list[dict[str, str]]) -> list[tuple[str, str, str]]:
     return [(job.setting, job.seed, job.stage) for job in jobs]
 
 
-def test_every_family_has_the_same_number_of_tries_and_no_setting_is_in_two() -> None:
-    assert {len(tries) for tries in ablate.FAMILIES.values()} == {4}
-    shown = [json.dumps(s, sort_keys=True) for tries in ablate.FAMILIES.values() for s in tries]
+@pytest.mark.parametrize("scale", ["small", "cpu", "gpu"])
+@pytest.mark.parametrize("task", ["finetune", "scratch"])
+def test_every_family_has_the_same_number_of_tries_and_no_setting_is_in_two(
+    task: str, scale: str
+) -> None:
+    families = ablate.families_of(task, scale)
+    assert {len(tries) for tries in families.values()} == {4}
+    shown = [json.dumps(s, sort_keys=True) for tries in families.values() for s in tries]
     assert len(set(shown)) == len(shown)
 
 
@@ -67,7 +72,8 @@ def test_a_run_that_diverges_gives_a_row_of_nan(
 
     monkeypatch.setattr(ablate, "train", train)
     job = ablate.Job(TASK, "cpu", FAMILY, TRIES[0], "0", "search")
-    found = ablate.measured(ablate.TASKS["cpu"][TASK], job, None, tmp_path, None)  # type: ignore[arg-type]
+    task = ablate.TASKS["cpu"][TASK]
+    found = ablate.measured(task, job, None, tmp_path, tmp_path, None)  # type: ignore[arg-type]
     assert set(found) == set(ablate.FIGURES)
     assert all(math.isnan(value) for value in found.values())
     out = tmp_path / "table.csv"
