@@ -7,19 +7,22 @@ gives the median and the extremes over repeats. On a GPU whole steps are compare
 percent drowns in the noise of whole steps, what runs in the optimizer's hooks is timed by itself
 (``how`` = hook) and added to the plain step; TWEO acts in the forward pass, so its whole steps are
 compared everywhere. ``floor``: matrix FLOPs of the update over those of the step, the ratio less 1
-at equal efficiency. Extra memory is that of the peak, on a CPU of the resident set during the
-update.
+at equal efficiency. Extra memory is that of the peak: on a GPU by the allocator, on a CPU the bytes
+of the tensors made during the update and alive at once (for TWEO: of a step with it less one
+without).
 Cases go from cheap to dear until --minutes are spent; the rest is skipped and said. Resumable: a
 row that is in the table is not measured again.
 
     python benchmarks/overhead.py run --minutes 10
     python benchmarks/overhead.py run --models deit_tiny_patch16_224 --batches 8 --out try.csv
+    python benchmarks/overhead.py memory      # that column anew, for rows of a CPU
     python benchmarks/overhead.py summary
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
@@ -37,15 +40,17 @@ import quietvit
 from overhead_bench import (
     VARIANTS,
     Bench,
+    attached,
     block_mib,
+    extra_memory,
     flops,
     hooks,
     make,
-    memory,
     step_flops,
     update,
     whole_steps,
 )
+from quietvit.files import write_atomic
 
 MODELS = (
     "deit_tiny_patch16_224",
@@ -121,7 +126,7 @@ def measure(
                 "ratio_high": round(max(ratios), 5),
                 "repeats": len(ratios),
                 "floor": round(floor, 6),
-                "extra_memory_mib": round(memory(bench, regularizer, variant == "tweo"), 1),
+                "extra_memory_mib": extra_mib(bench, variant, regularizer),
                 "block_mib": round(block, 1),
                 "settings": json.dumps(VARIANTS[variant][1], sort_keys=True),
                 "precision": bench.precision,
@@ -133,6 +138,10 @@ def measure(
             }
         )
     return rows
+
+
+def extra_mib(bench: Bench, variant: str, regularizer: Any) -> float:
+    return round(extra_memory(bench, regularizer, in_forward=variant == "tweo"), 1)
 
 
 def machine(device: torch.device) -> str:
@@ -153,13 +162,15 @@ def read(out: Path) -> list[dict[str, str]]:
 
 
 def append(out: Path, rows: Sequence[Row]) -> None:
-    fresh = not out.exists()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    write(out, [*read(out), *rows])
+
+
+def write(out: Path, rows: Sequence[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(out, text.getvalue())
 
 
 @app.command()
@@ -199,6 +210,30 @@ def run(
             append(out, rows)
             for row in rows:
                 print(name, batch, row["variant"], row["ratio"], row["cost_ms"], "ms", flush=True)
+
+
+@app.command()
+def memory(
+    out: OutOption = OUT,
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
+) -> None:
+    """Measure extra memory anew for rows of a CPU; it does not depend on the machine's speed."""
+    rows: list[Row] = [*read(out)]
+    cases = dict.fromkeys((r["model"], r["batch"]) for r in rows if r["device"] == "cpu")
+    for name, batch in cases:
+        own = [r for r in rows if (r["model"], r["batch"], r["device"]) == (name, batch, "cpu")]
+        if name not in models.split(","):
+            continue
+        for row in own:
+            in_steps = row["variant"] == "tweo"
+            bench = Bench.of(name, int(batch) if in_steps else 1, torch.device("cpu"))
+            bench.backward()
+            regularizer = make(row["variant"], bench)
+            with attached(regularizer, bench):
+                bench.step(regularizer)
+            row["extra_memory_mib"] = extra_mib(bench, row["variant"], regularizer)
+            print(name, batch, row["variant"], row["extra_memory_mib"], flush=True)
+        write(out, rows)
 
 
 @app.command()

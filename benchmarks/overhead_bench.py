@@ -5,17 +5,20 @@ Which cases there are, and their table, is in ``overhead``.
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import quietvit
@@ -101,21 +104,38 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")
 
-    def peak(self) -> float:
-        """Peak memory since ``reset_peak``, MiB: allocated on a GPU, resident on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-        except (OSError, IndexError):
-            return float("nan")
+class LivePeak(TorchDispatchMode):
+    """Bytes of the tensors that operations inside make: most alive at once (``most``).
+
+    What an operation allocates and frees inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata in known or storage._cdata in self.seen:
+                continue
+            self.seen.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def make(variant: str, bench: Bench) -> Any:
@@ -200,18 +220,28 @@ def hooks(bench: Bench, made: dict[str, Any], repeats: int) -> dict[str, list[fl
     return found
 
 
-def memory(bench: Bench, regularizer: Any, in_forward: bool) -> float:
-    """How much higher the peak is with it, MiB: of a step, or on a CPU of the update alone."""
+def extra_memory(bench: Bench, regularizer: Any, in_forward: bool) -> float:
+    """How much higher the peak is with it, MiB: of a step, or on a CPU of the update alone.
+
+    On a GPU by the allocator, on a CPU by ``LivePeak``. Everything must have run once before.
+    """
     if bench.device.type == "cuda" or in_forward:
         peaks = []
         for one in (None, regularizer):
             with attached(one, bench):
-                bench.reset_peak()
-                bench.step(one)
-                bench.wait()
-                peaks.append(bench.peak())
+                peaks.append(_peak(bench, lambda one=one: bench.step(one)))
         return peaks[1] - peaks[0]
-    bench.reset_peak()
-    before = bench.peak()
-    update(regularizer, bench)
-    return bench.peak() - before
+    return _peak(bench, lambda: update(regularizer, bench))
+
+
+def _peak(bench: Bench, work: Callable[[], object]) -> float:
+    gc.collect()
+    bench.optimizer.zero_grad()
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        bench.wait()
+        return torch.cuda.max_memory_allocated() / 2**20
+    with LivePeak() as peak:
+        work()
+    return peak.most / 2**20

@@ -49,12 +49,13 @@ def both_products(
     D is the identity, or where ``weighed`` the diagonal matrix of ``shares``.
     """
     if A.ndim == 2:
-        square = B.square()
+        seen = A.square()[:, None, :]
         if not weighed:
-            return A * square.sum(1), B * A.square()[:, None, :]
-        weights, _ = shares((square * A.square()[:, None, :]).sum(-1))
+            return A * B.square().sum(1), B * seen
+        weights, _ = shares((B.square() * seen).sum(-1))
         DB = B * weights[:, :, None]
-        return A * (DB * B).sum(1), DB * A.square()[:, None, :]
+        PA = A * (DB * B).sum(1)
+        return PA, DB.mul_(seen)
     if dtype is not None:
         A, B = A.to(dtype), B.to(dtype)
     (h, d), o = A.shape[1:], B.shape[1]
