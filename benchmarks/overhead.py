@@ -98,7 +98,7 @@ def measure(
     alone = hooks(bench, in_hooks, 5)
     plain = statistics.median(steps["plain"])
     total = step_flops(name, batch)
-    block = block_mib(bench.model)
+    block = block_mib(bench.model, bench.images[:1])
     rows = []
     for variant, regularizer in made.items():
         if variant in in_steps:
@@ -216,6 +216,7 @@ def run(
 def memory(
     out: OutOption = OUT,
     models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
+    variants: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(VARIANTS),
 ) -> None:
     """Measure extra memory anew for rows of a CPU; it does not depend on the machine's speed."""
     rows: list[Row] = [*read(out)]
@@ -225,6 +226,8 @@ def memory(
         if name not in models.split(","):
             continue
         for row in own:
+            if row["variant"] not in variants.split(","):
+                continue
             in_steps = row["variant"] == "tweo"
             bench = Bench.of(name, int(batch) if in_steps else 1, torch.device("cpu"))
             bench.backward()

@@ -181,12 +181,11 @@ def step_flops(name: str, batch: int) -> float:
     return flops(small.backward) / 2 * batch
 
 
-def block_mib(model: nn.Module) -> float:
+def block_mib(model: nn.Module, example: Tensor) -> float:
     """Size of the weights of the largest residual block, MiB."""
     from quietvit.tracing.block_modules import residual_modules
 
-    device = next(model.parameters()).device
-    names = residual_modules(quietvit.trace(model, torch.zeros(1, 3, 224, 224, device=device)))
+    names = residual_modules(quietvit.trace(model, example))
     sizes = [sum(p.nbytes for p in model.get_submodule(n).parameters()) for n in names]
     return max(sizes) / 2**20
 

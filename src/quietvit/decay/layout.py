@@ -134,14 +134,17 @@ def lay_out(
     stand_ins = source.stand_ins()
     devices = {p.device.type for p in stand_ins.values()}
     room = block_size(pairs, stand_ins)
+    # Of joined matrices, copies, changes and one product are held at once: 9/4 of their numbers.
+    joined = room * 4 // 9
     if devices != {"cpu"}:
+        # Few large batches, for the sake of speed: there, a block is little beside activations.
         total = sum(p.numel() for name, p in stand_ins.items() if source.first[name] == name)
-        room = max(room, min(_ROOM_ON_DEVICES, math.ceil(total / divided_by)))
+        room = joined = max(room, min(_ROOM_ON_DEVICES, math.ceil(total / divided_by)))
     plan: list[Batch] = []
     spans: list[range] = []
     for positions in windows(pairs, stand_ins, room):
         start = len(plan)
-        plan += batches(pairs, stand_ins, positions)
+        plan += batches(pairs, stand_ins, positions, room=joined)
         spans.append(range(start, len(plan)))
     order: list[int] = []
     slices: list[tuple[slice, slice]] = []

@@ -169,8 +169,9 @@ def batches(
     pairs: Sequence[MatrixPair],
     parameters: Mapping[str, Tensor],
     positions: Iterable[int] | None = None,
+    room: int = _LARGEST_BATCH,
 ) -> list[Batch]:
-    """Group pairs of equal shapes, dtype and device; a batch holds at most 2^24 numbers.
+    """Group pairs of equal shapes, dtype and device; a batch holds at most ``room`` numbers.
 
     Only those at ``positions`` where given. The largest matrices come first, else the order is that
     of the first pairs: the changes of a small batch fit in the memory that those of a large one
@@ -190,9 +191,9 @@ def batches(
         sizes[key] = sum(math.prod(shape) for shape, _, _ in shapes)
     found = []
     for key, members in sorted(groups.items(), key=lambda item: -sizes[item[0]]):
-        room = max(1, _LARGEST_BATCH // max(1, sizes[key]))
-        for start in range(0, len(members), room):
-            chosen = tuple(members[start : start + room])
+        most = max(1, min(room, _LARGEST_BATCH) // max(1, sizes[key]))
+        for start in range(0, len(members), most):
+            chosen = tuple(members[start : start + most])
             here = tuple(pairs[i] for i in chosen)
             firsts, seconds = (_runs([getattr(p, s) for p in here]) for s in ("first", "second"))
             found.append(Batch(chosen, here, firsts, seconds))
