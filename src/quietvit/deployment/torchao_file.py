@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from quietvit.deployment.capture import need
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.torchao_model import IntegerLinear, TorchAO, int8_tensor, to_torchao
 from quietvit.errors import QuietvitError
+from quietvit.files import beside, put_in_place
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import architecture_of, build, compare_weights, set_dtypes
 
@@ -76,27 +74,13 @@ def save_torchao(
         "facts": None if facts is None else json.loads(facts.to_json()),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
     }
-    folder = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with beside(path, SafetensorError) as folder:
         new = folder / path.name
         new.mkdir()
         plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
         save_file(plain, new / TENSORS)
         (new / FACTS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for each in new.iterdir():
-            with each.open("rb") as file:
-                os.fsync(file.fileno())
-        _put(new, path, folder / "earlier")
-    except (OSError, SafetensorError) as error:
-        raise QuietvitError(
-            f"could not write {path}: {getattr(error, 'strerror', None) or error}. What was there "
-            "before is untouched; free some space or choose another place."
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        put_in_place(folder, path)
     return path
 
 
@@ -200,18 +184,6 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     module, _, attribute = name.rpartition(".")
     parameter = nn.Parameter(tensor, requires_grad=False)
     model.get_submodule(module).register_parameter(attribute, parameter)
-
-
-def _put(new: Path, path: Path, aside: Path) -> None:
-    """Rename ``new`` to ``path``; what was there comes back where that fails."""
-    if path.exists():
-        path.rename(aside)
-    try:
-        new.rename(path)
-    except OSError:
-        if aside.exists():
-            aside.rename(path)
-        raise
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 import quietvit
 from quietvit.errors import QuietvitError
+from quietvit.files import beside, put_in_place
 from quietvit.quantization.adjustments import Compensation, build_adjustment
 from quietvit.quantization.architecture import (
     all_tensors,
@@ -96,24 +95,13 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
         "coverage": quantized.coverage.to_dict(),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
     }
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with beside(path, SafetensorError) as folder:
+        new = folder / path.name
+        new.mkdir()
         plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
-        save_file(plain, temporary / TENSORS)
-        (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        _put(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise QuietvitError(
-            f"could not write {path}: {reason}. What was there before is untouched; free some "
-            "space or choose another place."
-        ) from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary)
+        save_file(plain, new / TENSORS)
+        (new / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        put_in_place(folder, path)
     return path
 
 
@@ -211,24 +199,6 @@ def _refuse(path: Path, force: bool) -> None:
             f"{path} is not an earlier save of quietvit (it is or holds "
             f"{', '.join(sorted(names)[:3])}), so force does not replace it; choose another name."
         )
-
-
-def _put(folder: Path, path: Path) -> None:
-    """Rename ``folder`` to ``path``; what was there goes only when the new one stands."""
-    if not path.exists():
-        folder.rename(path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
-    try:
-        path.rename(aside)
-        folder.rename(path)
-    except BaseException:
-        if aside.exists() and not path.exists():
-            aside.rename(path)
-        raise
-    finally:
-        if path.exists():
-            shutil.rmtree(aside.parent)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
