@@ -129,9 +129,9 @@ def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:
     export.
     """
     if target == "torchao":
-        from quietvit.deployment.torchao_file import refuse_folder
+        from quietvit.deployment.torchao_file import FORMAT
 
-        refuse_folder(path, force)
+        FORMAT.refuse(path, force)
         return
     for part in [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]:
         if part.is_dir():
