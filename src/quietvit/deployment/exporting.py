@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quietvit.deployment.capture import as_float32, need
+from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts, facts_of
-from quietvit.deployment.grids import Grid, why_none
-from quietvit.deployment.onnx_file import grids_of, onnx_of
+from quietvit.deployment.grids import Grid, grids_of, why_none
+from quietvit.deployment.model import as_float32
+from quietvit.deployment.onnx_file import onnx_of
 from quietvit.deployment.runtime import parts_of
 from quietvit.deployment.uniform import Replaced, as_uniform
 from quietvit.errors import QuietvitError

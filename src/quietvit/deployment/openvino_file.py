@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from quietvit.deployment.capture import need
+from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts, Product
 from quietvit.deployment.openvino_graph import without_zero_points
 from quietvit.errors import QuietvitError

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import quietvit
-from quietvit.deployment.capture import need
+from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.torchao_model import IntegerLinear, TorchAO, int8_tensor, to_torchao
 from quietvit.errors import QuietvitError

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quietvit.deployment.capture import as_float32, need
+from quietvit.deployment.extras import need
+from quietvit.deployment.model import as_float32
 from quietvit.deployment.torchao_fold import called_module, fold_adjustments
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
