@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from quietvit.deployment.facts import Facts
+from quietvit.deployment.for_onnx.file import float_onnx_of
 from quietvit.deployment.model import as_float32, logits_of
-from quietvit.deployment.onnx_file import float_onnx_of
 from quietvit.deployment.parity import Agreement, agreements
 from quietvit.deployment.proof import Proof, prove
 from quietvit.deployment.runtime import (

@@ -1,7 +1,7 @@
 """``Grid``: the integers of a quantizer as a runtime holds them, 8 bits wide, and their scales.
 
 Which operand stands on which grid is the quantized model's business; nodes are written in
-``lower``.
+``for_onnx``.
 """
 
 from __future__ import annotations

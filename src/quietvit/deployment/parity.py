@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from quietvit.deployment.facts import Facts, Product
-from quietvit.deployment.parity_onnx import Parts
-from quietvit.deployment.parity_openvino import IRParts
+from quietvit.deployment.for_onnx.parts import Parts
+from quietvit.deployment.for_openvino.parts import IRParts
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot

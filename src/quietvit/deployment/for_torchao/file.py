@@ -1,4 +1,4 @@
-"""Models of ``torchao_model`` on disk: safetensors and JSON in a folder, whole or not at all.
+"""What ``model`` makes, on disk: safetensors and JSON in a folder, whole or not at all.
 
 torchao's own safetensors code is a prototype and keeps no architecture; this reads back bit for
 bit.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import quietvit
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.torchao_model import IntegerLinear, TorchAO, int8_tensor, to_torchao
+from quietvit.deployment.for_torchao.model import IntegerLinear, TorchAO, int8_tensor, to_torchao
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import architecture_of, build, compare_weights, set_dtypes

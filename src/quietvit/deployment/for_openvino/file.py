@@ -1,6 +1,6 @@
 """OpenVINO IR, .xml and .bin, out of the ONNX bytes; and what OpenVINO can be held to.
 
-Which nodes the ONNX has is ``lower``'s business; how OpenVINO ran them is read in ``proof``.
+Which nodes the ONNX has is decided in ``for_onnx``; how OpenVINO ran them is read in ``proof``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts, Product
-from quietvit.deployment.openvino_graph import without_zero_points
+from quietvit.deployment.for_openvino.graph import without_zero_points
 from quietvit.errors import QuietvitError
 from quietvit.files import beside, put_in_place
 
@@ -30,9 +30,9 @@ def write_openvino(content: bytes, path: Path, facts: Facts) -> None:
     """Convert an ONNX file of ours to the IR ``path`` (.xml) and its .bin of the same stem.
 
     Weights stay the integers they are, int4 too; nothing is rounded to half precision. The facts,
-    with claims as ``for_openvino`` leaves them, are the entry ``quietvit`` of the model's rt_info.
-    Both files are written in a folder beside ``path`` and renamed when both stand; earlier ones of
-    these names are replaced, and put back where that fails.
+    with claims as ``kept_by_openvino`` leaves them, are the entry ``quietvit`` of the model's
+    rt_info. Both files are written in a folder beside ``path`` and renamed when both stand; earlier
+    ones of these names are replaced, and put back where that fails.
 
     Raises QuietvitError for a missing extra, content that OpenVINO does not read, and a place that
     cannot be written.
@@ -54,13 +54,13 @@ def write_openvino(content: bytes, path: Path, facts: Facts) -> None:
             f"openvino {openvino.__version__} does not read the exported graph "
             f"({str(error).strip().splitlines()[-1]}); export to onnx, or install a newer openvino."
         ) from error
-    model.set_rt_info(for_openvino(facts, left).to_json(), KEY)
+    model.set_rt_info(kept_by_openvino(facts, left).to_json(), KEY)
     with beside(path, RuntimeError) as folder:
         openvino.save_model(model, str(folder / path.name), compress_to_fp16=False)
         put_in_place(folder, path.with_suffix(".bin"), path)
 
 
-def for_openvino(facts: Facts, zero: Collection[str] = ()) -> Facts:
+def kept_by_openvino(facts: Facts, zero: Collection[str] = ()) -> Facts:
     """The facts with no claim left that OpenVINO does not keep on every processor.
 
     No longer claimed are products of two activations, and the sites in ``zero``, whose weights have

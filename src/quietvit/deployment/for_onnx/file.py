@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quietvit.deployment.capture import captured, to_ir
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts
+from quietvit.deployment.for_onnx.capture import captured, to_ir
+from quietvit.deployment.for_onnx.lower import lower, weight_codes
+from quietvit.deployment.for_onnx.writer import Stored
 from quietvit.deployment.grids import Grid
-from quietvit.deployment.lower import lower, weight_codes
-from quietvit.deployment.writer import Stored
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.storage import weights_in_use
