@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import quietvit
 from quietvit.deployment import export
-from quietvit.deployment.onnx_file import float_onnx_of
+from quietvit.deployment.for_onnx.file import float_onnx_of
 from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, parts_of, vnni
 from quietvit.quantization.method import get_method
 

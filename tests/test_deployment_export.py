@@ -16,7 +16,7 @@ import quietvit
 from deployment_cases import exported, pictures, quantized
 from quietvit import QuietvitError
 from quietvit.deployment import open_runtime
-from quietvit.deployment.onnx_file import float_onnx_of
+from quietvit.deployment.for_onnx.file import float_onnx_of
 from quietvit.deployment.parity import agreements
 from quietvit.deployment.proof import prove
 

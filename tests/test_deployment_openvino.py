@@ -15,9 +15,10 @@ from torch import nn
 from quietvit import RTN, QuietvitError
 from quietvit.deployment import export, open_runtime
 from quietvit.deployment.facts import facts_of
-from quietvit.deployment.onnx_file import grids_of, onnx_of
-from quietvit.deployment.openvino_file import ATTENTION, write_openvino
-from quietvit.deployment.openvino_graph import without_zero_points
+from quietvit.deployment.for_onnx.file import onnx_of
+from quietvit.deployment.for_openvino.file import ATTENTION, write_openvino
+from quietvit.deployment.for_openvino.graph import without_zero_points
+from quietvit.deployment.grids import grids_of
 from quietvit.deployment.parity import agreements
 from quietvit.deployment.proof import prove
 from quietvit.deployment.runtime import OnnxRuntime

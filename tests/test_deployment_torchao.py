@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from quietvit import RTN, FQViT, QuietvitError, QwT, RepQViT, SmoothQuant, load
 from quietvit.deployment import export, load_torchao, to_torchao
-from quietvit.deployment.torchao_file import facts_of_folder
-from quietvit.deployment.torchao_model import IntegerLinear, TorchAO
+from quietvit.deployment.for_torchao.file import facts_of_folder
+from quietvit.deployment.for_torchao.model import IntegerLinear, TorchAO
 from quietvit.quantization import QuantizedModel, quantize
 from quietvit.tracing import intercept
 

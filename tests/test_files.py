@@ -1,11 +1,51 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from quietvit.errors import QuietvitError
-from quietvit.files import refuse_nonempty, write_atomic
+from quietvit.files import beside, put_in_place, refuse_nonempty, write_atomic
+
+
+def held(folder):
+    """Every file below a folder, hidden ones too, with its text; empty folders as None."""
+    paths = [path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())]
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else None
+        for path in paths
+    }
+
+
+def put(content, *paths):
+    """Write files of this content, by their names below the folder of ``paths``, in place."""
+    with beside(paths[0], RuntimeError) as folder:
+        for name, text in content.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        put_in_place(folder, *paths)
+
+
+def failing_rename(monkeypatch, target, error, times=1):
+    """Let renames to ``target`` fail, the first ``times`` of them."""
+    whole, calls = {name: getattr(Path, name) for name in ("rename", "replace")}, []
+
+    def fail(name):
+        def moved(self, to):
+            if Path(to) == target and len(calls) < times:
+                calls.append(to)
+                raise error
+            return whole[name](self, to)
+
+        return moved
+
+    for name in whole:
+        monkeypatch.setattr(Path, name, fail(name))
+
+
+def full(_):
+    raise OSError(28, "No space left on device")
 
 
 def test_content_comes_back_and_nothing_else_is_left(tmp_path):
@@ -24,15 +64,89 @@ def test_permissions_follow_the_umask(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
     path = write_atomic(tmp_path / "a.txt", "old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(QuietvitError, match=r"No space left on device.*untouched"):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_replaces_the_earlier_one_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "new" / "earlier"
+    put({"earlier/a": "1", "earlier/b": "2", "left over": "3"}, path)
+    assert held(tmp_path) == {"new/earlier/a": "1", "new/earlier/b": "2"}
+    put({"earlier/a": "4"}, path)
+    assert held(tmp_path) == {"new/earlier/a": "4"}
+    (tmp_path / "plain").mkdir()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_files_of_one_export_are_put_in_place_together(tmp_path):
+    (tmp_path / "other").write_text("mine")
+    paths = tmp_path / "a.bin", tmp_path / "a.xml"
+    put({"a.bin": "1", "a.xml": "2"}, *paths)
+    put({"a.bin": "3", "a.xml": "4"}, *paths)
+    assert held(tmp_path) == {"other": "mine", "a.bin": "3", "a.xml": "4"}
+
+
+@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_second_rename_that_fails_brings_back_what_was_there(error, tmp_path, monkeypatch):
+    raised = QuietvitError if isinstance(error, OSError) else KeyboardInterrupt
+    put({"model/a": "old", "model/b": "old"}, tmp_path / "model")
+    failing_rename(monkeypatch, tmp_path / "model", error)
+    with pytest.raises(raised):
+        put({"model/a": "new"}, tmp_path / "model")
+    assert held(tmp_path) == {"model/a": "old", "model/b": "old"}
+
+
+@pytest.mark.parametrize("before", [{}, {"a.bin": "1"}, {"a.bin": "1", "a.xml": "2"}], ids=len)
+def test_one_file_that_fails_takes_back_the_others(before, tmp_path, monkeypatch):
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    failing_rename(monkeypatch, tmp_path / "a.xml", OSError("no"))
+    with pytest.raises(QuietvitError, match=r"could not write .*a\.bin: no\."):
+        put({"a.bin": "new", "a.xml": "new"}, tmp_path / "a.bin", tmp_path / "a.xml")
+    assert held(tmp_path) == before
+
+
+def test_a_file_that_was_not_written_moves_nothing(tmp_path):
+    paths = tmp_path / "a.bin", tmp_path / "a.xml"
+    put({"a.bin": "old", "a.xml": "old"}, *paths)
+    with pytest.raises(QuietvitError, match="No such file"):
+        put({"a.bin": "new"}, *paths)
+    assert held(tmp_path) == {"a.bin": "old", "a.xml": "old"}
+
+
+def test_what_cannot_even_be_brought_back_is_kept(tmp_path, monkeypatch):
+    put({"model/a": "old"}, tmp_path / "model")
+    failing_rename(monkeypatch, tmp_path / "model", OSError("no"), times=2)
+    with pytest.raises(QuietvitError, match="could not write"):
+        put({"model/a": "new"}, tmp_path / "model")
+    assert list(held(tmp_path).values()) == ["old"]
+
+
+def test_a_full_disk_leaves_the_old_folder_and_says_so(tmp_path, monkeypatch):
+    put({"model/a": "old"}, tmp_path / "model")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(QuietvitError, match=r"model: No space left on device\. What .*untouched"):
+        put({"model/a": "new"}, tmp_path / "model")
+    assert held(tmp_path) == {"model/a": "old"}
+
+
+def test_only_failures_to_write_are_told_as_such(tmp_path):
+    def fail(error):
+        with beside(tmp_path / "a", RuntimeError) as folder:
+            (folder / "half").write_text("x")
+            raise error("no")
+
+    with pytest.raises(QuietvitError, match="could not write"):
+        fail(RuntimeError)
+    with pytest.raises(ValueError, match="no"):
+        fail(ValueError)
+    assert held(tmp_path) == {}
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(QuietvitError, match=r"could not write .*file/a"):
+        put({}, tmp_path / "file" / "a")
 
 
 def test_an_empty_or_missing_folder_is_accepted_and_a_full_one_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is lost: atomic writes, refusal of folders already in use.
+"""Writing so that nothing is lost: files and folders whole or not at all, none that is in use.
 
 What is written, and in which format, is decided by the callers; nothing is read here.
 """
@@ -6,7 +6,10 @@ What is written, and in which format, is decided by the callers; nothing is read
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from quietvit.errors import QuietvitError
@@ -15,34 +18,76 @@ from quietvit.errors import QuietvitError
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
     """Write ``content`` (str as UTF-8) to ``path``; readers see the old file or the new, whole.
 
-    The bytes go to a temporary file in the same folder, are flushed to disk, and the file is
-    renamed. Missing parent folders are made. Returns the path.
+    The bytes go to a temporary file beside it, are flushed to disk, and the file is renamed.
+    Missing parent folders are made. Returns the path.
 
     Raises:
         QuietvitError: the disk is full or the place cannot be written; the old file, if there was
             one, is untouched.
     """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    temporary = None
+    with beside(path) as folder:
+        new = folder / path.name
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        _flush(new)
+        new.replace(path)
+    return path
+
+
+@contextmanager
+def beside(path: Path, *failures: type[Exception]) -> Iterator[Path]:
+    """Give an empty hidden folder in the folder of ``path``, which is made if missing.
+
+    At the end it is removed with all that is still in it: what shall stay is renamed before, by
+    ``put_in_place``.
+
+    Raises:
+        QuietvitError: an OSError, or one of ``failures``, came out of the block: the disk is full
+            or the place cannot be written.
+    """
+    told: tuple[type[Exception], ...] = (OSError, *failures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except told as error:
         raise QuietvitError(
-            f"could not write {path}: {error.strerror or error}. What was there before is "
-            "untouched; free some space or choose another place."
+            f"could not write {path}: {getattr(error, 'strerror', None) or error}. What was there "
+            "before is untouched; free some space or choose another place."
         ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    return path
+
+
+def put_in_place(folder: Path, *paths: Path) -> None:
+    """Rename what ``folder``, one of ``beside``, holds under the names of ``paths`` to ``paths``.
+
+    The files are flushed to disk first. What was there goes only when all of the new stands; where
+    a rename fails it comes back, and nothing new stays. Should even that fail, what was there is
+    kept beside, under a hidden name.
+    """
+    for path in paths:
+        new = folder / path.name
+        for part in new.rglob("*") if new.is_dir() else [new]:
+            if not part.is_dir():
+                _flush(part)
+    earlier = Path(tempfile.mkdtemp(prefix=f".{paths[0].name}.", dir=folder.parent))
+    try:
+        for path in paths:
+            if path.exists():
+                path.rename(earlier / path.name)
+        for path in paths:
+            (folder / path.name).rename(path)
+    except BaseException:
+        for path in paths:
+            if not (folder / path.name).exists():
+                path.replace(folder / path.name)
+            if (earlier / path.name).exists():
+                (earlier / path.name).replace(path)
+        earlier.rmdir()
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def refuse_nonempty(directory: str | Path, force: bool = False) -> Path:
@@ -73,7 +118,6 @@ def refuse_nonempty(directory: str | Path, force: bool = False) -> Path:
     return directory
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

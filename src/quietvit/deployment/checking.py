@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quietvit.deployment.capture import as_float32, logits_of
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.onnx_file import float_onnx_of
+from quietvit.deployment.for_onnx.file import float_onnx_of
+from quietvit.deployment.model import as_float32, logits_of
 from quietvit.deployment.parity import Agreement, agreements
 from quietvit.deployment.proof import Proof, prove
 from quietvit.deployment.runtime import (

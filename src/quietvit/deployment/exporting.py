@@ -1,6 +1,6 @@
 """``export``: the one verb from a quantized model to a file that a runtime computes in integers.
 
-How the graph is written is ``onnx_file``'s business, what ran is proven by ``check``.
+How a file is written is the business of its target's room, what ran is proven by ``check``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quietvit.deployment.capture import as_float32, need
+from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts, facts_of
-from quietvit.deployment.grids import Grid, why_none
-from quietvit.deployment.onnx_file import grids_of, onnx_of
+from quietvit.deployment.for_onnx.file import onnx_of
+from quietvit.deployment.grids import Grid, grids_of, why_none
+from quietvit.deployment.model import as_float32
 from quietvit.deployment.runtime import parts_of
 from quietvit.deployment.uniform import Replaced, as_uniform
 from quietvit.errors import QuietvitError
@@ -109,12 +110,12 @@ def export(
         uniform=as_ == "uniform",
     )
     if target == "torchao":
-        from quietvit.deployment.torchao_file import write_torchao
+        from quietvit.deployment.for_torchao.file import write_torchao
 
         return Artifact(path, write_torchao(own, path, facts, force=force), tuple(replaced))
     content, facts = onnx_of(own, grids, facts, opset)
     if target == "openvino":
-        from quietvit.deployment.openvino_file import write_openvino
+        from quietvit.deployment.for_openvino.file import write_openvino
 
         write_openvino(content, path, facts)
     else:
@@ -129,9 +130,9 @@ def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:
     export.
     """
     if target == "torchao":
-        from quietvit.deployment.torchao_file import refuse_folder
+        from quietvit.deployment.for_torchao.file import FORMAT
 
-        refuse_folder(path, force)
+        FORMAT.refuse(path, force)
         return
     for part in [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]:
         if part.is_dir():
@@ -220,7 +221,7 @@ def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid], target: str) ->
     slots = {slot.key: slot for slot in quantized.slots()}
     wide = [key for key, grid in grids.items() if slots[key].is_weight and grid.bits == 8]
     if target == "openvino" and wide:
-        from quietvit.deployment.openvino_file import SATURATES
+        from quietvit.deployment.for_openvino.file import SATURATES
 
         notes.append(f"{len(wide)} weights have 8 bits: {SATURATES}")
     low = {grid.bits for key, grid in grids.items() if not slots[key].is_weight} - {8}

@@ -1,7 +1,7 @@
 """``Grid``: the integers of a quantizer as a runtime holds them, 8 bits wide, and their scales.
 
 Which operand stands on which grid is the quantized model's business; nodes are written in
-``lower``.
+``for_onnx``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 
@@ -99,6 +100,20 @@ class Grid:
             "scale": self.scale.astype(np.float64).tolist(),
             "zero_point": self.zero_point.tolist(),
         }
+
+
+def grids_of(quantized: QuantizedModel, strict: bool = True) -> dict[str, Grid]:
+    """The grid of every slot, by its key.
+
+    Where a slot has none it is left out, or with ``strict`` QuietvitError is raised.
+    """
+    found = {}
+    for slot in quantized.slots():
+        quantizer = quantized.quantizers[slot.key]
+        assert isinstance(quantizer, Quantizer)
+        if strict or why_none(slot, quantizer) is None:
+            found[slot.key] = Grid.of(slot, quantizer)
+    return found
 
 
 def why_none(slot: Slot, quantizer: Quantizer) -> str | None:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from quietvit.deployment.facts import Facts, Product
-from quietvit.deployment.parity_openvino import IRParts
-from quietvit.deployment.runtime import OnnxRuntime
+from quietvit.deployment.for_onnx.parts import Parts
+from quietvit.deployment.for_openvino.parts import IRParts
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
 
-GIVEN = ":given"
 TIE = 1e-3
 """How far from the middle between two codes a value may be for its rounding to go either way."""
 ROUNDING = 2.0**-21
@@ -186,81 +185,3 @@ def _patch_product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     h, w = height // kh, width // kw
     cut = x.reshape(batch, channels, h, kh, w, kw).transpose(0, 2, 4, 1, 3, 5)
     return cut.reshape(batch, h * w, -1) @ weight.reshape(out, -1).T  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of an ONNX file that quantize operands and multiply them, cut out of the rest.
-
-    ``inputs``, ``codes``: per product the values that are quantized, in the order of the operands,
-    and their codes.
-    """
-
-    model: Any
-    inputs: dict[str, list[str]]
-    codes: dict[str, list[str]]
-
-    @classmethod
-    def of(cls, path: Path, names: list[str]) -> Parts:
-        """Cut out the products of these names. Raises QuietvitError where one is not there."""
-        import onnx
-
-        model = onnx.load(path)
-        made = {output: node for node in model.graph.node for output in node.output}
-        kept: dict[str, Any] = {}
-        inputs: dict[str, list[str]] = {}
-        codes: dict[str, list[str]] = {}
-
-        def back(value: str, name: str) -> None:
-            node = made.get(value)
-            if node is None:
-                return
-            kept[node.name] = node
-            if node.op_type != "QuantizeLinear":
-                for given in node.input:
-                    back(given, name)
-                return
-            before = made.get(node.input[0])
-            if before is not None and before.op_type == "Clip":
-                kept[before.name] = before
-            else:
-                before = node
-            given = before.input[0].removesuffix(GIVEN)
-            before.input[0] = f"{given}{GIVEN}"  # apart from the product of another part
-            inputs[name].append(before.input[0])
-            codes[name].append(node.output[0])
-
-        for name in names:
-            inputs[name], codes[name] = [], []
-            if f"{name}:product" not in made:
-                raise QuietvitError(f"{path} has no product named {name}; export it again.")
-            back(f"{name}:product", name)
-        order = [node for node in model.graph.node if node.name in kept]
-        used = {given for node in order for given in node.input}
-        stored = [entry for entry in model.graph.initializer if entry.name in used]
-        del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
-        del model.graph.input[:], model.graph.output[:]
-        model.graph.node.extend(order)
-        model.graph.initializer.extend(stored)
-        return cls(model, inputs, codes)
-
-    def run(
-        self, given: dict[str, list[Tensor]]
-    ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
-        """Codes of the operands and the product, by the name of the product, for given operands."""
-        from onnx import TensorProto, helper
-
-        fed: dict[str, np.ndarray] = {}
-        for name, values in self.inputs.items():
-            fed |= {v: x.cpu().numpy() for v, x in zip(values, given[name], strict=True)}
-        outputs = {value: TensorProto.UINT8 for values in self.codes.values() for value in values}
-        outputs |= {f"{name}:product": TensorProto.FLOAT for name in self.inputs}
-        graph = self.model.graph
-        for value, array in fed.items():
-            graph.input.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, array.shape))
-        for value, kind in outputs.items():
-            graph.output.append(helper.make_tensor_value_info(value, kind, None))
-        session = OnnxRuntime(self.model.SerializeToString()).session
-        found = dict(zip(outputs, session.run(list(outputs), fed), strict=True))
-        codes = {name: [found[v] for v in values] for name, values in self.codes.items()}
-        return codes, {name: found[f"{name}:product"] for name in self.inputs}

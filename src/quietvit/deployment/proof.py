@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from quietvit.deployment.facts import Facts, Product
-from quietvit.deployment.openvino_file import ATTENTION, ZERO_POINTS, for_openvino
+from quietvit.deployment.for_openvino.file import ATTENTION, ZERO_POINTS, kept_by_openvino
 from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, Runtime
 
 # Operators of onnxruntime whose kernels multiply integers, and those that multiply floats.
@@ -77,7 +77,7 @@ class Proof:
 def prove(runtime: Runtime, facts: Facts) -> Proof:
     """Read off the runtime's graph how each product of ``facts`` runs."""
     if isinstance(runtime, OpenVINO):
-        facts = for_openvino(facts)
+        facts = kept_by_openvino(facts)
         nodes = dict(_openvino_nodes(runtime, facts))
     else:
         assert isinstance(runtime, OnnxRuntime)

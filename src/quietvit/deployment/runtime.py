@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from quietvit.deployment.capture import need
+from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts
 from quietvit.errors import QuietvitError
 

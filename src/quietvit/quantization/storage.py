@@ -6,16 +6,11 @@ Weights whose codes say everything are stored as int8 or int16 codes, all else a
 from __future__ import annotations
 
 import copy
-import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quietvit
@@ -32,15 +27,24 @@ from quietvit.quantization.architecture import (
     signature,
 )
 from quietvit.quantization.calibration import run_model
+from quietvit.quantization.folder import FolderFormat
 from quietvit.quantization.method import Slot, get_method
 from quietvit.quantization.quantized import QuantizedModel, module_key
 from quietvit.quantization.quantizers import Quantizer, build_quantizer
 from quietvit.tracing import Site, evaluating, intercept
 from quietvit.tracing import trace as trace_model
 
-FORMAT, VERSION = "quietvit quantized model", 2
+FORMAT = FolderFormat(
+    "quietvit quantized model",
+    version=2,
+    facts="quantization.json",
+    earlier="save of quietvit",
+    missing="give the folder that QuantizedModel.save wrote",
+    damaged="save it again",
+    foreign="was not written by quietvit",
+    outdated="load it with the version that wrote it",
+)
 PARTS = ("quantizers", "adjustments", "compensations")
-TENSORS, FACTS = "model.safetensors", "quantization.json"
 
 
 def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Path:
@@ -54,7 +58,7 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
     other file or folder is refused all the same.
     """
     path = Path(path)
-    _refuse(path, force)
+    FORMAT.refuse(path, force)
     codes = _weight_codes(quantized)
     tensors = {f"codes.{name}": stored for name, (stored, _) in codes.items()}
     for name, tensor in quantized.model.state_dict().items():
@@ -65,8 +69,6 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
             tensors[f"{part}.{name}"] = tensor
     dtypes = {name: str(t.dtype) for name, t in all_tensors(quantized.model)}
     facts = {
-        "format": FORMAT,
-        "version": VERSION,
         "method": {"name": quantized.method.name, "fields": quantized.method.model_dump()},
         "architecture": architecture_of(quantized.model, quantized.input_shape),
         "model_class": type(quantized.model).__name__,
@@ -96,24 +98,7 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
         "coverage": quantized.coverage.to_dict(),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
     }
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
-        save_file(plain, temporary / TENSORS)
-        (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        _put(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise QuietvitError(
-            f"could not write {path}: {reason}. What was there before is untouched; free some "
-            "space or choose another place."
-        ) from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary)
+    FORMAT.write(path, facts, tensors)
     return path
 
 
@@ -127,7 +112,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
     architecture, naming the first keys that differ.
     """
     path = Path(path)
-    facts, tensors = _read(path)
+    facts, tensors = FORMAT.read(path)
     try:
         method = get_method(facts["method"]["name"])(**facts["method"]["fields"])
         own = build(path, facts) if model is None else copy.deepcopy(model)
@@ -196,60 +181,6 @@ def _filled(module: M, prefix: str, tensors: dict[str, Tensor]) -> M:
         {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     )
     return module
-
-
-def _refuse(path: Path, force: bool) -> None:
-    if not path.exists():
-        return
-    if not force:
-        raise QuietvitError(
-            f"{path} exists already; choose another name, or pass force (--force) to replace it."
-        )
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    if not path.is_dir() or names - {TENSORS, FACTS}:
-        raise QuietvitError(
-            f"{path} is not an earlier save of quietvit (it is or holds "
-            f"{', '.join(sorted(names)[:3])}), so force does not replace it; choose another name."
-        )
-
-
-def _put(folder: Path, path: Path) -> None:
-    """Rename ``folder`` to ``path``; what was there goes only when the new one stands."""
-    if not path.exists():
-        folder.rename(path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
-    try:
-        path.rename(aside)
-        folder.rename(path)
-    except BaseException:
-        if aside.exists() and not path.exists():
-            aside.rename(path)
-        raise
-    finally:
-        if path.exists():
-            shutil.rmtree(aside.parent)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (FACTS, TENSORS):
-        if not (path / name).is_file():
-            raise QuietvitError(
-                f"{path} holds no {name}; give the folder that QuantizedModel.save wrote."
-            )
-    try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        tensors = load_file(path / TENSORS)
-    except (ValueError, SafetensorError, OSError) as error:
-        raise QuietvitError(f"{path} is damaged or cut short ({error}); save it again.") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise QuietvitError(f"{path / FACTS} was not written by quietvit.")
-    if facts.get("version") != VERSION:
-        raise QuietvitError(
-            f"{path} has format version {facts.get('version')}, this quietvit reads {VERSION}; "
-            "load it with the version that wrote it."
-        )
-    return facts, tensors
 
 
 def _pairs(quantized: QuantizedModel) -> list[tuple[Slot, Quantizer]]:

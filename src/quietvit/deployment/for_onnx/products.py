@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from quietvit.deployment.writer import Stored, Writer, constant_of, only_user, other_input
+from quietvit.deployment.for_onnx.writer import Stored, Writer, constant_of, only_user, other_input
 
 
 def product_of_weight(writer: Writer, mark: Any, stored: Stored) -> bool:

@@ -1,4 +1,4 @@
-"""Models of ``torchao_model`` on disk: safetensors and JSON in a folder, whole or not at all.
+"""What ``model`` makes, on disk: safetensors and JSON in a folder, whole or not at all.
 
 torchao's own safetensors code is a prototype and keeps no architecture; this reads back bit for
 bit.
@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quietvit
-from quietvit.deployment.capture import need
+from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.torchao_model import IntegerLinear, TorchAO, int8_tensor, to_torchao
+from quietvit.deployment.for_torchao.model import IntegerLinear, TorchAO, int8_tensor, to_torchao
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import architecture_of, build, compare_weights, set_dtypes
+from quietvit.quantization.folder import FolderFormat
 
-FORMAT, VERSION = "quietvit torchao model", 1
-TENSORS, FACTS = "model.safetensors", "torchao.json"
+FORMAT = FolderFormat(
+    "quietvit torchao model",
+    version=1,
+    facts="torchao.json",
+    earlier="export for torchao",
+    missing="give the folder that 'quietvit export --to torchao' wrote",
+    damaged="export it again",
+    foreign="was not written by 'quietvit export --to torchao'",
+    outdated="export it again",
+)
 PARTS = ("codes", "scale", "input_scale", "input_zero_point")
 
 
@@ -50,7 +54,7 @@ def save_torchao(
     export is replaced, any other file or folder is refused all the same.
     """
     path = Path(path)
-    refuse_folder(path, force)
+    FORMAT.refuse(path, force)
     tensors, int8 = {}, {}
     for name, tensor in made.model.state_dict().items():
         parts = _parts(tensor)
@@ -62,8 +66,6 @@ def save_torchao(
     shape = input_shape or (None if facts is None else facts.input_shape)
     known = original is not None and shape is not None
     content = {
-        "format": FORMAT,
-        "version": VERSION,
         "architecture": architecture_of(original, shape) if known else None,  # type: ignore[arg-type]
         "model_class": type(made.model).__name__,
         "dtypes": {name: str(tensor.dtype) for name, tensor in tensors.items()},
@@ -76,27 +78,7 @@ def save_torchao(
         "facts": None if facts is None else json.loads(facts.to_json()),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
     }
-    folder = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        new = folder / path.name
-        new.mkdir()
-        plain = {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}
-        save_file(plain, new / TENSORS)
-        (new / FACTS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for each in new.iterdir():
-            with each.open("rb") as file:
-                os.fsync(file.fileno())
-        _put(new, path, folder / "earlier")
-    except (OSError, SafetensorError) as error:
-        raise QuietvitError(
-            f"could not write {path}: {getattr(error, 'strerror', None) or error}. What was there "
-            "before is untouched; free some space or choose another place."
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    FORMAT.write(path, content, tensors)
     return path
 
 
@@ -124,7 +106,7 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
     """
     need("torchao")
     path = Path(path)
-    content, tensors = _read(path)
+    content, tensors = FORMAT.read(path)
     if model is None and content.get("architecture") is None:
         raise QuietvitError(
             f"{path} holds a {content.get('model_class')} that timm does not build by name; build "
@@ -166,24 +148,8 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
 
 def facts_of_folder(path: Path) -> Facts:
     """The facts that travel in a folder. Raises QuietvitError where there are none."""
-    content = _read(path)[0]
+    content = FORMAT.read(path)[0]
     return Facts.from_json(json.dumps(content["facts"]), path)
-
-
-def refuse_folder(path: Path, force: bool) -> None:
-    """Raise QuietvitError where something stands at ``path``; with ``force`` unless it is ours."""
-    if not path.exists():
-        return
-    if not force:
-        raise QuietvitError(
-            f"{path} exists already; choose another name, or pass force (--force) to replace it."
-        )
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    if not path.is_dir() or names - {TENSORS, FACTS}:
-        raise QuietvitError(
-            f"{path} is not an earlier export for torchao (it is or holds "
-            f"{', '.join(sorted(names)[:3])}), so force does not replace it; choose another name."
-        )
 
 
 def _parts(tensor: Tensor) -> dict[str, Any] | None:
@@ -200,39 +166,3 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     module, _, attribute = name.rpartition(".")
     parameter = nn.Parameter(tensor, requires_grad=False)
     model.get_submodule(module).register_parameter(attribute, parameter)
-
-
-def _put(new: Path, path: Path, aside: Path) -> None:
-    """Rename ``new`` to ``path``; what was there comes back where that fails."""
-    if path.exists():
-        path.rename(aside)
-    try:
-        new.rename(path)
-    except OSError:
-        if aside.exists():
-            aside.rename(path)
-        raise
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (FACTS, TENSORS):
-        if not (path / name).is_file():
-            raise QuietvitError(
-                f"{path} holds no {name}; give the folder that 'quietvit export --to torchao' "
-                "wrote."
-            )
-    try:
-        content = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        tensors = load_file(path / TENSORS)
-    except (ValueError, SafetensorError, OSError) as error:
-        raise QuietvitError(
-            f"{path} is damaged or cut short ({error}); export it again."
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise QuietvitError(f"{path / FACTS} was not written by 'quietvit export --to torchao'.")
-    if content.get("version") != VERSION:
-        raise QuietvitError(
-            f"{path} has format version {content.get('version')}, this quietvit reads {VERSION}; "
-            "export it again."
-        )
-    return content, tensors

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quietvit.deployment.capture import DOMAIN, OUTPUT, WEIGHT
-from quietvit.deployment.fold import fold_affine
+from quietvit.deployment.for_onnx.capture import DOMAIN, OUTPUT, WEIGHT
+from quietvit.deployment.for_onnx.fold import fold_affine
+from quietvit.deployment.for_onnx.products import patches_as_product, product_of_weight, settled
+from quietvit.deployment.for_onnx.writer import Stored, Writer
 from quietvit.deployment.grids import Grid
-from quietvit.deployment.products import patches_as_product, product_of_weight, settled
-from quietvit.deployment.writer import Stored, Writer
 
 
 def lower(model: Any, stored: Mapping[str, Stored]) -> None:

@@ -1,6 +1,6 @@
 """Adjustments of outputs folded into the parameters of the float modules that make them.
 
-Which modules compute in integers is ``torchao_model``'s business.
+Which modules compute in integers is ``model``'s business.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quietvit.deployment.capture import need
+from quietvit.deployment.extras import need
 from quietvit.deployment.runtime import SETTINGS
 from quietvit.errors import QuietvitError
 
@@ -19,7 +19,7 @@ CLIPS = frozenset({"Minimum", "Maximum", "Clamp"})
 
 @dataclass(frozen=True)
 class IRParts:
-    """The same as ``parity.Parts`` for an IR: per product the names of the values quantized.
+    """The same as ``for_onnx``'s ``Parts`` for an IR: per product the names of what is quantized.
 
     Codes and sums are computed by two models: a model that also gives its codes away might not
     multiply them as integers.

@@ -1,21 +1,19 @@
 """OpenVINO IR, .xml and .bin, out of the ONNX bytes; and what OpenVINO can be held to.
 
-Which nodes the ONNX has is ``lower``'s business; how OpenVINO ran them is read in ``proof``.
+Which nodes the ONNX has is decided in ``for_onnx``; how OpenVINO ran them is read in ``proof``.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from quietvit.deployment.capture import need
+from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts, Product
-from quietvit.deployment.openvino_graph import without_zero_points
+from quietvit.deployment.for_openvino.graph import without_zero_points
 from quietvit.errors import QuietvitError
+from quietvit.files import beside, put_in_place
 
 ATTENTION = (
     "openvino computes the whole attention in one kernel, in float but where processor and scales "
@@ -32,9 +30,9 @@ def write_openvino(content: bytes, path: Path, facts: Facts) -> None:
     """Convert an ONNX file of ours to the IR ``path`` (.xml) and its .bin of the same stem.
 
     Weights stay the integers they are, int4 too; nothing is rounded to half precision. The facts,
-    with claims as ``for_openvino`` leaves them, are the entry ``quietvit`` of the model's rt_info.
-    Both files are written in a folder beside ``path`` and renamed when both stand; earlier ones of
-    these names are replaced, and put back where that fails.
+    with claims as ``kept_by_openvino`` leaves them, are the entry ``quietvit`` of the model's
+    rt_info. Both files are written in a folder beside ``path`` and renamed when both stand; earlier
+    ones of these names are replaced, and put back where that fails.
 
     Raises QuietvitError for a missing extra, content that OpenVINO does not read, and a place that
     cannot be written.
@@ -56,24 +54,13 @@ def write_openvino(content: bytes, path: Path, facts: Facts) -> None:
             f"openvino {openvino.__version__} does not read the exported graph "
             f"({str(error).strip().splitlines()[-1]}); export to onnx, or install a newer openvino."
         ) from error
-    model.set_rt_info(for_openvino(facts, left).to_json(), KEY)
-    folder = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    model.set_rt_info(kept_by_openvino(facts, left).to_json(), KEY)
+    with beside(path, RuntimeError) as folder:
         openvino.save_model(model, str(folder / path.name), compress_to_fp16=False)
-        _put(folder, path)
-    except (OSError, RuntimeError) as error:
-        raise QuietvitError(
-            f"could not write {path}: {getattr(error, 'strerror', None) or error}. What was there "
-            "before is untouched; free some space or choose another place."
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        put_in_place(folder, path.with_suffix(".bin"), path)
 
 
-def for_openvino(facts: Facts, zero: Collection[str] = ()) -> Facts:
+def kept_by_openvino(facts: Facts, zero: Collection[str] = ()) -> Facts:
     """The facts with no claim left that OpenVINO does not keep on every processor.
 
     No longer claimed are products of two activations, and the sites in ``zero``, whose weights have
@@ -88,24 +75,3 @@ def for_openvino(facts: Facts, zero: Collection[str] = ()) -> Facts:
         return replace(product, why_float=ZERO_POINTS) if product.name in zero else product
 
     return replace(facts, products=tuple(map(held_to, facts.products)))
-
-
-def _put(folder: Path, path: Path) -> None:
-    """Move both files out of ``folder`` to ``path``; earlier ones come back where that fails."""
-    targets = path.with_suffix(".bin"), path
-    for target in targets:
-        with (folder / target.name).open("rb") as file:
-            os.fsync(file.fileno())
-    aside = folder / "earlier"
-    aside.mkdir()
-    try:
-        for target in targets:
-            if target.exists():
-                target.rename(aside / target.name)
-        for target in targets:
-            (folder / target.name).rename(target)
-    except OSError:
-        for target in targets:
-            if (aside / target.name).exists():
-                (aside / target.name).replace(target)
-        raise

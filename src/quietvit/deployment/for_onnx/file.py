@@ -10,29 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quietvit.deployment.capture import captured, need, to_ir
+from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts
-from quietvit.deployment.grids import Grid, why_none
-from quietvit.deployment.lower import lower, weight_codes
-from quietvit.deployment.writer import Stored
+from quietvit.deployment.for_onnx.capture import captured, to_ir
+from quietvit.deployment.for_onnx.lower import lower, weight_codes
+from quietvit.deployment.for_onnx.writer import Stored
+from quietvit.deployment.grids import Grid
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.quantizers import Quantizer
 from quietvit.quantization.storage import weights_in_use
-
-
-def grids_of(quantized: QuantizedModel, strict: bool = True) -> dict[str, Grid]:
-    """The grid of every slot, by its key.
-
-    Where a slot has none it is left out, or with ``strict`` QuietvitError is raised.
-    """
-    found = {}
-    for slot in quantized.slots():
-        quantizer = quantized.quantizers[slot.key]
-        assert isinstance(quantizer, Quantizer)
-        if strict or why_none(slot, quantizer) is None:
-            found[slot.key] = Grid.of(slot, quantizer)
-    return found
 
 
 def onnx_of(

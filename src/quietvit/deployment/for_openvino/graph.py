@@ -1,7 +1,7 @@
 """The ONNX graph as OpenVINO multiplies it in integers: weights without zero points.
 
 OpenVINO computes a product in float wherever its weight has a zero point (seen in its runtime
-model). What becomes of the graph afterwards is ``openvino_file``'s business.
+model). What becomes of the graph afterwards is ``file``'s business.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A torch model whose linears multiply int8 by torchao, with our codes and our scales.
 
-Other products stay in float and are listed. How it is written to disk is ``torchao_file``'s.
+Other products stay in float and are listed. How it is written to disk is ``file``'s.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quietvit.deployment.capture import as_float32, need
-from quietvit.deployment.torchao_fold import called_module, fold_adjustments
+from quietvit.deployment.extras import need
+from quietvit.deployment.for_torchao.fold import called_module, fold_adjustments
+from quietvit.deployment.model import as_float32
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
@@ -50,8 +51,8 @@ class TorchAO:
         return "\n".join([*lines, *(f"float: {site}, {why}" for site, why in self.left_float)])
 
     def save(self, path: str | Path, force: bool = False) -> Path:
-        """Write the folder ``path``; see ``torchao_file.save_torchao``."""
-        from quietvit.deployment.torchao_file import save_torchao
+        """Write the folder ``path``; see ``file.save_torchao``."""
+        from quietvit.deployment.for_torchao.file import save_torchao
 
         return save_torchao(self, path, force=force)
 

@@ -5,7 +5,6 @@ torch's exporter writes the graph; what becomes of the marks is decided in ``low
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import warnings
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quietvit.deployment.extras import need
+from quietvit.deployment.model import as_float32, logits_of
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
@@ -35,21 +36,6 @@ class Logits(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return logits_of(self.model(images))
-
-
-def logits_of(output: Any) -> Tensor:
-    """The one tensor a model gives: its ``logits`` where it has such, or its only tensor.
-
-    Raises QuietvitError where it gives several.
-    """
-    found = getattr(output, "logits", output)
-    tensors = [x for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, Tensor)]
-    if len(tensors) != 1:
-        raise QuietvitError(
-            f"the model gives {len(tensors)} tensors, not logits; export a classifier, or wrap "
-            "the model so that it returns one tensor."
-        )
-    return tensors[0]
 
 
 def captured(quantized: QuantizedModel, opset: int) -> Any:
@@ -116,27 +102,6 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
         ) from error
     assert program is not None
     return program.model
-
-
-def need(*names: str) -> None:
-    """Raise QuietvitError naming the extra, unless all these packages can be imported."""
-    import importlib
-
-    extras = {"openvino": "openvino", "torchao": "torchao"}
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            extra = extras.get(name, "onnx")
-            raise QuietvitError(
-                f"{name} cannot be imported ({error}); install it: pip install 'quietvit[{extra}]'."
-            ) from error
-
-
-def as_float32(quantized: QuantizedModel) -> QuantizedModel:
-    """The model itself where its weights are float32, else a copy in float32."""
-    floats = {p.dtype for p in quantized.parameters() if p.is_floating_point()}
-    return quantized if floats <= {torch.float32} else copy.deepcopy(quantized).float()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from quietvit.deployment.writer import Writer, constant_of, only_user, other_input
+from quietvit.deployment.for_onnx.writer import Writer, constant_of, only_user, other_input
 
 
 def fold_affine(writer: Writer) -> None:

@@ -1,0 +1,1 @@
+"""torchao: a torch model whose linears multiply integers, and its folder on disk."""

@@ -1,0 +1,92 @@
+"""Folders of facts in JSON and tensors: written whole or not at all, read with checks.
+
+What the facts say, and which tensors belong to them, is the callers' business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quietvit.errors import QuietvitError
+from quietvit.files import beside, put_in_place
+
+TENSORS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class FolderFormat:
+    """A kind of folder, which holds ``TENSORS`` and ``facts``, and how its errors end.
+
+    ``earlier``: what one of this kind is called. The other texts are told of a folder where a file
+    is ``missing``, that is ``damaged``, ``foreign``, or of another version (``outdated``).
+    """
+
+    name: str
+    version: int
+    facts: str
+    earlier: str
+    missing: str
+    damaged: str
+    foreign: str
+    outdated: str
+
+    def refuse(self, path: Path, force: bool) -> None:
+        """Raise QuietvitError where something stands; with ``force`` unless it is of this kind."""
+        if not path.exists():
+            return
+        if not force:
+            raise QuietvitError(
+                f"{path} exists already; choose another name, or pass force (--force) to replace "
+                "it."
+            )
+        names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+        if not path.is_dir() or names - {TENSORS, self.facts}:
+            raise QuietvitError(
+                f"{path} is not an earlier {self.earlier} (it is or holds "
+                f"{', '.join(sorted(names)[:3])}), so force does not replace it; choose another "
+                "name."
+            )
+
+    def write(self, path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write the folder ``path``; one that stands there is replaced.
+
+        Raises QuietvitError where the place cannot be written; what was there is untouched then.
+        """
+        content = {"format": self.name, "version": self.version, **facts}
+        plain = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+        with beside(path, SafetensorError) as folder:
+            new = folder / path.name
+            new.mkdir()
+            save_file(plain, new / TENSORS)
+            text = json.dumps(content, indent=1) + "\n"
+            (new / self.facts).write_text(text, encoding="utf-8")
+            put_in_place(folder, path)
+
+    def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Facts and tensors; QuietvitError where the folder is not of this kind and version."""
+        for name in (self.facts, TENSORS):
+            if not (path / name).is_file():
+                raise QuietvitError(f"{path} holds no {name}; {self.missing}.")
+        try:
+            facts = json.loads((path / self.facts).read_text(encoding="utf-8"))
+            tensors = load_file(path / TENSORS)
+        except (ValueError, SafetensorError, OSError) as error:
+            raise QuietvitError(
+                f"{path} is damaged or cut short ({error}); {self.damaged}."
+            ) from error
+        if not isinstance(facts, dict) or facts.get("format") != self.name:
+            raise QuietvitError(f"{path / self.facts} {self.foreign}.")
+        if facts.get("version") != self.version:
+            raise QuietvitError(
+                f"{path} has format version {facts.get('version')}, this quietvit reads "
+                f"{self.version}; {self.outdated}."
+            )
+        return facts, tensors
