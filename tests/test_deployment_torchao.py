@@ -232,7 +232,8 @@ def test_timm_builds_what_it_knows_by_name(
     quantized = quantize(model, RTN(weight_bits=4), images(8), progress=False)
     made = to_torchao(quantized)
     export(quantized, tmp_path / "model", to="torchao")
-    assert torch.equal(load_torchao(tmp_path / "model").model(images()), made.model(images()))
+    for path in (tmp_path / "model", made.save(tmp_path / "saved")):
+        assert torch.equal(load_torchao(path).model(images()), made.model(images()))
     with pytest.raises(QuietvitError, match=r"load_torchao.*model=my_model"):
         load_torchao(written[1])
 

@@ -21,7 +21,7 @@ from quietvit.deployment.facts import Facts
 from quietvit.deployment.for_torchao.model import IntegerLinear, TorchAO, int8_tensor, to_torchao
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.architecture import architecture_of, build, compare_weights, set_dtypes
+from quietvit.quantization.architecture import build, compare_weights, set_dtypes
 from quietvit.quantization.folder import FolderFormat
 
 FORMAT = FolderFormat(
@@ -38,20 +38,12 @@ PARTS = ("codes", "scale", "input_scale", "input_zero_point")
 
 
 def save_torchao(
-    made: TorchAO,
-    path: str | Path,
-    *,
-    facts: Facts | None = None,
-    original: nn.Module | None = None,
-    input_shape: tuple[int, ...] | None = None,
-    force: bool = False,
+    made: TorchAO, path: str | Path, *, facts: Facts | None = None, force: bool = False
 ) -> Path:
     """Write ``path``, a folder with ``model.safetensors`` and ``torchao.json``; returns it.
 
-    ``original``: the float model, from which the name timm knows it by is found, so that
-    ``load_torchao`` can build it; without it a model has to be given there. ``facts`` travel along.
-    The folder appears whole. Raises QuietvitError where ``path`` exists: with ``force`` an earlier
-    export is replaced, any other file or folder is refused all the same.
+    ``facts`` travel along. The folder appears whole. Raises QuietvitError where ``path`` exists:
+    with ``force`` an earlier export is replaced, any other file or folder is refused all the same.
     """
     path = Path(path)
     FORMAT.refuse(path, force)
@@ -63,10 +55,8 @@ def save_torchao(
             continue
         int8[name] = [part for part in PARTS if parts[part] is not None]
         tensors |= {f"{name}:{part}": parts[part] for part in int8[name]}
-    shape = input_shape or (None if facts is None else facts.input_shape)
-    known = original is not None and shape is not None
     content = {
-        "architecture": architecture_of(original, shape) if known else None,  # type: ignore[arg-type]
+        "architecture": made.architecture,
         "model_class": type(made.model).__name__,
         "dtypes": {name: str(tensor.dtype) for name, tensor in tensors.items()},
         "int8": int8,
@@ -91,7 +81,7 @@ def write_torchao(quantized: QuantizedModel, path: Path, facts: Facts, *, force:
         for product in facts.products
     )
     facts = replace(facts, products=products)
-    save_torchao(made, path, facts=facts, original=quantized.model, force=force)
+    save_torchao(made, path, facts=facts, force=force)
     return facts
 
 
@@ -138,7 +128,8 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
             parameter.requires_grad_(False)
         left = tuple((site, why) for site, why in content["left_float"])
         integer, made = tuple(content["integer"]), tuple(content["made"])
-        return TorchAO(own, integer, content["integer_share"], left, made)
+        share, architecture = content["integer_share"], content["architecture"]
+        return TorchAO(own, integer, share, left, made, architecture)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise QuietvitError(
             f"{path} is not consistent ({type(error).__name__}: {error}); it was changed or cut "

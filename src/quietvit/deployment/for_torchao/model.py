@@ -19,6 +19,7 @@ from quietvit.deployment.for_torchao.fold import called_module, fold_adjustments
 from quietvit.deployment.model import as_float32
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
+from quietvit.quantization.architecture import architecture_of
 from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.quantization.storage import weights_in_use
@@ -35,6 +36,7 @@ class TorchAO:
     ``integer``: the sites that multiply int8 by int8, ``integer_share`` their share of all
     multiply-accumulates. ``left_float``: every other product, and every operand whose quantizer is
     not applied here, with the reason. ``made``: parameters the float model did not have.
+    ``architecture``: what timm builds the float model by, None for a model of other origin.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class TorchAO:
     integer_share: float
     left_float: tuple[tuple[str, str], ...]
     made: tuple[str, ...] = ()
+    architecture: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -133,7 +136,8 @@ def to_torchao(quantized: QuantizedModel) -> TorchAO:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     share = macs / coverage.total_macs if coverage.total_macs else 0.0
-    return TorchAO(model, tuple(integer), share, tuple(left), made)
+    architecture = architecture_of(quantized.model, quantized.input_shape)
+    return TorchAO(model, tuple(integer), share, tuple(left), made, architecture)
 
 
 def _converted(
