@@ -127,7 +127,7 @@ def measure(
                 "repeats": len(ratios),
                 "floor": round(floor, 6),
                 "extra_memory_mib": extra_mib(bench, variant, regularizer),
-                "block_mib": round(block, 1),
+                "block_mib": round(block, 3),
                 "settings": json.dumps(VARIANTS[variant][1], sort_keys=True),
                 "precision": bench.precision,
                 "threads": torch.get_num_threads(),
@@ -141,7 +141,7 @@ def measure(
 
 
 def extra_mib(bench: Bench, variant: str, regularizer: Any) -> float:
-    return round(extra_memory(bench, regularizer, in_forward=variant == "tweo"), 1)
+    return round(extra_memory(bench, regularizer, in_forward=variant == "tweo"), 3)
 
 
 def machine(device: torch.device) -> str:
@@ -235,6 +235,7 @@ def memory(
             with attached(regularizer, bench):
                 bench.step(regularizer)
             row["extra_memory_mib"] = extra_mib(bench, row["variant"], regularizer)
+            row["block_mib"] = round(block_mib(bench.model, bench.images[:1]), 3)
             print(name, batch, row["variant"], row["extra_memory_mib"], flush=True)
         write(out, rows)
 
