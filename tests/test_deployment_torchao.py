@@ -238,6 +238,28 @@ def test_timm_builds_what_it_knows_by_name(
         load_torchao(written[1])
 
 
+class Colon(nn.Module):
+    """Modules whose names hold what separates the parts of a weight in the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("layer:1", nn.Linear(3 * 32 * 32, 8))
+        self.add_module("layer:2", nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.get_submodule("layer:1")(x.flatten(1))
+        return self.get_submodule("layer:2")(hidden.relu())
+
+
+@torch.no_grad()
+def test_names_with_a_colon_are_read_back(tmp_path: Path) -> None:
+    model, method = randomized(Colon()), RTN(exclude=("layer:2",))
+    made = to_torchao(quantize(model, method, images(8), progress=False))
+    assert len(made.integer) == 1
+    again = load_torchao(made.save(tmp_path / "model"), Colon())
+    assert torch.equal(again.model(images()), made.model(images()))
+
+
 @torch.no_grad()
 def test_memory_and_qvit_give_the_same_model(
     written: tuple[QuantizedModel, Path, TorchAO], tmp_path: Path

@@ -107,7 +107,8 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
         own.eval()
         for name in content["made"]:
             _set(own, name, tensors[name])
-        state = {name: t for name, t in tensors.items() if ":" not in name}
+        parts = {f"{name}:{part}" for name, held in content["int8"].items() for part in held}
+        state = {name: t for name, t in tensors.items() if name not in parts}
         codes = {name: tensors[f"{name}:codes"] for name in content["int8"]}
         for name in content["extended"]:
             ends = [tensors.get(f"{name}.{what}") for what in ("low", "high", "offset")]
