@@ -1,8 +1,12 @@
-"""DeiT-Tiny with its ImageNet weights on 1000 images: the accuracies that are known or promised."""
+"""DeiT-Tiny with its ImageNet weights on the first 300 of 1000 images: what is known or promised.
+
+Of all 1000 the float model has 78.5 % right, of these 245; benchmarks/ptq_deit_tiny.py takes all.
+"""
 
 from __future__ import annotations
 
 import pytest
+from torch.utils.data import Subset
 
 import quietvit
 from quietvit.data import (
@@ -26,11 +30,12 @@ def model(test_data):
 @pytest.fixture(scope="module")
 def batches(test_data, model):
     images = load_dataset(f"table:{test_data / 'imagenet_dev_1000.parquet'}")
-    return list(evaluation_loader(images, evaluation_transform(model), batch_size=50))
+    shown = Subset(images, range(300))
+    return list(evaluation_loader(shown, evaluation_transform(model), batch_size=50))
 
 
 def test_float_accuracy_is_the_known_one(model, batches):
-    assert evaluate(model, batches) == pytest.approx(78.5, abs=0.2)
+    assert evaluate(model, batches) == pytest.approx(100 * 245 / 300, abs=0.4)
 
 
 def test_eight_bits_cost_less_than_two_points(test_data, model, batches):
@@ -38,4 +43,4 @@ def test_eight_bits_cost_less_than_two_points(test_data, model, batches):
     images = calibration_images(table, 32, evaluation_transform(model), seed=0)
     quantized = quietvit.quantize(model, quietvit.RTN(), images, progress=False)
     assert quantized.coverage.fraction == 1.0
-    assert evaluate(quantized, batches) > 76.5
+    assert evaluate(quantized, batches) > 100 * 245 / 300 - 2

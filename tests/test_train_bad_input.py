@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -171,6 +172,7 @@ def test_the_command_ends_with_code_143_on_sigterm(tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None
+        time.sleep(0.1)
     process.terminate()
     _, told = process.communicate(timeout=60)
     assert process.returncode == 143
