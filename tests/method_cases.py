@@ -15,7 +15,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "qdrop": {"iterations": 8, "batch_size": 4},
     # The input of the patch embedding is float in their authors' code, and by default.
     "ptq4vit": {"candidates": 20, "rounds": 1, "patch_input_bits": 8},
-    "adalog": {"rounds": 1, "patch_input_bits": 8},
+    "adalog": {"rounds": 1, "rows": 64, "patch_input_bits": 8},
 }
 
 
