@@ -139,7 +139,8 @@ def lay_out(
     if devices != {"cpu"}:
         # Few large batches, for the sake of speed: there, a block is little beside activations.
         total = sum(p.numel() for name, p in stand_ins.items() if source.first[name] == name)
-        room = joined = max(room, min(_ROOM_ON_DEVICES, math.ceil(total / divided_by)))
+        room = max(room, min(_ROOM_ON_DEVICES, math.ceil(total / divided_by)))
+        joined = _ROOM_ON_DEVICES
     plan: list[Batch] = []
     spans: list[range] = []
     for positions in windows(pairs, stand_ins, room):
