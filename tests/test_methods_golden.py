@@ -27,17 +27,18 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gptq": {"base": "repq-vit"},
     "qwt": {"base": "repq-vit"},
 }
-# Method: error at W8A8, at W4A4; 16 calibration images, seed 0.
-GOLDEN: dict[str, tuple[float, float]] = {
-    "adalog": (0.2672, 0.7235),
-    "brecq": (0.304, 0.7582),
+# Method: error at W8A8, at W4A4; 16 calibration images, seed 0. None where a run takes ten seconds
+# and more: the same code runs at 4 bits.
+GOLDEN: dict[str, tuple[float | None, float]] = {
+    "adalog": (None, 0.7235),
+    "brecq": (None, 0.7582),
     "dopq-vit": (0.1792, 0.8165),
-    "erq": (0.3155, 0.8353),
+    "erq": (None, 0.8353),
     "fq-vit": (0.5333, 0.9941),
-    "gptq": (0.3172, 0.8237),
+    "gptq": (None, 0.8237),
     "hptq": (0.7021, 0.9918),
-    "ptq4vit": (0.1875, 0.9773),
-    "qdrop": (0.3242, 0.7487),
+    "ptq4vit": (None, 0.9773),
+    "qdrop": (None, 0.7487),
     "qwt": (0.3383, 0.936),
     "repq-vit": (0.3147, 0.8162),
     "rtn": (0.1628, 0.9394),
@@ -73,8 +74,10 @@ def test_every_method_has_its_numbers():
     assert set(GOLDEN) == set(list_methods())
 
 
-@pytest.mark.parametrize("name", list_methods())
-@pytest.mark.parametrize("bits", [8, 4])
+CASES = [(name, bits) for name in list_methods() for bits in (8, 4) if GOLDEN[name][bits == 4]]
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
 def test_the_error_of_the_logits_is_as_it_was(real, name, bits):
     wanted = GOLDEN[name][bits == 4]
     assert error(real, name, bits) == pytest.approx(wanted, rel=TOLERANCE)
