@@ -5,6 +5,7 @@ Which runs there are, and their table, is in ``ablate``.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from dataclasses import dataclass, replace
@@ -198,7 +199,11 @@ def train(
 
 def put_probe(model: nn.Module, x: Tensor, y: Tensor, cache: Path | None) -> None:
     """``probe`` in the head: the same for every run of a task, so kept in ``cache``."""
-    file = None if cache is None else cache / f"head-{len(x)}-{x.shape[-1]}.safetensors"
+    file = None
+    if cache is not None:
+        seen = hashlib.sha256(x.cpu().numpy().tobytes())
+        seen.update(next(model.parameters()).detach().cpu().numpy().tobytes())
+        file = cache / f"head-{seen.hexdigest()[:16]}.safetensors"
     if file is not None and file.exists():
         found = load(file.read_bytes())
     else:

@@ -35,8 +35,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cd-compiled": ("ColinearityDecay", {"strength": 1.0, "compile": True}),
     "cd-top": ("ColinearityDecay", {"strength": 1.0, "top_refresh": 10**9}),
     "cd-top-svd": ("ColinearityDecay", {"strength": 1.0, "top_refresh": 1}),
-    "s2d": ("SpectralDecay", {"refresh": 10**9}),
-    "s2d-svd": ("SpectralDecay", {"refresh": 1}),
+    # Random weights pass no threshold: without one, every layer that it looks at is decayed.
+    "s2d": ("SpectralDecay", {"refresh": 10**9, "threshold": 0.0}),
+    "s2d-svd": ("SpectralDecay", {"refresh": 1, "threshold": 0.0}),
     "tweo": ("TWEO", {}),
     "kure": ("KurtosisRegularization", {}),
     "norm-gains": ("NormGainDecay", {"strength": 3.0}),
@@ -222,11 +223,13 @@ def hooks(bench: Bench, made: dict[str, Any], repeats: int) -> dict[str, list[fl
 def extra_memory(bench: Bench, regularizer: Any, in_forward: bool) -> float:
     """How much higher the peak is with it, MiB: of a step, or on a CPU of the update alone.
 
-    On a GPU by the allocator, on a CPU by ``LivePeak``. Everything must have run once before.
+    On a GPU by the allocator, on a CPU by ``LivePeak``. A step must have been taken before, so that
+    gradients and states are there.
     """
     if bench.device.type == "cuda" or in_forward:
         peaks = []
         for one in (None, regularizer):
+            bench.optimizer.zero_grad()
             with attached(one, bench):
                 peaks.append(_peak(bench, lambda one=one: bench.step(one)))
         return peaks[1] - peaks[0]
@@ -235,7 +238,6 @@ def extra_memory(bench: Bench, regularizer: Any, in_forward: bool) -> float:
 
 def _peak(bench: Bench, work: Callable[[], object]) -> float:
     gc.collect()
-    bench.optimizer.zero_grad()
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()

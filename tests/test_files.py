@@ -120,9 +120,19 @@ def test_a_file_that_was_not_written_moves_nothing(tmp_path):
 def test_what_cannot_even_be_brought_back_is_kept(tmp_path, monkeypatch):
     put({"model/a": "old"}, tmp_path / "model")
     failing_rename(monkeypatch, tmp_path / "model", OSError("no"), times=2)
-    with pytest.raises(QuietvitError, match="could not write"):
+    with pytest.raises(QuietvitError, match=r"could not be put back .*is in .*\.model\."):
         put({"model/a": "new"}, tmp_path / "model")
     assert list(held(tmp_path).values()) == ["old"]
+
+
+def test_a_link_that_cannot_be_replaced_stays_a_link(tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "model").symlink_to("kept")  # relative: it leads nowhere from another folder
+    failing_rename(monkeypatch, tmp_path / "model", OSError("no"))
+    with pytest.raises(QuietvitError, match="untouched"):
+        put({"model/a": "new"}, tmp_path / "model")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "model").is_dir()
 
 
 def test_a_full_disk_leaves_the_old_folder_and_says_so(tmp_path, monkeypatch):

@@ -27,10 +27,10 @@ def _timm(name: str, size: int = 32, **kwargs: Any) -> Callable[[], Built]:
 
 
 def _hybrid() -> Built:
-    """R26+ViT with one narrow block a stage: its own backbone has 14 million parameters."""
+    """R26+ViT with fewer and narrow blocks: its own backbone has 14 million parameters."""
     convolution = partial(StdConv2dSame, eps=1e-8)
     backbone = ResNetV2(
-        layers=(1, 1, 1, 1),
+        layers=(2, 1, 1, 1),
         channels=(16, 32, 64, 128),
         stem_chs=16,
         num_classes=0,

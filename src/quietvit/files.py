@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quietvit.errors import QuietvitError
@@ -64,8 +64,11 @@ def put_in_place(folder: Path, *paths: Path) -> None:
     """Rename what ``folder``, one of ``beside``, holds under the names of ``paths`` to ``paths``.
 
     The files are flushed to disk first. What was there goes only when all of the new stands; where
-    a rename fails it comes back, and nothing new stays. Should even that fail, what was there is
-    kept beside, under a hidden name.
+    a rename fails it comes back, and nothing new stays.
+
+    Raises:
+        QuietvitError: a rename failed and so did bringing back what was there: the message names
+            the hidden folder beside that keeps it.
     """
     for path in paths:
         new = folder / path.name
@@ -75,16 +78,23 @@ def put_in_place(folder: Path, *paths: Path) -> None:
     earlier = Path(tempfile.mkdtemp(prefix=f".{paths[0].name}.", dir=folder.parent))
     try:
         for path in paths:
-            if path.exists():
+            if os.path.lexists(path):
                 path.rename(earlier / path.name)
         for path in paths:
             (folder / path.name).rename(path)
-    except BaseException:
+    except BaseException as error:
         for path in paths:
-            if not (folder / path.name).exists():
-                path.replace(folder / path.name)
-            if (earlier / path.name).exists():
-                (earlier / path.name).replace(path)
+            with suppress(OSError):
+                if not (folder / path.name).exists():
+                    path.replace(folder / path.name)
+                if os.path.lexists(earlier / path.name):
+                    (earlier / path.name).replace(path)
+        if any(earlier.iterdir()):
+            raise QuietvitError(
+                f"could not write {paths[0]}: {getattr(error, 'strerror', None) or error}. What "
+                f"was there before could not be put back either and is in {earlier}; move it from "
+                "there."
+            ) from error
         earlier.rmdir()
         raise
     shutil.rmtree(earlier, ignore_errors=True)

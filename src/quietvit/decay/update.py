@@ -136,22 +136,27 @@ class Update:
                         self._source.release(owner)
             for window in round_:
                 moved = self._moved(window)
-                if not moved:
-                    continue
-                flat = mine if window - start == rank else self._flat(moved)
-                assert flat is not None
-                dist.broadcast(flat, src=window - start)
-                for owner, change in self._split(flat, moved).items():
-                    if owner in waiting:
-                        waiting[owner] += change
-                    elif self._layout.last_window[owner] != window:
-                        waiting[owner] = change.clone()
-                    else:
-                        waiting[owner] = change
+                if moved:
+                    flat = mine if window - start == rank else self._flat(moved)
+                    assert flat is not None
+                    dist.broadcast(flat, src=window - start)
+                    self._collect(window, self._split(flat, moved), waiting)
                 for owner in self._owners(window):
                     if self._layout.last_window[owner] == window and owner in waiting:
                         parameter = self._source.parameters[owner]
                         parameter.add_(like(parameter, waiting.pop(owner)))
+
+    def _collect(
+        self, window: int, changes: Mapping[str, Tensor], waiting: dict[str, Tensor]
+    ) -> None:
+        """Add the changes of a window to those that wait; copies where later windows add more."""
+        for owner, change in changes.items():
+            if owner in waiting:
+                waiting[owner] += change
+            elif self._layout.last_window[owner] != window:
+                waiting[owner] = change.clone()
+            else:
+                waiting[owner] = change
 
     def _changes(self, place: int) -> list[tuple[Run, Tensor, Tensor]]:
         """What is added by one batch: runs, their matrices and the factor of each."""

@@ -68,6 +68,8 @@ class FolderFormat:
             save_file(plain, new / TENSORS)
             text = json.dumps(content, indent=1) + "\n"
             (new / self.facts).write_text(text, encoding="utf-8")
+            # save_file lets the owner alone read, whatever the umask says.
+            (new / TENSORS).chmod((new / self.facts).stat().st_mode)
             put_in_place(folder, path)
 
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -53,6 +53,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         temporary.mkdir()
         save_file(tensors, temporary / _TENSORS)
         (temporary / _STATE).write_text(plain, encoding="utf-8")
+        # save_file lets the owner alone read, whatever the umask says.
+        (temporary / _TENSORS).chmod((temporary / _STATE).stat().st_mode)
         sums = {name: _checksum(temporary / name) for name in (_TENSORS, _STATE)}
         manifest = {"step": step, "sha256": sums}
         (temporary / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
