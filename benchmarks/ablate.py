@@ -182,8 +182,8 @@ def next_jobs(
 ) -> Iterator[Job]:
     """What can run now, in order: of each tier the tries of all tasks, then its finals."""
     done = {key_of(row) for row in rows}
-    for level in range(len(_tiers(LADDER))):
-        chosen = [name for name in _tiers(LADDER)[level] if name in families]
+    for level, names in enumerate(_tiers(LADDER)):
+        chosen = [name for name in names if name in families]
         for task in tasks:
             tier = tiers_of(task, scale)[level]
             for place in range(max((len(tier[name]) for name in chosen), default=0)):

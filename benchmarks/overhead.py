@@ -230,7 +230,6 @@ def memory(
                 continue
             in_steps = row["variant"] == "tweo"
             bench = Bench.of(name, int(batch) if in_steps else 1, torch.device("cpu"))
-            bench.backward()
             regularizer = make(row["variant"], bench)
             with attached(regularizer, bench):
                 bench.step(regularizer)

@@ -159,9 +159,8 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     model, x = make("vit"), images()
     first, second = quantize(model, RTN(), x), quantize(model, RTN(weight_bits=4), x)
     folder = first.save(tmp_path / "model.qvit")
-    assert (
-        len({entry.stat().st_mode for entry in folder.iterdir()}) == 1
-    )  # none for its owner alone
+    modes = {entry.stat().st_mode for entry in folder.iterdir()}
+    assert len(modes) == 1  # no file for its owner alone
     with pytest.raises(QuietvitError, match="exists already"):
         second.save(folder)
     assert same(quietvit.load(folder, model=model), first, x)

@@ -167,12 +167,12 @@ SCRIPT = """
 import sys
 from quietvit.train import load_recipe, train
 import quietvit.train.checkpoint as checkpoint
-flush = checkpoint._flush
+flush = checkpoint.flush
 def slow(path):
     print("saving", flush=True)
     import time; time.sleep(0.2)
     flush(path)
-checkpoint._flush = slow
+checkpoint.flush = slow
 train(load_recipe(sys.argv[1]), resume=True, progress=False)
 """
 

@@ -29,7 +29,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
     with beside(path) as folder:
         new = folder / path.name
         new.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(new)
+        flush(new)
         new.replace(path)
     return path
 
@@ -74,7 +74,7 @@ def put_in_place(folder: Path, *paths: Path) -> None:
         new = folder / path.name
         for part in new.rglob("*") if new.is_dir() else [new]:
             if not part.is_dir():
-                _flush(part)
+                flush(part)
     earlier = Path(tempfile.mkdtemp(prefix=f".{paths[0].name}.", dir=folder.parent))
     try:
         for path in paths:
@@ -128,6 +128,10 @@ def refuse_nonempty(directory: str | Path, force: bool = False) -> Path:
     return directory
 
 
-def _flush(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from quietvit.decay.limits import TrustRegion
 from quietvit.decay.penalty import Penalty
-from quietvit.decay.plan import Batch, batches, block_size, windows
+from quietvit.decay.plan import LARGEST_BATCH, Batch, batches, block_size, windows
 from quietvit.decay.whole import gathered, is_sharded, read, untied
 from quietvit.pairs import MatrixPair
 
-_ROOM_ON_DEVICES = 2**24
 _SAFE_LOGARITHM = 80.0
 _SAFE_REACH = 1e10
 
@@ -139,8 +138,8 @@ def lay_out(
     if devices != {"cpu"}:
         # Few large batches, for the sake of speed: there, a block is little beside activations.
         total = sum(p.numel() for name, p in stand_ins.items() if source.first[name] == name)
-        room = max(room, min(_ROOM_ON_DEVICES, math.ceil(total / divided_by)))
-        joined = _ROOM_ON_DEVICES
+        room = max(room, min(LARGEST_BATCH, math.ceil(total / divided_by)))
+        joined = LARGEST_BATCH
     plan: list[Batch] = []
     spans: list[range] = []
     for positions in windows(pairs, stand_ins, room):

@@ -18,7 +18,7 @@ from quietvit.pairs import MatrixPair
 from quietvit.tracing import WeightView
 from quietvit.tracing.weights import Index
 
-_LARGEST_BATCH = 2**24
+LARGEST_BATCH = 2**24
 Side = TypeVar("Side")
 
 
@@ -169,7 +169,7 @@ def batches(
     pairs: Sequence[MatrixPair],
     parameters: Mapping[str, Tensor],
     positions: Iterable[int] | None = None,
-    room: int = _LARGEST_BATCH,
+    room: int = LARGEST_BATCH,
 ) -> list[Batch]:
     """Group pairs of equal shapes, dtype and device; a batch holds at most ``room`` numbers.
 
@@ -191,7 +191,7 @@ def batches(
         sizes[key] = sum(math.prod(shape) for shape, _, _ in shapes)
     found = []
     for key, members in sorted(groups.items(), key=lambda item: -sizes[item[0]]):
-        most = max(1, min(room, _LARGEST_BATCH) // max(1, sizes[key]))
+        most = max(1, min(room, LARGEST_BATCH) // max(1, sizes[key]))
         for start in range(0, len(members), most):
             chosen = tuple(members[start : start + most])
             here = tuple(pairs[i] for i in chosen)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
+from quietvit.files import flush
 
 logger = logging.getLogger("quietvit")
 
@@ -59,11 +60,11 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         manifest = {"step": step, "sha256": sums}
         (temporary / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         for name in (_TENSORS, _STATE, _MANIFEST, ""):
-            _flush(temporary / name)
+            flush(temporary / name)
         if final.exists():
             final.rename(_unused(folder / f"{final.name}.damaged"))
         temporary.rename(final)
-        _flush(folder)
+        flush(folder)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise QuietvitError(
@@ -132,14 +133,6 @@ def _damage(path: Path) -> str | None:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _unused(path: Path) -> Path:
