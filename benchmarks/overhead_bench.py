@@ -25,7 +25,8 @@ import quietvit
 from quietvit.decay.penalties import Top
 from quietvit.decay.products import product_dtype
 
-RATE = 1e-4
+RATE = 1e-3
+"""That of the ImageNet recipes at its highest: the trust region has most to do there."""
 CPU_IMAGES = 32
 """Images in memory at a time on a CPU; a larger batch is accumulated."""
 # Name -> class, its settings. Cheap strengths: what they do to the weights does not matter here.

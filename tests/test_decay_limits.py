@@ -185,12 +185,53 @@ def test_three_stages_of_bounds_agree_and_are_ordered() -> None:
     region = TrustRegion(pairs, parameters, plan, Energy())
     for value in (1e-4, 1 / 23.0, 10.0):
         steps = [value, value]
-        suspects = region.suspects(steps)
+        suspects = region.suspects(steps, parameters)
         within = bool(region.within(suspects, parameters, steps, [None]))
         limited = region.limited(suspects, parameters, steps, [None])
-        assert bool(suspects) == (value * 24 > 1)
+        assert bool(suspects.batches) == (value * 24 > 1)
         assert not (within and limited is not None)
     assert limited is not None
+
+
+def beside_gains(spike: float) -> tuple[nn.Module, list[MatrixPair]]:
+    """fc1 is the second of one pair and the first of another: shapes alone count it twice."""
+    model = chain(24, 96, 24, norm=True)
+    model.norm.weight.data = torch.linspace(0.8, 1.2, 24, dtype=torch.float64)
+    model.norm.weight.data[3] = spike
+    return model, [link("norm", "l0", diagonal=True), link("l0", "l1")]
+
+
+@penalties
+def test_gains_of_about_one_size_need_no_gram_matrix(penalty: str) -> None:
+    model, pairs = beside_gains(spike=1.0)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    rule = PENALTIES[penalty]()
+    region = TrustRegion(pairs, parameters, batches(pairs, parameters), rule)
+    share = (1 + 96**0.5) / 2 if penalty == "peak" else 1.0
+    steps = [0.03 / share] * 4
+    assert 1 < 2 * steps[0] * 24 * share < 2, "shapes alone are not enough, half of them is"
+    assert not region.suspects(steps, parameters).batches
+    of_B = region.suspects(steps, parameters).bounds[1]
+    assert 1 <= of_B <= 1.5 * share
+    model.norm.weight.data[3] = 40.0
+    assert region.suspects(steps, parameters).batches, "one gain makes up the whole spectrum"
+    model.norm.weight.data[3] = float("nan")
+    assert region.suspects(steps, parameters).batches
+
+
+@penalties
+@pytest.mark.parametrize("spike", [1.0, 3.0, 40.0])
+def test_the_bound_beside_gains_is_one(penalty: str, spike: float) -> None:
+    model, pairs = beside_gains(spike)
+    A, B = model.norm.weight.data[None], model.l0.weight.data[None]
+    rule = PENALTIES[penalty]()
+    operator = rule.operators(A, B, rule.basis(A, B))[1]
+    gram = operator.gram if operator.gram.ndim == 3 else torch.diag_embed(operator.gram)
+    rates = torch.linalg.eigvalsh(gram)
+    largest = float(rates.amax())
+    if operator.weights is not None:
+        largest *= float(operator.weights.amax())
+    assert largest <= float(rule.bound_beside_gains(A, B.shape[1])) * (1 + 1e-12)
 
 
 def test_limiting_warns_once() -> None:

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from quietvit import QuietvitError
 from quietvit.decay import PENALTIES, ColinearityDecay
@@ -237,21 +238,35 @@ def swin() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("penalty", ["energy", "peak"])
+# Twice 0.95 x RATE x 96, the load of fc1 by shapes alone, is above 1.
+@pytest.mark.parametrize(
+    ("penalty", "strength"), [("energy", STRENGTH), ("energy", 0.95), ("peak", STRENGTH)]
+)
 @pytest.mark.parametrize("products", ["float32", "bfloat16"])
 @pytest.mark.parametrize("build", [lambda: vit(width=96, depth=6), swin], ids=["vit", "swin"])
 def test_memory_beyond_the_weights_is_at_most_one_block(
-    build: Callable[[], nn.Module], products: str, penalty: str
+    build: Callable[[], nn.Module], products: str, penalty: str, strength: float
 ) -> None:
     model = build()
     block = block_mib(model, EXAMPLE)
-    decay = ColinearityDecay(model, EXAMPLE, strength=STRENGTH, products=products, penalty=penalty)
+    decay = ColinearityDecay(model, EXAMPLE, strength=strength, products=products, penalty=penalty)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     decay.step(optimizer)
     gc.collect()
     with LivePeak() as peak:
         decay.step(optimizer)
     assert 0.5 * block < peak.most / 2**20 <= block
+
+
+def test_norm_gains_of_one_size_save_the_trust_region_its_products() -> None:
+    counted = []
+    for strength in (STRENGTH, 0.95):
+        model = vit(width=96)
+        decay = ColinearityDecay(model, EXAMPLE, strength=strength)
+        with FlopCounterMode(display=False) as counter:
+            decay.step(torch.optim.SGD(model.parameters(), lr=RATE))
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 class Syncs(TorchDispatchMode):

@@ -223,7 +223,7 @@ class ColinearityDecay(DecoupledUpdate):
         if not (self.rule.tame and layout.is_short(steps)):
             return False
         tame = layout.is_tame(source.norms())
-        suspects = layout.region.suspects(steps)
+        suspects = layout.region.suspects(steps, source)
         within = layout.region.within(
             suspects, source, steps, self._bases, self.products, tame.device
         )

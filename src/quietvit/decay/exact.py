@@ -39,7 +39,7 @@ def exact_changes(
         directions = batch.read(parameters).apply(partial(rule.directions, basis=bases[position]))
         whole.add(batch, *directions, steps)
     region = layout.region
-    suspects = region.suspects(steps)
+    suspects = region.suspects(steps, parameters)
     within = region.within(suspects, parameters, steps, bases)
     is_finite, is_within = torch.stack([whole.finite().to(within.device), within]).tolist()
     if not is_finite:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +20,16 @@ from quietvit.pairs import MatrixPair
 
 Steps = Sequence[float]
 Bases = Sequence[Basis | None]
+# What a load may be where the update is going to be computed in bfloat16.
+ROOM = 1 - 2.0**-6
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """Batches that cheap bounds do not keep within, and the bounds of all sides' rates so far."""
+
+    batches: tuple[int, ...]
+    bounds: tuple[float, ...]
 
 
 class TrustRegion:
@@ -38,8 +49,9 @@ class TrustRegion:
     directions below the cut keep their plain update. Derived here.
 
     Cost: nothing while (learning rate)(strength)(min(shape)) summed over shared entries is at most
-    1; beyond that, one Gram matrix of the smaller side per pair to bound the rates without a
-    decomposition; only where that bound exceeds 1, eigenvalues and a warning (once).
+    1; beyond that, the spread of norm gains where they are partners; where that is not enough, one
+    Gram matrix of the smaller side per pair to bound the rates without a decomposition; only where
+    that bound exceeds 1, eigenvalues and a warning (once).
     """
 
     def __init__(
@@ -55,25 +67,48 @@ class TrustRegion:
         views = [view for pair in pairs for view in (pair.first, pair.second)]
         self._sharing = overlaps(views, parameters)
         self._static = [0.0] * len(views)
-        for batch in plan:
-            bounds = batch.read(parameters).apply(rule.static_bounds)
+        self._outputs: dict[int, int] = {}
+        for place, batch in enumerate(plan):
+            operands = batch.read(parameters)
+            bounds = operands.apply(rule.static_bounds)
             for position in batch.members:
                 self._static[2 * position : 2 * position + 2] = bounds
+            if operands.A.ndim == 2 and operands.before is None and operands.between is None:
+                self._outputs[place] = operands.B.shape[1]
         self._matrix: Tensor | None = None
         self._warned = False
 
-    def suspects(self, steps: Steps) -> list[int]:
-        """Return the batches whose bound from shapes alone does not keep them within."""
-        rates = [step * bound for step, bound in zip(steps, self._static, strict=True)]
+    def suspects(self, steps: Steps, parameters: Mapping[str, Tensor]) -> Suspects:
+        """Return the batches that neither shapes nor norm gains keep within.
+
+        The gains are read, with one sync, only where shapes alone are not enough.
+        """
+        heavy = self._heavy(steps, self._static, 1.0)
+        beside = [i for i in heavy if i in self._outputs]
+        if not beside:
+            return Suspects(tuple(heavy), tuple(self._static))
+        bounds = list(self._static)
+        found = [
+            self._rule.bound_beside_gains(self._plan[i].read_first(parameters), self._outputs[i])
+            for i in beside
+        ]
+        members = [member for i in beside for member in self._plan[i].members]
+        for member, bound in zip(members, torch.cat(found).tolist(), strict=True):
+            bounds[2 * member + 1] = bound
+        return Suspects(tuple(self._heavy(steps, bounds, ROOM)), tuple(bounds))
+
+    def _heavy(self, steps: Steps, bounds: Sequence[float], most: float) -> list[int]:
+        """The batches with a side whose load may exceed ``most``, and those that it shares with."""
+        rates = [step * bound for step, bound in zip(steps, bounds, strict=True)]
         heavy: set[int] = set()
         for side, sharing in enumerate(self._sharing):
-            if sum(rates[q] for q in sharing) > 1:
+            if not sum(rates[q] for q in sharing) <= most:  # NaN is heavy
                 heavy.update(q // 2 for q in (side, *sharing))
         return [i for i, batch in enumerate(self._plan) if not heavy.isdisjoint(batch.members)]
 
     def within(
         self,
-        suspects: Sequence[int],
+        suspects: Suspects,
         parameters: Mapping[str, Tensor],
         steps: Steps,
         bases: Bases,
@@ -82,14 +117,14 @@ class TrustRegion:
     ) -> Tensor:
         """Return a flag on the device: do cheap bounds keep all loads at most 1? No sync.
 
-        Where the update is going to be computed in bfloat16, at most 1 - 2^-6.
+        Where the update is going to be computed in bfloat16, at most ``ROOM``.
         """
         if device is None:
             device = next(iter(parameters.values())).device
-        if not suspects:
+        if not suspects.batches:
             return torch.ones((), dtype=torch.bool, device=device)
-        bounds = torch.tensor(self._static, device=device)
-        for i in suspects:
+        bounds = torch.tensor(suspects.bounds, device=device)
+        for i in suspects.batches:
             batch = self._plan[i]
             operands = batch.read(parameters)
             dtype = product_dtype(products, operands.A)
@@ -101,15 +136,15 @@ class TrustRegion:
                 at = 2 * members + side
                 bounds[at] = torch.minimum(bounds[at], bound.to(bounds))
         rates = bounds * torch.tensor(steps, device=device)
-        return (self._loads(rates) <= (1 if products == "float32" else 1 - 2.0**-6)).all()
+        return (self._loads(rates) <= (1 if products == "float32" else ROOM)).all()
 
     def limited(
-        self, suspects: Sequence[int], parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
+        self, suspects: Suspects, parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
     ) -> list[tuple[Batch, Tensor, Tensor]] | None:
         """Return each batch with its steps for A and B, cut where needed; None if none is."""
         device = next(iter(parameters.values())).device
-        bounds = torch.tensor(self._static, dtype=torch.float64)
-        for i in suspects:
+        bounds = torch.tensor(suspects.bounds, dtype=torch.float64)
+        for i in suspects.batches:
             batch = self._plan[i]
             operators = batch.read(parameters).apply(partial(self._rule.operators, basis=bases[i]))
             for side, operator in enumerate(operators):

@@ -124,8 +124,11 @@ class Peak(Penalty):
         )
 
     def static_bounds(self, A: Tensor, B: Tensor) -> tuple[float, float]:
-        share = (1 + B.shape[1] ** 0.5) / 2
+        share = _largest_share(B.shape[1])
         return smaller(B) * share, smaller(A) * share
+
+    def bound_beside_gains(self, A: Tensor, outputs: int) -> Tensor:
+        return largest_rate(A) * _largest_share(outputs)
 
     def bounds(
         self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
@@ -272,6 +275,10 @@ def penalty_named(penalty: str | Penalty) -> Penalty:
 
 def _share(direction: Tensor, weight: Tensor) -> Tensor:
     return (direction * weight).flatten(1).sum(1) * inverse(square(weight))
+
+
+def _largest_share(outputs: int) -> float:
+    return (1 + outputs**0.5) / 2
 
 
 def _weighted(B: Tensor, weights: Tensor) -> Tensor:

@@ -85,6 +85,13 @@ class Penalty(ABC):
         """
         return largest_rate(B, products), largest_rate(A, products)
 
+    def bound_beside_gains(self, A: Tensor, outputs: int) -> Tensor:
+        """Return upper bounds (n,) of the rates of B (n, outputs, h) where A (n, h) is diagonal.
+
+        Without a product: gains are of about one size, and the bound is near to 1 then, not h.
+        """
+        return largest_rate(A)
+
     def basis(self, A: Tensor, B: Tensor) -> Basis | None:
         """Return what has to be cached between steps, or None where nothing has."""
         return None

@@ -115,11 +115,15 @@ class Batch:
     def read(self, parameters: Mapping[str, Tensor]) -> Operands:
         """Return the matrices of the members, and their gains."""
         return Operands(
-            _joined(self.firsts, parameters),
+            self.read_first(parameters),
             _joined(self.seconds, parameters),
             _gains([pair.before for pair in self.pairs], parameters),
             _gains([pair.between for pair in self.pairs], parameters),
         )
+
+    def read_first(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return A alone."""
+        return _joined(self.firsts, parameters)
 
     @property
     def names(self) -> tuple[str, ...]:
