@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from finetune_cifar import images, normalized, outliers, parameter_groups, top1
 from quietvit.data import create_model
 from quietvit.decay import StrengthSchedule
 from quietvit.decay.products import product_dtype
+from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
 
 CLASSES, CALIBRATION = 10, 32
@@ -75,6 +78,10 @@ TASKS = {
         ),
     },
 }
+
+
+class Diverged(Exception):
+    """Training met a loss, weights or activations that are no numbers."""
 
 
 def own_scale() -> str:
@@ -154,7 +161,7 @@ def train(
     limit: int | None = None,
     cache: Path | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
-    """The trained model in eval mode, the seconds it took and its last loss."""
+    """The trained model in eval mode, the seconds it took and its last loss; else Diverged."""
     device = split.train[0].device
     torch.manual_seed(seed)
     model = build(task, data).to(device)
@@ -172,29 +179,35 @@ def train(
     )
     generator = torch.Generator().manual_seed(seed)
     model.train()
-    start, loss, done = time.perf_counter(), torch.zeros(()), 0
-    for _ in range(task.epochs):
-        order = torch.randperm(len(x), generator=generator).to(device)
-        for picked in order[: len(x) // task.batch * task.batch].view(-1, task.batch):
-            batch = varied(x[picked], task.size // 8, generator)
-            with torch.autocast(device.type, torch.bfloat16, enabled=low):
-                logits = model(normalized(batch, model))
-            loss = F.cross_entropy(logits.float(), y[picked])
-            for penalty in penalties:
-                loss = loss + penalty.loss()
-            optimizer.zero_grad()
-            loss.backward()
+    start, loss = time.perf_counter(), torch.zeros(())
+    for picked in islice(batches(len(x), task, generator), limit):
+        picked = picked.to(device)
+        batch = varied(x[picked], task.size // 8, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            logits = model(normalized(batch, model))
+        loss = F.cross_entropy(logits.float(), y[picked])
+        for penalty in penalties:
+            loss = loss + penalty.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        try:
             optimizer.step()
-            schedule.step()
-            done += 1
-            if limit is not None and done >= limit:
-                break
-        if limit is not None and done >= limit:
-            break
-    seconds = time.perf_counter() - start
+        except QuietvitError as error:  # of a regularizer that looks at weights
+            raise Diverged(str(error)) from error
+        schedule.step()
+    seconds, last = time.perf_counter() - start, float(loss.detach())
+    if not math.isfinite(last) or not all(p.isfinite().all() for p in model.parameters()):
+        raise Diverged(f"the last loss is {last}, or a weight is no number")
     for each in regularizers:
         each.detach()
-    return model.eval(), {"train_seconds": round(seconds, 1), "last_loss": float(loss.detach())}
+    return model.eval(), {"train_seconds": round(seconds, 1), "last_loss": last}
+
+
+def batches(images: int, task: Task, generator: torch.Generator) -> Iterator[Tensor]:
+    """Which images make each batch, epoch by epoch, each in an order of its own."""
+    for _ in range(task.epochs):
+        order = torch.randperm(images, generator=generator)
+        yield from order[: images // task.batch * task.batch].view(-1, task.batch)
 
 
 def put_probe(model: nn.Module, x: Tensor, y: Tensor, cache: Path | None) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -61,14 +63,31 @@ def test_a_try_that_diverged_counts_and_loses(place: int) -> None:
     assert planned(rows) == [(best, seed, "final") for seed in ("1", "2", "3")]
 
 
-@pytest.mark.parametrize("how", ["refused", "nan"])
+SETTINGS = {"plain": {}, "cd": {"cd": {"strength": 1.0}}}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_training_that_meets_nan_diverges(name: str, tmp_path: Path) -> None:
+    task = replace(ablate.TASKS["small"]["scratch"], train=64, epochs=1, width=24, depth=1)
+    x = torch.full((64, 3, 32, 32), float("nan"))
+    images = (x, torch.zeros(64, dtype=torch.long))
+    with pytest.raises(ablate.Diverged):
+        ablate.train(task, SETTINGS[name], 0, ablate.Split(images, images, images), tmp_path)
+
+
+def test_a_wrong_setting_is_no_divergence(tmp_path: Path) -> None:
+    task = replace(ablate.TASKS["small"]["scratch"], train=64, epochs=1, width=24, depth=1)
+    images = (torch.zeros(64, 3, 32, 32), torch.zeros(64, dtype=torch.long))
+    with pytest.raises(QuietvitError, match="strength"):
+        split = ablate.Split(images, images, images)
+        ablate.train(task, {"cd": {"strength": -1.0}}, 0, split, tmp_path)
+
+
 def test_a_run_that_diverges_gives_a_row_of_nan(
-    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def train(*given: Any) -> Any:
-        if how == "refused":
-            raise QuietvitError("4 values are NaN or infinite")
-        return None, {"train_seconds": 1.0, "last_loss": math.nan}
+        raise ablate.Diverged("4 values are NaN or infinite")
 
     monkeypatch.setattr(ablate, "train", train)
     job = ablate.Job(TASK, "cpu", FAMILY, TRIES[0], "0", "search")
