@@ -399,6 +399,28 @@ def test_an_optimizer_without_hooks_is_refused_and_explicit_steps_work() -> None
     assert_equal(weights(model), wanted, 1e-14)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_step_by_hand_beside_the_hooks_is_refused(given: bool) -> None:
+    model = block()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    decay = ColinearityDecay(model, strength=1.0, pairs=block_pairs()).attach(optimizer)
+    before = weights(model)
+    with pytest.raises(QuietvitError, match="acts at each of its steps"):
+        decay.step(optimizer) if given else decay.step()
+    assert_equal(weights(model), before, 0)
+    decay.detach()
+    decay.step(optimizer)
+    assert decay.steps == 1
+
+
+def test_weights_below_float32_are_told_of() -> None:
+    model = block().to(torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    decay = ColinearityDecay(model, strength=1.0, pairs=block_pairs())
+    with pytest.warns(UserWarning, match=r"are torch.bfloat16 \(first: .*below about 0.0039"):
+        decay.attach(optimizer)
+
+
 def test_steps_that_pass_without_a_call_raise() -> None:
     model = block()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -222,7 +222,7 @@ def test_gains_of_about_one_size_need_no_gram_matrix(penalty: str) -> None:
 @penalties
 @pytest.mark.parametrize("spike", [1.0, 3.0, 40.0])
 def test_the_bound_beside_gains_is_one(penalty: str, spike: float) -> None:
-    model, pairs = beside_gains(spike)
+    model, _ = beside_gains(spike)
     A, B = model.norm.weight.data[None], model.l0.weight.data[None]
     rule = PENALTIES[penalty]()
     operator = rule.operators(A, B, rule.basis(A, B))[1]

@@ -334,6 +334,41 @@ def test_a_closure_gets_the_gradient_once_for_each_call(name: str) -> None:
 
 
 @coupled
+def test_an_optimizer_that_maximizes_lowers_the_penalty_all_the_same(name: str) -> None:
+    found = []
+    for sign in (1.0, -1.0):
+        model = tower()
+        optimizer = adam(model, maximize=sign < 0)
+        MAKERS[name](model, images()).attach(optimizer)
+        for step in range(3):
+            backward(model, seed=step, factor=sign)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((model, weights(model)))
+    assert not changed(found[0][0], found[1][1])
+
+
+@every_one
+def test_a_step_that_calls_its_base_s_step_counts_once(name: str) -> None:
+    """torch wraps the step of each class that was ever built, so both call the hooks."""
+    adam(tower())
+
+    class Nested(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    found = []
+    for kind in (torch.optim.AdamW, Nested):
+        model = tower()
+        optimizer = kind(model.parameters(), lr=0.01)
+        made = MAKERS[name](model, images()).attach(optimizer)
+        train(model, optimizer, made)
+        assert made.steps == 4
+        found.append((model, weights(model)))
+    assert not changed(found[0][0], found[1][1])
+
+
+@coupled
 def test_a_step_that_takes_the_scaler_itself_is_refused(name: str) -> None:
     class Own(torch.optim.SGD):
         def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:

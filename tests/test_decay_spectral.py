@@ -301,6 +301,14 @@ def test_reading_the_penalty_selects_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
+def test_layers_narrower_than_the_components_have_fewer() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 3), nn.Tanh(), nn.Linear(3, SIZE))
+    model = nn.Sequential(model, nn.Linear(SIZE, 4)).double()
+    made = stepped(model, components=5)
+    assert [len(share) for share in made.dominance.values()] == [5, 2, 2]
+
+
 def test_images_that_make_nan_are_refused_and_named() -> None:
     model = Two().double()
     bad = rows()

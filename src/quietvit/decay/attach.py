@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quietvit.decay.following import Watch, Watched, innermost, is_skipped
+from quietvit.decay.following import (
+    Nesting,
+    Watch,
+    Watched,
+    innermost,
+    is_skipped,
+    unwrapped,
+)
 from quietvit.decay.regularizer import checked_state, one_strength
 from quietvit.decay.schedule import (
     Schedule,
@@ -54,6 +61,7 @@ class Attachment(ABC):
         self.schedule = checked_schedule(schedule)
         self.steps = 0
         self.in_step = False
+        self._nesting = Nesting()
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._handles: list[Any] = []
         self._held: set[str] = set()
@@ -93,6 +101,7 @@ class Attachment(ABC):
                 "any load_state_dict(assign=True) or .to()."
             )
         self._warn_of_others(held, inner)
+        self._warn_of_rounding(held)
         self._optimizer = weakref.ref(inner)
         self._held = set(held)
         self._handles = [
@@ -119,6 +128,19 @@ class Attachment(ABC):
                 stacklevel=3,
             )
 
+    def _warn_of_rounding(self, held: Collection[str]) -> None:
+        """Say that a decoupled change may be too small for weights below float32."""
+        low = [name for name in held if self._read(name).dtype.itemsize < 4]
+        if low and not self.coupled:
+            dtype = self._read(low[0]).dtype
+            warnings.warn(
+                f"{type(self).__name__}: {len(low)} of {len(held)} {self.concerns} are {dtype} "
+                f"(first: {low[0]}). A decoupled step below about {torch.finfo(dtype).eps / 2:.2g} "
+                "of a weight rounds away there, and most steps are smaller; keep the weights in "
+                "float32 and compute in autocast.",
+                stacklevel=3,
+            )
+
     def detach(self) -> None:
         """Stop following the optimizer. Does nothing if not attached."""
         for handle in self._handles:
@@ -130,11 +152,15 @@ class Attachment(ABC):
         """Apply one step now, for loops whose optimizer cannot be hooked: call it after each step.
 
         What is coupled is called before each step in its place, with gradients unscaled.
-        ``optimizer`` gives parameters and learning rates (default: the attached one). An attached
-        object already steps by itself.
+        ``optimizer`` gives parameters and learning rates. Raises QuietvitError where it is attached
+        to this optimizer, at whose steps it acts by itself.
         """
-        if optimizer is None:
-            optimizer = self._optimizer() if self._optimizer is not None else None
+        attached = self._optimizer() if self._optimizer is not None else None
+        if attached is not None and (optimizer is None or unwrapped(optimizer) is attached):
+            raise QuietvitError(
+                f"this {type(self).__name__} is attached to the {type(attached).__name__} and acts "
+                "at each of its steps; step() would act twice. Leave it out, or detach() first."
+            )
         if optimizer is None:
             raise QuietvitError(
                 f"{type(self).__name__}.step() knows no learning rate; call attach(optimizer) "
@@ -202,7 +228,8 @@ class Attachment(ABC):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.in_step = True
-        return self._couple(optimizer, args, kwargs) if self.coupled else None
+        outermost = self._nesting.enter(optimizer)
+        return self._couple(optimizer, args, kwargs) if self.coupled and outermost else None
 
     @torch.compiler.disable
     def _couple(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -234,6 +261,8 @@ class Attachment(ABC):
 
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._nesting.leave():
+            return
         self.in_step = False
         if not is_skipped(optimizer):
             if not self.coupled:
@@ -327,15 +356,16 @@ class PenaltyGradient(WholeUpdate):
         if not self.coupled:
             super()._apply(optimizer, factor)
             return
-        names = self._groups(optimizer)
-        if not names:
+        groups = self._groups(optimizer)
+        if not groups:
             return
         whole = self._parameters()
         with torch.autocast(next(iter(whole.values())).device.type, enabled=False):
-            gradients = self._gradients(whole, names)
+            gradients = self._gradients(whole, groups)
         scale = getattr(optimizer, "grad_scale", None)
         for name, gradient in gradients.items():
-            added = gradient * factor
+            # Where the optimizer goes up the gradient, the penalty still has to go down.
+            added = gradient * (-factor if groups[name].get("maximize") else factor)
             self._add(name, added if scale is None else added * scale.to(added))
 
     def _add(self, name: str, gradient: Tensor) -> None:

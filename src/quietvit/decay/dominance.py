@@ -93,9 +93,10 @@ def dominances(
         finally:
             reshard(model)
     names = list(sums)
-    table = torch.stack(
-        [(total / count.clamp_min(1)).double().to(device) for total, count in sums.values()]
-    ).tolist()
+    means = [(total / count.clamp_min(1)).double().to(device) for total, count in sums.values()]
+    # One list for all, for one sync; narrow weights have fewer components.
+    values = iter(torch.cat(means).tolist())
+    table = [[next(values) for _ in mean] for mean in means]
     for name, row in zip(names, table, strict=True):
         if not all(value < float("inf") for value in row):
             raise QuietvitError(

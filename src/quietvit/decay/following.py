@@ -18,11 +18,8 @@ _WRAPPED = ("optimizer", "_base_optimizer", "base_optimizer", "_optimizer", "inn
 _PATIENCE = 3
 
 
-def innermost(optimizer: Any) -> Optimizer:
-    """Return the optimizer that really steps, out of its wrappers.
-
-    Raises QuietvitError where step hooks registered on it would never fire.
-    """
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer that really steps, out of its wrappers."""
     seen: set[int] = set()
     while id(optimizer) not in seen:
         seen.add(id(optimizer))
@@ -31,6 +28,15 @@ def innermost(optimizer: Any) -> Optimizer:
             if inner is not None and hasattr(inner, "param_groups"):
                 optimizer = inner
                 break
+    return optimizer
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """Return ``unwrapped(optimizer)``.
+
+    Raises QuietvitError where step hooks registered on it would never fire.
+    """
+    optimizer = unwrapped(optimizer)
     hooked = getattr(type(optimizer).step, "hooked", False) if hasattr(optimizer, "step") else False
     if not isinstance(optimizer, Optimizer) or not hooked:
         raise QuietvitError(
@@ -40,6 +46,33 @@ def innermost(optimizer: Any) -> Optimizer:
             "regularizer is coupled)."
         )
     return optimizer
+
+
+class Nesting:
+    """Which calls of the hooks are those of a whole step.
+
+    torch wraps ``step`` class by class. Where a subclass's step calls that of a base that is
+    wrapped too, hooks are called twice, the inner calls between the outer ones.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    def enter(self, optimizer: Optimizer) -> bool:
+        """Call before a step; True for the outermost."""
+        # Only such classes are counted: after a step that raised, the count would be off.
+        self._depth = self._depth + 1 if _may_nest(type(optimizer)) else 1
+        return self._depth == 1
+
+    def leave(self) -> bool:
+        """Call after a step; True for the outermost."""
+        self._depth = max(0, self._depth - 1)
+        return self._depth == 0
+
+
+def _may_nest(optimizer: type[Optimizer]) -> bool:
+    own = (vars(base).get("step") for base in optimizer.__mro__)
+    return sum(bool(getattr(step, "hooked", False)) for step in own) > 1
 
 
 def is_skipped(optimizer: Optimizer) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
-from quietvit.decay.following import innermost, is_skipped
+from quietvit.decay.following import Nesting, innermost, is_skipped
 from quietvit.decay.regularizer import checked_state, number, one_strength
 from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
 from quietvit.errors import QuietvitError
@@ -87,6 +87,7 @@ class TWEO:
         self._seen: list[tuple[str, Tensor]] = []
         self._last: dict[str, Tensor] = {}
         self._used, self._unused = False, 0
+        self._nesting = Nesting()
         self._hooks: list[Any] = []
         self._handles: list[Any] = []
         self._watch()
@@ -136,7 +137,11 @@ class TWEO:
                 "this TWEO is already attached to an optimizer; call detach() first, or build a "
                 "second one."
             )
-        self._handles = [innermost(optimizer).register_step_post_hook(self._after_step)]
+        inner = innermost(optimizer)
+        self._handles = [
+            inner.register_step_pre_hook(self._before_step),
+            inner.register_step_post_hook(self._after_step),
+        ]
         self._watch()
         return self
 
@@ -202,8 +207,13 @@ class TWEO:
             )
         self._seen.append((name, term))
 
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._nesting.enter(optimizer)
+
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._nesting.leave():
+            return
         self._seen = []
         if is_skipped(optimizer):
             return
