@@ -37,7 +37,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ablate_run import TASKS, Diverged, Setting, Split, Task, measure, own_scale, read, train
+from ablate_run import TASKS, DivergedError, Setting, Split, Task, measure, own_scale, read, train
 from quietvit.decay.products import product_dtype
 
 OUT = Path("results/ablate.csv")
@@ -106,9 +106,7 @@ def _tiers(ladder: Sequence[float]) -> tuple[dict[str, list[Setting]], ...]:
             "cd+residual": _cd(ladder, (*DENSE, "residual")),
             "cd-fold": _cd(ladder, DENSE, fold=True),
             "cd+norm+tweo": _with(_cd(ladder, (*DENSE, *NORM)), tweo={"strength": 0.01}),
-            "cd+norm+adamw-all": _with(
-                _cd(ladder, (*DENSE, *NORM)), weight_decay=ladder[1], **ALL
-            ),
+            "cd+norm+adamw-all": _with(_cd(ladder, (*DENSE, *NORM)), weight_decay=ladder[1], **ALL),
         },
         {
             "cd+norm-peak": _cd(ladder, (*DENSE, *NORM), penalty="peak"),
@@ -246,7 +244,7 @@ def measured(
         )
         found = measure(model, split, final=job.stage == "final")
         return facts | {"last_loss": round(facts["last_loss"], 4)} | found
-    except Diverged as error:
+    except DivergedError as error:
         print("DIVERGED", *job.key, error, file=sys.stderr, flush=True)
         return dict.fromkeys(FIGURES, math.nan)
 

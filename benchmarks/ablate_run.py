@@ -80,7 +80,7 @@ TASKS = {
 }
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """Training met a loss, weights or activations that are no numbers."""
 
 
@@ -161,7 +161,7 @@ def train(
     limit: int | None = None,
     cache: Path | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
-    """The trained model in eval mode, the seconds it took and its last loss; else Diverged."""
+    """The trained model in eval mode, the seconds it took and its last loss; else DivergedError."""
     device = split.train[0].device
     torch.manual_seed(seed)
     model = build(task, data).to(device)
@@ -193,11 +193,11 @@ def train(
         try:
             optimizer.step()
         except QuietvitError as error:  # of a regularizer that looks at weights
-            raise Diverged(str(error)) from error
+            raise DivergedError(str(error)) from error
         schedule.step()
     seconds, last = time.perf_counter() - start, float(loss.detach())
     if not math.isfinite(last) or not all(p.isfinite().all() for p in model.parameters()):
-        raise Diverged(f"the last loss is {last}, or a weight is no number")
+        raise DivergedError(f"the last loss is {last}, or a weight is no number")
     for each in regularizers:
         each.detach()
     return model.eval(), {"train_seconds": round(seconds, 1), "last_loss": last}

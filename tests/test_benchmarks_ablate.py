@@ -71,15 +71,15 @@ def test_training_that_meets_nan_diverges(name: str, tmp_path: Path) -> None:
     task = replace(ablate.TASKS["small"]["scratch"], train=64, epochs=1, width=24, depth=1)
     x = torch.full((64, 3, 32, 32), float("nan"))
     images = (x, torch.zeros(64, dtype=torch.long))
-    with pytest.raises(ablate.Diverged):
+    with pytest.raises(ablate.DivergedError):
         ablate.train(task, SETTINGS[name], 0, ablate.Split(images, images, images), tmp_path)
 
 
 def test_a_wrong_setting_is_no_divergence(tmp_path: Path) -> None:
     task = replace(ablate.TASKS["small"]["scratch"], train=64, epochs=1, width=24, depth=1)
     images = (torch.zeros(64, 3, 32, 32), torch.zeros(64, dtype=torch.long))
+    split = ablate.Split(images, images, images)
     with pytest.raises(QuietvitError, match="strength"):
-        split = ablate.Split(images, images, images)
         ablate.train(task, {"cd": {"strength": -1.0}}, 0, split, tmp_path)
 
 
@@ -87,7 +87,7 @@ def test_a_run_that_diverges_gives_a_row_of_nan(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def train(*given: Any) -> Any:
-        raise ablate.Diverged("4 values are NaN or infinite")
+        raise ablate.DivergedError("4 values are NaN or infinite")
 
     monkeypatch.setattr(ablate, "train", train)
     job = ablate.Job(TASK, "cpu", FAMILY, TRIES[0], "0", "search")
