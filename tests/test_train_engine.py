@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quietvit.data import evaluation_transform
 from quietvit.decay import TWEO, ColinearityDecay, NormGainDecay, StrengthSchedule
 from quietvit.errors import QuietvitError
 from quietvit.train import estimate
 from quietvit.train.checkpoint import load_checkpoint, save_checkpoint
-from quietvit.train.setup import build
+from quietvit.train.setup import build, drawn_images, open_data
+from quietvit.train.step import forward_backward
 from test_cli import run as command
 from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, lines, run
 
@@ -297,7 +299,83 @@ def test_a_dry_run_without_the_data_says_so(tmp_path):
     assert "does not exist" in str(found)
 
 
-def test_the_command_prints_the_dry_run_and_needs_a_folder_otherwise(tmp_path):
+@pytest.mark.parametrize("batch", [4, 8, 32])
+def test_the_rates_are_for_the_batch_that_they_are_stated_for(tmp_path, caplog, batch):
+    changes = {
+        "optimizer": {"lr": 1e-2, "lr_batch": 8},
+        "schedule": {"warmup_epochs": 1, "warmup_lr": 1e-4, "min_lr": 1e-3},
+        "batch_size": batch,
+    }
+    parts = build(config(tmp_path, **changes)).parts
+    ratio = batch / 8
+    assert ("(optimizer.lr_batch), and they have" in caplog.text) == (ratio != 1)
+    found = []
+    for step in (0, parts.steps_per_epoch, parts.total_steps):
+        parts.scheduler.step_update(step)
+        found.append(parts.inner.param_groups[0]["lr"])
+    assert found == pytest.approx([1e-4 * ratio, 1e-2 * ratio, 1e-3 * ratio])
+    told = str(estimate(config(tmp_path, **changes)))
+    assert f"learning rate       {1e-2 * ratio:g}\n" in told
+
+
+def test_the_images_for_s2d_are_drawn_from_all_and_bad_ones_replaced(tmp_path, monkeypatch):
+    made = config(tmp_path, seed=3, data={**EVERYTHING["data"], "max_bad_images": 30})
+    train, _ = open_data(made)
+    model = build(made).parts.plain
+    found = drawn_images(made, train, model, 12)
+    transform = evaluation_transform(model)
+    every = torch.stack([transform(train[index][0]) for index in range(len(train))])
+    drawn = [int((every == image).flatten(1).all(1).nonzero()[0]) for image in found]
+    assert drawn != sorted(drawn)
+    assert max(drawn) > 100, "not only the first ones"
+    read = type(train).__getitem__
+
+    def damaged(self, index):
+        if index in drawn[:2]:
+            raise QuietvitError(f"image {index} is damaged")
+        return read(self, index)
+
+    monkeypatch.setattr(type(train), "__getitem__", damaged)
+    assert torch.equal(drawn_images(made, train, model, 12)[2:], found[2:])
+    strict = config(tmp_path, seed=3)
+    with pytest.raises(QuietvitError, match="is damaged"):
+        drawn_images(strict, train, model, 12)
+
+
+def test_a_step_that_a_gradient_scaler_skips_changes_nothing_and_the_scale_is_resumed(
+    tmp_path, monkeypatch
+):
+    """fp16 needs a GPU, its scaler does not: the first scaled loss overflows float32."""
+    import quietvit.train.setup as setup
+
+    made = setup.make_accelerator
+
+    def with_scaler(given):
+        accelerator = made(given)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=4)
+        return accelerator
+
+    monkeypatch.setattr(setup, "make_accelerator", with_scaler)
+    decay = {"cd": {"strength": 3.0}, "s2d": REGULARIZERS["s2d"], "kure": {"strength": 0.1}}
+    changes = {"decay": decay, "epochs": 1, "optimizer": {"lr": 1e-2, "clip_grad": 1.0}}
+    parts = build(config(tmp_path, **changes)).parts
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
+    before = {key: value.clone() for key, value in parts.plain.state_dict().items()}
+    forward_backward(parts, images, labels, 1)
+    assert parts.optimizer.step_was_skipped
+    assert all(torch.equal(value, before[key]) for key, value in parts.plain.state_dict().items())
+    assert [part.steps for part in parts.regularizers.values()] == [0, 0, 0]
+    while parts.optimizer.step_was_skipped:
+        forward_backward(parts, images, labels, 1)
+    assert [part.steps for part in parts.regularizers.values()] == [1, 1, 1]
+    moved = parts.plain.state_dict()
+    assert any(not torch.equal(value, before[key]) for key, value in moved.items())
+    whole = run(tmp_path / "whole", **changes)
+    interrupt(tmp_path / "cut", monkeypatch, 5, **changes)
+    assert_same(run(tmp_path / "cut", resume=True, **changes), whole)
+
+
+def test_the_command_prints_the_dry_run_and_else_writes_where_the_recipe_says(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(config(tmp_path / "run").model_dump_json())
     told = command("train", "--recipe", path, "--dry-run")
@@ -305,9 +383,12 @@ def test_the_command_prints_the_dry_run_and_needs_a_folder_otherwise(tmp_path):
     assert "effective batch     8\n" in told.output
     assert "of it regularizers" in told.output
     assert sorted(tmp_path.iterdir()) == [path]
-    refused = command("train", "--recipe", path)
-    assert refused.exit_code == 2
-    assert "--output" in refused.stderr
+    ran = command("train", "--recipe", path, "-s", "epochs=1")
+    assert ran.exit_code == 0, ran.output
+    assert (tmp_path / "run" / "result.json").exists()
+    ran = command("train", "--recipe", path, "-s", "epochs=1", "--output", tmp_path / "other")
+    assert ran.exit_code == 0, ran.output
+    assert (tmp_path / "other" / "result.json").exists()
 
 
 def test_the_command_takes_another_model_than_the_recipes(tmp_path):

@@ -100,6 +100,7 @@ def test_the_rate_is_for_the_batch_that_the_comment_states(name):
     config = load_recipe(name)
     text = list_recipes()[name].read_text()
     effective = config.batch_size * config.accumulation * 8
+    assert config.optimizer.lr_batch == effective
     assert f"effective batch of {effective} images" in " ".join(text.replace("#", " ").split())
     assert "arXiv 2" in text
     assert "What differs" in text
@@ -107,6 +108,75 @@ def test_the_rate_is_for_the_batch_that_the_comment_states(name):
     assert config.checkpoint.every == pytest.approx(steps, rel=0.01), "about once an epoch"
     if "vit_" in name and "deit" not in name:
         assert config.schedule.warmup_epochs * steps == pytest.approx(10_000, rel=0.01)
+
+
+TIMM = {
+    "label_smoothing": 0.1,
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.05,
+    "optimizer.lr": 1e-3,
+    "optimizer.lr_batch": 1024,
+    "schedule.warmup_lr": 1e-6,
+    "schedule.min_lr": 1e-5,
+    "mix.mixup": 0.8,
+    "mix.cutmix": 1.0,
+    "mix.probability": 1.0,
+    "mix.switch_probability": 0.5,
+    "data.augmentation.auto_augment": "rand-m9-mstd0.5-inc1",
+    "data.augmentation.erasing": 0.25,
+    "epochs": 300,
+}
+# arXiv 2012.12877, table 9: lr 5e-4 x batch / 512 at 1024 images, warm-up of 5 epochs, repeated
+# augmentation of 3 copies, no clipping; and the defaults of the authors' main.py.
+DEIT = TIMM | {
+    "schedule.warmup_epochs": 5.0,
+    "data.repeats": 3,
+    "optimizer.clip_grad": None,
+    "model.kwargs": {"drop_path_rate": 0.1},
+}
+# arXiv 2103.14030, appendix A2, and the authors' config.py: 5e-4, 5e-7 and 5e-6 for 512 images.
+SWIN_T = TIMM | {
+    "schedule.warmup_epochs": 20.0,
+    "data.repeats": 1,
+    "optimizer.clip_grad": 5.0,
+    "model.kwargs": {"drop_path_rate": 0.2},
+}
+# arXiv 2205.01580 and 2106.10270 with big_vision's configurations: decay 1e-4 beside the rate.
+VIT_S = {
+    "label_smoothing": 0.0,
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.weight_decay": 1e-4 / 1e-3,
+    "optimizer.lr": 1e-3,
+    "optimizer.lr_batch": 1024,
+    "optimizer.clip_grad": 1.0,
+    "schedule.min_lr": 0.0,
+    "mix.mixup": 0.2,
+    "mix.cutmix": 0.0,
+    "data.repeats": 1,
+    "data.augmentation.auto_augment": "rand-m10-n2",
+    "data.augmentation.erasing": 0.0,
+    "epochs": 90,
+}
+PUBLISHED = {
+    **{f"imagenet1k_deit_{size}": DEIT for size in ("tiny", "small", "base")},
+    "imagenet1k_swin_tiny": SWIN_T,
+    "imagenet1k_swin_small": SWIN_T | {"model.kwargs": {"drop_path_rate": 0.3}},
+    "imagenet1k_vit_small": VIT_S,
+    "imagenet1k_vit_base": VIT_S
+    | {
+        "optimizer.lr_batch": 4096,
+        "mix.mixup": 0.5,
+        "data.augmentation.auto_augment": "rand-m15-mmax15-n2",
+        "epochs": 300,
+    },
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_settings_are_the_published_ones(name):
+    found = flat(load_recipe(name).model_dump(mode="json"))
+    assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +190,8 @@ def test_the_strength_is_the_librarys_default(name):
 def test_a_small_recipe_differs_from_the_one_it_stands_for_in_scale_only(name):
     scale = {
         *("model.name", "model.kwargs", "model.preprocessing", "data.dataset", "data.num_classes"),
-        *("epochs", "optimizer.lr", "schedule.min_lr", "checkpoint.every", "num_workers", "output"),
+        *("epochs", "optimizer.lr", "optimizer.lr_batch", "schedule.min_lr", "checkpoint.every"),
+        *("num_workers", "output"),
     }
     small, full = (
         flat(load_recipe(which).model_dump(mode="json")) for which in (name, SMALL[name])

@@ -31,7 +31,7 @@ from quietvit.console import (
     MethodOptions,
     Model,
     Output,
-    OutputOrDry,
+    OutputOrRecipe,
     Overrides,
     Recipe,
     Resume,
@@ -111,7 +111,7 @@ def _console(least: int = 0) -> Console:
 )
 def train(
     recipe: Recipe,
-    output: OutputOrDry = None,
+    output: OutputOrRecipe = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="In place of the recipe's: a timm model, or hf:FOLDER."),
@@ -133,9 +133,9 @@ def train(
         if first:
             typer.echo(told)
         return
-    if output is None:
-        raise QuietvitError("train writes into a folder; name it by --output (or use --dry-run).")
-    result = run(config.model_copy(update={"output": output}), resume=resume, force=force)
+    if output is not None:
+        config = config.model_copy(update={"output": output})
+    result = run(config, resume=resume, force=force)
     if not first:
         return
     typer.echo(

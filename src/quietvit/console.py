@@ -67,9 +67,11 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe; repeat."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
-OutputOrDry = Annotated[
+OutputOrRecipe = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Folder for everything written; not needed for a dry run."),
+    typer.Option(
+        "--output", "-o", help="Folder for everything written.", show_default="the recipe's output"
+    ),
 ]
 DryRun = Annotated[
     bool,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -72,10 +72,14 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW. ``decay_norms_and_biases`` applies the weight decay to every parameter.
 
-    ``layer_decay``: the learning rate of each block is this factor of the next one's (timm).
+    ``lr_batch``: the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
+    are for; at another one all three are multiplied by the ratio (linear scaling, Goyal et al.
+    2017, arXiv 1706.02677). None: they hold as they are. ``layer_decay``: the learning rate of each
+    block is this factor of the next one's (timm).
     """
 
     lr: float = Field(default=1e-3, gt=0)
+    lr_batch: int | None = Field(default=None, ge=1)
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -90,6 +94,14 @@ class ScheduleConfig(Section):
     warmup_epochs: float = Field(default=0.0, ge=0)
     warmup_lr: float = Field(default=1e-6, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
+
+
+class Rates(NamedTuple):
+    """The learning rates of a run: highest, where the warm-up begins, where the cosine ends."""
+
+    lr: float
+    warmup_lr: float
+    min_lr: float
 
 
 class MixConfig(Section):
@@ -319,6 +331,13 @@ class TrainConfig(Section):
     num_workers: int = Field(default=0, ge=0)
     threads: int | None = Field(default=None, ge=1)
     output: Path = Path("runs/train")
+
+    def rates(self, effective_batch: int) -> Rates:
+        """Return the learning rates at steps of so many images, see ``OptimizerConfig``."""
+        own = Rates(self.optimizer.lr, self.schedule.warmup_lr, self.schedule.min_lr)
+        if self.optimizer.lr_batch is None:
+            return own
+        return Rates(*(rate * effective_batch / self.optimizer.lr_batch for rate in own))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -34,14 +34,15 @@ class Estimate:
 
     ``images`` and the steps are None where the data set is not there, ``missing`` then says why.
     ``memory`` are bytes: the peak of the CUDA allocator of this process, or of the whole process on
-    a CPU. ``step_seconds`` are those of an optimizer step on images that are there already;
-    ``regularizer_share`` is the share of it in regularizers, in percent (TWEO's backward pass not
-    counted in; neither are S2D's refreshes, which come every ``refresh`` applied steps). One that
-    acts every n-th step counts with 1/n of the time it takes.
+    a CPU. ``lr`` is the highest learning rate. ``step_seconds`` are those of an optimizer step on
+    images that are there already; ``regularizer_share`` is the share of it in regularizers, in
+    percent (TWEO's backward pass not counted in; neither are S2D's refreshes, which come every
+    ``refresh`` applied steps). One that acts every n-th step counts with 1/n of the time it takes.
     """
 
     processes: int
     effective_batch: int
+    lr: float
     images: int | None
     missing: str
     steps_per_epoch: int | None
@@ -66,6 +67,7 @@ class Estimate:
             ("training images", f"{self.images}" if known else f"not there: {self.missing}"),
             ("processes", f"{self.processes}, on {self.device}"),
             ("effective batch", f"{self.effective_batch}"),
+            ("learning rate", f"{self.lr:g}"),
             ("steps per epoch", f"{self.steps_per_epoch}" if known else "unknown"),
             ("steps in all", f"{self.total_steps}" if known else "unknown"),
             ("parameters", f"{self.parameters:,}, {self.trainable:,} train"),
@@ -107,6 +109,7 @@ def estimate(config: TrainConfig) -> Estimate:
     return Estimate(
         processes=accelerator.num_processes,
         effective_batch=effective,
+        lr=config.rates(effective).lr,
         images=images,
         missing=missing,
         steps_per_epoch=steps,

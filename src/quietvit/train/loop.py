@@ -97,6 +97,8 @@ class _Loop:
         self.train_seconds = 0.0
         self.losses = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        # The first step whose loss was no number, kept on the device: looking would wait for it.
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         if state is not None:
             self._restore(state)
             logger.warning("resuming at step %d of %d.", self.step, self.p.total_steps)
@@ -126,16 +128,20 @@ class _Loop:
                 self.epoch, self.batch = self.epoch + 1, 0
                 every = self.config.evaluate_every
                 if every and self.epoch % every == 0 and self.epoch < self.config.epochs:
+                    self._sound()
                     self._write(top1=self.top1(), epoch=self.epoch)
-            self._finite("at the end")
+            self._sound()
 
     def _batch(self, images: Tensor, labels: Tensor) -> bool:
         """One forward and backward pass; True where the optimizer stepped after it."""
         try:
-            self.loss_sum += forward_backward(self.p, images, labels, self.step)
+            loss = forward_backward(self.p, images, labels, self.step)
         except QuietvitError as error:
             told = f"at step {self.step + 1}: {error}{self._last_finite()} {self._last_saved()}"
             raise QuietvitError(told) from error
+        self.loss_sum += loss
+        first = (self.bad_step == 0) & ~loss.isfinite()
+        self.bad_step.masked_fill_(first, self.step + 1)
         self.losses += 1
         self.batch += self.accelerator.num_processes
         return bool(self.accelerator.sync_gradients)
@@ -148,7 +154,7 @@ class _Loop:
             p.ema.update(p.plain, self.step)
         logged = None
         if self.step % config.log_every == 0 or self.step == p.total_steps:
-            logged = self._finite(f"at step {self.step}")
+            logged = self._finite()
             self._tick()
             self._log(logged, images)
             self.loss_sum.zero_()
@@ -194,14 +200,21 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.write(self.step, **values)
 
-    def _finite(self, when: str) -> float:
+    def _finite(self) -> float:
         """Return the mean loss over all processes since it was last logged."""
         total = self.accelerator.reduce(self.loss_sum, reduction="mean")
         mean = float(total) / max(1, self.losses)
         if not math.isfinite(mean):
-            batches = f"{self.losses} batches since it was last a number"
-            raise self._diverged(f"the loss became {mean} {when} ({batches})")
+            bad = [step for step in gathered(self.accelerator, int(self.bad_step)) if step]
+            step = min(bad, default=self.step)
+            seen = f" (seen at step {self.step})" if self.step > step else ""
+            raise self._diverged(f"the loss became {mean} at step {step}{seen}")
         return mean
+
+    def _sound(self) -> None:
+        """Refuse to go on with a loss or with weights that are no numbers."""
+        self._finite()
+        self._finite_weights()
 
     def _finite_weights(self) -> None:
         own = [getattr(p, "to_local", lambda p=p: p)() for p in self.p.plain.parameters()]
@@ -231,7 +244,6 @@ class _Loop:
 
     def _terminate(self) -> None:
         if self.saved != self.step:
-            self._finite(f"at step {self.step}")
             self._save()
         if self.accelerator.is_main_process:
             logger.warning(
@@ -245,8 +257,7 @@ class _Loop:
         raise SystemExit(EXIT_CODE)
 
     def _save(self) -> None:
-        self._finite(f"at step {self.step}")
-        self._finite_weights()
+        self._sound()
         self._tick()
         state = {
             "step": self.step,

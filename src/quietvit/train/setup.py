@@ -6,6 +6,7 @@ Nothing is trained here; ``loop`` takes it from there.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,17 +25,20 @@ from quietvit.data import (
     training_transform,
 )
 from quietvit.errors import QuietvitError
-from quietvit.train.config import TrainConfig
+from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
 from quietvit.train.engine import check_groups, make_accelerator, shard_by
 from quietvit.train.finetune import freeze, parameter_groups
 from quietvit.train.metrics import Stopwatch
-from quietvit.train.order import EpochBatches, SeededImages
+from quietvit.train.order import EpochBatches, SeededImages, epoch_order
 from quietvit.train.regularizers import attach, build_regularizers
 from quietvit.train.stopping import ignore_in_worker
 from quietvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+logger = logging.getLogger("quietvit")
 
 
 @dataclass
@@ -87,24 +91,29 @@ def build(config: TrainConfig) -> Run:
     train, test = open_data(config)
     train = subset(train, config.data.train_images)
     processes = accelerator.num_processes
-    steps_per_epoch = len(train) // effective_batch(config, processes)
+    effective = effective_batch(config, processes)
+    steps_per_epoch = len(train) // effective
     if steps_per_epoch == 0:
         raise QuietvitError(
-            f"one step takes {effective_batch(config, processes)} images (batch_size "
+            f"one step takes {effective} images (batch_size "
             f"{config.batch_size} x accumulation {config.accumulation} x {processes} processes), "
             f"but {train.name} has {len(train)} for training; lower batch_size."
         )
 
-    def first_images(plain: nn.Module, count: int) -> Tensor:
-        if count > len(train):
-            raise QuietvitError(
-                f"decay.s2d.images is {count}, but {train.name} has {len(train)} images for "
-                "training; lower it."
-            )
-        transform = evaluation_transform(plain)
-        return torch.stack([transform(train[index][0]) for index in range(count)])
+    if accelerator.is_main_process and config.optimizer.lr_batch not in (None, effective):
+        logger.warning(
+            "the learning rate is %g: optimizer.lr = %g is for steps of %d images "
+            "(optimizer.lr_batch), and they have %d here.",
+            config.rates(effective).lr,
+            config.optimizer.lr,
+            config.optimizer.lr_batch,
+            effective,
+        )
 
-    parts = assemble(config, accelerator, train.num_classes, first_images, steps_per_epoch)
+    def some_images(plain: nn.Module, count: int) -> Tensor:
+        return drawn_images(config, train, plain, count)
+
+    parts = assemble(config, accelerator, train.num_classes, some_images, steps_per_epoch)
     count = steps_per_epoch * config.accumulation * processes
     batches = EpochBatches(
         len(train),
@@ -129,6 +138,27 @@ def build(config: TrainConfig) -> Run:
     return Run(parts, train, test, batches, images, accelerator.prepare(loader))
 
 
+def drawn_images(config: TrainConfig, train: ImageDataset, model: nn.Module, count: int) -> Tensor:
+    """Return ``count`` training images (count, 3, H, W) as the model takes them, none twice.
+
+    They are drawn by ``config.seed``, for folders and shards are sorted by class. One that cannot
+    be decoded is replaced as it is in training.
+
+    Raises:
+        QuietvitError: fewer images than asked for, or more bad ones than ``data.max_bad_images``.
+    """
+    if count > len(train):
+        raise QuietvitError(
+            f"decay.s2d.images is {count}, but {train.name} has {len(train)} images for training; "
+            "lower it."
+        )
+    images = SeededImages(
+        train, evaluation_transform(model), config.seed, max_bad=config.data.max_bad_images
+    )
+    order = epoch_order(len(train), config.seed, 0)[:count]
+    return torch.stack([images[0, int(index)][0] for index in order])
+
+
 def effective_batch(config: TrainConfig, processes: int) -> int:
     """Return the number of images of an optimizer step."""
     return config.batch_size * config.accumulation * processes
@@ -138,12 +168,12 @@ def assemble(
     config: TrainConfig,
     accelerator: Accelerator,
     num_classes: int | None,
-    first_images: Callable[[nn.Module, int], Tensor],
+    some_images: Callable[[nn.Module, int], Tensor],
     steps_per_epoch: int,
 ) -> Parts:
     """Build model, optimizer, regularizers and engine; ``num_classes`` None is the model's own.
 
-    ``first_images(model, n)`` gives training images (n, 3, H, W) as the model takes them.
+    ``some_images(model, n)`` gives training images (n, 3, H, W) as the model takes them.
     """
     from accelerate.utils import set_seed
 
@@ -158,14 +188,16 @@ def assemble(
     evaluated = copy.deepcopy(plain).requires_grad_(False)
     ema = _average(config, plain)
     freeze(plain, config.model.freeze, config.model.freeze_blocks)
-    inner = _optimizer(config, plain)
+    effective = effective_batch(config, accelerator.num_processes)
+    rates = config.rates(effective)
+    inner = _optimizer(config.optimizer, plain, rates.lr)
     example = example_of(plain)
     stopwatch = Stopwatch()
     regularizers = build_regularizers(
         config.decay,
         plain,
         example,
-        lambda count: first_images(plain, count).to(accelerator.device),
+        lambda count: some_images(plain, count).to(accelerator.device),
         steps_per_epoch,
         steps_per_epoch * config.epochs,
     )
@@ -184,7 +216,7 @@ def assemble(
         evaluated=evaluated,
         inner=inner,
         optimizer=optimizer,
-        scheduler=_scheduler(config, inner, steps_per_epoch),
+        scheduler=_scheduler(config, rates, inner, steps_per_epoch),
         regularizers=regularizers,
         stopwatch=stopwatch,
         watch=watch,
@@ -194,7 +226,7 @@ def assemble(
             label_smoothing=0.0 if config.mix.active else config.label_smoothing
         ),
         steps_per_epoch=steps_per_epoch,
-        effective_batch=effective_batch(config, accelerator.num_processes),
+        effective_batch=effective,
     )
 
 
@@ -216,24 +248,25 @@ def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
     return train, subset(test, config.data.test_images)
 
 
-def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    chosen = config.optimizer
+def _optimizer(chosen: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     groups = parameter_groups(model, chosen)
-    optimizer = torch.optim.AdamW(groups, lr=chosen.lr, betas=chosen.betas, eps=chosen.eps)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=chosen.betas, eps=chosen.eps)
     check_groups(model, optimizer)
     return optimizer
 
 
-def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+def _scheduler(
+    config: TrainConfig, rates: Rates, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> Any:
     from timm.scheduler.cosine_lr import CosineLRScheduler
 
     warmup = round(config.schedule.warmup_epochs * steps_per_epoch)
     return CosineLRScheduler(
         optimizer,
         t_initial=max(1, steps_per_epoch * config.epochs - warmup),
-        lr_min=config.schedule.min_lr,
+        lr_min=rates.min_lr,
         warmup_t=warmup,
-        warmup_lr_init=min(config.schedule.warmup_lr, config.optimizer.lr),
+        warmup_lr_init=min(rates.warmup_lr, rates.lr),
         warmup_prefix=True,
         t_in_epochs=False,
     )
