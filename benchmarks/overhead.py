@@ -7,9 +7,9 @@ gives the median and the extremes over repeats. On a GPU whole steps are compare
 percent drowns in the noise of whole steps, what runs in the optimizer's hooks is timed by itself
 (``how`` = hook) and added to the plain step; TWEO acts in the forward pass, so its whole steps are
 compared everywhere. ``floor``: matrix FLOPs of the update over those of the step, the ratio less 1
-at equal efficiency. Extra memory is that of the peak: on a GPU by the allocator, on a CPU the bytes
-of the tensors made during the update and alive at once (for TWEO: of a step with it less one
-without).
+at equal efficiency. Extra memory is the peak during the update beyond what was there before it (for
+TWEO: of a step with it less one without): on a GPU by the allocator, on a CPU the bytes of tensors
+made and alive at once. The learning rate is 1e-3, the highest of the recipes.
 Cases go from cheap to dear until --minutes are spent; the rest is skipped and said. Resumable: a
 row that is in the table is not measured again.
 

@@ -222,12 +222,12 @@ def hooks(bench: Bench, made: dict[str, Any], repeats: int) -> dict[str, list[fl
 
 
 def extra_memory(bench: Bench, regularizer: Any, in_forward: bool) -> float:
-    """How much higher the peak is with it, MiB: of a step, or on a CPU of the update alone.
+    """How much higher the peak is with it, MiB: during the update, or of a step (TWEO's).
 
     On a GPU by the allocator, on a CPU by ``LivePeak``. A step must have been taken before, so that
     gradients and states are there.
     """
-    if bench.device.type == "cuda" or in_forward:
+    if in_forward:
         peaks = []
         for one in (None, regularizer):
             bench.optimizer.zero_grad()
@@ -241,9 +241,10 @@ def _peak(bench: Bench, work: Callable[[], object]) -> float:
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         work()
         bench.wait()
-        return torch.cuda.max_memory_allocated() / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with LivePeak() as peak:
         work()
     return peak.most / 2**20

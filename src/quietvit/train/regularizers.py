@@ -12,13 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quietvit.train.config import (
-    ColinearityConfig,
-    DecayConfig,
-    StrengthScheduleConfig,
-    TweoConfig,
-    WeightRegularizerConfig,
-)
+from quietvit.train.config import DecayConfig, StrengthScheduleConfig
 from quietvit.train.metrics import Stopwatch
 
 
@@ -41,68 +35,46 @@ def build_regularizers(
     """
     from quietvit import decay
 
+    classes = {
+        "cd": decay.ColinearityDecay,
+        "norm_gains": decay.NormGainDecay,
+        "weight": decay.PairWeightDecay,
+        "s2d": decay.SpectralDecay,
+        "kure": decay.KurtosisRegularization,
+        "tweo": decay.TWEO,
+    }
     built: dict[str, Any] = {}
-
-    def schedule(
-        section: StrengthScheduleConfig | Mapping[str, StrengthScheduleConfig] | None,
-    ) -> Any:
-        if section is None:
-            return None
-        if isinstance(section, Mapping):
-            return {kind: schedule(own) for kind, own in section.items()}
-        return decay.StrengthSchedule(
-            shape=section.shape,
-            start=round(section.start_epoch * steps_per_epoch),
-            warmup=round(section.warmup_epochs * steps_per_epoch),
-            total=None if section.shape == "constant" else total_steps,
-            final=section.final,
-        )
-
-    def common(section: ColinearityConfig | WeightRegularizerConfig | TweoConfig) -> dict[str, Any]:
-        shared = {"strength": section.strength, "schedule": schedule(section.schedule)}
-        return shared if isinstance(section, TweoConfig) else {**shared, "every": section.every}
-
-    cd, gains, weight = config.cd, config.norm_gains, config.weight
-    if cd is not None and cd.active:
-        built["cd"] = decay.ColinearityDecay(
-            model,
-            example,
-            **common(cd),
-            penalty=cd.penalty,
-            kinds=cd.kinds,
-            fold_gains=cd.fold_gains,
-            products=cd.products,
-            sharded=cd.sharded,
-            compile=cd.compile,
-        )
-    if gains is not None and gains.active:
-        built["norm_gains"] = decay.NormGainDecay(model, example, **common(gains))
-    if weight is not None and weight.active:
-        built["weight"] = decay.PairWeightDecay(
-            model, example, **common(weight), kinds=weight.kinds
-        )
-    s2d, kure, tweo = config.s2d, config.kure, config.tweo
-    if s2d is not None and s2d.active:
-        built["s2d"] = decay.SpectralDecay(
-            model,
-            example,
-            images=images(s2d.images),
-            **common(s2d),
-            threshold=s2d.threshold,
-            components=s2d.components,
-            refresh=s2d.refresh,
-            power=s2d.power,
-            coupled=s2d.coupled,
-        )
-    if kure is not None and kure.active:
-        built["kure"] = decay.KurtosisRegularization(
-            model, example, **common(kure), target=kure.target, coupled=kure.coupled
-        )
-    if tweo is not None and tweo.active:
-        built["tweo"] = decay.TWEO(
-            model, example, **common(tweo), threshold=tweo.threshold, power=tweo.power
-        )
+    for name in DecayConfig.model_fields:
+        section = getattr(config, name)
+        if name not in classes or section is None or not section.active:
+            continue
+        # The keys of a section are the arguments of its class.
+        options = {key: getattr(section, key) for key in type(section).model_fields}
+        options["schedule"] = _schedule(section.schedule, steps_per_epoch, total_steps)
+        if name == "s2d":
+            options["images"] = images(section.images)
+        built[name] = classes[name](model, example, **options)
     return built
+
+
+def _schedule(
+    section: StrengthScheduleConfig | Mapping[str, StrengthScheduleConfig] | None,
+    steps_per_epoch: int,
+    total_steps: int,
+) -> Any:
+    if section is None:
+        return None
+    if isinstance(section, Mapping):
+        return {kind: _schedule(own, steps_per_epoch, total_steps) for kind, own in section.items()}
+    from quietvit.decay import StrengthSchedule
+
+    return StrengthSchedule(
+        shape=section.shape,
+        start=round(section.start_epoch * steps_per_epoch),
+        warmup=round(section.warmup_epochs * steps_per_epoch),
+        total=None if section.shape == "constant" else total_steps,
+        final=section.final,
+    )
 
 
 def figures(regularizers: Mapping[str, Any]) -> dict[str, float]:
