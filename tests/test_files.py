@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from quietvit.errors import QuietvitError
-from quietvit.files import beside, put_in_place, refuse_nonempty, write_atomic
+from quietvit.files import beside, put_in_place, refuse_nonempty, save_tensors, write_atomic
 
 
 def held(folder):
@@ -168,3 +170,15 @@ def test_an_empty_or_missing_folder_is_accepted_and_a_full_one_refused(tmp_path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(QuietvitError, match="is a file"):
         refuse_nonempty(tmp_path / "file", force=True)
+
+
+def test_tensors_may_be_read_by_whom_the_umask_lets(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    path = tmp_path / "a.safetensors"
+    save_tensors({"x": torch.arange(3.0)}, path)
+    assert torch.equal(load_file(path)["x"], torch.arange(3.0))
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(0o640)
+    save_tensors({"x": torch.zeros(1)}, path)
+    assert path.stat().st_mode & 0o777 == 0o640

@@ -93,7 +93,7 @@ def test_when_all_are_damaged_that_is_an_error(tmp_path):
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["save_file", "_checksum", "flush"])
+@pytest.mark.parametrize("call", ["save_tensors", "_checksum", "flush"])
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, call):
     save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
 

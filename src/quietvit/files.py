@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quietvit.errors import QuietvitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
@@ -126,6 +130,20 @@ def refuse_nonempty(directory: str | Path, force: bool = False) -> Path:
             "or pass force (--force) to write into it."
         )
     return directory
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that whoever may read a new file here may read.
+
+    The writer of safetensors alone lets only the owner read, whatever the umask says. The tensors
+    are contiguous and share no memory; nothing is flushed, and errors come as they are.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path)
+    path.chmod(mode)
 
 
 def flush(path: Path) -> None:

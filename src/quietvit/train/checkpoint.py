@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
-from quietvit.files import flush
+from quietvit.files import flush, save_tensors
 
 logger = logging.getLogger("quietvit")
 
@@ -52,10 +52,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary.mkdir()
-        save_file(tensors, temporary / _TENSORS)
+        save_tensors(tensors, temporary / _TENSORS)
         (temporary / _STATE).write_text(plain, encoding="utf-8")
-        # save_file lets the owner alone read, whatever the umask says.
-        (temporary / _TENSORS).chmod((temporary / _STATE).stat().st_mode)
         sums = {name: _checksum(temporary / name) for name in (_TENSORS, _STATE)}
         manifest = {"step": step, "sha256": sums}
         (temporary / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
