@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -139,6 +140,62 @@ def test_metrics_on_a_full_disk_are_told(tmp_path, monkeypatch):
     metrics.path = tmp_path / "gone" / "metrics.jsonl"
     with pytest.raises(QuietvitError, match=r"could not be written at step 3 .*free some space"):
         metrics.write(3, loss=1.0)
+
+
+class FullWriter:
+    """A TensorBoard writer on a full disk: ``fails`` from its ``after``-th point on, if ever."""
+
+    fails: ClassVar[set[str]] = set()
+    after = 0
+
+    def __init__(self, *args, **kwargs):
+        self.points = 0
+        self._fail("__init__")
+
+    def add_scalar(self, *args):
+        self.points += 1
+        if self.points > self.after:
+            self._fail("add_scalar")
+
+    def close(self):
+        self._fail("close")
+
+    def _fail(self, name):
+        if name in self.fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def full_writer(monkeypatch):
+    def make(*fails, after=0):
+        writer = type("Writer", (FullWriter,), {"fails": set(fails), "after": after})
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", writer)
+
+    return make
+
+
+@pytest.mark.parametrize("fails", ["__init__", "add_scalar"])
+def test_curves_on_a_full_disk_are_told(tmp_path, full_writer, fails):
+    full_writer(fails)
+    with pytest.raises(QuietvitError, match=r"tensorboard could not be written at step 3 \(No sp"):
+        loop.Metrics(tmp_path, 3, True).write(3, loss=1.0)
+
+
+def test_curves_that_cannot_be_finished_hide_no_other_error(
+    tmp_path, monkeypatch, full_writer, caplog
+):
+    caplog.set_level(logging.WARNING, "quietvit")
+    full_writer("close")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage_of(0))
+        with pytest.raises(QuietvitError, match=r"step-00000002 could not be written .*It needs"):
+            run(tmp_path / "run", tensorboard=True)
+    assert "tensorboard could not be finished ([Errno 28] No space left" in caplog.text
+    full_writer("close", "add_scalar", after=9)
+    with pytest.raises(QuietvitError, match=r"tensorboard could not be written at step \d+ "):
+        run(tmp_path / "run", tensorboard=True, resume=True)
+    full_writer("close")
+    assert run(tmp_path / "run", tensorboard=True, resume=True).steps == 14
 
 
 def test_sigterm_finishes_the_step_saves_and_the_run_resumes_exactly(tmp_path, monkeypatch, caplog):
