@@ -198,6 +198,31 @@ def test_curves_that_cannot_be_finished_hide_no_other_error(
     assert run(tmp_path / "run", tensorboard=True, resume=True).steps == 14
 
 
+def test_other_threads_or_another_torch_are_told_on_resume(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "quietvit")
+    folder = tmp_path / "run" / "checkpoints"
+
+    def told(**changes):
+        caplog.clear()
+        interrupt(tmp_path / "run", monkeypatch, 4, resume=True, **changes)
+        return [text for text in caplog.messages if "the checkpoint was written with" in text]
+
+    interrupt(tmp_path / "run", monkeypatch, 3)
+    assert told() == []
+    (threads,) = told(threads=2)
+    assert "with threads=1 and this run has threads=2: it goes on" in threads
+    assert "Resume with --set threads=1 (or OMP_NUM_THREADS=1)" in threads
+    state = load_checkpoint(folder)
+    assert (state["threads"], state["torch"]) == (1, torch.__version__)
+    save_checkpoint(folder, state["step"], {**state, "torch": "1.2.3"}, keep=1)
+    (version,) = told()
+    assert f"with torch 1.2.3 and this run has torch {torch.__version__}: it goes on" in version
+    assert "Resume with torch 1.2.3" in version
+    earlier = {key: value for key, value in state.items() if key not in ("threads", "torch")}
+    save_checkpoint(folder, state["step"], earlier, keep=1)
+    assert told(threads=2) == []
+
+
 def test_sigterm_finishes_the_step_saves_and_the_run_resumes_exactly(tmp_path, monkeypatch, caplog):
     expected = run(tmp_path / "whole", **EVERYTHING)
     forward, before = step.forward_backward, signal.getsignal(signal.SIGTERM)
