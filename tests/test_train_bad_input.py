@@ -223,6 +223,20 @@ def test_other_threads_or_another_torch_are_told_on_resume(tmp_path, monkeypatch
     assert told(threads=2) == []
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_a_good_one_is_not_pruned_for_it(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.WARNING, "quietvit")
+    folder = tmp_path / "run" / "checkpoints"
+    interrupt(tmp_path / "run", monkeypatch, 5)
+    (folder / "step-00000004" / "state.json").write_text("{")
+    interrupt(tmp_path / "run", monkeypatch, 3, resume=True, checkpoint={"every": 3, "keep": 1})
+    assert "step-00000004 is damaged" in caplog.text
+    assert "is set aside as step-00000004.damaged" in caplog.text
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000003"]
+    assert run(tmp_path / "run", resume=True).steps == 14
+
+
 def test_sigterm_finishes_the_step_saves_and_the_run_resumes_exactly(tmp_path, monkeypatch, caplog):
     expected = run(tmp_path / "whole", **EVERYTHING)
     forward, before = step.forward_backward, signal.getsignal(signal.SIGTERM)

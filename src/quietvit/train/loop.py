@@ -20,7 +20,12 @@ from quietvit.data import evaluate, evaluation_loader, evaluation_transform
 from quietvit.data.evaluate import worker_errors
 from quietvit.errors import QuietvitError
 from quietvit.files import refuse_nonempty, write_atomic
-from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
+from quietvit.train.checkpoint import (
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+    set_aside_after,
+)
 from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered, whole_model
 from quietvit.train.folder import CHECKPOINTS, fresh, same_run
@@ -76,7 +81,9 @@ def train(
         accelerator.wait_for_everyone()
         state = load_checkpoint(output / CHECKPOINTS) if resume else None
         check_same_checkpoint(run.parts, None if state is None else state["step"])
-        if resume and state is None:
+        if state is not None and accelerator.is_main_process:
+            set_aside_after(output / CHECKPOINTS, state["step"], config.checkpoint.keep)
+        elif resume and state is None:
             logger.warning("%s holds no checkpoint; the run starts from its beginning.", output)
         loop = _Loop(run, state)
         try:
