@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -235,6 +237,58 @@ def test_a_damaged_checkpoint_is_set_aside_and_a_good_one_is_not_pruned_for_it(
     assert "is set aside as step-00000004.damaged" in caplog.text
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000003"]
     assert run(tmp_path / "run", resume=True).steps == 14
+
+
+def began_to_write(output):
+    """What a run killed while it wrote its configuration for the first time leaves."""
+    output.mkdir(exist_ok=True)
+    left = Path(tempfile.mkdtemp(prefix=".config.json.", dir=output))
+    (left / "config.json").write_text('{"rec')
+    return left
+
+
+def test_a_run_killed_while_it_wrote_its_configuration_is_begun_again(tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    began_to_write(output)
+    tempfile.mkdtemp(prefix=".config.json.", dir=output)
+    interrupt(output, monkeypatch, 3, resume=True)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoints", "config.json", "metrics.jsonl",
+    ]  # fmt: skip
+    left = began_to_write(output)  # killed again, while it was written anew
+    (output / ".config.json.swp").write_text("mine")
+    assert run(output, resume=True).steps == 14
+    assert not left.exists()
+    assert (output / ".config.json.swp").read_text() == "mine"
+    began_to_write(tmp_path / "anew")
+    assert run(tmp_path / "anew", epochs=1).steps == 7
+
+
+def test_a_folder_with_other_things_and_no_configuration_takes_force(tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    interrupt(output, monkeypatch, 3, seed=5)
+    (output / "config.json").unlink()
+    last = list_checkpoints(output / "checkpoints")[-1]
+    last.rename(last.with_name("step-00000099"))
+    left = began_to_write(output)
+    (output / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(QuietvitError, match=r"not empty \(it holds checkpoints, metrics"):
+            run(output, resume=resume)
+    assert left.is_dir()
+    assert_same(run(output, resume=True, force=True), run(tmp_path / "other"))
+    assert not (output / "checkpoints" / "step-00000099").exists()
+    assert not left.exists()
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_force_takes_no_part_where_the_run_was_begun(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "quietvit")
+    interrupt(tmp_path / "run", monkeypatch, 3)
+    with pytest.raises(QuietvitError, match="another configuration"):
+        run(tmp_path / "run", resume=True, force=True, seed=5)
+    run(tmp_path / "run", resume=True, force=True)
+    assert "resuming at step 2" in caplog.text
 
 
 def test_sigterm_finishes_the_step_saves_and_the_run_resumes_exactly(tmp_path, monkeypatch, caplog):
