@@ -200,6 +200,31 @@ def test_curves_that_cannot_be_finished_hide_no_other_error(
     assert run(tmp_path / "run", tensorboard=True, resume=True).steps == 14
 
 
+def test_a_run_goes_on_without_the_weights_it_began_with(tmp_path, monkeypatch, caplog):
+    started = run(tmp_path / "start", epochs=1, data={**EVERYTHING["data"], "num_classes": 12})
+    weights = started.weights.rename(tmp_path / "start.safetensors")
+    changes = {
+        **EVERYTHING,
+        "model": {**MODEL, "weights": str(weights), "freeze_blocks": 1,
+                  "kwargs": {**MODEL["kwargs"], "img_size": 24}},
+        "decay": {**EVERYTHING["decay"], "s2d": {"threshold": 0.5, "images": 8, "refresh": 3}},
+        "optimizer": {**EVERYTHING["optimizer"], "layer_decay": 0.8},
+    }  # fmt: skip
+    caplog.set_level(logging.WARNING, "quietvit")
+    expected = run(tmp_path / "whole", **changes)
+    assert "'head' tells 12 classes apart, 10 are asked for" in caplog.text
+    assert "adapted by timm to this model (pos_embed is" in caplog.text
+    interrupt(tmp_path / "run", monkeypatch, 5, **changes)
+    interrupt(tmp_path / "early", monkeypatch, 1, **changes)
+    weights.unlink()
+    caplog.clear()
+    assert_same(run(tmp_path / "run", resume=True, **changes), expected)
+    assert "starts anew" not in caplog.text
+    assert "adapted by timm" not in caplog.text
+    with pytest.raises(QuietvitError, match=r"start\.safetensors do not exist"):
+        run(tmp_path / "early", resume=True, **changes)
+
+
 def test_other_threads_or_another_torch_are_told_on_resume(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING, "quietvit")
     folder = tmp_path / "run" / "checkpoints"

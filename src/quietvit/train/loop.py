@@ -52,8 +52,8 @@ def train(
 
     Args:
         resume: go on from the last whole checkpoint (from the start if there is none; a finished
-            run is returned as it is). A warning tells
-            of another number of threads or torch version.
+            run is returned as it is). With a checkpoint the weights that the run began with are not
+            read again, and a warning tells of another number of threads or torch version.
         force: start anew in a folder that is in use; an earlier run's files there are replaced,
             once data, model and decay of the new one are known to be sound. With ``resume`` only
             where the folder holds no ``config.json``.
@@ -72,7 +72,8 @@ def train(
         logger.warning("%s is finished already; its result is returned.", output)
         return TrainResult.read(output)
     with threads(config.threads):
-        run = build(config)
+        state = load_checkpoint(output / CHECKPOINTS) if begun else None
+        run = build(config, resumed=state is not None)
         accelerator = run.parts.accelerator
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -81,7 +82,6 @@ def train(
             sweep(*own_files(output))
             write_atomic(output / CONFIG, config.model_dump_json(indent=2) + "\n")
         accelerator.wait_for_everyone()
-        state = load_checkpoint(output / CHECKPOINTS) if begun else None
         check_same_checkpoint(run.parts, None if state is None else state["step"])
         if state is not None and accelerator.is_main_process:
             set_aside_after(output / CHECKPOINTS, state["step"], config.checkpoint.keep)
