@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +127,14 @@ def test_other_settings_or_a_used_folder_are_refused_and_nothing_is_lost(compare
     with pytest.raises(QuietvitError, match="no comparison to go on with"):
         compare(config(), folder / "runs", resume=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == held
+
+
+def test_a_comparison_killed_while_its_settings_were_written_goes_on(tmp_path):
+    left = Path(tempfile.mkdtemp(prefix=".compare.json.", dir=tmp_path))
+    (left / "compare.json").write_text('{"se')
+    room._prepare(config(), tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["compare.json"]
+    room._prepare(config(), tmp_path, resume=True)
 
 
 def test_a_damaged_run_is_named(compared, tmp_path):

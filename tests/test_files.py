@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from quietvit.errors import QuietvitError
-from quietvit.files import beside, put_in_place, refuse_nonempty, write_atomic
+from quietvit.files import (
+    beside,
+    leftovers,
+    put_in_place,
+    refuse_nonempty,
+    save_tensors,
+    sweep,
+    write_atomic,
+)
 
 
 def held(folder):
@@ -168,3 +179,72 @@ def test_an_empty_or_missing_folder_is_accepted_and_a_full_one_refused(tmp_path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(QuietvitError, match="is a file"):
         refuse_nonempty(tmp_path / "file", force=True)
+
+
+def test_tensors_may_be_read_by_whom_the_umask_lets(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    path = tmp_path / "a.safetensors"
+    save_tensors({"x": torch.arange(3.0)}, path)
+    assert torch.equal(load_file(path)["x"], torch.arange(3.0))
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(0o640)
+    save_tensors({"x": torch.zeros(1)}, path)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def killed(path, monkeypatch):
+    """What a process killed between writing ``path`` and renaming it leaves."""
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(_):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", kill)
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(KilledError):
+            write_atomic(path, "half")
+
+
+def test_what_a_killed_process_leaves_is_known_and_swept(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    for _ in range(20):
+        killed(path, monkeypatch)
+    left = leftovers(path)
+    assert len(left) == 20
+    assert {folder.parent for folder in left} == {tmp_path}
+    assert held(tmp_path) == {f"{folder.name}/a.json": "half" for folder in left}
+    assert refuse_nonempty(tmp_path, ignored=left) == tmp_path
+    with pytest.raises(QuietvitError, match=r"holds \.a\.json"):
+        refuse_nonempty(tmp_path, ignored=left[1:])
+    sweep(path, tmp_path / "b.json")
+    assert list(tmp_path.iterdir()) == []
+    assert leftovers(tmp_path / "none" / "a.json") == []
+
+
+def test_what_only_looks_like_a_leftover_is_never_swept(tmp_path):
+    outside = tmp_path / "outside"
+    (outside / "a.json").parent.mkdir()
+    (outside / "a.json").write_text("mine")
+    folder = tmp_path / "used"
+    for name in (
+        ".a.json.abcd1234/notes.txt",  # holds something else
+        ".a.json.abcd1235/a.json/x",  # a folder where the file should be
+        ".a.json.backup/a.json",  # not as long as a random name
+        ".a.json.Abcd1234/a.json",  # no letters of a random name
+        ".a.json.abcd1236",  # a file
+        ".a.json.swp",
+        ".a-json.abcd1234/a.json",  # of another file
+        "a.json.abcd1234/a.json",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    (folder / ".a.json.abcd1237").symlink_to(outside)
+    before = held(tmp_path)
+    assert leftovers(folder / "a.json") == []
+    sweep(folder / "a.json")
+    assert held(tmp_path) == before
+    assert (folder / ".a.json.abcd1237").is_symlink()

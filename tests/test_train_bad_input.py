@@ -9,7 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -175,6 +178,178 @@ def test_metrics_on_a_full_disk_are_told(tmp_path, monkeypatch):
     metrics.path = tmp_path / "gone" / "metrics.jsonl"
     with pytest.raises(QuietvitError, match=r"could not be written at step 3 .*free some space"):
         metrics.write(3, loss=1.0)
+
+
+class FullWriter:
+    """A TensorBoard writer on a full disk: ``fails`` from its ``after``-th point on, if ever."""
+
+    fails: ClassVar[set[str]] = set()
+    after = 0
+
+    def __init__(self, *args, **kwargs):
+        self.points = 0
+        self._fail("__init__")
+
+    def add_scalar(self, *args):
+        self.points += 1
+        if self.points > self.after:
+            self._fail("add_scalar")
+
+    def close(self):
+        self._fail("close")
+
+    def _fail(self, name):
+        if name in self.fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def full_writer(monkeypatch):
+    def make(*fails, after=0):
+        writer = type("Writer", (FullWriter,), {"fails": set(fails), "after": after})
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", writer)
+
+    return make
+
+
+@pytest.mark.parametrize("fails", ["__init__", "add_scalar"])
+def test_curves_on_a_full_disk_are_told(tmp_path, full_writer, fails):
+    full_writer(fails)
+    with pytest.raises(QuietvitError, match=r"tensorboard could not be written at step 3 \(No sp"):
+        loop.Metrics(tmp_path, 3, True).write(3, loss=1.0)
+
+
+def test_curves_that_cannot_be_finished_hide_no_other_error(
+    tmp_path, monkeypatch, full_writer, caplog
+):
+    caplog.set_level(logging.WARNING, "quietvit")
+    full_writer("close")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage_of(0))
+        with pytest.raises(QuietvitError, match=r"step-00000002 could not be written .*It needs"):
+            run(tmp_path / "run", tensorboard=True)
+    assert "tensorboard could not be finished ([Errno 28] No space left" in caplog.text
+    full_writer("close", "add_scalar", after=9)
+    with pytest.raises(QuietvitError, match=r"tensorboard could not be written at step \d+ "):
+        run(tmp_path / "run", tensorboard=True, resume=True)
+    full_writer("close")
+    assert run(tmp_path / "run", tensorboard=True, resume=True).steps == 14
+
+
+def test_a_run_goes_on_without_the_weights_it_began_with(tmp_path, monkeypatch, caplog):
+    started = run(tmp_path / "start", epochs=1, data={**EVERYTHING["data"], "num_classes": 12})
+    weights = started.weights.rename(tmp_path / "start.safetensors")
+    changes = {
+        **EVERYTHING,
+        "model": {**MODEL, "weights": str(weights), "freeze_blocks": 1,
+                  "kwargs": {**MODEL["kwargs"], "img_size": 24}},
+        "decay": {**EVERYTHING["decay"], "s2d": {"threshold": 0.5, "images": 8, "refresh": 3}},
+        "optimizer": {**EVERYTHING["optimizer"], "layer_decay": 0.8},
+    }  # fmt: skip
+    caplog.set_level(logging.WARNING, "quietvit")
+    expected = run(tmp_path / "whole", **changes)
+    assert "'head' tells 12 classes apart, 10 are asked for" in caplog.text
+    assert "adapted by timm to this model (pos_embed is" in caplog.text
+    interrupt(tmp_path / "run", monkeypatch, 5, **changes)
+    interrupt(tmp_path / "early", monkeypatch, 1, **changes)
+    weights.unlink()
+    caplog.clear()
+    assert_same(run(tmp_path / "run", resume=True, **changes), expected)
+    assert "starts anew" not in caplog.text
+    assert "adapted by timm" not in caplog.text
+    with pytest.raises(QuietvitError, match=r"start\.safetensors do not exist"):
+        run(tmp_path / "early", resume=True, **changes)
+
+
+def test_other_threads_or_another_torch_are_told_on_resume(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "quietvit")
+    folder = tmp_path / "run" / "checkpoints"
+
+    def told(**changes):
+        caplog.clear()
+        interrupt(tmp_path / "run", monkeypatch, 4, resume=True, **changes)
+        return [text for text in caplog.messages if "the checkpoint was written with" in text]
+
+    interrupt(tmp_path / "run", monkeypatch, 3)
+    assert told() == []
+    (threads,) = told(threads=2)
+    assert "with threads=1 and this run has threads=2: it goes on" in threads
+    assert "Resume with --set threads=1 (or OMP_NUM_THREADS=1)" in threads
+    state = load_checkpoint(folder)
+    assert (state["threads"], state["torch"]) == (1, torch.__version__)
+    save_checkpoint(folder, state["step"], {**state, "torch": "1.2.3"}, keep=1)
+    (version,) = told()
+    assert f"with torch 1.2.3 and this run has torch {torch.__version__}: it goes on" in version
+    assert "Resume with torch 1.2.3" in version
+    earlier = {key: value for key, value in state.items() if key not in ("threads", "torch")}
+    save_checkpoint(folder, state["step"], earlier, keep=1)
+    assert told(threads=2) == []
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_a_good_one_is_not_pruned_for_it(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.WARNING, "quietvit")
+    folder = tmp_path / "run" / "checkpoints"
+    interrupt(tmp_path / "run", monkeypatch, 5)
+    (folder / "step-00000004" / "state.json").write_text("{")
+    interrupt(tmp_path / "run", monkeypatch, 3, resume=True, checkpoint={"every": 3, "keep": 1})
+    assert "step-00000004 is damaged" in caplog.text
+    assert "is set aside as step-00000004.damaged" in caplog.text
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000003"]
+    assert run(tmp_path / "run", resume=True).steps == 14
+
+
+def began_to_write(output):
+    """What a run killed while it wrote its configuration for the first time leaves."""
+    output.mkdir(exist_ok=True)
+    left = Path(tempfile.mkdtemp(prefix=".config.json.", dir=output))
+    (left / "config.json").write_text('{"rec')
+    return left
+
+
+def test_a_run_killed_while_it_wrote_its_configuration_is_begun_again(tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    began_to_write(output)
+    tempfile.mkdtemp(prefix=".config.json.", dir=output)
+    interrupt(output, monkeypatch, 3, resume=True)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoints", "config.json", "metrics.jsonl",
+    ]  # fmt: skip
+    left = began_to_write(output)  # killed again, while it was written anew
+    (output / ".config.json.swp").write_text("mine")
+    assert run(output, resume=True).steps == 14
+    assert not left.exists()
+    assert (output / ".config.json.swp").read_text() == "mine"
+    began_to_write(tmp_path / "anew")
+    assert run(tmp_path / "anew", epochs=1).steps == 7
+
+
+def test_a_folder_with_other_things_and_no_configuration_takes_force(tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    interrupt(output, monkeypatch, 3, seed=5)
+    (output / "config.json").unlink()
+    last = list_checkpoints(output / "checkpoints")[-1]
+    last.rename(last.with_name("step-00000099"))
+    left = began_to_write(output)
+    (output / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(QuietvitError, match=r"not empty \(it holds checkpoints, metrics"):
+            run(output, resume=resume)
+    assert left.is_dir()
+    assert_same(run(output, resume=True, force=True), run(tmp_path / "other"))
+    assert not (output / "checkpoints" / "step-00000099").exists()
+    assert not left.exists()
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_force_takes_no_part_where_the_run_was_begun(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "quietvit")
+    interrupt(tmp_path / "run", monkeypatch, 3)
+    with pytest.raises(QuietvitError, match="another configuration"):
+        run(tmp_path / "run", resume=True, force=True, seed=5)
+    run(tmp_path / "run", resume=True, force=True)
+    assert "resuming at step 2" in caplog.text
 
 
 def test_sigterm_finishes_the_step_saves_and_the_run_resumes_exactly(tmp_path, monkeypatch, caplog):

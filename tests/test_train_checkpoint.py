@@ -10,7 +10,12 @@ import torch
 
 from quietvit.errors import QuietvitError
 from quietvit.train import checkpoint
-from quietvit.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from quietvit.train.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_after,
+)
 from quietvit.train.order import (
     EpochBatches,
     SeededImages,
@@ -64,6 +69,68 @@ def test_only_the_last_few_are_kept(tmp_path):
     assert load_checkpoint(tmp_path) == {"step": 100}
 
 
+def spoil(folder, step):
+    (folder / f"step-{step:08d}" / "state.json").write_text("{")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_checkpoint_just_written_stays_whatever_lies_after_it(tmp_path, keep):
+    for step in (0, 1, 3):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=3)
+    spoil(tmp_path, 3)
+    save_checkpoint(tmp_path, 2, {"step": 2}, keep)
+    assert load_checkpoint(tmp_path) == {"step": 2}
+    kept = [1, 2, 3] if keep == 2 else [2, 3]
+    assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
+
+
+@pytest.mark.parametrize("damaged", [3, 1])
+def test_checkpoints_that_could_not_be_read_are_set_aside_and_do_not_count(
+    tmp_path, caplog, damaged
+):
+    caplog.set_level(logging.WARNING, "quietvit")
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=4)
+    for step in range(5 - damaged, 5):
+        spoil(tmp_path, step)
+    whole = 4 - damaged
+    assert load_checkpoint(tmp_path) == {"step": whole}
+    assert len(list_checkpoints(tmp_path)) == 4, "reading changes nothing"
+    set_aside_after(tmp_path, whole, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        f"step-{step:08d}" for step in range(1, whole + 1)
+    ]
+    for step in range(whole + 1, 5):
+        assert f"step-{step:08d} is set aside as step-{step:08d}.damaged" in caplog.text
+        assert (tmp_path / f"step-{step:08d}.damaged" / "state.json").read_text() == "{"
+    save_checkpoint(tmp_path, 9, {"step": 9}, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        f"step-{whole:08d}", "step-00000009",
+    ]  # fmt: skip
+    assert load_checkpoint(tmp_path) == {"step": 9}
+
+
+def test_what_is_set_aside_does_not_pile_up(tmp_path):
+    save_checkpoint(tmp_path, 1, {"step": 1}, keep=9)
+    for round_ in range(5):
+        for step in (2, 3):
+            save_checkpoint(tmp_path, step, {"step": step, "round": round_}, keep=9)
+            spoil(tmp_path, step)
+            (tmp_path / f"step-{step:08d}" / "round").write_text(str(round_))
+        assert load_checkpoint(tmp_path) == {"step": 1}
+        set_aside_after(tmp_path, 1, keep=2)
+        aside = [path for path in tmp_path.iterdir() if "damaged" in path.name]
+        assert [(path / "round").read_text() for path in aside] == [str(round_)] * 2
+    for _ in range(5):
+        save_checkpoint(tmp_path, 2, {"step": 2}, keep=2)
+        assert len([name for name in names(tmp_path) if "damaged" in name]) <= 2
+    assert load_checkpoint(tmp_path) == {"step": 2}
+
+
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_recognised_and_the_one_before_used(tmp_path, caplog, name, damage):
@@ -93,7 +160,7 @@ def test_when_all_are_damaged_that_is_an_error(tmp_path):
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["save_file", "_checksum", "flush"])
+@pytest.mark.parametrize("call", ["save_tensors", "_checksum", "flush"])
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, call):
     save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
 

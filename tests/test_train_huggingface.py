@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import quietvit
 from huggingface_cases import classifier, saved
 from quietvit.cli import app
 from quietvit.data import calibration_images, evaluation_transform, load_dataset
-from quietvit.train import TrainResult, load_recipe, train
+from quietvit.train import TrainResult, load_recipe, loop, train
+from test_train_loop import StoppedError
 
 pytest.importorskip("transformers")
 
@@ -88,3 +90,32 @@ def test_the_command_line_takes_the_folder_and_the_run(tmp_path):
         assert "are random" not in done.output
     loaded = quietvit.load(tmp_path / "out.qvit", model=result.load_model())
     assert loaded(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_goes_on_without_the_weights_of_its_folder(tmp_path, monkeypatch, family):
+    """Classes and image size are others than the folder's: head and position table were made."""
+    changes = ("checkpoint.every=1", "model.freeze_blocks=1", "threads=1")
+    torch.manual_seed(0)
+    expected = run(tmp_path, family, *changes)
+    torch.manual_seed(0)
+    cut = tmp_path / "cut"
+    after_step = loop._Loop._after_step
+
+    def stop(self, images):
+        if self.step == 1:
+            raise StoppedError
+        return after_step(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_after_step", stop)
+        with pytest.raises(StoppedError):
+            run(tmp_path, family, *changes, f"output={cut}")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"gone")
+    config = load_recipe(cut / "config.json")
+    result = train(config, resume=True, progress=False)
+    assert result.steps == expected.steps > 1
+    one, other = load_file(result.weights), load_file(expected.weights)
+    assert list(one) == list(other)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert result.top1 == expected.top1

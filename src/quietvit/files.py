@@ -1,18 +1,27 @@
 """Writing so that nothing is lost: files and folders whole or not at all, none that is in use.
 
-What is written, and in which format, is decided by the callers; nothing is read here.
+What is written, and in which format, is decided by the callers; no content is read here.
 """
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quietvit.errors import QuietvitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What tempfile.mkdtemp puts behind a prefix.
+_RANDOM = re.compile("[a-z0-9_]{8}")
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
@@ -60,6 +69,36 @@ def beside(path: Path, *failures: type[Exception]) -> Iterator[Path]:
         ) from error
 
 
+def leftovers(*paths: Path) -> list[Path]:
+    """Return the hidden folders that ``write_atomic``, killed while it wrote ``paths``, left.
+
+    They have the names that ``beside`` gives and hold nothing, or a file with the path's name.
+    What else begins with the same letters is somebody else's, and so is what cannot be looked at.
+    """
+    return [
+        folder
+        for path in paths
+        for folder in sorted(path.parent.glob(f".{glob.escape(path.name)}.*"))
+        if _RANDOM.fullmatch(folder.name.removeprefix(f".{path.name}."))
+        and _holds_at_most(folder, path.name)
+    ]
+
+
+def sweep(*paths: Path) -> None:
+    """Remove the ``leftovers`` of ``paths``, which nobody may be writing now."""
+    for folder in leftovers(*paths):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds_at_most(folder: Path, name: str) -> bool:
+    """Whether it is a folder, no link to one, that holds nothing or the file ``name`` alone."""
+    try:
+        parts = list(folder.iterdir())
+    except OSError:
+        return False
+    return not folder.is_symlink() and all(p.name == name and p.is_file() for p in parts)
+
+
 def put_in_place(folder: Path, *paths: Path) -> None:
     """Rename what ``folder``, one of ``beside``, holds under the names of ``paths`` to ``paths``.
 
@@ -100,10 +139,12 @@ def put_in_place(folder: Path, *paths: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def refuse_nonempty(directory: str | Path, force: bool = False) -> Path:
+def refuse_nonempty(
+    directory: str | Path, force: bool = False, ignored: Collection[Path] = ()
+) -> Path:
     """Return ``directory``, made if missing; with ``force`` one that holds files is accepted too.
 
-    Nothing is ever deleted.
+    What is in it and ``ignored`` counts as nothing. Nothing is ever deleted.
 
     Raises:
         QuietvitError: the folder holds something and ``force`` is False, or the path is a file.
@@ -113,7 +154,7 @@ def refuse_nonempty(directory: str | Path, force: bool = False) -> Path:
         raise QuietvitError(f"{directory} is a file, not a folder; choose another output folder.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        held = sorted(entry.name for entry in directory.iterdir())
+        held = sorted(entry.name for entry in directory.iterdir() if entry not in ignored)
     except OSError as error:
         raise QuietvitError(
             f"could not use {directory} as the output folder: {error.strerror or error}; choose "
@@ -126,6 +167,20 @@ def refuse_nonempty(directory: str | Path, force: bool = False) -> Path:
             "or pass force (--force) to write into it."
         )
     return directory
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that whoever may read a new file here may read.
+
+    The writer of safetensors alone lets only the owner read, whatever the umask says. The tensors
+    are contiguous and share no memory; nothing is flushed, and errors come as they are.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path)
+    path.chmod(mode)
 
 
 def flush(path: Path) -> None:

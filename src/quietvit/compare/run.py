@@ -27,7 +27,7 @@ from quietvit.data import (
     evaluation_transform,
 )
 from quietvit.errors import QuietvitError
-from quietvit.files import refuse_nonempty, write_atomic
+from quietvit.files import leftovers, refuse_nonempty, sweep, write_atomic
 from quietvit.measure import diagnose, sqnr
 from quietvit.quantization import QuantizedModel, quantize
 from quietvit.quantization.settings import parse_method
@@ -108,7 +108,7 @@ def compare(
             whatever the rooms below refuse. Finished runs stay.
     """
     folder = Path(output)
-    refuse_nonempty(folder, force=resume or force)
+    refuse_nonempty(folder, resume or force, ignored=leftovers(folder / _CONFIG))
     _enough_images(config)
     _prepare(config, folder, resume)
     runs: dict[tuple[int, bool], Run] = {}
@@ -165,7 +165,7 @@ def _prepare(config: CompareConfig, folder: Path, resume: bool) -> None:
                 f"{folder} holds another comparison: {'; '.join(changed[:3])}. Give the same "
                 "settings to go on (seeds may differ), or another folder."
             )
-    elif resume and any(folder.iterdir()):
+    elif resume and set(folder.iterdir()) - set(leftovers(kept)):
         raise QuietvitError(
             f"{folder} holds no comparison to go on with (no {_CONFIG}); choose another folder."
         )
@@ -174,6 +174,7 @@ def _prepare(config: CompareConfig, folder: Path, resume: bool) -> None:
             for place in folder.glob(f"runs/seed*-{_named(arm)}"):
                 (place / "run.json").unlink(missing_ok=True)
                 fresh(place / "train")
+    sweep(kept)
     write_atomic(kept, json.dumps(wanted, indent=1) + "\n")
 
 

@@ -36,6 +36,8 @@ def create_hf_model(
     kwargs: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    *,
+    untrained: bool = False,
 ) -> nn.Module:
     """Build a transformers image classifier from ``config.json``, with the folder's safetensors.
 
@@ -51,6 +53,8 @@ def create_hf_model(
             of another size are resampled bicubically, as transformers does, and a log line says so.
         preprocessing: overrides in the data config: mean, std, interpolation, crop_pct, crop_mode.
         weights: name -> tensor, loaded strictly in place of the folder's.
+        untrained: with no ``weights``, start from random and do not look whether the folder has
+            weights.
 
     Raises:
         QuietvitError: transformers is missing, no such folder, a hub out of reach, no image
@@ -71,9 +75,9 @@ def create_hf_model(
     model = _built(transformers, source, config)
     if weights is not None:
         _load(model, dict(weights), "the weights")
-    elif _without_weights(source):
+    elif not untrained and _without_weights(source):
         logger.warning("%s holds no weights: the model starts from random.", source)
-    else:
+    elif not untrained:
         state = _pretrained(transformers, source, plain)
         _load(model, _adapted(state, model, plain, config, source), source)
     data = {**prepared, "input_size": _input_size(config), **(preprocessing or {})}

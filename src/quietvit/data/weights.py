@@ -27,6 +27,7 @@ def create_model(
     weights: str | Path | None = None,
     *,
     preprocessing: Mapping[str, Any] | None = None,
+    untrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a timm model, with the weights of a local file if one is given.
@@ -41,6 +42,8 @@ def create_model(
         weights: ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads.
         preprocessing: overrides in the model's data config: mean, std, interpolation, crop_pct,
             crop_mode.
+        untrained: start from random weights also where an ``hf:`` folder has some, which are not
+            looked at then.
         kwargs: go to timm. With another ``img_size`` than the weights', the position table is
             resampled by timm's own filter, and a log line says so.
 
@@ -65,7 +68,9 @@ def create_model(
     if name.startswith("hf:"):
         from quietvit.data.huggingface import create_hf_model
 
-        return create_hf_model(name[3:], num_classes, kwargs, preprocessing, state)
+        return create_hf_model(
+            name[3:], num_classes, kwargs, preprocessing, state, untrained=untrained
+        )
     if num_classes is None and state is not None:
         num_classes = _classes_in(state, timm.get_pretrained_cfg(name))
     if num_classes is not None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
-from quietvit.files import beside, put_in_place
+from quietvit.files import beside, put_in_place, save_tensors
 
 TENSORS = "model.safetensors"
 
@@ -65,11 +65,9 @@ class FolderFormat:
         with beside(path, SafetensorError) as folder:
             new = folder / path.name
             new.mkdir()
-            save_file(plain, new / TENSORS)
+            save_tensors(plain, new / TENSORS)
             text = json.dumps(content, indent=1) + "\n"
             (new / self.facts).write_text(text, encoding="utf-8")
-            # save_file lets the owner alone read, whatever the umask says.
-            (new / TENSORS).chmod((new / self.facts).stat().st_mode)
             put_in_place(folder, path)
 
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

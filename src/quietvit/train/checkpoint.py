@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, checked by sum when read, the last few kept.
 
-No pickle: tensors go to safetensors, everything else to JSON. What is saved is the loop's matter.
+Damaged ones are set aside. No pickle: tensors go to safetensors, everything else to JSON. What is
+saved is the loop's matter.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
-from quietvit.files import flush
+from quietvit.files import flush, save_tensors
 
 logger = logging.getLogger("quietvit")
 
@@ -29,7 +30,10 @@ _MANIFEST, _TENSORS, _STATE = "manifest.json", "tensors.safetensors", "state.jso
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write ``state`` as ``folder/step-<step>`` and remove all but the last ``keep``.
+    """Write ``state`` as ``folder/step-<step>``; it and the ``keep`` - 1 before it stay.
+
+    Earlier ones are removed. Those of later steps are neither counted nor touched: a run only comes
+    to an earlier step where it could not read them.
 
     Everything is written and flushed in a temporary folder, which is then renamed: a process
     killed at any moment leaves the earlier checkpoints whole.
@@ -52,17 +56,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary.mkdir()
-        save_file(tensors, temporary / _TENSORS)
+        save_tensors(tensors, temporary / _TENSORS)
         (temporary / _STATE).write_text(plain, encoding="utf-8")
-        # save_file lets the owner alone read, whatever the umask says.
-        (temporary / _TENSORS).chmod((temporary / _STATE).stat().st_mode)
         sums = {name: _checksum(temporary / name) for name in (_TENSORS, _STATE)}
         manifest = {"step": step, "sha256": sums}
         (temporary / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         for name in (_TENSORS, _STATE, _MANIFEST, ""):
             flush(temporary / name)
         if final.exists():
-            final.rename(_unused(folder / f"{final.name}.damaged"))
+            _set_aside(folder, [final], keep)
         temporary.rename(final)
         flush(folder)
     except Exception as error:
@@ -72,7 +74,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
             f"It needs {needed / 2**20:.1f} MiB, and {_free(folder)} are free there. Free some "
             "space and resume."
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
+    earlier = [path for path in list_checkpoints(folder) if _step(path) < step]
+    for old in earlier[: max(0, len(earlier) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -80,7 +83,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """Read the newest whole checkpoint; None where there is none at all.
 
-    A damaged one is named in a warning and the one before is used.
+    A damaged one is named in a warning and the one before is used. Nothing is changed.
 
     Raises:
         QuietvitError: there are checkpoints and every one is damaged.
@@ -102,9 +105,27 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def set_aside_after(folder: Path, step: int, keep: int) -> None:
+    """Rename the checkpoints after ``step``, the one that ``load_checkpoint`` could read.
+
+    As ``step-<step>.damaged`` they are neither read nor counted any more; a warning names them. Of
+    those set aside earlier only so many stay that there are ``keep`` in all. One process calls.
+
+    Raises:
+        QuietvitError: one could not be renamed.
+    """
+    try:
+        _set_aside(folder, [path for path in list_checkpoints(folder) if _step(path) > step], keep)
+    except OSError as error:
+        raise QuietvitError(
+            f"a damaged checkpoint in {folder} could not be renamed ({error}); remove those after "
+            f"step {step} and resume."
+        ) from error
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in ``folder``, oldest first, damaged ones too."""
-    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit())
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=_step)
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -117,6 +138,19 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB"
     except OSError:
         return "unknown MiB"
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def _set_aside(folder: Path, paths: Sequence[Path], keep: int) -> None:
+    earlier = sorted(folder.glob("step-*.damaged*"))
+    for path in paths:
+        aside = path.rename(_unused(folder / f"{path.name}.damaged"))
+        logger.warning("the checkpoint %s is set aside as %s.", path, aside.name)
+    for old in earlier[: max(0, len(earlier) + len(paths) - keep)]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _damage(path: Path) -> str | None:

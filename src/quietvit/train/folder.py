@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quietvit.errors import QuietvitError
-from quietvit.files import refuse_nonempty
+from quietvit.files import leftovers, refuse_nonempty
 from quietvit.train.config import TrainConfig
 from quietvit.train.metrics import METRICS, TENSORBOARD
 from quietvit.train.recipe import parse_config
@@ -26,20 +26,41 @@ _MAY_CHANGE = {
 }  # fmt: skip
 
 
+def own_files(output: Path) -> list[Path]:
+    """Return the files that a run writes into ``output``, folders aside.
+
+    The configuration is written first and removed first: without it nothing there is a run.
+    """
+    return [output / name for name in (CONFIG, METRICS, WEIGHTS, RESULT)]
+
+
 def fresh(output: Path) -> None:
     """Remove an earlier run's own files from ``output``, and nothing else."""
+    for path in own_files(output):
+        path.unlink(missing_ok=True)
     for name in (CHECKPOINTS, TENSORBOARD):
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in (CONFIG, METRICS, WEIGHTS, RESULT):
-        (output / name).unlink(missing_ok=True)
 
 
-def same_run(config: TrainConfig) -> None:
-    """Refuse to resume another configuration or recipe version, naming what differs."""
+def refuse_used(output: Path, force: bool) -> None:
+    """Refuse a folder that holds more than a run killed at its start leaves, unless ``force``."""
+    refuse_nonempty(output, force, ignored=leftovers(*own_files(output)))
+
+
+def same_run(config: TrainConfig, force: bool) -> bool:
+    """Return whether the run was begun in its output folder; refuse to resume another one.
+
+    Where there is no ``config.json`` no run was begun; with anything but leftovers there the folder
+    is then refused, unless ``force`` is set.
+
+    Raises:
+        QuietvitError: a folder in use, another configuration or recipe version (what differs is
+            named), a damaged ``config.json``.
+    """
     path = config.output / CONFIG
     if not path.exists():
-        refuse_nonempty(config.output)
-        return
+        refuse_used(config.output, force)
+        return False
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -62,6 +83,7 @@ def same_run(config: TrainConfig) -> None:
             f"{config.output} was begun with another configuration: {'; '.join(differing[:3])}. "
             "Resume with the same one, or choose another output folder."
         )
+    return True
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

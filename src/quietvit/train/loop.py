@@ -19,11 +19,16 @@ from torch.utils.data import Subset
 from quietvit.data import evaluate, evaluation_loader, evaluation_transform
 from quietvit.data.evaluate import worker_errors
 from quietvit.errors import QuietvitError
-from quietvit.files import refuse_nonempty, write_atomic
-from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
+from quietvit.files import sweep, write_atomic
+from quietvit.train.checkpoint import (
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+    set_aside_after,
+)
 from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered, whole_model
-from quietvit.train.folder import CHECKPOINTS, fresh, same_run
+from quietvit.train.folder import CHECKPOINTS, fresh, own_files, refuse_used, same_run
 from quietvit.train.metrics import Metrics
 from quietvit.train.progress import bar_of, threads
 from quietvit.train.regularizers import detach, figures
@@ -47,9 +52,11 @@ def train(
 
     Args:
         resume: go on from the last whole checkpoint (from the start if there is none; a finished
-            run is returned as it is).
+            run is returned as it is). With a checkpoint the weights that the run began with are not
+            read again, and a warning tells of another number of threads or torch version.
         force: start anew in a folder that is in use; an earlier run's files there are replaced,
-            once data, model and decay of the new one are known to be sound.
+            once data, model and decay of the new one are known to be sound. With ``resume`` only
+            where the folder holds no ``config.json``.
         progress: show a bar on standard error.
 
     Raises:
@@ -58,25 +65,27 @@ def train(
     """
     output = config.output.expanduser()
     config = config.model_copy(update={"output": output})
-    if resume:
-        same_run(config)
-        if (output / RESULT).exists():
-            logger.warning("%s is finished already; its result is returned.", output)
-            return TrainResult.read(output)
-    else:
-        refuse_nonempty(output, force)
+    begun = resume and same_run(config, force)
+    if not resume:
+        refuse_used(output, force)
+    if begun and (output / RESULT).exists():
+        logger.warning("%s is finished already; its result is returned.", output)
+        return TrainResult.read(output)
     with threads(config.threads):
-        run = build(config)
+        state = load_checkpoint(output / CHECKPOINTS) if begun else None
+        run = build(config, resumed=state is not None)
         accelerator = run.parts.accelerator
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if not resume:
+            if not begun:
                 fresh(output)
+            sweep(*own_files(output))
             write_atomic(output / CONFIG, config.model_dump_json(indent=2) + "\n")
         accelerator.wait_for_everyone()
-        state = load_checkpoint(output / CHECKPOINTS) if resume else None
         check_same_checkpoint(run.parts, None if state is None else state["step"])
-        if resume and state is None:
+        if state is not None and accelerator.is_main_process:
+            set_aside_after(output / CHECKPOINTS, state["step"], config.checkpoint.keep)
+        elif resume and state is None:
             logger.warning("%s holds no checkpoint; the run starts from its beginning.", output)
         loop = _Loop(run, state)
         try:

@@ -6,6 +6,7 @@ The time spent in regularizers is measured here too. Nothing is computed about t
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from torch.optim import Optimizer
 from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
 
+logger = logging.getLogger("quietvit")
+
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 _PENDING = 64
@@ -28,38 +31,44 @@ class Metrics:
     """Appends to ``output/metrics.jsonl``; lines after ``step`` (of a run cut off) are dropped.
 
     An accuracy at ``step`` itself is dropped too: it came after the checkpoint and comes again.
+    Raises QuietvitError where the disk is full or the files cannot be written.
     """
 
     def __init__(self, output: Path, step: int, tensorboard: bool) -> None:
         self.path = output / METRICS
+        self._curves = output / TENSORBOARD
         write_atomic(self.path, "".join(f"{json.dumps(line)}\n" for line in self._until(step)))
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             purge = step + 1 if step else None
-            self._writer = SummaryWriter(str(output / TENSORBOARD), purge_step=purge)  # type: ignore[no-untyped-call]
+            with _telling(self._curves, step):
+                self._writer = SummaryWriter(str(self._curves), purge_step=purge)  # type: ignore[no-untyped-call]
 
     def write(self, step: int, **values: float | str) -> None:
         """Add one line, and one point to each TensorBoard curve of numbers.
 
-        Raises QuietvitError where the disk is full or the file cannot be written.
+        Raises QuietvitError where the disk is full or one of the files cannot be written.
         """
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise QuietvitError(
-                f"{self.path} could not be written at step {step} ({error.strerror or error}); "
-                "free some space and resume: the checkpoints written so far are whole."
-            ) from error
-        for name, value in values.items():
-            if self._writer is not None and name != "epoch" and not isinstance(value, str):
-                self._writer.add_scalar(name, value, step)
+        with _telling(self.path, step), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        with _telling(self._curves, step):
+            for name, value in values.items():
+                if self._writer is not None and name != "epoch" and not isinstance(value, str):
+                    self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self._writer is not None:
+        """End the curves. What goes wrong is logged: it must not hide why the run ends."""
+        if self._writer is None:
+            return
+        try:
             self._writer.close()
+        except Exception as error:
+            logger.warning(
+                "the curves in %s could not be finished (%s); what was logged is in %s too.",
+                self._curves, error, self.path,
+            )  # fmt: skip
 
     def _until(self, step: int) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -73,6 +82,17 @@ class Metrics:
             if line["step"] <= step - ("top1" in line):
                 lines.append(line)
         return lines
+
+
+@contextmanager
+def _telling(path: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise QuietvitError(
+            f"{path} could not be written at step {step} ({error.strerror or error}); free some "
+            "space and resume: the checkpoints written so far are whole."
+        ) from error
 
 
 class Stopwatch:

@@ -5,15 +5,20 @@ The files are ``checkpoint``'s matter; when a checkpoint is written, ``loop``'s.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
+
+import torch
 
 from quietvit.errors import QuietvitError
 from quietvit.train.engine import gathered, is_sharded, load_whole, whole_model, whole_optimizer
 from quietvit.train.order import generator_states, set_generator_states
 from quietvit.train.regularizers import detached
 from quietvit.train.setup import Parts
+
+logger = logging.getLogger("quietvit")
 
 
 def collect(parts: Parts) -> dict[str, Any]:
@@ -28,6 +33,8 @@ def collect(parts: Parts) -> dict[str, Any]:
         optimizer = whole_optimizer(p.accelerator, p.plain, p.inner)
     return {
         "processes": p.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
         "model": whole_model(p.accelerator, p.plain),
         "ema": None if p.ema is None else p.ema.module.state_dict(),
         "optimizer": optimizer,
@@ -40,11 +47,14 @@ def collect(parts: Parts) -> dict[str, Any]:
 def restore(parts: Parts, state: Mapping[str, Any]) -> None:
     """Load what ``collect`` gave, in every process.
 
+    A warning tells of another number of threads or version of torch.
+
     Raises:
         QuietvitError: another number of processes, other regularizers or optimizer groups.
     """
     p = parts
     check_processes(p, state)
+    _warn_if_inexact(p, state)
     if set(state["decays"]) != set(p.regularizers):
         raise QuietvitError(
             f"the checkpoint was written with the regularizers {sorted(state['decays'])} and this "
@@ -92,6 +102,31 @@ def raise_together(parts: Parts, error: str | None) -> None:
     errors = [found for found in gathered(parts.accelerator, error) if found is not None]
     if errors:
         raise QuietvitError(errors[0])
+
+
+def _warn_if_inexact(parts: Parts, state: Mapping[str, Any]) -> None:
+    """Say on the main process what makes the resumed run differ in the last bits of its weights.
+
+    Threads count on the CPU alone. Checkpoints of earlier versions do not hold these facts.
+    """
+    if not parts.accelerator.is_main_process:
+        return
+    differs = (
+        "it goes on, but its weights may differ in the last bits from those of an uninterrupted run"
+    )
+    before, now = state.get("threads"), torch.get_num_threads()
+    if before not in (None, now) and parts.accelerator.device.type == "cpu":
+        logger.warning(
+            "the checkpoint was written with threads=%d and this run has threads=%d: %s. Resume "
+            "with --set threads=%d (or OMP_NUM_THREADS=%d) to have them the same.",
+            before, now, differs, before, before,
+        )  # fmt: skip
+    version, own = state.get("torch"), str(torch.__version__)
+    if version not in (None, own):
+        logger.warning(
+            "the checkpoint was written with torch %s and this run has torch %s: %s. Resume with "
+            "torch %s to have them the same.", version, own, differs, version,
+        )  # fmt: skip
 
 
 def _quiet(parts: Parts, needed: bool) -> Any:

@@ -81,8 +81,11 @@ class Run:
     loader: Any
 
 
-def build(config: TrainConfig) -> Run:
+def build(config: TrainConfig, resumed: bool = False) -> Run:
     """Build a run; randomness starts from ``config.seed``, with and without decay alike.
+
+    A ``resumed`` run starts from random weights and not from those of ``config.model``, which may
+    be gone: a checkpoint is loaded next, and nothing but the weights depends on them.
 
     Raises:
         QuietvitError: bad data, model, weights or decay settings, or a precision the machine lacks.
@@ -113,7 +116,7 @@ def build(config: TrainConfig) -> Run:
     def some_images(plain: nn.Module, count: int) -> Tensor:
         return drawn_images(config, train, plain, count)
 
-    parts = assemble(config, accelerator, train.num_classes, some_images, steps_per_epoch)
+    parts = assemble(config, accelerator, train.num_classes, some_images, steps_per_epoch, resumed)
     count = steps_per_epoch * config.accumulation * processes
     batches = EpochBatches(
         len(train),
@@ -170,21 +173,17 @@ def assemble(
     num_classes: int | None,
     some_images: Callable[[nn.Module, int], Tensor],
     steps_per_epoch: int,
+    resumed: bool = False,
 ) -> Parts:
     """Build model, optimizer, regularizers and engine; ``num_classes`` None is the model's own.
 
     ``some_images(model, n)`` gives training images (n, 3, H, W) as the model takes them.
+    ``resumed``: see ``build``.
     """
     from accelerate.utils import set_seed
 
     set_seed(config.seed)
-    plain = create_model(
-        config.model.name,
-        num_classes,
-        config.model.weights,
-        preprocessing=config.model.preprocessing,
-        **config.model.kwargs,
-    ).to(accelerator.device)
+    plain = _model(config, num_classes, resumed).to(accelerator.device)
     evaluated = copy.deepcopy(plain).requires_grad_(False)
     ema = _average(config, plain)
     freeze(plain, config.model.freeze, config.model.freeze_blocks)
@@ -246,6 +245,18 @@ def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
     train = load_dataset(config.data.dataset, "train", num_classes=config.data.num_classes)
     test = load_dataset(config.data.dataset, "test", num_classes=train.num_classes)
     return train, subset(test, config.data.test_images)
+
+
+def _model(config: TrainConfig, num_classes: int | None, untrained: bool) -> nn.Module:
+    chosen = config.model
+    return create_model(
+        chosen.name,
+        num_classes,
+        None if untrained else chosen.weights,
+        preprocessing=chosen.preprocessing,
+        untrained=untrained,
+        **chosen.kwargs,
+    )
 
 
 def _optimizer(chosen: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
