@@ -102,16 +102,8 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
             f"{config.batch_size} x accumulation {config.accumulation} x {processes} processes), "
             f"but {train.name} has {len(train)} for training; lower batch_size."
         )
-
-    if accelerator.is_main_process and config.optimizer.lr_batch not in (None, effective):
-        logger.warning(
-            "the learning rate is %g: optimizer.lr = %g is for steps of %d images "
-            "(optimizer.lr_batch), and they have %d here.",
-            config.rates(effective).lr,
-            config.optimizer.lr,
-            config.optimizer.lr_batch,
-            effective,
-        )
+    if accelerator.is_main_process:
+        _tell_rate(config, effective)
 
     def some_images(plain: nn.Module, count: int) -> Tensor:
         return drawn_images(config, train, plain, count)
@@ -245,6 +237,19 @@ def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
     train = load_dataset(config.data.dataset, "train", num_classes=config.data.num_classes)
     test = load_dataset(config.data.dataset, "test", num_classes=train.num_classes)
     return train, subset(test, config.data.test_images)
+
+
+def _tell_rate(config: TrainConfig, effective: int) -> None:
+    chosen = config.optimizer
+    if chosen.lr_batch not in (None, effective):
+        logger.warning(
+            "the learning rate is %g: optimizer.lr = %g is for steps of %d images "
+            "(optimizer.lr_batch), and they have %d here.",
+            config.rates(effective).lr,
+            chosen.lr,
+            chosen.lr_batch,
+            effective,
+        )
 
 
 def _model(config: TrainConfig, num_classes: int | None, untrained: bool) -> nn.Module:
