@@ -1,13 +1,19 @@
-"""What accelerate's environment says against the recipe."""
+"""What accelerate's environment says against the recipe, and what a device cannot do."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from quietvit.decay import amplification
+from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
+from quietvit.train import loop
 from quietvit.train.engine import make_accelerator
-from test_train_loop import assert_same, config, run
+from test_train_loop import MODEL, assert_same, config, run
 
 
 def test_precision_accumulation_and_compilation_are_the_recipes(tmp_path, monkeypatch):
@@ -52,3 +58,27 @@ def test_an_engine_that_is_not_what_was_asked_for_is_refused(tmp_path, monkeypat
             make_accelerator(config(tmp_path))
     make_accelerator(config(tmp_path))
 
+
+class Doubles(TorchDispatchMode):
+    """Refuses to compute in float64, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64:
+                raise TypeError(f"{function}: no float64 here")
+        return found
+
+
+def test_a_run_needs_float64_only_where_the_device_has_it(tmp_path, monkeypatch):
+    assert widest(torch.device("mps")) == torch.float32
+    assert widest(torch.device("cpu")) == widest(torch.device("cuda", 1)) == torch.float64
+    model = {**MODEL, "kwargs": {**MODEL["kwargs"], "drop_path_rate": 0.0}}
+    changes = {"epochs": 1, "model": model, "decay": {"watch_every": 1}}
+    with pytest.raises(TypeError, match="no float64 here"), Doubles():
+        run(tmp_path / "refused", **changes)
+    for module in (amplification, loop):
+        monkeypatch.setattr(module, "widest", lambda _: torch.float32)
+    with Doubles():
+        result = run(tmp_path / "run", **changes)
+    assert result.steps == 7

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.plan import wide
+from quietvit.decay.plan import wide, widest
 from quietvit.decay.whole import reshard
 from quietvit.errors import QuietvitError
 from quietvit.tracing import Site, Trace, call, evaluating, intercept
@@ -94,7 +94,7 @@ def dominances(
             reshard(model)
     names = list(sums)
     table = torch.stack(
-        [(total / count.clamp_min(1)).double().to(device) for total, count in sums.values()]
+        [(total / count.clamp_min(1)).to(device, widest(device)) for total, count in sums.values()]
     ).tolist()
     for name, row in zip(names, table, strict=True):
         if not all(value < float("inf") for value in row):

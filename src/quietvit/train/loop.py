@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 
 from quietvit.data import evaluate, evaluation_loader, evaluation_transform
 from quietvit.data.evaluate import worker_errors
+from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
 from quietvit.files import refuse_nonempty, write_atomic
 from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
@@ -95,8 +96,8 @@ class _Loop:
         self.step = self.batch = self.epoch = 0
         self.saved = -1
         self.train_seconds = 0.0
-        self.losses = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        self.losses, device = 0, self.accelerator.device
+        self.loss_sum = torch.zeros((), dtype=widest(device), device=device)
         if state is not None:
             self._restore(state)
             logger.warning("resuming at step %d of %d.", self.step, self.p.total_steps)
