@@ -106,12 +106,15 @@ def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
 
 
 def whole_model(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state, gathered in every process. All of them must call."""
+    """Return the model's state as one process has it, on the CPU of the main process if sharded.
+
+    All of them must call; in the others it is then empty.
+    """
     if not is_sharded(accelerator):
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: Any = get_model_state_dict(model, options=options)
     return dict(state)
 
@@ -145,7 +148,7 @@ def load_whole(
     model_state: Mapping[str, Any],
     optimizer_state: Any,
 ) -> None:
-    """Load what ``whole_model`` and ``whole_optimizer`` gave, in every process.
+    """Load what ``whole_model`` and ``whole_optimizer`` gave on the main process, in every one.
 
     Where the model is in parts the optimizer must have no step hooks that count or change weights:
     torch makes room for its state by a step at rate 0.

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import Subset
 
-from quietvit.data import evaluate, evaluation_loader, evaluation_transform
 from quietvit.data.evaluate import worker_errors
 from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
@@ -24,6 +22,7 @@ from quietvit.files import refuse_nonempty, write_atomic
 from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered, whole_model
+from quietvit.train.evaluation import top1
 from quietvit.train.folder import CHECKPOINTS, fresh, same_run
 from quietvit.train.metrics import Metrics
 from quietvit.train.progress import bar_of, threads
@@ -280,32 +279,8 @@ class _Loop:
         self.saved = self.step
 
     def top1(self, average: bool = True, progress: bool = False) -> float:
-        """Top-1 in percent on the test images, of the moving average if there is one.
-
-        Each process takes its share of the images.
-        """
-        p, accelerator = self.p, self.accelerator
-        state = (
-            p.ema.module.state_dict()
-            if average and p.ema is not None
-            else whole_model(accelerator, p.plain)
-        )
-        p.evaluated.load_state_dict(state)
-        share: Any = self.r.test
-        if accelerator.num_processes > 1:
-            places = range(accelerator.process_index, len(self.r.test), accelerator.num_processes)
-            share = Subset(self.r.test, places)
-        correct = 0
-        if len(share):
-            loader = evaluation_loader(
-                share,
-                evaluation_transform(p.evaluated),
-                2 * self.config.batch_size,
-                self.config.num_workers,
-            )
-            own = evaluate(p.evaluated, loader, accelerator.device, progress)
-            correct = round(own * len(share) / 100)
-        return 100.0 * sum(gathered(accelerator, correct)) / len(self.r.test)
+        """Top-1 in percent on the test images, of the moving average if there is one."""
+        return top1(self.p, self.r.test, average=average, progress=progress)
 
     def finish(self, progress: bool) -> TrainResult:
         """Evaluate, write weights and result."""

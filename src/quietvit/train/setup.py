@@ -25,7 +25,8 @@ from quietvit.data import (
 )
 from quietvit.errors import QuietvitError
 from quietvit.train.config import TrainConfig
-from quietvit.train.engine import check_groups, make_accelerator, shard_by
+from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
+from quietvit.train.evaluation import hollow
 from quietvit.train.finetune import freeze, parameter_groups
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import EpochBatches, SeededImages
@@ -39,7 +40,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Parts:
-    """What is trained, apart from data. ``plain`` is the model inside ``model`` (the engine's)."""
+    """What is trained, apart from data. ``plain`` is the model inside ``model`` (the engine's).
+
+    ``evaluated`` is a copy to evaluate by (``evaluation``): its weights are old ones, or where
+    ``plain`` is kept in parts none.
+    """
 
     config: TrainConfig
     accelerator: Accelerator
@@ -155,11 +160,11 @@ def assemble(
         preprocessing=config.model.preprocessing,
         **config.model.kwargs,
     ).to(accelerator.device)
-    evaluated = copy.deepcopy(plain).requires_grad_(False)
+    evaluated = hollow(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
     ema = _average(config, plain)
     freeze(plain, config.model.freeze, config.model.freeze_blocks)
-    inner = _optimizer(config, plain)
     example = example_of(plain)
+    inner = _optimizer(config, plain)
     stopwatch = Stopwatch()
     regularizers = build_regularizers(
         config.decay,
@@ -181,7 +186,7 @@ def assemble(
         plain=plain,
         model=model,
         compiled=torch.compile(model) if config.compile else model,
-        evaluated=evaluated,
+        evaluated=evaluated.requires_grad_(False),
         inner=inner,
         optimizer=optimizer,
         scheduler=_scheduler(config, inner, steps_per_epoch),
