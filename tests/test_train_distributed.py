@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from huggingface_cases import classifier, saved
 from quietvit.data import (
     evaluate,
     evaluation_loader,
@@ -188,6 +189,31 @@ def test_two_processes_equal_one_with_the_same_effective_batch(tmp_path, paralle
     assert len(evaluated[0]) == 2
     whole = [entry["copied"] > 0 for entry in held(two)], [entry["kept"] > 0 for entry in held(two)]
     assert whole == (([False, False], [True, False]) if parallel == "fsdp2" else ([True] * 2,) * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", FSDP2])
+def test_a_model_with_a_parameter_that_is_never_used_trains_and_resumes(tmp_path, parallel):
+    model = {
+        "name": saved(tmp_path / "hf", classifier("Dinov2", 10)),
+        "kwargs": {"image_size": 16},
+        "preprocessing": {},
+    }
+    changes = {**SHARED, "model": model, "decay": CD, "parallel": parallel}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    told = launch(
+        tmp_path,
+        job(whole, **changes),
+        job(cut, stop_at=7, **changes),
+        job(cut, resume=True, **changes),
+    )
+    assert "resuming at step 6 of 12" in told
+    assert told.count("take no part in the forward pass") == 3
+    assert_equal(*ranks(cut))
+    assert_equal(ranks(cut)[0], ranks(whole)[0])
+    assert lines(cut) == lines(whole)
+    one = run(tmp_path / "one", accumulation=2, **{**changes, "parallel": "ddp"})
+    assert_close(load_file(one.weights), ranks(whole)[0])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Nothing is trained here; ``loop`` takes it from there.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,10 +33,13 @@ from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import EpochBatches, SeededImages
 from quietvit.train.regularizers import attach, build_regularizers
 from quietvit.train.stopping import ignore_in_worker
+from quietvit.train.unused import freeze_unused
 from quietvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger("quietvit")
 
 
 @dataclass
@@ -164,6 +168,7 @@ def assemble(
     ema = _average(config, plain)
     freeze(plain, config.model.freeze, config.model.freeze_blocks)
     example = example_of(plain)
+    _freeze_unused(plain, example, accelerator)
     inner = _optimizer(config, plain)
     stopwatch = Stopwatch()
     regularizers = build_regularizers(
@@ -219,6 +224,16 @@ def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
     train = load_dataset(config.data.dataset, "train", num_classes=config.data.num_classes)
     test = load_dataset(config.data.dataset, "test", num_classes=train.num_classes)
     return train, subset(test, config.data.test_images)
+
+
+def _freeze_unused(model: nn.Module, example: Tensor, accelerator: Accelerator) -> None:
+    names = freeze_unused(model, example)
+    if names and accelerator.is_main_process:
+        logger.warning(
+            "%d parameters take no part in the forward pass and are frozen: %s.",
+            len(names),
+            ", ".join(names),
+        )
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
