@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -77,6 +78,15 @@ def test_where_nothing_that_trains_is_used_that_is_an_error():
 
 MODELS = {
     "vit": lambda: timm.create_model("vit_tiny_patch16_224", depth=2, **TINY),
+    "levit": lambda: timm.create_model(
+        "levit_128s",
+        img_size=32,
+        embed_dim=(16, 24, 32),
+        key_dim=4,
+        num_heads=(2, 2, 2),
+        depth=(1, 1, 1),
+        num_classes=5,
+    ),
     "distilled": lambda: timm.create_model("deit_tiny_distilled_patch16_224", depth=2, **TINY),
     **{family: lambda family=family: classifier(family, 4) for family in FAMILIES},
 }
@@ -87,6 +97,7 @@ def test_afterwards_every_parameter_that_trains_gets_a_gradient(name):
     model = MODELS[name]().train()
     frozen = freeze_unused(model, EXAMPLE)
     assert frozen == (["dinov2.embeddings.mask_token"] if name == "Dinov2" else [])
+    copy.deepcopy(model)  # refused where tables of the search with their history are left
     sum(head.sum() for head in heads(model(torch.cat([EXAMPLE, EXAMPLE])))).backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key

@@ -68,5 +68,6 @@ def _left_alone(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_generator_states(states, device)
+        model.train()  # some models keep tables computed in eval mode until they train again
         for module, mode in modes:
             module.training = mode
