@@ -112,7 +112,7 @@ def test_a_regularizer_that_finds_nan_first_is_told_with_the_step(tmp_path, monk
 
 
 def test_a_diverged_run_names_the_pair_where_nothing_is_logged_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "_heads", lambda outputs: (outputs * float("nan"),))
+    monkeypatch.setattr(step, "heads", lambda outputs: (outputs * float("nan"),))
     with pytest.raises(QuietvitError, match=r"became nan at step 1\. The largest amplification is"):
         run(tmp_path / "run", decay={"watch_every": 0})
 

@@ -24,6 +24,8 @@ from quietvit.train.order import (
     set_generator_states,
 )
 
+CPU = torch.device("cpu")
+
 
 def same(a, b):
     if isinstance(a, torch.Tensor):
@@ -45,7 +47,7 @@ def test_what_is_saved_comes_back_with_its_types(tmp_path):
         "keys": {0: "int", "0": "str", (1, 2): "tuple", "tensor": 1, "dict": {}},
         "views": [whole, whole[1], whole.T, torch.tensor(3), torch.zeros(0)],
         "dtypes": [torch.ones(2, dtype=d) for d in (torch.bfloat16, torch.int64, torch.uint8)],
-        "generators": generator_states(),
+        "generators": generator_states(CPU),
     }
     save_checkpoint(tmp_path, 3, state, keep=1)
     assert same(state, load_checkpoint(tmp_path))
@@ -55,9 +57,9 @@ def test_generators_go_on_as_if_nothing_had_happened(tmp_path):
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()
 
-    save_checkpoint(tmp_path, 1, generator_states(), keep=1)
+    save_checkpoint(tmp_path, 1, generator_states(CPU), keep=1)
     expected = [draw() for _ in range(3)]
-    set_generator_states(load_checkpoint(tmp_path))
+    set_generator_states(load_checkpoint(tmp_path), CPU)
     assert [draw() for _ in range(3)] == expected
 
 
@@ -223,7 +225,7 @@ def test_an_images_randomness_depends_on_seed_epoch_and_index_alone():
 
 
 def test_seeding_inside_leaves_the_generators_outside_alone():
-    before = generator_states()
+    before = generator_states(CPU)
     with seeded(1, 2, 3):
         random.random(), np.random.rand(), torch.rand(1)
-    assert same(before, generator_states())
+    assert same(before, generator_states(CPU))

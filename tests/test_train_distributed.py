@@ -9,13 +9,22 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from huggingface_cases import classifier, saved
+from quietvit.data import (
+    evaluate,
+    evaluation_loader,
+    evaluation_transform,
+    load_dataset,
+    subset,
+)
 from quietvit.errors import QuietvitError
-from quietvit.train import engine
+from quietvit.train import TrainResult, engine
 from quietvit.train.checkpoint import list_checkpoints, load_checkpoint
 from test_train_loop import MODEL, config, lines, run
 
@@ -35,6 +44,7 @@ SCRIPT = """
 import json, os, sys
 from safetensors.torch import save_file
 from quietvit.train import loop, parse_config, train
+from quietvit.decay.whole import gathered
 from quietvit.train.engine import whole_model
 
 class Stopped(Exception):
@@ -48,10 +58,15 @@ for job in json.loads(open(sys.argv[1]).read()):
         return after_step(self, images)
 
     def finishing(self, progress):
-        weights = whole_model(self.accelerator, self.p.plain)
+        weights = self.p.plain.state_dict()
         path = f"{self.config.output}.rank{rank}"
-        save_file({key: value.clone() for key, value in weights.items()}, path)
-        return finish(self, progress)
+        save_file({key: gathered(value).clone() for key, value in weights.items()}, path)
+        result = finish(self, progress)
+        copied = sum(p.numel() for p in self.p.evaluated.parameters() if not p.is_meta)
+        kept = len(whole_model(self.accelerator, self.p.plain))
+        with open(f"{path}.json", "w") as file:
+            json.dump({"copied": copied, "kept": kept, "weights": len(weights)}, file)
+        return result
 
     loop._Loop._after_step, loop._Loop.finish = stopping, finishing
     try:
@@ -92,6 +107,11 @@ def launch(tmp_path, *jobs, processes=2, fails=False):
 
 def ranks(output, count=2):
     return [load_file(f"{output}.rank{rank}") for rank in range(count)]
+
+
+def held(output, count=2):
+    """What each process has of the whole model beside its own."""
+    return [json.loads(Path(f"{output}.rank{rank}.json").read_text()) for rank in range(count)]
 
 
 def assert_equal(one, other):
@@ -147,7 +167,9 @@ def test_two_processes_equal_one_with_the_same_effective_batch(tmp_path, paralle
         "kure": {"strength": 0.1},
         "tweo": {"strength": 0.1, "threshold": 0.5},
     }
-    changes = {**SHARED, "decay": decay}
+    # 17 images in batches of 8 are two passes in one process and one in the other.
+    data = {**SHARED["data"], "test_images": 17}
+    changes = {**SHARED, "decay": decay, "data": data, "evaluate_every": 1}
     one = run(tmp_path / "one", accumulation=4, **changes)
     two = tmp_path / "two"
     launch(tmp_path, job(two, accumulation=2, parallel=parallel, **changes))
@@ -160,6 +182,52 @@ def test_two_processes_equal_one_with_the_same_effective_batch(tmp_path, paralle
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert json.loads((two / "result.json").read_text())["top1"] == one.top1
+    evaluated = [
+        [line["top1"] for line in lines(output) if "top1" in line] for output in (one.output, two)
+    ]
+    assert evaluated[0] == evaluated[1]
+    assert len(evaluated[0]) == 2
+    whole = [entry["copied"] > 0 for entry in held(two)], [entry["kept"] > 0 for entry in held(two)]
+    assert whole == (([False, False], [True, False]) if parallel == "fsdp2" else ([True] * 2,) * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", FSDP2])
+def test_a_model_with_a_parameter_that_is_never_used_trains_and_resumes(tmp_path, parallel):
+    model = {
+        "name": saved(tmp_path / "hf", classifier("Dinov2", 10)),
+        "kwargs": {"image_size": 16},
+        "preprocessing": {},
+    }
+    changes = {**SHARED, "model": model, "decay": CD, "parallel": parallel}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    told = launch(
+        tmp_path,
+        job(whole, **changes),
+        job(cut, stop_at=7, **changes),
+        job(cut, resume=True, **changes),
+    )
+    assert "resuming at step 6 of 12" in told
+    assert told.count("take no part in the forward pass") == 3
+    assert_equal(*ranks(cut))
+    assert_equal(ranks(cut)[0], ranks(whole)[0])
+    assert lines(cut) == lines(whole)
+    one = run(tmp_path / "one", accumulation=2, **{**changes, "parallel": "ddp"})
+    assert_close(load_file(one.weights), ranks(whole)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", FSDP2])
+def test_a_process_without_test_images_takes_part_in_the_evaluation(tmp_path, parallel):
+    data = {**SHARED["data"], "test_images": 1}
+    changes = {**SHARED, "data": data, "epochs": 1, "precision": "bf16"}
+    output = tmp_path / "two"
+    launch(tmp_path, job(output, parallel=parallel, **changes))
+    result = TrainResult.read(output)
+    model = result.load_model()
+    images = subset(load_dataset("embedded:digits", "test"), 1)
+    loader = evaluation_loader(images, evaluation_transform(model))
+    assert result.top1 == evaluate(model, loader)
 
 
 @pytest.mark.slow

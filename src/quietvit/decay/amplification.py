@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.plan import wide
+from quietvit.decay.plan import wide, widest
 from quietvit.decay.whole import whole_parameters
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
@@ -40,7 +40,7 @@ def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, f
     with torch.autocast(device.type, enabled=False):
         values = [_worst_channel(pair, *map(read, _views(pair))) for pair in pairs]
     found: dict[str, float] = {}
-    together = torch.stack([value.to(device, torch.float64) for value in values])
+    together = torch.stack([value.to(device, widest(device)) for value in values])
     for pair, value in zip(pairs, together.tolist(), strict=True):
         value = value if math.isfinite(value) else math.inf
         found[pair.name] = max(value, found.get(pair.name, 0.0))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.plan import wide
+from quietvit.decay.plan import wide, widest
 from quietvit.decay.whole import reshard
 from quietvit.errors import QuietvitError
 from quietvit.tracing import Site, Trace, call, evaluating, intercept
@@ -93,7 +93,9 @@ def dominances(
         finally:
             reshard(model)
     names = list(sums)
-    means = [(total / count.clamp_min(1)).double().to(device) for total, count in sums.values()]
+    means = [
+        (total / count.clamp_min(1)).to(device, widest(device)) for total, count in sums.values()
+    ]
     # One list for all, for one sync; narrow weights have fewer components.
     values = iter(torch.cat(means).tolist())
     table = [[next(values) for _ in mean] for mean in means]

@@ -269,6 +269,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest type that the device computes in: float64, but float32 on Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _meet(one: Index | None, other: Index | None) -> bool:
     if one is None or other is None:
         return True

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _FSDP2_SINCE = (1, 7)
+_TAKEN_OVER = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
+_OFF = ("", "0", "f", "false", "n", "no", "off")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -29,8 +35,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     With ``parallel="fsdp2"`` parameters are kept in parts in float32; a reduced precision holds for
     the computation, while gradients are averaged in float32.
 
+    What the configuration says holds whatever the environment says of precision, accumulation and
+    compilation (``accelerate launch`` sets variables for them).
+
     Raises:
-        QuietvitError: fp16 on a CPU, or an accelerate without FSDP2.
+        QuietvitError: fp16 on a CPU, an accelerate without FSDP2, or an environment that asks for
+            another way of sharing the work than the configuration.
     """
     from accelerate import Accelerator
     from accelerate.state import (
@@ -39,6 +49,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         GradientState,
         PartialState,
     )
+    from accelerate.utils import GradientAccumulationPlugin
 
     if "RANK" not in os.environ:
         # accelerate keeps one state per process and refuses a second run with other settings.
@@ -46,13 +57,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         GradientState._reset_state()
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     plugin = _plugin(config) if config.parallel == "fsdp2" and shared else None
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulation,
-        cpu=config.device == "cpu",
-        fsdp_plugin=plugin,
-    )
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    _refuse_environment(config, plugin is not None)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulation),
+            dynamo_backend="no",
+            cpu=config.device == "cpu",
+            fsdp_plugin=plugin,
+        )
+    finally:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by accelerate itself for our plugin
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise QuietvitError(
             "precision 'fp16' scales its loss on a GPU only, and this run is on the CPU; set "
@@ -63,6 +78,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+    _check_as_asked(config, accelerator, plugin is not None)
     return accelerator
 
 
@@ -90,12 +106,15 @@ def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
 
 
 def whole_model(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state, gathered in every process. All of them must call."""
+    """Return the model's state as one process has it, on the CPU of the main process if sharded.
+
+    All of them must call; in the others it is then empty.
+    """
     if not is_sharded(accelerator):
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: Any = get_model_state_dict(model, options=options)
     return dict(state)
 
@@ -129,7 +148,7 @@ def load_whole(
     model_state: Mapping[str, Any],
     optimizer_state: Any,
 ) -> None:
-    """Load what ``whole_model`` and ``whole_optimizer`` gave, in every process.
+    """Load what ``whole_model`` and ``whole_optimizer`` gave on the main process, in every one.
 
     Where the model is in parts the optimizer must have no step hooks that count or change weights:
     torch makes room for its state by a step at rate 0.
@@ -221,6 +240,42 @@ def _plugin(config: TrainConfig) -> Any:
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_offload=False,
+        activation_checkpointing=False,
         mixed_precision_policy=policy,
         cpu_ram_efficient_loading=False,
     )
+
+
+def _refuse_environment(config: TrainConfig, sharded: bool) -> None:
+    """Refuse variables by which accelerate would share the work in another way than asked for."""
+    for name in (*_TAKEN_OVER, *(() if sharded else ("ACCELERATE_USE_FSDP",))):
+        value = os.environ.get(name, "")
+        if value.lower() not in _OFF:
+            raise QuietvitError(
+                f"the environment says {name}={value} (a file of `accelerate config` sets it), and "
+                f"this run asks for parallel={config.parallel!r} in "
+                f"{os.environ.get('WORLD_SIZE', '1')} process(es); unset {name}, or start by "
+                "torchrun. parallel='fsdp2' keeps the model in parts, in several processes."
+            )
+
+
+def _check_as_asked(config: TrainConfig, accelerator: Accelerator, sharded: bool) -> None:
+    """Refuse an engine that is not what the configuration says, whatever made it so."""
+    kind = getattr(accelerator.distributed_type, "value", "")
+    shared = "fsdp2" if is_sharded(accelerator) else kind
+    in_parts = is_sharded(accelerator) or kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+    found = {
+        "device": (config.device, accelerator.device.type, config.device == "cpu"),
+        "precision": (config.precision, accelerator.mixed_precision, True),
+        "accumulation": (config.accumulation, accelerator.gradient_accumulation_steps, True),
+        "parallel": (config.parallel, shared, in_parts != sharded),
+    }
+    for key, (asked, used, counts) in found.items():
+        if counts and asked != used:
+            raise QuietvitError(
+                f"{key} is {asked!r}, but accelerate runs with {used!r}: its environment or an "
+                "earlier run in the same processes decides so. Unset the variables whose names "
+                "begin with ACCELERATE_, and start the run in processes of its own."
+            )

@@ -19,10 +19,11 @@ from quietvit.data import data_config, subset
 from quietvit.errors import QuietvitError
 from quietvit.train.config import DecayConfig, TrainConfig
 from quietvit.train.engine import make_accelerator
+from quietvit.train.evaluation import judged
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.regularizers import attach, detach
 from quietvit.train.setup import Parts, assemble, effective_batch, open_data
-from quietvit.train.step import forward_backward
+from quietvit.train.step import forward_backward, heads
 
 _WARM_UP, _MEASURED = 2, 4
 _STAND_IN = 1000
@@ -188,8 +189,9 @@ def _make_due(regularizers: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def _classes(parts: Parts, image: Tensor) -> int:
-    outputs = parts.evaluated.eval()(image)
-    return int(getattr(outputs, "logits", outputs).shape[-1])
+    with judged(parts) as model:
+        outputs = model.eval()(image)
+    return int(heads(outputs)[0].shape[-1])
 
 
 def _noise(model: nn.Module, count: int) -> Tensor:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import Subset
 
-from quietvit.data import evaluate, evaluation_loader, evaluation_transform
 from quietvit.data.evaluate import worker_errors
+from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
 from quietvit.files import sweep, write_atomic
 from quietvit.train.checkpoint import (
@@ -28,6 +27,7 @@ from quietvit.train.checkpoint import (
 )
 from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered, whole_model
+from quietvit.train.evaluation import top1
 from quietvit.train.folder import CHECKPOINTS, fresh, own_files, refuse_used, same_run
 from quietvit.train.metrics import Metrics
 from quietvit.train.progress import bar_of, threads
@@ -104,10 +104,10 @@ class _Loop:
         self.step = self.batch = self.epoch = 0
         self.saved = -1
         self.train_seconds = 0.0
-        self.losses = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        self.losses, device = 0, self.accelerator.device
+        self.loss_sum = torch.zeros((), dtype=widest(device), device=device)
         # The first step whose loss was no number, kept on the device: looking would wait for it.
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)
         if state is not None:
             self._restore(state)
             logger.warning("resuming at step %d of %d.", self.step, self.p.total_steps)
@@ -299,32 +299,8 @@ class _Loop:
         self.saved = self.step
 
     def top1(self, average: bool = True, progress: bool = False) -> float:
-        """Top-1 in percent on the test images, of the moving average if there is one.
-
-        Each process takes its share of the images.
-        """
-        p, accelerator = self.p, self.accelerator
-        state = (
-            p.ema.module.state_dict()
-            if average and p.ema is not None
-            else whole_model(accelerator, p.plain)
-        )
-        p.evaluated.load_state_dict(state)
-        share: Any = self.r.test
-        if accelerator.num_processes > 1:
-            places = range(accelerator.process_index, len(self.r.test), accelerator.num_processes)
-            share = Subset(self.r.test, places)
-        correct = 0
-        if len(share):
-            loader = evaluation_loader(
-                share,
-                evaluation_transform(p.evaluated),
-                2 * self.config.batch_size,
-                self.config.num_workers,
-            )
-            own = evaluate(p.evaluated, loader, accelerator.device, progress)
-            correct = round(own * len(share) / 100)
-        return 100.0 * sum(gathered(accelerator, correct)) / len(self.r.test)
+        """Top-1 in percent on the test images, of the moving average if there is one."""
+        return top1(self.p, self.r.test, average=average, progress=progress)
 
     def finish(self, progress: bool) -> TrainResult:
         """Evaluate, write weights and result."""

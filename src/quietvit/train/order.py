@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -214,20 +214,54 @@ def seeded(*key: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def generator_states() -> dict[str, Any]:
-    """Return the states of all generators of this process."""
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of this process's generators: of Python, numpy, torch, and ``device``.
+
+    No other device is looked at, so that a run on the CPU leaves CUDA alone.
+    """
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "device": None if device.type == "cpu" else _generator_of(device).get_rng_state(device),
     }
 
 
-def set_generator_states(states: dict[str, Any]) -> None:
-    """Restore what ``generator_states`` returned."""
+def set_generator_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Restore what ``generator_states`` returned, that of the device to ``device``.
+
+    Checkpoints of earlier versions hold a list of the states of all CUDA devices; the one at the
+    place of ``device`` is taken.
+
+    Raises:
+        QuietvitError: such a list is too short for ``device``.
+    """
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    own = states["device"] if "device" in states else _of_all(states["cuda"], device)
+    if device.type != "cpu" and own is not None:
+        _generator_of(device).set_rng_state(own, device)
+    elif (device.type != "cpu") != (own is not None):
+        logger.warning(
+            "the checkpoint was written on another kind of device; what is drawn on %s (dropout) "
+            "is not what the run would have drawn without the stop.",
+            device.type,
+        )
+
+
+def _of_all(states: Sequence[Tensor], device: torch.device) -> Tensor | None:
+    if device.type != "cuda" or not states:
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= len(states):
+        raise QuietvitError(
+            f"the checkpoint holds the random states of {len(states)} GPUs and this process runs "
+            f"on cuda:{index}; resume with the GPUs visible that the run had "
+            "(CUDA_VISIBLE_DEVICES), or start anew from its weights (model.weights)."
+        )
+    return states[index]
+
+
+def _generator_of(device: torch.device) -> Any:
+    return torch.get_device_module(device)

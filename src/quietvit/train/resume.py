@@ -28,7 +28,7 @@ def collect(parts: Parts) -> dict[str, Any]:
     """
     p = parts
     scaler = p.accelerator.scaler
-    generators: list[Any] = gathered(p.accelerator, generator_states())
+    generators: list[Any] = gathered(p.accelerator, generator_states(p.accelerator.device))
     with _quiet(p, not p.inner.state):
         optimizer = whole_optimizer(p.accelerator, p.plain, p.inner)
     return {
@@ -68,7 +68,7 @@ def restore(parts: Parts, state: Mapping[str, Any]) -> None:
         p.accelerator.scaler.load_state_dict(state["scaler"])
     for name, part in p.regularizers.items():
         part.load_state_dict(state["decays"][name])
-    set_generator_states(state["generators"][p.accelerator.process_index])
+    set_generator_states(state["generators"][p.accelerator.process_index], p.accelerator.device)
 
 
 def check_processes(parts: Parts, state: Mapping[str, Any]) -> None:

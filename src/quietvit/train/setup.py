@@ -26,24 +26,29 @@ from quietvit.data import (
 )
 from quietvit.errors import QuietvitError
 from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
-from quietvit.train.engine import check_groups, make_accelerator, shard_by
+from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
+from quietvit.train.evaluation import hollow
 from quietvit.train.finetune import freeze, parameter_groups
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import EpochBatches, SeededImages, epoch_order
 from quietvit.train.regularizers import attach, build_regularizers
 from quietvit.train.stopping import ignore_in_worker
+from quietvit.train.unused import freeze_unused
 from quietvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
 
 logger = logging.getLogger("quietvit")
 
 
 @dataclass
 class Parts:
-    """What is trained, apart from data. ``plain`` is the model inside ``model`` (the engine's)."""
+    """What is trained, apart from data. ``plain`` is the model inside ``model`` (the engine's).
+
+    ``evaluated`` is a copy to evaluate by (``evaluation``): its weights are old ones, or where
+    ``plain`` is kept in parts none.
+    """
 
     config: TrainConfig
     accelerator: Accelerator
@@ -176,13 +181,14 @@ def assemble(
 
     set_seed(config.seed)
     plain = _model(config, num_classes, resumed).to(accelerator.device)
-    evaluated = copy.deepcopy(plain).requires_grad_(False)
+    evaluated = hollow(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
     ema = _average(config, plain)
     freeze(plain, config.model.freeze, config.model.freeze_blocks)
     effective = effective_batch(config, accelerator.num_processes)
     rates = config.rates(effective)
-    inner = _optimizer(config.optimizer, plain, rates.lr)
     example = example_of(plain)
+    _freeze_unused(plain, example, accelerator)
+    inner = _optimizer(config.optimizer, plain, rates.lr)
     stopwatch = Stopwatch()
     regularizers = build_regularizers(
         config.decay,
@@ -204,7 +210,7 @@ def assemble(
         plain=plain,
         model=model,
         compiled=torch.compile(model) if config.compile else model,
-        evaluated=evaluated,
+        evaluated=evaluated.requires_grad_(False),
         inner=inner,
         optimizer=optimizer,
         scheduler=_scheduler(config, rates, inner, steps_per_epoch),
@@ -237,6 +243,16 @@ def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
     train = load_dataset(config.data.dataset, "train", num_classes=config.data.num_classes)
     test = load_dataset(config.data.dataset, "test", num_classes=train.num_classes)
     return train, subset(test, config.data.test_images)
+
+
+def _freeze_unused(model: nn.Module, example: Tensor, accelerator: Accelerator) -> None:
+    names = freeze_unused(model, example)
+    if names and accelerator.is_main_process:
+        logger.warning(
+            "%d parameters take no part in the forward pass and are frozen: %s.",
+            len(names),
+            ", ".join(names),
+        )
 
 
 def _tell_rate(config: TrainConfig, effective: int) -> None:

@@ -6,13 +6,15 @@ What surrounds the steps of a run (epochs, logs, checkpoints) is in ``loop``.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from quietvit.train.engine import is_sharded
-from quietvit.train.setup import Parts
+
+if TYPE_CHECKING:
+    from quietvit.train.setup import Parts
 
 
 def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) -> Tensor:
@@ -30,7 +32,7 @@ def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) ->
         # accelerate puts autocast around a whole model, but not around one in parts.
         with accelerator.autocast() if is_sharded(accelerator) else nullcontext():
             outputs = p.compiled(images)
-        loss = torch.stack([p.criterion(head, targets) for head in _heads(outputs)]).mean()
+        loss = torch.stack([p.criterion(head, targets) for head in heads(outputs)]).mean()
         total = loss
         if "tweo" in p.regularizers:
             with p.stopwatch.running():
@@ -45,6 +47,7 @@ def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) ->
     return loss.detach()
 
 
-def _heads(outputs: Any) -> tuple[Tensor, ...]:
+def heads(outputs: Any) -> tuple[Tensor, ...]:
+    """Return the logits (B, classes) of each head of what a classifier returned."""
     outputs = getattr(outputs, "logits", outputs)
     return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,0 +1,135 @@
+"""Top-1 of a run's weights on its test images, each process taking a share of them.
+
+Where FSDP2 keeps the model in parts no process ever holds all of it: the weights of a block are
+gathered when it runs and let go after it. When a run is evaluated is decided in ``loop``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from quietvit.data import (
+    ImageDataset,
+    data_config,
+    evaluate,
+    evaluation_loader,
+    evaluation_transform,
+)
+from quietvit.decay.whole import read, whole_parameters
+from quietvit.tracing import evaluating
+from quietvit.tracing.block_modules import lies_within
+from quietvit.train.engine import gathered, is_sharded
+
+if TYPE_CHECKING:
+    from quietvit.train.setup import Parts
+
+
+def top1(
+    parts: Parts, test: ImageDataset, *, average: bool = True, progress: bool = False
+) -> float:
+    """Return top-1 in percent on the test images; every process must call.
+
+    Weights are those of the moving average if there is one, and the last ones with ``average``
+    False; the computation is in float32, whatever the precision of the steps.
+    """
+    accelerator, size = parts.accelerator, 2 * parts.config.batch_size
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    places = range(rank, len(test), processes)
+    share: Any = Subset(test, places) if processes > 1 else test
+    correct = 0
+    with judged(parts, average) as model:
+        if len(share):
+            transform = evaluation_transform(model)
+            loader = evaluation_loader(share, transform, size, parts.config.num_workers)
+            own = evaluate(model, loader, accelerator.device, progress)
+            correct = round(own * len(share) / 100)
+        if is_sharded(accelerator):
+            largest_share = math.ceil(len(test) / processes)
+            spare = math.ceil(largest_share / size) - math.ceil(len(share) / size)
+            _run_along(model, spare, accelerator.device)
+    return 100.0 * sum(gathered(accelerator, correct)) / len(test)
+
+
+@contextmanager
+def judged(parts: Parts, average: bool = True) -> Iterator[nn.Module]:
+    """Give the model to evaluate: a copy with the weights as they are now, in no wrapper.
+
+    Where the model is in parts, all processes must run it equally often inside, and enter together.
+    """
+    p = parts
+    if is_sharded(p.accelerator):
+        with filled(p.evaluated, p.plain, p.watch.blocks):
+            yield p.evaluated
+        return
+    source = p.ema.module if average and p.ema is not None else p.plain
+    p.evaluated.load_state_dict(source.state_dict())
+    yield p.evaluated
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """Return a copy of the model whose parameters are shapes without memory (device ``meta``)."""
+    shapes: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, shapes)
+
+
+@contextmanager
+def filled(copied: nn.Module, model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """Inside, ``copied``, made by ``hollow``, computes with the weights of ``model``.
+
+    Those of a block are there while it runs, those outside ``blocks`` all the time; after it none
+    is. Where ``model`` is in parts, filling is a collective of all processes.
+    """
+    names: dict[str, list[str]] = {block: [] for block in ("", *blocks)}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        names[next((block for block in blocks if lies_within(name, block)), "")].append(name)
+
+    def fill(block: str) -> None:
+        for name, whole in whole_parameters(model, names[block]).items():
+            _put(copied, name, whole)
+
+    def empty(block: str) -> None:
+        for name in names[block]:
+            _put(copied, name, torch.empty_like(read(copied, name), device="meta"))
+
+    handles: list[Any] = []
+    try:
+        for block in blocks:
+            module = copied.get_submodule(block)
+            handles += [
+                module.register_forward_pre_hook(lambda *_, block=block: fill(block)),
+                module.register_forward_hook(lambda *_, block=block: empty(block)),
+            ]
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            read(copied, name).copy_(buffer)
+        fill("")
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in names:
+            empty(block)
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, nn.Parameter(value, requires_grad=False))
+
+
+@torch.no_grad()
+def _run_along(model: nn.Module, times: int, device: torch.device) -> None:
+    """Take part in passes that the others need; what comes out is dropped."""
+    image = torch.zeros(1, *data_config(model)["input_size"], device=device)
+    with evaluating(model):
+        for _ in range(times):
+            model(image)
