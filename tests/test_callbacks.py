@@ -120,8 +120,9 @@ def hf_trainer(folder: Path, model: nn.Module, callbacks: list[Any], **more: Any
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-    if "save_strategy" in more:
-        arguments["save_strategy"] = more.pop("save_strategy")
+    for name in ("save_strategy", *arguments, "max_grad_norm"):
+        if name in more:
+            arguments[name] = more.pop(name)
     return transformers.Trainer(
         model,
         transformers.TrainingArguments(**arguments),
@@ -187,27 +188,55 @@ def test_a_checkpoint_of_other_settings_or_without_a_state_is_told(tmp_path, cap
     assert (tmp_path / "c" / f"checkpoint-{STEPS}").is_dir()
 
 
+def of_the_step(outputs: Any, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    """The criterion that the Trainer asks for: a sum over this pass, divided for the whole step."""
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
 def test_a_penalty_on_activations_goes_into_the_loss_of_the_trainer(tmp_path):
     found = []
     for strength in (0.0, 5.0):
         model = hf_model()
         tweo = quietvit.TWEO(model, EXAMPLE, strength=strength, threshold=0.5)
-
-        def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-            return F.cross_entropy(outputs.logits, labels)
-
-        callback = transformers_callback(tweo, cd(model))
         trainer = hf_trainer(
             tmp_path,
             model,
-            [callback],
-            compute_loss_func=tweo.around(loss),
+            [transformers_callback(tweo, cd(model))],
+            compute_loss_func=tweo.around(of_the_step),
             save_strategy="no",
         )
         trainer.train()
         assert tweo.steps == STEPS
         found.append(weights(model))
     assert not equal(*found)
+
+
+@pytest.mark.parametrize("count", [24, 22], ids=["even", "a smaller last pass"])
+def test_accumulation_in_the_trainer_leaves_the_penalty_as_strong(tmp_path, count):
+    """Two passes of n images to a step train the weights of one pass of 2 n images."""
+    found = {}
+    for passes, strength in ((1, 5.0), (2, 5.0), (1, 0.0)):
+        model = hf_model().double()
+        tweo = quietvit.TWEO(model, EXAMPLE.double(), strength=strength, threshold=0.5)
+        trainer = hf_trainer(
+            tmp_path,
+            model,
+            [transformers_callback(tweo)],
+            compute_loss_func=tweo.around(of_the_step),
+            optimizers=(torch.optim.SGD(model.parameters(), lr=0.01), None),
+            train_dataset=[{**s, "pixel_values": s["pixel_values"].double()} for s in data(count)],
+            save_strategy="no",
+            gradient_accumulation_steps=passes,
+            per_device_train_batch_size=8 // passes,
+            max_steps=3,
+            max_grad_norm=0.0,  # clipping would hide a wrong factor
+        )
+        trainer.train()
+        assert tweo.steps == 3
+        found[passes, strength] = weights(model)
+    for name, value in found[1, 5.0].items():
+        torch.testing.assert_close(found[2, 5.0][name], value, rtol=1e-5, atol=1e-8)
+    assert not equal(found[1, 5.0], found[1, 0.0])
 
 
 def failing(at: int) -> Any:

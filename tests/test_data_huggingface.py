@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from huggingface_cases import FAMILIES, classifier, processor, saved
-from quietvit.data import create_model, data_config, evaluation_transform
+from huggingface_cases import FAMILIES, PLAIN, classifier, processor, saved
+from quietvit.data import create_model, data_config, evaluation_transform, huggingface
 from quietvit.data.image_processor import translated_preprocessing
 from quietvit.errors import QuietvitError
 
@@ -88,6 +89,69 @@ def test_another_window_of_swin_resamples_the_bias_table(tmp_path, caplog):
     )
     assert torch.allclose(new[112], old[24])  # the middle: no displacement
     assert logits(loaded).shape == (2, 7)
+
+
+def beit(folder: Path, size: list[int]) -> tuple[str, dict[str, torch.Tensor]]:
+    """A saved BEiT whose first bias table tells rows apart and the second columns; its weights."""
+    config = transformers.BeitConfig(
+        **PLAIN | {"image_size": size}, use_relative_position_bias=True, num_labels=7
+    )
+    model = transformers.BeitForImageClassification(config)
+    down, across = (2 * side // 8 - 1 for side in size)
+    state = model.state_dict()
+    with torch.no_grad():
+        for table in (value for key, value in state.items() if key.endswith("bias_table")):
+            table.normal_()
+        first, second = (value for key, value in state.items() if key.endswith("bias_table"))
+        first[:-3].view(down, across, -1).copy_(torch.randn(down, 1, first.shape[1]))
+        second[:-3].view(down, across, -1).copy_(torch.randn(1, across, first.shape[1]))
+    return saved(folder, model), {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((32, 32), (32, 64)), ((32, 64), (64, 32)), ((32, 64), (64, 64))]
+)
+def test_bias_tables_of_beit_are_resampled_by_rows_and_columns(tmp_path, caplog, old, new):
+    caplog.set_level(logging.WARNING, "quietvit")
+    name, before = beit(tmp_path, list(old))
+    loaded = create_model(name, image_size=list(new))
+    assert "relative_position_bias_table from" in caplog.text
+    keys = [key for key in before if key.endswith("bias_table")]
+    after = loaded.state_dict()
+    down, across = (2 * side // 8 - 1 for side in new)
+    for key in keys:
+        assert torch.equal(after[key][-3:], before[key][-3:]), "what the class token adds stays"
+    first, second = (after[key][:-3].view(down, across, -1) for key in keys)
+    assert torch.allclose(first, first[:, :1].expand_as(first), atol=1e-6)
+    assert torch.allclose(second, second[:1].expand_as(second), atol=1e-6)
+    middle = [before[key][: len(before[key]) - 3] for key in keys]
+    assert torch.allclose(first[down // 2, 0], middle[0][len(middle[0]) // 2], atol=1e-6)
+    assert torch.allclose(second[0, across // 2], middle[1][len(middle[1]) // 2], atol=1e-6)
+    with torch.no_grad():
+        assert loaded.eval()(torch.randn(1, 3, *new)).logits.shape == (1, 7)
+
+
+def test_a_table_that_cannot_be_resampled_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "_displacements", lambda config: None)
+    name, _ = beit(tmp_path, [32, 32])
+    with pytest.raises(QuietvitError, match=r"cannot be loaded.*relative_position_bias_table is"):
+        create_model(name, image_size=[32, 64])
+
+
+def test_as_many_patches_that_lie_otherwise_are_resampled_too(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "quietvit")
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**PLAIN | {"image_size": [32, 64]}, num_labels=7)
+    )
+    old = model.vit.embeddings.position_embeddings
+    with torch.no_grad():  # tells rows apart alone
+        old[:, 1:].view(1, 4, 8, -1).copy_(torch.randn(1, 4, 1, old.shape[-1]))
+    loaded = create_model(saved(tmp_path, model), image_size=[64, 32])
+    assert "position_embeddings from (1, 33, 32) to (1, 33, 32)" in caplog.text
+    new = loaded.vit.embeddings.position_embeddings
+    rows = new[:, 1:].view(1, 8, 4, -1)
+    assert torch.equal(new[:, 0], old[:, 0])
+    assert torch.allclose(rows, rows[:, :, :1].expand_as(rows), atol=1e-6)
 
 
 def test_images_have_the_size_the_processor_makes(tmp_path, caplog):

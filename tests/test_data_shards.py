@@ -8,13 +8,16 @@ import logging
 import os
 import pickle
 import tarfile
+import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from decay_cases import process_group
 from quietvit.data import load_dataset, shards, subset, tars
 from quietvit.errors import QuietvitError
 
@@ -103,6 +106,32 @@ def test_every_kind_of_tar_is_read_long_names_and_folders_included(tmp_path, for
     assert shades_of(dataset) == [0, 90, 180]
     assert dataset.labels.tolist() == [0, 1, 2]
     assert dataset.where(1) == f"{names[1]}.JPG in {path}"
+
+
+UNDERSCORED = ["__a", "__b__", "c/__d__", "__e__f"]
+
+
+def underscored(path):
+    """A shard of samples, and of members that are facts about it."""
+    members = [
+        (f"{name}.{extension}", content)
+        for shade, name in enumerate(UNDERSCORED)
+        for extension, content in (("png", picture(60 * shade)), ("cls", b"0"))
+    ]
+    meta = [("__x__", b""), ("__y__/1.png", b"x"), ("__y.z__", b"x")]
+    return write(path, [*meta, *members])
+
+
+def test_names_between_double_underscores_alone_are_passed_over(tmp_path):
+    path = underscored(tmp_path / "a.tar")
+    assert shades_of(load_dataset(f"shards:{path}")) == [0, 60, 120, 180]
+
+
+def test_the_webdataset_package_passes_over_the_same_names(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    path = underscored(tmp_path / "a.tar")
+    theirs = webdataset.WebDataset(str(path), shardshuffle=False)
+    assert [sample["__key__"] for sample in theirs] == UNDERSCORED
 
 
 def test_shards_of_the_webdataset_package_are_read(tmp_path):
@@ -283,6 +312,61 @@ def test_where_nothing_can_be_written_the_index_goes_to_the_cache(three, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(three / "elsewhere"))
     load_dataset(f"shards:{three / 'train-00.tar'}")
     assert "could not be kept" in caplog.text
+
+
+def test_processes_index_their_own_shards_first_and_then_all(monkeypatch):
+    import torch.distributed as dist
+
+    paths = [Path(f"{number}.tar") for number in range(11)]
+    assert shards._own_first(paths) == paths, "alone: in order"
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    orders = []
+    for rank in range(3):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        orders.append(shards._own_first(paths))
+        assert sorted(orders[-1]) == sorted(paths)
+    shares = [order[: len(paths[rank::3])] for rank, order in enumerate(orders)]
+    assert sorted(path for share in shares for path in share) == sorted(paths)
+
+
+def _open_in_one_of_two(rank: int, folder: str) -> None:
+    """Both build their first index at the same time, and go on together after their halves."""
+    built: list[str] = []
+    build_index, write_atomic = tars.build_index, tars.write_atomic
+
+    def meet(place: str) -> None:
+        (Path(folder) / f"{place}-{rank}").touch()
+        for _ in range(1000):
+            if (Path(folder) / f"{place}-{1 - rank}").exists():
+                return
+            time.sleep(0.01)
+
+    def build(path: Path) -> tars.TarIndex:
+        built.append(path.name)
+        if len(built) == 1:
+            meet("begun")
+        return build_index(path)
+
+    def keep(path: Path, content: bytes) -> Path:
+        done = write_atomic(path, content)
+        if len(built) == 3:
+            meet("half")
+        return done
+
+    tars.build_index, tars.write_atomic = build, keep
+    with process_group(Path(folder), rank, 2):
+        shades = shades_of(load_dataset(f"shards:{folder}/*.tar"))
+    (Path(folder) / f"found-{rank}.json").write_text(json.dumps([built, shades]))
+
+
+def test_two_processes_that_open_the_same_shards_index_each_once(tmp_path):
+    for number in range(6):
+        write(tmp_path / f"{number}.tar", samples([number]))
+    torch.multiprocessing.spawn(_open_in_one_of_two, (str(tmp_path),), nprocs=2)
+    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(found[0][0] + found[1][0]) == [f"{number}.tar" for number in range(6)]
+    assert found[0][1] == found[1][1] == list(range(6))
 
 
 def open_files():

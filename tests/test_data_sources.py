@@ -162,6 +162,39 @@ def test_what_is_hidden_is_neither_a_class_nor_an_image(tmp_path):
     assert load_dataset(f"imagefolder:{tmp_path}", "test").labels.tolist() == [0, 0, 1, 1]
 
 
+def test_links_are_followed_and_circles_are_not(tmp_path):
+    folder(tmp_path, "train", ["ant", "bee"], count=1)
+    folder(tmp_path, "elsewhere", ["more", "wasp"])
+    ant = tmp_path / "train" / "ant"
+    (ant / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    (ant / "one.jpg").symlink_to(ant / "0.jpg")
+    (ant / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "train" / "wasp").symlink_to(tmp_path / "elsewhere" / "wasp")
+    for name, target in (("up", ant), ("train", tmp_path / "train"), ("root", tmp_path)):
+        (ant / "more" / name).symlink_to(target)
+        (ant / name).symlink_to(target)
+    (ant / "itself").symlink_to(ant / "itself")
+    train = load_dataset(f"imagefolder:{tmp_path}", "train")
+    names = [train.where(i).removeprefix(f"{tmp_path}/train/") for i in range(len(train))]
+    assert names == [
+        *(f"ant/{name}.jpg" for name in ("0", "gone", "more/0", "more/1", "one")),
+        *("bee/0.jpg", "wasp/0.jpg", "wasp/1.jpg"),
+    ]
+    assert train.labels.tolist() == [0] * 5 + [1] + [2] * 2
+    with pytest.raises(QuietvitError, match=r"ant/gone\.jpg could not be read"):
+        train[1]
+
+
+def test_a_training_class_without_images_is_refused_by_name(tmp_path):
+    for split in ("train", "val"):
+        folder(tmp_path, split, ["ant", "bee"])
+        (tmp_path / split / "cat").mkdir()
+        (tmp_path / split / "cat" / "notes.txt").write_text("to do")
+    with pytest.raises(QuietvitError, match=r"class 'cat' of .*/train holds no images.*remove"):
+        load_dataset(f"imagefolder:{tmp_path}", "train")
+    assert load_dataset(f"imagefolder:{tmp_path}", "test").num_classes == 3
+
+
 def test_splits_are_never_read_as_classes(tmp_path):
     folder(tmp_path, "val", ["ant", "bee"])
     with pytest.raises(QuietvitError, match="splits and no classes"):

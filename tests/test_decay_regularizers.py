@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,43 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name: str) -> None:
     train(resumed, optimizer, regularizer, range(9, 12))
     assert not changed(resumed, weights(whole))
     assert regularizer.steps == 12
+
+
+def copies(model: Tower) -> Iterator[Tower]:
+    """The model copied, pickled, and saved whole and loaded."""
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    yield torch.load(file, weights_only=False)
+
+
+@every_one
+def test_a_copy_of_a_model_that_holds_it_is_detached_and_trains_on_alike(name: str) -> None:
+    model = tower()
+    optimizer = adam(model)
+    model.made = MAKERS[name](model, images()).attach(optimizer)
+    train(model, optimizer, model.made, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    twins = []
+    for twin in copies(model):
+        made = twin.made
+        assert made.model is twin
+        assert made.steps == 3
+        own = adam(twin)
+        train(twin, own, steps=range(3))  # no hook of the original is there, none complains
+        twin.load_state_dict(model.state_dict())
+        own.load_state_dict(copy.deepcopy(state))
+        assert made.attach(own) is made
+        twins.append((twin, own))
+    before = weights(model)
+    train(model, optimizer, model.made, range(3, 7))
+    assert changed(model, before)
+    for twin, own in twins:
+        train(twin, own, twin.made, range(3, 7))
+        assert twin.made.steps == model.made.steps == 7
+        assert not changed(twin, weights(model))
 
 
 @every_one

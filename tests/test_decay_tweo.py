@@ -218,6 +218,23 @@ def test_around_adds_the_loss_in_training_alone() -> None:
         assert torch.equal(criterion(model.train()(x), y), F.cross_entropy(model(x), y))
 
 
+def test_where_items_of_a_step_are_counted_its_passes_sum_to_the_penalty_of_their_images() -> None:
+    model, x, y = Stack().double(), batch().double(), torch.tensor([0, 1, 2, -100, 1, 2])
+    tweo = TWEO(model, x, **SMALL)
+    criterion = tweo.around(lambda logits, labels, num_items_in_batch: logits.sum() * 0)
+    model(x[y >= 0])
+    whole = tweo.loss()
+    parts = [
+        criterion(model(x[part]), labels=y[part], num_items_in_batch=torch.tensor(5))
+        for part in (slice(0, 3), slice(4, 6))
+    ]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+    none = criterion(model(x[3:4]), y[3:4], num_items_in_batch=5)
+    assert none.item() == 0, "no item of this pass counts"
+    with pytest.raises(QuietvitError, match=r"num_items_in_batch=5.*are a list"):
+        criterion(model(x), [0] * 6, num_items_in_batch=5)
+
+
 def test_nothing_of_a_step_is_kept_alive_by_the_next() -> None:
     model, x = Stack(), batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

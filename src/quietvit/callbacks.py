@@ -28,7 +28,9 @@ def transformers_callback(*regularizers: Regularizer) -> Any:
     Give all regularizers to one callback. They are attached when training begins, to the optimizer
     that the Trainer made (under accelerate too), and detached when it ends. What they need for an
     exact resume is in ``trainer_state.json`` of each checkpoint. They are built on the model that
-    the Trainer gets. TWEO also needs ``compute_loss_func=tweo.around(...)``.
+    the Trainer gets. TWEO also needs ``compute_loss_func=tweo.around(criterion)``, with a criterion
+    that follows the Trainer: called with outputs, labels and ``num_items_in_batch``, it returns the
+    sum of its losses divided by that number.
 
     A ``train()`` that raises leaves them attached, because the Trainer then calls no callback. The
     next one, of this or another Trainer, detaches them first and counts on from where they stand,

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from torch import nn
 
 from quietvit.errors import QuietvitError, nearest
-from quietvit.tracing import Link, Scores, Site, Trace, WeightView, trace
+from quietvit.tracing import Link, Operand, Scores, Site, Trace, WeightView, trace
 from quietvit.tracing.ops import norm_channel_dim
 from quietvit.tracing.weights import select_cols, select_rows
 
 KINDS = ("mlp", "value_output", "gated_mlp", "norm_linear", "residual", "query_key")
 DENSE_KINDS = ("mlp", "value_output", "gated_mlp")
+_MAPS = ("linear", "conv")
 DEFAULT_KINDS = (*DENSE_KINDS, "norm_linear")
+
+# Why a weight is not, or only in part, in pairs.
+COMPUTED = "a weight is computed in the forward pass and is no parameter"
+ADAPTED = "an adapter adds to its output: pairs know its own weight alone, and none follows the sum"
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,9 @@ def find_pairs(
     With ``fold_gains`` the gain of the norm that A reads becomes part of A (``before``) in the
     kinds mlp, value_output and gated_mlp.
 
+    The two maps of an adapter (``W x + B A x``, as LoRA adds them) are in no pair: neither is the
+    whole map. W is, where it is the second matrix, and ``skipped`` names it.
+
     What writes the logits (the head) is never the second of a pair. Raises QuietvitError for an
     unknown kind, and where no pair is found (saying what was seen instead). The kinds ``mlp`` and
     ``value_output`` are the paper's (arXiv 2605.01330, abstract: pairs within Transformer blocks);
@@ -140,33 +148,50 @@ def find_pairs(
                 "model takes them, for example torch.randn(1, 3, 224, 224)."
             )
         trace = _trace(model, example)
-    found: dict[MatrixPair, None] = {}
-    skipped: dict[tuple[str, str], None] = {}
+    findings = dict.fromkeys(_findings(trace, kinds))
+    pairs = tuple(found for found in findings if isinstance(found, MatrixPair))
+    skipped = tuple(found for found in findings if not isinstance(found, MatrixPair))
+    if not pairs:
+        raise _no_pairs(trace, kinds, skipped)
+    return FoundPairs(_folded(pairs, trace) if fold_gains else pairs, skipped)
+
+
+_trace = trace  # the function, where an argument of that name hides it
+_Finding = MatrixPair | tuple[str, str]  # a pair, or the name of what is none and the reason
+
+
+def _findings(trace: Trace, kinds: Collection[str]) -> Iterator[_Finding]:
+    adapted, adapters = _adapters(trace)
+    yield from ((name, ADAPTED) for name in adapted)
+    yield from _linked(trace, kinds, adapters)
+    if "residual" in kinds:
+        yield from _residual(trace, adapters)
+    for scores in trace.scores if "query_key" in kinds else ():
+        if reason := _rotated(scores) or _computed(trace[scores.query], trace[scores.key]):
+            yield f"{scores.query} x {scores.key}", reason
+        else:
+            yield from _query_key(scores, trace)
+
+
+def _linked(trace: Trace, kinds: Collection[str], adapters: Set[str]) -> Iterator[_Finding]:
+    """Pairs whose channels flow from the one to the other."""
     gated = Counter(
         link.consumer
         for link in trace.links
         if "gate" in link.through and "pooled" not in link.through
     )
     for link in trace.links:
+        if adapters & {link.source, link.consumer}:
+            continue
         link = replace(link, through=_steps(link.through))
         first, second = trace[link.source], trace[link.consumer]
         kind, reason = _kind(link, first, second, gated[link.consumer])
+        if kind and kind not in kinds:
+            continue
         if reason:
-            skipped[f"{first.name} -> {second.name}", reason] = None
-        elif kind in kinds:
-            found |= dict.fromkeys(_pairs(link, first, second, kind))
-    if "residual" in kinds:
-        found |= dict.fromkeys(_residual(trace))
-    if "query_key" in kinds:
-        for scores in trace.scores:
-            if reason := _rotated(scores):
-                skipped[f"{scores.query} x {scores.key}", reason] = None
-            else:
-                found |= dict.fromkeys(_query_key(scores, trace))
-    if not found:
-        raise _no_pairs(trace, kinds, skipped)
-    pairs = _folded(tuple(found), trace) if fold_gains else tuple(found)
-    return FoundPairs(pairs, tuple(skipped))
+            yield f"{first.name} -> {second.name}", reason
+        elif kind:
+            yield from _pairs(link, first, second, kind)
 
 
 def _steps(through: tuple[str, ...]) -> tuple[str, ...]:
@@ -174,23 +199,22 @@ def _steps(through: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(step for step in through if step not in ("offset", "factor", "summed"))
 
 
-_trace = trace  # the function, where an argument of that name hides it
-
-
 def _kind(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
     """The kind of pair a link makes, "" for none, and why a likely one is none."""
+    kind, reason = _kind_of_maps(link, first, second, gates)
+    return kind, _computed(first, second) if kind else reason
+
+
+def _computed(first: Site, second: Site) -> str:
+    return COMPUTED if first.weight is None or second.weight is None else ""
+
+
+def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
+    """As ``_kind``, whether or not the weights are parameters."""
     through = set(link.through)
     if "constant" in (first.role, second.role) or second.role == "head":
         return "", ""
-    if second.weight is None or not _is_matrix(second) or first.weight is None:
-        computed = (first.kind in ("linear", "norm") and first.weight is None) or (
-            second.kind == "linear" and second.weight is None
-        )
-        return (
-            "",
-            "a weight is computed in the forward pass and is no parameter" if computed else "",
-        )
-    if _columns(second) != len(link.channels):
+    if not _is_matrix(second) or _columns(second) != len(link.channels):
         return "", ""
     if first.kind == "norm":
         return ("", "") if through else ("norm_linear", "")
@@ -216,7 +240,7 @@ def _is_matrix(site: Site) -> bool:
     """Whether a site multiplies channels by a plain matrix: a linear, or a 1x1 convolution."""
     shape = site.weight_shape or ()
     if site.kind == "linear":
-        return True
+        return len(shape) == 2
     return site.kind == "conv" and all(size == 1 for size in shape[2:]) and shape[1] > 1
 
 
@@ -264,28 +288,30 @@ def _norm_readers(trace: Trace) -> Iterator[tuple[Site, Site, WeightView, tuple[
         norm, reader = trace[link.source], trace[link.consumer]
         if norm.kind != "norm" or _steps(link.through) or norm.weight is None:
             continue
-        if reader.weight is None or not _is_matrix(reader) or reader.role in ("constant", "head"):
+        if not _is_matrix(reader) or reader.role in ("constant", "head"):
             continue
         if _columns(reader) == len(link.channels) and min(link.channels) >= 0:
             gains = select_rows(norm.weight, link.channels, _height(norm))
             yield norm, reader, gains, link.channels
 
 
-def _residual(trace: Trace) -> Iterator[MatrixPair]:
+def _residual(trace: Trace, adapters: Set[str]) -> Iterator[_Finding]:
     """What writes the stream in front of each norm -> what reads that norm."""
     sites = {site.name: site for site in trace.sites}
     for norm, reader, gains, channels in _norm_readers(trace):
-        assert reader.weight is not None
-        for name in _writers(norm, sites):
-            writer = sites[name]
-            if writer.weight is None or not _is_matrix(writer) or not _is_whole(writer):
+        for writer in (sites[name] for name in _writers(norm, sites)):
+            if adapters & {writer.name, reader.name}:
+                continue
+            if not _is_matrix(writer) or not _is_whole(writer):
                 continue
             if writer.role == "patch_embed" or _height(writer) != _height(norm):
                 continue
+            if writer.weight is None or reader.weight is None:
+                yield f"{writer.name} -> {reader.name}", COMPUTED
+                continue
             first = select_rows(writer.weight, channels, _height(writer))
-            yield MatrixPair(
-                first, reader.weight, "residual", through=("residual", "norm"), between=gains
-            )
+            through = ("residual", "norm")
+            yield MatrixPair(first, reader.weight, "residual", through=through, between=gains)
 
 
 def _writers(norm: Site, sites: Mapping[str, Site]) -> Iterator[str]:
@@ -305,6 +331,41 @@ def _writers(norm: Site, sites: Mapping[str, Site]) -> Iterator[str]:
                     waiting.append(name)
                 else:
                     yield name
+
+
+def _adapters(trace: Trace) -> tuple[list[str], frozenset[str]]:
+    """Maps W to whose output that of an adapter is added, and the two maps of each adapter.
+
+    An adapter, as LoRA has it, is B (A x) beside W x: of the same input, with nothing but a factor
+    between, and of a lower rank than W may have. Several may be added one after another.
+    """
+    sites = {site.name: site for site in trace.sites}
+    adapted: dict[str, None] = {}
+    adapters: set[str] = set()
+
+    def only(operand: Operand, *kinds: str) -> Site | None:
+        site = sites[operand.fed_by[0]] if len(operand.fed_by) == 1 else None
+        return site if site is not None and site.kind in kinds else None
+
+    for add in (site for site in trace.sites if site.kind == "add"):
+        for own, other in (add.operands, add.operands[::-1]):
+            up, base = only(own, *_MAPS), only(other, "add", *_MAPS)
+            down = None if up is None else only(up.operands[0], *_MAPS)
+            while base is not None and base.kind == "add":
+                base = only(base.operands[0], "add", *_MAPS)
+            if up is None or down is None or base is None or not _is_narrow(down, up):
+                continue
+            if base.operands[0].fed_by == down.operands[0].fed_by and base is not up:
+                adapters |= {up.name, down.name}
+                if base.role not in ("head", "constant"):
+                    adapted[base.name] = None
+    return list(adapted), frozenset(adapters)
+
+
+def _is_narrow(down: Site, up: Site) -> bool:
+    """Whether a map makes fewer channels than it reads, and than the map behind it makes."""
+    one, other = down.weight_shape or (), up.weight_shape or ()
+    return len(one) >= 2 and one[0] < min(one[1], other[0])
 
 
 def _folded(pairs: tuple[MatrixPair, ...], trace: Trace) -> tuple[MatrixPair, ...]:

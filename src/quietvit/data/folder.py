@@ -21,10 +21,11 @@ _SPLITS = {"train", "val", "test"}
 def open_folder(root: Path, split: str | None, num_classes: int | None) -> ImageDataset:
     """Open ``split`` of an image folder; for None the folder itself is one folder a class.
 
-    Hidden files and folders are passed over.
+    Hidden files and folders are passed over, links are followed.
 
     Raises:
-        QuietvitError: a folder is missing, holds no images, or has a class that training lacks.
+        QuietvitError: a folder is missing, holds no images, or has a class that training lacks; a
+            class of ``train/`` has no images.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -45,14 +46,20 @@ def open_folder(root: Path, split: str | None, num_classes: int | None) -> Image
             f"{folder} has a class {unknown[0]!r} that {reference} does not have"
             f"{nearest(unknown[0], classes)}; both need the same class folders."
         )
+    around = frozenset(map(_identity, (folder, *folder.absolute().parents)))
     files: list[bytes] = []
     labels: list[int] = []
     for name in present:
         found = [
             path
-            for path in _files_below(folder / name)
+            for path in _files_below(folder / name, around)
             if os.path.splitext(path)[1].lower() in IMG_EXTENSIONS  # noqa: PTH122
         ]
+        if not found and split == "train":
+            raise QuietvitError(
+                f"the class {name!r} of {folder} holds no images (files ending in "
+                f"{', '.join(IMG_EXTENSIONS)}); put images there, or remove the folder."
+            )
         found.sort(key=lambda path: Path(path).parts)
         files += [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path in found]
         labels += [classes.index(name)] * len(found)
@@ -99,15 +106,35 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _files_below(folder: str | Path) -> Iterator[str]:
+def _files_below(folder: str | Path, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Files in ``folder`` and in all its folders, links followed; ``above`` are those around it.
+
+    A link to one of these is passed over. A link to nothing is a file, and missed when it is read.
+    """
+    own = _identity(folder)
+    if own in above:
+        return
+    above |= {own}
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files_below(entry.path)
-            elif entry.is_file():
+            if _is_folder(entry):
+                yield from _files_below(entry.path, above)
+            elif entry.is_symlink() or entry.is_file():
                 yield entry.path
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)  # noqa: PTH116
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _read_file(folder: Path, names: np.ndarray, index: int) -> bytes:

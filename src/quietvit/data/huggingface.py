@@ -233,44 +233,72 @@ def _adapted(
     """Put a new head and resampled position tables where only classes or sizes differ."""
     own = model.state_dict()
     resampled: list[str] = []
-    for key in [key for key in own if key in state and own[key].shape != state[key].shape]:
+    for key in [key for key in own if key in state]:
         old, new = state[key], own[key]
+        table = _table(key, old, new.shape, before, after)
         labels = (before.num_labels, after.num_labels)
-        if (len(old), len(new)) == labels and old.shape[1:] == new.shape[1:]:
+        if table is not None:
+            state[key] = table
+            resampled.append(f"{key} from {tuple(old.shape)} to {tuple(new.shape)}")
+        elif old.shape == new.shape:
+            continue
+        elif (len(old), len(new)) == labels and old.shape[1:] == new.shape[1:]:
             if key.endswith(".weight"):
                 logger.warning(
                     "%s: the head '%s' tells %d classes apart, %d are asked for: it starts anew.",
                     source, key.removesuffix(".weight"), *labels,
                 )  # fmt: skip
             state[key] = new
-        elif key.endswith("relative_position_bias_table") and old.shape[1:] == new.shape[1:]:
-            grids = (math.isqrt(len(old)),) * 2, (math.isqrt(len(new)),) * 2
-            table = _resampled(old[None], new[None].shape, *grids)
-            state[key] = new if table is None else table[0]
-        elif "position_embedding" in key and old.shape[-1] == new.shape[-1]:
-            flat = old.ndim == 2
-            shape = new[None].shape if flat else new.shape
-            table = _resampled(old[None] if flat else old, shape, _grid(before), _grid(after))
-            state[key] = old if table is None else (table[0] if flat else table)
         elif key.endswith("relative_position_index"):
             state[key] = new
-        if state[key] is not old and state[key] is not new:
-            resampled.append(f"{key} from {tuple(old.shape)} to {tuple(new.shape)}")
     if resampled:
         logger.warning("%s: resampled bicubically: %s.", source, "; ".join(resampled[:2]))
     return state
 
 
-def _resampled(
-    table: Tensor, shape: torch.Size, old: tuple[int, int], new: tuple[int, int]
-) -> Tensor | None:
-    """Resample a table (1, extra + h w, D); the extra rows in front stay. None if it is none."""
-    extra = table.shape[1] - math.prod(old)
-    if extra < 0 or extra != shape[1] - math.prod(new):
+def _table(key: str, old: Tensor, shape: torch.Size, before: Any, after: Any) -> Tensor | None:
+    """A position table by the name of ``key`` as the new config has it; None for all else.
+
+    Also None where the grids of the configs are not those of the tables: what is loaded strictly
+    then names the key.
+    """
+    if old.shape[-1:] != shape[-1:]:
         return None
-    grid = table[:, extra:].unflatten(1, old).permute(0, 3, 1, 2)
+    if key.endswith("relative_position_bias_table"):
+        grids = _displacements(before), _displacements(after)
+        return _resampled(old, shape, *grids, extra_last=True) if old.ndim == 2 else None
+    if "position_embedding" not in key:
+        return None
+    grids = _grid(before), _grid(after)
+    if old.ndim == 2:
+        return _resampled(old, shape, *grids)
+    table = _resampled(old[0], shape[1:], *grids) if len(old) == 1 and old.ndim == 3 else None
+    return None if table is None else table[None]
+
+
+def _resampled(
+    table: Tensor,
+    shape: torch.Size,
+    old: tuple[int, int] | None,
+    new: tuple[int, int] | None,
+    *,
+    extra_last: bool = False,
+) -> Tensor | None:
+    """Resample a table (extra + h w, D) to a new grid (h, w); its extra rows stay, first or last.
+
+    None where the grid is the same, or is not that of the table.
+    """
+    if old is None or new is None or old == new:
+        return None
+    cells = math.prod(old)
+    extra = len(table) - cells
+    if extra < 0 or extra != shape[0] - math.prod(new):
+        return None
+    first, last = (table[:cells], table[cells:]) if extra_last else (table[:extra], table[extra:])
+    grid = (first if extra_last else last).unflatten(0, old).permute(2, 0, 1)[None]
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :extra], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+    rows = grid[0].permute(1, 2, 0).flatten(0, 1)
+    return torch.cat([rows, last] if extra_last else [first, rows])
 
 
 def _sides(value: Any) -> tuple[int, int]:
@@ -278,9 +306,19 @@ def _sides(value: Any) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def _grid(config: Any) -> tuple[int, int]:
+def _grid(config: Any) -> tuple[int, int] | None:
+    """Patches an image is cut into, rows and columns; None where the config does not say."""
+    if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
+        return None
     size, patch = _sides(config.image_size), _sides(config.patch_size)
     return size[0] // patch[0], size[1] // patch[1]
+
+
+def _displacements(config: Any) -> tuple[int, int] | None:
+    """Displacements within a window (where there is none, the whole grid), down and across."""
+    window = getattr(config, "window_size", None)
+    sides = _grid(config) if window is None else _sides(window)
+    return None if sides is None else (2 * sides[0] - 1, 2 * sides[1] - 1)
 
 
 def _input_size(config: Any) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from pathlib import Path
 from typing import BinaryIO
 
@@ -97,4 +98,22 @@ def _indexed(part: str) -> tuple[list[Path], list[TarIndex]]:
             "resume needs to reach any image at any time)."
         )
     paths = expand(part, _SUFFIXES, "shard")
-    return paths, [read_index(path) for path in paths]
+    indexes = {path: read_index(path) for path in _own_first(paths)}
+    return paths, [indexes[path] for path in paths]
+
+
+def _own_first(paths: list[Path]) -> list[Path]:
+    """The paths, this process's share of them first, the others after it in an order of its own.
+
+    So processes that open the same shards at once index each about once: indexes are kept, and
+    when a process comes to the others' shares, these are done, or are met at different places.
+    Nobody waits, so that a process may also open shards alone.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return paths
+    rank, world = dist.get_rank(), dist.get_world_size()
+    others = [path for place, path in enumerate(paths) if place % world != rank]
+    random.Random(rank).shuffle(others)
+    return [*paths[rank::world], *others]

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import tarfile
 import zipfile
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from quietvit.files import write_atomic
 logger = logging.getLogger("quietvit")
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-_VERSION = 1
+_VERSION = 2
+_META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -85,7 +87,8 @@ def build_index(path: Path) -> TarIndex:
 
     A sample is a run of members whose names are equal up to the first dot of the file name, as
     WebDataset has it: one ``.jpg``, ``.jpeg``, ``.png`` or ``.webp``, and ``.cls`` (an integer as
-    text) or ``.json`` (its ``label``). Other members are passed over.
+    text) or ``.json`` (its ``label``). Other members are passed over, and so is what is named, or
+    lies in a folder named, ``__...__`` (WebDataset's own, for facts about the shard).
 
     Raises:
         QuietvitError: the tar is compressed, truncated or no tar, or a sample lacks its image or
@@ -137,7 +140,7 @@ def name_at(path: Path, offset: int) -> str:
 def _split_name(name: str) -> tuple[str, str]:
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
-    if not stem or not dot or name.startswith("__"):
+    if not stem or not dot or _META.match(name):
         return "", ""
     return folder + slash + stem, extension.lower()
 

@@ -42,7 +42,8 @@ class Attachment(ABC):
 
     Runs in hooks of the innermost optimizer, so it is skipped with a step that ``GradScaler``
     skips, and gradient accumulation needs nothing special. Parameters with ``requires_grad=False``
-    and parameters the optimizer does not hold are left alone.
+    and parameters the optimizer does not hold are left alone. Copies and pickles of it, or of a
+    model that holds it, are attached to nothing.
 
     If training goes on without the hooks being called (weights change between backward passes
     three times in a row), the next backward pass raises QuietvitError.
@@ -176,6 +177,11 @@ class Attachment(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the step counter. Raises QuietvitError where the settings saved are others."""
         self.steps = checked_state(self, self._all_settings(), state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: all but the optimizer and the hooks, as detached."""
+        free: dict[str, Any] = {"in_step": False, "_optimizer": None}
+        return self.__dict__ | free | {"_handles": [], "_watched": [], "_held": set()}
 
     def _all_settings(self) -> dict[str, Any]:
         schedule = {} if self.schedule is None else {"schedule": described(self.schedule)}

@@ -5,13 +5,16 @@ How pairs are found is in ``quietvit.pairs``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from quietvit.errors import QuietvitError, nearest
-from quietvit.pairs import DEFAULT_KINDS, MatrixPair, find_pairs
+from quietvit.pairs import ADAPTED, COMPUTED, DEFAULT_KINDS, MatrixPair, find_pairs
+
+logger = logging.getLogger("quietvit")
 
 
 def chosen_pairs(
@@ -26,8 +29,9 @@ def chosen_pairs(
     """Return the pairs of ``kinds``, of ``pairs`` where given, else found by ``example``.
 
     ``kinds`` None: all of ``pairs``, else ``DEFAULT_KINDS``. ``fold_gains`` is that of
-    ``find_pairs``. Raises QuietvitError where no kind or no pair is left, where ``pairs`` have none
-    of a kind or are to be folded, and without an example to find them by.
+    ``find_pairs``. A log line says which weights no pair can have. Raises QuietvitError where no
+    kind or no pair is left, where ``pairs`` have none of a kind or are to be folded, and without an
+    example to find them by.
     """
     if isinstance(kinds, str):
         raise QuietvitError(f"kinds={kinds!r}: give a sequence of kinds, such as ({kinds!r},).")
@@ -40,7 +44,9 @@ def chosen_pairs(
                 "enough), or pairs=..."
             )
         asked = tuple(kinds or DEFAULT_KINDS)
-        return tuple(find_pairs(model, example, kinds=asked, fold_gains=fold_gains))
+        found = find_pairs(model, example, kinds=asked, fold_gains=fold_gains)
+        say_left_out(owner, [s for s in found.skipped if s[1] in (COMPUTED, ADAPTED)])
+        return tuple(found)
     if fold_gains:
         raise QuietvitError(
             f"{owner}: fold_gains is for pairs that are found, and pairs are given; give "
@@ -56,3 +62,19 @@ def chosen_pairs(
     if not chosen:
         raise QuietvitError("no pairs: give at least one MatrixPair, or pairs=None.")
     return chosen
+
+
+def say_left_out(owner: str, left: Sequence[tuple[str, str]]) -> None:
+    """Log once how many layers or pairs ``owner`` cannot act on: (name, reason) of each."""
+    if not left:
+        return
+    name, reason = left[0]
+    logger.warning(
+        "%s leaves out, or sees in part, %d layers or pairs whose weight is no parameter or not "
+        "the whole map (first %s: %s). To have them in, remove parametrizations and merge adapters "
+        "before it is built.",
+        owner,
+        len(left),
+        name,
+        reason,
+    )

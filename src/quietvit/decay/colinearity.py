@@ -104,7 +104,8 @@ class ColinearityDecay(DecoupledUpdate):
         if isinstance(self.schedule, Mapping):
             check_kinds(self.schedule, {pair.kind for pair in self.pairs})
         self._shares = _shares(self.pairs)
-        self._run = directed(self.rule, compiled=bool(compile))
+        self._compiled = bool(compile)
+        self._run = directed(self.rule, compiled=self._compiled)
         self._layout: tuple[object, Layout] | None = None
         self._bases: list[Basis | None] = []
         self._applied = 0
@@ -151,6 +152,13 @@ class ColinearityDecay(DecoupledUpdate):
             own = [bases[member] for member in batch.members]
             u, v = (torch.stack([basis[side] for basis in own]).to(like) for side in (0, 1))
             self._bases.append((u, v))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_run": None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._run = directed(self.rule, compiled=self._compiled)
 
     def _bases_of_pairs(self) -> list[list[Tensor]]:
         """The cached singular directions of each pair, in the order of the pairs."""

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay.attach import PenaltyGradient, Schedule
+from quietvit.decay.choice import say_left_out
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import number
 from quietvit.decay.whole import read, refuse_unless_finite, untied
 from quietvit.errors import QuietvitError
+from quietvit.pairs import COMPUTED
 from quietvit.tracing import trace
 
 _FLAT = 64
@@ -60,11 +62,8 @@ class KurtosisRegularization(PenaltyGradient):
         own = type(self).__name__
         self.target = number(target, "target", own, least=1.0)
         traced = trace(self.model, example)
-        names = dict.fromkeys(
-            site.weight.parameter_name
-            for site in traced.sites
-            if site.kind in ("linear", "conv") and site.weight is not None
-        )
+        sites = [site for site in traced.sites if site.kind in ("linear", "conv")]
+        names = dict.fromkeys(s.weight.parameter_name for s in sites if s.weight is not None)
         first = untied({name: read(self.model, name) for name in names})
         self.weights: tuple[str, ...] = tuple(name for name in names if first[name] == name)
         if not self.weights:
@@ -73,6 +72,7 @@ class KurtosisRegularization(PenaltyGradient):
                 f"{own} has nothing to act on; print(quietvit.trace(model, example)) shows what "
                 "is seen of it."
             )
+        say_left_out(own, [(site.name, COMPUTED) for site in sites if site.weight is None])
 
     def penalty(self) -> float:
         """Return the mean over weights of |K - target|^2, strength not included. One sync each."""

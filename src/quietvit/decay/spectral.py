@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay.attach import PenaltyGradient, Schedule
+from quietvit.decay.choice import say_left_out
 from quietvit.decay.dominance import Spectrum, dominances, leading
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import number, whole_number
 from quietvit.decay.whole import all_finite, refuse_unless_finite
 from quietvit.errors import QuietvitError
+from quietvit.pairs import COMPUTED
 from quietvit.tracing import Trace, WeightView, trace
 
 logger = logging.getLogger("quietvit")
@@ -101,6 +103,7 @@ class SpectralDecay(PenaltyGradient):
         self.dominance: dict[str, tuple[float, ...]] = {}
         self._trace = trace(self.model, example)
         self.layers = _layers(self.model, self._trace)
+        say_left_out(own, _left_out(self._trace))
         self._chosen: dict[str, tuple[Tensor, Tensor]] | None = None
         self._refreshed = 0
         self._warned = False
@@ -257,6 +260,15 @@ class SpectralDecay(PenaltyGradient):
                 u, v, _ = spectra[name]
                 chosen[name] = u[:, : enough[0]].contiguous(), v[:, : enough[0]].contiguous()
         return chosen, shares
+
+
+def _left_out(traced: Trace) -> list[tuple[str, str]]:
+    """The linear sites beside the head whose weight is no matrix of parameters, and why."""
+    return [
+        (site.name, COMPUTED)
+        for site in traced.sites
+        if site.kind == "linear" and site.weight is None and site.role not in ("constant", "head")
+    ]
 
 
 def _layers(model: nn.Module, traced: Trace) -> tuple[Layer, ...]:

@@ -42,7 +42,7 @@ class TWEO:
     or add ``loss()`` to the task loss by hand. Forward passes in training mode with gradients
     count, those in eval mode or under ``no_grad`` do not. Checkpointing of blocks works where it is
     not reentrant (``use_reentrant=False``). Under DDP and FSDP each process penalizes its own
-    images.
+    images. Copies and pickles of it, or of a model that holds it, are as after ``detach()``.
 
     Args:
         model: the model that is trained, as itself (not inside DDP).
@@ -117,13 +117,20 @@ class TWEO:
         """Return a function that calls ``criterion`` and adds ``loss()`` to what it returns.
 
         With the model in eval mode or under ``no_grad`` it is ``criterion`` alone.
+
+        As ``compute_loss_func`` of the transformers Trainer it is called with
+        ``num_items_in_batch``, which counts the labels of a whole optimizer step. Such a
+        ``criterion`` has to return a sum divided by that number, because the Trainer adds up what
+        the passes of a step return. The penalty then counts by this pass's share of the labels, so
+        that its strength does not grow with accumulation or processes. Raises QuietvitError where
+        the labels, the second argument, are no tensor to be counted.
         """
 
         def with_penalty(*args: Any, **kwargs: Any) -> Tensor:
             value = criterion(*args, **kwargs)
             if not (torch.is_grad_enabled() and self.model.training):
                 return value
-            return value + self.loss().to(value.device)
+            return value + self.loss().to(value.device) * _share_of_step(args, kwargs, value.device)
 
         return with_penalty
 
@@ -175,6 +182,10 @@ class TWEO:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the step counter. Raises QuietvitError where the settings saved are others."""
         self.steps = checked_state(self, self._settings(), state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: no hook, no pass seen, as after ``detach``."""
+        return self.__dict__ | {"_seen": [], "_hooks": [], "_handles": []}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -272,6 +283,26 @@ class _Look:
 class _Nothing:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         return None
+
+
+def _share_of_step(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
+) -> Tensor | float:
+    """This pass's labels over all that its optimizer step counts; 1 where nobody counted them.
+
+    Counted as the transformers Trainer does: labels of -100 are none.
+    """
+    total = kwargs.get("num_items_in_batch")
+    if total is None:
+        return 1.0
+    labels = kwargs.get("labels", args[1] if len(args) > 1 else None)
+    if not isinstance(labels, Tensor):
+        raise QuietvitError(
+            f"TWEO.around: the criterion is called with num_items_in_batch={total} and with labels "
+            f"that are a {type(labels).__name__}, so this pass's share of the step is unknown; "
+            "call it as criterion(outputs, labels, num_items_in_batch=...) with a tensor of labels."
+        )
+    return labels.ne(-100).sum().to(device) / torch.as_tensor(total, device=device)
 
 
 def _by_block(terms: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
