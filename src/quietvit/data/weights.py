@@ -75,6 +75,16 @@ def create_model(
         num_classes = _classes_in(state, timm.get_pretrained_cfg(name))
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    model = _built(name, kwargs, preprocessing or {})
+    if state is not None:
+        load_weights(model, state, source=str(weights))
+    return model
+
+
+def _built(name: str, kwargs: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> nn.Module:
+    """Let timm build the model, from random; its data config is that of these arguments."""
+    import timm
+
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
@@ -83,15 +93,13 @@ def create_model(
             f"timm could not build {name} with {given or 'its defaults'}: {error}; change or leave "
             "out that argument."
         ) from error
-    config: dict[str, Any] = {**getattr(model, "pretrained_cfg", {}), **(preprocessing or {})}
+    config: dict[str, Any] = {**getattr(model, "pretrained_cfg", {}), **preprocessing}
     if kwargs.get("img_size") is not None:
         size = kwargs["img_size"]
         sides = (size, size) if isinstance(size, int) else tuple(size)
         config["input_size"] = (int(kwargs.get("in_chans", 3)), *sides)
     config["arguments"] = dict(kwargs)
     model.pretrained_cfg = config  # type: ignore[assignment]
-    if state is not None:
-        load_weights(model, state, source=str(weights))
     return model
 
 
