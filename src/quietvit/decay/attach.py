@@ -180,7 +180,7 @@ class Attachment(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: all but the optimizer and the hooks, as detached."""
-        free: dict[str, Any] = {"in_step": False, "_optimizer": None}
+        free: dict[str, Any] = {"in_step": False, "_optimizer": None, "_nesting": Nesting()}
         return self.__dict__ | free | {"_handles": [], "_watched": [], "_held": set()}
 
     def _all_settings(self) -> dict[str, Any]:

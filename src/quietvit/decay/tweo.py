@@ -185,7 +185,8 @@ class TWEO:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: no hook, no pass seen, as after ``detach``."""
-        return self.__dict__ | {"_seen": [], "_hooks": [], "_handles": []}
+        free = {"_seen": [], "_hooks": [], "_handles": [], "_nesting": Nesting()}
+        return self.__dict__ | free
 
     def _settings(self) -> dict[str, Any]:
         return {
