@@ -81,7 +81,7 @@ TASKS = {
 
 
 class DivergedError(Exception):
-    """Training met a loss, weights or activations that are no numbers."""
+    """A loss, weights or activations are no numbers."""
 
 
 def own_scale() -> str:
@@ -273,7 +273,10 @@ def measure(model: nn.Module, split: Split, final: bool = True) -> dict[str, flo
         weight, activation = int(bits[1]), int(bits[3])
         for name, method in methods(weight, activation).items():
             if final or name != "minmax":
-                quantized = quietvit.quantize(model, method, calibration, progress=False)
+                try:
+                    quantized = quietvit.quantize(model, method, calibration, progress=False)
+                except QuietvitError as error:  # activations that overflow
+                    raise DivergedError(str(error)) from error
                 row[f"{before}{bits}-{name}"] = top1(quantized, *shown, model)
     return row | outliers(model, normalized(split.test[0][:64], model))
 

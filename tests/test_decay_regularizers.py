@@ -406,6 +406,31 @@ def test_a_step_that_calls_its_base_s_step_counts_once(name: str) -> None:
     assert not changed(found[0][0], found[1][1])
 
 
+@every_one
+def test_a_step_that_raised_leaves_the_next_ones_alone(name: str) -> None:
+    class Nested(torch.optim.AdamW):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise MemoryError
+            return super().step(closure)
+
+    adam(tower())
+    model = tower()
+    optimizer = Nested(model.parameters(), lr=0.01)
+    made = MAKERS[name](model, images()).attach(optimizer)
+    train(model, optimizer, made, range(1))
+    optimizer.fails = True
+    backward(model, made)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    optimizer.fails = False
+    optimizer.zero_grad()
+    train(model, optimizer, made, range(2))
+    assert made.steps == 3
+
+
 @coupled
 def test_a_step_that_takes_the_scaler_itself_is_refused(name: str) -> None:
     class Own(torch.optim.SGD):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quietvit.decay.following import (
-    Nesting,
     Watch,
     Watched,
     innermost,
+    is_outermost,
     is_skipped,
     unwrapped,
 )
@@ -62,7 +62,6 @@ class Attachment(ABC):
         self.schedule = checked_schedule(schedule)
         self.steps = 0
         self.in_step = False
-        self._nesting = Nesting()
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._handles: list[Any] = []
         self._held: set[str] = set()
@@ -180,7 +179,7 @@ class Attachment(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: all but the optimizer and the hooks, as detached."""
-        free: dict[str, Any] = {"in_step": False, "_optimizer": None, "_nesting": Nesting()}
+        free: dict[str, Any] = {"in_step": False, "_optimizer": None}
         return self.__dict__ | free | {"_handles": [], "_watched": [], "_held": set()}
 
     def _all_settings(self) -> dict[str, Any]:
@@ -234,8 +233,9 @@ class Attachment(ABC):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.in_step = True
-        outermost = self._nesting.enter(optimizer)
-        return self._couple(optimizer, args, kwargs) if self.coupled and outermost else None
+        if self.coupled and is_outermost(optimizer):
+            return self._couple(optimizer, args, kwargs)
+        return None
 
     @torch.compiler.disable
     def _couple(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -267,7 +267,7 @@ class Attachment(ABC):
 
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._nesting.leave():
+        if not is_outermost(optimizer):
             return
         self.in_step = False
         if not is_skipped(optimizer):

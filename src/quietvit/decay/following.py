@@ -5,6 +5,7 @@ What is done at its steps is in ``attach``.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from quietvit.errors import QuietvitError
 
 _WRAPPED = ("optimizer", "_base_optimizer", "base_optimizer", "_optimizer", "inner_optimizer")
 _PATIENCE = 3
+# What torch wraps around each step; every wrapper has this code.
+_STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -48,31 +51,22 @@ def innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-class Nesting:
-    """Which calls of the hooks are those of a whole step.
+def is_outermost(optimizer: Optimizer) -> bool:
+    """Whether a hook that runs now is called by the outermost ``step`` of this optimizer.
 
     torch wraps ``step`` class by class. Where a subclass's step calls that of a base that is
-    wrapped too, hooks are called twice, the inner calls between the outer ones.
+    wrapped too, hooks are called by both. The stack is asked, for a count of calls before and after
+    would be off for good once a step raised.
     """
-
-    def __init__(self) -> None:
-        self._depth = 0
-
-    def enter(self, optimizer: Optimizer) -> bool:
-        """Call before a step; True for the outermost."""
-        # Only such classes are counted: after a step that raised, the count would be off.
-        self._depth = self._depth + 1 if _may_nest(type(optimizer)) else 1
-        return self._depth == 1
-
-    def leave(self) -> bool:
-        """Call after a step; True for the outermost."""
-        self._depth = max(0, self._depth - 1)
-        return self._depth == 0
-
-
-def _may_nest(optimizer: type[Optimizer]) -> bool:
-    own = (vars(base).get("step") for base in optimizer.__mro__)
-    return sum(bool(getattr(step, "hooked", False)) for step in own) > 1
+    own = (vars(base).get("step") for base in type(optimizer).__mro__)
+    if sum(bool(getattr(step, "hooked", False)) for step in own) < 2:
+        return True
+    running, frame = 0, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
+            running += 1
+        frame = frame.f_back
+    return running < 2
 
 
 def is_skipped(optimizer: Optimizer) -> bool:

@@ -93,7 +93,8 @@ class TrustRegion:
             for i in beside
         ]
         members = [member for i in beside for member in self._plan[i].members]
-        for member, bound in zip(members, torch.cat(found).tolist(), strict=True):
+        together = torch.cat([bound.to(found[0].device) for bound in found])
+        for member, bound in zip(members, together.tolist(), strict=True):
             bounds[2 * member + 1] = bound
         return Suspects(tuple(self._heavy(steps, bounds, ROOM)), tuple(bounds))
 
@@ -142,16 +143,15 @@ class TrustRegion:
         self, suspects: Suspects, parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
     ) -> list[tuple[Batch, Tensor, Tensor]] | None:
         """Return each batch with its steps for A and B, cut where needed; None if none is."""
-        device = next(iter(parameters.values())).device
         bounds = torch.tensor(suspects.bounds, dtype=torch.float64)
         for i in suspects.batches:
             batch = self._plan[i]
             operators = batch.read(parameters).apply(partial(self._rule.operators, basis=bases[i]))
             for side, operator in enumerate(operators):
                 at = 2 * torch.tensor(batch.members) + side
-                bounds[at] = _largest(operator).to(bounds)
+                bounds[at] = _largest(operator).cpu().to(bounds)
         rates = bounds * torch.tensor(steps, dtype=torch.float64)
-        loads = self._loads(rates.to(device)).cpu()
+        loads = self._loads(rates)
         if bool((loads <= 1).all()):
             return None
         self._warn(loads)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
-from quietvit.decay.following import Nesting, innermost, is_skipped
+from quietvit.decay.following import innermost, is_outermost, is_skipped
 from quietvit.decay.regularizer import checked_state, number, one_strength
 from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
 from quietvit.errors import QuietvitError
@@ -87,7 +87,6 @@ class TWEO:
         self._seen: list[tuple[str, Tensor]] = []
         self._last: dict[str, Tensor] = {}
         self._used, self._unused = False, 0
-        self._nesting = Nesting()
         self._hooks: list[Any] = []
         self._handles: list[Any] = []
         self._watch()
@@ -144,11 +143,7 @@ class TWEO:
                 "this TWEO is already attached to an optimizer; call detach() first, or build a "
                 "second one."
             )
-        inner = innermost(optimizer)
-        self._handles = [
-            inner.register_step_pre_hook(self._before_step),
-            inner.register_step_post_hook(self._after_step),
-        ]
+        self._handles = [innermost(optimizer).register_step_post_hook(self._after_step)]
         self._watch()
         return self
 
@@ -185,8 +180,7 @@ class TWEO:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: no hook, no pass seen, as after ``detach``."""
-        free = {"_seen": [], "_hooks": [], "_handles": [], "_nesting": Nesting()}
-        return self.__dict__ | free
+        return self.__dict__ | {"_seen": [], "_hooks": [], "_handles": []}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -219,12 +213,9 @@ class TWEO:
             )
         self._seen.append((name, term))
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._nesting.enter(optimizer)
-
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._nesting.leave():
+        if not is_outermost(optimizer):
             return
         self._seen = []
         if is_skipped(optimizer):

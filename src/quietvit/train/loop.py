@@ -83,9 +83,9 @@ def train(
             write_atomic(output / CONFIG, config.model_dump_json(indent=2) + "\n")
         accelerator.wait_for_everyone()
         check_same_checkpoint(run.parts, None if state is None else state["step"])
-        if state is not None and accelerator.is_main_process:
-            set_aside_after(output / CHECKPOINTS, state["step"], config.checkpoint.keep)
-        elif resume and state is None:
+        if state is not None:
+            _set_aside(run, state["step"])
+        elif resume:
             logger.warning("%s holds no checkpoint; the run starts from its beginning.", output)
         loop = _Loop(run, state)
         try:
@@ -93,6 +93,17 @@ def train(
             return loop.finish(progress)
         finally:
             loop.close()
+
+
+def _set_aside(run: Run, step: int) -> None:
+    """Set damaged checkpoints after ``step`` aside, by the main process; a failure stops all."""
+    problem, p = None, run.parts
+    if p.accelerator.is_main_process:
+        try:
+            set_aside_after(p.config.output / CHECKPOINTS, step, p.config.checkpoint.keep)
+        except (OSError, QuietvitError) as error:
+            problem = str(error)
+    raise_together(p, problem)
 
 
 class _Loop:
@@ -238,7 +249,9 @@ class _Loop:
         pair = "" if seen is None else f" The largest amplification is {seen}."
         return QuietvitError(
             f"{what}.{pair}{before} {self._last_saved()} Lower optimizer.lr (now "
-            f"{self.config.optimizer.lr:g}), set optimizer.clip_grad, or train with precision 'no'."
+            f"{self.config.optimizer.lr:g}, here at most "
+            f"{self.config.rates(self.p.effective_batch).lr:g}), set optimizer.clip_grad, or train "
+            "with precision 'no'."
         )
 
     def _last_finite(self) -> str:

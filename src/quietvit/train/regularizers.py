@@ -28,7 +28,7 @@ def build_regularizers(
 
     Args:
         example: one image (1, 3, H, W) as the model takes it.
-        images: how to get the first n training images (n, 3, H, W) as the model takes them.
+        images: how to get n training images (n, 3, H, W) as the model takes them.
 
     Raises:
         QuietvitError: settings that a regularizer refuses, or a model without what it acts on.

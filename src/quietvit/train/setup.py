@@ -139,10 +139,10 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
 
 
 def drawn_images(config: TrainConfig, train: ImageDataset, model: nn.Module, count: int) -> Tensor:
-    """Return ``count`` training images (count, 3, H, W) as the model takes them, none twice.
+    """Return ``count`` training images (count, 3, H, W) as the model takes them.
 
-    They are drawn by ``config.seed``, for folders and shards are sorted by class. One that cannot
-    be decoded is replaced as it is in training.
+    They are drawn by ``config.seed``, none twice, for folders and shards are sorted by class. One
+    that cannot be decoded is replaced as it is in training, by any other.
 
     Raises:
         QuietvitError: fewer images than asked for, or more bad ones than ``data.max_bad_images``.
@@ -218,10 +218,8 @@ def assemble(
         stopwatch=stopwatch,
         watch=watch,
         ema=ema,
-        mix=None if num_classes is None else _mix(config, num_classes),
-        criterion=nn.CrossEntropyLoss(
-            label_smoothing=0.0 if config.mix.active else config.label_smoothing
-        ),
+        mix=_mix(config, num_classes),
+        criterion=_criterion(config),
         steps_per_epoch=steps_per_epoch,
         effective_batch=effective,
     )
@@ -312,12 +310,17 @@ def _average(config: TrainConfig, model: nn.Module) -> Any:
     return ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup)
 
 
+def _criterion(config: TrainConfig) -> nn.Module:
+    smoothing = 0.0 if config.mix.active else config.label_smoothing  # else mixing smooths
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
 def _mix(
-    config: TrainConfig, num_classes: int
+    config: TrainConfig, num_classes: int | None
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     from timm.data.mixup import Mixup
 
-    if not config.mix.active:
+    if num_classes is None or not config.mix.active:
         return None
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(
         mixup_alpha=config.mix.mixup,
