@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from quietvit.decay import TWEO, ColinearityDecay, NormGainDecay, StrengthSchedu
 from quietvit.errors import QuietvitError
 from quietvit.train import estimate
 from quietvit.train.checkpoint import load_checkpoint, save_checkpoint
+from quietvit.train.engine import make_accelerator
 from quietvit.train.setup import build, drawn_images, open_data
 from quietvit.train.step import forward_backward
 from test_cli import run as command
@@ -289,6 +291,46 @@ def test_a_dry_run_counts_each_regularizer_as_often_as_it_acts_in_few_steps(tmp_
         "loss": found.measured_steps + 2,
         "_write": 2 * (found.measured_steps + 2),
     }
+
+
+def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monkeypatch):
+    """A pass of 64 images would take 64 s here: four are measured, once."""
+    clock, seen = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    module = sys.modules[estimate.__module__]
+
+    def slow(parts, images, labels, step):
+        clock[0] += len(images)
+        seen.append(len(images))
+
+    judged = module.judged
+
+    @contextmanager
+    def slowly(parts, average=True):
+        with judged(parts, average) as model:
+            handle = model.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 2 / 3))
+            yield model
+            handle.remove()
+
+    monkeypatch.setattr(module, "forward_backward", slow)
+    monkeypatch.setattr(module, "judged", slowly)
+    changes = {"batch_size": 64, "data": {"dataset": "embedded:digits", "num_classes": 10}}
+    found = estimate(config(tmp_path / "run", **changes))
+    assert seen == [4]
+    assert (found.measured_images, found.measured_steps) == (4, 1)
+    assert found.step_seconds == pytest.approx(64)
+    assert "scaled from 4 images a pass to 64" in str(found)
+    assert ", at 4 images a pass" in str(found)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_processor_slow_in_bfloat16_is_told_of(tmp_path, monkeypatch, caplog, fast):
+    found = torch.bfloat16 if fast else None
+    monkeypatch.setattr("quietvit.train.engine.product_dtype", lambda *_: found)
+    make_accelerator(config(tmp_path, precision="bf16"))
+    assert ("set precision to 'no'" in caplog.text) is not fast
+    make_accelerator(config(tmp_path))
+    assert caplog.text.count("set precision") == (not fast)
 
 
 def test_a_dry_run_without_the_data_says_so(tmp_path):

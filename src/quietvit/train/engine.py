@@ -5,6 +5,7 @@ What is computed in a step is in ``loop``; what a run is put together from, in `
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from quietvit.decay.products import product_dtype
 from quietvit.errors import QuietvitError
 from quietvit.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger("quietvit")
 
 _FSDP2_SINCE = (1, 7)
 _TAKEN_OVER = (
@@ -79,6 +83,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     _check_as_asked(config, accelerator, plugin is not None)
+    slow = product_dtype("auto", torch.empty(0, device=accelerator.device)) is None
+    if config.precision == "bf16" and slow and accelerator.is_main_process:
+        logger.warning(
+            "precision 'bf16' is slower than float32 on this %s, often many times: set precision "
+            "to 'no'.",
+            "processor" if accelerator.device.type == "cpu" else "GPU",
+        )
     return accelerator
 
 

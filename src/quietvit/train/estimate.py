@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quietvit.data import data_config, subset
 from quietvit.errors import QuietvitError
 from quietvit.train.config import DecayConfig, TrainConfig
-from quietvit.train.engine import make_accelerator
+from quietvit.train.engine import gathered, make_accelerator
 from quietvit.train.evaluation import judged
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.regularizers import attach, detach
@@ -26,6 +26,8 @@ from quietvit.train.setup import Parts, assemble, effective_batch, open_data
 from quietvit.train.step import forward_backward, heads
 
 _WARM_UP, _MEASURED = 2, 4
+_PATIENCE = 5.0
+"""Seconds of a pass beyond which fewer images and a single step are measured."""
 _STAND_IN = 1000
 
 
@@ -36,9 +38,10 @@ class Estimate:
     ``images`` and the steps are None where the data set is not there, ``missing`` then says why.
     ``memory`` are bytes: the peak of the CUDA allocator of this process, or of the whole process on
     a CPU. ``lr`` is the highest learning rate. ``step_seconds`` are those of an optimizer step on
-    images that are there already; ``regularizer_share`` is the share of it in regularizers, in
-    percent (TWEO's backward pass not counted in; neither are S2D's refreshes, which come every
-    ``refresh`` applied steps). One that acts every n-th step counts with 1/n of the time it takes.
+    images that are there already, ``measured_images`` a pass scaled to ``batch_size``;
+    ``regularizer_share`` is the share of it in regularizers, in percent (TWEO's backward pass not
+    counted in; neither are S2D's refreshes, which come every ``refresh`` applied steps). One that
+    acts every n-th step counts with 1/n of the time it takes.
     """
 
     processes: int
@@ -54,6 +57,8 @@ class Estimate:
     memory: int
     step_seconds: float
     measured_steps: int
+    measured_images: int
+    batch_size: int
     regularizer_share: float
 
     @property
@@ -64,6 +69,10 @@ class Estimate:
     def __str__(self) -> str:
         known = self.images is not None
         peak = "allocated" if self.device != "cpu" else "of the process, all in"
+        how, fewer = f"mean of {self.measured_steps}", ""
+        if self.measured_images < self.batch_size:
+            fewer = f", at {self.measured_images} images a pass"
+            how = f"scaled from {self.measured_images} images a pass to {self.batch_size}"
         rows = [
             ("training images", f"{self.images}" if known else f"not there: {self.missing}"),
             ("processes", f"{self.processes}, on {self.device}"),
@@ -72,8 +81,8 @@ class Estimate:
             ("steps per epoch", f"{self.steps_per_epoch}" if known else "unknown"),
             ("steps in all", f"{self.total_steps}" if known else "unknown"),
             ("parameters", f"{self.parameters:,}, {self.trainable:,} train"),
-            ("peak memory", f"{self.memory / 2**20:.0f} MiB {peak}, a process"),
-            ("time of a step", f"{self.step_seconds:.4g} s, mean of {self.measured_steps}"),
+            ("peak memory", f"{self.memory / 2**20:.0f} MiB {peak}, a process{fewer}"),
+            ("time of a step", f"{self.step_seconds:.4g} s, {how}"),
             ("of it regularizers", f"{self.regularizer_share:.1f} %"),
             ("time in all", _told(self.seconds)),
         ]
@@ -84,9 +93,11 @@ class Estimate:
 def estimate(config: TrainConfig) -> Estimate:
     """Build model, optimizer and regularizers, run a few steps on noise, and measure.
 
-    Two steps warm up, then four are measured. All regularizers act at each of them, at full
-    strength and learning rate, and are timed one by one; the steps between, at which one with an
-    ``every`` does nothing, are left out, and its time is divided by ``every`` instead.
+    Two steps warm up, then four are measured; where a pass takes more than five seconds, one step
+    of as few images as take less (two at least), and time is scaled to the batch. All regularizers
+    act at each of them, at full strength and learning rate, and are timed one by one; the steps
+    between, at which one with an ``every`` does nothing, are left out, and its time is divided by
+    ``every`` instead.
 
     Raises:
         QuietvitError: a model, weights or settings that ``train`` would refuse as well.
@@ -106,7 +117,8 @@ def estimate(config: TrainConfig) -> Estimate:
     parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
     parameters = list(parts.evaluated.parameters())
     trainable = sum(p.numel() for p in parts.plain.parameters() if p.requires_grad)
-    seconds, own = _measured(parts)
+    count, steps_measured = _affordable(parts)
+    seconds, own = _measured(parts, count, steps_measured)
     return Estimate(
         processes=accelerator.num_processes,
         effective_batch=effective,
@@ -119,8 +131,10 @@ def estimate(config: TrainConfig) -> Estimate:
         trainable=trainable,
         device=_device(accelerator.device),
         memory=_peak(accelerator.device),
-        step_seconds=seconds / _MEASURED,
-        measured_steps=_MEASURED,
+        step_seconds=seconds / steps_measured,
+        measured_steps=steps_measured,
+        measured_images=count,
+        batch_size=config.batch_size,
         regularizer_share=100 * own / seconds,
     )
 
@@ -135,19 +149,43 @@ def _size(config: TrainConfig) -> tuple[int | None, int | None, str]:
     return len(train), train.num_classes, ""
 
 
-def _measured(parts: Parts) -> tuple[float, float]:
-    """Seconds of the measured optimizer steps, and of the regularizers in them, by their share."""
+def _affordable(parts: Parts) -> tuple[int, int]:
+    """Images of a pass, and steps, that can be measured in some seconds each; in every process."""
     accelerator, config = parts.accelerator, parts.config
-    images = _noise(parts.evaluated, config.batch_size).to(accelerator.device)
+    count = min(2, config.batch_size)
+    images = _noise(parts.evaluated, count).to(accelerator.device)
+    found = []
+    with torch.no_grad(), accelerator.autocast(), judged(parts) as model:
+        for _ in range(2):  # the first pass of all is slower than the rest
+            began = _now(accelerator.device)
+            model.eval()(images)
+            found.append(_now(accelerator.device) - began)
+    one = 3 * min(found) / count  # a backward pass takes about twice as long as a forward pass
+    fits = config.batch_size
+    while fits > count and fits * one > _PATIENCE:
+        fits //= 2
+    fits = fits if fits == config.batch_size else max(count, fits - fits % 2)  # even, for mixup
+    fits = min(gathered(accelerator, fits))
+    return fits, _MEASURED if fits == config.batch_size else 1
+
+
+def _measured(parts: Parts, count: int, steps: int) -> tuple[float, float]:
+    """Seconds of so many optimizer steps, and of the regularizers in them, by their share.
+
+    Measured on ``count`` images a pass, and scaled to the batch but for the regularizers.
+    """
+    accelerator, config = parts.accelerator, parts.config
+    images = _noise(parts.evaluated, count).to(accelerator.device)
     classes = parts.num_classes or _classes(parts, images[:1])
-    labels = torch.arange(config.batch_size, device=accelerator.device) % classes
+    labels = torch.arange(count, device=accelerator.device) % classes
+    warm_up = _WARM_UP if count == config.batch_size else 0
     # Where a step of a regularizer has to be limited it takes longer: at the full rate as in a run.
     warm = round(config.schedule.warmup_epochs * parts.steps_per_epoch)
     parts.model.train()
     with _timed_apart(parts) as watches:
         began, before = 0.0, dict.fromkeys(watches, 0.0)
-        for step in range(_WARM_UP + _MEASURED):
-            if step == _WARM_UP:
+        for step in range(warm_up + steps):
+            if step == warm_up:
                 before = {name: watch.seconds for name, watch in watches.items()}
                 began = _now(accelerator.device)
             _make_due(parts.regularizers)
@@ -159,7 +197,8 @@ def _measured(parts: Parts) -> tuple[float, float]:
         seconds = _now(accelerator.device) - began
         own = {name: watch.seconds - before[name] for name, watch in watches.items()}
     share = {name: own[name] / _every(parts.regularizers.get(name)) for name in own}
-    return seconds - sum(own.values()) + sum(share.values()), sum(share.values())
+    passes = (seconds - sum(own.values())) * config.batch_size / count
+    return passes + sum(share.values()), sum(share.values())
 
 
 @contextmanager
