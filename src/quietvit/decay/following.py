@@ -51,6 +51,7 @@ def innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+@torch.compiler.disable
 def is_outermost(optimizer: Optimizer) -> bool:
     """Whether a hook that runs now is called by the outermost ``step`` of this optimizer.
 
