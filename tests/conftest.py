@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,12 @@ def test_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("QUIETVIT_TEST_DATA does not name a folder with the real weights and images")
     return Path(folder)
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    from decay_cases import process_group
+
+    with process_group(tmp_path):
+        yield

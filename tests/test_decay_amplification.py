@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import quietvit
-from decay_cases import images, process_group, tower
+from decay_cases import images, tower
 from quietvit import QuietvitError
 from quietvit.decay import amplifications, worst_amplification
 from quietvit.pairs import KINDS, MatrixPair
@@ -92,12 +90,6 @@ def test_low_precision_is_read_in_float32_and_nothing_moves() -> None:
 def test_no_pairs_are_refused() -> None:
     with pytest.raises(QuietvitError, match="at least one pair"):
         amplifications(chain(), [])
-
-
-@pytest.fixture
-def process(tmp_path: Path) -> Iterator[None]:
-    with process_group(tmp_path):
-        yield
 
 
 @pytest.mark.usefixtures("process")

@@ -514,12 +514,6 @@ def test_strength_zero_is_the_optimizer_alone(name: str) -> None:
     assert not changed(with_it, weights(without))
 
 
-@pytest.fixture
-def process(tmp_path: Path) -> Iterator[None]:
-    with process_group(tmp_path):
-        yield
-
-
 @pytest.mark.usefixtures("process")
 @pytest.mark.parametrize("name", SHARDED)
 def test_parameters_sharded_by_fsdp2_move_as_whole_ones(name: str) -> None:

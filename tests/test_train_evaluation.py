@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
-from decay_cases import Tower, images, process_group, tower
+from decay_cases import Tower, images, tower
 from quietvit.train.evaluation import filled, hollow
 
 BLOCKS = ("blocks.0", "blocks.1")
@@ -70,12 +67,6 @@ def test_it_is_emptied_where_the_pass_fails() -> None:
     with pytest.raises(RuntimeError, match="shape"), filled(copied, model, BLOCKS):
         copied(images()[..., :3])
     assert held(copied) == set()
-
-
-@pytest.fixture
-def process(tmp_path: Path) -> Iterator[None]:
-    with process_group(tmp_path):
-        yield
 
 
 @pytest.mark.usefixtures("process")
