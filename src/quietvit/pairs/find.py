@@ -1,0 +1,205 @@
+"""Finding the pairs of a model: following channels from one matrix to the next."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Set
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from quietvit.errors import QuietvitError, nearest
+from quietvit.pairs.adapters import adapters_of
+from quietvit.pairs.maps import inputs, is_matrix, is_whole, outputs, shaping
+from quietvit.pairs.pair import (
+    ADAPTED,
+    COMPUTED,
+    DEFAULT_KINDS,
+    KINDS,
+    Finding,
+    FoundPairs,
+    MatrixPair,
+)
+from quietvit.pairs.stream import folded, residual
+from quietvit.tracing import Link, Scores, Site, Trace, trace
+from quietvit.tracing.weights import select_cols, select_rows
+
+
+def find_pairs(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    kinds: Collection[str] = DEFAULT_KINDS,
+    trace: Trace | None = None,
+    fold_gains: bool = False,
+) -> FoundPairs:
+    """Find the ordered matrix pairs of ``model`` by following channels through one forward pass.
+
+    ``example``: what the model takes, for example images of shape (1, 3, 224, 224); not needed if a
+    ``trace`` of this model is given. ``kinds``, with A the first and B the second matrix:
+
+    - ``mlp``: fc1 -> fc2, an activation (or an elementwise self-gate) between;
+    - ``value_output``: one pair a head, the rows of V -> the columns of the output projection that
+      read this head. Exact: attention only averages over tokens. With grouped key/value heads the
+      rows of V take part in one pair for each query head;
+    - ``gated_mlp``: up -> down and gate -> down;
+    - ``norm_linear``: the gain of a norm, as a diagonal matrix -> the linear that reads it;
+    - ``residual``: what writes the residual stream (proj, fc2) -> what reads it next through a norm
+      (fc1, qkv), the norm's gain between;
+    - ``query_key``: per head, A = W_K, B = W_Qᵀ.
+
+    With ``fold_gains`` the gain of the norm that A reads becomes part of A (``before``) in the
+    kinds mlp, value_output and gated_mlp.
+
+    The two maps of an adapter (``W x + B A x``, as LoRA adds them) are in no pair: neither is the
+    whole map. W is, where it is the second matrix, and ``skipped`` names it.
+
+    What writes the logits (the head) is never the second of a pair. Raises QuietvitError for an
+    unknown kind, and where no pair is found (saying what was seen instead). The kinds ``mlp`` and
+    ``value_output`` are the paper's (arXiv 2605.01330, abstract: pairs within Transformer blocks);
+    the others, and the way they are found, are derived here.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise QuietvitError(
+                f"unknown kind of pair {kind!r}{nearest(kind, KINDS)}; known: {KINDS}."
+            )
+    if trace is None:
+        if example is None:
+            raise QuietvitError(
+                "find_pairs needs an example input to follow the data flow: give images as the "
+                "model takes them, for example torch.randn(1, 3, 224, 224)."
+            )
+        trace = _trace(model, example)
+    findings = dict.fromkeys(_findings(trace, kinds))
+    pairs = tuple(found for found in findings if isinstance(found, MatrixPair))
+    skipped = tuple(found for found in findings if not isinstance(found, MatrixPair))
+    if not pairs:
+        raise _no_pairs(trace, kinds, skipped)
+    return FoundPairs(folded(pairs, trace) if fold_gains else pairs, skipped)
+
+
+_trace = trace  # the function, where an argument of that name hides it
+
+
+def _findings(trace: Trace, kinds: Collection[str]) -> Iterator[Finding]:
+    adapted, adapters = adapters_of(trace)
+    yield from ((name, ADAPTED) for name in adapted)
+    yield from _linked(trace, kinds, adapters)
+    if "residual" in kinds:
+        yield from residual(trace, adapters)
+    for scores in trace.scores if "query_key" in kinds else ():
+        if reason := _rotated(scores) or _computed(trace[scores.query], trace[scores.key]):
+            yield f"{scores.query} x {scores.key}", reason
+        else:
+            yield from _query_key(scores, trace)
+
+
+def _linked(trace: Trace, kinds: Collection[str], adapters: Set[str]) -> Iterator[Finding]:
+    """Pairs whose channels flow from the one to the other."""
+    gated = Counter(
+        link.consumer
+        for link in trace.links
+        if "gate" in link.through and "pooled" not in link.through
+    )
+    for link in trace.links:
+        if adapters & {link.source, link.consumer}:
+            continue
+        link = replace(link, through=shaping(link.through))
+        first, second = trace[link.source], trace[link.consumer]
+        kind, reason = _kind(link, first, second, gated[link.consumer])
+        if kind and kind not in kinds:
+            continue
+        if reason:
+            yield f"{first.name} -> {second.name}", reason
+        elif kind:
+            yield from _pairs(link, first, second, kind)
+
+
+def _kind(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
+    """The kind of pair a link makes, "" for none, and why a likely one is none."""
+    kind, reason = _kind_of_maps(link, first, second, gates)
+    return kind, _computed(first, second) if kind else reason
+
+
+def _computed(first: Site, second: Site) -> str:
+    return COMPUTED if first.weight is None or second.weight is None else ""
+
+
+def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
+    """As ``_kind``, whether or not the weights are parameters."""
+    through = set(link.through)
+    if "constant" in (first.role, second.role) or second.role == "head":
+        return "", ""
+    if not is_matrix(second) or inputs(second) != len(link.channels):
+        return "", ""
+    if first.kind == "norm":
+        return ("", "") if through else ("norm_linear", "")
+    if not is_whole(first) or "pooled" in through:
+        return "", ""
+    shaped = bool(through - {"norm", "scale", "depthwise", "matmul"})
+    if "mixed_heads" in through:
+        return "", "attention heads are mixed between V and the output projection"
+    if "matmul" in through and first.operands[0].role != "post_softmax":
+        return "", "a product of activations without softmax stands between"
+    if through & {"norm", "matmul"}:
+        return "", "a norm stands between, which rescales what A makes" if shaped else ""
+    if "mixing_gate" in through:
+        return "", "a gate computed from what A makes stands between"
+    if "attention" in through:
+        return "value_output", ""
+    if "gate" in through and gates > 1:
+        return "gated_mlp", ""
+    return ("mlp", "") if shaped else ("", "")
+
+
+def _rotated(scores: Scores) -> str:
+    """Why the scores are no product of the two weights alone, "" where they are."""
+    between = set(shaping(scores.through)) - {"scale"}
+    if "norm" in between:
+        return "a norm stands between a weight and the scores"
+    return f"{', '.join(sorted(between))} between a weight and the scores" if between else ""
+
+
+def _pairs(link: Link, first: Site, second: Site, kind: str) -> Iterator[MatrixPair]:
+    """One pair a head; a channel read several times (grouped heads) makes one for each reading."""
+    groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    readings: Counter[tuple[int, int]] = Counter()
+    for column, (channel, head) in enumerate(zip(link.channels, link.heads, strict=True)):
+        if channel < 0:
+            continue
+        groups[head, readings[head, channel]].append((channel, column))
+        readings[head, channel] += 1
+    assert first.weight is not None
+    assert second.weight is not None
+    for number, ((head, _), entries) in enumerate(sorted(groups.items())):
+        channels, columns = zip(*entries, strict=True)
+        a = select_rows(first.weight, channels, outputs(first))
+        b = select_cols(second.weight, columns, len(link.channels))
+        yield MatrixPair(a, b, kind, number if head >= 0 else None, link.through)
+
+
+def _query_key(scores: Scores, trace: Trace) -> Iterator[MatrixPair]:
+    query, key = trace[scores.query], trace[scores.key]
+    if query.weight is None or key.weight is None:
+        return
+    for head, (q, k) in enumerate(scores.heads):
+        first = select_rows(key.weight, k, outputs(key))
+        second = select_rows(query.weight, q, outputs(query))
+        second = replace(second, transposed=not second.transposed)
+        yield MatrixPair(first, second, "query_key", head, ("scores",))
+
+
+def _no_pairs(
+    trace: Trace, kinds: Collection[str], skipped: Iterable[tuple[str, str]]
+) -> QuietvitError:
+    counts = Counter(site.kind for site in trace.sites)
+    seen = ", ".join(f"{n} {kind}" for kind, n in counts.most_common()) or "no matrix product"
+    left_out = "; ".join(f"{name}: {reason}" for name, reason in list(skipped)[:5])
+    return QuietvitError(
+        f"{trace.model_name} has no matrix pair of the kinds {tuple(kinds)}. Seen instead: {seen}. "
+        + (f"Left out: {left_out}. " if left_out else "")
+        + "Is this a transformer? If it is, choose other kinds, or give the pairs yourself: "
+        "pairs=[MatrixPair(WeightView('blocks.0.mlp.fc1'), WeightView('blocks.0.mlp.fc2'), 'mlp')]."
+    )
