@@ -370,6 +370,14 @@ def test_any_bits_and_exclusions(name, fields):
     assert ("patch_embed/proj:input" in quantized.quantizers) == ("patch_input_bits" in fields)
 
 
+def test_the_norm_of_the_head_stays_as_it_is():
+    """One token an image reads it: channel steps from so few values do not fit other images."""
+    quantized = quietvit.quantize(tiny_vit(depth=1), AdaLog(), images(8), progress=False)
+    moved = set(quantized.adjustments)
+    assert len(moved) == 4, "two norms, qkv and fc1"
+    assert all("blocks" in name for name in moved)
+
+
 def test_re_parametrized_channels_have_one_step():
     scale = torch.tensor([0.01, 1.0, 30.0, 0.0])
     values = matrices(4, 500) * scale[:, None] + torch.tensor([[0.0], [2.0], [-9.0], [0.0]])

@@ -66,6 +66,23 @@ def norm_links(model: nn.Module, trace: Trace) -> NormLinks:
     return NormLinks(tuple(links), tuple(skipped))
 
 
+def hidden_norm_links(model: nn.Module, trace: Trace) -> NormLinks:
+    """As ``norm_links``, but without the norm in front of the head, which is skipped.
+
+    Where one token reads it, an image shows one value of each of its channels: too few to fit them
+    one by one.
+    """
+    found = norm_links(model, trace)
+    links, skipped = [], list(found.skipped)
+    for link in found.links:
+        heads = [site.name for site in link.consumers if site.role == "head"]
+        if heads:
+            skipped.append((link.norm.name, f"it feeds the head {heads[0]}"))
+        else:
+            links.append(link)
+    return NormLinks(tuple(links), tuple(skipped))
+
+
 def reparametrize(
     model: nn.Module, link: NormLink, calibrated: Calibrated, *, gain: Tensor, shift: Tensor
 ) -> None:

@@ -5,10 +5,10 @@ What is multiplied is recorded in ``products``; which candidates there are, is a
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from quietvit.quantization.quantizers import (
 
 Fake = tuple[Tensor, Tensor | None]
 """Values of an operand in the dtype they are multiplied in, and the scale they lack."""
+_AT_ONCE = 1 << 18
+"""Entries of an operand or of the output, of candidates that are judged together."""
 Proposals = Sequence[Sequence[Callable[[Tensor], Tensor]]]
 """For each round: from the standing parameters (groups, n) to candidates (count, groups, n)."""
 
@@ -67,18 +69,25 @@ class Groups:
         index = torch.arange(count, device=x.device) if parts is None else parts.to(x.device)
         return cls(shape, index)
 
-    @property
+    @cached_property
     def count(self) -> int:
         return int(self.index.max()) + 1
 
     def spread(self, parameter: Tensor) -> Tensor:
-        """One number for each group, (count,), laid out to broadcast against the operand."""
-        return parameter[self.index].view(self.shape)
+        """One number for each group, (..., count), laid out to broadcast against the operand."""
+        return parameter[..., self.index].unflatten(-1, self.shape)
 
-    def reduce(self, summed: Tensor) -> Tensor:
-        """Add up numbers of ``shape`` within each group, (count,), float64."""
-        total = torch.zeros(self.count, dtype=torch.float64, device=summed.device)
-        return total.index_add_(0, self.index, summed.reshape(-1).double())
+    def reduce(self, x: Tensor) -> Tensor:
+        """Add up what is of an operand's size, (..., D, H, R, K), by group: (..., count), float64.
+
+        Places are added in float32, groups of places in float64.
+        """
+        if len(self.index) == 1:
+            return x.flatten(-4).sum(-1, keepdim=True).double()
+        dims = [dim - 4 for dim in range(4) if self.shape[dim] == 1]
+        places = (x.sum(dims) if dims else x).reshape(*x.shape[:-4], -1).double()
+        total = places.new_zeros(*places.shape[:-1], self.count)
+        return total.index_add_(-1, self.index, places)
 
     def rows(self, x: Tensor) -> Tensor:
         """The values of an operand at each entry of ``shape``, (entries, n)."""
@@ -95,7 +104,8 @@ class Groups:
 class Side(ABC):
     """One operand of a product and the family of its quantizers.
 
-    ``x``: (D, H, R, K). A quantizer is told by its parameters, (groups, n): float32, n by family.
+    ``x``: (D, H, R, K). A quantizer is told by its parameters, (groups, n): float32, n by family;
+    several at once by (candidates, groups, n), which gives (candidates, D, H, R, K).
     """
 
     def __init__(self, x: Tensor, groups: Groups, bits: int, dtype: torch.dtype) -> None:
@@ -134,10 +144,10 @@ class Affine(Side):
 
     def fake(self, parameters: Tensor) -> Fake:
         low, high = affine_code_range(self.bits, self.signed)
-        scale = self.groups.spread(parameters[:, 0])
-        zero = self.groups.spread(parameters[:, 1])
+        scale = self.groups.spread(parameters[..., 0])
+        zero = self.groups.spread(parameters[..., 1])
         codes = (self.x * scale.reciprocal()).round_()
-        if bool((parameters[:, 1] == 0).all()):
+        if bool((parameters[..., 1] == 0).all()):
             codes.clamp_(low, high)
         else:
             codes.add_(zero).clamp_(low, high).sub_(zero)
@@ -164,7 +174,7 @@ class TwinGelu(Side):
         self.below = (x / step).round_().clamp_(-half, 0).mul_(step)
 
     def fake(self, parameters: Tensor) -> Fake:
-        step = parameters[0, 0]
+        step = _alone(parameters[..., 0])
         above = (self.x * step.reciprocal()).round_().clamp_(0, (1 << (self.bits - 1)) - 1)
         return torch.add(self.below, above.mul_(step)).to(self.dtype), None
 
@@ -176,6 +186,8 @@ class TwinSoftmax(Side):
     """PTQ4ViT's two ranges for values behind softmax: the parameter is the split."""
 
     def fake(self, parameters: Tensor) -> Fake:
+        if parameters.dim() > 2:
+            return torch.stack([self.fake(each)[0] for each in parameters]), None
         return self.quantizer(parameters)(self.x).to(self.dtype), None
 
     def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
@@ -194,17 +206,21 @@ class Log(Side):
         self.octaves = (x + shift).clamp_min_(0).log2_()
 
     def fake(self, parameters: Tensor) -> Fake:
-        scale, q = parameters[0].tolist()
+        scale, q = (_alone(each) for each in parameters.double().unbind(-1))
         rate, last = q / ADALOG_DENOMINATOR, (1 << self.bits) - 1
-        codes = self.octaves.mul(-1 / rate).add_(math.log2(scale) / rate).round_().clamp_min_(0)
-        values = codes.mul_(-rate).exp2_()
-        # Half a code below the last level there is zero.
-        values = torch.threshold_(values, 2.0 ** (-(last + 0.5) * rate), 0.0).mul_(scale)
+        codes = (self.octaves * (-1 / rate).float()).add_((scale.log2() / rate).float()).round_()
+        values = (codes.clamp_min_(0) * (-rate).float()).exp2_().mul_(scale.float())
+        values.masked_fill_(codes > last, 0.0)
         return values.sub_(self.shift).to(self.dtype), None
 
     def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
         scale, q = parameters[0]
         return LogQuantizer.adalog(scale.clone(), int(q), bits=self.bits, shift=self.shift)
+
+
+def _alone(parameter: Tensor) -> Tensor:
+    """The number of the one group there is, (..., 1), laid out to broadcast against an operand."""
+    return parameter[..., None, None, None]
 
 
 @dataclass(eq=False)
@@ -230,19 +246,16 @@ class Output:
         return cls(left @ right, weight)
 
     def errors(self, left: Fake, right: Fake, groups: Groups) -> Tensor:
-        """The criterion for these operands, added up by group of the output, (groups,), float64."""
+        """The criterion for these operands by group of the output, (..., groups), float64.
+
+        Where one of them has leading candidates, each is judged.
+        """
         product = left[0] @ right[0]
         scale = _times(left[1], right[1])
-        if scale is None or scale.numel() == 1:
-            off = torch.sub(self.target, product, alpha=1.0 if scale is None else scale.item())
-        else:
-            off = torch.sub(self.target, product * scale)
+        off = self.target - (product if scale is None else product * scale)
         if self.weight is not None:
             off.mul_(self.weight)
-        if groups.index.numel() == 1:
-            flat = off.view(-1)
-            return groups.reduce(torch.dot(flat, flat))
-        return groups.reduce(off.square_().sum_to_size(groups.shape))
+        return groups.reduce(off.square_())
 
 
 def _times(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -261,11 +274,16 @@ def evaluate(
     """
     side = sides[index]
     found = []
-    for parameters in table:
+    for parameters in portions(table, max(output.target.numel(), side.x.numel())):
         fake = side.fake(parameters)
         pair = (fake, other) if index == 0 else (other, fake)
         found.append(output.errors(*pair, side.groups))
-    return torch.stack(found)
+    return torch.cat(found)
+
+
+def portions(table: Tensor, entries: int) -> tuple[Tensor, ...]:
+    """Candidates (candidates, groups, n) in portions to judge at once, of so many entries each."""
+    return table.split(max(1, _AT_ONCE // max(1, entries)))
 
 
 def better(

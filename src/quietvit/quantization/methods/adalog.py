@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.fitting.products import Product, has_heads
-from quietvit.quantization.fitting.search import Affine, Groups, Log, Proposals, Side
+from quietvit.quantization.fitting.search import Affine, Groups, Log, Proposals, Side, portions
 from quietvit.quantization.fitting.search_method import SearchMethod
 from quietvit.quantization.method import Slot, register
 from quietvit.quantization.nonuniform import GELU_SHIFT
 from quietvit.quantization.quantizers import affine_parameters
-from quietvit.quantization.reparametrize import NormLink, norm_links, reparametrize
+from quietvit.quantization.reparametrize import NormLink, hidden_norm_links, reparametrize
 from quietvit.quantization.weights import read_weight
 from quietvit.tracing import Trace
 
@@ -42,8 +42,8 @@ class AdaLog(SearchMethod):
     weights per output channel, activations per tensor, attention's other operands per head. Steps
     are searched product by product, on operands of the float model, weight and input (or both
     operands of attention) in turns, ``rounds`` times, by the squared error of the output. Norms
-    whose readers are linear are first re-parametrized so that one step fits all their channels, as
-    in RepQ-ViT (arXiv 2212.08254).
+    whose readers are linear, but for the head's, are first re-parametrized so that one step fits
+    all their channels, as in RepQ-ViT (arXiv 2212.08254).
 
     As in the authors' code: weights of the patch embedding at the working bits, its input float
     (``patch_input_bits``), the head at the working bits, 32 images.
@@ -99,7 +99,7 @@ class AdaLog(SearchMethod):
         """Re-parametrize norms."""
         if not self.reparametrization:
             return
-        found = norm_links(calibration.model, calibration.trace)
+        found = hidden_norm_links(calibration.model, calibration.trace)
         calibrated.notes += found.notes(self.name)
         for link in found.links:
             self._reparametrize(calibration.model, link, products, calibrated)
@@ -222,11 +222,11 @@ def _log_nearby(width: float) -> Propose:
 def nearest(side: Side, table: Tensor) -> Tensor:
     """Each group's candidate of least squared error of the operand itself, (groups, n)."""
     errors = []
-    for parameters in table:
+    for parameters in portions(table, side.x.numel()):
         values, scale = side.fake(parameters)
         off = torch.sub(values if scale is None else values * scale, side.x).square_()
-        errors.append(side.groups.reduce(off.sum_to_size(side.groups.shape)))
-    best = torch.stack(errors).argmin(0)
+        errors.append(side.groups.reduce(off))
+    best = torch.cat(errors).argmin(0)
     return table[best, torch.arange(table.shape[1], device=table.device)]
 
 

@@ -26,7 +26,12 @@ from quietvit.quantization.fitting.postnorm import (
 from quietvit.quantization.method import EdgeBits, Method, Slot, register
 from quietvit.quantization.nonuniform import LogQuantizer, squared_error
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
-from quietvit.quantization.reparametrize import NormLink, NormLinks, norm_links, reparametrize
+from quietvit.quantization.reparametrize import (
+    NormLink,
+    NormLinks,
+    hidden_norm_links,
+    reparametrize,
+)
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site
 from quietvit.tracing.ops import norm_channel_dim
@@ -101,15 +106,13 @@ class RepQViT(Method):
 
     def _links(self, calibration: Calibration) -> NormLinks:
         """Norms with a link, but for those before the head or excluded layers only."""
-        found = norm_links(calibration.model, calibration.trace)
-        links, skipped = [], list(found.skipped)
-        for link in found.links:
-            heads = [site.name for site in link.consumers if site.role == "head"]
-            if heads:
-                skipped.append((link.norm.name, f"it feeds the head {heads[0]}"))
-            elif any(self.excluded_by(site) is None for site in link.consumers):
-                links.append(link)
-        return NormLinks(tuple(links), tuple(skipped))
+        found = hidden_norm_links(calibration.model, calibration.trace)
+        links = (
+            link
+            for link in found.links
+            if any(self.excluded_by(site) is None for site in link.consumers)
+        )
+        return NormLinks(tuple(links), found.skipped)
 
     def _move(
         self, calibration: Calibration, calibrated: Calibrated, link: NormLink, x: Tensor
