@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from decay_cases import process_group
+from processes import run_in_processes
 from quietvit.data import load_dataset, shards, subset, tars
 from quietvit.errors import QuietvitError
 
@@ -363,7 +363,7 @@ def _open_in_one_of_two(rank: int, folder: str) -> None:
 def test_two_processes_that_open_the_same_shards_index_each_once(tmp_path):
     for number in range(6):
         write(tmp_path / f"{number}.tar", samples([number]))
-    torch.multiprocessing.spawn(_open_in_one_of_two, (str(tmp_path),), nprocs=2)
+    run_in_processes(_open_in_one_of_two, str(tmp_path))
     found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1)]
     assert sorted(found[0][0] + found[1][0]) == [f"{number}.tar" for number in range(6)]
     assert found[0][1] == found[1][1] == list(range(6))
@@ -399,9 +399,9 @@ def test_shards_travel_to_other_processes_without_their_open_files(three):
     assert copy.groups.tolist() == dataset.groups.tolist()
 
 
-def test_fifty_thousand_samples_are_a_few_arrays(tmp_path):
+def test_thousands_of_samples_are_a_few_arrays(tmp_path):
     """The index of one large shard holds numbers alone, and little memory is used to build it."""
-    image, count = picture(0), 25_000
+    image, count = picture(0), 5_000
     header = tarfile.TarInfo()
     with (tmp_path / "a.tar").open("wb") as file:
         for number in range(count):
@@ -418,4 +418,4 @@ def test_fifty_thousand_samples_are_a_few_arrays(tmp_path):
     kept = index.offsets.nbytes + index.sizes.nbytes + index.labels.nbytes
     assert kept == 24 * count
     assert peak < 400 * count
-    assert load_dataset(f"shards:{tmp_path / 'a.tar'}").where(24_321).startswith("24321.png in ")
+    assert load_dataset(f"shards:{tmp_path / 'a.tar'}").where(4_321).startswith("4321.png in ")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import quietvit
 from decay_cases import MAKERS, images, process_group, tower
+from processes import run_in_processes
 
 STEPS, RATE, EACH = 4, 0.01, 4
 KINDS = ("mlp", "value_output", "norm_linear", "residual")
@@ -90,7 +91,6 @@ def refuses_nan(world: int) -> None:
 
 
 def in_ddp(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with process_group(Path(folder), rank, world):
         for name in REGULARIZERS:
@@ -111,7 +111,6 @@ def in_fsdp(rank: int, world: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
 
-    torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with process_group(Path(folder), rank, world):
         for name in (*CD, "tweo"):
@@ -135,7 +134,7 @@ worlds = pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.
 def test_under_ddp_all_processes_hold_the_same_bits_and_those_of_one_process(
     world: int, tmp_path: Path
 ) -> None:
-    torch.multiprocessing.spawn(in_ddp, (world, str(tmp_path)), nprocs=world)
+    run_in_processes(in_ddp, world, str(tmp_path), count=world)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert found.keys() == set(REGULARIZERS)
     for name, (same, weights) in found.items():
@@ -151,7 +150,7 @@ def test_under_ddp_all_processes_hold_the_same_bits_and_those_of_one_process(
 @pytest.mark.slow
 @worlds
 def test_under_fsdp2_the_weights_are_those_of_one_process(world: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_fsdp, (world, str(tmp_path)), nprocs=world)
+    run_in_processes(in_fsdp, world, str(tmp_path), count=world)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert found.keys() == {*CD, "tweo"}
     for name, weights in found.items():

@@ -27,6 +27,7 @@ from decay_cases import (
     train,
     weights,
 )
+from processes import run_in_processes
 from quietvit import QuietvitError
 from quietvit.decay import Regularizer, StrengthSchedule
 
@@ -562,7 +563,6 @@ def _train_in_parts(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
 
-    torch.set_num_threads(1)
     with process_group(Path(folder), rank, 2):
         found = {}
         for name in SHARDED:
@@ -583,7 +583,7 @@ def _train_in_parts(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_that_hold_parts_train_the_weights_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_train_in_parts, (str(tmp_path),), nprocs=2)
+    run_in_processes(_train_in_parts, str(tmp_path))
     found = torch.load(tmp_path / "weights.pt", weights_only=True)
     for name in SHARDED:
         whole = tower()

@@ -91,6 +91,16 @@ def test_computed_weights_are_counted_and_the_first_is_named(
     assert not any(key.startswith("blocks.1.fc1") for key in touched)
 
 
+def test_a_gain_that_only_a_computed_weight_reads_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = tower()
+    doubled(model.blocks[1].fc1)
+    made = MAKERS["norm_gains"](model, images())
+    (line,) = told(caplog)
+    assert "NormGainDecay leaves out, or sees in part, 1 layers or pairs" in line
+    assert "(first blocks.1.norm2 -> blocks.1.fc1.linear" in line
+    assert "blocks.1.norm2.weight" not in {view.parameter_name for view in made.gains}
+
+
 @pytest.mark.parametrize("kind", ["residual", "query_key"])
 def test_pairs_of_computed_weights_are_listed_by_kind(kind: str) -> None:
     plain, model = tower(), tower()

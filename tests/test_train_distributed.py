@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from huggingface_cases import classifier, saved
+from processes import run_in_processes
 from quietvit.data import (
     evaluate,
     evaluation_loader,
@@ -27,6 +29,7 @@ from quietvit.errors import QuietvitError
 from quietvit.train import TrainResult, engine
 from quietvit.train.checkpoint import list_checkpoints, load_checkpoint
 from test_train_loop import MODEL, config, lines, run
+from train_processes import in_two
 
 QUIET = {**MODEL, "kwargs": {**MODEL["kwargs"], "drop_rate": 0.0, "drop_path_rate": 0.0}}
 SHARED = {
@@ -41,38 +44,10 @@ FSDP2 = pytest.param("fsdp2", marks=pytest.mark.skipif(OLD, reason="accelerate w
 CD = {"cd": {"strength": 5.0}, "watch_every": 2}
 
 SCRIPT = """
-import json, os, sys
-from safetensors.torch import save_file
-from quietvit.train import loop, parse_config, train
-from quietvit.decay.whole import gathered
-from quietvit.train.engine import whole_model
+import sys
+from train_processes import run_jobs
 
-class Stopped(Exception):
-    pass
-
-after_step, finish, rank = loop._Loop._after_step, loop._Loop.finish, os.environ["RANK"]
-for job in json.loads(open(sys.argv[1]).read()):
-    def stopping(self, images):
-        if self.step == job["stop_at"]:
-            raise Stopped
-        return after_step(self, images)
-
-    def finishing(self, progress):
-        weights = self.p.plain.state_dict()
-        path = f"{self.config.output}.rank{rank}"
-        save_file({key: gathered(value).clone() for key, value in weights.items()}, path)
-        result = finish(self, progress)
-        copied = sum(p.numel() for p in self.p.evaluated.parameters() if not p.is_meta)
-        kept = len(whole_model(self.accelerator, self.p.plain))
-        with open(f"{path}.json", "w") as file:
-            json.dump({"copied": copied, "kept": kept, "weights": len(weights)}, file)
-        return result
-
-    loop._Loop._after_step, loop._Loop.finish = stopping, finishing
-    try:
-        train(parse_config(job["config"]), resume=job["resume"], progress=False)
-    except Stopped:
-        print("stopped", flush=True)
+run_jobs(sys.argv[1])
 """
 
 
@@ -82,27 +57,46 @@ def job(output, resume=False, stop_at=-1, **changes):
     return {"config": content, "resume": resume, "stop_at": stop_at}
 
 
-def start(tmp_path, *jobs, processes=2):
-    script, listed = tmp_path / "script.py", tmp_path / "jobs.json"
+def listed(tmp_path, jobs):
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    return path
+
+
+def start(tmp_path, *jobs):
+    """Two processes, as torchrun starts them."""
+    script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    listed.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(script), str(listed)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*command, str(script), str(listed(tmp_path, jobs))],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def launch(tmp_path, *jobs, processes=2, fails=False):
-    """Run the jobs one after the other in the same processes."""
-    process = start(tmp_path, *jobs, processes=processes)
+def launch(tmp_path, *jobs):
+    """Run the jobs one after the other in the same two processes, started by torchrun."""
+    process = start(tmp_path, *jobs)
     told, _ = process.communicate(timeout=300)
-    assert (process.returncode != 0) == fails, told
+    assert process.returncode == 0, told
     return told
+
+
+def fork(tmp_path, *jobs):
+    """The same in two processes that are forked, in the environment that torchrun gives."""
+    log = tmp_path / "log"
+    run_in_processes(in_two, str(listed(tmp_path, jobs)), str(log), free_port())
+    return log.read_text()
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def ranks(output, count=2):
@@ -172,7 +166,7 @@ def test_two_processes_equal_one_with_the_same_effective_batch(tmp_path, paralle
     changes = {**SHARED, "decay": decay, "data": data, "evaluate_every": 1}
     one = run(tmp_path / "one", accumulation=4, **changes)
     two = tmp_path / "two"
-    launch(tmp_path, job(two, accumulation=2, parallel=parallel, **changes))
+    fork(tmp_path, job(two, accumulation=2, parallel=parallel, **changes))
     both = ranks(two)
     assert_equal(*both)
     assert_close(load_file(one.weights), both[0])
@@ -201,7 +195,7 @@ def test_a_model_with_a_parameter_that_is_never_used_trains_and_resumes(tmp_path
     }
     changes = {**SHARED, "model": model, "decay": CD, "parallel": parallel}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    told = launch(
+    told = fork(
         tmp_path,
         job(whole, **changes),
         job(cut, stop_at=7, **changes),
@@ -222,7 +216,7 @@ def test_a_process_without_test_images_takes_part_in_the_evaluation(tmp_path, pa
     data = {**SHARED["data"], "test_images": 1}
     changes = {**SHARED, "data": data, "epochs": 1, "precision": "bf16"}
     output = tmp_path / "two"
-    launch(tmp_path, job(output, parallel=parallel, **changes))
+    fork(tmp_path, job(output, parallel=parallel, **changes))
     result = TrainResult.read(output)
     model = result.load_model()
     images = subset(load_dataset("embedded:digits", "test"), 1)
@@ -232,7 +226,7 @@ def test_a_process_without_test_images_takes_part_in_the_evaluation(tmp_path, pa
 
 @pytest.mark.slow
 def test_another_number_of_processes_is_refused_on_resume(tmp_path):
-    launch(tmp_path, job(tmp_path / "run", stop_at=4, **SHARED))
+    fork(tmp_path, job(tmp_path / "run", stop_at=4, **SHARED))
     with pytest.raises(QuietvitError, match=r"written by 2 processes .* has 1; resume with 2"):
         run(tmp_path / "run", resume=True, **SHARED)
 

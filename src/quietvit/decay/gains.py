@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay.attach import Schedule, WholeUpdate
+from quietvit.decay.choice import chosen_pairs
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import one_strength
 from quietvit.decay.schedule import one_schedule
 from quietvit.decay.whole import refuse_unless_finite
 from quietvit.errors import QuietvitError
-from quietvit.pairs import MatrixPair, find_pairs
+from quietvit.pairs import MatrixPair
 from quietvit.tracing import WeightView
 
 
@@ -46,17 +47,12 @@ class NormGainDecay(WholeUpdate):
     ) -> None:
         super().__init__(model, every=every, schedule=one_schedule(schedule, "NormGainDecay"))
         self.strength = one_strength(strength, "NormGainDecay")
-        if pairs is None:
-            if example is None:
-                raise QuietvitError(
-                    "NormGainDecay needs an example input to find the norms (a batch of one image "
-                    "is enough), or pairs=..."
-                )
-            pairs = find_pairs(model, example, kinds=("norm_linear",))
-        views = dict.fromkeys(pair.first for pair in pairs if pair.first.diagonal)
+        kinds = ("norm_linear",) if pairs is None else None
+        found = chosen_pairs("NormGainDecay", model, example, kinds, pairs)
+        views = dict.fromkeys(pair.first for pair in found if pair.first.diagonal)
         if not views:
             raise QuietvitError(
-                f"none of the {len(pairs)} pairs has norm gains as its first matrix (kind "
+                f"none of the {len(found)} pairs has norm gains as its first matrix (kind "
                 "'norm_linear'): there is no gain to decay."
             )
         self.gains: tuple[WeightView, ...] = tuple(views)

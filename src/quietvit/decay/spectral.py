@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from quietvit.decay.regularizer import number, whole_number
 from quietvit.decay.whole import all_finite, refuse_unless_finite
 from quietvit.errors import QuietvitError
 from quietvit.pairs import COMPUTED
-from quietvit.tracing import Trace, WeightView, trace
+from quietvit.tracing import Site, Trace, WeightView, trace
 
 logger = logging.getLogger("quietvit")
 
@@ -264,21 +264,22 @@ class SpectralDecay(PenaltyGradient):
 
 def _left_out(traced: Trace) -> list[tuple[str, str]]:
     """The linear sites beside the head whose weight is no matrix of parameters, and why."""
-    return [
-        (site.name, COMPUTED)
-        for site in traced.sites
-        if site.kind == "linear" and site.weight is None and site.role not in ("constant", "head")
-    ]
+    return [(site.name, COMPUTED) for site in _linears(traced) if site.weight is None]
+
+
+def _linears(traced: Trace) -> Iterator[Site]:
+    """The linear sites that act on activations, beside the head."""
+    for site in traced.sites:
+        if site.kind == "linear" and site.role not in ("constant", "head"):
+            yield site
 
 
 def _layers(model: nn.Module, traced: Trace) -> tuple[Layer, ...]:
     """Weights of linear sites, each once however many sites and names it has."""
     found: dict[object, tuple[WeightView, list[str]]] = {}
-    for site in traced.sites:
+    for site in _linears(traced):
         view = site.weight
-        if site.kind != "linear" or view is None or site.role in ("constant", "head"):
-            continue
-        if min(view.read(model).shape) < 2:
+        if view is None or min(view.read(model).shape) < 2:
             continue
         key = (id(view.parameter(model)), view.rows, view.cols)
         first, sites = found.setdefault(key, (view, []))

@@ -117,8 +117,8 @@ def estimate(config: TrainConfig) -> Estimate:
     parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
     parameters = list(parts.evaluated.parameters())
     trainable = sum(p.numel() for p in parts.plain.parameters() if p.requires_grad)
-    count, steps_measured = _affordable(parts)
-    seconds, own = _measured(parts, count, steps_measured)
+    count, steps_measured, made = _affordable(parts)
+    seconds, own = _measured(parts, count, steps_measured, parts.num_classes or made)
     return Estimate(
         processes=accelerator.num_processes,
         effective_batch=effective,
@@ -149,16 +149,20 @@ def _size(config: TrainConfig) -> tuple[int | None, int | None, str]:
     return len(train), train.num_classes, ""
 
 
-def _affordable(parts: Parts) -> tuple[int, int]:
-    """Images of a pass, and steps, that can be measured in some seconds each; in every process."""
+def _affordable(parts: Parts) -> tuple[int, int, int]:
+    """Images of a pass, and steps, that can be measured in some seconds each; in every process.
+
+    And the number of classes of the model's outputs.
+    """
     accelerator, config = parts.accelerator, parts.config
     count = min(2, config.batch_size)
     images = _noise(parts.evaluated, count).to(accelerator.device)
-    found = []
+    found: list[float] = []
+    outputs: Any = None
     with torch.no_grad(), accelerator.autocast(), judged(parts) as model:
         for _ in range(2):  # the first pass of all is slower than the rest
             began = _now(accelerator.device)
-            model.eval()(images)
+            outputs = model.eval()(images)
             found.append(_now(accelerator.device) - began)
     one = 3 * min(found) / count  # a backward pass takes about twice as long as a forward pass
     fits = config.batch_size
@@ -166,17 +170,17 @@ def _affordable(parts: Parts) -> tuple[int, int]:
         fits //= 2
     fits = fits if fits == config.batch_size else max(count, fits - fits % 2)  # even, for mixup
     fits = min(gathered(accelerator, fits))
-    return fits, _MEASURED if fits == config.batch_size else 1
+    classes = int(heads(outputs)[0].shape[-1])
+    return fits, _MEASURED if fits == config.batch_size else 1, classes
 
 
-def _measured(parts: Parts, count: int, steps: int) -> tuple[float, float]:
+def _measured(parts: Parts, count: int, steps: int, classes: int) -> tuple[float, float]:
     """Seconds of so many optimizer steps, and of the regularizers in them, by their share.
 
     Measured on ``count`` images a pass, and scaled to the batch but for the regularizers.
     """
     accelerator, config = parts.accelerator, parts.config
     images = _noise(parts.evaluated, count).to(accelerator.device)
-    classes = parts.num_classes or _classes(parts, images[:1])
     labels = torch.arange(count, device=accelerator.device) % classes
     warm_up = _WARM_UP if count == config.batch_size else 0
     # Where a step of a regularizer has to be limited it takes longer: at the full rate as in a run.
@@ -224,13 +228,6 @@ def _make_due(regularizers: Mapping[str, Any]) -> None:
     for regularizer in regularizers.values():
         every = _every(regularizer)
         regularizer.steps += every - 1 - regularizer.steps % every
-
-
-@torch.no_grad()
-def _classes(parts: Parts, image: Tensor) -> int:
-    with judged(parts) as model:
-        outputs = model.eval()(image)
-    return int(heads(outputs)[0].shape[-1])
 
 
 def _noise(model: nn.Module, count: int) -> Tensor:
