@@ -101,6 +101,13 @@ def test_a_gain_that_only_a_computed_weight_reads_is_told(caplog: pytest.LogCapt
     assert "blocks.1.norm2.weight" not in {view.parameter_name for view in made.gains}
 
 
+def test_gains_that_something_else_reads_are_all_there_and_nothing_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert len(MAKERS["norm_gains"](with_lora("fc1", "qkv"), images()).gains) == 4
+    assert not told(caplog)
+
+
 @pytest.mark.parametrize("kind", ["residual", "query_key"])
 def test_pairs_of_computed_weights_are_listed_by_kind(kind: str) -> None:
     plain, model = tower(), tower()

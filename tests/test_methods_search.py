@@ -173,6 +173,38 @@ def test_what_is_searched_is_what_the_quantizer_gives(bits, family):
     values = values if scale is None else values * scale
     fake = side.quantizer(parameters, 1 if family == "affine" else None)(side.x)
     assert (values - fake).abs().gt(1e-5).sum() <= 1  # a value on the very edge of two cells
+    other = parameters * 2
+    together = side.fake(torch.stack((parameters, other)))
+    for place, each in enumerate((parameters, other)):
+        for all_of_it, alone in zip(together, side.fake(each), strict=True):
+            assert alone is None or torch.equal(all_of_it[place], alone)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_candidates_are_judged_alike_one_by_one_and_together(weighted, monkeypatch):
+    left, right = matrices(2, 3, 7, 4), matrices(2, 3, 4, 5, seed=1)
+    gradient = matrices(2, 3, 7, 5, seed=2) if weighted else None
+    output = Output.of(left, right, gradient)
+    sides = tuple(
+        Affine(x, Groups.along(x, 1), 4, torch.float32, signed=True) for x in (left, right)
+    )
+    starts = [search.symmetric_start(side.groups.largest(side.x.abs()), 4) for side in sides]
+    for index in (0, 1):
+        table = search.factors(6, 0.3, 1.2)[:, None, None] * starts[index]
+        other = sides[1 - index].fake(starts[1 - index])
+        found = [search.evaluate(output, sides, index, table, other)]
+        monkeypatch.setattr(search, "_AT_ONCE", 1)
+        found.append(search.evaluate(output, sides, index, table, other))
+        monkeypatch.undo()
+        assert found[0].shape == (6, 3)
+        assert torch.allclose(found[0], found[1], rtol=1e-5)
+        for head in range(3):
+            pair = [sides[i].quantizer(starts[i], 1) for i in (0, 1)]
+            pair[index] = sides[index].quantizer(table[4], 1)
+            off = left @ right - pair[0](left) @ pair[1](right)
+            off = off if output.weight is None else off * output.weight
+            wanted = off[:, head].double().square().sum()
+            assert float(found[0][4, head]) == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_two_ranges_behind_softmax_lie_where_the_operand_does():

@@ -1,11 +1,10 @@
-"""Several processes on the CPU (gloo), as torchrun starts them."""
+"""Several processes on the CPU (gloo): started by torchrun where the start matters, else forked."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -52,7 +51,7 @@ run_jobs(sys.argv[1])
 
 
 def job(output, resume=False, stop_at=-1, **changes):
-    """A run, as the script below takes it."""
+    """A run, as ``run_jobs`` takes it."""
     content = json.loads(config(output, **changes).model_dump_json())
     return {"config": content, "resume": resume, "stop_at": stop_at}
 
@@ -89,14 +88,12 @@ def launch(tmp_path, *jobs):
 def fork(tmp_path, *jobs):
     """The same in two processes that are forked, in the environment that torchrun gives."""
     log = tmp_path / "log"
-    run_in_processes(in_two, str(listed(tmp_path, jobs)), str(log), free_port())
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    try:
+        run_in_processes(in_two, str(listed(tmp_path, jobs)), str(log), store.port)
+    except Exception as error:
+        raise AssertionError(log.read_text()) from error
     return log.read_text()
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def ranks(output, count=2):

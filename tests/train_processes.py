@@ -20,7 +20,7 @@ class StoppedError(Exception):
 def in_two(rank, jobs, log, port):
     """Run jobs as one of two processes, with what torchrun tells them, output kept in ``log``."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({key: str(value) for key, value in own.items()})
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay.attach import Schedule, WholeUpdate
-from quietvit.decay.choice import chosen_pairs
+from quietvit.decay.choice import say_left_out
 from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import one_strength
 from quietvit.decay.schedule import one_schedule
 from quietvit.decay.whole import refuse_unless_finite
 from quietvit.errors import QuietvitError
-from quietvit.pairs import MatrixPair
-from quietvit.tracing import WeightView
+from quietvit.pairs import COMPUTED, FoundPairs, MatrixPair, find_pairs
+from quietvit.tracing import WeightView, trace
 
 
 class NormGainDecay(WholeUpdate):
@@ -47,12 +47,17 @@ class NormGainDecay(WholeUpdate):
     ) -> None:
         super().__init__(model, every=every, schedule=one_schedule(schedule, "NormGainDecay"))
         self.strength = one_strength(strength, "NormGainDecay")
-        kinds = ("norm_linear",) if pairs is None else None
-        found = chosen_pairs("NormGainDecay", model, example, kinds, pairs)
-        views = dict.fromkeys(pair.first for pair in found if pair.first.diagonal)
+        if pairs is None:
+            if example is None:
+                raise QuietvitError(
+                    "NormGainDecay needs an example input to find the norms (a batch of one image "
+                    "is enough), or pairs=..."
+                )
+            pairs = _found(model, example)
+        views = dict.fromkeys(pair.first for pair in pairs if pair.first.diagonal)
         if not views:
             raise QuietvitError(
-                f"none of the {len(found)} pairs has norm gains as its first matrix (kind "
+                f"none of the {len(pairs)} pairs has norm gains as its first matrix (kind "
                 "'norm_linear'): there is no gain to decay."
             )
         self.gains: tuple[WeightView, ...] = tuple(views)
@@ -102,6 +107,21 @@ class NormGainDecay(WholeUpdate):
             view.scatter_add_(target, -g * share)
         refuse_unless_finite(deltas, parameters)
         return deltas
+
+
+def _found(model: nn.Module, example: Any) -> FoundPairs:
+    """The pairs of norm gains; a log line says which gains are in none."""
+    traced = trace(model, example)
+    found = find_pairs(model, kinds=("norm_linear",), trace=traced)
+    kept = {pair.first.parameter_name for pair in found}
+
+    def lost(name: str) -> bool:
+        gain = traced[name.split(" -> ")[0]].weight
+        return gain is not None and gain.parameter_name not in kept
+
+    skipped = [entry for entry in found.skipped if entry[1] == COMPUTED and lost(entry[0])]
+    say_left_out("NormGainDecay", skipped)
+    return found
 
 
 def _shares(g: Tensor) -> Tensor:
