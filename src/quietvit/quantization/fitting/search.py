@@ -82,8 +82,6 @@ class Groups:
 
         Places are added in float32, groups of places in float64.
         """
-        if len(self.index) == 1:
-            return x.flatten(-4).sum(-1, keepdim=True).double()
         dims = [dim - 4 for dim in range(4) if self.shape[dim] == 1]
         places = (x.sum(dims) if dims else x).reshape(*x.shape[:-4], -1).double()
         total = places.new_zeros(*places.shape[:-1], self.count)
