@@ -1,6 +1,6 @@
 """What the commands share: errors as one paragraph, exit codes, options, opening what they name.
 
-The commands are in ``cli``.
+The commands are in ``commands``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from quietvit.errors import QuietvitError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor, nn
 
     from quietvit.data import ImageDataset
@@ -189,6 +190,14 @@ def moved_to(model: nn.Module, device: str) -> nn.Module:
             f"the model cannot be computed on device {device!r}: {str(error).splitlines()[0]}; "
             "choose another, such as --device cpu."
         ) from error
+
+
+def console(least: int = 0) -> Console:
+    """A rich console of the terminal's width, or of ``least`` columns if that is more."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.width >= least else Console(width=least)
 
 
 def epilog(*examples: str) -> str:

@@ -1,12 +1,9 @@
-"""The commands on exported files: ``export``, ``check``, ``predict``.
-
-Each parses, calls one public function, and prints; ``cli`` puts them beside the others.
-"""
+"""The commands on exported files: ``export``, ``check``, ``predict``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +13,7 @@ from quietvit.errors import QuietvitError
 if TYPE_CHECKING:
     from quietvit.quantization import QuantizedModel
 
+app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Deploy"
 Exported = Annotated[
     Path, typer.Argument(metavar="FILE", help="An exported model.onnx or model.xml.")
@@ -33,6 +31,10 @@ Runtime = Annotated[
 ]
 
 
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=epilog("quietvit export tiny.qvit --to onnx", "quietvit export tiny.qvit --to openvino"),
+)
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A saved .qvit.")],
     output: Annotated[
@@ -86,6 +88,12 @@ def export(
     typer.echo(f"Written: {found.path} ({found.size / 1e6:.2f} MB)")
 
 
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=epilog(
+        "quietvit check tiny.onnx --against tiny.qvit --images val.parquet --json check.json"
+    ),
+)
 def check(
     file: Exported,
     against: Annotated[
@@ -127,6 +135,7 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit predict tiny.onnx photo.jpg"))
 def predict(
     file: Exported,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
@@ -156,16 +165,3 @@ def _lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise QuietvitError(f"the labels {path} cannot be read: {error}.") from error
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the commands, with examples below their help."""
-    examples: dict[Any, tuple[str, ...]] = {
-        export: ("quietvit export tiny.qvit --to onnx", "quietvit export tiny.qvit --to openvino"),
-        check: (
-            "quietvit check tiny.onnx --against tiny.qvit --images val.parquet --json check.json",
-        ),
-        predict: ("quietvit predict tiny.onnx photo.jpg",),
-    }
-    for command, shown in examples.items():
-        app.command(rich_help_panel=_PANEL, epilog=epilog(*shown))(command)

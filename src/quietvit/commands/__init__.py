@@ -1,0 +1,1 @@
+"""The commands, by what they are for. Each parses, calls one public function, and prints."""

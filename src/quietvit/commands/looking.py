@@ -1,0 +1,108 @@
+"""The commands that look at a model: ``diagnose``, ``pairs``, ``trace``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quietvit.console import (
+    Architecture,
+    Classes,
+    Count,
+    Force,
+    Images,
+    Model,
+    Seed,
+    Size,
+    Weights,
+    build_bare,
+    build_model,
+    console,
+    draw_images,
+    epilog,
+    example_of,
+    listed,
+    open_data,
+)
+
+app = typer.Typer(rich_markup_mode="rich")
+_PANEL = "Look at a model"
+
+
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=epilog(
+        "quietvit diagnose deit_tiny_patch16_224 --weights w.safetensors --images val.parquet",
+        "quietvit diagnose runs/digits --images embedded:digits --output runs/digits-diagnosis",
+    ),
+)
+def diagnose(
+    model: Model,
+    images: Images,
+    weights: Weights = None,
+    classes: Classes = None,
+    size: Size = None,
+    count: Count = 32,
+    seed: Seed = 0,
+    sites_only: Annotated[
+        bool, typer.Option("--sites-only", help="Leave the weights out, for models without pairs.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for diagnosis.json and the plots."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Show where outliers are and which weights make them."""
+    from quietvit.files import refuse_nonempty
+    from quietvit.measure import diagnose as run
+
+    if output is not None:
+        refuse_nonempty(output, force)
+    built = build_model(model, weights, classes, size)
+    drawn = draw_images(built, open_data(images, "test"), count, seed)
+    found = run(built, drawn, pairs=() if sites_only else None)
+    console(least=120).print(found)
+    if output is not None:
+        written = [found.to_json(output / "diagnosis.json"), *found.plot(output)]
+        typer.echo("Written: " + ", ".join(map(str, written)))
+
+
+@app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit pairs deit_tiny_patch16_224"))
+def pairs(
+    model: Architecture,
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            help="Kinds of pairs, comma-separated.",
+            show_default="mlp,value_output,gated_mlp,norm_linear",
+        ),
+    ] = None,
+    size: Size = None,
+) -> None:
+    """List the weight pairs that Colinearity Decay acts on."""
+    from quietvit.pairs import DEFAULT_KINDS, find_pairs
+
+    built = build_bare(model, size)
+    chosen = DEFAULT_KINDS if kinds is None else listed(kinds)
+    typer.echo(str(find_pairs(built, example_of(built), kinds=chosen)))
+
+
+@app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit trace swin_tiny_patch4_window7_224"))
+def trace(
+    model: Architecture,
+    size: Size = None,
+    matmuls: Annotated[
+        bool, typer.Option("--matmuls", help="Only the matrix multiplications.")
+    ] = False,
+) -> None:
+    """List every matrix multiplication, norm, softmax and activation of a model."""
+    from dataclasses import replace
+
+    from quietvit.tracing import trace as run
+
+    built = build_bare(model, size)
+    found = run(built, example_of(built))
+    typer.echo(str(replace(found, sites=found.matmuls) if matmuls else found))

@@ -1,0 +1,118 @@
+"""The commands that train: ``train``, ``compare``."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from quietvit.console import (
+    DryRun,
+    Force,
+    Output,
+    OutputOrRecipe,
+    Overrides,
+    Recipe,
+    Resume,
+    console,
+    epilog,
+    listed,
+)
+
+app = typer.Typer(rich_markup_mode="rich")
+_PANEL = "Train and compare"
+
+
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=epilog(
+        "quietvit train --recipe digits --output runs/digits",
+        "quietvit train -r my.toml -s epochs=3 -s decay.cd=none --output runs/plain",
+        "quietvit train --recipe digits --dry-run",
+    ),
+)
+def train(
+    recipe: Recipe,
+    output: OutputOrRecipe = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="In place of the recipe's: a timm model, or hf:FOLDER."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train or fine-tune one model by a recipe."""
+    from quietvit.train import estimate, load_recipe
+    from quietvit.train import train as run
+
+    chosen = [] if model is None else [f"model.name={json.dumps(model)}"]
+    config = load_recipe(recipe, [*chosen, *(overrides or [])])
+    first = os.environ.get("RANK", "0") == "0"
+    if dry_run:
+        told = str(estimate(config))
+        if first:
+            typer.echo(told)
+        return
+    if output is not None:
+        config = config.model_copy(update={"output": output})
+    result = run(config, resume=resume, force=force)
+    if not first:
+        return
+    typer.echo(
+        f"top-1 {result.top1:.2f} % after {result.steps} steps in {result.train_seconds:.0f} s, "
+        f"of it {result.decay_seconds:.1f} s regularizers"
+    )
+    typer.echo(f"Written: {result.weights}")
+
+
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=epilog(
+        "quietvit compare --recipe digits --output runs/compared",
+        "quietvit compare -r digits -o runs/more --seeds 0,1,2,3,4 --bits W8A8,W4A4",
+        "quietvit compare -r digits -o runs/compared --resume",
+    ),
+)
+def compare(
+    recipe: Recipe,
+    output: Output,
+    seeds: Annotated[str, typer.Option(help="Seeds of training; one run of each arm a seed.")] = (
+        "0,1,2"
+    ),
+    bits: Annotated[
+        str, typer.Option(help="Bits of weights and activations, each 2 to 16.")
+    ] = "W8A8,W6A6,W4A4",
+    methods: Annotated[
+        str, typer.Option(help="Methods with activation range.")
+    ] = "rtn-minmax,rtn-percentile,rtn-omse",
+    calibration: Annotated[
+        int, typer.Option("--calibration", help="Calibration images, from the training data.")
+    ] = 32,
+    calibration_seed: Annotated[int, typer.Option(help="Seed of the draw of these.")] = 0,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    force: Force = False,
+) -> None:
+    """Train with and without Colinearity Decay, quantize both, report on one page."""
+    from quietvit.compare import CompareConfig
+    from quietvit.compare import compare as run
+    from quietvit.train import load_recipe
+
+    config = CompareConfig(
+        recipe=load_recipe(recipe, overrides or []),
+        seeds=listed(seeds),
+        bits=listed(bits),
+        methods=listed(methods),
+        calibration_images=calibration,
+        calibration_seed=calibration_seed,
+    )
+    found = run(config, output, resume=resume, force=force)
+    screen = console()
+    screen.print(found.table.rich(compact=screen.width < 110))
+    screen.print(f"\n{found.verdict}", highlight=False)
+    screen.print(f"Time that CD adds to the training: {found.overhead} %", highlight=False)
+    screen.print(f"Page: {found.page}", highlight=False, soft_wrap=True)
