@@ -408,9 +408,8 @@ def test_a_checkpoint_of_several_processes_is_refused_in_one(tmp_path, monkeypat
     interrupt(tmp_path / "run", monkeypatch, 3)
     state = load_checkpoint(tmp_path / "run" / "checkpoints")
     save_checkpoint(tmp_path / "run" / "checkpoints", 2, {**state, "processes": 4}, keep=1)
-    with pytest.raises(
-        QuietvitError, match=r"by 4 processes and this run has 1; resume with 4 .*batch_size 32"
-    ):
+    told = r"with processes 4, .* has processes 1, .*or batch_size 8 and accumulation 4 here"
+    with pytest.raises(QuietvitError, match=told):
         run(tmp_path / "run", resume=True)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quietvit.errors import QuietvitError
 from quietvit.train import checkpoint
@@ -51,6 +54,37 @@ def test_what_is_saved_comes_back_with_its_types(tmp_path):
     }
     save_checkpoint(tmp_path, 3, state, keep=1)
     assert same(state, load_checkpoint(tmp_path))
+
+
+def test_tensors_by_name_are_read_as_weights_by_others(tmp_path):
+    linear = torch.nn.Linear(3, 2)
+    tied = {"a": linear.weight.detach(), "b": linear.weight.detach(), "c": linear.weight[0]}
+    mixed = {"weight": linear.weight.detach(), "step": 1}
+    state = {"model": linear.state_dict(), "tied": tied, "mixed": mixed, "../x": tied, "empty": {}}
+    path = save_checkpoint(tmp_path, 3, state, keep=1)
+    back = load_checkpoint(tmp_path)
+    assert list(back) == list(state)
+    for key, value in state.items():
+        assert same(dict(sorted(value.items())), dict(sorted(back[key].items()))), key
+    assert same(back["model"], load_file(path / "model.safetensors"))
+    assert [file.name for file in sorted(path.iterdir())] == [
+        "manifest.json", "model.safetensors", "state.json", "tensors.safetensors",
+        "tied.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
+    """These held every tensor in one file, and no entry in a file of its own."""
+    weights = {"weight": torch.arange(3.0)}
+    path = save_checkpoint(tmp_path, 3, {"model": weights, "step": 3}, keep=1)
+    (path / "model.safetensors").unlink()
+    save_file({"0": weights["weight"]}, path / "tensors.safetensors")
+    entries = [["model", {"dict": [["weight", {"tensor": "0"}]]}], ["step", 3]]
+    (path / "state.json").write_text(json.dumps({"dict": entries}))
+    names = ("tensors.safetensors", "state.json")
+    sums = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
+    (path / "manifest.json").write_text(json.dumps({"step": 3, "sha256": sums}))
+    assert same({"model": weights, "step": 3}, load_checkpoint(tmp_path))
 
 
 def test_generators_go_on_as_if_nothing_had_happened(tmp_path):
@@ -133,12 +167,15 @@ def test_what_is_set_aside_does_not_pile_up(tmp_path):
     assert load_checkpoint(tmp_path) == {"step": 2}
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["tensors.safetensors", "model.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_recognised_and_the_one_before_used(tmp_path, caplog, name, damage):
     caplog.set_level(logging.WARNING, "quietvit")
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, {"step": step, "x": torch.ones(50)}, keep=2)
+        state = {"step": step, "x": torch.ones(50), "model": {"w": torch.ones(50)}}
+        save_checkpoint(tmp_path, step, state, keep=2)
     path = tmp_path / "step-00000002" / name
     content = bytearray(path.read_bytes())
     if damage == "remove":

@@ -27,7 +27,7 @@ from quietvit.data import (
 from quietvit.errors import QuietvitError
 from quietvit.train import TrainResult, engine
 from quietvit.train.checkpoint import list_checkpoints, load_checkpoint
-from test_train_loop import MODEL, config, lines, run
+from test_train_loop import MODEL, config, interrupt, lines, run
 from train_processes import in_two
 
 QUIET = {**MODEL, "kwargs": {**MODEL["kwargs"], "drop_rate": 0.0, "drop_path_rate": 0.0}}
@@ -222,10 +222,24 @@ def test_a_process_without_test_images_takes_part_in_the_evaluation(tmp_path, pa
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_is_refused_on_resume(tmp_path):
-    fork(tmp_path, job(tmp_path / "run", stop_at=4, **SHARED))
-    with pytest.raises(QuietvitError, match=r"written by 2 processes .* has 1; resume with 2"):
-        run(tmp_path / "run", resume=True, **SHARED)
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
+    """Two, one, and two with the model in parts: the images of the steps stay, so do the losses."""
+    changes = {**SHARED, "decay": CD, "checkpoint": {"every": 3, "keep": 4}, "log_every": 2}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    last = "ddp" if OLD else "fsdp2"
+    fork(tmp_path, job(whole, **changes), job(cut, stop_at=4, **changes))
+    with pytest.raises(QuietvitError, match=r"with processes 2, .* has processes 1, "):
+        run(cut, resume=True, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(cut, patch, 8, resume=True, accumulation=2, **changes)
+    told = fork(tmp_path, job(cut, resume=True, parallel=last, **changes))
+    assert "processes 1, accumulation 2, batch_size 4 are shared out as processes 2" in told
+    assert "resuming at step 6 of 12" in told
+    assert_equal(*ranks(cut))
+    assert_close(ranks(cut)[0], ranks(whole)[0])
+    losses = [[x["loss"] for x in lines(found) if "loss" in x] for found in (cut, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert len(losses[0]) == 6
 
 
 @pytest.mark.slow

@@ -334,8 +334,8 @@ def test_a_folder_in_use_is_refused_and_force_replaces_only_the_runs_own_files(t
 
 def test_resuming_another_configuration_is_refused(tmp_path, monkeypatch):
     interrupt(tmp_path / "run", monkeypatch, 3)
-    with pytest.raises(QuietvitError, match=r"optimizer\.lr was 0\.001 and is 0\.1"):
-        run(tmp_path / "run", resume=True, optimizer={"lr": 0.1})
+    with pytest.raises(QuietvitError, match=r"optimizer\.eps was 1e-08 and is 1e-06"):
+        run(tmp_path / "run", resume=True, optimizer={"eps": 1e-6})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x").write_text("")
     with pytest.raises(QuietvitError, match="not empty"):

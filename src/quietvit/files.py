@@ -5,6 +5,7 @@ What is written, and in which format, is decided by the callers; no content is r
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -19,6 +20,8 @@ from quietvit.errors import QuietvitError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LOCK = ".lock"
 
 # What tempfile.mkdtemp puts behind a prefix.
 _RANDOM = re.compile("[a-z0-9_]{8}")
@@ -167,6 +170,53 @@ def refuse_nonempty(
             "or pass force (--force) to write into it."
         )
     return directory
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process alone, until it is done or ends in whatever way.
+
+    The lock is on the file ``LOCK`` in it, by process and not inherited: neither a loader's worker
+    that outlives a killed run holds it, nor does the file itself. Where a file system or a system
+    has no such locks, nothing is held.
+
+    Raises:
+        QuietvitError: another process holds it, on this machine or on one that shares the disk.
+    """
+    path = folder / LOCK
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise QuietvitError(
+                f"could not write {path}: {error.strerror or error}; free some space or choose "
+                "another output folder."
+            ) from error
+        try:
+            _lock(handle, folder)
+            # Who held it before may have removed the file since it was opened here.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                yield
+                path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise QuietvitError(
+                f"another process is writing into {folder}; wait for it to end, or choose another "
+                "output folder. If both belong to one run, start its processes by torchrun or "
+                "accelerate launch, so that they know of each other."
+            ) from error
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -27,6 +27,7 @@ from quietvit.files import flush, save_tensors
 logger = logging.getLogger("quietvit")
 
 _MANIFEST, _TENSORS, _STATE = "manifest.json", "tensors.safetensors", "state.json"
+_FILED = "in files of their own"
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
@@ -39,16 +40,17 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     killed at any moment leaves the earlier checkpoints whole.
 
     Args:
-        state: dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays, nested.
+        state: dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays, nested. An entry
+            that holds tensors by name alone, as a model's ``state_dict`` does, gets a file of its
+            own, ``<entry>.safetensors``, which is read as weights anywhere.
 
     Raises:
         QuietvitError: the disk is full or cannot be written; earlier checkpoints are untouched, and
             the space needed and free is named.
     """
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
-    tensors: dict[str, Tensor] = {}
-    plain = json.dumps(_packed(state, tensors, set()))
-    needed = sum(tensor.nbytes for tensor in tensors.values()) + len(plain)
+    files, plain = _filed(state)
+    needed = sum(tensor.nbytes for part in files.values() for tensor in part.values()) + len(plain)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*.partial"):
@@ -56,12 +58,13 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary.mkdir()
-        save_tensors(tensors, temporary / _TENSORS)
+        for name, tensors in files.items():
+            save_tensors(tensors, temporary / name)
         (temporary / _STATE).write_text(plain, encoding="utf-8")
-        sums = {name: _checksum(temporary / name) for name in (_TENSORS, _STATE)}
+        sums = {name: _checksum(temporary / name) for name in (*files, _STATE)}
         manifest = {"step": step, "sha256": sums}
         (temporary / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        for name in (_TENSORS, _STATE, _MANIFEST, ""):
+        for name in (*sums, _MANIFEST, ""):
             flush(temporary / name)
         if final.exists():
             _set_aside(folder, [final], keep)
@@ -92,10 +95,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     for path in reversed(found):
         damage = _damage(path)
         if damage is None:
-            tensors = load_file(path / _TENSORS)
-            state = _unpacked(json.loads((path / _STATE).read_text(encoding="utf-8")), tensors)
-            assert isinstance(state, dict)
-            return state
+            return _read(path)
         logger.warning("the checkpoint %s is damaged (%s); trying the one before.", path, damage)
     if found:
         raise QuietvitError(
@@ -133,6 +133,15 @@ def newest_whole(folder: Path) -> Path | None:
     return next((path for path in reversed(list_checkpoints(folder)) if not _damage(path)), None)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    state = _unpacked(
+        json.loads((path / _STATE).read_text(encoding="utf-8")), load_file(path / _TENSORS)
+    )
+    for name in state.pop(_FILED, ()):  # checkpoints of earlier versions have none
+        state[name] = load_file(path / f"{name}.safetensors")
+    return state
+
+
 def _free(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB"
@@ -156,7 +165,7 @@ def _set_aside(folder: Path, paths: Sequence[Path], keep: int) -> None:
 def _damage(path: Path) -> str | None:
     try:
         sums = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        for name in (_TENSORS, _STATE):
+        for name in {_TENSORS, _STATE, *sums}:
             if _checksum(path / name) != sums[name]:
                 return f"the checksum of {name} differs"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -177,6 +186,36 @@ def _unused(path: Path) -> Path:
     return path
 
 
+def _filed(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """Tensors by file and name, and everything else as JSON."""
+    own = [key for key, value in state.items() if key.isidentifier() and _is_state_dict(value)]
+    files: dict[str, dict[str, Tensor]] = {_TENSORS: {}}
+    for key in own:
+        storages: set[int] = set()
+        files[f"{key}.safetensors"] = {n: _plain(t, storages) for n, t in state[key].items()}
+    rest = {key: None if key in own else value for key, value in state.items()}
+    packed = _packed({**rest, _FILED: own} if own else rest, files[_TENSORS], set())
+    return files, json.dumps(packed)
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def _plain(tensor: Tensor, storages: set[int]) -> Tensor:
+    """``tensor`` on the CPU, contiguous, in memory that none of ``storages`` is, nor part of it."""
+    plain = tensor.detach().to("cpu").contiguous()
+    storage = plain.untyped_storage()
+    if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes:
+        plain = plain.clone()
+    storages.add(plain.untyped_storage().data_ptr())
+    return plain
+
+
 def _packed(value: Any, tensors: dict[str, Tensor], storages: set[int]) -> Any:
     """Turn ``value`` into JSON, tensors moved out into ``tensors``."""
     if isinstance(value, np.ndarray):
@@ -185,12 +224,7 @@ def _packed(value: Any, tensors: dict[str, Tensor], storages: set[int]) -> Any:
         return {"numpy": inner, "dtype": str(value.dtype)}
     if isinstance(value, Tensor):
         key = str(len(tensors))
-        plain = value.detach().to("cpu").contiguous()
-        storage = plain.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes:
-            plain = plain.clone()
-        storages.add(plain.untyped_storage().data_ptr())
-        tensors[key] = plain
+        tensors[key] = _plain(value, storages)
         return {"tensor": key}
     if isinstance(value, Mapping):
         entries = [[_packed(k, tensors, storages), _packed(v, tensors, storages)]

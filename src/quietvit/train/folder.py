@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quietvit.errors import QuietvitError
-from quietvit.files import leftovers, refuse_nonempty
+from quietvit.files import LOCK, leftovers, refuse_nonempty
 from quietvit.train.config import TrainConfig
 from quietvit.train.metrics import METRICS, TENSORBOARD
 from quietvit.train.recipe import parse_config
@@ -20,9 +20,16 @@ from quietvit.train.result import CONFIG, RESULT, WEIGHTS
 
 CHECKPOINTS = "checkpoints"
 
+# What changes no weight, or only their last bits.
 _MAY_CHANGE = {
     "output", "num_workers", "threads", "checkpoint", "tensorboard", "log_every", "evaluate_every",
-    "data.max_bad_images",
+    "data.max_bad_images", "decay.watch_every", "device",
+}  # fmt: skip
+# What may change too, and is told: the remedies of a run that diverged, where the data lie, and how
+# a step is shared out. That images and steps stay the same is seen to in ``resume``.
+_TOLD = {
+    "optimizer.lr", "optimizer.clip_grad", "schedule.min_lr", "precision", "data.dataset",
+    "batch_size", "accumulation", "parallel",
 }  # fmt: skip
 
 
@@ -44,13 +51,14 @@ def fresh(output: Path) -> None:
 
 def refuse_used(output: Path, force: bool) -> None:
     """Refuse a folder that holds more than a run killed at its start leaves, unless ``force``."""
-    refuse_nonempty(output, force, ignored=leftovers(*own_files(output)))
+    refuse_nonempty(output, force, ignored=[output / LOCK, *leftovers(*own_files(output))])
 
 
-def same_run(config: TrainConfig, force: bool) -> bool:
-    """Return whether the run was begun in its output folder; refuse to resume another one.
+def changes_since(config: TrainConfig, force: bool) -> list[str] | None:
+    """Return what changed of the run begun in its output folder; refuse to resume another one.
 
-    Where there is no ``config.json`` no run was begun; with anything but leftovers there the folder
+    Each is a key with the values before and now; what changes no weight is left out. None where
+    there is no ``config.json``, so no run was begun; with anything but leftovers there the folder
     is then refused, unless ``force`` is set.
 
     Raises:
@@ -60,7 +68,7 @@ def same_run(config: TrainConfig, force: bool) -> bool:
     path = config.output / CONFIG
     if not path.exists():
         refuse_used(config.output, force)
-        return False
+        return None
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -77,13 +85,14 @@ def same_run(config: TrainConfig, force: bool) -> bool:
     # Keys that came after the run was begun have the values they stood for then.
     before = json.loads(parse_config(before, str(path)).model_dump_json())
     now = json.loads(config.model_dump_json())
-    differing = [f"{key} was {old!r} and is {new!r}" for key, old, new in _differences(before, now)]
+    told = {key: f"{key} was {old!r} and is {new!r}" for key, old, new in _differences(before, now)}
+    differing = [text for key, text in told.items() if key not in _TOLD]
     if differing:
         raise QuietvitError(
             f"{config.output} was begun with another configuration: {'; '.join(differing[:3])}. "
             "Resume with the same one, or choose another output folder."
         )
-    return True
+    return list(told.values())
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

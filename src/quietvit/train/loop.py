@@ -7,8 +7,8 @@ Order of data is in ``order``, the files of a checkpoint in ``checkpoint``, the 
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,30 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quietvit.data.evaluate import worker_errors
-from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
 from quietvit.files import sweep, write_atomic
-from quietvit.train.checkpoint import (
-    load_checkpoint,
-    newest_whole,
-    save_checkpoint,
-    set_aside_after,
-)
+from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered, whole_model
 from quietvit.train.evaluation import top1
-from quietvit.train.folder import CHECKPOINTS, fresh, own_files, refuse_used, same_run
+from quietvit.train.folder import CHECKPOINTS, changes_since, fresh, own_files, refuse_used
+from quietvit.train.losses import Losses
+from quietvit.train.memory import enough_memory
 from quietvit.train.metrics import Metrics
 from quietvit.train.progress import bar_of, threads
 from quietvit.train.regularizers import detach, figures
 from quietvit.train.result import CONFIG, RESULT, WEIGHTS, TrainResult
-from quietvit.train.resume import check_same_checkpoint, collect, raise_together, restore
+from quietvit.train.resume import (
+    alone,
+    check_same_checkpoint,
+    check_same_data,
+    collect,
+    data_facts,
+    dealt,
+    raise_together,
+    restore,
+    set_damaged_aside,
+)
 from quietvit.train.setup import Run, build
 from quietvit.train.step import forward_backward
 from quietvit.train.stopping import EXIT_CODE, Termination, end_workers
@@ -60,12 +66,15 @@ def train(
         progress: show a bar on standard error.
 
     Raises:
-        QuietvitError: output folder in use, another configuration on resume, bad data or weights,
-            a loss that is no number; the message says the remedy and the last checkpoint.
+        QuietvitError: output folder in use or held by another run, another configuration on resume
+            (learning rate, clipping, precision, the place of the data and how a step is shared out
+            between processes may change), bad data or weights, a loss that is no number, too little
+            memory; the message says the remedy and the last checkpoint.
     """
     output = config.output.expanduser()
     config = config.model_copy(update={"output": output})
-    begun = resume and same_run(config, force)
+    changes = changes_since(config, force) if resume else None
+    begun = changes is not None
     if not resume:
         refuse_used(output, force)
     if begun and (output / RESULT).exists():
@@ -74,58 +83,50 @@ def train(
     with threads(config.threads):
         state = load_checkpoint(output / CHECKPOINTS) if begun else None
         run = build(config, resumed=state is not None)
-        accelerator = run.parts.accelerator
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if not begun:
-                fresh(output)
-            sweep(*own_files(output))
-            write_atomic(output / CONFIG, config.model_dump_json(indent=2) + "\n")
-        accelerator.wait_for_everyone()
-        check_same_checkpoint(run.parts, None if state is None else state["step"])
-        if state is not None:
-            _set_aside(run, state["step"])
-        elif resume:
-            logger.warning("%s holds no checkpoint; the run starts from its beginning.", output)
-        loop = _Loop(run, state)
-        try:
-            loop.run_epochs(progress)
-            return loop.finish(progress)
-        finally:
-            loop.close()
-
-
-def _set_aside(run: Run, step: int) -> None:
-    """Set damaged checkpoints after ``step`` aside, by the main process; a failure stops all."""
-    problem, p = None, run.parts
-    if p.accelerator.is_main_process:
-        try:
-            set_aside_after(p.config.output / CHECKPOINTS, step, p.config.checkpoint.keep)
-        except (OSError, QuietvitError) as error:
-            problem = str(error)
-    raise_together(p, problem)
+        with alone(run.parts, begun, force):
+            if run.parts.accelerator.is_main_process:
+                if not begun:
+                    fresh(output)
+                sweep(*own_files(output))
+                write_atomic(output / CONFIG, config.model_dump_json(indent=2) + "\n")
+            run.parts.accelerator.wait_for_everyone()
+            check_same_checkpoint(run.parts, None if state is None else state["step"])
+            if state is not None:
+                set_damaged_aside(run.parts, state["step"])
+            elif resume:
+                logger.warning("%s holds no checkpoint; the run starts from its beginning.", output)
+            loop = _Loop(run, state, changes or [])
+            try:
+                with enough_memory(config):
+                    loop.run_epochs(progress)
+                    return loop.finish(progress)
+            finally:
+                loop.close()
 
 
 class _Loop:
     """Where a run stands, and the steps from there."""
 
-    def __init__(self, run: Run, state: dict[str, Any] | None) -> None:
+    def __init__(self, run: Run, state: dict[str, Any] | None, changes: Sequence[str]) -> None:
         self.r, self.p, self.config = run, run.parts, run.parts.config
         self.accelerator = run.parts.accelerator
         self.step = self.batch = self.epoch = 0
         self.saved = -1
         self.train_seconds = 0.0
-        self.losses, device = 0, self.accelerator.device
-        self.loss_sum = torch.zeros((), dtype=widest(device), device=device)
-        # The first step whose loss was no number, kept on the device: looking would wait for it.
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.losses = Losses(run.parts)
+        self.data = data_facts(run.train)
         if state is not None:
             self._restore(state)
             logger.warning("resuming at step %d of %d.", self.step, self.p.total_steps)
+        self._logged = self.step, self.train_seconds
         main = self.accelerator.is_main_process
         self.metrics = (
             Metrics(self.config.output, self.step, self.config.tensorboard) if main else None
         )
+        if changes:
+            self._write(changed="; ".join(changes))
+            if main:
+                logger.warning("from step %d on: %s.", self.step + 1, "; ".join(changes))
         self.termination = Termination(self.accelerator)
 
     def run_epochs(self, progress: bool) -> None:
@@ -148,21 +149,17 @@ class _Loop:
                 self.epoch, self.batch = self.epoch + 1, 0
                 every = self.config.evaluate_every
                 if every and self.epoch % every == 0 and self.epoch < self.config.epochs:
-                    self._sound()
+                    self.losses.refuse_unless_sound(self.step)
                     self._write(top1=self.top1(), epoch=self.epoch)
-            self._sound()
+            self.losses.refuse_unless_sound(self.step)
 
     def _batch(self, images: Tensor, labels: Tensor) -> bool:
         """One forward and backward pass; True where the optimizer stepped after it."""
         try:
             loss = forward_backward(self.p, images, labels, self.step)
         except QuietvitError as error:
-            told = f"at step {self.step + 1}: {error}{self._last_finite()} {self._last_saved()}"
-            raise QuietvitError(told) from error
-        self.loss_sum += loss
-        first = (self.bad_step == 0) & ~loss.isfinite()
-        self.bad_step.masked_fill_(first, self.step + 1)
-        self.losses += 1
+            raise self.losses.told(error, self.step + 1) from error
+        self.losses.add(loss, self.step + 1)
         self.batch += self.accelerator.num_processes
         return bool(self.accelerator.sync_gradients)
 
@@ -174,11 +171,10 @@ class _Loop:
             p.ema.update(p.plain, self.step)
         logged = None
         if self.step % config.log_every == 0 or self.step == p.total_steps:
-            logged = self._finite()
+            logged = self.losses.mean(self.step)
             self._tick()
             self._log(logged, images)
-            self.loss_sum.zero_()
-            self.losses = 0
+            self.losses.clear()
         every = config.checkpoint.every
         if every and self.step % every == 0:
             self._save()
@@ -190,13 +186,22 @@ class _Loop:
     def _log(self, loss: float, images: Tensor) -> None:
         p, every = self.p, self.config.decay.watch_every
         rate = max(group["lr"] for group in p.optimizer.param_groups)
-        seen = self.step * p.effective_batch / self.train_seconds
+        seen = self._speed()
         values: dict[str, float | str] = {"loss": loss, "lr": rate, "images_per_second": seen}
+        if self.config.data.max_bad_images:
+            bad = gathered(self.accelerator, self.r.images.bad_images)
+            values["bad_images"] = len({index for found in bad for index in found})
         with p.stopwatch.running():
             values |= figures(p.regularizers)
             if every and (self.step // self.config.log_every) % every == 0:
                 values |= self._watched(images)
         self._write(**values, epoch=self.step / p.steps_per_epoch)
+
+    def _speed(self) -> float:
+        """Images a second since it was last asked for."""
+        steps, seconds = self.step - self._logged[0], self.train_seconds - self._logged[1]
+        self._logged = self.step, self.train_seconds
+        return steps * self.p.effective_batch / seconds
 
     def _watched(self, images: Tensor) -> dict[str, float | str]:
         values: dict[str, float | str] = {}
@@ -220,50 +225,6 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.write(self.step, **values)
 
-    def _finite(self) -> float:
-        """Return the mean loss over all processes since it was last logged."""
-        total = self.accelerator.reduce(self.loss_sum, reduction="mean")
-        mean = float(total) / max(1, self.losses)
-        if not math.isfinite(mean):
-            bad = [step for step in gathered(self.accelerator, int(self.bad_step)) if step]
-            step = min(bad, default=self.step)
-            seen = f" (seen at step {self.step})" if self.step > step else ""
-            raise self._diverged(f"the loss became {mean} at step {step}{seen}")
-        return mean
-
-    def _sound(self) -> None:
-        """Refuse to go on with a loss or with weights that are no numbers."""
-        self._finite()
-        self._finite_weights()
-
-    def _finite_weights(self) -> None:
-        own = [getattr(p, "to_local", lambda p=p: p)() for p in self.p.plain.parameters()]
-        bad = sum((~part.isfinite()).sum() for part in own)
-        if int(self.accelerator.reduce(torch.as_tensor(bad), reduction="sum")):
-            raise self._diverged(f"weights became NaN or infinite at step {self.step}")
-
-    def _diverged(self, what: str) -> QuietvitError:
-        """Every process must call."""
-        before = self._last_finite()
-        seen = self.p.watch.amplification(self.step)
-        pair = "" if seen is None else f" The largest amplification is {seen}."
-        return QuietvitError(
-            f"{what}.{pair}{before} {self._last_saved()} Lower optimizer.lr (now "
-            f"{self.config.optimizer.lr:g}, here at most "
-            f"{self.config.rates(self.p.effective_batch).lr:g}), set optimizer.clip_grad, or train "
-            "with precision 'no'."
-        )
-
-    def _last_finite(self) -> str:
-        last = self.p.watch.last
-        if last is None:
-            return ""
-        return f" The largest amplification was last finite at step {last.step}: {last}."
-
-    def _last_saved(self) -> str:
-        path = newest_whole(self.config.output / CHECKPOINTS)
-        return "There is no checkpoint." if path is None else f"The last checkpoint is {path}."
-
     def _terminate(self) -> None:
         if self.saved != self.step:
             self._save()
@@ -279,15 +240,16 @@ class _Loop:
         raise SystemExit(EXIT_CODE)
 
     def _save(self) -> None:
-        self._sound()
+        self.losses.refuse_unless_sound(self.step)
         self._tick()
         state = {
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": (self.train_seconds, self.p.stopwatch.seconds),
-            "loss": (gathered(self.accelerator, float(self.loss_sum)), self.losses),
+            "loss": self.losses.state(),
             "bad_images": gathered(self.accelerator, self.r.images.bad_images),
+            "data": self.data,
             **collect(self.p),
         }
         problem = None
@@ -301,14 +263,15 @@ class _Loop:
         self.saved = self.step
 
     def _restore(self, state: dict[str, Any]) -> None:
-        restore(self.p, state)
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        check_same_data(state.get("data"), self.data, self.r.train.name)
+        batches = restore(self.p, state)
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.batch = round(state["batch"] * batches)
         self.train_seconds, decay_seconds = state["seconds"]
         self.p.stopwatch.reset(decay_seconds)
-        sums, self.losses = state["loss"]
-        self.loss_sum.fill_(sums[self.accelerator.process_index])
-        if "bad_images" in state:  # checkpoints of earlier versions have none
-            self.r.images.mark_bad(state["bad_images"][self.accelerator.process_index])
+        self.losses.restore(state["loss"], batches)
+        for bad in dealt(self.p, state.get("bad_images", ())):  # earlier versions have none
+            self.r.images.mark_bad(bad)
         self.saved = self.step
 
     def top1(self, average: bool = True, progress: bool = False) -> float:
@@ -316,27 +279,35 @@ class _Loop:
         return top1(self.p, self.r.test, average=average, progress=progress)
 
     def finish(self, progress: bool) -> TrainResult:
-        """Evaluate, write weights and result."""
+        """Write the weights, evaluate, write the result."""
         p, output = self.p, self.config.output
-        progress = progress and self.accelerator.is_main_process
-        result = TrainResult(
-            output=output,
-            config=self.config,
-            num_classes=self.r.train.num_classes,
-            top1=self.top1(progress=progress),
-            top1_without_ema=None if p.ema is None else self.top1(average=False),
-            steps=self.step,
-            train_seconds=self.train_seconds,
-            decay_seconds=p.stopwatch.seconds,
-        )
+        main = self.accelerator.is_main_process
         state = whole_model(self.accelerator, p.plain) if p.ema is None else None
-        if self.accelerator.is_main_process:
+        if main:
             final = p.ema.module.state_dict() if state is None else state
             weights = {
                 key: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
                 for key, value in final.items()
             }
             write_atomic(output / WEIGHTS, save(weights))
+        try:
+            found = self.top1(progress=progress and main)
+            without = None if p.ema is None else self.top1(average=False)
+        except QuietvitError as error:
+            raise QuietvitError(
+                f"{error} The trained weights are in {output / WEIGHTS}."
+            ) from error
+        result = TrainResult(
+            output=output,
+            config=self.config,
+            num_classes=self.r.train.num_classes,
+            top1=found,
+            top1_without_ema=without,
+            steps=self.step,
+            train_seconds=self.train_seconds,
+            decay_seconds=p.stopwatch.seconds,
+        )
+        if main:
             self._write(top1=result.top1, epoch=self.epoch)
             result.write()
         self.accelerator.wait_for_everyone()

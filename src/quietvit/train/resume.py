@@ -1,19 +1,26 @@
 """The state of a run as a checkpoint holds it: collected from all processes, given back to them.
 
-The files are ``checkpoint``'s matter; when a checkpoint is written, ``loop``'s.
+And what all processes do together before they go on from one. The files are ``checkpoint``'s
+matter; when a checkpoint is written, ``loop``'s.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from quietvit.data import ImageDataset
 from quietvit.errors import QuietvitError
+from quietvit.files import held
+from quietvit.train.checkpoint import set_aside_after
 from quietvit.train.engine import gathered, is_sharded, load_whole, whole_model, whole_optimizer
+from quietvit.train.folder import CHECKPOINTS, refuse_used
 from quietvit.train.order import generator_states, set_generator_states
 from quietvit.train.regularizers import detached
 from quietvit.train.setup import Parts
@@ -32,7 +39,7 @@ def collect(parts: Parts) -> dict[str, Any]:
     with _quiet(p, not p.inner.state):
         optimizer = whole_optimizer(p.accelerator, p.plain, p.inner)
     return {
-        "processes": p.accelerator.num_processes,
+        **shares(p),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "model": whole_model(p.accelerator, p.plain),
@@ -44,16 +51,16 @@ def collect(parts: Parts) -> dict[str, Any]:
     }
 
 
-def restore(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Load what ``collect`` gave, in every process.
+def restore(parts: Parts, state: Mapping[str, Any]) -> float:
+    """Load what ``collect`` gave, in every process. Returns batches of now in one of before.
 
-    A warning tells of another number of threads or version of torch.
+    A warning tells of another number of threads or processes, or version of torch.
 
     Raises:
-        QuietvitError: another number of processes, other regularizers or optimizer groups.
+        QuietvitError: steps of another number of images, other regularizers or optimizer groups.
     """
     p = parts
-    check_processes(p, state)
+    batches = check_steps(p, state)
     _warn_if_inexact(p, state)
     if set(state["decays"]) != set(p.regularizers):
         raise QuietvitError(
@@ -64,27 +71,114 @@ def restore(parts: Parts, state: Mapping[str, Any]) -> None:
         load_whole(p.accelerator, p.plain, p.inner, state["model"], state["optimizer"])
     if p.ema is not None:
         p.ema.module.load_state_dict(state["ema"])
-    if p.accelerator.scaler is not None:
+    if p.accelerator.scaler is not None and state["scaler"] is not None:
         p.accelerator.scaler.load_state_dict(state["scaler"])
     for name, part in p.regularizers.items():
         part.load_state_dict(state["decays"][name])
-    set_generator_states(state["generators"][p.accelerator.process_index], p.accelerator.device)
+    rank, generators = p.accelerator.process_index, state["generators"]
+    if len(generators) == p.accelerator.num_processes:
+        set_generator_states(generators[rank], p.accelerator.device)
+    else:  # of as many processes there is no state to go on from
+        from accelerate.utils import set_seed
+
+        set_seed(p.config.seed + state["step"], device_specific=True)
+    return batches
 
 
-def check_processes(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another number of processes, saying how to go on."""
-    saved, now = state["processes"], parts.accelerator.num_processes
-    if saved == now:
-        return
-    config = parts.config
-    batch, rest = divmod(config.batch_size * saved, now)
-    instead = "" if rest else f" (batch_size {batch} keeps the effective batch)"
+def shares(parts: Parts) -> dict[str, int]:
+    """How the images of a step are shared out."""
+    return {
+        "processes": parts.accelerator.num_processes,
+        "accumulation": parts.config.accumulation,
+        "batch_size": parts.config.batch_size,
+    }
+
+
+def check_steps(parts: Parts, state: Mapping[str, Any]) -> float:
+    """Refuse a checkpoint of steps of other images, saying how to go on.
+
+    A step takes ``accumulation x processes`` batches that follow each other in one order, so all
+    three numbers may change as long as their product does not. Returns how many batches now make
+    one of before.
+    """
+    now = shares(parts)
+    before = {key: state.get(key, now[key]) for key in now}  # earlier versions: processes alone
+    if math.prod(before.values()) == math.prod(now.values()):
+        if before != now and parts.accelerator.is_main_process:
+            logger.warning(
+                "the steps of %s are shared out as %s now: the images of each are the same, what "
+                "is drawn at random (dropout, mixup) is not.", _shown(before), _shown(now),
+            )  # fmt: skip
+        return before["batch_size"] / now["batch_size"]
+    each, rest = divmod(before["accumulation"] * before["processes"], now["processes"])
+    other = "" if rest else f", or batch_size {before['batch_size']} and accumulation {each} here"
     raise QuietvitError(
-        f"the checkpoint was written by {saved} processes and this run has {now}; resume with "
-        f"{saved} (torchrun --nproc-per-node, accelerate launch --num_processes). With {now}, the "
-        "order of the images cannot go on as it was: start anew in another output folder, with "
-        f"model.weights if you want the weights so far{instead}."
+        f"the checkpoint was written with {_shown(before)}, and this run has {_shown(now)}: its "
+        f"steps would be of other images. Resume with those{other} (the product must stay), or "
+        "start anew in another output folder, from the weights so far (model.weights: "
+        "model.safetensors in the checkpoint's folder)."
     )
+
+
+def _shown(share: Mapping[str, int]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in share.items())
+
+
+def dealt(parts: Parts, saved: Sequence[Any]) -> list[Any]:
+    """Of values that each process saved, those that this one goes on with; none is left out."""
+    return list(saved[parts.accelerator.process_index :: parts.accelerator.num_processes])
+
+
+@contextmanager
+def alone(parts: Parts, begun: bool, force: bool) -> Iterator[None]:
+    """Hold the output folder, so that no other run writes into it. All processes must call.
+
+    Raises:
+        QuietvitError: another run has it, or has begun one there since this one looked.
+    """
+    output, problem = parts.config.output, None
+    with ExitStack() as stack:
+        if parts.accelerator.is_main_process:
+            try:
+                stack.enter_context(held(output))
+                if not begun:
+                    refuse_used(output, force)
+            except QuietvitError as error:
+                problem = str(error)
+        raise_together(parts, problem)
+        yield
+
+
+def set_damaged_aside(parts: Parts, step: int) -> None:
+    """Set damaged checkpoints after ``step`` aside, by the main process; a failure stops all."""
+    problem, config = None, parts.config
+    if parts.accelerator.is_main_process:
+        try:
+            set_aside_after(config.output / CHECKPOINTS, step, config.checkpoint.keep)
+        except (OSError, QuietvitError) as error:
+            problem = str(error)
+    raise_together(parts, problem)
+
+
+def check_same_data(before: Mapping[str, Any] | None, now: Mapping[str, Any], name: str) -> None:
+    """Refuse to go on with other training images than before (``data_facts``).
+
+    Checkpoints of earlier versions do not tell: ``before`` is then None.
+    """
+    if before is not None and dict(before) != dict(now):
+        raise QuietvitError(
+            f"the run was begun with {before['images']} training images of {before['classes']} "
+            f"classes, and {name} has {now['images']} of {now['classes']}"
+            + (", labelled otherwise" if before["images"] == now["images"] else "")
+            + "; resume with the same images (they may lie elsewhere, see data.dataset), or start "
+            "anew in another output folder."
+        )
+
+
+def data_facts(train: ImageDataset) -> dict[str, Any]:
+    """What tells one set of training images from another: their number, classes and labels."""
+    labels = hashlib.sha256(train.labels.tobytes()).hexdigest()
+    return {"images": len(train), "classes": train.num_classes, "labels": labels}
 
 
 def check_same_checkpoint(parts: Parts, step: int | None) -> None:
