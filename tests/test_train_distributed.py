@@ -184,6 +184,20 @@ def test_two_processes_equal_one_with_the_same_effective_batch(tmp_path, paralle
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", FSDP2])
+def test_compiled_and_with_the_update_shared_out_it_is_the_same_training(tmp_path, parallel):
+    """The model and the update compiled, the update divided among the processes."""
+    plain = {**SHARED, "epochs": 1, "accumulation": 2}
+    one = run(tmp_path / "one", **{**plain, "accumulation": 4, "decay": CD})
+    decay = {"cd": {**CD["cd"], "sharded": True, "compile": True}, "watch_every": 2}
+    two = tmp_path / "two"
+    fork(tmp_path, job(two, **plain, compile=True, decay=decay, parallel=parallel))
+    assert_equal(*ranks(two))
+    assert_close(load_file(one.weights), ranks(two)[0])
+    assert_equal(load_file(two / "model.safetensors"), ranks(two)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", FSDP2])
 def test_a_model_with_a_parameter_that_is_never_used_trains_and_resumes(tmp_path, parallel):
     model = {
         "name": saved(tmp_path / "hf", classifier("Dinov2", 10)),

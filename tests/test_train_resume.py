@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -19,8 +20,9 @@ from safetensors.torch import load_file
 from quietvit.data import create_model, load_dataset
 from quietvit.errors import QuietvitError
 from quietvit.files import LOCK
-from quietvit.train import loop
+from quietvit.train import loop, resume
 from quietvit.train.checkpoint import list_checkpoints
+from quietvit.train.order import SeededImages
 from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, lines, run
 
 QUIET = {**MODEL, "kwargs": {**MODEL["kwargs"], "drop_rate": 0.0, "drop_path_rate": 0.0}}
@@ -270,3 +272,35 @@ def test_bad_images_and_the_speed_of_late_are_logged(tmp_path, monkeypatch):
     found = [line for line in logged(tmp_path / "run") if "loss" in line]
     assert found[-1]["bad_images"] == 2, "images that are judged are never replaced"
     assert len({line["images_per_second"] for line in found[1:]}) == 1, "equal steps, equal speed"
+
+
+def test_weights_that_drift_apart_are_told_once(tmp_path, monkeypatch, caplog):
+    """As if there were a second process, whose weights are those of the first until step 4."""
+    caplog.set_level(logging.WARNING, "quietvit")
+    steps = iter(range(2, 15, 2))
+
+    def both(_, value):
+        return [value, value + (1e-9 if next(steps) >= 4 else 0)]
+
+    with monkeypatch.context() as patch:
+        alike = resume.weights_alike
+
+        def looking(parts, step):
+            with monkeypatch.context() as inner:
+                inner.setattr(resume, "gathered", both)
+                return alike(parts, step)
+
+        patch.setattr(loop, "weights_alike", looking)
+        run(tmp_path / "run")
+    told = [text for text in caplog.messages if "do not hold the same weights" in text]
+    assert len(told) == 1
+    assert told[0].startswith("at step 4 ")
+    assert "decay.cd.sharded=true" in told[0]
+
+
+@pytest.mark.slow
+def test_a_loaders_process_that_is_killed_is_told(tmp_path, monkeypatch):
+    place = table(tmp_path / "d" / "t.parquet", [0, 1, 2] * 8)
+    monkeypatch.setattr(SeededImages, "__getitem__", lambda *_: os.kill(os.getpid(), 9))
+    with pytest.raises(QuietvitError, match=r"a process that loads images .*num_workers"):
+        run(tmp_path / "run", **place, num_workers=1)

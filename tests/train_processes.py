@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from quietvit.decay.whole import gathered
@@ -32,8 +33,10 @@ def run_jobs(path):
     """Train by each job's configuration, up to the step at which it shall stop.
 
     Each process leaves its weights beside the run, and how many numbers it holds of the whole.
+    What is compiled is so without the compiler of C++, which would take minutes.
     """
-    rank = os.environ["RANK"]
+    rank, compiled = os.environ["RANK"], torch.compile
+    torch.compile = lambda *args, **given: compiled(*args, **{**given, "backend": "aot_eager"})
     after_step, finish = loop._Loop._after_step, loop._Loop.finish
     for job in json.loads(Path(path).read_text()):
 

@@ -196,8 +196,10 @@ def held(folder: Path) -> Iterator[None]:
             _lock(handle, folder)
             # Who held it before may have removed the file since it was opened here.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                yield
-                path.unlink(missing_ok=True)
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
                 return
         finally:
             os.close(handle)

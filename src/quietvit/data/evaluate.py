@@ -99,7 +99,10 @@ def calibration_images(
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Give a QuietvitError raised in a loader's worker process its plain message back."""
+    """Give a QuietvitError raised in a loader's worker process its plain message back.
+
+    A worker that was killed becomes a QuietvitError, too.
+    """
     try:
         yield
     except QuietvitError as error:
@@ -107,6 +110,14 @@ def worker_errors() -> Iterator[None]:
         if "DataLoader worker" not in text or mark not in text:
             raise
         raise QuietvitError(text.rsplit(mark, 1)[1].strip()) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise QuietvitError(
+            f"a process that loads images ended of itself ({error}). Most often there was too "
+            "little memory, or too little room in /dev/shm: lower num_workers, or look into the "
+            "system's log."
+        ) from error
 
 
 def _logits(output: Any) -> Tensor:

@@ -39,6 +39,7 @@ from quietvit.train.resume import (
     raise_together,
     restore,
     set_damaged_aside,
+    weights_alike,
 )
 from quietvit.train.setup import Run, build
 from quietvit.train.step import forward_backward
@@ -111,7 +112,7 @@ class _Loop:
         self.r, self.p, self.config = run, run.parts, run.parts.config
         self.accelerator = run.parts.accelerator
         self.step = self.batch = self.epoch = 0
-        self.saved = -1
+        self.saved, self.alike = -1, True
         self.train_seconds = 0.0
         self.losses = Losses(run.parts)
         self.data = data_facts(run.train)
@@ -241,6 +242,7 @@ class _Loop:
 
     def _save(self) -> None:
         self.losses.refuse_unless_sound(self.step)
+        self.alike = self.alike and weights_alike(self.p, self.step)
         self._tick()
         state = {
             "step": self.step,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from quietvit.data import ImageDataset
+from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
 from quietvit.files import held
 from quietvit.train.checkpoint import set_aside_after
@@ -179,6 +180,28 @@ def data_facts(train: ImageDataset) -> dict[str, Any]:
     """What tells one set of training images from another: their number, classes and labels."""
     labels = hashlib.sha256(train.labels.tobytes()).hexdigest()
     return {"images": len(train), "classes": train.num_classes, "labels": labels}
+
+
+def weights_alike(parts: Parts, step: int) -> bool:
+    """Whether all processes hold the same weights; where not, a warning says so. All must call.
+
+    Each keeps and changes a copy of its own, so kernels that do not give the same bits on each GPU
+    would let them drift apart unseen. What is kept in parts cannot.
+    """
+    if is_sharded(parts.accelerator):
+        return True
+    sums = [p.detach().sum(dtype=widest(p.device)) for p in parts.plain.parameters()]
+    found = gathered(parts.accelerator, float(torch.stack(sums).sum()))
+    if len(set(found)) == 1:
+        return True
+    if parts.accelerator.is_main_process:
+        logger.warning(
+            "at step %d the processes do not hold the same weights any more (their sums: %s); what "
+            "is saved is those of the first. Are the GPUs of one kind? decay.cd.sharded=true "
+            "computes the decay of each pair in one process for all.",
+            step, ", ".join(f"{value:.17g}" for value in found[:4]),
+        )  # fmt: skip
+    return False
 
 
 def check_same_checkpoint(parts: Parts, step: int | None) -> None:
