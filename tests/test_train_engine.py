@@ -343,6 +343,15 @@ def test_a_processor_slow_in_bfloat16_is_told_of(tmp_path, monkeypatch, caplog, 
     assert caplog.text.count("set precision") == (not fast)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_model_that_one_process_keeps_whole_is_told_of(tmp_path, caplog, parallel):
+    asked = config(tmp_path / "run", parallel=parallel)
+    for tell in (build, estimate):
+        caplog.clear()
+        tell(asked)
+        assert caplog.text.count("the model is kept whole") == (parallel == "fsdp2")
+
+
 def test_a_dry_run_without_the_data_says_so(tmp_path):
     data = {"dataset": f"imagefolder:{tmp_path / 'none'}"}
     found = estimate(config(tmp_path / "run", data=data))
