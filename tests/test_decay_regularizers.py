@@ -237,6 +237,22 @@ def test_an_optimizer_with_none_of_the_parameters_is_refused(name: str) -> None:
         made.attach(torch.optim.SGD(tower().parameters(), lr=0.1))
 
 
+@on_weights
+def test_where_all_is_frozen_the_remedy_is_another_one(name: str) -> None:
+    model = tower()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is model.head.bias)
+    made = MAKERS[name](model, images())
+    message = rf"all of the \d+ .* frozen .* so {type(made).__name__} .* freeze fewer"
+    with pytest.raises(QuietvitError, match=message) as told:
+        made.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert "decay.cd=none" in str(told.value)
+    assert "build the optimizer" not in str(told.value)
+    model.requires_grad_(True)
+    with pytest.raises(QuietvitError, match="build the optimizer"):
+        made.attach(torch.optim.SGD([model.head.bias], lr=0.1))
+
+
 @every_one
 def test_gradient_accumulation_is_one_step(name: str) -> None:
     model = tower()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from decay_cases import images, still, tower, weights
-from quietvit import PairWeightDecay, QuietvitError
+from quietvit import ColinearityDecay, PairWeightDecay, QuietvitError
+from quietvit.decay import StrengthSchedule
 from quietvit.pairs import MatrixPair
+from quietvit.pairs.pair import KINDS
 from quietvit.tracing import WeightView
 
 
@@ -87,6 +91,39 @@ def test_kinds_choose_the_pairs() -> None:
         pairs=PairWeightDecay(model, images(), strength=1.0).pairs,
     )
     assert again.views == decay.views
+
+
+EACH = dict.fromkeys(KINDS, StrengthSchedule())
+MLP = MatrixPair(WeightView("blocks.0.fc1"), WeightView("blocks.0.fc2"), "mlp")
+
+
+@pytest.mark.parametrize(
+    ("options", "without"),
+    [
+        ({}, ""),
+        ({"kinds": ("mlp", "value_output")}, ""),
+        ({"kinds": ("mlp", "gated_mlp")}, "gated_mlp"),
+        ({"strength": {"mlp": 1, "gated_mlp": 1, "norm_linear": 1}}, "gated_mlp"),
+        ({"strength": {"mlp": 1, "gated_mlp": 0}}, ""),
+        ({"strength": {"mlp": 1, "gated_mlp": 1}, "kinds": ("mlp",)}, ""),
+        ({"schedule": EACH}, "gated_mlp, residual, query_key"),
+        ({"schedule": EACH, "kinds": ("mlp",)}, ""),
+        ({"schedule": EACH, "pairs": [MLP]}, ""),
+    ],
+)
+def test_a_kind_that_is_named_and_has_no_pair_is_told_once(
+    options: dict[str, Any], without: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    one_for_all = options.keys() <= {"kinds"}
+    for decay in (ColinearityDecay, PairWeightDecay) if one_for_all else (ColinearityDecay,):
+        caplog.clear()
+        decay(tower(), images(), **{"strength": 1.0, **options})
+        told = [record.getMessage() for record in caplog.records]
+        assert len(told) == bool(without)
+        for line in told:
+            named, rest = line.split(", only of ")
+            assert named == f"{decay.__name__} acts on no pair of kind {without}"
+            assert "mlp" in rest.split(", so what")[0].split(", ")
 
 
 def test_no_entry_changes_sign_at_any_strength() -> None:

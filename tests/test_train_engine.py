@@ -193,6 +193,16 @@ def test_frozen_blocks_stay_as_they_are(tmp_path):
     assert not any(key.startswith("blocks.1.") for key in same)
 
 
+def test_a_linear_probe_wants_no_decay_of_pairs_and_is_told(tmp_path):
+    model = {**MODEL, "freeze_blocks": 2}
+    with pytest.raises(QuietvitError, match=r"frozen .* freeze fewer, or leave it out .*cd=none"):
+        build(config(tmp_path, model=model, decay={"cd": {}}))
+    parts = build(config(tmp_path, model=model, decay={"cd": None})).parts
+    assert {name for name, p in parts.plain.named_parameters() if p.requires_grad} == {
+        f"{layer}.{part}" for layer in ("norm", "head") for part in ("weight", "bias")
+    }
+
+
 @pytest.mark.slow
 def test_a_compiled_model_trains_as_the_plain_one_and_is_saved_by_plain_names(
     tmp_path, monkeypatch
@@ -331,6 +341,15 @@ def test_a_processor_slow_in_bfloat16_is_told_of(tmp_path, monkeypatch, caplog, 
     assert ("set precision to 'no'" in caplog.text) is not fast
     make_accelerator(config(tmp_path))
     assert caplog.text.count("set precision") == (not fast)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_model_that_one_process_keeps_whole_is_told_of(tmp_path, caplog, parallel):
+    asked = config(tmp_path / "run", parallel=parallel)
+    for tell in (build, estimate):
+        caplog.clear()
+        tell(asked)
+        assert caplog.text.count("the model is kept whole") == (parallel == "fsdp2")
 
 
 def test_a_dry_run_without_the_data_says_so(tmp_path):

@@ -73,6 +73,16 @@ def test_a_runs_config_is_a_recipe(tmp_path):
         ("precision=int8", "precision: .*'bf16'"),
         ("schedule.warmup_epochs=1000", r"warmup_epochs \(1000\) must be below epochs"),
         ("schedule.min_lr=1", r"min_lr \(1\) is above"),
+        ("optimizer.betas=[0.9, 1.0]", r"optimizer\.betas\.1: .*less than 1 \(given: 1\.0\)"),
+        ("optimizer.betas=[-0.1, 0.9]", r"optimizer\.betas\.0: .*greater than or equal to 0"),
+        ("optimizer.betas=[nan, 0.9]", r"optimizer\.betas\.0: .*\(given: nan\)"),
+        ("data.augmentation.scale=[-1, 2]", r"scale\.0: .*greater than 0 .*scale\.1: .*equal to 1"),
+        ("data.augmentation.scale=[0, 1]", r"data\.augmentation\.scale\.0: .*greater than 0"),
+        ("data.augmentation.scale=[nan, 1]", r"data\.augmentation\.scale\.0: .*\(given: nan\)"),
+        (
+            "data.augmentation.scale=[1.0, 0.08]",
+            r"augmentation\.scale: the lower share .* write \[0\.08, 1\] \(given: \[1\.0, 0\.08",
+        ),
     ],
 )
 def test_mistakes_are_named_with_the_nearest_known_key(override, message):
@@ -117,6 +127,13 @@ def test_one_value_or_one_for_each_kind_is_read_and_written_alike(cd):
     schedule = config.decay.cd.schedule
     assert isinstance(schedule, dict) == ("mlp" in cd["schedule"])
     assert len(list(config.decay.schedules())) == 1
+
+
+def test_the_ends_of_what_betas_and_areas_may_be_are_taken():
+    changes = ["optimizer.betas=[0, 0.9999]", "data.augmentation.scale=[1, 1]"]
+    config = load_recipe("digits", changes)
+    assert config.optimizer.betas == (0, 0.9999)
+    assert config.data.augmentation.scale == (1, 1)
 
 
 def test_files_that_are_no_recipe_are_refused(tmp_path):

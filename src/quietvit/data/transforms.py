@@ -6,36 +6,44 @@ Evaluation, calibration and training all take them from ``data_config``, so they
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 
 Transform = Callable[[Image.Image], Tensor]
+Area = Annotated[float, Field(gt=0, le=1)]
 
 
 class Augmentation(BaseModel):
     """Random changes of training images.
 
     ``crop``: ``none`` resizes the whole image; ``shift`` resizes it and moves it by up to
-    ``shift`` of its size, edges padded; ``resized`` is timm's random resized crop with area
-    ``scale``. ``auto_augment`` is a timm policy such as ``rand-m9-mstd0.5-inc1``; ``erasing`` is
-    the probability of random erasing. ``color_jitter`` acts beside ``auto_augment`` too, where
-    timm's own scripts leave it out.
+    ``shift`` of its size, edges padded; ``resized`` is timm's random resized crop, of an area
+    between the two shares of the image in ``scale``. ``auto_augment`` is a timm policy such as
+    ``rand-m9-mstd0.5-inc1``; ``erasing`` is the probability of random erasing. ``color_jitter``
+    acts beside ``auto_augment`` too, where timm's own scripts leave it out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     crop: Literal["none", "shift", "resized"] = "shift"
     shift: float = Field(default=0.125, ge=0, le=0.5)
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[Area, Area] = (0.08, 1.0)
     flip: float = Field(default=0.5, ge=0, le=1)
     color_jitter: float = Field(default=0.0, ge=0)
     auto_augment: str | None = None
     erasing: float = Field(default=0.0, ge=0, le=1)
+
+    @field_validator("scale")
+    @classmethod
+    def _low_to_high(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if scale[0] > scale[1]:
+            raise ValueError(f"the lower share comes first; write [{scale[1]:g}, {scale[0]:g}]")
+        return scale
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Attachment(ABC):
 
         Trainable parameters concerned that are in none of its groups stay as they are, and a
         warning says so. Raises QuietvitError if already attached, if the optimizer cannot be
-        hooked, or if it holds none of the parameters concerned.
+        hooked, if it holds none of the parameters concerned, or if all are frozen.
         """
         if self._handles:
             raise QuietvitError(
@@ -94,12 +94,7 @@ class Attachment(ABC):
         inner = innermost(optimizer)
         held = self._groups(inner)
         if not held:
-            raise QuietvitError(
-                f"none of the {len(self._names())} {self.concerns} (first: "
-                f"{self._names()[0]}) is trainable and in a group of this "
-                f"{type(inner).__name__}; build the optimizer from this model's parameters, after "
-                "any load_state_dict(assign=True) or .to()."
-            )
+            raise self._without_any(inner)
         self._warn_of_others(held, inner)
         self._warn_of_rounding(held)
         self._optimizer = weakref.ref(inner)
@@ -114,6 +109,22 @@ class Attachment(ABC):
             hook = Watch(self, watched)
             self._handles.append(watched.parameter.register_post_accumulate_grad_hook(hook))
         return self
+
+    def _without_any(self, optimizer: Optimizer) -> QuietvitError:
+        """Why no parameter would move: all are frozen, or the optimizer has others."""
+        names = dict.fromkeys(self._names())
+        which = f"{len(names)} {self.concerns} (first: {next(iter(names))})"
+        if not any(self._read(name).requires_grad for name in names):
+            return QuietvitError(
+                f"all of the {which} are frozen (requires_grad=False), so {type(self).__name__} "
+                "can change nothing; freeze fewer, or leave it out (in a recipe its key is set to "
+                "none, as in decay.cd=none)."
+            )
+        return QuietvitError(
+            f"none of the {which} is trainable and in a group of this {type(optimizer).__name__}; "
+            "build the optimizer from this model's parameters, after any "
+            "load_state_dict(assign=True) or .to()."
+        )
 
     def _warn_of_others(self, held: Collection[str], optimizer: Optimizer) -> None:
         """Say which parameters another optimizer, or none, has."""

@@ -6,7 +6,7 @@ How pairs are found is in ``quietvit.pairs``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,13 +25,15 @@ def chosen_pairs(
     pairs: Sequence[MatrixPair] | None,
     *,
     fold_gains: bool = False,
+    scheduled: Collection[str] = (),
 ) -> tuple[MatrixPair, ...]:
     """Return the pairs of ``kinds``, of ``pairs`` where given, else found by ``example``.
 
     ``kinds`` None: all of ``pairs``, else ``DEFAULT_KINDS``. ``fold_gains`` is that of
-    ``find_pairs``. A log line says which weights no pair can have. Raises QuietvitError where no
-    kind or no pair is left, where ``pairs`` have none of a kind or are to be folded, and without an
-    example to find them by.
+    ``find_pairs``. Of what is found, log lines say which weights no pair can have, and which kinds,
+    of those given and those ``scheduled``, have no pair. Raises QuietvitError where no kind or no
+    pair is left, where ``pairs`` have none of a kind or are to be folded, and without an example to
+    find them by.
     """
     if isinstance(kinds, str):
         raise QuietvitError(f"kinds={kinds!r}: give a sequence of kinds, such as ({kinds!r},).")
@@ -46,6 +48,7 @@ def chosen_pairs(
         asked = tuple(kinds or DEFAULT_KINDS)
         found = find_pairs(model, example, kinds=asked, fold_gains=fold_gains)
         say_left_out(owner, [s for s in found.skipped if s[1] in (COMPUTED, ADAPTED)])
+        _say_without_pair(owner, (*(kinds or ()), *scheduled), found)
         return tuple(found)
     if fold_gains:
         raise QuietvitError(
@@ -78,3 +81,17 @@ def say_left_out(owner: str, left: Sequence[tuple[str, str]]) -> None:
         name,
         reason,
     )
+
+
+def _say_without_pair(owner: str, kinds: Sequence[str], found: Sequence[MatrixPair]) -> None:
+    """Log once of which of ``kinds``, named by the user, there is no pair."""
+    have = dict.fromkeys(pair.kind for pair in found)
+    without = [kind for kind in dict.fromkeys(kinds) if kind not in have]
+    if without:
+        logger.warning(
+            "%s acts on no pair of kind %s, only of %s, so what is given for it does nothing: "
+            "leave it out, or see with find_pairs(model, example, kinds=...) what the model has.",
+            owner,
+            ", ".join(without),
+            ", ".join(have),
+        )

@@ -99,7 +99,13 @@ class ColinearityDecay(DecoupledUpdate):
         self.strength = checked_strength(strength)
         own = type(self).__name__
         self.pairs = chosen_pairs(
-            own, model, example, self._kinds(kinds), pairs, fold_gains=fold_gains
+            own,
+            model,
+            example,
+            self._kinds(kinds),
+            pairs,
+            fold_gains=fold_gains,
+            scheduled=self._scheduled(kinds),
         )
         if isinstance(self.schedule, Mapping):
             check_kinds(self.schedule, {pair.kind for pair in self.pairs})
@@ -301,6 +307,11 @@ class ColinearityDecay(DecoupledUpdate):
                 "above 0."
             )
         return left
+
+    def _scheduled(self, kinds: Sequence[str] | None) -> tuple[str, ...]:
+        """The kinds that are named by their schedules alone."""
+        alone = kinds is None and isinstance(self.strength, float)
+        return tuple(self.schedule) if alone and isinstance(self.schedule, Mapping) else ()
 
 
 def _shares(pairs: Sequence[MatrixPair]) -> list[float]:

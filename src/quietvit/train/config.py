@@ -15,6 +15,7 @@ from quietvit.data.transforms import Augmentation
 
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 _NO_KWARGS = {
@@ -81,7 +82,7 @@ class OptimizerConfig(Section):
     lr: float = Field(default=1e-3, gt=0)
     lr_batch: int | None = Field(default=None, ge=1)
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     decay_norms_and_biases: bool = False
     clip_grad: float | None = Field(default=None, gt=0)

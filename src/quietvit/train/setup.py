@@ -179,6 +179,8 @@ def assemble(
     """
     from accelerate.utils import set_seed
 
+    if accelerator.is_main_process:
+        _tell_whole(config, accelerator)
     set_seed(config.seed)
     plain = _model(config, num_classes, resumed).to(accelerator.device)
     evaluated = hollow(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
@@ -263,6 +265,14 @@ def _tell_rate(config: TrainConfig, effective: int) -> None:
             chosen.lr,
             chosen.lr_batch,
             effective,
+        )
+
+
+def _tell_whole(config: TrainConfig, accelerator: Accelerator) -> None:
+    if config.parallel == "fsdp2" and not is_sharded(accelerator):
+        logger.warning(
+            "parallel is 'fsdp2', but there is one process: the model is kept whole, and takes the "
+            "memory of 'ddp'. Start several processes (torchrun), or set parallel to 'ddp'."
         )
 
 
