@@ -21,8 +21,9 @@ from quietvit.train.config import DecayConfig, TrainConfig
 from quietvit.train.engine import gathered, make_accelerator
 from quietvit.train.evaluation import judged
 from quietvit.train.metrics import Stopwatch
+from quietvit.train.parts import Parts
 from quietvit.train.regularizers import attach, detach
-from quietvit.train.setup import Parts, assemble, effective_batch, open_data
+from quietvit.train.setup import assemble, effective_batch, open_data
 from quietvit.train.step import forward_backward, heads
 
 _WARM_UP, _MEASURED = 2, 4

@@ -29,7 +29,7 @@ from quietvit.tracing.block_modules import lies_within
 from quietvit.train.engine import gathered, is_sharded
 
 if TYPE_CHECKING:
-    from quietvit.train.setup import Parts
+    from quietvit.train.parts import Parts
 
 
 def top1(

@@ -26,6 +26,7 @@ from quietvit.train.folder import CHECKPOINTS, changes_since, fresh, own_files, 
 from quietvit.train.losses import Losses
 from quietvit.train.memory import enough_memory
 from quietvit.train.metrics import Metrics
+from quietvit.train.parts import Run
 from quietvit.train.progress import bar_of, threads
 from quietvit.train.regularizers import detach, figures
 from quietvit.train.result import CONFIG, RESULT, WEIGHTS, TrainResult
@@ -41,7 +42,7 @@ from quietvit.train.resume import (
     set_damaged_aside,
     weights_alike,
 )
-from quietvit.train.setup import Run, build
+from quietvit.train.setup import build
 from quietvit.train.step import forward_backward
 from quietvit.train.stopping import EXIT_CODE, Termination, end_workers
 

@@ -16,8 +16,8 @@ from quietvit.errors import QuietvitError
 from quietvit.train.checkpoint import newest_whole
 from quietvit.train.engine import gathered
 from quietvit.train.folder import CHECKPOINTS
+from quietvit.train.parts import Parts
 from quietvit.train.resume import dealt
-from quietvit.train.setup import Parts
 
 
 class Losses:

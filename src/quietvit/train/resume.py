@@ -23,8 +23,8 @@ from quietvit.train.checkpoint import set_aside_after
 from quietvit.train.engine import gathered, is_sharded, load_whole, whole_model, whole_optimizer
 from quietvit.train.folder import CHECKPOINTS, refuse_used
 from quietvit.train.order import generator_states, set_generator_states
+from quietvit.train.parts import Parts
 from quietvit.train.regularizers import detached
-from quietvit.train.setup import Parts
 
 logger = logging.getLogger("quietvit")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +30,7 @@ from quietvit.train.evaluation import hollow
 from quietvit.train.finetune import freeze, parameter_groups
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import EpochBatches, SeededImages, epoch_order
+from quietvit.train.parts import Parts, Run
 from quietvit.train.regularizers import attach, build_regularizers
 from quietvit.train.stopping import ignore_in_worker
 from quietvit.train.unused import freeze_unused
@@ -40,50 +40,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger("quietvit")
-
-
-@dataclass
-class Parts:
-    """What is trained, apart from data. ``plain`` is the model inside ``model`` (the engine's).
-
-    ``evaluated`` is a copy to evaluate by (``evaluation``): its weights are old ones, or where
-    ``plain`` is kept in parts none.
-    """
-
-    config: TrainConfig
-    accelerator: Accelerator
-    num_classes: int | None
-    plain: nn.Module
-    model: nn.Module
-    compiled: Callable[..., Any]
-    evaluated: nn.Module
-    inner: torch.optim.Optimizer
-    optimizer: Any
-    scheduler: Any
-    regularizers: dict[str, Any]
-    stopwatch: Stopwatch
-    watch: Watch
-    ema: Any
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
-    criterion: nn.Module
-    steps_per_epoch: int
-    effective_batch: int
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps_per_epoch * self.config.epochs
-
-
-@dataclass
-class Run:
-    """The parts of a run, with its data."""
-
-    parts: Parts
-    train: ImageDataset
-    test: ImageDataset
-    batches: EpochBatches
-    images: SeededImages
-    loader: Any
 
 
 def build(config: TrainConfig, resumed: bool = False) -> Run:

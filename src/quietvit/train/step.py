@@ -14,7 +14,7 @@ from torch import Tensor
 from quietvit.train.engine import is_sharded
 
 if TYPE_CHECKING:
-    from quietvit.train.setup import Parts
+    from quietvit.train.parts import Parts
 
 
 def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) -> Tensor:
