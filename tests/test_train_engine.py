@@ -303,14 +303,15 @@ def test_a_dry_run_counts_each_regularizer_as_often_as_it_acts_in_few_steps(tmp_
     }
 
 
-def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monkeypatch):
-    """A pass of 64 images would take 64 s here: four are measured, once."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monkeypatch, compiled):
+    """A pass of 64 images would take 64 s here: four are measured, once, after the first of all."""
     clock, seen = [0.0], []
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     module = sys.modules[estimate.__module__]
 
     def slow(parts, images, labels, step):
-        clock[0] += len(images)
+        clock[0] += len(images) if seen else 1000
         seen.append(len(images))
 
     judged = module.judged
@@ -325,12 +326,35 @@ def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monk
     monkeypatch.setattr(module, "forward_backward", slow)
     monkeypatch.setattr(module, "judged", slowly)
     changes = {"batch_size": 64, "data": {"dataset": "embedded:digits", "num_classes": 10}}
-    found = estimate(config(tmp_path / "run", **changes))
-    assert seen == [4]
+    found = estimate(config(tmp_path / "run", compile=compiled, **changes))
+    assert seen == [4 if compiled else 2, 4]
     assert (found.measured_images, found.measured_steps) == (4, 1)
     assert found.step_seconds == pytest.approx(64)
     assert "scaled from 4 images a pass to 64" in str(found)
     assert ", at 4 images a pass" in str(found)
+
+
+def test_a_dry_run_of_a_slow_model_warms_up_with_a_step_of_one_pass(tmp_path, monkeypatch):
+    module, seen = sys.modules[estimate.__module__], []
+
+    def watched(parts, images, labels, step):
+        loss = forward_backward(parts, images, labels, step)
+        counted = {part.steps for part in parts.regularizers.values()}
+        seen.append((len(images), parts.accelerator.sync_gradients, counted))
+        return loss
+
+    monkeypatch.setattr(module, "forward_backward", watched)
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    decay = {"cd": {"every": 5}, "norm_gains": {"every": 5}}
+    changes = {**EVERYTHING, "accumulation": 3, "batch_size": 8, "decay": decay}
+    found = estimate(config(tmp_path / "run", **changes))
+    assert seen == [
+        (2, True, {5}),
+        (2, False, {9}),
+        (2, False, {9}),
+        (2, True, {10}),
+    ]
+    assert (found.measured_images, found.measured_steps, found.effective_batch) == (2, 1, 24)
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -26,6 +26,8 @@ from quietvit.train.setup import Parts, assemble, effective_batch, open_data
 from quietvit.train.step import forward_backward, heads
 
 _WARM_UP, _MEASURED = 2, 4
+_FEWEST = 2
+"""Images of the smallest pass: mixup takes an even number."""
 _PATIENCE = 5.0
 """Seconds of a pass beyond which fewer images and a single step are measured."""
 _STAND_IN = 1000
@@ -93,11 +95,12 @@ class Estimate:
 def estimate(config: TrainConfig) -> Estimate:
     """Build model, optimizer and regularizers, run a few steps on noise, and measure.
 
-    Two steps warm up, then four are measured; where a pass takes more than five seconds, one step
-    of as few images as take less (two at least), and time is scaled to the batch. All regularizers
-    act at each of them, at full strength and learning rate, and are timed one by one; the steps
-    between, at which one with an ``every`` does nothing, are left out, and its time is divided by
-    ``every`` instead.
+    Two steps warm up, then four are measured. Where a pass takes more than five seconds, one step
+    of as few images as take less (two at least), and time is scaled to the batch; a step of a
+    single pass warms up, of two images, or where the model is compiled of as many as are measured.
+    All regularizers act at each of them, at full strength and learning rate, and are timed one by
+    one; the steps between, at which one with an ``every`` does nothing, are left out, and its time
+    is divided by ``every`` instead.
 
     Raises:
         QuietvitError: a model, weights or settings that ``train`` would refuse as well.
@@ -155,7 +158,7 @@ def _affordable(parts: Parts) -> tuple[int, int, int]:
     And the number of classes of the model's outputs.
     """
     accelerator, config = parts.accelerator, parts.config
-    count = min(2, config.batch_size)
+    count = min(_FEWEST, config.batch_size)
     images = _noise(parts.evaluated, count).to(accelerator.device)
     found: list[float] = []
     outputs: Any = None
@@ -182,27 +185,44 @@ def _measured(parts: Parts, count: int, steps: int, classes: int) -> tuple[float
     accelerator, config = parts.accelerator, parts.config
     images = _noise(parts.evaluated, count).to(accelerator.device)
     labels = torch.arange(count, device=accelerator.device) % classes
-    warm_up = _WARM_UP if count == config.batch_size else 0
     # Where a step of a regularizer has to be limited it takes longer: at the full rate as in a run.
     warm = round(config.schedule.warmup_epochs * parts.steps_per_epoch)
     parts.model.train()
     with _timed_apart(parts) as watches:
-        began, before = 0.0, dict.fromkeys(watches, 0.0)
-        for step in range(warm_up + steps):
-            if step == warm_up:
-                before = {name: watch.seconds for name, watch in watches.items()}
-                began = _now(accelerator.device)
-            _make_due(parts.regularizers)
-            for _ in range(config.accumulation):
-                # mixup works in place
-                forward_backward(parts, images.clone(), labels, warm + step)
-            if parts.ema is not None:
-                parts.ema.update(parts.plain, step + 1)
+        if count == config.batch_size:
+            for step in range(_WARM_UP):
+                _step(parts, images, labels, warm + step)
+        else:
+            # Another number of images would be compiled anew.
+            few = count if config.compile else min(_FEWEST, count)
+            _step_of_one_pass(parts, images[:few], labels[:few], warm)
+        before = {name: watch.seconds for name, watch in watches.items()}
+        began = _now(accelerator.device)
+        for step in range(steps):
+            _step(parts, images, labels, warm + _WARM_UP + step)
         seconds = _now(accelerator.device) - began
         own = {name: watch.seconds - before[name] for name, watch in watches.items()}
     share = {name: own[name] / _every(parts.regularizers.get(name)) for name in own}
     passes = (seconds - sum(own.values())) * config.batch_size / count
     return passes + sum(share.values()), sum(share.values())
+
+
+def _step(parts: Parts, images: Tensor, labels: Tensor, step: int) -> None:
+    """One optimizer step at which every regularizer acts."""
+    _make_due(parts.regularizers)
+    for _ in range(parts.accelerator.gradient_accumulation_steps):
+        forward_backward(parts, images.clone(), labels, step)  # mixup works in place
+    if parts.ema is not None:
+        parts.ema.update(parts.plain, step + 1)
+
+
+def _step_of_one_pass(parts: Parts, images: Tensor, labels: Tensor, step: int) -> None:
+    """One optimizer step after a single pass, whatever is accumulated else."""
+    accelerator = parts.accelerator
+    accelerator.gradient_accumulation_steps = 1
+    _step(parts, images, labels, step)
+    accelerator.gradient_accumulation_steps = parts.config.accumulation
+    accelerator.step = 0  # it counts passes
 
 
 @contextmanager
