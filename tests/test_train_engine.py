@@ -331,7 +331,7 @@ def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monk
     assert (found.measured_images, found.measured_steps) == (4, 1)
     assert found.step_seconds == pytest.approx(64)
     assert "scaled from 4 images a pass to 64" in str(found)
-    assert ", at 4 images a pass" in str(found)
+    assert ", at 4 images a pass; 64 take more" in str(found)
 
 
 def test_a_dry_run_of_a_slow_model_warms_up_with_a_step_of_one_pass(tmp_path, monkeypatch):

@@ -39,11 +39,12 @@ class Estimate:
 
     ``images`` and the steps are None where the data set is not there, ``missing`` then says why.
     ``memory`` are bytes: the peak of the CUDA allocator of this process, or of the whole process on
-    a CPU. ``lr`` is the highest learning rate. ``step_seconds`` are those of an optimizer step on
-    images that are there already, ``measured_images`` a pass scaled to ``batch_size``;
-    ``regularizer_share`` is the share of it in regularizers, in percent (TWEO's backward pass not
-    counted in; neither are S2D's refreshes, which come every ``refresh`` applied steps). One that
-    acts every n-th step counts with 1/n of the time it takes.
+    a CPU, in passes of ``measured_images``. It is not scaled: what of it grows with images cannot
+    be told from the rest. ``lr`` is the highest learning rate. ``step_seconds`` are those of an
+    optimizer step on images that are there already, ``measured_images`` a pass scaled to
+    ``batch_size``; ``regularizer_share`` is the share of it in regularizers, in percent (TWEO's
+    backward pass not counted in; neither are S2D's refreshes, which come every ``refresh`` applied
+    steps). One that acts every n-th step counts with 1/n of the time it takes.
     """
 
     processes: int
@@ -73,7 +74,7 @@ class Estimate:
         peak = "allocated" if self.device != "cpu" else "of the process, all in"
         how, fewer = f"mean of {self.measured_steps}", ""
         if self.measured_images < self.batch_size:
-            fewer = f", at {self.measured_images} images a pass"
+            fewer = f", at {self.measured_images} images a pass; {self.batch_size} take more"
             how = f"scaled from {self.measured_images} images a pass to {self.batch_size}"
         rows = [
             ("training images", f"{self.images}" if known else f"not there: {self.missing}"),
