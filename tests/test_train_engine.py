@@ -6,6 +6,8 @@ import json
 import sys
 from contextlib import contextmanager
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -376,12 +378,46 @@ def test_a_model_that_one_process_keeps_whole_is_told_of(tmp_path, caplog, paral
         assert caplog.text.count("the model is kept whole") == (parallel == "fsdp2")
 
 
-def test_a_dry_run_without_the_data_says_so(tmp_path):
-    data = {"dataset": f"imagefolder:{tmp_path / 'none'}"}
-    found = estimate(config(tmp_path / "run", data=data))
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ("imagefolder:{}/none", "does not exist"),
+        ("table:{}/none.parquet,{}/none.parquet", "does not exist"),
+        ("table:{}/none-*.parquet,{}/bad.parquet", "matches"),
+        ("shards:{}/{{00..03}}.tar,{}/04.tar", "does not exist"),
+        ("hf:{}/none", "could not be opened"),
+    ],
+)
+def test_a_dry_run_without_the_data_says_so(tmp_path, form, told):
+    if form.startswith("hf:"):
+        pytest.importorskip("datasets")
+    found = estimate(config(tmp_path / "run", data={"dataset": form.format(tmp_path, tmp_path)}))
     assert found.images is found.total_steps is found.seconds is None
-    assert "not there: " in str(found)
-    assert "does not exist" in str(found)
+    row = next(line for line in str(found).splitlines() if line.startswith("training images"))
+    assert row.startswith("training images     not there: ")
+    assert told in row
+
+
+def test_a_dry_run_of_data_that_is_there_and_bad_says_what_is_wrong(tmp_path):
+    tables = {
+        "is 7, outside 0..4": {"image": [b"", b""], "label": [0, 7]},
+        "has no column 'label'": {"image": [b""], "class": [0]},
+        "could not be read as a parquet table": None,
+    }
+    path = tmp_path / "bad.parquet"
+    for told, columns in tables.items():
+        if columns is None:
+            path.write_bytes(path.read_bytes()[:-20])
+        else:
+            pq.write_table(pa.table(columns), path)
+        data = {"dataset": f"table:{path},{path}", "num_classes": 5}
+        found = estimate(config(tmp_path / "run", data=data))
+        assert found.images is None
+        assert told in found.missing
+        assert found.missing in str(found)
+        assert "not there" not in str(found)
+    few = {"dataset": "embedded:digits", "train_images": 5000}
+    assert "5000 images of embedded:digits" in str(estimate(config(tmp_path, data=few)))
 
 
 @pytest.mark.parametrize("batch", [4, 8, 32])

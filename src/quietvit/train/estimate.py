@@ -37,7 +37,7 @@ _STAND_IN = 1000
 class Estimate:
     """What a run would take.
 
-    ``images`` and the steps are None where the data set is not there, ``missing`` then says why.
+    ``images`` and the steps are None where the data cannot be opened, ``missing`` then says why.
     ``memory`` are bytes: the peak of the CUDA allocator of this process, or of the whole process on
     a CPU, in passes of ``measured_images``. It is not scaled: what of it grows with images cannot
     be told from the rest. ``lr`` is the highest learning rate. ``step_seconds`` are those of an
@@ -77,7 +77,7 @@ class Estimate:
             fewer = f", at {self.measured_images} images a pass; {self.batch_size} take more"
             how = f"scaled from {self.measured_images} images a pass to {self.batch_size}"
         rows = [
-            ("training images", f"{self.images}" if known else f"not there: {self.missing}"),
+            ("training images", f"{self.images}" if known else self.missing),
             ("processes", f"{self.processes}, on {self.device}"),
             ("effective batch", f"{self.effective_batch}"),
             ("learning rate", f"{self.lr:g}"),
@@ -144,12 +144,13 @@ def estimate(config: TrainConfig) -> Estimate:
 
 
 def _size(config: TrainConfig) -> tuple[int | None, int | None, str]:
-    """Number of training images and classes, or what keeps them from being read."""
+    """Number of training images and classes, or why they cannot be opened."""
     try:
         train, _ = open_data(config)
         train = subset(train, config.data.train_images)
     except QuietvitError as error:
-        return None, config.data.num_classes, str(error)
+        absent = isinstance(error.__cause__, FileNotFoundError)
+        return None, config.data.num_classes, f"{'not there: ' * absent}{error}"
     return len(train), train.num_classes, ""
 
 
