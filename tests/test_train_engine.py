@@ -379,6 +379,29 @@ def test_a_model_that_one_process_keeps_whole_is_told_of(tmp_path, caplog, paral
 
 
 @pytest.mark.parametrize(
+    ("full", "precision", "told", "other"),
+    [
+        ("forward_backward", "no", ["a step with batch_size 8 ", "'bf16'"], "smaller model"),
+        ("forward_backward", "bf16", ["a step with batch_size 8 "], "'bf16'"),
+        ("assemble", "no", ["vit_tiny_patch16_224 ", "smaller model"], "batch_size"),
+    ],
+)
+def test_a_dry_run_of_what_does_not_fit_says_so(
+    tmp_path, monkeypatch, full, precision, told, other
+):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(sys.modules[estimate.__module__], full, out_of_memory)
+    with pytest.raises(QuietvitError, match=r"memory of this device \(cpu\): .*'fsdp2'") as caught:
+        estimate(config(tmp_path, precision=precision))
+    assert all(part in str(caught.value) for part in told)
+    assert other not in str(caught.value)
+    raises_accumulation = "raise accumulation by the same factor" in str(caught.value)
+    assert raises_accumulation == (full == "forward_backward")
+
+
+@pytest.mark.parametrize(
     ("form", "told"),
     [
         ("imagefolder:{}/none", "does not exist"),

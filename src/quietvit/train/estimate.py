@@ -104,7 +104,8 @@ def estimate(config: TrainConfig) -> Estimate:
     is divided by ``every`` instead.
 
     Raises:
-        QuietvitError: a model, weights or settings that ``train`` would refuse as well.
+        QuietvitError: a model, weights or settings that ``train`` would refuse as well, or a batch
+            that the device has no memory for.
     """
     accelerator = make_accelerator(config)
     images, classes, missing = _size(config)
@@ -118,11 +119,13 @@ def estimate(config: TrainConfig) -> Estimate:
     steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
+    with _told_where_full(config, accelerator.device, 0):
+        parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
+        count, steps_measured, made = _affordable(parts)
     parameters = list(parts.evaluated.parameters())
     trainable = sum(p.numel() for p in parts.plain.parameters() if p.requires_grad)
-    count, steps_measured, made = _affordable(parts)
-    seconds, own = _measured(parts, count, steps_measured, parts.num_classes or made)
+    with _told_where_full(config, accelerator.device, config.batch_size):
+        seconds, own = _measured(parts, count, steps_measured, parts.num_classes or made)
     return Estimate(
         processes=accelerator.num_processes,
         effective_batch=effective,
@@ -141,6 +144,28 @@ def estimate(config: TrainConfig) -> Estimate:
         batch_size=config.batch_size,
         regularizer_share=100 * own / seconds,
     )
+
+
+@contextmanager
+def _told_where_full(config: TrainConfig, device: torch.device, batch: int) -> Iterator[None]:
+    """Say that a batch, for 0 that the model, is too large where memory runs out inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what, remedies = config.model.name, ["take a smaller model"]
+        if batch:
+            what = f"a step with batch_size {batch}"
+            remedies = [
+                "lower batch_size and raise accumulation by the same factor (the effective batch "
+                "stays as it is)"
+            ]
+            if config.precision == "no":
+                remedies.append("set precision to 'bf16'")
+        remedies.append("share the model between more processes by parallel='fsdp2'")
+        raise QuietvitError(
+            f"{what} does not fit into the memory of this device ({_device(device)}): "
+            f"{', or '.join(remedies)}."
+        ) from error
 
 
 def _size(config: TrainConfig) -> tuple[int | None, int | None, str]:
