@@ -6,6 +6,8 @@ import json
 import sys
 from contextlib import contextmanager
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -303,14 +305,15 @@ def test_a_dry_run_counts_each_regularizer_as_often_as_it_acts_in_few_steps(tmp_
     }
 
 
-def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monkeypatch):
-    """A pass of 64 images would take 64 s here: four are measured, once."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monkeypatch, compiled):
+    """A pass of 64 images would take 64 s here: four are measured, once, after the first of all."""
     clock, seen = [0.0], []
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     module = sys.modules[estimate.__module__]
 
     def slow(parts, images, labels, step):
-        clock[0] += len(images)
+        clock[0] += len(images) if seen else 1000
         seen.append(len(images))
 
     judged = module.judged
@@ -325,12 +328,35 @@ def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monk
     monkeypatch.setattr(module, "forward_backward", slow)
     monkeypatch.setattr(module, "judged", slowly)
     changes = {"batch_size": 64, "data": {"dataset": "embedded:digits", "num_classes": 10}}
-    found = estimate(config(tmp_path / "run", **changes))
-    assert seen == [4]
+    found = estimate(config(tmp_path / "run", compile=compiled, **changes))
+    assert seen == [4 if compiled else 2, 4]
     assert (found.measured_images, found.measured_steps) == (4, 1)
     assert found.step_seconds == pytest.approx(64)
     assert "scaled from 4 images a pass to 64" in str(found)
-    assert ", at 4 images a pass" in str(found)
+    assert ", at 4 images a pass; 64 take more" in str(found)
+
+
+def test_a_dry_run_of_a_slow_model_warms_up_with_a_step_of_one_pass(tmp_path, monkeypatch):
+    module, seen = sys.modules[estimate.__module__], []
+
+    def watched(parts, images, labels, step):
+        loss = forward_backward(parts, images, labels, step)
+        counted = {part.steps for part in parts.regularizers.values()}
+        seen.append((len(images), parts.accelerator.sync_gradients, counted))
+        return loss
+
+    monkeypatch.setattr(module, "forward_backward", watched)
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    decay = {"cd": {"every": 5}, "norm_gains": {"every": 5}}
+    changes = {**EVERYTHING, "accumulation": 3, "batch_size": 8, "decay": decay}
+    found = estimate(config(tmp_path / "run", **changes))
+    assert seen == [
+        (2, True, {5}),
+        (2, False, {9}),
+        (2, False, {9}),
+        (2, True, {10}),
+    ]
+    assert (found.measured_images, found.measured_steps, found.effective_batch) == (2, 1, 24)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -352,12 +378,69 @@ def test_a_model_that_one_process_keeps_whole_is_told_of(tmp_path, caplog, paral
         assert caplog.text.count("the model is kept whole") == (parallel == "fsdp2")
 
 
-def test_a_dry_run_without_the_data_says_so(tmp_path):
-    data = {"dataset": f"imagefolder:{tmp_path / 'none'}"}
-    found = estimate(config(tmp_path / "run", data=data))
+@pytest.mark.parametrize(
+    ("full", "precision", "told", "other"),
+    [
+        ("forward_backward", "no", ["a step with batch_size 8 ", "'bf16'"], "smaller model"),
+        ("forward_backward", "bf16", ["a step with batch_size 8 "], "'bf16'"),
+        ("assemble", "no", ["vit_tiny_patch16_224 ", "smaller model"], "batch_size"),
+    ],
+)
+def test_a_dry_run_of_what_does_not_fit_says_so(
+    tmp_path, monkeypatch, full, precision, told, other
+):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(sys.modules[estimate.__module__], full, out_of_memory)
+    with pytest.raises(QuietvitError, match=r"memory of this device \(cpu\): .*'fsdp2'") as caught:
+        estimate(config(tmp_path, precision=precision))
+    assert all(part in str(caught.value) for part in told)
+    assert other not in str(caught.value)
+    raises_accumulation = "raise accumulation by the same factor" in str(caught.value)
+    assert raises_accumulation == (full == "forward_backward")
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ("imagefolder:{}/none", "does not exist"),
+        ("table:{}/none.parquet,{}/none.parquet", "does not exist"),
+        ("table:{}/none-*.parquet,{}/bad.parquet", "matches"),
+        ("shards:{}/{{00..03}}.tar,{}/04.tar", "does not exist"),
+        ("hf:{}/none", "could not be opened"),
+    ],
+)
+def test_a_dry_run_without_the_data_says_so(tmp_path, form, told):
+    if form.startswith("hf:"):
+        pytest.importorskip("datasets")
+    found = estimate(config(tmp_path / "run", data={"dataset": form.format(tmp_path, tmp_path)}))
     assert found.images is found.total_steps is found.seconds is None
-    assert "not there: " in str(found)
-    assert "does not exist" in str(found)
+    row = next(line for line in str(found).splitlines() if line.startswith("training images"))
+    assert row.startswith("training images     not there: ")
+    assert told in row
+
+
+def test_a_dry_run_of_data_that_is_there_and_bad_says_what_is_wrong(tmp_path):
+    tables = {
+        "is 7, outside 0..4": {"image": [b"", b""], "label": [0, 7]},
+        "has no column 'label'": {"image": [b""], "class": [0]},
+        "could not be read as a parquet table": None,
+    }
+    path = tmp_path / "bad.parquet"
+    for told, columns in tables.items():
+        if columns is None:
+            path.write_bytes(path.read_bytes()[:-20])
+        else:
+            pq.write_table(pa.table(columns), path)
+        data = {"dataset": f"table:{path},{path}", "num_classes": 5}
+        found = estimate(config(tmp_path / "run", data=data))
+        assert found.images is None
+        assert told in found.missing
+        assert found.missing in str(found)
+        assert "not there" not in str(found)
+    few = {"dataset": "embedded:digits", "train_images": 5000}
+    assert "5000 images of embedded:digits" in str(estimate(config(tmp_path, data=few)))
 
 
 @pytest.mark.parametrize("batch", [4, 8, 32])

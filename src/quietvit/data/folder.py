@@ -25,12 +25,14 @@ def open_folder(root: Path, split: str | None, num_classes: int | None) -> Image
 
     Raises:
         QuietvitError: a folder is missing, holds no images, or has a class that training lacks; a
-            class of ``train/`` has no images.
+            class of ``train/`` has no images. Caused by FileNotFoundError where ``root`` is none.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if not root.is_dir():
-        raise QuietvitError(f"the folder {root} of the data set does not exist; check the path.")
+        raise QuietvitError(
+            f"the folder {root} of the data set does not exist; check the path."
+        ) from FileNotFoundError(root)
     if split is None and holds_splits(root):
         held = sorted(entry.name for entry in root.iterdir() if entry.name in _SPLITS)
         raise QuietvitError(

@@ -59,7 +59,8 @@ def expand(part: str, suffixes: tuple[str, ...], what: str) -> list[Path]:
 
     Raises:
         QuietvitError: a file is missing, or a pattern or folder (of files ending in ``suffixes``)
-            holds none; the message calls them ``what``.
+            holds none; the message calls them ``what``. Caused by FileNotFoundError where nothing
+            is at a path.
     """
     found: list[Path] = []
     for text in _expand_braces(part):
@@ -80,13 +81,13 @@ def expand(part: str, suffixes: tuple[str, ...], what: str) -> list[Path]:
             if not held:
                 raise QuietvitError(
                     f"no {what} ending in {', '.join(suffixes)} matches {text}; check the path."
-                )
+                ) from FileNotFoundError(text)
             found += held
         else:
             raise QuietvitError(
                 f"the {what} {path} does not exist; check the path"
                 + (f" and the range in {part}." if text != part else ".")
-            )
+            ) from FileNotFoundError(path)
     twice = [path for path, count in Counter(found).items() if count > 1]
     if twice:
         raise QuietvitError(f"{part} names {twice[0]} more than once; name each {what} once.")

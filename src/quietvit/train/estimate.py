@@ -27,6 +27,8 @@ from quietvit.train.setup import assemble, effective_batch, open_data
 from quietvit.train.step import forward_backward, heads
 
 _WARM_UP, _MEASURED = 2, 4
+_FEWEST = 2
+"""Images of the smallest pass: mixup takes an even number."""
 _PATIENCE = 5.0
 """Seconds of a pass beyond which fewer images and a single step are measured."""
 _STAND_IN = 1000
@@ -36,13 +38,14 @@ _STAND_IN = 1000
 class Estimate:
     """What a run would take.
 
-    ``images`` and the steps are None where the data set is not there, ``missing`` then says why.
+    ``images`` and the steps are None where the data cannot be opened, ``missing`` then says why.
     ``memory`` are bytes: the peak of the CUDA allocator of this process, or of the whole process on
-    a CPU. ``lr`` is the highest learning rate. ``step_seconds`` are those of an optimizer step on
-    images that are there already, ``measured_images`` a pass scaled to ``batch_size``;
-    ``regularizer_share`` is the share of it in regularizers, in percent (TWEO's backward pass not
-    counted in; neither are S2D's refreshes, which come every ``refresh`` applied steps). One that
-    acts every n-th step counts with 1/n of the time it takes.
+    a CPU, in passes of ``measured_images``. It is not scaled: what of it grows with images cannot
+    be told from the rest. ``lr`` is the highest learning rate. ``step_seconds`` are those of an
+    optimizer step on images that are there already, ``measured_images`` a pass scaled to
+    ``batch_size``; ``regularizer_share`` is the share of it in regularizers, in percent (TWEO's
+    backward pass not counted in; neither are S2D's refreshes, which come every ``refresh`` applied
+    steps). One that acts every n-th step counts with 1/n of the time it takes.
     """
 
     processes: int
@@ -72,10 +75,10 @@ class Estimate:
         peak = "allocated" if self.device != "cpu" else "of the process, all in"
         how, fewer = f"mean of {self.measured_steps}", ""
         if self.measured_images < self.batch_size:
-            fewer = f", at {self.measured_images} images a pass"
+            fewer = f", at {self.measured_images} images a pass; {self.batch_size} take more"
             how = f"scaled from {self.measured_images} images a pass to {self.batch_size}"
         rows = [
-            ("training images", f"{self.images}" if known else f"not there: {self.missing}"),
+            ("training images", f"{self.images}" if known else self.missing),
             ("processes", f"{self.processes}, on {self.device}"),
             ("effective batch", f"{self.effective_batch}"),
             ("learning rate", f"{self.lr:g}"),
@@ -94,14 +97,16 @@ class Estimate:
 def estimate(config: TrainConfig) -> Estimate:
     """Build model, optimizer and regularizers, run a few steps on noise, and measure.
 
-    Two steps warm up, then four are measured; where a pass takes more than five seconds, one step
-    of as few images as take less (two at least), and time is scaled to the batch. All regularizers
-    act at each of them, at full strength and learning rate, and are timed one by one; the steps
-    between, at which one with an ``every`` does nothing, are left out, and its time is divided by
-    ``every`` instead.
+    Two steps warm up, then four are measured. Where a pass takes more than five seconds, one step
+    of as few images as take less (two at least), and time is scaled to the batch; a step of a
+    single pass warms up, of two images, or where the model is compiled of as many as are measured.
+    All regularizers act at each of them, at full strength and learning rate, and are timed one by
+    one; the steps between, at which one with an ``every`` does nothing, are left out, and its time
+    is divided by ``every`` instead.
 
     Raises:
-        QuietvitError: a model, weights or settings that ``train`` would refuse as well.
+        QuietvitError: a model, weights or settings that ``train`` would refuse as well, or a batch
+            that the device has no memory for.
     """
     accelerator = make_accelerator(config)
     images, classes, missing = _size(config)
@@ -115,11 +120,13 @@ def estimate(config: TrainConfig) -> Estimate:
     steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
+    with _told_where_full(config, accelerator.device, 0):
+        parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
+        count, steps_measured, made = _affordable(parts)
     parameters = list(parts.evaluated.parameters())
     trainable = sum(p.numel() for p in parts.plain.parameters() if p.requires_grad)
-    count, steps_measured, made = _affordable(parts)
-    seconds, own = _measured(parts, count, steps_measured, parts.num_classes or made)
+    with _told_where_full(config, accelerator.device, config.batch_size):
+        seconds, own = _measured(parts, count, steps_measured, parts.num_classes or made)
     return Estimate(
         processes=accelerator.num_processes,
         effective_batch=effective,
@@ -140,13 +147,36 @@ def estimate(config: TrainConfig) -> Estimate:
     )
 
 
+@contextmanager
+def _told_where_full(config: TrainConfig, device: torch.device, batch: int) -> Iterator[None]:
+    """Say that a batch, for 0 that the model, is too large where memory runs out inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what, remedies = config.model.name, ["take a smaller model"]
+        if batch:
+            what = f"a step with batch_size {batch}"
+            remedies = [
+                "lower batch_size and raise accumulation by the same factor (the effective batch "
+                "stays as it is)"
+            ]
+            if config.precision == "no":
+                remedies.append("set precision to 'bf16'")
+        remedies.append("share the model between more processes by parallel='fsdp2'")
+        raise QuietvitError(
+            f"{what} does not fit into the memory of this device ({_device(device)}): "
+            f"{', or '.join(remedies)}."
+        ) from error
+
+
 def _size(config: TrainConfig) -> tuple[int | None, int | None, str]:
-    """Number of training images and classes, or what keeps them from being read."""
+    """Number of training images and classes, or why they cannot be opened."""
     try:
         train, _ = open_data(config)
         train = subset(train, config.data.train_images)
     except QuietvitError as error:
-        return None, config.data.num_classes, str(error)
+        absent = isinstance(error.__cause__, FileNotFoundError)
+        return None, config.data.num_classes, f"{'not there: ' * absent}{error}"
     return len(train), train.num_classes, ""
 
 
@@ -156,7 +186,7 @@ def _affordable(parts: Parts) -> tuple[int, int, int]:
     And the number of classes of the model's outputs.
     """
     accelerator, config = parts.accelerator, parts.config
-    count = min(2, config.batch_size)
+    count = min(_FEWEST, config.batch_size)
     images = _noise(parts.evaluated, count).to(accelerator.device)
     found: list[float] = []
     outputs: Any = None
@@ -183,27 +213,44 @@ def _measured(parts: Parts, count: int, steps: int, classes: int) -> tuple[float
     accelerator, config = parts.accelerator, parts.config
     images = _noise(parts.evaluated, count).to(accelerator.device)
     labels = torch.arange(count, device=accelerator.device) % classes
-    warm_up = _WARM_UP if count == config.batch_size else 0
     # Where a step of a regularizer has to be limited it takes longer: at the full rate as in a run.
     warm = round(config.schedule.warmup_epochs * parts.steps_per_epoch)
     parts.model.train()
     with _timed_apart(parts) as watches:
-        began, before = 0.0, dict.fromkeys(watches, 0.0)
-        for step in range(warm_up + steps):
-            if step == warm_up:
-                before = {name: watch.seconds for name, watch in watches.items()}
-                began = _now(accelerator.device)
-            _make_due(parts.regularizers)
-            for _ in range(config.accumulation):
-                # mixup works in place
-                forward_backward(parts, images.clone(), labels, warm + step)
-            if parts.ema is not None:
-                parts.ema.update(parts.plain, step + 1)
+        if count == config.batch_size:
+            for step in range(_WARM_UP):
+                _step(parts, images, labels, warm + step)
+        else:
+            # Another number of images would be compiled anew.
+            few = count if config.compile else min(_FEWEST, count)
+            _step_of_one_pass(parts, images[:few], labels[:few], warm)
+        before = {name: watch.seconds for name, watch in watches.items()}
+        began = _now(accelerator.device)
+        for step in range(steps):
+            _step(parts, images, labels, warm + _WARM_UP + step)
         seconds = _now(accelerator.device) - began
         own = {name: watch.seconds - before[name] for name, watch in watches.items()}
     share = {name: own[name] / _every(parts.regularizers.get(name)) for name in own}
     passes = (seconds - sum(own.values())) * config.batch_size / count
     return passes + sum(share.values()), sum(share.values())
+
+
+def _step(parts: Parts, images: Tensor, labels: Tensor, step: int) -> None:
+    """One optimizer step at which every regularizer acts."""
+    _make_due(parts.regularizers)
+    for _ in range(parts.accelerator.gradient_accumulation_steps):
+        forward_backward(parts, images.clone(), labels, step)  # mixup works in place
+    if parts.ema is not None:
+        parts.ema.update(parts.plain, step + 1)
+
+
+def _step_of_one_pass(parts: Parts, images: Tensor, labels: Tensor, step: int) -> None:
+    """One optimizer step after a single pass, whatever is accumulated else."""
+    accelerator = parts.accelerator
+    accelerator.gradient_accumulation_steps = 1
+    _step(parts, images, labels, step)
+    accelerator.gradient_accumulation_steps = parts.config.accumulation
+    accelerator.step = 0  # it counts passes
 
 
 @contextmanager
