@@ -249,6 +249,9 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     told = fork(tmp_path, job(cut, resume=True, parallel=last, **changes))
     assert "processes 1, accumulation 2, batch_size 4 are shared out as processes 2" in told
     assert "resuming at step 6 of 12" in told
+    noted = [json.loads(text) for text in (cut / "metrics.jsonl").read_text().splitlines()]
+    noted = [line["changed"] for line in noted if "changed" in line]
+    assert [text.count("processes was") for text in noted] == [1, 1]
     assert_equal(*ranks(cut))
     assert_close(ranks(cut)[0], ranks(whole)[0])
     losses = [[x["loss"] for x in lines(found) if "loss" in x] for found in (cut, whole)]

@@ -381,9 +381,9 @@ def test_a_model_that_one_process_keeps_whole_is_told_of(tmp_path, caplog, paral
 @pytest.mark.parametrize(
     ("full", "precision", "told", "other"),
     [
-        ("forward_backward", "no", ["a step with batch_size 8 ", "'bf16'"], "smaller model"),
-        ("forward_backward", "bf16", ["a step with batch_size 8 "], "'bf16'"),
-        ("assemble", "no", ["vit_tiny_patch16_224 ", "smaller model"], "batch_size"),
+        ("forward_backward", "no", ["a pass with batch_size 8 ", "'bf16'"], "optimizer"),
+        ("forward_backward", "bf16", ["a pass with batch_size 8 "], "'bf16'"),
+        ("assemble", "no", ["vit_tiny_patch16_224 with its optimizer"], "batch_size"),
     ],
 )
 def test_a_dry_run_of_what_does_not_fit_says_so(
@@ -393,7 +393,7 @@ def test_a_dry_run_of_what_does_not_fit_says_so(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(sys.modules[estimate.__module__], full, out_of_memory)
-    with pytest.raises(QuietvitError, match=r"memory of this device \(cpu\): .*'fsdp2'") as caught:
+    with pytest.raises(QuietvitError, match=r"more memory than there is .*'fsdp2'") as caught:
         estimate(config(tmp_path, precision=precision))
     assert all(part in str(caught.value) for part in told)
     assert other not in str(caught.value)

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from quietvit.data import create_model, load_dataset
 from quietvit.errors import QuietvitError
 from quietvit.files import LOCK
-from quietvit.train import loop, resume
-from quietvit.train.checkpoint import list_checkpoints
+from quietvit.train import loop, resume, together
+from quietvit.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.order import SeededImages
 from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, lines, run
 
@@ -138,11 +139,101 @@ def test_a_step_may_be_shared_out_in_another_way(tmp_path, monkeypatch, caplog, 
 )
 def test_steps_of_other_images_are_refused(tmp_path, monkeypatch, changes, remedy):
     interrupt(tmp_path / "run", monkeypatch, 3)
+    before = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(QuietvitError, match="steps would be of other images") as caught:
         run(tmp_path / "run", resume=True, **changes)
+    assert (tmp_path / "run" / "config.json").read_text() == before, (
+        "what is refused changes nothing"
+    )
     assert "written with processes 1, accumulation 1, batch_size 8" in str(caught.value)
     assert remedy in str(caught.value)
     assert run(tmp_path / "run", resume=True).steps == 14
+    assert not [line for line in logged(tmp_path / "run") if "changed" in line]
+
+
+def as_of_earlier_versions(output, **changes):
+    """Rewrite the checkpoints as those were written that did not tell what they are of."""
+    for path in list_checkpoints(output / "checkpoints"):
+        state = load_checkpoint(path.parent)
+        left = {key: value for key, value in state.items() if key not in ("config", "data")}
+        save_checkpoint(path.parent, state["step"], {**left, **changes}, keep=9)
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_refuses_what_it_did(tmp_path, monkeypatch):
+    labels = [index % 3 for index in range(24)]
+    here, there = (table(tmp_path / name / "t.parquet", labels) for name in ("here", "there"))
+    whole = run(tmp_path / "whole", **here)
+    output = tmp_path / "run"
+    interrupt(output, monkeypatch, 3, **here)
+    as_of_earlier_versions(output)
+    for changed in (
+        there,
+        {**here, "batch_size": 4},
+        {**here, "batch_size": 4, "accumulation": 2},
+        {**here, "optimizer": {"lr": 1e-4}},
+    ):
+        with pytest.raises(QuietvitError, match=r" was .* and is .*took no changes; resume with"):
+            run(output, resume=True, **changed)
+    assert_weights(run(output, resume=True, **here), whole)
+
+
+def test_of_an_earlier_version_processes_may_not_change(tmp_path, monkeypatch):
+    interrupt(tmp_path / "run", monkeypatch, 3)
+    as_of_earlier_versions(tmp_path / "run", processes=2)
+    with pytest.raises(QuietvitError, match=r"processes was 2 and is 1, and the checkpoint is of"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_what_changed_is_told_of_the_checkpoint_that_the_run_goes_on_from(tmp_path, monkeypatch):
+    """Also where a later one, which knew of it, is damaged, and not twice where it is not."""
+    output, lower = tmp_path / "run", {"optimizer": {"lr": 1e-4}}
+    interrupt(output, monkeypatch, 5)
+    for _ in range(2):
+        interrupt(output, monkeypatch, 5, resume=True, **lower)
+    assert [line["step"] for line in logged(output) if "changed" in line] == [4]
+    interrupt(output, monkeypatch, 7, resume=True, checkpoint={"every": 2, "keep": 9}, **lower)
+    for path in list_checkpoints(output / "checkpoints")[1:]:
+        (path / "state.json").write_text("{")
+    run(output, resume=True, **lower)
+    told = [line for line in logged(output) if "changed" in line]
+    assert [line["step"] for line in told] == [2]
+    assert told[0]["changed"] == "optimizer.lr was 0.001 and is 0.0001"
+
+
+def test_a_finished_run_takes_no_changes(tmp_path):
+    run(tmp_path / "run", epochs=1)
+    with pytest.raises(QuietvitError, match=r"finished already, and optimizer\.lr was 0\.001"):
+        run(tmp_path / "run", epochs=1, resume=True, optimizer={"lr": 0.1})
+    assert run(tmp_path / "run", epochs=1, resume=True, num_workers=1).steps == 7
+
+
+def test_a_run_that_went_on_meanwhile_is_not_set_back(tmp_path, monkeypatch):
+    """Two go on with one run, as a job that is requeued before it ended does."""
+    build = loop.build
+    interrupt(tmp_path / "run", monkeypatch, 5)
+
+    def slow(chosen, **given):
+        monkeypatch.setattr(loop, "build", build)
+        run(tmp_path / "run", resume=True)
+        return build(chosen, **given)
+
+    monkeypatch.setattr(loop, "build", slow)
+    with pytest.raises(QuietvitError, match="another process has written into"):
+        run(tmp_path / "run", resume=True)
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000012", "step-00000014"]
+
+
+def test_images_that_are_packed_otherwise_come_in_another_order(tmp_path):
+    place = table(tmp_path / "d" / "t.parquet", [0, 1, 2] * 8)["data"]
+    train = load_dataset(place["dataset"], "train")
+    one, windowed = (
+        config(tmp_path, data={**place, **more}) for more in ({}, {"shuffle_window": 2})
+    )
+    facts = [resume.data_facts(one, train), resume.data_facts(windowed, train)]
+    train.groups = np.arange(24) // 3
+    assert resume.data_facts(one, train) == facts[0]
+    assert resume.data_facts(windowed, train) != facts[1]
 
 
 HOLDER = """
@@ -222,26 +313,57 @@ def test_weights_are_there_though_they_cannot_be_judged(tmp_path, monkeypatch):
     assert_same(run(tmp_path / "run", resume=True, **EVERYTHING), expected)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
-    ],
-)
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
 def test_too_little_memory_is_told_with_what_to_change(tmp_path, monkeypatch, error):
-    def exhausted(*_):
+    def exhausted(*_, **__):
         raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "forward_backward", exhausted)
-        with pytest.raises(QuietvitError) as caught:
-            run(tmp_path / "run")
-    told = str(caught.value)
-    assert "batch_size 8 take more memory" in told
-    assert str(error).splitlines()[0] in told
-    assert "batch_size 4 and accumulation 2" in told
+    def told(name, **changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, name, exhausted)
+            with pytest.raises(QuietvitError) as caught:
+                run(tmp_path / "run", force=True, **changes)
+        assert str(error).splitlines()[0] in str(caught.value)
+        return str(caught.value)
+
+    assert "vit_tiny_patch16_224 with its optimizer takes more memory" in told("build")
+    assert "16 images at a time in float32, takes more" in told("top1")
+    assert "The trained weights are in" in told("top1")
+    assert "bf16" not in told("top1")
+    step = told("forward_backward")
+    assert "a pass with batch_size 8 takes more memory" in step
+    assert "keeps the steps (4 and 2)" in step
+    assert "precision to 'bf16'" in step
+    assert "'fsdp2'" in step
     assert run(tmp_path / "run", resume=True, batch_size=4, accumulation=2).steps == 14
+
+
+def test_no_remedy_is_told_that_would_be_refused(tmp_path):
+    def told(**changes):
+        with (
+            pytest.raises(QuietvitError) as caught,
+            enough_memory(config(tmp_path, **changes), Stage.STEP),
+        ):
+            raise FULL[0]
+        return str(caught.value)
+
+    assert "(3 and 2)" in told(batch_size=6)
+    assert "(3 and 2)" not in told(batch_size=6, mix={"mixup": 0.8})
+    assert "batch_size and raise" not in told(batch_size=1)
+    assert "bf16" not in told(precision="bf16")
+    assert "fsdp2" not in told(ema={"decay": 0.9})
+    assert "more processes" in told(parallel="fsdp2")
+    with pytest.raises(RuntimeError, match="worker"), enough_memory(config(tmp_path), Stage.STEP):
+        raise RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0. DefaultCPUAllocator"
+        )
 
 
 def test_another_fault_of_the_runtime_is_not_taken_for_memory(tmp_path, monkeypatch):
@@ -274,24 +396,33 @@ def test_bad_images_and_the_speed_of_late_are_logged(tmp_path, monkeypatch):
     assert len({line["images_per_second"] for line in found[1:]}) == 1, "equal steps, equal speed"
 
 
+def test_the_sum_of_bits_tells_the_last_bit_and_no_order():
+    one = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    other = one.clone()
+    other[3, 4] = torch.nextafter(one[3, 4], one.new_tensor(9.0))
+    tensors = [one, one.bfloat16(), one.double(), torch.arange(3), torch.zeros(0)]
+    assert together.sum_of_bits(tensors) == together.sum_of_bits(tensors[::-1])
+    assert together.sum_of_bits([one.flip(0)]) == together.sum_of_bits([one.T])
+    assert together.sum_of_bits([one]) != together.sum_of_bits([other])
+
+
 def test_weights_that_drift_apart_are_told_once(tmp_path, monkeypatch, caplog):
     """As if there were a second process, whose weights are those of the first until step 4."""
     caplog.set_level(logging.WARNING, "quietvit")
     steps = iter(range(2, 15, 2))
 
     def both(_, value):
-        return [value, value + (1e-9 if next(steps) >= 4 else 0)]
+        return [value, value + (next(steps) >= 4)]
 
-    with monkeypatch.context() as patch:
-        alike = resume.weights_alike
+    alike = together.weights_alike
 
-        def looking(parts, step):
-            with monkeypatch.context() as inner:
-                inner.setattr(resume, "gathered", both)
-                return alike(parts, step)
+    def looking(parts, step):
+        with monkeypatch.context() as inner:
+            inner.setattr(together, "gathered", both)
+            return alike(parts, step)
 
-        patch.setattr(loop, "weights_alike", looking)
-        run(tmp_path / "run")
+    monkeypatch.setattr(loop, "weights_alike", looking)
+    run(tmp_path / "run")
     told = [text for text in caplog.messages if "do not hold the same weights" in text]
     assert len(told) == 1
     assert told[0].startswith("at step 4 ")

@@ -189,8 +189,8 @@ def held(folder: Path) -> Iterator[None]:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise QuietvitError(
-                f"could not write {path}: {error.strerror or error}; free some space or choose "
-                "another output folder."
+                f"could not write {path}: {error.strerror or error}; free some space, remove it if "
+                "it is somebody else's and no run goes on there, or choose another output folder."
             ) from error
         try:
             _lock(handle, folder)

@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
@@ -27,7 +28,7 @@ from quietvit.data import (
     evaluation_transform,
 )
 from quietvit.errors import QuietvitError
-from quietvit.files import leftovers, refuse_nonempty, sweep, write_atomic
+from quietvit.files import held, leftovers, refuse_nonempty, sweep, write_atomic
 from quietvit.measure import diagnose, sqnr
 from quietvit.quantization import QuantizedModel, quantize
 from quietvit.quantization.settings import parse_method
@@ -48,7 +49,7 @@ from quietvit.report.results import ARMS, Spread, overhead
 from quietvit.tracing import Trace
 from quietvit.tracing import trace as record_trace
 from quietvit.train import train
-from quietvit.train.folder import fresh
+from quietvit.train.folder import begun_with, changes, fresh
 from quietvit.train.result import provenance
 from quietvit.train.setup import open_data
 
@@ -172,8 +173,9 @@ def _prepare(config: CompareConfig, folder: Path, resume: bool) -> None:
     if not resume:
         for arm in ARMS:
             for place in folder.glob(f"runs/seed*-{_named(arm)}"):
-                (place / "run.json").unlink(missing_ok=True)
-                fresh(place / "train")
+                with held(place / "train") if (place / "train").is_dir() else nullcontext():
+                    (place / "run.json").unlink(missing_ok=True)
+                    fresh(place / "train")
     sweep(kept)
     write_atomic(kept, json.dumps(wanted, indent=1) + "\n")
 
@@ -196,7 +198,14 @@ def _run(
     config: CompareConfig, seed: int, decay: bool, place: Path, resume: bool, force: bool
 ) -> Run:
     arm = config.arm(seed, decay).model_copy(update={"output": place})
-    trained = train(arm, resume=resume and place.is_dir(), force=force)
+    resume = resume and place.is_dir()
+    before = begun_with(arm, force) if resume else None
+    if before is not None and (differing := changes(before, arm)):
+        raise QuietvitError(
+            f"{place} was gone on with otherwise than the comparison says: {differing[0]}. Both "
+            "arms are trained alike; remove that folder to train it anew."
+        )
+    trained = train(arm, resume=resume, force=force)
     device = "cuda" if arm.device == "auto" and torch.cuda.is_available() else "cpu"
     model = trained.load_model().to(device)
     transform = evaluation_transform(model)

@@ -114,9 +114,8 @@ def worker_errors() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise QuietvitError(
-            f"a process that loads images ended of itself ({error}). Most often there was too "
-            "little memory, or too little room in /dev/shm: lower num_workers, or look into the "
-            "system's log."
+            f"a process that loads images ended unexpectedly ({error}). If nobody ended it, there "
+            "was too little memory (Killed) or room in /dev/shm (Bus error): lower num_workers."
         ) from error
 
 

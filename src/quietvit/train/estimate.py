@@ -20,6 +20,7 @@ from quietvit.errors import QuietvitError
 from quietvit.train.config import DecayConfig, TrainConfig
 from quietvit.train.engine import gathered, make_accelerator
 from quietvit.train.evaluation import judged
+from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.parts import Parts
 from quietvit.train.regularizers import attach, detach
@@ -120,12 +121,12 @@ def estimate(config: TrainConfig) -> Estimate:
     steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    with _told_where_full(config, accelerator.device, 0):
+    with enough_memory(config, Stage.BUILD):
         parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
         count, steps_measured, made = _affordable(parts)
     parameters = list(parts.evaluated.parameters())
     trainable = sum(p.numel() for p in parts.plain.parameters() if p.requires_grad)
-    with _told_where_full(config, accelerator.device, config.batch_size):
+    with enough_memory(config, Stage.STEP):
         seconds, own = _measured(parts, count, steps_measured, parts.num_classes or made)
     return Estimate(
         processes=accelerator.num_processes,
@@ -145,28 +146,6 @@ def estimate(config: TrainConfig) -> Estimate:
         batch_size=config.batch_size,
         regularizer_share=100 * own / seconds,
     )
-
-
-@contextmanager
-def _told_where_full(config: TrainConfig, device: torch.device, batch: int) -> Iterator[None]:
-    """Say that a batch, for 0 that the model, is too large where memory runs out inside."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        what, remedies = config.model.name, ["take a smaller model"]
-        if batch:
-            what = f"a step with batch_size {batch}"
-            remedies = [
-                "lower batch_size and raise accumulation by the same factor (the effective batch "
-                "stays as it is)"
-            ]
-            if config.precision == "no":
-                remedies.append("set precision to 'bf16'")
-        remedies.append("share the model between more processes by parallel='fsdp2'")
-        raise QuietvitError(
-            f"{what} does not fit into the memory of this device ({_device(device)}): "
-            f"{', or '.join(remedies)}."
-        ) from error
 
 
 def _size(config: TrainConfig) -> tuple[int | None, int | None, str]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from quietvit.errors import QuietvitError
-from quietvit.files import LOCK, leftovers, refuse_nonempty
+from quietvit.files import LOCK, leftovers, refuse_nonempty, write_atomic
 from quietvit.train.config import TrainConfig
 from quietvit.train.metrics import METRICS, TENSORBOARD
 from quietvit.train.recipe import parse_config
@@ -54,12 +54,11 @@ def refuse_used(output: Path, force: bool) -> None:
     refuse_nonempty(output, force, ignored=[output / LOCK, *leftovers(*own_files(output))])
 
 
-def changes_since(config: TrainConfig, force: bool) -> list[str] | None:
-    """Return what changed of the run begun in its output folder; refuse to resume another one.
+def begun_with(config: TrainConfig, force: bool) -> dict[str, Any] | None:
+    """Return what the run in its output folder was begun with; refuse to resume another one.
 
-    Each is a key with the values before and now; what changes no weight is left out. None where
-    there is no ``config.json``, so no run was begun; with anything but leftovers there the folder
-    is then refused, unless ``force`` is set.
+    None where there is no ``config.json``, so no run was begun; with anything but leftovers there
+    the folder is then refused, unless ``force`` is set.
 
     Raises:
         QuietvitError: a folder in use, another configuration or recipe version (what differs is
@@ -83,16 +82,42 @@ def changes_since(config: TrainConfig, force: bool) -> list[str] | None:
             "another output folder."
         )
     # Keys that came after the run was begun have the values they stood for then.
-    before = json.loads(parse_config(before, str(path)).model_dump_json())
-    now = json.loads(config.model_dump_json())
-    told = {key: f"{key} was {old!r} and is {new!r}" for key, old, new in _differences(before, now)}
-    differing = [text for key, text in told.items() if key not in _TOLD]
+    before = flat(parse_config(before, str(path)))
+    differing = [
+        f"{key} was {old!r} and is {new!r}"
+        for key, old, new in _differences(before, flat(config))
+        if key not in _TOLD
+    ]
     if differing:
         raise QuietvitError(
             f"{config.output} was begun with another configuration: {'; '.join(differing[:3])}. "
             "Resume with the same one, or choose another output folder."
         )
-    return list(told.values())
+    return before
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Return a configuration as JSON has it."""
+    content: dict[str, Any] = json.loads(config.model_dump_json())
+    return content
+
+
+def changes(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """Say what differs of ``before``, a ``flat`` configuration, but for what changes no weight."""
+    found = _differences(dict(before), flat(config))
+    return [f"{key} was {old!r} and is {new!r}" for key, old, new in found]
+
+
+def write_config(config: TrainConfig) -> None:
+    """Write ``config.json``, by which the folder is known as that of this run."""
+    write_atomic(config.output / CONFIG, config.model_dump_json(indent=2) + "\n")
+
+
+def written(output: Path) -> tuple[bool, list[str]]:
+    """What a run has written so far: whether its result, and the names of its checkpoints."""
+    held = output / CHECKPOINTS
+    names = sorted(path.name for path in held.iterdir()) if held.is_dir() else []
+    return (output / RESULT).exists(), [name for name in names if not name.startswith(".")]
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

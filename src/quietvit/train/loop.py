@@ -8,43 +8,53 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from quietvit.data.evaluate import worker_errors
 from quietvit.errors import QuietvitError
-from quietvit.files import sweep, write_atomic
+from quietvit.files import sweep
 from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from quietvit.train.config import TrainConfig
-from quietvit.train.engine import gathered, whole_model
+from quietvit.train.engine import gathered
 from quietvit.train.evaluation import top1
-from quietvit.train.folder import CHECKPOINTS, changes_since, fresh, own_files, refuse_used
+from quietvit.train.folder import (
+    CHECKPOINTS,
+    begun_with,
+    changes,
+    fresh,
+    own_files,
+    refuse_used,
+    write_config,
+    written,
+)
 from quietvit.train.losses import Losses
-from quietvit.train.memory import enough_memory
+from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Metrics
 from quietvit.train.parts import Run
 from quietvit.train.progress import bar_of, threads
 from quietvit.train.regularizers import detach, figures
-from quietvit.train.result import CONFIG, RESULT, WEIGHTS, TrainResult
+from quietvit.train.result import RESULT, WEIGHTS, TrainResult
 from quietvit.train.resume import (
-    alone,
-    check_same_checkpoint,
     check_same_data,
     collect,
     data_facts,
     dealt,
-    raise_together,
+    differences,
     restore,
-    set_damaged_aside,
-    weights_alike,
 )
 from quietvit.train.setup import build
 from quietvit.train.step import forward_backward
 from quietvit.train.stopping import EXIT_CODE, Termination, end_workers
+from quietvit.train.together import (
+    alone,
+    check_same_checkpoint,
+    raise_together,
+    set_damaged_aside,
+    weights_alike,
+    write_weights,
+)
 
 logger = logging.getLogger("quietvit")
 
@@ -75,60 +85,79 @@ def train(
     """
     output = config.output.expanduser()
     config = config.model_copy(update={"output": output})
-    changes = changes_since(config, force) if resume else None
-    begun = changes is not None
+    before = begun_with(config, force) if resume else None
+    begun = before is not None
     if not resume:
         refuse_used(output, force)
-    if begun and (output / RESULT).exists():
-        logger.warning("%s is finished already; its result is returned.", output)
-        return TrainResult.read(output)
+    if before is not None and (output / RESULT).exists():
+        return _finished(config, before)
     with threads(config.threads):
+        seen = written(output)
         state = load_checkpoint(output / CHECKPOINTS) if begun else None
-        run = build(config, resumed=state is not None)
-        with alone(run.parts, begun, force):
-            if run.parts.accelerator.is_main_process:
+        with enough_memory(config, Stage.BUILD):
+            run = build(config, resumed=state is not None)
+        with alone(run.parts, begun, force, seen):
+            main = run.parts.accelerator.is_main_process
+            if main:
                 if not begun:
                     fresh(output)
                 sweep(*own_files(output))
-                write_atomic(output / CONFIG, config.model_dump_json(indent=2) + "\n")
+            if main and state is None:
+                write_config(config)
             run.parts.accelerator.wait_for_everyone()
             check_same_checkpoint(run.parts, None if state is None else state["step"])
             if state is not None:
                 set_damaged_aside(run.parts, state["step"])
             elif resume:
                 logger.warning("%s holds no checkpoint; the run starts from its beginning.", output)
-            loop = _Loop(run, state, changes or [])
+            with enough_memory(config, Stage.BUILD):
+                loop = _Loop(run, state, before)
+            if main and state is not None:
+                write_config(config)
             try:
-                with enough_memory(config):
+                with enough_memory(config, Stage.STEP):
                     loop.run_epochs(progress)
-                    return loop.finish(progress)
+                return loop.finish(progress)
             finally:
                 loop.close()
+
+
+def _finished(config: TrainConfig, before: dict[str, Any]) -> TrainResult:
+    differing = changes(before, config)
+    if differing:
+        raise QuietvitError(
+            f"{config.output} is finished already, and {'; '.join(differing[:3])}: start anew in "
+            "another output folder."
+        )
+    logger.warning("%s is finished already; its result is returned.", config.output)
+    return TrainResult.read(config.output)
 
 
 class _Loop:
     """Where a run stands, and the steps from there."""
 
-    def __init__(self, run: Run, state: dict[str, Any] | None, changes: Sequence[str]) -> None:
+    def __init__(
+        self, run: Run, state: dict[str, Any] | None, before: dict[str, Any] | None
+    ) -> None:
         self.r, self.p, self.config = run, run.parts, run.parts.config
         self.accelerator = run.parts.accelerator
         self.step = self.batch = self.epoch = 0
         self.saved, self.alike = -1, True
         self.train_seconds = 0.0
         self.losses = Losses(run.parts)
-        self.data = data_facts(run.train)
+        differing: list[str] = []
         if state is not None:
-            self._restore(state)
+            differing = self._restore(state, before or {})
             logger.warning("resuming at step %d of %d.", self.step, self.p.total_steps)
         self._logged = self.step, self.train_seconds
         main = self.accelerator.is_main_process
         self.metrics = (
             Metrics(self.config.output, self.step, self.config.tensorboard) if main else None
         )
-        if changes:
-            self._write(changed="; ".join(changes))
+        if differing:
+            self._write(changed="; ".join(differing))
             if main:
-                logger.warning("from step %d on: %s.", self.step + 1, "; ".join(changes))
+                logger.warning("from step %d on: %s.", self.step + 1, "; ".join(differing))
         self.termination = Termination(self.accelerator)
 
     def run_epochs(self, progress: bool) -> None:
@@ -252,7 +281,7 @@ class _Loop:
             "seconds": (self.train_seconds, self.p.stopwatch.seconds),
             "loss": self.losses.state(),
             "bad_images": gathered(self.accelerator, self.r.images.bad_images),
-            "data": self.data,
+            "data": data_facts(self.config, self.r.train),
             **collect(self.p),
         }
         problem = None
@@ -264,10 +293,16 @@ class _Loop:
                 problem = str(error)
         raise_together(self.p, problem)
         self.saved = self.step
+        self._mark = time.perf_counter()
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        check_same_data(state.get("data"), self.data, self.r.train.name)
-        batches = restore(self.p, state)
+    def _restore(self, state: dict[str, Any], before: dict[str, Any]) -> list[str]:
+        """Go on from ``state``; returns what differs of it. ``before`` is what the run began with.
+
+        Every process must call.
+        """
+        differing = differences(self.p, state, before)
+        check_same_data(self.p, state.get("data"), self.r.train)
+        batches = restore(self.p, state, before)
         self.step, self.epoch = state["step"], state["epoch"]
         self.batch = round(state["batch"] * batches)
         self.train_seconds, decay_seconds = state["seconds"]
@@ -276,30 +311,24 @@ class _Loop:
         for bad in dealt(self.p, state.get("bad_images", ())):  # earlier versions have none
             self.r.images.mark_bad(bad)
         self.saved = self.step
+        return differing
 
     def top1(self, average: bool = True, progress: bool = False) -> float:
         """Top-1 in percent on the test images, of the moving average if there is one."""
-        return top1(self.p, self.r.test, average=average, progress=progress)
+        with enough_memory(self.config, Stage.EVALUATION):
+            return top1(self.p, self.r.test, average=average, progress=progress)
 
     def finish(self, progress: bool) -> TrainResult:
         """Write the weights, evaluate, write the result."""
         p, output = self.p, self.config.output
         main = self.accelerator.is_main_process
-        state = whole_model(self.accelerator, p.plain) if p.ema is None else None
-        if main:
-            final = p.ema.module.state_dict() if state is None else state
-            weights = {
-                key: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-                for key, value in final.items()
-            }
-            write_atomic(output / WEIGHTS, save(weights))
+        write_weights(self.p)
         try:
             found = self.top1(progress=progress and main)
             without = None if p.ema is None else self.top1(average=False)
         except QuietvitError as error:
-            raise QuietvitError(
-                f"{error} The trained weights are in {output / WEIGHTS}."
-            ) from error
+            told = f"{error} The trained weights are in {output / WEIGHTS}."
+            raise QuietvitError(told) from error
         result = TrainResult(
             output=output,
             config=self.config,

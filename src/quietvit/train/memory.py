@@ -1,35 +1,64 @@
-"""Too little memory for a pass, told with what to change."""
+"""Too little memory for a model, a pass or an evaluation, told with what to change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 
 import torch
 
 from quietvit.errors import QuietvitError
 from quietvit.train.config import TrainConfig
 
-_ON_CPU = "DefaultCPUAllocator"
+
+class Stage(Enum):
+    """What runs: building what is trained, a step, or an evaluation."""
+
+    BUILD = "build"
+    STEP = "step"
+    EVALUATION = "evaluation"
 
 
 @contextmanager
-def enough_memory(config: TrainConfig) -> Iterator[None]:
-    """Turn running out of memory, on a GPU or by an allocation on the CPU, into a QuietvitError."""
+def enough_memory(config: TrainConfig, stage: Stage) -> Iterator[None]:
+    """Turn running out of memory inside, on a GPU or on the CPU, into a QuietvitError."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or _ON_CPU in str(error)):
+        if not _is_want_of_memory(error):
             raise
-        batch, accumulation = config.batch_size, config.accumulation
-        smaller = (
-            "" if batch % 2 else f" (batch_size {batch // 2} and accumulation {2 * accumulation})"
-        )
-        sharded = (
-            "" if config.parallel == "fsdp2" else ", or parallel to 'fsdp2' in several processes"
-        )
+        what, remedies = _told(config, stage)
         raise QuietvitError(
-            f"passes of batch_size {batch} take more memory than there is "
-            f"({str(error).splitlines()[0]}). Lower batch_size and raise accumulation by the same "
-            f"factor, which keeps the steps{smaller}; or set precision to 'bf16'{sharded}."
+            f"{what} takes more memory than there is ({str(error).splitlines()[0]}): "
+            f"{', or '.join(remedies)}."
         ) from error
+
+
+def _is_want_of_memory(error: RuntimeError) -> bool:
+    text = str(error)
+    if "DataLoader worker" in text:
+        return False
+    told = ("DefaultCPUAllocator", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(part in text for part in told)
+
+
+def _told(config: TrainConfig, stage: Stage) -> tuple[str, list[str]]:
+    """What needs too much, and the remedies that this configuration leaves."""
+    batch = config.batch_size
+    sharded = []
+    if config.parallel == "fsdp2":
+        sharded = ["start more processes, which share the model"]
+    elif config.ema is None:
+        sharded = ["share the model between processes by parallel='fsdp2'"]
+    if stage is Stage.BUILD:
+        return f"{config.model.name} with its optimizer", ["take a smaller model", *sharded]
+    half, odd = divmod(batch, 2)
+    smaller = ["lower batch_size and raise accumulation by the same factor, which keeps the steps"]
+    if not odd and not (config.mix.active and half % 2):
+        smaller[0] += f" ({half} and {2 * config.accumulation})"
+    smaller = smaller if batch > 1 else []
+    if stage is Stage.EVALUATION:
+        return f"the evaluation, {2 * batch} images at a time in float32,", [*smaller, *sharded]
+    precise = ["set precision to 'bf16'"] if config.precision == "no" else []
+    return f"a pass with batch_size {batch}", [*smaller, *precise, *sharded, "a smaller model"]

@@ -30,7 +30,8 @@ _PENDING = 64
 class Metrics:
     """Appends to ``output/metrics.jsonl``; lines after ``step`` (of a run cut off) are dropped.
 
-    An accuracy at ``step`` itself is dropped too: it came after the checkpoint and comes again.
+    An accuracy or a change at ``step`` itself is dropped too: it came after the checkpoint and
+    comes again.
     Raises QuietvitError where the disk is full or the files cannot be written.
     """
 
@@ -79,7 +80,7 @@ class Metrics:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if line["step"] <= step - ("top1" in line):
+            if line["step"] <= step - ("top1" in line or "changed" in line):
                 lines.append(line)
         return lines
 

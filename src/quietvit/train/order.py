@@ -96,7 +96,7 @@ class SeededImages(Dataset[tuple[Tensor, int]]):
         known = bool(self._bad[index])
         self._bad[index] = 1
         bad = self.bad_images
-        if len(bad) > self.max_bad:
+        if len(bad) > self.max_bad and not known:  # resumed in fewer processes they may be more
             named = "; ".join(self.dataset.where(index) for index in bad[:5])
             raise QuietvitError(
                 f"{len(bad)} images of {self.dataset.name} could not be decoded, and "

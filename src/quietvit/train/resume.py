@@ -1,7 +1,6 @@
 """The state of a run as a checkpoint holds it: collected from all processes, given back to them.
 
-And what all processes do together before they go on from one. The files are ``checkpoint``'s
-matter; when a checkpoint is written, ``loop``'s.
+The files are ``checkpoint``'s matter; when a checkpoint is written, ``loop``'s.
 """
 
 from __future__ import annotations
@@ -9,22 +8,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from quietvit.data import ImageDataset
-from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
-from quietvit.files import held
-from quietvit.train.checkpoint import set_aside_after
+from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered, is_sharded, load_whole, whole_model, whole_optimizer
-from quietvit.train.folder import CHECKPOINTS, refuse_used
+from quietvit.train.folder import changes, flat
 from quietvit.train.order import generator_states, set_generator_states
 from quietvit.train.parts import Parts
 from quietvit.train.regularizers import detached
+from quietvit.train.together import raise_together
 
 logger = logging.getLogger("quietvit")
 
@@ -40,7 +38,8 @@ def collect(parts: Parts) -> dict[str, Any]:
     with _quiet(p, not p.inner.state):
         optimizer = whole_optimizer(p.accelerator, p.plain, p.inner)
     return {
-        **shares(p),
+        "processes": p.accelerator.num_processes,
+        "config": flat(p.config),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "model": whole_model(p.accelerator, p.plain),
@@ -52,8 +51,10 @@ def collect(parts: Parts) -> dict[str, Any]:
     }
 
 
-def restore(parts: Parts, state: Mapping[str, Any]) -> float:
+def restore(parts: Parts, state: Mapping[str, Any], before: Mapping[str, Any]) -> float:
     """Load what ``collect`` gave, in every process. Returns batches of now in one of before.
+
+    ``before`` is what the run began with, in place of what earlier versions did not save.
 
     A warning tells of another number of threads or processes, or version of torch.
 
@@ -61,7 +62,7 @@ def restore(parts: Parts, state: Mapping[str, Any]) -> float:
         QuietvitError: steps of another number of images, other regularizers or optimizer groups.
     """
     p = parts
-    batches = check_steps(p, state)
+    batches = check_steps(p, state["processes"], state.get("config", before))
     _warn_if_inexact(p, state)
     if set(state["decays"]) != set(p.regularizers):
         raise QuietvitError(
@@ -86,35 +87,29 @@ def restore(parts: Parts, state: Mapping[str, Any]) -> float:
     return batches
 
 
-def shares(parts: Parts) -> dict[str, int]:
-    """How the images of a step are shared out."""
-    return {
-        "processes": parts.accelerator.num_processes,
-        "accumulation": parts.config.accumulation,
-        "batch_size": parts.config.batch_size,
-    }
-
-
-def check_steps(parts: Parts, state: Mapping[str, Any]) -> float:
+def check_steps(parts: Parts, processes: int, before: Mapping[str, Any]) -> float:
     """Refuse a checkpoint of steps of other images, saying how to go on.
 
     A step takes ``accumulation x processes`` batches that follow each other in one order, so all
     three numbers may change as long as their product does not. Returns how many batches now make
     one of before.
     """
-    now = shares(parts)
-    before = {key: state.get(key, now[key]) for key in now}  # earlier versions: processes alone
-    if math.prod(before.values()) == math.prod(now.values()):
-        if before != now and parts.accelerator.is_main_process:
+    config = parts.config
+    keys = ("accumulation", "batch_size")
+    then = {"processes": processes, **{key: before[key] for key in keys}}
+    now = {"processes": parts.accelerator.num_processes}
+    now |= {key: getattr(config, key) for key in keys}
+    if math.prod(then.values()) == math.prod(now.values()):
+        if then != now and parts.accelerator.is_main_process:
             logger.warning(
                 "the steps of %s are shared out as %s now: the images of each are the same, what "
-                "is drawn at random (dropout, mixup) is not.", _shown(before), _shown(now),
+                "is drawn at random (dropout, mixup) is not.", _shown(then), _shown(now),
             )  # fmt: skip
-        return before["batch_size"] / now["batch_size"]
-    each, rest = divmod(before["accumulation"] * before["processes"], now["processes"])
-    other = "" if rest else f", or batch_size {before['batch_size']} and accumulation {each} here"
+        return float(before["batch_size"] / config.batch_size)
+    each, rest = divmod(then["accumulation"] * processes, now["processes"])
+    other = "" if rest else f", or batch_size {then['batch_size']} and accumulation {each} here"
     raise QuietvitError(
-        f"the checkpoint was written with {_shown(before)}, and this run has {_shown(now)}: its "
+        f"the checkpoint was written with {_shown(then)}, and this run has {_shown(now)}: its "
         f"steps would be of other images. Resume with those{other} (the product must stay), or "
         "start anew in another output folder, from the weights so far (model.weights: "
         "model.safetensors in the checkpoint's folder)."
@@ -130,95 +125,50 @@ def dealt(parts: Parts, saved: Sequence[Any]) -> list[Any]:
     return list(saved[parts.accelerator.process_index :: parts.accelerator.num_processes])
 
 
-@contextmanager
-def alone(parts: Parts, begun: bool, force: bool) -> Iterator[None]:
-    """Hold the output folder, so that no other run writes into it. All processes must call.
+def differences(parts: Parts, state: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Say what differs now of the settings that a checkpoint was written with.
 
-    Raises:
-        QuietvitError: another run has it, or has begun one there since this one looked.
+    Checkpoints of earlier versions do not hold them: then nothing may differ of those that the run
+    was begun with (``before``).
     """
-    output, problem = parts.config.output, None
-    with ExitStack() as stack:
-        if parts.accelerator.is_main_process:
-            try:
-                stack.enter_context(held(output))
-                if not begun:
-                    refuse_used(output, force)
-            except QuietvitError as error:
-                problem = str(error)
-        raise_together(parts, problem)
-        yield
+    found = changes(state.get("config", before), parts.config)
+    processes = parts.accelerator.num_processes
+    if state["processes"] != processes:
+        found.append(f"processes was {state['processes']} and is {processes}")
+    if found and "config" not in state:
+        raise QuietvitError(
+            f"{'; '.join(found[:3])}, and the checkpoint is of a version that took no changes; "
+            "resume with the same settings until there is a new one."
+        )
+    return found
 
 
-def set_damaged_aside(parts: Parts, step: int) -> None:
-    """Set damaged checkpoints after ``step`` aside, by the main process; a failure stops all."""
-    problem, config = None, parts.config
-    if parts.accelerator.is_main_process:
-        try:
-            set_aside_after(config.output / CHECKPOINTS, step, config.checkpoint.keep)
-        except (OSError, QuietvitError) as error:
-            problem = str(error)
+def check_same_data(parts: Parts, then: Any, train: ImageDataset) -> None:
+    """Refuse to go on with other training images than ``then`` (``data_facts``). All must call.
+
+    Checkpoints of earlier versions do not tell: ``then`` is None.
+    """
+    now, problem = data_facts(parts.config, train), None
+    if then is not None and dict(then) != now:
+        otherwise = ", labelled or grouped otherwise" if then["images"] == now["images"] else ""
+        problem = (
+            f"the run was begun with {then['images']} training images of {then['classes']} "
+            f"classes, and {train.name} has {now['images']} of {now['classes']}{otherwise}; resume "
+            "with the same images (they may lie elsewhere, see data.dataset), or start anew in "
+            "another output folder."
+        )
     raise_together(parts, problem)
 
 
-def check_same_data(before: Mapping[str, Any] | None, now: Mapping[str, Any], name: str) -> None:
-    """Refuse to go on with other training images than before (``data_facts``).
-
-    Checkpoints of earlier versions do not tell: ``before`` is then None.
-    """
-    if before is not None and dict(before) != dict(now):
-        raise QuietvitError(
-            f"the run was begun with {before['images']} training images of {before['classes']} "
-            f"classes, and {name} has {now['images']} of {now['classes']}"
-            + (", labelled otherwise" if before["images"] == now["images"] else "")
-            + "; resume with the same images (they may lie elsewhere, see data.dataset), or start "
-            "anew in another output folder."
-        )
-
-
-def data_facts(train: ImageDataset) -> dict[str, Any]:
-    """What tells one set of training images from another: their number, classes and labels."""
-    labels = hashlib.sha256(train.labels.tobytes()).hexdigest()
-    return {"images": len(train), "classes": train.num_classes, "labels": labels}
-
-
-def weights_alike(parts: Parts, step: int) -> bool:
-    """Whether all processes hold the same weights; where not, a warning says so. All must call.
-
-    Each keeps and changes a copy of its own, so kernels that do not give the same bits on each GPU
-    would let them drift apart unseen. What is kept in parts cannot.
-    """
-    if is_sharded(parts.accelerator):
-        return True
-    sums = [p.detach().sum(dtype=widest(p.device)) for p in parts.plain.parameters()]
-    found = gathered(parts.accelerator, float(torch.stack(sums).sum()))
-    if len(set(found)) == 1:
-        return True
-    if parts.accelerator.is_main_process:
-        logger.warning(
-            "at step %d the processes do not hold the same weights any more (their sums: %s); what "
-            "is saved is those of the first. Are the GPUs of one kind? decay.cd.sharded=true "
-            "computes the decay of each pair in one process for all.",
-            step, ", ".join(f"{value:.17g}" for value in found[:4]),
-        )  # fmt: skip
-    return False
-
-
-def check_same_checkpoint(parts: Parts, step: int | None) -> None:
-    """Refuse to go on where the processes do not read the same checkpoint. All must call."""
-    steps = gathered(parts.accelerator, step)
-    if len(set(steps)) > 1:
-        raise QuietvitError(
-            f"the processes found different checkpoints in {parts.config.output} (at the steps "
-            f"{steps}); the output folder must lie on a file system that all machines share."
-        )
-
-
-def raise_together(parts: Parts, error: str | None) -> None:
-    """Raise in every process what went wrong in one, so that none waits for it. All must call."""
-    errors = [found for found in gathered(parts.accelerator, error) if found is not None]
-    if errors:
-        raise QuietvitError(errors[0])
+def data_facts(config: TrainConfig, train: ImageDataset) -> dict[str, Any]:
+    """What tells one set of training images, and the order they come in, from another."""
+    windowed = config.data.shuffle_window is not None and train.groups is not None
+    told = {"labels": train.labels, "groups": train.groups if windowed else None}
+    return {"images": len(train), "classes": train.num_classes} | {
+        key: hashlib.sha256(values.tobytes()).hexdigest()
+        for key, values in told.items()
+        if values is not None
+    }
 
 
 def _warn_if_inexact(parts: Parts, state: Mapping[str, Any]) -> None:

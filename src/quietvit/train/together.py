@@ -1,0 +1,125 @@
+"""What all processes of a run do together, so that none waits for one that has stopped.
+
+Every process must call each function, in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from quietvit.errors import QuietvitError
+from quietvit.files import held, write_atomic
+from quietvit.train.checkpoint import set_aside_after
+from quietvit.train.engine import gathered, is_sharded, whole_model
+from quietvit.train.folder import CHECKPOINTS, refuse_used, written
+from quietvit.train.parts import Parts
+from quietvit.train.result import WEIGHTS
+
+logger = logging.getLogger("quietvit")
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextmanager
+def alone(parts: Parts, begun: bool, force: bool, seen: Any) -> Iterator[None]:
+    """Hold the output folder, so that no other run writes into it.
+
+    ``seen`` is what was ``written`` there when this run read it.
+
+    Raises:
+        QuietvitError: another run has it, or has written there since this one looked.
+    """
+    output, problem = parts.config.output, None
+    with ExitStack() as stack:
+        if parts.accelerator.is_main_process:
+            try:
+                stack.enter_context(held(output))
+                if not begun:
+                    refuse_used(output, force)
+                elif written(output) != seen:
+                    problem = f"another process has written into {output} meanwhile; resume again."
+            except QuietvitError as error:
+                problem = str(error)
+        raise_together(parts, problem)
+        yield
+
+
+def raise_together(parts: Parts, error: str | None) -> None:
+    """Raise in every process what went wrong in one, so that none waits for it. All must call."""
+    errors = [found for found in gathered(parts.accelerator, error) if found is not None]
+    if errors:
+        raise QuietvitError(errors[0])
+
+
+def check_same_checkpoint(parts: Parts, step: int | None) -> None:
+    """Refuse to go on where the processes do not read the same checkpoint. All must call."""
+    steps = gathered(parts.accelerator, step)
+    if len(set(steps)) > 1:
+        raise QuietvitError(
+            f"the processes found different checkpoints in {parts.config.output} (at the steps "
+            f"{steps}); the output folder must lie on a file system that all machines share."
+        )
+
+
+def set_damaged_aside(parts: Parts, step: int) -> None:
+    """Set damaged checkpoints after ``step`` aside, by the main process; a failure stops all."""
+    problem, config = None, parts.config
+    if parts.accelerator.is_main_process:
+        try:
+            set_aside_after(config.output / CHECKPOINTS, step, config.checkpoint.keep)
+        except (OSError, QuietvitError) as error:
+            problem = str(error)
+    raise_together(parts, problem)
+
+
+def weights_alike(parts: Parts, step: int) -> bool:
+    """Whether all processes hold the same weights; where not, a warning says so.
+
+    Each keeps and changes a copy of its own, so kernels that do not give the same bits on each GPU
+    would let them drift apart unseen. What is kept in parts cannot.
+    """
+    if is_sharded(parts.accelerator):
+        return True
+    found = gathered(parts.accelerator, sum_of_bits(parts.plain.parameters()))
+    if len(set(found)) == 1:
+        return True
+    if parts.accelerator.is_main_process:
+        logger.warning(
+            "at step %d the processes do not hold the same weights any more; what is saved is "
+            "those of the first. Are the GPUs of one kind? decay.cd.sharded=true computes the "
+            "decay of each pair in one process for all.",
+            step,
+        )
+    return False
+
+
+def sum_of_bits(tensors: Iterable[Tensor]) -> int:
+    """The sum of the bits of tensors read as integers: the same in any order, on any device."""
+    sums = [
+        tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+        for tensor in tensors
+    ]
+    return int(torch.stack(sums).sum())
+
+
+def write_weights(parts: Parts) -> None:
+    """Write the weights of a finished training, the moving average where there is one."""
+    problem, ema = None, parts.ema
+    state = whole_model(parts.accelerator, parts.plain) if ema is None else ema.module.state_dict()
+    if parts.accelerator.is_main_process:
+        weights = {
+            key: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+            for key, value in state.items()
+        }
+        try:
+            write_atomic(parts.config.output / WEIGHTS, save(weights))
+        except QuietvitError as error:
+            problem = str(error)
+    raise_together(parts, problem)
