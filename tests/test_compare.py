@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -127,6 +128,19 @@ def test_other_settings_or_a_used_folder_are_refused_and_nothing_is_lost(compare
     with pytest.raises(QuietvitError, match="no comparison to go on with"):
         compare(config(), folder / "runs", resume=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == held
+
+
+def test_an_arm_that_went_on_otherwise_is_refused(compared, tmp_path):
+    """As by ``train --resume`` at a lower rate, in one arm alone."""
+    folder = tmp_path / "out"
+    shutil.copytree(compared[0].folder, folder)
+    arm = folder / "runs" / "seed1-with-cd"
+    (arm / "run.json").unlink()
+    content = json.loads((arm / "train" / "config.json").read_text())
+    content["optimizer"]["lr"] /= 10
+    (arm / "train" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(QuietvitError, match=r"seed1-with-cd.* optimizer\.lr was 0\.0001 and is"):
+        compare(config(), folder, resume=True, say=lambda _: None)
 
 
 def test_a_comparison_killed_while_its_settings_were_written_goes_on(tmp_path):
