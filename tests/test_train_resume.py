@@ -200,6 +200,16 @@ def test_what_changed_is_told_of_the_checkpoint_that_the_run_goes_on_from(tmp_pa
     assert told[0]["changed"] == "optimizer.lr was 0.001 and is 0.0001"
 
 
+def test_a_key_that_came_later_is_no_change(tmp_path, monkeypatch):
+    interrupt(tmp_path / "run", monkeypatch, 3)
+    state = load_checkpoint(tmp_path / "run" / "checkpoints")
+    del state["config"]["parallel"], state["config"]["decay"]["watch_every"]
+    del state["config"]["label_smoothing"]
+    save_checkpoint(tmp_path / "run" / "checkpoints", 2, state, keep=1)
+    run(tmp_path / "run", resume=True)
+    assert not [line for line in logged(tmp_path / "run") if "changed" in line]
+
+
 def test_a_finished_run_takes_no_changes(tmp_path):
     run(tmp_path / "run", epochs=1)
     with pytest.raises(QuietvitError, match=r"finished already, and optimizer\.lr was 0\.001"):

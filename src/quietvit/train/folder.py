@@ -81,8 +81,7 @@ def begun_with(config: TrainConfig, force: bool) -> dict[str, Any] | None:
             f"version {config.recipe}; finish it with the quietvit that began it, or start anew in "
             "another output folder."
         )
-    # Keys that came after the run was begun have the values they stood for then.
-    before = flat(parse_config(before, str(path)))
+    before = as_now(before, str(path))
     differing = [
         f"{key} was {old!r} and is {new!r}"
         for key, old, new in _differences(before, flat(config))
@@ -94,6 +93,14 @@ def begun_with(config: TrainConfig, force: bool) -> dict[str, Any] | None:
             "Resume with the same one, or choose another output folder."
         )
     return before
+
+
+def as_now(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a configuration of ``where``, perhaps of an earlier version, ``flat`` as of now.
+
+    Keys that came after it was written have the values they stood for then.
+    """
+    return flat(parse_config(content, where))
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:

@@ -112,9 +112,9 @@ def train(
                 logger.warning("%s holds no checkpoint; the run starts from its beginning.", output)
             with enough_memory(config, Stage.BUILD):
                 loop = _Loop(run, state, before)
-            if main and state is not None:
-                write_config(config)
             try:
+                if main and state is not None:
+                    write_config(config)
                 with enough_memory(config, Stage.STEP):
                     loop.run_epochs(progress)
                 return loop.finish(progress)

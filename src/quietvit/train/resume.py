@@ -18,7 +18,7 @@ from quietvit.data import ImageDataset
 from quietvit.errors import QuietvitError
 from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered, is_sharded, load_whole, whole_model, whole_optimizer
-from quietvit.train.folder import changes, flat
+from quietvit.train.folder import as_now, changes, flat
 from quietvit.train.order import generator_states, set_generator_states
 from quietvit.train.parts import Parts
 from quietvit.train.regularizers import detached
@@ -131,7 +131,8 @@ def differences(parts: Parts, state: Mapping[str, Any], before: Mapping[str, Any
     Checkpoints of earlier versions do not hold them: then nothing may differ of those that the run
     was begun with (``before``).
     """
-    found = changes(state.get("config", before), parts.config)
+    then = as_now(state["config"], "the checkpoint") if "config" in state else before
+    found = changes(then, parts.config)
     processes = parts.accelerator.num_processes
     if state["processes"] != processes:
         found.append(f"processes was {state['processes']} and is {processes}")
