@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from quietvit.decay import amplification
 from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
-from quietvit.train import loop
+from quietvit.train import losses
 from quietvit.train.engine import make_accelerator
 from test_train_loop import MODEL, assert_same, config, run
 
@@ -77,7 +77,7 @@ def test_a_run_needs_float64_only_where_the_device_has_it(tmp_path, monkeypatch)
     changes = {"epochs": 1, "model": model, "decay": {"watch_every": 1}}
     with pytest.raises(TypeError, match="no float64 here"), Doubles():
         run(tmp_path / "refused", **changes)
-    for module in (amplification, loop):
+    for module in (amplification, losses):
         monkeypatch.setattr(module, "widest", lambda _: torch.float32)
     with Doubles():
         result = run(tmp_path / "run", **changes)
