@@ -145,6 +145,7 @@ class _Loop:
         self.saved, self.alike = -1, True
         self.train_seconds = 0.0
         self.losses = Losses(run.parts)
+        self.data = data_facts(self.config, run.train)
         differing: list[str] = []
         if state is not None:
             differing = self._restore(state, before or {})
@@ -281,7 +282,7 @@ class _Loop:
             "seconds": (self.train_seconds, self.p.stopwatch.seconds),
             "loss": self.losses.state(),
             "bad_images": gathered(self.accelerator, self.r.images.bad_images),
-            "data": data_facts(self.config, self.r.train),
+            "data": self.data,
             **collect(self.p),
         }
         problem = None
@@ -301,8 +302,8 @@ class _Loop:
         Every process must call.
         """
         differing = differences(self.p, state, before)
-        check_same_data(self.p, state.get("data"), self.r.train)
-        batches = restore(self.p, state, before)
+        check_same_data(self.p, state.get("data"), self.data, self.r.train.name)
+        batches = restore(self.p, state)
         self.step, self.epoch = state["step"], state["epoch"]
         self.batch = round(state["batch"] * batches)
         self.train_seconds, decay_seconds = state["seconds"]

@@ -51,18 +51,17 @@ def collect(parts: Parts) -> dict[str, Any]:
     }
 
 
-def restore(parts: Parts, state: Mapping[str, Any], before: Mapping[str, Any]) -> float:
+def restore(parts: Parts, state: Mapping[str, Any]) -> float:
     """Load what ``collect`` gave, in every process. Returns batches of now in one of before.
 
-    ``before`` is what the run began with, in place of what earlier versions did not save.
-
-    A warning tells of another number of threads or processes, or version of torch.
+    Checkpoints of earlier versions hold no settings; ``differences`` has seen to theirs. A warning
+    tells of another number of threads or processes, or version of torch.
 
     Raises:
         QuietvitError: steps of another number of images, other regularizers or optimizer groups.
     """
     p = parts
-    batches = check_steps(p, state["processes"], state.get("config", before))
+    batches = check_steps(p, state["processes"], state.get("config", flat(p.config)))
     _warn_if_inexact(p, state)
     if set(state["decays"]) != set(p.regularizers):
         raise QuietvitError(
@@ -144,17 +143,17 @@ def differences(parts: Parts, state: Mapping[str, Any], before: Mapping[str, Any
     return found
 
 
-def check_same_data(parts: Parts, then: Any, train: ImageDataset) -> None:
+def check_same_data(parts: Parts, then: Any, now: Mapping[str, Any], name: str) -> None:
     """Refuse to go on with other training images than ``then`` (``data_facts``). All must call.
 
     Checkpoints of earlier versions do not tell: ``then`` is None.
     """
-    now, problem = data_facts(parts.config, train), None
+    problem = None
     if then is not None and dict(then) != now:
         otherwise = ", labelled or grouped otherwise" if then["images"] == now["images"] else ""
         problem = (
             f"the run was begun with {then['images']} training images of {then['classes']} "
-            f"classes, and {train.name} has {now['images']} of {now['classes']}{otherwise}; resume "
+            f"classes, and {name} has {now['images']} of {now['classes']}{otherwise}; resume "
             "with the same images (they may lie elsewhere, see data.dataset), or start anew in "
             "another output folder."
         )
