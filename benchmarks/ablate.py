@@ -4,7 +4,8 @@ Two tasks: fine-tuning DeiT-Tiny, and a ViT of 5.4 million parameters from scrat
 Every family of settings gets the same number of tries with seed 0; the try that is best on held-out
 training images (mean of the two W4A4 figures that are not min-max) goes on with more seeds, and is
 judged on test images. A run that diverges counts as a try, with figures of nan. The tasks are full
-on a GPU, reduced on a processor with fast bfloat16, reduced once more on any other (``--scale``);
+on a GPU, reduced on a processor with fast bfloat16, reduced once more and in float32 on any other
+(``--scale``);
 families are worked off in the order of their tiers, as far as ``--minutes`` go. Resumable: one CSV
 row a run. Needs QUIETVIT_TEST_DATA (or --data), see docs/development.md.
 
@@ -37,8 +38,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ablate_run import TASKS, DivergedError, Setting, Split, Task, measure, own_scale, read, train
-from quietvit.decay.products import product_dtype
+from ablate_run import (
+    TASKS,
+    DivergedError,
+    Setting,
+    Split,
+    Task,
+    in_bfloat16,
+    measure,
+    own_scale,
+    read,
+    train,
+)
 
 OUT = Path("results/ablate.csv")
 RUNS = Path("runs/ablate")
@@ -228,8 +239,7 @@ def one(given: str) -> None:
     row["seconds"] = round(time.perf_counter() - start, 1)
     row["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     row["torch"] = torch.__version__
-    low = product_dtype("auto", split.train[0].float()) is not None
-    precision = "bfloat16 autocast" if low else "float32"
+    precision = "bfloat16 autocast" if in_bfloat16(task, device) else "float32"
     row["machine"] = f"{platform.machine()} {os.cpu_count()} cores, {precision}"
     print(json.dumps(row))
 

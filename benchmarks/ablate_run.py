@@ -39,7 +39,8 @@ class Task:
 
     ``patch``, ``width`` and ``depth`` are of the model from scratch, which has three heads.
     ``probed``: the new head starts as the ridge regression of the classes on what the backbone
-    gives, which a short fine-tune would otherwise spend its steps on.
+    gives, which a short fine-tune would otherwise spend its steps on. ``float32``: in that
+    precision everywhere, else in bfloat16 autocast where the device is faster in it.
     """
 
     size: int
@@ -55,6 +56,7 @@ class Task:
     width: int = 192
     depth: int = 12
     probed: bool = False
+    float32: bool = False
 
 
 # Reduced for a processor that is fast in bfloat16 ("cpu"), once more for one that is not ("small");
@@ -65,8 +67,11 @@ CPU_TASKS = {
 }
 TASKS = {
     "small": {
-        "finetune": Task(96, 2000, 800, 800, 2, 32, 3e-4, 0.05, True, probed=True),
-        "scratch": Task(32, 3000, 800, 800, 20, 32, 1e-3, 0.1, False, patch=8, width=96, depth=6),
+        "finetune": Task(96, 2000, 800, 800, 2, 32, 3e-4, 0.05, True, probed=True, float32=True),
+        "scratch": replace(
+            Task(32, 3000, 800, 800, 20, 32, 1e-3, 0.1, False, patch=8, width=96, depth=6),
+            float32=True,
+        ),
     },
     "cpu": CPU_TASKS,
     "gpu": {
@@ -89,6 +94,11 @@ def own_scale() -> str:
     if torch.cuda.is_available():
         return "gpu"
     return "cpu" if product_dtype("auto", torch.zeros(1)) is not None else "small"
+
+
+def in_bfloat16(task: Task, device: torch.device) -> bool:
+    """Whether the task's models and decays compute in bfloat16 there."""
+    return not task.float32 and product_dtype("auto", torch.empty(0, device=device)) is not None
 
 
 def build(task: Task, data: Path) -> nn.Module:
@@ -126,12 +136,17 @@ def read(task: Task, data: Path, cache: Path, device: torch.device) -> Split:
 
 
 def attach(
-    model: nn.Module, setting: Setting, optimizer: torch.optim.Optimizer, shown: Tensor, steps: int
+    model: nn.Module,
+    setting: Setting,
+    optimizer: torch.optim.Optimizer,
+    shown: Tensor,
+    steps: int,
+    products: str = "auto",
 ) -> list[Any]:
     """Every regularizer of a setting, attached; the last entries may have a loss (TWEO)."""
     example, found = shown[:1], []
     if "cd" in setting:
-        chosen = dict(setting["cd"])
+        chosen = {"products": products} | setting["cd"]
         if chosen.pop("fold", False):
             kinds = [kind for kind, value in chosen["strength"].items() if value]
             chosen["pairs"] = quietvit.find_pairs(model, example, kinds=kinds, fold_gains=True)
@@ -170,9 +185,11 @@ def train(
         put_probe(model, x, y, cache)
     optimizer = torch.optim.AdamW(parameter_groups(model, setting), lr=task.lr)
     steps = task.epochs * (len(x) // task.batch)
-    regularizers = attach(model, setting, optimizer, normalized(x[:16], model), steps)
+    low = in_bfloat16(task, device)
+    products = "auto" if low else "float32"
+    shown = normalized(x[:16], model)
+    regularizers = attach(model, setting, optimizer, shown, steps, products)
     penalties = [each for each in regularizers if hasattr(each, "loss")]
-    low = product_dtype("auto", x) is not None
     warmup = max(1, round(task.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warmup, 0.5 * (1 + math.cos(math.pi * t / steps)))

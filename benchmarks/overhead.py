@@ -46,6 +46,7 @@ from overhead_bench import (
     flops,
     hooks,
     make,
+    precision,
     step_flops,
     update,
     whole_steps,
@@ -76,6 +77,8 @@ OUT = Path("results/overhead.csv")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 OutOption = Annotated[Path, typer.Option(help="The table.")]
 Row = dict[str, Any]
+Case = tuple[str, str, str, str]
+"""Model, batch, device, precision: what is measured in one process."""
 
 
 def measure(
@@ -129,7 +132,7 @@ def measure(
                 "extra_memory_mib": extra_mib(bench, variant, regularizer),
                 "block_mib": round(block, 3),
                 "settings": json.dumps(VARIANTS[variant][1], sort_keys=True),
-                "precision": bench.precision,
+                "precision": precision(device),
                 "threads": torch.get_num_threads(),
                 "quietvit": quietvit.__version__,
                 "torch": torch.__version__,
@@ -142,6 +145,10 @@ def measure(
 
 def extra_mib(bench: Bench, variant: str, regularizer: Any) -> float:
     return round(extra_memory(bench, regularizer, in_forward=variant == "tweo"), 3)
+
+
+def case_of(row: Row) -> Case:
+    return row["model"], row["batch"], row["device"], row["precision"]
 
 
 def machine(device: torch.device) -> str:
@@ -196,12 +203,8 @@ def run(
     end = time.monotonic() + 60 * minutes
     for batch in map(int, batches.split(",")):
         for name in models.split(","):
-            key = (name, str(batch), where.type)
-            done = {
-                row["variant"]
-                for row in read(out)
-                if (row["model"], row["batch"], row["device"]) == key
-            }
+            key = (name, str(batch), where.type, precision(where))
+            done = {row["variant"] for row in read(out) if case_of(row) == key}
             todo = [variant for variant in chosen if variant not in done]
             left = end - time.monotonic()
             if not todo or left <= 0:
@@ -218,11 +221,12 @@ def memory(
     models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
     variants: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(VARIANTS),
 ) -> None:
-    """Measure extra memory anew for rows of a CPU; it does not depend on the machine's speed."""
+    """Measure extra memory anew for rows of a CPU in the precision of this one."""
     rows: list[Row] = [*read(out)]
-    cases = dict.fromkeys((r["model"], r["batch"]) for r in rows if r["device"] == "cpu")
-    for name, batch in cases:
-        own = [r for r in rows if (r["model"], r["batch"], r["device"]) == (name, batch, "cpu")]
+    here = ("cpu", precision(torch.device("cpu")))
+    for case in dict.fromkeys(case_of(row) for row in rows if case_of(row)[2:] == here):
+        name, batch = case[:2]
+        own = [row for row in rows if case_of(row) == case]
         if name not in models.split(","):
             continue
         for row in own:
@@ -243,13 +247,13 @@ def memory(
 def summary(out: OutOption = OUT) -> None:
     """Print the table as Markdown: ratio of step times, its extremes, the floor, the memory."""
     rows = read(out)
-    titles = "model, batch, device, variant, ratio, extremes, cost in ms, plain step in ms, floor"
-    cells = [*titles.split(", "), "extra memory in MiB", "one block in MiB"]
+    titles = "model, batch, device, precision, variant, ratio, extremes, cost in ms"
+    more = "plain step in ms, floor, extra memory in MiB, one block in MiB"
+    cells = f"{titles}, {more}".split(", ")
     print("| " + " | ".join(cells) + " |")
-    print("|---" * 11 + "|")
-    cases = dict.fromkeys((row["model"], row["batch"], row["device"]) for row in rows)
-    for case in cases:
-        own = {r["variant"]: r for r in rows if (r["model"], r["batch"], r["device"]) == case}
+    print("|---" * len(cells) + "|")
+    for case in dict.fromkeys(map(case_of, rows)):
+        own = {row["variant"]: row for row in rows if case_of(row) == case}
         for row in own.values():
             cached = row["variant"] in ("s2d", "cd-top")
             shown = row["variant"] + (" between refreshes" if cached else "")
@@ -266,7 +270,7 @@ def summary(out: OutOption = OUT) -> None:
 
 
 def line(
-    case: tuple[str, str, str],
+    case: Case,
     label: str,
     row: dict[str, str],
     ratio: float,

@@ -45,6 +45,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def precision(device: torch.device) -> str:
+    low = product_dtype("auto", torch.empty(0, device=device)) is not None
+    return "bfloat16 autocast" if low else "float32"
+
+
 @dataclass
 class Bench:
     """A model that trains on one batch of random images, and clocks around its steps.
@@ -71,11 +76,7 @@ class Bench:
 
     @property
     def low(self) -> bool:
-        return product_dtype("auto", self.images) is not None
-
-    @property
-    def precision(self) -> str:
-        return "bfloat16 autocast" if self.low else "float32"
+        return precision(self.device) != "float32"
 
     def backward(self, regularizer: Any = None) -> None:
         self.optimizer.zero_grad()

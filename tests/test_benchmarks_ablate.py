@@ -15,6 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablate
+import ablate_run
+import quietvit.decay.penalties
+import quietvit.decay.products
 from quietvit import QuietvitError
 
 TASK, FAMILY = "scratch", "cd"
@@ -73,6 +76,35 @@ def test_training_that_meets_nan_diverges(name: str, tmp_path: Path) -> None:
     images = (x, torch.zeros(64, dtype=torch.long))
     with pytest.raises(ablate.DivergedError):
         ablate.train(task, SETTINGS[name], 0, ablate.Split(images, images, images), tmp_path)
+
+
+@pytest.mark.parametrize("scale", ["small", "cpu"])
+def test_a_small_run_is_in_float32_on_every_processor(
+    scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows of one scale are held against each other, from whatever machine they come."""
+    monkeypatch.setattr(quietvit.decay.products, "_is_fast", lambda device: True)
+    low = dict[str, list[bool]](model=[], update=[])
+    both = quietvit.decay.penalties.both_products
+
+    def watched(A: Any, B: Any, dtype: Any = None, **more: Any) -> Any:
+        low["update"].append(dtype is not None)
+        return both(A, B, dtype, **more)
+
+    def normalized(batch: Any, model: Any) -> Any:
+        low["model"].append(torch.is_autocast_enabled("cpu"))
+        return batch
+
+    monkeypatch.setattr(quietvit.decay.penalties, "both_products", watched)
+    monkeypatch.setattr(ablate_run, "normalized", normalized)
+    full = replace(ablate.TASKS[scale]["scratch"], train=64, epochs=1, patch=16)
+    task = replace(full, width=24, depth=1)
+    images = (torch.zeros(64, 3, 32, 32), torch.zeros(64, dtype=torch.long))
+    ablate.train(task, SETTINGS["cd"], 0, ablate.Split(images, images, images), tmp_path, limit=1)
+    fast = scale != "small"
+    assert low["model"][-1] is fast
+    assert any(low["update"]) is fast
+    assert ablate_run.in_bfloat16(task, torch.device("cpu")) is fast
 
 
 def test_a_wrong_setting_is_no_divergence(tmp_path: Path) -> None:
