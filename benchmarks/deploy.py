@@ -11,9 +11,10 @@ ratios of neighbouring calls, with quartiles; a float row is timed against itsel
 noise. Sessions of onnxruntime: ``default``, and ``exact``, with session.x64quantprecision=1, which
 matters on processors without VNNI, where a default session's 8-bit products saturate.
 
-One CSV row a run, each in a process of its own; resumable. Needs QUIETVIT_TEST_DATA (or --data)
-and the extras onnx, openvino and torchao. Rows whose packages are missing are left out, and said
-so: NNCF lives in an environment of its own, which may lend everything else from this one:
+One CSV row a run and kind of machine, each in a process of its own; resumable. Needs
+QUIETVIT_TEST_DATA (or --data) and the extras onnx, openvino and torchao. Rows whose packages are
+missing are left out, and said so: NNCF lives in an environment of its own, which may lend
+everything else from this one:
 
     python benchmarks/deploy.py run
     nncf-venv/bin/python benchmarks/deploy.py run --only 'nncf*'
@@ -226,7 +227,11 @@ def read(out: Path) -> list[Row]:
 
 
 def key_of(row: Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in KEY)
+    return tuple(row[name] for name in (*KEY, "machine"))
+
+
+def machine() -> str:
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def append(out: Path, job: Job, measured: dict[str, Any]) -> None:
@@ -238,7 +243,7 @@ def append(out: Path, job: Job, measured: dict[str, Any]) -> None:
     with out.open("ab") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         rows = read(out) if out.stat().st_size else []
-        if job.key in map(key_of, rows):
+        if (*job.key, row["machine"]) in map(key_of, rows):
             return
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -255,14 +260,14 @@ def versions() -> str:
 
 
 def jobs_for(only: str, images: int, seed: int, out: Path) -> list[Job]:
-    """Jobs of the chosen names that have no row yet."""
+    """Jobs of the chosen names that have no row yet on a machine like this one."""
     patterns = only.split(",")
     jobs = [Job(*run, seed=seed, images=images) for run in RUNS]
     chosen = [j for j in jobs if any(fnmatch.fnmatchcase(j.name, p) for p in patterns)]
     if not chosen:
         raise typer.BadParameter(f"{only!r} matches none of {', '.join(j.name for j in jobs)}")
     done = set(map(key_of, read(out)))
-    return [job for job in chosen if job.key not in done]
+    return [job for job in chosen if (*job.key, machine()) not in done]
 
 
 def missing(job: Job) -> list[str]:
@@ -293,7 +298,7 @@ def one(task: str) -> None:
     torch.set_num_threads(given["threads"])
     job, data, work = Job(**given["job"]), Data(**given["data"]), Path(given["work"])
     row = measure(job, data, work, given["threads"], given["seconds"])
-    row |= {"versions": versions(), "machine": f"{processor()}, {os.cpu_count()} cores"}
+    row |= {"versions": versions(), "machine": machine()}
     print(json.dumps(row | {"threads": given["threads"]}))
 
 
@@ -354,10 +359,11 @@ def table(rows: Sequence[Row]) -> str:
 
 @app.command()
 def summary(out: OutOption = OUT) -> None:
-    """Print the table as Markdown."""
+    """Print the table as Markdown, one for each kind of machine."""
     order = {run: number for number, run in enumerate(sorted(RUNS, key=lambda run: run[1]))}
-    rows = read(out)
-    print(table(sorted(rows, key=lambda r: order[r["model"], r["runtime"], r["session"]])))
+    rows = sorted(read(out), key=lambda r: order[r["model"], r["runtime"], r["session"]])
+    for name in dict.fromkeys(row["machine"] for row in rows):
+        print(f"{name}\n\n{table([row for row in rows if row['machine'] == name])}\n")
 
 
 if __name__ == "__main__":

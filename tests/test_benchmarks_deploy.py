@@ -48,13 +48,21 @@ def data(script, tmp_path):
     )
 
 
+HERE = "x86_64 with 8-bit dot products (VNNI or like), 2 cores"
+
+
+@pytest.fixture(autouse=True)
+def here(script, monkeypatch):
+    monkeypatch.setattr(script, "machine", lambda: HERE)
+
+
 def fake(job: Any, **other: Any) -> dict[str, Any]:
     """What ``spawn`` returns, told by nothing."""
     latency = {"ms": 10.0, "float_ms": 20.0, "ratio": 2.0, "low": 1.9, "high": 2.1, "repeats": 5}
     measured = {f"b{size}_{name}": value for size in (1, 8) for name, value in latency.items()}
     shares = {"integer_share": 0.99, "float_share": 0.01, "unread_share": 0.0}
     facts = {"top1": 78.5, "agreement": 99.1, "mb": 6.2, "operators": "{}", "threads": 1}
-    return measured | shares | facts | {"versions": "", "machine": ""} | other
+    return measured | shares | facts | {"versions": "", "machine": HERE} | other
 
 
 def test_a_finished_table_leaves_nothing_to_do_and_a_part_leaves_the_rest(script, tmp_path):
@@ -78,6 +86,23 @@ def test_a_finished_table_leaves_nothing_to_do_and_a_part_leaves_the_rest(script
         "2.00 (1.90–2.10)",
         "2.00 (1.90–2.10)",
     ]
+
+
+def test_a_row_of_another_kind_of_machine_is_measured_here_too_and_shown_apart(
+    script, tmp_path, capsys
+):
+    out = tmp_path / "table.csv"
+    job, *_ = script.jobs_for("float-onnxruntime-*", 1000, 0, out)
+    script.append(out, job, fake(job, machine="x86_64 without VNNI, 2 cores"))
+    assert script.jobs_for("float-onnxruntime-*", 1000, 0, out) == [job]
+    script.append(out, job, fake(job, b1_ratio=3.0))
+    assert script.jobs_for("float-onnxruntime-*", 1000, 0, out) == []
+    script.summary(out)
+    first, second = capsys.readouterr().out.strip().split("\n\n\n")
+    assert first.startswith("x86_64 without VNNI, 2 cores\n\n| tool |")
+    assert "2.00 (" in first
+    assert second.startswith(f"{HERE}\n\n| tool |")
+    assert "3.00 (" in second
 
 
 def test_a_row_that_fails_or_lacks_its_package_does_not_stop_the_rest(

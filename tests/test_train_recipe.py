@@ -79,6 +79,18 @@ def test_a_runs_config_is_a_recipe(tmp_path):
         ("data.augmentation.scale=[-1, 2]", r"scale\.0: .*greater than 0 .*scale\.1: .*equal to 1"),
         ("data.augmentation.scale=[0, 1]", r"data\.augmentation\.scale\.0: .*greater than 0"),
         ("data.augmentation.scale=[nan, 1]", r"data\.augmentation\.scale\.0: .*\(given: nan\)"),
+        ("optimizer.lr=inf", r"optimizer\.lr: .*finite number \(given: inf\)"),
+        ("optimizer.weight_decay=inf", r"optimizer\.weight_decay: .*finite number"),
+        ("decay.cd.strength=inf", r"decay\.cd\.strength: .*finite number"),
+        ("data.augmentation.color_jitter=inf", r"color_jitter: .*finite number"),
+        (
+            "data.augmentation.scale=[0.5, 1]",
+            r"augmentation: scale belongs to crop = 'resized', with crop = 'shift' it does nothing",
+        ),
+        (
+            "data.augmentation={crop='none', shift=0.25}",
+            r"augmentation: shift belongs to crop = 'shift', with crop = 'none' it does nothing",
+        ),
         (
             "data.augmentation.scale=[1.0, 0.08]",
             r"augmentation\.scale: the lower share .* write \[0\.08, 1\] \(given: \[1\.0, 0\.08",
@@ -130,7 +142,8 @@ def test_one_value_or_one_for_each_kind_is_read_and_written_alike(cd):
 
 
 def test_the_ends_of_what_betas_and_areas_may_be_are_taken():
-    changes = ["optimizer.betas=[0, 0.9999]", "data.augmentation.scale=[1, 1]"]
+    area = "data.augmentation={crop='resized', scale=[1, 1]}"
+    changes = ["optimizer.betas=[0, 0.9999]", area]
     config = load_recipe("digits", changes)
     assert config.optimizer.betas == (0, 0.9999)
     assert config.data.augmentation.scale == (1, 1)

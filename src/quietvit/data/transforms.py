@@ -6,10 +6,10 @@ Evaluation, calibration and training all take them from ``data_config``, so they
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
@@ -28,7 +28,7 @@ class Augmentation(BaseModel):
     acts beside ``auto_augment`` too, where timm's own scripts leave it out.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     crop: Literal["none", "shift", "resized"] = "shift"
     shift: float = Field(default=0.125, ge=0, le=0.5)
@@ -44,6 +44,17 @@ class Augmentation(BaseModel):
         if scale[0] > scale[1]:
             raise ValueError(f"the lower share comes first; write [{scale[1]:g}, {scale[0]:g}]")
         return scale
+
+    @model_validator(mode="after")
+    def _of_its_crop(self) -> Self:
+        for key, crop in (("shift", "shift"), ("scale", "resized")):
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if self.crop != crop and value != default:
+                raise ValueError(
+                    f"{key} belongs to crop = {crop!r}, with crop = {self.crop!r} it does nothing; "
+                    "set that crop, or leave it out"
+                )
+        return self
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

@@ -5,6 +5,7 @@ The only regularizer here that acts on activations; those that act on weights ar
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from quietvit.decay.schedule import Schedule, checked_schedule, described, facto
 from quietvit.errors import QuietvitError
 from quietvit.tracing import trace
 from quietvit.tracing.block_modules import first_tensor, residual_modules
+
+logger = logging.getLogger("quietvit")
 
 _EPSILON = 1e-6
 _PATIENCE = 3
@@ -55,7 +58,8 @@ class TWEO:
 
     Raises:
         QuietvitError: on bad values, on a model without residual blocks; while training, where
-            ``loss()`` finds no pass, or is not called in three optimizer steps on end.
+            ``loss()`` finds no pass, or is not called in three optimizer steps on end. A warning
+            says once where all blocks and what is in front of them are frozen.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class TWEO:
         self._seen: list[tuple[str, Tensor]] = []
         self._last: dict[str, Tensor] = {}
         self._used, self._unused = False, 0
+        self._warned = False
         self._hooks: list[Any] = []
         self._handles: list[Any] = []
         self._watch()
@@ -110,6 +115,14 @@ class TWEO:
         self._last = _by_block([(name, term.detach()) for name, term in seen])
         self._used, self._unused = True, 0
         terms = torch.stack([term.to(seen[0][1].device) for _, term in seen])
+        if not terms.requires_grad and not self._warned:
+            self._warned = True
+            logger.warning(
+                "TWEO changes nothing: no output of its %d blocks depends on a parameter that "
+                "trains (requires_grad), so its penalty has no gradient. Unfreeze some, or leave "
+                "it out.",
+                len(self.blocks),
+            )
         return terms.mean() * (self.strength * factor_at(self.schedule, self.steps))
 
     def around(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:

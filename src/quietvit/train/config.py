@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 from quietvit.data.transforms import Augmentation
 
-Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Strength = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -28,9 +28,11 @@ _NO_KWARGS = {
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, no keys beside the ones declared."""
+    """A part of the configuration: frozen, finite, no keys beside the ones declared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
