@@ -254,6 +254,27 @@ def test_what_is_written_otherwise_is_exact_and_not_claimed(tmp_path: Path) -> N
     assert any("2 products" in note for note in found.notes)
 
 
+@pytest.mark.parametrize(
+    ("vnni", "exact", "asked"),
+    [
+        *((False, None, True), (None, None, True), (True, None, False)),
+        *((True, True, True), (False, False, False)),
+    ],
+)
+def test_sessions_are_exact_where_the_processor_would_saturate(
+    vnni: bool | None, exact: bool | None, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the others it costs speed: the products would no longer be of the instruction's kind."""
+    monkeypatch.setattr(runtime, "vnni", lambda: vnni)
+    options = runtime.OnnxRuntime(exported("vit").path, exact=exact).session.get_session_options()
+    key, value = runtime.EXACT
+    if asked:
+        assert options.get_session_config_entry(key) == value
+    else:
+        with pytest.raises(RuntimeError, match=key):
+            options.get_session_config_entry(key)
+
+
 def test_what_the_processor_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.vnni() in (True, False, None)
     for flags, known in (("fpu avx2", False), ("fpu avx_vnni", True), ("fpu amx_int8", True)):

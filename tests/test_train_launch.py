@@ -1,0 +1,77 @@
+"""The guide's command lines for several machines, here two of one process each on one CPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from quietvit.train import TrainResult
+from test_train_distributed import CD, SHARED, assert_close
+from test_train_loop import config, lines
+
+TORCHRUN = (
+    *("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+    *("--rdzv-endpoint", "127.0.0.1:{port}", "--rdzv-id", "mine"),
+)
+ACCELERATE = (
+    *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2"),
+    *("--machine_rank", "{rank}", "--main_process_ip", "127.0.0.1", "--main_process_port"),
+    *("{port}", "--mixed_precision", "no", "--dynamo_backend", "no"),
+)
+
+
+def started(launcher: tuple[str, ...], output: Path, **changes: Any) -> subprocess.Popen[str]:
+    """A run by the command line, its configuration a recipe beside the output folder."""
+    recipe = output.with_suffix(".json")
+    recipe.write_text(config(output, **changes).model_dump_json())
+    train = ["quietvit.cli", "train", "--recipe", str(recipe), "--output", str(output)]
+    train = ["-m", *train] if launcher else train
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, *train],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    try:
+        told = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(told)
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_machines_train_as_one_process_with_the_whole_batch(
+    launcher: tuple[str, ...], tmp_path: Path
+) -> None:
+    both, one = tmp_path / "both", tmp_path / "one"
+    changes: dict[str, Any] = {**SHARED, "epochs": 1, "decay": CD}
+    port = free_port()
+    commands = [[part.format(rank=rank, port=port) for part in launcher] for rank in range(2)]
+    finish([started(tuple(each), both, accumulation=2, **changes) for each in commands])
+    finish([started((), one, accumulation=4, **changes)])
+    found, expected = TrainResult.read(both), TrainResult.read(one)
+    assert found.steps == expected.steps == 3
+    assert found.top1 == expected.top1
+    assert_close(load_file(found.weights), load_file(expected.weights))
+    losses = [[line["loss"] for line in lines(each) if "loss" in line] for each in (both, one)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert len(losses[0]) == 3
