@@ -26,11 +26,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 import quietvit
 from quietvit.data import create_model, data_config, load_dataset
+from quietvit.files import write_atomic
 
 CD = {"mlp": 1.0, "value_output": 1.0}
 NORM = {"norm_linear": 1.0}
@@ -89,10 +90,7 @@ def images(table: Path, count: int, cache: Path, size: int = SIZE) -> tuple[Tens
             picture, label = dataset[i]
             pictures.append(pil_to_tensor(picture.resize((size, size), 3)))
             labels.append(label)
-        cache.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        save_file({"x": torch.stack(pictures), "y": torch.tensor(labels)}, part)
-        part.rename(file)
+        write_atomic(file, save({"x": torch.stack(pictures), "y": torch.tensor(labels)}))
     stored = load_file(file)
     return stored["x"], stored["y"]
 

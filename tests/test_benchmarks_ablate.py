@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablate
 import ablate_run
+import finetune_cifar
 import quietvit.decay.penalties
 import quietvit.decay.products
 from quietvit import QuietvitError
@@ -131,3 +132,32 @@ def test_a_run_that_diverges_gives_a_row_of_nan(
     rest = dict.fromkeys(("seconds", "device", "torch", "machine"), "1")
     ablate.append(out, vars(job) | found | rest)
     assert ablate.score(ablate.rows_of(out)[0]) == -math.inf
+
+
+def test_two_runs_that_begin_together_make_the_images_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever is done first has put them there: the other neither fails nor spoils them."""
+    from PIL import Image
+
+    class Slow:
+        """While one reads its first image, another makes the whole file."""
+
+        def __init__(self) -> None:
+            self.begun = False
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            if not self.begun:
+                self.begun = True
+                made.append(finetune_cifar.images(Path("t.parquet"), 3, tmp_path, 8))
+            return Image.new("RGB", (4, 4), (index, 0, 0)), index
+
+    made: list[Any] = []
+    dataset = Slow()
+    monkeypatch.setattr(finetune_cifar, "load_dataset", lambda *_, **__: dataset)
+    made.append(finetune_cifar.images(Path("t.parquet"), 3, tmp_path, 8))
+    assert len(made) == 2
+    for x, y in made:
+        assert y.tolist() == [0, 1, 2]
+        assert x[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert len(list(tmp_path.iterdir())) == 1

@@ -85,11 +85,11 @@ def test_a_runs_config_is_a_recipe(tmp_path):
         ("data.augmentation.color_jitter=inf", r"color_jitter: .*finite number"),
         (
             "data.augmentation.scale=[0.5, 1]",
-            r"augmentation: scale belongs to crop = 'resized', with crop = 'shift' it does nothing",
+            r"augmentation: scale belongs to crop = 'resized', with crop = 'none' it does nothing",
         ),
         (
-            "data.augmentation={crop='none', shift=0.25}",
-            r"augmentation: shift belongs to crop = 'shift', with crop = 'none' it does nothing",
+            "data.augmentation={crop='resized', shift=0.25}",
+            r"augmentation: shift belongs to crop = 'shift', with crop = 'resized' it does nothing",
         ),
         (
             "data.augmentation.scale=[1.0, 0.08]",
