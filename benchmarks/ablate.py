@@ -5,9 +5,8 @@ Every family of settings gets the same number of tries with seed 0; the try that
 training images (mean of the two W4A4 figures that are not min-max) goes on with more seeds, and is
 judged on test images. A run that diverges counts as a try, with figures of nan. The tasks are full
 on a GPU, reduced on a processor with fast bfloat16, reduced once more and in float32 on any other
-(``--scale``);
-families are worked off in the order of their tiers, as far as ``--minutes`` go. Resumable: one CSV
-row a run. Needs QUIETVIT_TEST_DATA (or --data), see docs/development.md.
+(``--scale``); families are worked off in the order of their tiers, as far as ``--minutes`` go.
+Resumable: one CSV row a run. Needs QUIETVIT_TEST_DATA (or --data), see docs/development.md.
 
     python benchmarks/ablate.py run --minutes 60
     python benchmarks/ablate.py run --tasks scratch --families 'adamw,cd*' --jobs 2

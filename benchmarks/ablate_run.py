@@ -68,8 +68,11 @@ CPU_TASKS = {
 TASKS = {
     "small": {
         "finetune": Task(96, 2000, 800, 800, 2, 32, 3e-4, 0.05, True, probed=True, float32=True),
-        "scratch": replace(
-            Task(32, 3000, 800, 800, 20, 32, 1e-3, 0.1, False, patch=8, width=96, depth=6),
+        "scratch": Task(
+            *(32, 3000, 800, 800, 20, 32, 1e-3, 0.1, False),
+            patch=8,
+            width=96,
+            depth=6,
             float32=True,
         ),
     },

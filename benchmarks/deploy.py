@@ -9,7 +9,8 @@ that the runtime computed in integers (``deploy_graph.py`` says how it is read),
 Latency is measured in one process, a call of each model in turn: its ratio is the median of the
 ratios of neighbouring calls, with quartiles; a float row is timed against itself, which shows the
 noise. Sessions of onnxruntime: ``default``, and ``exact``, with session.x64quantprecision=1, which
-matters on processors without VNNI, where a default session's 8-bit products saturate.
+is right on processors without VNNI, where a default session's 8-bit products saturate, and costs
+speed on those with.
 
 One CSV row a run and kind of machine, each in a process of its own; resumable. Needs
 QUIETVIT_TEST_DATA (or --data) and the extras onnx, openvino and torchao. Rows whose packages are

@@ -26,7 +26,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import quietvit
@@ -180,9 +180,7 @@ def train(
             if file.exists():
                 continue
             model, facts = finetune(name, seed, data, runs)
-            part = file.with_suffix(".part")
-            save_file(model.state_dict(), part, metadata={"facts": json.dumps(facts)})
-            part.rename(file)
+            write_atomic(file, save(model.state_dict(), {"facts": json.dumps(facts)}))
             print(name, seed, facts, flush=True)
 
 

@@ -77,8 +77,8 @@ OUT = Path("results/overhead.csv")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 OutOption = Annotated[Path, typer.Option(help="The table.")]
 Row = dict[str, Any]
-Case = tuple[str, str, str, str]
-"""Model, batch, device, precision: what is measured in one process."""
+Case = tuple[str, str, str, str, str]
+"""Model, batch, device, precision, machine: what is measured in one process."""
 
 
 def measure(
@@ -148,13 +148,14 @@ def extra_mib(bench: Bench, variant: str, regularizer: Any) -> float:
 
 
 def case_of(row: Row) -> Case:
-    return row["model"], row["batch"], row["device"], row["precision"]
+    return row["model"], row["batch"], row["device"], row["precision"], row["machine"]
 
 
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} {os.cpu_count()} cores"
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {kind} {os.cpu_count()} cores"
 
 
 def read(out: Path) -> list[dict[str, str]]:
@@ -203,7 +204,7 @@ def run(
     end = time.monotonic() + 60 * minutes
     for batch in map(int, batches.split(",")):
         for name in models.split(","):
-            key = (name, str(batch), where.type, precision(where))
+            key = (name, str(batch), where.type, precision(where), machine(where))
             done = {row["variant"] for row in read(out) if case_of(row) == key}
             todo = [variant for variant in chosen if variant not in done]
             left = end - time.monotonic()
@@ -221,11 +222,15 @@ def memory(
     models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
     variants: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(VARIANTS),
 ) -> None:
-    """Measure extra memory anew for rows of a CPU in the precision of this one."""
+    """Measure extra memory anew for the rows of a CPU like this one."""
     rows: list[Row] = [*read(out)]
-    here = ("cpu", precision(torch.device("cpu")))
-    for case in dict.fromkeys(case_of(row) for row in rows if case_of(row)[2:] == here):
+    cpu = torch.device("cpu")
+    here = ("cpu", precision(cpu), machine(cpu))
+    for case in dict.fromkeys(map(case_of, rows)):
         name, batch = case[:2]
+        if case[2:] != here:
+            print("left out, of another machine:", *case)
+            continue
         own = [row for row in rows if case_of(row) == case]
         if name not in models.split(","):
             continue
@@ -247,7 +252,7 @@ def memory(
 def summary(out: OutOption = OUT) -> None:
     """Print the table as Markdown: ratio of step times, its extremes, the floor, the memory."""
     rows = read(out)
-    titles = "model, batch, device, precision, variant, ratio, extremes, cost in ms"
+    titles = "model, batch, device, precision, machine, variant, ratio, extremes, cost in ms"
     more = "plain step in ms, floor, extra memory in MiB, one block in MiB"
     cells = f"{titles}, {more}".split(", ")
     print("| " + " | ".join(cells) + " |")

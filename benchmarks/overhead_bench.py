@@ -45,9 +45,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def low(device: torch.device) -> bool:
+    """Whether models are in bfloat16 autocast there, else in float32."""
+    return product_dtype("auto", torch.empty(0, device=device)) is not None
+
+
 def precision(device: torch.device) -> str:
-    low = product_dtype("auto", torch.empty(0, device=device)) is not None
-    return "bfloat16 autocast" if low else "float32"
+    return "bfloat16 autocast" if low(device) else "float32"
 
 
 @dataclass
@@ -74,16 +78,12 @@ class Bench:
     def device(self) -> torch.device:
         return self.images.device
 
-    @property
-    def low(self) -> bool:
-        return precision(self.device) != "float32"
-
     def backward(self, regularizer: Any = None) -> None:
         self.optimizer.zero_grad()
         at_once = CPU_IMAGES if self.device.type == "cpu" else len(self.images)
         parts = zip(self.images.split(at_once), self.labels.split(at_once), strict=True)
         for images, labels in parts:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.low):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=low(self.device)):
                 logits = self.model(images)
             loss = F.cross_entropy(logits.float(), labels)
             if isinstance(regularizer, quietvit.TWEO):

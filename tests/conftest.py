@@ -33,3 +33,13 @@ def process(tmp_path: Path) -> Iterator[None]:
 
     with process_group(tmp_path):
         yield
+
+
+@pytest.fixture(params=["exact", "default"])
+def sessions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime's sessions as on a processor without 8-bit products, and with them."""
+    from quietvit.deployment import runtime
+
+    if request.param == "default" and runtime.vnni() is not True:
+        pytest.skip("products of default sessions saturate here")
+    monkeypatch.setattr(runtime, "vnni", lambda: request.param == "default")

@@ -19,6 +19,7 @@ import ablate_run
 import finetune_cifar
 import quietvit.decay.penalties
 import quietvit.decay.products
+import quietvit.files
 from quietvit import QuietvitError
 
 TASK, FAMILY = "scratch", "cd"
@@ -137,27 +138,26 @@ def test_a_run_that_diverges_gives_a_row_of_nan(
 def test_two_runs_that_begin_together_make_the_images_side_by_side(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whoever is done first has put them there: the other neither fails nor spoils them."""
+    """One writes its file while the other puts its own in place: neither fails or spoils it."""
     from PIL import Image
 
-    class Slow:
-        """While one reads its first image, another makes the whole file."""
+    pictures = [(Image.new("RGB", (4, 4), (label, 0, 0)), label) for label in range(3)]
+    monkeypatch.setattr(finetune_cifar, "load_dataset", lambda *_, **__: pictures)
+    flush, found = quietvit.files.flush, list[Any]()
 
-        def __init__(self) -> None:
-            self.begun = False
+    def images() -> None:
+        found.append(finetune_cifar.images(Path("t.parquet"), 3, tmp_path, 8))
 
-        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-            if not self.begun:
-                self.begun = True
-                made.append(finetune_cifar.images(Path("t.parquet"), 3, tmp_path, 8))
-            return Image.new("RGB", (4, 4), (index, 0, 0)), index
+    def flushed(path: Path) -> None:
+        flush(path)
+        if not found:
+            monkeypatch.setattr(quietvit.files, "flush", flush)
+            images()
 
-    made: list[Any] = []
-    dataset = Slow()
-    monkeypatch.setattr(finetune_cifar, "load_dataset", lambda *_, **__: dataset)
-    made.append(finetune_cifar.images(Path("t.parquet"), 3, tmp_path, 8))
-    assert len(made) == 2
-    for x, y in made:
+    monkeypatch.setattr(quietvit.files, "flush", flushed)
+    images()
+    assert len(found) == 2
+    for x, y in found:
         assert y.tolist() == [0, 1, 2]
         assert x[:, 0, 0, 0].tolist() == [0, 1, 2]
     assert len(list(tmp_path.iterdir())) == 1

@@ -28,33 +28,37 @@ def test_rows_are_kept_and_amortized(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [r["variant"] for r in overhead.read(out)] == ["cd", "s2d", "s2d-svd"]
     overhead.summary(out)
     cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    shown = {row[4]: row[5] for row in cells}
+    shown = {row[5]: row[6] for row in cells}
     assert shown["cd, every=4 (from the rows above)"] == "1.0100"
     assert shown["s2d, refresh=100 (from the rows above)"] == "1.0200"
     assert shown["s2d between refreshes"] == "1.0100"
 
 
-def test_what_was_measured_in_one_precision_is_not_mixed_with_another(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("key", ["precision", "machine"])
+def test_what_was_measured_in_one_way_is_not_mixed_with_another(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "table.csv"
-    slow, fast = {"precision": "float32"}, {"precision": "bfloat16 autocast"}
+    slow, fast = {key: "this"}, {key: "that"}
     overhead.append(out, [row("cd", 1.04) | slow, row("cd", 1.08) | fast])
     overhead.summary(out)
     shown = [line for line in capsys.readouterr().out.splitlines() if "every=4" in line]
-    assert ["float32" in line and "1.0100" in line for line in shown] == [True, False]
-    assert ["autocast" in line and "1.0200" in line for line in shown] == [False, True]
+    assert ["this" in line and "1.0100" in line for line in shown] == [True, False]
+    assert ["that" in line and "1.0200" in line for line in shown] == [False, True]
 
 
-def test_a_case_is_measured_again_in_another_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("key", ["precision", "machine"])
+def test_a_case_is_measured_again_on_another_machine_or_in_another_precision(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, asked = tmp_path / "table.csv", list[list[str]]()
-    done = {"batch": 8, "precision": "float32"}
+    done = {"batch": 8, "precision": "one", "machine": "one"}
     overhead.append(out, [row("cd", 1.04) | done, row("kure", 1.01) | done])
     monkeypatch.setattr(overhead, "measure", lambda *given: asked.append(list(given[3])) or [])
-    for found in ("float32", "bfloat16 autocast"):
-        monkeypatch.setattr(overhead, "precision", lambda _, found=found: found)
+    for found in ("one", "another"):
+        monkeypatch.setattr(overhead, "precision", lambda _: "one")
+        monkeypatch.setattr(overhead, "machine", lambda _: "one")
+        monkeypatch.setattr(overhead, key, lambda _, found=found: found)
         overhead.run(1.0, out, "m", "8", "cd,kure,tweo", "cpu", 0)
     assert asked == [["tweo"], ["cd", "kure", "tweo"]]
 

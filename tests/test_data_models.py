@@ -132,6 +132,15 @@ def test_augmentations_vary_and_keep_the_shape(augmentation):
     assert any(not torch.equal(drawn[0], one) for one in drawn[1:])
 
 
+def test_settings_of_another_crop_are_known_to_do_nothing():
+    assert not Augmentation().idle()
+    assert not Augmentation(crop="resized", scale=(0.3, 1.0)).idle()
+    assert not Augmentation(crop="shift", shift=0.3).idle()
+    (told,) = Augmentation(crop="none", scale=(0.3, 1.0)).idle()
+    assert told == "scale ((0.3, 1.0)) belongs to crop 'resized'; with crop 'none' it does nothing"
+    assert len(Augmentation(crop="none", scale=(0.3, 1.0), shift=0.3).idle()) == 2
+
+
 @pytest.mark.parametrize("crop", ["none", "shift", "resized"])
 @pytest.mark.parametrize("policy", [None, "rand-m9-mstd0.5-inc1"])
 def test_color_jitter_acts_whatever_stands_beside_it(crop, policy):

@@ -57,23 +57,6 @@ class Stack(nn.Module):
         return self.head(x).mean(1)
 
 
-@pytest.mark.parametrize("frozen", ["blocks", "all before the head"])
-def test_a_penalty_that_reaches_no_parameter_that_trains_is_told_once(
-    frozen: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = Stack()
-    model.blocks.requires_grad_(False)
-    if frozen != "blocks":
-        model.embed.requires_grad_(False)
-    tweo = TWEO(model, batch(), **SMALL)
-    for _ in range(2):
-        (model(batch()).sum() + tweo.loss()).backward()
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == (frozen != "blocks")
-    assert all("no output of its 3 blocks depends on a parameter that trains" in t for t in told)
-    assert (model.embed.weight.grad is None) == (frozen != "blocks")
-
-
 def batch(seed: int = 0, count: int = 6) -> Tensor:
     return torch.randn(count, 5, 4, generator=torch.Generator().manual_seed(seed))
 
@@ -431,3 +414,31 @@ def test_the_watch_keeps_the_largest_of_its_passes_and_only_those() -> None:
         model(x * float("nan"))
     assert watch.largest()[0] == "blocks.0"
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("frozen", ["blocks", "all before the head"])
+def test_a_penalty_that_reaches_no_parameter_that_trains_is_told_once(
+    frozen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Stack()
+    model.blocks.requires_grad_(False)
+    if frozen != "blocks":
+        model.embed.requires_grad_(False)
+    tweo = TWEO(model, batch(), **SMALL)
+    for _ in range(2):
+        (model(batch()).sum() + tweo.loss()).backward()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (frozen != "blocks")
+    assert all("no output of its 3 blocks depends on a parameter that trains" in t for t in told)
+    assert (model.embed.weight.grad is None) == (frozen != "blocks")
+
+
+def test_a_penalty_read_without_gradients_is_no_reason_to_warn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Stack()
+    tweo = TWEO(model, batch(), **SMALL)
+    model(batch())
+    with torch.no_grad():
+        tweo.loss()
+    assert not caplog.records

@@ -36,6 +36,7 @@ def codes_of(path: Path, name: str) -> np.ndarray:
     return np.asarray(onnx.numpy_helper.to_array(found))
 
 
+@pytest.mark.usefixtures("sessions")
 @pytest.mark.parametrize("model", MODELS)
 def test_every_product_runs_in_integers_and_they_are_the_simulated_ones(model: str) -> None:
     artifact, own = exported(model), quantized(model)
@@ -64,6 +65,7 @@ def test_any_batch_size(model: str) -> None:
         assert np.linalg.norm(part - wanted) < 0.05 * np.linalg.norm(wanted)
 
 
+@pytest.mark.usefixtures("sessions")
 @pytest.mark.parametrize(
     ("fields", "method"),
     [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ ACCELERATE = (
 )
 
 
-def started(launcher: tuple[str, ...], output: Path, **changes: Any) -> subprocess.Popen[str]:
+def started(launcher: tuple[str, ...], output: Path, **changes: Any) -> subprocess.Popen[bytes]:
     """A run by the command line, its configuration a recipe beside the output folder."""
     recipe = output.with_suffix(".json")
     recipe.write_text(config(output, **changes).model_dump_json())
@@ -36,19 +39,29 @@ def started(launcher: tuple[str, ...], output: Path, **changes: Any) -> subproce
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, *train],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
+        stdout=output.with_suffix(f".{len(list(output.parent.iterdir()))}.log").open("w"),
         stderr=subprocess.STDOUT,
-        text=True,
+        start_new_session=True,
     )
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> None:
+def finish(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Wait for all; where one fails or hangs, end all with their workers and show what was said."""
+    end = time.monotonic() + 300
     try:
-        told = [process.communicate(timeout=300)[0] for process in processes]
+        while any(process.poll() is None for process in processes):
+            assert not any(process.returncode for process in processes), said(folder)
+            assert time.monotonic() < end, said(folder)
+            time.sleep(0.1)
+        assert not any(process.returncode for process in processes), said(folder)
     finally:
         for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(told)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def said(folder: Path) -> str:
+    return "\n".join(log.read_text() for log in sorted(folder.glob("*.log")))
 
 
 def free_port() -> str:
@@ -66,8 +79,9 @@ def test_two_machines_train_as_one_process_with_the_whole_batch(
     changes: dict[str, Any] = {**SHARED, "epochs": 1, "decay": CD}
     port = free_port()
     commands = [[part.format(rank=rank, port=port) for part in launcher] for rank in range(2)]
-    finish([started(tuple(each), both, accumulation=2, **changes) for each in commands])
-    finish([started((), one, accumulation=4, **changes)])
+    launched = [started(tuple(each), both, accumulation=2, **changes) for each in commands]
+    finish(launched, tmp_path)
+    finish([started((), one, accumulation=4, **changes)], tmp_path)
     found, expected = TrainResult.read(both), TrainResult.read(one)
     assert found.steps == expected.steps == 3
     assert found.top1 == expected.top1

@@ -6,10 +6,10 @@ Evaluation, calibration and training all take them from ``data_config``, so they
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
@@ -38,6 +38,12 @@ class Augmentation(BaseModel):
     auto_augment: str | None = None
     erasing: float = Field(default=0.0, ge=0, le=1)
 
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _none_is_a_crop(cls, crop: Any) -> Any:
+        """A recipe's ``none``, which unsets other keys."""
+        return "none" if crop is None else crop
+
     @field_validator("scale")
     @classmethod
     def _low_to_high(cls, scale: tuple[float, float]) -> tuple[float, float]:
@@ -45,16 +51,17 @@ class Augmentation(BaseModel):
             raise ValueError(f"the lower share comes first; write [{scale[1]:g}, {scale[0]:g}]")
         return scale
 
-    @model_validator(mode="after")
-    def _of_its_crop(self) -> Self:
+    def idle(self) -> list[str]:
+        """Say which settings belong to another crop, and so do nothing."""
+        found = []
         for key, crop in (("shift", "shift"), ("scale", "resized")):
             value, default = getattr(self, key), type(self).model_fields[key].default
             if self.crop != crop and value != default:
-                raise ValueError(
-                    f"{key} belongs to crop = {crop!r}, with crop = {self.crop!r} it does nothing; "
-                    "set that crop, or leave it out"
+                found.append(
+                    f"{key} ({value}) belongs to crop {crop!r}; with crop {self.crop!r} it does "
+                    "nothing"
                 )
-        return self
+        return found
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class TWEO:
     or add ``loss()`` to the task loss by hand. Forward passes in training mode with gradients
     count, those in eval mode or under ``no_grad`` do not. Checkpointing of blocks works where it is
     not reentrant (``use_reentrant=False``). Under DDP and FSDP each process penalizes its own
-    images. Copies and pickles of it, or of a model that holds it, are as after ``detach()``.
+    images. A warning says once where all blocks and what is in front of them are frozen, so that
+    there is no gradient. Copies and pickles of it, or of a model that holds it, are as after
+    ``detach()``.
 
     Args:
         model: the model that is trained, as itself (not inside DDP).
@@ -58,8 +60,7 @@ class TWEO:
 
     Raises:
         QuietvitError: on bad values, on a model without residual blocks; while training, where
-            ``loss()`` finds no pass, or is not called in three optimizer steps on end. A warning
-            says once where all blocks and what is in front of them are frozen.
+            ``loss()`` finds no pass, or is not called in three optimizer steps on end.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class TWEO:
         self._last = _by_block([(name, term.detach()) for name, term in seen])
         self._used, self._unused = True, 0
         terms = torch.stack([term.to(seen[0][1].device) for _, term in seen])
-        if not terms.requires_grad and not self._warned:
+        if not self._warned and not any(term.requires_grad for _, term in seen):
             self._warned = True
             logger.warning(
                 "TWEO changes nothing: no output of its %d blocks depends on a parameter that "

@@ -25,14 +25,12 @@ from quietvit.deployment.model import as_float32, logits_of
 from quietvit.deployment.parity import Agreement, agreements
 from quietvit.deployment.proof import Proof, prove
 from quietvit.deployment.runtime import (
-    WITHOUT_VNNI,
     OnnxRuntime,
     OpenVINO,
     Runtime,
     open_runtime,
     parts_of,
     processor,
-    vnni,
 )
 from quietvit.deployment.speed import Speed, measure
 from quietvit.deployment.uniform import as_uniform
@@ -223,8 +221,8 @@ def check(
         )
     else:
         compared = tuple(agreements(path, facts, quantized, first[0][:2]))
-    if vnni() is False and not isinstance(loaded, OpenVINO):
-        notes.append(WITHOUT_VNNI)
+    if isinstance(loaded, OnnxRuntime) and loaded.note is not None:
+        notes.append(loaded.note)
     left = sum(p.why_float is not None for p in facts.products)
     if left:
         notes.append(f"{left} products that the file does not claim to be integer are not compared")

@@ -66,9 +66,12 @@ class OnnxRuntime(Runtime):
     """A session of onnxruntime on the CPU, with its default settings but for ``EXACT``.
 
     ``exact`` keeps a session's products from saturating at 16 bits. None asks for it where the
-    processor has no instruction for 8-bit products, or cannot tell: with one they do not saturate,
-    and ``EXACT`` would take a third of their speed.
+    processor has no instruction for 8-bit products, or where that cannot be told: with one they do
+    not saturate, and ``EXACT`` would take a third of their speed. ``note`` says where it was asked
+    for so, and why.
     """
+
+    note: str | None = None
 
     def __init__(
         self,
@@ -86,7 +89,10 @@ class OnnxRuntime(Runtime):
         options.intra_op_num_threads = threads
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
-        if vnni() is not True if exact is None else exact:
+        if exact is None:
+            self.note = {True: None, False: WITHOUT_VNNI, None: PERHAPS_VNNI}[vnni()]
+            exact = self.note is not None
+        if exact:
             options.add_session_config_entry(*EXACT)
         self.path = source if isinstance(source, Path) else Path("a model in memory")
         self.name = f"onnxruntime {onnxruntime.__version__}"
@@ -223,6 +229,8 @@ def vnni() -> bool | None:
     True with VNNI, AMX or Arm's dot products; False on x86-64 without; None where it cannot be
     told.
     """
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return True
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
     line = next((ln for ln in text.splitlines() if ln.startswith(("flags", "Features"))), None)
@@ -242,4 +250,9 @@ WITHOUT_VNNI = (
     "this processor has no VNNI: 8-bit products gain little speed here, often none, and a default "
     "session of onnxruntime saturates them; set session.x64quantprecision to 1 in your own "
     "session, as was done here"
+)
+PERHAPS_VNNI = (
+    "it cannot be told here whether this processor has VNNI, so session.x64quantprecision was set "
+    "to 1: without VNNI a default session saturates 8-bit products, with it the setting takes a "
+    "third of their speed"
 )

@@ -28,7 +28,7 @@ _NO_KWARGS = {
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, finite, no keys beside the ones declared."""
+    """A part of the configuration: frozen, its numbers finite, no keys beside those declared."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()

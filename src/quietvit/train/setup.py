@@ -65,6 +65,8 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
         )
     if accelerator.is_main_process:
         _tell_rate(config, effective)
+        for idle in config.data.augmentation.idle():
+            logger.warning("data.augmentation.%s.", idle)
 
     def some_images(plain: nn.Module, count: int) -> Tensor:
         return drawn_images(config, train, plain, count)
