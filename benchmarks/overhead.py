@@ -5,7 +5,8 @@ Random images and weights, AdamW, bfloat16 autocast where the device is faster i
 Everything of one model and batch is measured in one process, the variants in turn, repeated; a row
 gives the median and the extremes over repeats. On a GPU whole steps are compared. On a CPU, where a
 percent drowns in the noise of whole steps, what runs in the optimizer's hooks is timed by itself
-(``how`` = hook) and added to the plain step; TWEO acts in the forward pass, so its whole steps are
+(``how`` = hook), at a step at which it acts, divided by ``every`` and held against the median plain
+step, whose own spread is not in the extremes; TWEO acts in the forward pass, so its whole steps are
 compared everywhere. ``floor``: matrix FLOPs of the update over those of the step, the ratio less 1
 at equal efficiency. Extra memory is the peak during the update beyond what was there before it (for
 TWEO: of a step with it less one without): on a GPU by the allocator, on a CPU the bytes of tensors
@@ -42,6 +43,7 @@ from overhead_bench import (
     Bench,
     attached,
     block_mib,
+    every,
     extra_memory,
     flops,
     hooks,
@@ -60,10 +62,9 @@ MODELS = (
     "deit_base_patch16_224",
 )
 BATCHES = (64, 256)
-EVERY, REFRESH = 4, 100
+REFRESH, MOST_TIMES = 100, 20
 # Amortized rows of the summary: name -> (often, seldom, every so many steps).
 AMORTIZED = {
-    f"cd, every={EVERY}": (None, "cd", EVERY),
     f"cd-top, refresh={REFRESH}": ("cd-top", "cd-top-svd", REFRESH),
     f"s2d, refresh={REFRESH}": ("s2d", "s2d-svd", REFRESH),
 }
@@ -90,7 +91,9 @@ def measure(
     one = bench.seconds(bench.step)
     on_device = device.type != "cpu"
     in_steps = [v for v in variants if on_device or v == "tweo"]
-    times = max(1, min(20, int(0.5 / one))) if on_device else 1
+    times = max(1, min(MOST_TIMES, int(0.5 / one))) if on_device else 1
+    if any("every" in VARIANTS[variant][1] for variant in in_steps):
+        times = MOST_TIMES  # in which each acts as often as its setting says
     repeats = min(9, int(seconds * 0.7 / (one * times * (len(in_steps) + 1))) - 1)
     if repeats < 2:
         print(f"skipped {name} batch {batch}: a step takes {one:.1f} s, {seconds:.0f} s are left")
@@ -114,7 +117,7 @@ def measure(
         ratio = statistics.median(ratios)
         floor = 0.0
         if variant not in ("tweo", "cd-compiled"):
-            floor = flops(lambda r=regularizer: update(r, bench)) / total
+            floor = flops(lambda r=regularizer: update(r, bench)) / every(regularizer) / total
         rows.append(
             {
                 "model": name,
@@ -263,14 +266,12 @@ def summary(out: OutOption = OUT) -> None:
             cached = row["variant"] in ("s2d", "cd-top")
             shown = row["variant"] + (" between refreshes" if cached else "")
             line(case, shown, row, float(row["ratio"]), float(row["floor"]))
-        for label, (often, seldom, every) in AMORTIZED.items():
-            if seldom not in own or (often is not None and often not in own):
+        for label, (often, seldom, steps) in AMORTIZED.items():
+            if seldom not in own or often not in own:
                 continue
-            base = own[often] if often is not None else None
-            light = float(base["ratio"]) if base else 1.0
-            light_floor = float(base["floor"]) if base else 0.0
-            ratio = light + (float(own[seldom]["ratio"]) - light) / every
-            floor = light_floor + (float(own[seldom]["floor"]) - light_floor) / every
+            light, light_floor = float(own[often]["ratio"]), float(own[often]["floor"])
+            ratio = light + (float(own[seldom]["ratio"]) - light) / steps
+            floor = light_floor + (float(own[seldom]["floor"]) - light_floor) / steps
             line(case, f"{label} (from the rows above)", own[seldom], ratio, floor, derived=True)
 
 

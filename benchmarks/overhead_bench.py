@@ -34,6 +34,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cd": ("ColinearityDecay", {"strength": 1.0}),
     "cd-float32": ("ColinearityDecay", {"strength": 1.0, "products": "float32"}),
     "cd-compiled": ("ColinearityDecay", {"strength": 1.0, "compile": True}),
+    "cd-every4": ("ColinearityDecay", {"strength": 1.0, "every": 4}),
+    "cd-every10": ("ColinearityDecay", {"strength": 1.0, "every": 10}),
     "cd-top": ("ColinearityDecay", {"strength": 1.0, "top_refresh": 10**9}),
     "cd-top-svd": ("ColinearityDecay", {"strength": 1.0, "top_refresh": 1}),
     # Random weights pass no threshold: without one, every layer that it looks at is decayed.
@@ -168,8 +170,13 @@ def attached(regularizer: Any, bench: Bench) -> Iterator[None]:
 
 
 def update(regularizer: Any, bench: Bench) -> None:
-    """What a regularizer does in the optimizer's hooks, alone."""
+    """What a regularizer does in the optimizer's hooks, alone, at a step at which it acts."""
+    regularizer.steps += (every(regularizer) - 1 - regularizer.steps) % every(regularizer)
     regularizer.step(bench.optimizer)
+
+
+def every(regularizer: Any) -> int:
+    return getattr(regularizer, "every", 1)
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -212,13 +219,14 @@ def whole_steps(
 
 
 def hooks(bench: Bench, made: dict[str, Any], repeats: int) -> dict[str, list[float]]:
-    """Seconds of what each regularizer does beside an optimizer step, in turn."""
+    """Seconds a step of what each regularizer does in the optimizer's hooks, in turn."""
     found: dict[str, list[float]] = {name: [] for name in made}
     for regularizer in made.values():
         update(regularizer, bench)
     for _ in range(repeats):
         for name, regularizer in made.items():
-            found[name].append(bench.seconds(lambda r=regularizer: update(r, bench)))
+            taken = bench.seconds(lambda r=regularizer: update(r, bench))
+            found[name].append(taken / every(regularizer))
     return found
 
 

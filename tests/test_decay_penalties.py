@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -125,14 +127,17 @@ def test_operators_give_the_directions_and_bounds_bound_their_eigenvalues(
     dA, dB = rule.directions(A, B, basis)
     assert relative(apply(of_A, A, True), dA) < 1e-12
     assert relative(apply(of_B, B, False), dB) < 1e-12
-    cheap = rule.bounds(A, B, basis)
-    for operator, bound, static in zip((of_A, of_B), cheap, rule.static_bounds(A, B), strict=True):
+    statics = rule.static_bounds(A, B)
+    cheap = [rule.bounds(A, B, basis, squarings=count) for count in range(3)]
+    for side, operator in enumerate((of_A, of_B)):
         gram = operator.gram
         largest = gram.amax(-1) if gram.ndim == 2 else torch.linalg.eigvalsh(gram)[:, -1]
         if operator.weights is not None:
             largest = largest * operator.weights.amax(-1)
-        assert (largest <= bound * (1 + 1e-12)).all()
-        assert (largest <= static * (1 + 1e-12)).all()
+        bounds = [largest, *(found[side] for found in reversed(cheap))]
+        for tighter, wider in pairwise(bounds):
+            assert (tighter <= wider * (1 + 1e-12)).all()
+        assert (largest <= statics[side] * (1 + 1e-12)).all()
 
 
 def orthogonal_rows(h: int, d: int, length: float) -> Tensor:

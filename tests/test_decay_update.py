@@ -20,7 +20,7 @@ from quietvit.decay import PENALTIES, ColinearityDecay
 from quietvit.decay.layout import Source, lay_out
 from quietvit.decay.penalties import Energy, Penalty
 from quietvit.decay.plan import batches, block_size, windows
-from quietvit.decay.products import largest_rate
+from quietvit.decay.products import largest_rate, mean_square
 from quietvit.pairs import KINDS, MatrixPair, find_pairs
 from quietvit.tracing import WeightView
 
@@ -143,8 +143,15 @@ def test_laws_hold_in_bfloat16_to_its_precision() -> None:
     turn = torch.linalg.qr(torch.randn(1, 60, 60)).Q
     turned = directions(turn @ A, B @ turn.mT)
     assert relative(turned[0], turn @ directions(A, B)[0]) < 8e-3
-    for M in (A, B, flat):
+    spiked = B + 9 * torch.randn(1, 70, 1) * torch.randn(1, 1, 60)
+    for M in (A, B, flat, spiked, 1e-12 * B, 1e8 * B):
         assert (largest_rate(M, low) >= largest_rate(M)).all()
+        truth = torch.linalg.matrix_norm(M.double(), 2).square() / mean_square(M.double())
+        for squarings in range(4):
+            found = largest_rate(M, low, squarings)
+            assert (found >= truth).all()
+            assert (found <= 1.2 * truth * 60 ** (0.5 / 2**squarings)).all()
+    assert (largest_rate(A * 0, low, 2) <= 60 * 2.0**-18 * 1.01).all()
     model = vit()
     signs = {n: p.detach().clone() for n, p in model.named_parameters() if "norm" in n}
     with pytest.warns(UserWarning, match="learning rate x strength"):

@@ -77,13 +77,19 @@ class Penalty(ABC):
         return smaller(B), smaller(A)
 
     def bounds(
-        self, A: Tensor, B: Tensor, basis: Basis | None = None, products: torch.dtype | None = None
+        self,
+        A: Tensor,
+        B: Tensor,
+        basis: Basis | None = None,
+        products: torch.dtype | None = None,
+        squarings: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Return upper bounds (n,) of the largest rates of A and of B, without a decomposition.
 
-        By the Schatten 4-norm: s_max^4 <= |M M^T|^2, one product on the smaller side of M.
+        By one product on the smaller side of each, and one more for each of ``squarings``, which
+        brings the bounds nearer to the truth (``products.largest_rate``).
         """
-        return largest_rate(B, products), largest_rate(A, products)
+        return largest_rate(B, products, squarings), largest_rate(A, products, squarings)
 
     def bound_beside_gains(self, A: Tensor, outputs: int) -> Tensor:
         """Return upper bounds (n,) of the rates of B (n, outputs, h) where A (n, h) is diagonal.

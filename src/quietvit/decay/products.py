@@ -86,17 +86,31 @@ def shares(energy: Tensor) -> tuple[Tensor, Tensor]:
     return scaled(part, inverse(concentration)), total * concentration
 
 
-def largest_rate(M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def largest_rate(M: Tensor, dtype: torch.dtype | None = None, squarings: int = 0) -> Tensor:
     """An upper bound of s_max^2 / nu(M), shape (n,); exact where M is diagonal.
 
-    In bfloat16 it is larger by 3 %, more than its rounding takes away.
+    By Schatten norms: s_max^2 / nu <= |G^m|^(1/m) with G = M M^T / nu(M), of the smaller side, and
+    m = 2^squarings. Each squaring is one more product, not in ``dtype``. The bound is at most
+    (smaller side)^(1/2m) times the truth. In bfloat16 it is larger by more than the rounding of M
+    and of G takes away: a matrix M + E with |E| <= 2^-9 |M| has s_max at most 2^-9 |M| larger.
     """
     if M.ndim == 2:
         return M.square().amax(-1) * inverse(mean_square(M))
     low = M if dtype is None else M.to(dtype)
     gram = mm(low, low.mT) if M.shape[1] <= M.shape[2] else mm(low.mT, low)
-    bound = square(gram.to(M.dtype)).sqrt() * inverse(mean_square(M))
-    return bound if dtype is None else bound * _BFLOAT16_ROOM
+    gram = scaled(gram.to(M.dtype), inverse(mean_square(M)))
+    size = square(gram).sqrt()
+    if not squarings:
+        return size if dtype is None else size * _BFLOAT16_ROOM
+    for _ in range(squarings):
+        gram = mm(gram, gram)
+    bound = square(gram) ** (0.5 / 2**squarings)
+    if dtype is None:
+        return bound
+    rounding = 2.0**-9
+    return ((bound + rounding * size).sqrt() + rounding * smaller(M) ** 0.5).square() * (
+        1 + rounding
+    )
 
 
 def mean_square(M: Tensor) -> Tensor:
