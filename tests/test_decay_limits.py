@@ -85,7 +85,7 @@ def test_law_3_components_along_the_partners_singular_vectors_keep_their_sign(
 def test_eigenvalues_are_left_alone_while_products_show_that_a_step_is_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of these pairs one product bounds the load by 1.2, its two squares by 0.3: it is 0.1."""
+    """One product bounds the load of this pair by 1.2, its squares by 0.3; it is 0.1."""
     model = nn.Module()
     model.l0, model.l1 = nn.Linear(512, 1024, bias=False), nn.Linear(1024, 512, bias=False)
     pair = link("l0", "l1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from huggingface_cases import classifier
 from quietvit.data import create_model, load_dataset
+from quietvit.pairs import DEFAULT_KINDS
 from quietvit.train import list_recipes, load_recipe, train
 from quietvit.train.config import ColinearityConfig
 
@@ -33,6 +35,7 @@ SWIN = {
     "num_heads": [2, 4],
 }
 IMAGENET = 1_281_167
+FOLDER = Path(__file__).parents[1]
 
 
 def source() -> tuple[str, str]:
@@ -179,11 +182,23 @@ def test_the_settings_are_the_published_ones(name):
     assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize(
-    "name", [*FULL, *SMALL, "finetune_imagenet1k_deit_small", "finetune_hf_folder"]
-)
-def test_the_strength_is_the_librarys_default(name):
+@pytest.mark.parametrize("name", ["finetune_imagenet1k_deit_small", "finetune_hf_folder"])
+def test_the_strength_of_a_finetune_is_the_librarys_default(name):
     assert load_recipe(name).decay.cd == ColinearityConfig()
+
+
+@pytest.mark.parametrize("name", [*FULL, *SMALL])
+def test_the_strength_from_scratch_is_the_one_that_was_best_there(name):
+    with (FOLDER / "results" / "ablate.csv").open(newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if row["task"] == "scratch"]
+    found = {
+        row["setting"]: float(row["val_W4A4-omse"]) + float(row["val_W4A4-repq"])
+        for row in rows
+        if row["family"] == "cd+norm" and row["stage"] == "search"
+    }
+    best = json.loads(max(found, key=found.__getitem__))["cd"]["strength"]
+    assert load_recipe(name).decay.cd == ColinearityConfig(strength=best["mlp"])
+    assert {*best, "gated_mlp"} == set(DEFAULT_KINDS)  # DeiT-Tiny has no gated one
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -47,7 +47,8 @@ class ColinearityDecay(DecoupledUpdate):
         example: input for ``find_pairs``; not needed where ``pairs`` is given.
         strength: at least 0, in weight-decay units; or a mapping from kind to strength, which also
             says which kinds take part (0 leaves a kind out). The default, like that of ``penalty``
-            and ``kinds``, is provisional: it rests on one fine-tune (docs/lab-log.md).
+            and ``kinds``, is provisional: it rests on two short fine-tunes; from scratch a third of
+            it was better (docs/lab-log.md).
         penalty: ``energy``, ``peak``, ``cosine`` or ``top``, or a ``Penalty`` such as
             ``quietvit.decay.penalties.Top(count=4)``.
         every: apply every n-th step, with n-fold strength.

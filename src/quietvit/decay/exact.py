@@ -40,7 +40,7 @@ def exact_changes(
         whole.add(batch, *directions, steps)
     region = layout.region
     suspects = region.suspects(steps, parameters)
-    within = region.within(suspects, parameters, steps, bases)
+    within = region.within(suspects, parameters, steps, bases, sharp=True)
     is_finite, is_within = torch.stack([whole.finite().to(within.device), within]).tolist()
     if not is_finite:
         blame(pairs, parameters, rule)

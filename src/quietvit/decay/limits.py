@@ -53,8 +53,8 @@ class TrustRegion:
     Cost: nothing while (learning rate)(strength)(min(shape)) summed over shared entries is at most
     1; beyond that, the spread of norm gains where they are partners; where that is not enough, one
     Gram matrix of the smaller side per pair to bound the rates without a decomposition, squared
-    twice where one product would hardly be enough; only where that bound exceeds 1, eigenvalues,
-    and a warning (once) where they do too.
+    twice where one product is not enough, or unlikely to be; only where that bound exceeds 1,
+    eigenvalues, and a warning (once) where they do too.
     """
 
     def __init__(
@@ -118,17 +118,20 @@ class TrustRegion:
         bases: Bases,
         products: str = "float32",
         device: torch.device | None = None,
+        *,
+        sharp: bool = False,
     ) -> Tensor:
-        """Return a flag on the device: do cheap bounds keep all loads at most 1? No sync.
+        """Return a flag on the device: do bounds keep all loads at most 1? No sync.
 
-        Where the update is going to be computed in bfloat16, at most ``ROOM``.
+        Where the update is going to be computed in bfloat16, at most ``ROOM``. ``sharp``: by Gram
+        matrices squared, whether or not one product is likely to be enough.
         """
         if device is None:
             device = next(iter(parameters.values())).device
         if not suspects.batches:
             return torch.ones((), dtype=torch.bool, device=device)
         bounds = torch.tensor(suspects.bounds, device=device)
-        squarings = self._squarings(steps)
+        squarings = _SQUARINGS if sharp or self._is_crowded(steps) else 0
         for i in suspects.batches:
             batch = self._plan[i]
             operands = batch.read(parameters)
@@ -143,15 +146,13 @@ class TrustRegion:
         rates = bounds * torch.tensor(steps, device=device)
         return (self._loads(rates) <= (1 if products == "float32" else ROOM)).all()
 
-    def _squarings(self, steps: Steps) -> int:
-        """How often Gram matrices are squared: not where one product is likely to be enough.
+    def _is_crowded(self, steps: Steps) -> bool:
+        """Whether one product is unlikely to be enough.
 
-        Of random square matrices it gives a bound of (2 min(shape))^(1/2); trained ones are not so
-        flat, so half of the room is left to them.
+        Of random square matrices it gives a bound of (2 min(shape))^(1/2).
         """
         rates = [step * (2 * bound) ** 0.5 for step, bound in zip(steps, self._static, strict=True)]
-        worst = max(sum(rates[q] for q in sharing) for sharing in self._sharing)
-        return 0 if worst <= 0.5 else _SQUARINGS
+        return any(sum(rates[q] for q in sharing) > 1 for sharing in self._sharing)
 
     def limited(
         self, suspects: Suspects, parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
