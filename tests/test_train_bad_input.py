@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
@@ -18,8 +19,10 @@ import pytest
 import torch
 
 from quietvit.data import create_model
+from quietvit.decay import worst_amplification
 from quietvit.errors import QuietvitError
-from quietvit.train import checkpoint, loop, step
+from quietvit.pairs import find_pairs
+from quietvit.train import checkpoint, loop, losses, setup, step
 from quietvit.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from quietvit.train.engine import check_groups, check_optimizer_state
 from quietvit.train.setup import build
@@ -48,7 +51,7 @@ def test_a_diverged_run_names_step_pair_and_last_checkpoint(tmp_path, monkeypatc
     last = [line for line in logged if "worst_pair" in line][-1]
     assert last["step"] == 4
     value, pair = last["worst_amplification"], last["worst_pair"]
-    assert f"was last finite at step 4: {value:g}, of {pair}." in told
+    assert f"; at step 4 (that of the last checkpoint) it was {value:g}, of {pair}." in told
     path = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert path.name == "step-00000004"
     assert f"The last checkpoint is {path}." in told
@@ -92,7 +95,7 @@ def test_weights_that_are_no_numbers_are_told_before_an_evaluation(tmp_path, mon
         run(tmp_path / "run", evaluate_every=1, checkpoint={"every": 0})
 
 
-def test_a_regularizer_that_finds_nan_first_is_told_with_the_step(tmp_path, monkeypatch):
+def test_a_loss_that_is_nan_is_told_where_a_regularizer_finds_it_first(tmp_path, monkeypatch):
     forward = step.forward_backward
 
     def diverging(parts, images, labels, at):
@@ -103,12 +106,121 @@ def test_a_regularizer_that_finds_nan_first_is_told_with_the_step(tmp_path, monk
 
     monkeypatch.setattr(loop, "forward_backward", diverging)
     told = (
-        r"^at step 4: .*NaN or infinite.*"
-        r"The largest amplification was last finite at step 2: [\d.]+, of \w+: blocks.*"
-        r"last checkpoint is .*step-00000002"
+        r"^the loss became nan at step 4\. The largest amplification is infinite for .*"
+        r"; at step 2 \(that of the last checkpoint\) it was [\d.]+, of \w+: blocks.*"
+        r"last checkpoint is .*step-00000002\. Lower optimizer.lr \(now .*\(--resume\)"
     )
     with pytest.raises(QuietvitError, match=told):
         run(tmp_path / "run", decay={"cd": {"strength": 1.0}, "watch_every": 2})
+
+
+WATCHED_LATE = [
+    {"decay": {"cd": {"strength": 1.0}}},
+    {"decay": {"cd": {"strength": 1.0}}, "log_every": 50},
+    {},
+    {"log_every": 50},
+    {"decay": {"watch_every": 0}},
+]
+
+
+def spoil(monkeypatch, layer, at):
+    """Enlarge a weight before step ``at`` + 1, and make the images of step 4 NaN."""
+    forward = step.forward_backward
+
+    def spoiled(parts, images, labels, now):
+        if now == at:
+            with torch.no_grad():
+                parts.plain.get_submodule(layer).weight.mul_(20)
+        return forward(parts, images * float("nan") if now == 3 else images, labels, now)
+
+    monkeypatch.setattr(loop, "forward_backward", spoiled)
+
+
+@pytest.mark.parametrize("changes", WATCHED_LATE)
+def test_nan_before_the_first_look_names_the_worst_pair_of_the_checkpoint(
+    tmp_path, monkeypatch, changes
+):
+    spoil(monkeypatch, "blocks.1.mlp.fc2", 1)
+    with pytest.raises(QuietvitError) as caught:
+        run(tmp_path / "run", **changes)
+    path = tmp_path / "run" / "checkpoints" / "step-00000002"
+    model = create_model("vit_tiny_patch16_224", 10, **MODEL["kwargs"])
+    model.load_state_dict(load_checkpoint(path.parent)["model"])
+    pair, value = worst_amplification(model, find_pairs(model, torch.zeros(1, 3, 16, 16)))
+    assert "blocks.1.mlp.fc2" in pair
+    pairs = len(find_pairs(model, torch.zeros(1, 3, 16, 16)))
+    assert str(caught.value).startswith(
+        "the loss became nan at step 4. The largest amplification is infinite for "
+        f"{pairs} of {pairs} pairs; at step 2 (that of the last checkpoint) it was {value:g}, of "
+        f"{pair}. The last checkpoint is {path}. Lower optimizer.lr (now "
+    )
+
+
+@pytest.mark.parametrize("changes", WATCHED_LATE)
+def test_nan_before_the_first_checkpoint_names_the_worst_pair_of_the_start(
+    tmp_path, monkeypatch, changes
+):
+    make, made = setup.create_model, []
+
+    def enlarged(*args, **kwargs):
+        model = make(*args, **kwargs)
+        with torch.no_grad():
+            model.blocks[1].attn.proj.weight.mul_(20)
+        made.append(copy.deepcopy(model))
+        return model
+
+    monkeypatch.setattr(setup, "create_model", enlarged)
+    spoil(monkeypatch, "", None)
+    with pytest.raises(QuietvitError) as caught:
+        run(tmp_path / "run", **changes, checkpoint={"every": 0})
+    pair, value = worst_amplification(made[0], find_pairs(made[0], torch.zeros(1, 3, 16, 16)))
+    assert "blocks.1.attn.proj" in pair
+    told = str(caught.value)
+    assert told.startswith("the loss became nan at step 4")
+    assert f"; before step 1 it was {value:g}, of {pair}. There is no checkpoint: a resumed" in told
+    assert "Lower optimizer.lr (now " in told
+
+
+def test_a_resumed_run_that_diverges_names_the_worst_pair_of_its_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoil(patch, "blocks.1.mlp.fc2", 1)
+        interrupt(tmp_path / "run", patch, 3)
+    spoil(monkeypatch, "", None)
+    told = r"at step 4\. .*; at step 2 \(that of .*\) it was [\d.]+, of [^;.]*: blocks\.1\.mlp\.fc"
+    with pytest.raises(QuietvitError, match=told):
+        run(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("weights", [{}, {"head.weight": torch.zeros(1)}])
+def test_a_checkpoint_without_the_weights_leaves_the_look_before(tmp_path, monkeypatch, weights):
+    spoil(monkeypatch, "", None)
+    monkeypatch.setattr(losses, "weights_of", lambda path: weights)
+    told = r"; before step 1 it was [\d.]+, of .*The last checkpoint is .*step-00000002\."
+    with pytest.raises(QuietvitError, match=told):
+        run(tmp_path / "run")
+
+
+def test_an_overflow_without_a_checkpoint_does_not_send_to_one(tmp_path, monkeypatch):
+    forward = step.forward_backward
+
+    def overflowing(parts, images, labels, at):
+        if at == 3:
+            weight = parts.plain.blocks[1].mlp.fc1.weight
+
+            def enlarge(*_):
+                weight.data.mul_(1e30)
+
+            parts.inner.register_step_pre_hook(enlarge)
+        return forward(parts, images, labels, at)
+
+    monkeypatch.setattr(loop, "forward_backward", overflowing)
+    told = (
+        r"^at step 4: .*update overflows .*resume from an earlier checkpoint or start anew\. "
+        r"The largest amplification is .*; before step 1 it was [\d.]+, of \w+: blocks.*"
+        r"\. There is no checkpoint: a resumed run starts from its beginning\.$"
+    )
+    with pytest.raises(QuietvitError, match=told):
+        run(tmp_path / "run", decay={"cd": {"strength": 1.0}}, checkpoint={"every": 0})
 
 
 def test_a_diverged_run_names_the_pair_where_nothing_is_logged_of_it(tmp_path, monkeypatch):

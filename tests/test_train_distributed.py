@@ -236,6 +236,18 @@ def test_a_process_without_test_images_takes_part_in_the_evaluation(tmp_path, pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", FSDP2])
+def test_a_loss_that_is_nan_in_one_process_is_told_alike_by_all(tmp_path, parallel):
+    output = tmp_path / "run"
+    changes = {**SHARED, "parallel": parallel, "decay": {"cd": {"strength": 5.0}}}
+    told = fork(tmp_path, job(output, **changes) | {"nan_at": 4})
+    lines = [line for line in told.splitlines() if line.startswith("the loss became nan at step 4")]
+    assert len(lines) == 2, told
+    assert lines[0] == lines[1]
+    assert "; at step 2 (that of the last checkpoint) it was " in lines[0]
+    assert f"The last checkpoint is {output}/checkpoints/step-00000002." in lines[0]
+
+
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     """Two, one, and two with the model in parts: the images of the steps stay, so do the losses."""
     changes = {**SHARED, "decay": CD, "checkpoint": {"every": 3, "keep": 4}, "log_every": 2}

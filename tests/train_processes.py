@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from quietvit.decay.whole import gathered
+from quietvit.errors import QuietvitError
 from quietvit.train import loop, parse_config, train
 from quietvit.train.engine import whole_model
 
@@ -33,11 +35,13 @@ def run_jobs(path):
     """Train by each job's configuration, up to the step at which it shall stop.
 
     Each process leaves its weights beside the run, and how many numbers it holds of the whole.
-    What is compiled is so without the compiler of C++, which would take minutes.
+    What is compiled is so without the compiler of C++, which would take minutes. With ``nan_at``
+    the loss of the second process alone is NaN from that step on; each prints what it raises.
     """
     rank, compiled = os.environ["RANK"], torch.compile
     torch.compile = lambda *args, **given: compiled(*args, **{**given, "backend": "aot_eager"})
     after_step, finish = loop._Loop._after_step, loop._Loop.finish
+    forward = loop.forward_backward
     for job in json.loads(Path(path).read_text()):
 
         def stopping(self, images, stop_at=job["stop_at"]):
@@ -56,8 +60,17 @@ def run_jobs(path):
             Path(f"{path}.json").write_text(json.dumps(own))
             return result
 
+        def spoiling(parts, images, labels, at, job=job):
+            spoilt = rank == "1" and at + 1 >= job.get("nan_at", math.inf)
+            return forward(parts, images * float("nan") if spoilt else images, labels, at)
+
         loop._Loop._after_step, loop._Loop.finish = stopping, finishing
+        loop.forward_backward = spoiling
         try:
             train(parse_config(job["config"]), resume=job["resume"], progress=False)
         except StoppedError:
             print("stopped", flush=True)
+        except QuietvitError as error:
+            if "nan_at" not in job:
+                raise
+            print(f"{error}\n", end="", flush=True)

@@ -6,7 +6,7 @@ Reads weights alone; nothing is changed and nothing penalized here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,18 @@ def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, f
         raise QuietvitError("amplifications: give at least one pair.")
     model = getattr(model, "_orig_mod", model)
     views = [view for pair in pairs for view in _views(pair)]
-    parameters = whole_parameters(model, dict.fromkeys(view.parameter_name for view in views))
+    names = dict.fromkeys(view.parameter_name for view in views)
+    return amplifications_of(whole_parameters(model, names), pairs)
+
+
+@torch.no_grad()
+def amplifications_of(
+    parameters: Mapping[str, Tensor], pairs: Sequence[MatrixPair]
+) -> dict[str, float]:
+    """As ``amplifications``, of whole weights by their names, such as a checkpoint holds.
+
+    Raises KeyError where a weight of a pair is missing.
+    """
     device = next(iter(parameters.values())).device
 
     def read(view: WeightView) -> Tensor:

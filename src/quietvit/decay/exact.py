@@ -66,7 +66,7 @@ def blame(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: P
                 raise QuietvitError(
                     f"{pair.name}: {bad} values of {view} are NaN or infinite; no weight was "
                     "changed. Training diverged before this step: lower the learning rate, "
-                    "clip gradients, and resume from an earlier checkpoint."
+                    "clip gradients, and resume from an earlier checkpoint or start anew."
                 )
     for pair in pairs:
         operands = batches([pair], parameters)[0].read(parameters)
@@ -74,7 +74,8 @@ def blame(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: P
             raise QuietvitError(
                 f"{pair.name}: its {rule.name} update overflows (largest weights "
                 f"{float(operands.A.abs().max()):.3g} and {float(operands.B.abs().max()):.3g}); no "
-                "weight was changed. Lower the learning rate and resume from an earlier checkpoint."
+                "weight was changed. Lower the learning rate, and resume from an earlier "
+                "checkpoint or start anew."
             )
     raise QuietvitError(
         "the update of the pairs is not finite though every pair is: the learning rate times the "

@@ -97,12 +97,13 @@ def refuse_unless_finite(found: Mapping[str, Tensor], parameters: Mapping[str, T
             raise QuietvitError(
                 f"{name}: {bad} of its values are NaN or infinite; no weight was changed. Training "
                 "diverged before this step: lower the learning rate, clip gradients, and resume "
-                "from an earlier checkpoint."
+                "from an earlier checkpoint or start anew."
             )
     for name, change in found.items():
         if not all_finite([change]):
             raise QuietvitError(
                 f"{name}: its change overflows (largest weight "
                 f"{float(parameters[name].abs().max()):.3g}); no weight was changed. Lower the "
-                "learning rate or the strength, and resume from an earlier checkpoint."
+                "learning rate or the strength, and resume from an earlier checkpoint or start "
+                "anew."
             )

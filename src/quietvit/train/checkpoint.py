@@ -77,7 +77,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
             f"It needs {needed / 2**20:.1f} MiB, and {_free(folder)} are free there. Free some "
             "space and resume."
         ) from error
-    earlier = [path for path in list_checkpoints(folder) if _step(path) < step]
+    earlier = [path for path in list_checkpoints(folder) if step_of(path) < step]
     for old in earlier[: max(0, len(earlier) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -115,7 +115,9 @@ def set_aside_after(folder: Path, step: int, keep: int) -> None:
         QuietvitError: one could not be renamed.
     """
     try:
-        _set_aside(folder, [path for path in list_checkpoints(folder) if _step(path) > step], keep)
+        _set_aside(
+            folder, [path for path in list_checkpoints(folder) if step_of(path) > step], keep
+        )
     except OSError as error:
         raise QuietvitError(
             f"a damaged checkpoint in {folder} could not be renamed ({error}); remove those after "
@@ -125,12 +127,26 @@ def set_aside_after(folder: Path, step: int, keep: int) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in ``folder``, oldest first, damaged ones too."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=_step)
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=step_of)
 
 
 def newest_whole(folder: Path) -> Path | None:
     """Return the newest checkpoint that is not damaged, or None."""
     return next((path for path in reversed(list_checkpoints(folder)) if not _damage(path)), None)
+
+
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint of this path was written at."""
+    return int(path.name[5:])
+
+
+def weights_of(path: Path) -> dict[str, Tensor]:
+    """Return the model's weights in a checkpoint by name, on the CPU; nothing else is read.
+
+    Checkpoints of earlier versions have no file of them: none are returned.
+    """
+    file = path / "model.safetensors"
+    return load_file(file) if file.exists() else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -147,10 +163,6 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB"
     except OSError:
         return "unknown MiB"
-
-
-def _step(path: Path) -> int:
-    return int(path.name[5:])
 
 
 def _set_aside(folder: Path, paths: Sequence[Path], keep: int) -> None:

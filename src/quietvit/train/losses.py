@@ -6,6 +6,7 @@ What a loss is computed from is in ``step``.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
-from quietvit.train.checkpoint import newest_whole
+from quietvit.train.checkpoint import newest_whole, step_of, weights_of
 from quietvit.train.engine import gathered
 from quietvit.train.folder import CHECKPOINTS
 from quietvit.train.parts import Parts
 from quietvit.train.resume import dealt
+from quietvit.train.watch import Seen
 
 
 class Losses:
@@ -46,13 +48,9 @@ class Losses:
         Raises:
             QuietvitError: it is no number; the first such step is named.
         """
-        total = self.p.accelerator.reduce(self._sum, reduction="mean")
-        mean = float(total) / max(1, self._count)
+        mean = self._mean()
         if not math.isfinite(mean):
-            bad = [found for found in gathered(self.p.accelerator, int(self._bad_step)) if found]
-            first = min(bad, default=step)
-            seen = f" (seen at step {step})" if step > first else ""
-            raise self._diverged(f"the loss became {mean} at step {first}{seen}", step)
+            raise self._diverged(self._bad_loss(mean, step), step)
         return mean
 
     def clear(self) -> None:
@@ -79,27 +77,58 @@ class Losses:
         self._sum.fill_(sum(dealt(self.p, sums)) * batches)
 
     def told(self, error: QuietvitError, step: int) -> QuietvitError:
-        """What a step raised, with the step and what is known of the time before."""
-        return QuietvitError(f"at step {step}: {error}{self._last_finite()} {self._last_saved()}")
+        """What to raise for what a step raised: the loss where it is no number, else the error.
+
+        With the step and what is known of the time before. A loss that is no number has spoilt the
+        weights, so that what a regularizer says of them names but the first.
+        """
+        if self.p.loss is not None:
+            self.add(self.p.loss, step)
+        mean = self._mean()
+        if not math.isfinite(mean):
+            return self._diverged(self._bad_loss(mean, step), step)
+        return QuietvitError(f"at step {step}: {error}{self._known(step)}")
+
+    def _mean(self) -> float:
+        total = self.p.accelerator.reduce(self._sum, reduction="mean")
+        return float(total) / max(1, self._count)
+
+    def _bad_loss(self, mean: float, step: int) -> str:
+        bad = [found for found in gathered(self.p.accelerator, int(self._bad_step)) if found]
+        first = min(bad, default=step)
+        seen = f" (seen at step {step})" if step > first else ""
+        return f"the loss became {mean} at step {first}{seen}"
 
     def _diverged(self, what: str, step: int) -> QuietvitError:
-        before = self._last_finite()
-        seen = self.p.watch.amplification(step)
-        pair = "" if seen is None else f" The largest amplification is {seen}."
         config = self.p.config
         return QuietvitError(
-            f"{what}.{pair}{before} {self._last_saved()} Lower optimizer.lr (now "
+            f"{what}.{self._known(step)} Lower optimizer.lr (now "
             f"{config.optimizer.lr:g}, here at most {config.rates(self.p.effective_batch).lr:g}), "
             "set optimizer.clip_grad, or train with precision 'no': a run that is resumed "
             "(--resume) takes these changes."
         )
 
-    def _last_finite(self) -> str:
-        last = self.p.watch.last
-        if last is None:
-            return ""
-        return f" The largest amplification was last finite at step {last.step}: {last}."
+    def _known(self, step: int) -> str:
+        """The pair with the largest amplification, and the last whole checkpoint."""
+        main, folder = self.p.accelerator.is_main_process, self.p.config.output / CHECKPOINTS
+        saved = gathered(self.p.accelerator, newest_whole(folder) if main else None)[0]
+        seen = self.p.watch.amplification(step)
+        pair = "" if seen is None else f" The largest amplification is {seen}"
+        before = self._before(saved) if seen is not None and seen.infinite else None
+        if before is not None:
+            of = " (that of the last checkpoint)" if saved and step_of(saved) == before.step else ""
+            when = f"at step {before.step}{of}" if before.step else "before step 1"
+            pair += f"; {when} it was {before}"
+        where = f"The last checkpoint is {saved}."
+        if saved is None:
+            where = "There is no checkpoint: a resumed run starts from its beginning."
+        return f"{pair}. {where}" if pair else f" {where}"
 
-    def _last_saved(self) -> str:
-        path = newest_whole(self.p.config.output / CHECKPOINTS)
-        return "There is no checkpoint." if path is None else f"The last checkpoint is {path}."
+    def _before(self, saved: Path | None) -> Seen | None:
+        """What the watch saw last, or what the last checkpoint holds where that is of later."""
+        last, step = self.p.watch.last, 0 if saved is None else step_of(saved)
+        if saved is None or (last is not None and last.step >= step):
+            return last
+        main, watch = self.p.accelerator.is_main_process, self.p.watch
+        found = watch.amplification_of(weights_of(saved), step) if main else None
+        return gathered(self.p.accelerator, found)[0] or last

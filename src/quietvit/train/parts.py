@@ -28,7 +28,8 @@ class Parts:
     """What is trained, apart from data. ``plain`` is the model inside ``model`` (the engine's).
 
     ``evaluated`` is a copy to evaluate by (``evaluation``): its weights are old ones, or where
-    ``plain`` is kept in parts none.
+    ``plain`` is kept in parts none. ``loss`` is that of the last batch, also where what followed it
+    in its step raised.
     """
 
     config: TrainConfig
@@ -49,6 +50,7 @@ class Parts:
     criterion: nn.Module
     steps_per_epoch: int
     effective_batch: int
+    loss: Tensor | None = None
 
     @property
     def total_steps(self) -> int:

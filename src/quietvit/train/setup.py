@@ -159,6 +159,8 @@ def assemble(
         steps_per_epoch * config.epochs,
     )
     watch = Watch(plain, example)
+    if not resumed:  # for a run that diverges before its first checkpoint
+        watch.amplification(0)
     shard_by(accelerator, plain, watch.blocks)
     model, optimizer = accelerator.prepare(plain, inner)
     attach(regularizers, inner, stopwatch)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) -> Tensor:
     """Run one batch; returns the task loss, detached. ``step`` is that of the learning rate.
 
+    It is kept in ``parts.loss`` too, before anything that may raise because of it.
     Whether the optimizer stepped is in ``parts.accelerator.sync_gradients``. TWEO's penalty is in
     the gradients and not in the loss returned.
     """
@@ -33,7 +34,7 @@ def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) ->
         with accelerator.autocast() if is_sharded(accelerator) else nullcontext():
             outputs = p.compiled(images)
         loss = torch.stack([p.criterion(head, targets) for head in heads(outputs)]).mean()
-        total = loss
+        p.loss, total = loss.detach(), loss
         if "tweo" in p.regularizers:
             with p.stopwatch.running():
                 total = loss + p.regularizers["tweo"].loss()

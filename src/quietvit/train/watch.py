@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ logger = logging.getLogger("quietvit")
 
 @dataclass(frozen=True)
 class Seen:
-    """The pair with the largest amplification at ``step``, and how many of all are not finite.
+    """The pair with the largest amplification after ``step``, and how many of all are not finite.
 
-    Once the loss is NaN, an optimizer's step soon leaves no pair finite; the last look before tells
-    more then.
+    Once the loss is NaN, an optimizer's step soon leaves no pair finite. Which of them stands first
+    says nothing then; a look before tells more.
     """
 
     step: int
@@ -36,7 +36,8 @@ class Seen:
     def __str__(self) -> str:
         if not self.infinite:
             return f"{self.amplification:g}, of {self.pair}"
-        return f"infinite for {self.infinite} of {self.pairs} pairs, first {self.pair}"
+        only = f", {self.pair}" if self.infinite == 1 else ""
+        return f"infinite for {self.infinite} of {self.pairs} pairs{only}"
 
 
 class Watch:
@@ -73,13 +74,24 @@ class Watch:
             return None
         from quietvit.decay import amplifications
 
-        found = amplifications(self.model, self.pairs)
-        pair = max(found, key=found.__getitem__)
-        infinite = sum(math.isinf(value) for value in found.values())
-        seen = Seen(step, pair, found[pair], infinite, len(found))
-        if not infinite:
+        seen = _worst(amplifications(self.model, self.pairs), step)
+        if not seen.infinite:
             self.last = seen
         return seen
+
+    def amplification_of(self, weights: Mapping[str, Tensor], step: int) -> Seen | None:
+        """Return the pair with the largest amplification in ``weights``, by name and whole.
+
+        None where one of a pair is missing.
+        """
+        if not (self.pairs and weights):
+            return None
+        from quietvit.decay.amplification import amplifications_of
+
+        try:
+            return _worst(amplifications_of(weights, self.pairs), step)
+        except KeyError:
+            return None
 
     @torch.no_grad()
     def activation(self, images: Tensor) -> tuple[str, float] | None:
@@ -97,6 +109,12 @@ class Watch:
             finally:
                 reshard(self.model)
         return watch.largest()
+
+
+def _worst(found: Mapping[str, float], step: int) -> Seen:
+    pair = max(found, key=found.__getitem__)
+    infinite = sum(math.isinf(value) for value in found.values())
+    return Seen(step, pair, found[pair], infinite, len(found))
 
 
 def _or_warn(make: Callable[[], Any]) -> Any:
