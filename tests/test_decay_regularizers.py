@@ -230,11 +230,23 @@ def test_frozen_parameters_and_those_outside_the_optimizer_are_left_alone(name: 
     assert changed(model, before) == set(before) - left
 
 
-@on_weights
+@every_one
 def test_an_optimizer_with_none_of_the_parameters_is_refused(name: str) -> None:
-    made = MAKERS[name](tower(), images())
+    model = tower()
+    made = MAKERS[name](model, images())
     with pytest.raises(QuietvitError, match=r"none of the \d+ .* build the optimizer"):
         made.attach(torch.optim.SGD(tower().parameters(), lr=0.1))
+    made.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@every_one
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_one_regularizer_follows_one_optimizer(name: str, kind: type) -> None:
+    model = tower()
+    made = MAKERS[name](model, images())
+    remedy = "attach TWEO to one that" if name == "tweo" else "build and attach one for each"
+    with pytest.raises(QuietvitError, match=f"a {kind.__name__} of 2, but one .*; {remedy}"):
+        made.attach(kind([adam(model), adam(model)]))
 
 
 @on_weights

@@ -381,6 +381,36 @@ def test_attaching_twice_is_refused() -> None:
         tweo.penalty()
 
 
+def test_what_trains_in_front_of_a_frozen_model_may_be_followed() -> None:
+    model, prompt = Stack().requires_grad_(False), torch.zeros(1, 5, 4, requires_grad=True)
+    optimizer = torch.optim.SGD([prompt], lr=0.01)
+    tweo = TWEO(model, batch(), **SMALL).attach(optimizer)
+    model(batch() + prompt)
+    tweo.loss().backward()
+    optimizer.step()
+    assert tweo.steps == 1
+    assert prompt.abs().max() > 0
+
+
+@pytest.mark.usefixtures("process")
+def test_an_optimizer_of_parts_is_known_after_a_pass_that_left_the_model_whole() -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    model, x = Stack(), batch()
+    tweo = TWEO(model, x, **SMALL)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pytest.raises(QuietvitError, match="none of the"):
+        tweo.attach(torch.optim.SGD(Stack().parameters(), lr=0.01))
+    with torch.no_grad():
+        model(x)
+    tweo.attach(optimizer)
+    (model(x).sum() + tweo.loss()).backward()
+    optimizer.step()
+    assert tweo.steps == 1
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_watch_sees_the_largest_output_of_any_block(name: str) -> None:
     model, example = zoo.build(name)

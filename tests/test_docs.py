@@ -53,16 +53,34 @@ def test_the_table_of_methods_is_the_one_the_command_prints() -> None:
     assert methods_markdown() in (ROOT / "docs/methods.md").read_text("utf-8")
 
 
+def recipe_tables(guide: str) -> list[list[str]]:
+    """The keys in the first column of each table whose first column is keys, a row a list."""
+    tables = [part.partition("\n\n")[0] for part in re.split(r"^\| key \|", guide, flags=re.M)[1:]]
+    rows = [row for table in tables for row in table.splitlines()[2:]]
+    assert len(tables) > 2
+    assert len(rows) > 20
+    return [re.findall(r"`([^`]+)`", row.split("|")[1]) for row in rows]
+
+
 def test_the_recipe_keys_of_the_guide_exist() -> None:
-    guide = (ROOT / "docs/getting-started.md").read_text("utf-8")
-    rows = guide.partition("| key |")[2].partition("\n\n")[0].splitlines()[2:]
     known = set(known_keys()) | {"model.kwargs.*", "data.augmentation.*"}
-    assert len(rows) > 5
-    for row in rows:
-        first, *others = re.findall(r"`([^`]+)`", row.split("|")[1])
+    regularizers = [f"decay.{name}" for name in ("cd", "norm_gains", "weight", "s2d", "kure")]
+    for first, *others in recipe_tables((ROOT / "docs/getting-started.md").read_text("utf-8")):
         section = first.rpartition(".")[0]
         for key in (first, *(section + key if key[0] == "." else key for key in others)):
-            assert key in known, key
+            each = [key.replace("decay.<name>", name) for name in regularizers]
+            assert set(each) <= known, key
+
+
+def test_the_recipe_keys_set_on_command_lines_exist() -> None:
+    pages = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
+    text = "\n".join((ROOT / page).read_text("utf-8") for page in pages).replace("\\\n", " ")
+    text = re.sub(r"^quietvit quantize .*$", "", text, flags=re.M)  # fields of a method
+    found = set(re.findall(r"(?:(?<!\w)-s|--set)[ =]'?([\w.]+)=", text))
+    known = set(known_keys()) | {"key", "field"}
+    kwargs = {key for key in found if key.startswith("model.kwargs.")}
+    assert len(found) > 5
+    assert found - kwargs <= known, sorted(found - kwargs - known)
 
 
 def test_the_commands_and_options_named_exist() -> None:

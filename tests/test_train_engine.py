@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from contextlib import contextmanager
 
@@ -226,6 +228,46 @@ def test_a_compiled_model_trains_as_the_plain_one_and_is_saved_by_plain_names(
     with monkeypatch.context() as patch:
         interrupt(tmp_path / "cut", patch, 5, compile=True, **changes)
     assert_same(run(tmp_path / "cut", resume=True, compile=True, **changes), fast)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
+)
+def test_the_default_compiler_trains_model_and_decay_as_without(tmp_path, monkeypatch):
+    import torch._dynamo.utils as dynamo
+    import torch._inductor.config as inductor
+
+    compiled, asked = torch.compile, []
+
+    def recorded(what, *args, **given):
+        asked.append((type(what).__name__, "backend" in given))
+        return compiled(what, *args, **given)
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    monkeypatch.setattr(inductor, "compile_threads", 1)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    kwargs = {**MODEL["kwargs"], "depth": 1, "drop_rate": 0.0, "drop_path_rate": 0.0}
+    changes = {
+        "epochs": 1,
+        "data": {"dataset": "embedded:digits", "train_images": 24, "test_images": 20},
+        "model": {**MODEL, "kwargs": kwargs},
+        "optimizer": {"lr": 1e-3, "eps": 1e-4},
+    }
+    plain = run(tmp_path / "plain", decay={"cd": {"strength": 3.0}}, **changes)
+    without = run(tmp_path / "without", decay={"cd": None}, **changes)
+    dynamo.counters.clear()
+    cd = {"strength": 3.0, "compile": True}
+    fast = run(tmp_path / "fast", compile=True, decay={"cd": cd}, **changes)
+    assert ("VisionTransformer", False) in asked
+    assert len(set(asked)) == 2, "the model, and a function of the decay"
+    assert dynamo.counters["inductor"]
+    one, other, bare = (load_file(result.weights) for result in (plain, fast, without))
+    assert list(one) == list(other)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5)
+    assert any((bare[key] - value).abs().max() > 1e-4 for key, value in one.items())
 
 
 def test_an_object_with_logits_is_trained_on(tmp_path, monkeypatch):

@@ -11,7 +11,12 @@ from safetensors.torch import load_file
 import quietvit
 from huggingface_cases import classifier, saved
 from quietvit.cli import app
-from quietvit.data import calibration_images, evaluation_transform, load_dataset
+from quietvit.data import (
+    calibration_images,
+    create_model,
+    evaluation_transform,
+    load_dataset,
+)
 from quietvit.train import TrainResult, load_recipe, loop, train
 from test_train_loop import StoppedError
 
@@ -60,8 +65,6 @@ def test_a_folder_is_fine_tuned_read_back_and_quantized(tmp_path, family):
 
 
 def test_frozen_blocks_stay_as_they_were_and_the_rest_moves(tmp_path):
-    from quietvit.data import create_model
-
     result = run(tmp_path, "ViT", "model.freeze_blocks=1", "decay.cd=none")
     before = create_model(f"hf:{tmp_path / 'hf'}", image_size=16).state_dict()
     after = result.load_model().state_dict()
@@ -90,6 +93,26 @@ def test_the_command_line_takes_the_folder_and_the_run(tmp_path):
         assert "are random" not in done.output
     loaded = quietvit.load(tmp_path / "out.qvit", model=result.load_model())
     assert loaded(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 10)
+
+
+def test_train_takes_the_folder_in_place_of_the_recipe_s_model(tmp_path):
+    from typer.testing import CliRunner
+
+    name = saved(tmp_path / "hf", classifier("ViT", 10))
+    changes = ["data.dataset=embedded:digits", "data.train_images=16", "data.test_images=8"]
+    changes += ["epochs=1", "schedule.warmup_epochs=0", "batch_size=8", "num_workers=0"]
+    changes += ["precision=no", "threads=1"]
+    call = ["train", "--recipe", "finetune_hf_folder", "--model", name]
+    call += ["--output", str(tmp_path / "run"), *(f"-s{change}" for change in changes)]
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 0, done.output
+    assert "are random" not in done.output
+    result = TrainResult.read(tmp_path / "run")
+    assert result.steps == 2
+    before, after = create_model(name).state_dict(), result.load_model().state_dict()
+    assert before.keys() == after.keys()
+    moved = [float((after[key] - value).abs().max()) for key, value in before.items()]
+    assert 0 < max(moved) < 1e-3, "two steps from the weights of the folder"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -39,11 +39,35 @@ def folder(root):
     return f"imagefolder:{root / 'images'}"
 
 
-def tables(root):
-    """Real photographs where they are at hand, else coloured noise."""
+def photographs_at_hand():
+    """The tables of CIFAR-10 for training and testing; none where they are not at hand."""
     real = Path(os.environ.get("QUIETVIT_TEST_DATA") or "/nowhere")
     found = [real / f"cifar10_{split}.parquet" for split in ("train", "test")]
-    if all(path.is_file() for path in found):
+    return found if all(path.is_file() for path in found) else []
+
+
+def photographs(root):
+    """Folders of photographs: as they are encoded for training, PNG files for testing."""
+    found = photographs_at_hand()
+    if not found:
+        pytest.skip("QUIETVIT_TEST_DATA names no folder with CIFAR-10")
+    for source, split, kind in zip(found, ("train", "val"), ("jpg", "png"), strict=True):
+        for number, (image, label) in enumerate(rows_of(source, 24 if split == "train" else 12)):
+            place = root / "images" / split / ("airplane", "automobile", "bird")[label]
+            place.mkdir(parents=True, exist_ok=True)
+            picture = Image.open(io.BytesIO(image))
+            assert picture.format == "JPEG"
+            if kind == "jpg":
+                (place / f"{number}.jpg").write_bytes(image)
+            else:
+                picture.save(place / f"{number}.png")
+    return f"imagefolder:{root / 'images'}"
+
+
+def tables(root):
+    """Real photographs where they are at hand, else coloured noise."""
+    found = photographs_at_hand()
+    if found:
         return tables_of(root, found)
     paths = []
     for split, count in (("train", 24), ("test", 12)):
@@ -54,28 +78,33 @@ def tables(root):
     return "table:" + ",".join(map(str, paths))
 
 
+def rows_of(source, count):
+    """The first images of three classes in turn, encoded, with their labels."""
+    rows = pq.ParquetFile(source).iter_batches(batch_size=400).__next__().to_pylist()
+    label = next(key for key in rows[0] if "label" in key)
+    image = next(key for key in rows[0] if key != label)
+    by_class = [[row for row in rows if row[label] == chosen] for chosen in range(3)]
+    kept = [by_class[number % 3][number // 3] for number in range(count)]
+    return [(row[image], row[label]) for row in kept]
+
+
 def tables_of(root, found):
     """The first images of three classes, as many as of the coloured ones."""
     paths = []
     for source, split, count in zip(found, ("train", "test"), (24, 12), strict=True):
-        rows = pq.ParquetFile(source).iter_batches(batch_size=400).__next__().to_pylist()
-        label = next(key for key in rows[0] if "label" in key)
-        image = next(key for key in rows[0] if key != label)
-        by_class = [[row for row in rows if row[label] == chosen] for chosen in range(3)]
-        kept = [by_class[number % 3][number // 3] for number in range(count)]
-        table = pa.table(
-            {
-                "image": [row[image] for row in kept],
-                "label": [row[label] for row in kept],
-            }
-        )
+        images, labels = zip(*rows_of(source, count), strict=True)
         paths.append(root / f"{split}.parquet")
-        pq.write_table(table, paths[-1])
+        pq.write_table(pa.table({"image": images, "label": labels}), paths[-1])
     return "table:" + ",".join(map(str, paths))
 
 
 @pytest.mark.parametrize(
-    ("recipe", "source"), [("finetune_imagefolder", folder), ("finetune_cifar10", tables)]
+    ("recipe", "source"),
+    [
+        ("finetune_imagefolder", folder),
+        ("finetune_imagefolder", photographs),
+        ("finetune_cifar10", tables),
+    ],
 )
 def test_recipe_fine_tunes_from_weights(tmp_path, recipe, source):
     start = create_model("deit_tiny_patch16_224", 5, **SMALL)

@@ -39,8 +39,9 @@ EMBEDDED = ("digits",)
 FORMS = ("embedded", "imagefolder", "table", "shards", "hf")
 _WRITTEN = (
     "'embedded:digits', 'imagefolder:/path' (with train/ and val/ or test/ inside), "
-    "'table:/train.parquet[,/test.parquet]', 'shards:/train-{0000..1023}.tar[,/val-*.tar]' or "
-    "'hf:/folder'"
+    "'table:/train.parquet[,/test.parquet]', 'shards:/train-{0000..1023}.tar[,/val-*.tar]', "
+    "'hf:/folder' (as datasets' save_to_disk writes it) or 'hf:owner/name[:configuration]' (from "
+    "the hub over the network); both need quietvit[datasets]"
 )
 
 
@@ -56,8 +57,8 @@ def load_dataset(spec: str, split: Split = None, *, num_classes: int | None = No
             struct with ``bytes``) and ``label`` (integer), arrow and feather files too,
             ``shards:/train-{0000..1023}.tar,/val-{0000..0049}.tar``, local WebDataset shards with
             ``.jpg`` (.jpeg, .png, .webp) and ``.cls`` (or ``.json`` with ``label``), or
-            ``hf:/folder`` as ``datasets`` saves it to disk, ``hf:owner/name`` from the hub. Tables
-            and shards may be brace ranges, globs or folders of files.
+            ``hf:/folder`` as ``datasets`` saves it to disk, ``hf:owner/name[:configuration]`` from
+            the hub. Tables and shards may be brace ranges, globs or folders of files.
         split: ``train``, ``test``, or None for everything: all digits, the folder itself as one
             folder a class (refused where its folders are splits), the first table or shards.
         num_classes: refuse labels at or above it; None takes it from the training split.

@@ -34,11 +34,17 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def innermost(optimizer: Any) -> Optimizer:
+def innermost(optimizer: Any, several: str = "build and attach one for each of them") -> Optimizer:
     """Return ``unwrapped(optimizer)``.
 
-    Raises QuietvitError where step hooks registered on it would never fire.
+    Raises QuietvitError where step hooks registered on it would never fire, and on a list of
+    optimizers, for which ``several`` is the remedy.
     """
+    if isinstance(optimizer, (list, tuple)):
+        raise QuietvitError(
+            f"attach() was given a {type(optimizer).__name__} of {len(optimizer)}, but one "
+            f"regularizer follows one optimizer; {several}."
+        )
     optimizer = unwrapped(optimizer)
     hooked = getattr(type(optimizer).step, "hooked", False) if hasattr(optimizer, "step") else False
     if not isinstance(optimizer, Optimizer) or not hooked:

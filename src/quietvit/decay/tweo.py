@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from quietvit.decay.following import innermost, is_outermost, is_skipped
 from quietvit.decay.regularizer import checked_state, number, one_strength
 from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
+from quietvit.decay.whole import reshard
 from quietvit.errors import QuietvitError
 from quietvit.tracing import trace
 from quietvit.tracing.block_modules import first_tensor, residual_modules
@@ -150,14 +151,23 @@ class TWEO:
     def attach(self, optimizer: Optimizer) -> Self:
         """Count the steps of ``optimizer``, and raise when three pass without ``loss()``.
 
-        Raises QuietvitError if already attached or if the optimizer cannot be hooked.
+        Raises QuietvitError if already attached, if the optimizer cannot be hooked, or if it holds
+        none of the model's parameters (copies are none) while some of them train.
         """
         if self._handles:
             raise QuietvitError(
                 "this TWEO is already attached to an optimizer; call detach() first, or build a "
                 "second one."
             )
-        self._handles = [innermost(optimizer).register_step_post_hook(self._after_step)]
+        inner = innermost(optimizer, "attach TWEO to one that trains the model")
+        if not self._is_trained_by(inner):
+            raise QuietvitError(
+                f"none of the {len(list(self.model.parameters()))} parameters of "
+                f"{type(self.model).__name__} is in a group of this {type(inner).__name__}, whose "
+                "steps TWEO would count; build the optimizer from this model's parameters, after "
+                "any load_state_dict(assign=True) or .to()."
+            )
+        self._handles = [inner.register_step_post_hook(self._after_step)]
         self._watch()
         return self
 
@@ -205,6 +215,14 @@ class TWEO:
             "power": self.power,
             "schedule": described(self.schedule),
         }
+
+    def _is_trained_by(self, optimizer: Optimizer) -> bool:
+        """Whether it holds a parameter of the model, or the model has none that trains."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(map(id, self.model.parameters())):
+            reshard(self.model)  # the parameters may be FSDP2's whole ones of the last pass
+        own = list(self.model.parameters())
+        return not held.isdisjoint(map(id, own)) or not any(p.requires_grad for p in own)
 
     def _watch(self) -> None:
         if self._hooks:
