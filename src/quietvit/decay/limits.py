@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quietvit.decay.penalty import Basis, Operator, Penalty
 from quietvit.decay.plan import Batch, overlaps
-from quietvit.decay.products import product_dtype
+from quietvit.decay.products import largest_rate, product_dtype
 from quietvit.pairs import MatrixPair
 
 Steps = Sequence[float]
@@ -136,9 +136,8 @@ class TrustRegion:
             batch = self._plan[i]
             operands = batch.read(parameters)
             dtype = product_dtype(products, operands.A)
-            bound_A, bound_B = operands.apply(
-                partial(self._rule.bounds, basis=bases[i], products=dtype, squarings=squarings)
-            )
+            rate = partial(largest_rate, dtype=dtype, squarings=squarings)
+            bound_A, bound_B = operands.apply(partial(self._rule.bounds, basis=bases[i], rate=rate))
             members = torch.tensor(batch.members, device=device)
             for side, bound in enumerate((bound_A, bound_B)):
                 at = 2 * members + side

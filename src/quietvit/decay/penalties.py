@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quietvit.decay.penalty import Basis, Factored, Operator, Operators, Penalty
+from quietvit.decay.penalty import Basis, Factored, Operator, Operators, Penalty, Rate
 from quietvit.decay.products import (
     both_products,
     channel_energy,
@@ -131,17 +131,12 @@ class Peak(Penalty):
         return largest_rate(A) * _largest_share(outputs)
 
     def bounds(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
-        squarings: int = 0,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, rate: Rate = largest_rate
     ) -> tuple[Tensor, Tensor]:
         weights, _ = shares(channel_energy(A, B))
         M = _weighted(B, weights)
-        of_A = largest_rate(M, products, squarings) * mean_square(M) * inverse(mean_square(B))
-        return of_A, largest_rate(A, products, squarings) * weights.amax(-1)
+        of_A = rate(M) * mean_square(M) * inverse(mean_square(B))
+        return of_A, rate(A) * weights.amax(-1)
 
 
 class Cosine(Penalty):
@@ -247,12 +242,7 @@ class Top(Penalty):
         return Operator((v * rates_A[:, None, :]) @ v.mT), of_B
 
     def bounds(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
-        squarings: int = 0,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, rate: Rate = largest_rate
     ) -> tuple[Tensor, Tensor]:
         rates_A, rates_B = self._rates(A, B, self._basis(A, B, basis))
         return rates_A.amax(-1), rates_B.amax(-1)

@@ -6,6 +6,7 @@ Shapes, units and what counts as constant: see there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from quietvit.decay.products import largest_rate, scaled, smaller
 
 Basis = tuple[Tensor, Tensor]
+Rate = Callable[[Tensor], Tensor]
 Factored = tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
@@ -77,19 +79,14 @@ class Penalty(ABC):
         return smaller(B), smaller(A)
 
     def bounds(
-        self,
-        A: Tensor,
-        B: Tensor,
-        basis: Basis | None = None,
-        products: torch.dtype | None = None,
-        squarings: int = 0,
+        self, A: Tensor, B: Tensor, basis: Basis | None = None, rate: Rate = largest_rate
     ) -> tuple[Tensor, Tensor]:
         """Return upper bounds (n,) of the largest rates of A and of B, without a decomposition.
 
-        By one product on the smaller side of each, and one more for each of ``squarings``, which
-        brings the bounds nearer to the truth (``products.largest_rate``).
+        ``rate`` bounds s_max^2 / nu of a matrix: ``largest_rate``, in the precision and with the
+        squarings that the caller chooses.
         """
-        return largest_rate(B, products, squarings), largest_rate(A, products, squarings)
+        return rate(B), rate(A)
 
     def bound_beside_gains(self, A: Tensor, outputs: int) -> Tensor:
         """Return upper bounds (n,) of the rates of B (n, outputs, h) where A (n, h) is diagonal.
