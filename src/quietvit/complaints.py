@@ -81,7 +81,7 @@ class Commands(_Examples, TyperGroup):
                     extra.setdefault("terminal_width", width)
                 return super().main(*args, **extra)
             except OSError as error:  # standard output itself cannot be written
-                _complain("error", f"could not print: {explained(error)}")
+                complain("error", f"could not print: {explained(error)}")
                 sys.exit(2)
 
     def invoke(self, ctx: Any) -> Any:
@@ -121,7 +121,7 @@ def telling(traceback: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        _complain("interrupted", str(error) or "the command was stopped before it was finished.")
+        complain("interrupted", str(error) or "the command was stopped before it was finished.")
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -132,9 +132,9 @@ def telling(traceback: bool) -> Iterator[None]:
         if told is None or traceback:
             tracebacks.print_exc()
         if told is not None:
-            _complain("error", told)
+            complain("error", told)
             raise typer.Exit(2) from None
-        _complain(
+        complain(
             "unexpected error",
             f"{type(error).__name__}: {error}. This is a fault of quietvit; please report it "
             "with the traceback above.",
@@ -186,6 +186,7 @@ def _of_import(error: ImportError) -> str | None:
     return f"the package {package} cannot be imported ({error}); install it: {remedy}."
 
 
-def _complain(kind: str, text: str) -> None:
+def complain(kind: str, text: str) -> None:
+    """Print one paragraph to standard error, its ``kind`` in red."""
     typer.secho(f"{kind}: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(" ".join(text.split()), err=True)

@@ -33,7 +33,8 @@ _RANDOM = re.compile("[a-z0-9_]{8}")
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
     """Write ``content`` (str as UTF-8) to ``path``; readers see the old file or the new, whole.
 
-    Text is always valid UTF-8: the bytes of a path that are not stand as U+FFFD. The bytes go to a temporary file beside it, are flushed to disk, and the file is renamed.
+    Text is always valid UTF-8: the bytes of a path that are not stand as U+FFFD. The bytes go to a
+    temporary file beside it, are flushed to disk, and the file is renamed.
     Missing parent folders are made. Returns the path.
 
     Raises:

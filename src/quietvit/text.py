@@ -121,11 +121,13 @@ class Printer:
 def printable_streams() -> Iterator[None]:
     """Let every text be printed to standard output and standard error inside."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (None if s is None else Printer(s) for s in before)  # type: ignore[assignment]
+    # Python has None where a stream was closed before the program began.
+    printers: list[Any] = [None if stream is None else Printer(stream) for stream in before]
+    sys.stdout, sys.stderr = printers
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for printer in printers:
             with suppress(OSError, ValueError, AttributeError):
-                stream.flush()
+                printer.flush()
         sys.stdout, sys.stderr = before
