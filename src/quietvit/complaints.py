@@ -49,6 +49,11 @@ _EXTRAS = {
     "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "onnx_ir": "onnx",
     "ml_dtypes": "onnx", "openvino": "openvino", "torchao": "torchao", "pycocotools": "detection",
 }  # fmt: skip
+_STOPPED = "stopped before the end"
+_GO_ON = {
+    "train": "; with --resume it goes on from the last checkpoint, if one was written.",
+    "compare": "; with --resume it goes on, and runs that were finished are kept.",
+}
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
 _NO_DEVICE = (
     "no nvidia driver", "not compiled with cuda", "no cuda gpus", "invalid device ordinal",
@@ -85,7 +90,7 @@ class Commands(_Examples, TyperGroup):
                 sys.exit(2)
 
     def invoke(self, ctx: Any) -> Any:
-        with telling(bool(ctx.params.get("traceback"))):
+        with telling(ctx):
             result = super().invoke(ctx)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -113,15 +118,16 @@ def _expanded(value: Any) -> Any:
 
 
 @contextmanager
-def telling(traceback: bool) -> Iterator[None]:
+def telling(ctx: Any) -> Iterator[None]:
     """End what is inside with an exit code: 2 where the user can mend it, 1 for a fault of ours.
 
-    An interruption is 130. ``traceback``: show where in the code the error was raised.
+    An interruption is 130; one with a message was told already, with what was saved.
     """
     try:
         yield
     except KeyboardInterrupt as error:
-        complain("interrupted", str(error) or "the command was stopped before it was finished.")
+        if not error.args:
+            complain("interrupted", _STOPPED + _GO_ON.get(ctx.invoked_subcommand, "."))
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
@@ -129,7 +135,7 @@ def telling(traceback: bool) -> Iterator[None]:
         if type(error).__module__.partition(".")[0] in ("click", "typer"):
             raise
         told = explained(error)
-        if told is None or traceback:
+        if told is None or ctx.params.get("traceback"):
             tracebacks.print_exc()
         if told is not None:
             complain("error", told)
@@ -162,7 +168,8 @@ def explained(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, UnicodeEncodeError):
-        return not_utf8(error.object) if "\udc80" <= error.object[error.start] <= "\udcff" else None
+        of_path = "\udc80" <= error.object[error.start] <= "\udcff" and len(error.object) < 1000
+        return not_utf8(error.object) if of_path else None
     if isinstance(error, UnicodeDecodeError):
         return f"a file that should be UTF-8 text is not ({text}); save it as UTF-8."
     return None

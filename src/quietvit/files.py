@@ -73,6 +73,12 @@ def finite(content: Any) -> Any:
 
 def not_utf8(path: str | Path) -> str:
     """Say that the name of a file or folder is not UTF-8, and what can be done."""
+    with suppress(UnicodeError):
+        name = os.fsencode(path).decode("utf-8")
+        return (
+            f"the name {name} cannot be used with the character set of this system's locale; set "
+            "LC_ALL=C.UTF-8 or PYTHONUTF8=1, and run the command again."
+        )
     return (
         f"the name {printable(str(path))} has bytes that are not UTF-8; rename it, or make a "
         "symbolic link with a plain name to it and give the link."

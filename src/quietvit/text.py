@@ -45,11 +45,11 @@ def _as_ascii(character: str) -> str:
     return character.encode("ascii", "backslashreplace").decode()
 
 
-def _written(error: UnicodeError) -> tuple[str, int]:
-    """Replace what no file in UTF-8 can hold by U+FFFD."""
+def _written(error: UnicodeError) -> tuple[bytes, int]:
+    """Replace what UTF-8 cannot hold by U+FFFD, as bytes: Python takes no other text but ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return "\ufffd" * (error.end - error.start), error.end
+    return "\ufffd".encode() * (error.end - error.start), error.end
 
 
 codecs.register_error(PRINTED, _printed)
