@@ -11,10 +11,10 @@ import typer
 
 from quietvit import __version__
 from quietvit.commands import deploying, looking, quantizing, training
-from quietvit.console import ErrorsAsParagraphs
+from quietvit.complaints import Command, Commands
 
 app = typer.Typer(
-    cls=ErrorsAsParagraphs,
+    cls=Commands,
     name="quietvit",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -46,6 +46,8 @@ def _global(
 
 
 for group in (training, looking, quantizing, deploying):
+    for command in group.app.registered_commands:
+        command.cls = Command
     app.add_typer(group.app)
 
 

@@ -1,60 +1,21 @@
-"""What the commands share: errors as one paragraph, exit codes, options, opening what they name.
+"""What the commands share: options and arguments, and opening the model and data that they name.
 
-The commands are in ``commands``.
+The commands are in ``commands``; what is said of an error is in ``complaints``.
 """
 
 from __future__ import annotations
 
-import traceback as tracebacks
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from quietvit.errors import QuietvitError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import Tensor, nn
 
     from quietvit.data import ImageDataset
-
-
-class ErrorsAsParagraphs(TyperGroup):
-    """Turns what the user can mend into one paragraph and exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except QuietvitError as error:
-            if ctx.params.get("traceback"):
-                tracebacks.print_exc()
-            else:
-                _complain("error", str(error))
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            _complain(
-                "interrupted", "what was finished is kept; train and compare go on with --resume."
-            )
-            raise typer.Exit(130) from None
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] in ("click", "typer"):
-                raise
-            tracebacks.print_exc()
-            _complain(
-                "unexpected error",
-                f"{type(error).__name__}: {error}. This is a fault of quietvit; please report it "
-                "with the traceback above.",
-            )
-            raise typer.Exit(1) from None
-
-
-def _complain(kind: str, text: str) -> None:
-    typer.secho(f"{kind}: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(" ".join(text.split()), err=True)
 
 
 Recipe = Annotated[
@@ -190,14 +151,6 @@ def moved_to(model: nn.Module, device: str) -> nn.Module:
             f"the model cannot be computed on device {device!r}: {str(error).splitlines()[0]}; "
             "choose another, such as --device cpu."
         ) from error
-
-
-def console(least: int = 0) -> Console:
-    """A rich console of the terminal's width, or of ``least`` columns if that is more."""
-    from rich.console import Console
-
-    found = Console()
-    return found if found.width >= least else Console(width=least)
 
 
 def epilog(*examples: str) -> str:

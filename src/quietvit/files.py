@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
+import math
 import os
 import re
 import shutil
@@ -14,9 +16,10 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quietvit.errors import QuietvitError
+from quietvit.text import WRITTEN, is_utf8, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +33,8 @@ _RANDOM = re.compile("[a-z0-9_]{8}")
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
     """Write ``content`` (str as UTF-8) to ``path``; readers see the old file or the new, whole.
 
-    The bytes go to a temporary file beside it, are flushed to disk, and the file is renamed.
+    Text is always valid UTF-8: the bytes of a path that are not stand as U+FFFD. The bytes go to a
+    temporary file beside it, are flushed to disk, and the file is renamed.
     Missing parent folders are made. Returns the path.
 
     Raises:
@@ -40,10 +44,65 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
     path = Path(path)
     with beside(path) as folder:
         new = folder / path.name
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.write_bytes(content.encode(errors=WRITTEN) if isinstance(content, str) else content)
         flush(new)
         new.replace(path)
     return path
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Return ``content`` as JSON that every reader takes, also where it names paths of any bytes.
+
+    Bytes that are not UTF-8 stand as U+FFFD; ``json.dumps`` alone writes half a surrogate pair
+    for each, which strict readers refuse. nan and infinity stand as null.
+    """
+    text = json.dumps(finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors=WRITTEN).decode()
+
+
+def finite(content: Any) -> Any:
+    """Return plain dicts, lists and values, with None in place of nan and infinity."""
+    if isinstance(content, dict):
+        return {key: finite(entry) for key, entry in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(entry) for entry in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
+
+
+def not_utf8(path: str | Path) -> str:
+    """Say that the name of a file or folder is not UTF-8, and what can be done."""
+    with suppress(UnicodeError):
+        name = os.fsencode(path).decode("utf-8")
+        return (
+            f"the name {name} cannot be used with the character set of this system's locale; set "
+            "LC_ALL=C.UTF-8 or PYTHONUTF8=1, and run the command again."
+        )
+    return (
+        f"the name {printable(str(path))} has bytes that are not UTF-8; rename it, or make a "
+        "symbolic link with a plain name to it and give the link."
+    )
+
+
+def refuse_other_bytes(path: str | Path) -> None:
+    """Raise QuietvitError for a path that is not UTF-8, for libraries that cannot open such.
+
+    They are safetensors, pyarrow, tensorboard, onnxruntime and openvino.
+    """
+    if not is_utf8(str(path)):
+        raise QuietvitError(not_utf8(path))
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise QuietvitError now where a file could not be written at ``path`` later.
+
+    Missing parent folders are made. To be called before long work.
+    """
+    if path.is_dir():
+        raise QuietvitError(f"{path} is a folder; name a file in it, such as {path / 'out.json'}.")
+    with beside(path):
+        pass
 
 
 @contextmanager
@@ -157,6 +216,7 @@ def refuse_nonempty(
         raise QuietvitError(f"{directory} is a file, not a folder; choose another output folder.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".probe.", dir=directory)).rmdir()  # it can be written
         held = sorted(entry.name for entry in directory.iterdir() if entry not in ignored)
     except OSError as error:
         raise QuietvitError(

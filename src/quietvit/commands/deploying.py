@@ -123,14 +123,18 @@ def check(
     from quietvit.data import evaluation_loader, evaluation_transform
     from quietvit.data.images import subset
     from quietvit.deployment import check as run
+    from quietvit.files import refuse_unwritable
 
+    if json is not None:
+        refuse_unwritable(json)
     quantized = _load(against, model)
     dataset = subset(open_data(images, "test"), count)
     loader = evaluation_loader(dataset, evaluation_transform(quantized.model), 32)
     found = run(file, quantized, loader, runtime=runtime, threads=threads, seconds=seconds)
+    written = None if json is None else found.to_json(json)
     typer.echo(str(found))
-    if json is not None:
-        typer.echo(f"Written: {found.to_json(json)}")
+    if written is not None:
+        typer.echo(f"Written: {written}")
     if not found.ok:
         raise typer.Exit(1)
 

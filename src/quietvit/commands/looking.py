@@ -19,13 +19,13 @@ from quietvit.console import (
     Weights,
     build_bare,
     build_model,
-    console,
     draw_images,
     epilog,
     example_of,
     listed,
     open_data,
 )
+from quietvit.width import show
 
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Look at a model"
@@ -64,9 +64,11 @@ def diagnose(
     built = build_model(model, weights, classes, size)
     drawn = draw_images(built, open_data(images, "test"), count, seed)
     found = run(built, drawn, pairs=() if sites_only else None)
-    console(least=120).print(found)
+    written = []
     if output is not None:
         written = [found.to_json(output / "diagnosis.json"), *found.plot(output)]
+    show(found)
+    if written:
         typer.echo("Written: " + ", ".join(map(str, written)))
 
 

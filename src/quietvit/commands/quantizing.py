@@ -22,13 +22,13 @@ from quietvit.console import (
     Size,
     Weights,
     build_model,
-    console,
     draw_images,
     epilog,
     moved_to,
     open_data,
 )
 from quietvit.errors import QuietvitError
+from quietvit.width import show
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,14 +69,19 @@ def quantize(
     """Quantize a model by a method, with a few calibration images."""
     from quietvit.quantization import quantize as run
     from quietvit.quantization.settings import parse_method
+    from quietvit.quantization.storage import FORMAT
 
     chosen = parse_method(method, bits, options or ())
+    FORMAT.refuse(output, force)
+    if images is not None:
+        open_data(images, "test")
     built = build_model(model, weights, classes, size)
     dataset = open_data(calibration, "train")
     drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
     result = run(built, chosen, drawn)
+    written = result.save(output, force=force)
     typer.echo(str(result.coverage))
-    typer.echo(f"Written: {result.save(output, force=force)}")
+    typer.echo(f"Written: {written}")
     if images is not None:
         _evaluate(result, built, images, 64, "cpu")
 
@@ -157,8 +162,7 @@ def methods(
     table = Table(*COLUMNS, box=SIMPLE_HEAD)
     for row in rows:
         table.add_row(*(row[key] for key in COLUMNS))
-    screen = console()
-    screen.print(table)
-    for row in rows:
-        text = f"{row['method']}: {row['source']}. Published with: {row['published']}."
-        screen.print(text, highlight=False, markup=False)
+    sources = [
+        f"{row['method']}: {row['source']}. Published with: {row['published']}." for row in rows
+    ]
+    show(table, *sources)

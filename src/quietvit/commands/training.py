@@ -16,10 +16,10 @@ from quietvit.console import (
     Overrides,
     Recipe,
     Resume,
-    console,
     epilog,
     listed,
 )
+from quietvit.width import fitting, show
 
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Train and compare"
@@ -111,8 +111,9 @@ def compare(
         calibration_seed=calibration_seed,
     )
     found = run(config, output, resume=resume, force=force)
-    screen = console()
-    screen.print(found.table.rich(compact=screen.width < 110))
-    screen.print(f"\n{found.verdict}", highlight=False)
-    screen.print(f"Time that CD adds to the training: {found.overhead} %", highlight=False)
-    screen.print(f"Page: {found.page}", highlight=False, soft_wrap=True)
+    show(
+        fitting(found.table.rich(), found.table.rich(compact=True)),
+        f"\n{found.verdict}",
+        f"Time that CD adds to the training: {found.overhead} %",
+        f"Page: {found.page}",
+    )

@@ -28,7 +28,15 @@ from quietvit.data import (
     evaluation_transform,
 )
 from quietvit.errors import QuietvitError
-from quietvit.files import held, leftovers, refuse_nonempty, sweep, write_atomic
+from quietvit.files import (
+    held,
+    json_text,
+    leftovers,
+    refuse_nonempty,
+    refuse_other_bytes,
+    sweep,
+    write_atomic,
+)
 from quietvit.measure import diagnose, sqnr
 from quietvit.quantization import QuantizedModel, quantize
 from quietvit.quantization.settings import parse_method
@@ -109,6 +117,7 @@ def compare(
             whatever the rooms below refuse. Finished runs stay.
     """
     folder = Path(output)
+    refuse_other_bytes(folder)
     refuse_nonempty(folder, resume or force, ignored=leftovers(folder / _CONFIG))
     _enough_images(config)
     _prepare(config, folder, resume)
@@ -125,7 +134,7 @@ def compare(
             say(f"{name}: training, then quantizing")
             started = time.perf_counter()
             run = _run(config, seed, decay, place / "train", resume, force)
-            write_atomic(kept, run.model_dump_json(indent=1) + "\n")
+            write_atomic(kept, json_text(run.model_dump(mode="json"), indent=1) + "\n")
             runs[seed, decay] = run
             say(
                 f"{name}: float {run.float_top1:.2f} %, "
@@ -177,7 +186,7 @@ def _prepare(config: CompareConfig, folder: Path, resume: bool) -> None:
                     (place / "run.json").unlink(missing_ok=True)
                     fresh(place / "train")
     sweep(kept)
-    write_atomic(kept, json.dumps(wanted, indent=1) + "\n")
+    write_atomic(kept, json_text(wanted, indent=1) + "\n")
 
 
 def _named(arm: str) -> str:
@@ -306,7 +315,9 @@ def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
 
 
 def _write(results: Results, folder: Path) -> None:
-    write_atomic(folder / "results.json", results.model_dump_json(indent=1) + "\n")
+    write_atomic(
+        folder / "results.json", json_text(results.model_dump(mode="json"), indent=1) + "\n"
+    )
     write_atomic(folder / "results.csv", tidy_csv(results))
     write_atomic(folder / "table.csv", summary_csv(results))
     write_atomic(folder / "report.html", render_page(results))

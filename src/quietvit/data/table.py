@@ -17,6 +17,7 @@ import numpy as np
 from quietvit.data.images import ImageDataset
 from quietvit.data.paths import Recent, expand, part_for, split_parts
 from quietvit.errors import QuietvitError, nearest
+from quietvit.files import refuse_other_bytes
 
 logger = logging.getLogger("quietvit")
 
@@ -207,6 +208,7 @@ class _Arrow:
 
 
 def _opened(path: Path) -> Any:
+    refuse_other_bytes(path)
     return _guarded(path, partial(_Parquet if path.suffix == ".parquet" else _Arrow, path))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError, nearest
+from quietvit.files import refuse_other_bytes
 
 logger = logging.getLogger("quietvit")
 
@@ -138,6 +139,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         QuietvitError: the file is missing, damaged, or holds anything but tensors by name.
     """
     path = Path(path).expanduser()
+    refuse_other_bytes(path)
     if not path.is_file():
         raise QuietvitError(f"the weights {path} do not exist; check the path.")
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,7 +34,7 @@ from quietvit.deployment.runtime import (
 from quietvit.deployment.speed import Speed, measure
 from quietvit.deployment.uniform import as_uniform
 from quietvit.errors import QuietvitError
-from quietvit.files import write_atomic
+from quietvit.files import json_text, write_atomic
 from quietvit.quantization import QuantizedModel
 
 AGREEMENT, DIFFERENCE, DISTURBANCE = 99.0, 0.3, 1e-6
@@ -169,7 +168,7 @@ class Check:
             "float_bytes": self.float_bytes,
             "notes": list(self.notes),
         }
-        return write_atomic(path, json.dumps(content, indent=1) + "\n")
+        return write_atomic(path, json_text(content, indent=1) + "\n")
 
     def __str__(self) -> str:
         from quietvit.deployment.text import check_text

@@ -18,7 +18,7 @@ from quietvit.deployment.model import as_float32
 from quietvit.deployment.runtime import parts_of
 from quietvit.deployment.uniform import Replaced, as_uniform
 from quietvit.errors import QuietvitError
-from quietvit.files import write_atomic
+from quietvit.files import refuse_other_bytes, refuse_unwritable, write_atomic
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import preprocessing_of
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
@@ -134,6 +134,7 @@ def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:
 
         FORMAT.refuse(path, force)
         return
+    refuse_other_bytes(path)
     for part in [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]:
         if part.is_dir():
             raise QuietvitError(f"{part} is a folder; name a file, such as model.onnx.")
@@ -142,6 +143,7 @@ def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:
                 f"{part} exists already; choose another name, or pass force (--force) to replace "
                 "it."
             )
+    refuse_unwritable(path)
 
 
 def labels_of(model: Any) -> tuple[str, ...] | None:

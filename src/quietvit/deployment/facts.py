@@ -16,6 +16,7 @@ import torch
 import quietvit
 from quietvit.deployment.grids import Grid
 from quietvit.errors import QuietvitError
+from quietvit.files import json_text
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import MATMUL_KINDS
 
@@ -60,7 +61,7 @@ class Facts:
     versions: dict[str, str]
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION} | asdict(self))
+        return json_text({"format": FORMAT, "version": VERSION} | asdict(self))
 
     @classmethod
     def from_json(cls, text: str | None, path: Path) -> Facts:

@@ -15,6 +15,7 @@ import numpy as np
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts
 from quietvit.errors import QuietvitError
+from quietvit.files import refuse_other_bytes
 
 EXACT = ("session.x64quantprecision", "1")
 # Where the processor can, OpenVINO would compute what is float in half precision.
@@ -187,6 +188,7 @@ def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0)
     Raises QuietvitError for a missing, truncated or foreign file, and a missing extra.
     """
     path = Path(path)
+    refuse_other_bytes(path)
     if not path.is_file():
         raise QuietvitError(f"{path} is no file; give a model.onnx or model.xml that was exported.")
     if path.suffix not in (".onnx", ".xml"):

@@ -5,7 +5,6 @@ Nothing is measured here; drawing is in ``plots``.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
-from quietvit.files import write_atomic
+from quietvit.files import finite, json_text, write_atomic
 from quietvit.measure.colinearity import PairStatistics
 from quietvit.measure.outliers import SiteStatistics
 from quietvit.measure.root_cause import RootCause
@@ -82,12 +81,12 @@ class Diagnosis:
         for entry, site in zip(whole["sites"], self.sites, strict=True):
             if site.name not in kept:
                 del entry["channel_max"]
-        plain: dict[str, Any] = _plain(whole)
+        plain: dict[str, Any] = finite(whole)
         return plain
 
     def to_json(self, path: str | Path) -> Path:
         """Write ``to_dict`` to ``path``, whole or not at all. Returns the path."""
-        return write_atomic(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return write_atomic(path, json_text(self.to_dict(), indent=1) + "\n")
 
     def plot(self, folder: str | Path) -> tuple[Path, ...]:
         """Draw PNGs into ``folder`` (made if missing, files of the same names replaced).
@@ -165,13 +164,3 @@ def _short(x: float) -> str:
     if x != 0 and (abs(x) >= 1e5 or abs(x) < 1e-3):
         return f"{x:.1e}"
     return f"{x:.4g}" if abs(x) < 1000 else f"{x:.0f}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

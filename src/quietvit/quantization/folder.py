@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
-from quietvit.files import beside, put_in_place, save_tensors
+from quietvit.files import beside, json_text, put_in_place, refuse_other_bytes, save_tensors
 
 TENSORS = "model.safetensors"
 
@@ -39,7 +39,13 @@ class FolderFormat:
     outdated: str
 
     def refuse(self, path: Path, force: bool) -> None:
-        """Raise QuietvitError where something stands; with ``force`` unless it is of this kind."""
+        """Raise QuietvitError where something stands; with ``force`` unless it is of this kind.
+
+        And where nothing could be written, so that it can be called before long work.
+        """
+        refuse_other_bytes(path)
+        with beside(path):
+            pass
         if not path.exists():
             return
         if not force:
@@ -66,12 +72,13 @@ class FolderFormat:
             new = folder / path.name
             new.mkdir()
             save_tensors(plain, new / TENSORS)
-            text = json.dumps(content, indent=1) + "\n"
+            text = json_text(content, indent=1) + "\n"
             (new / self.facts).write_text(text, encoding="utf-8")
             put_in_place(folder, path)
 
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Facts and tensors; QuietvitError where the folder is not of this kind and version."""
+        refuse_other_bytes(path)
         for name in (self.facts, TENSORS):
             if not (path / name).is_file():
                 raise QuietvitError(f"{path} holds no {name}; {self.missing}.")

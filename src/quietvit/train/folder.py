@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from quietvit.errors import QuietvitError
-from quietvit.files import LOCK, leftovers, refuse_nonempty, write_atomic
+from quietvit.files import (
+    LOCK,
+    json_text,
+    leftovers,
+    refuse_nonempty,
+    refuse_other_bytes,
+    write_atomic,
+)
 from quietvit.train.config import TrainConfig
 from quietvit.train.metrics import METRICS, TENSORBOARD
 from quietvit.train.recipe import parse_config
@@ -51,6 +58,7 @@ def fresh(output: Path) -> None:
 
 def refuse_used(output: Path, force: bool) -> None:
     """Refuse a folder that holds more than a run killed at its start leaves, unless ``force``."""
+    refuse_other_bytes(output)
     refuse_nonempty(output, force, ignored=[output / LOCK, *leftovers(*own_files(output))])
 
 
@@ -64,6 +72,7 @@ def begun_with(config: TrainConfig, force: bool) -> dict[str, Any] | None:
         QuietvitError: a folder in use, another configuration or recipe version (what differs is
             named), a damaged ``config.json``.
     """
+    refuse_other_bytes(config.output)
     path = config.output / CONFIG
     if not path.exists():
         refuse_used(config.output, force)
@@ -105,7 +114,7 @@ def as_now(content: dict[str, Any], where: str) -> dict[str, Any]:
 
 def flat(config: TrainConfig) -> dict[str, Any]:
     """Return a configuration as JSON has it."""
-    content: dict[str, Any] = json.loads(config.model_dump_json())
+    content: dict[str, Any] = json.loads(json_text(config.model_dump(mode="json")))
     return content
 
 
@@ -117,7 +126,7 @@ def changes(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
 
 def write_config(config: TrainConfig) -> None:
     """Write ``config.json``, by which the folder is known as that of this run."""
-    write_atomic(config.output / CONFIG, config.model_dump_json(indent=2) + "\n")
+    write_atomic(config.output / CONFIG, json_text(flat(config), indent=2) + "\n")
 
 
 def written(output: Path) -> tuple[bool, list[str]]:

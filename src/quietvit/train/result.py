@@ -20,7 +20,7 @@ from torch import nn
 import quietvit
 from quietvit.data import create_model
 from quietvit.errors import QuietvitError
-from quietvit.files import write_atomic
+from quietvit.files import json_text, write_atomic
 from quietvit.train.config import TrainConfig
 from quietvit.train.recipe import load_recipe
 
@@ -82,7 +82,7 @@ class TrainResult:
             "seed": self.config.seed,
             **provenance(),
         }
-        write_atomic(self.output / RESULT, json.dumps(content, indent=2) + "\n")
+        write_atomic(self.output / RESULT, json_text(content, indent=2) + "\n")
 
     @classmethod
     def read(cls, output: str | Path) -> TrainResult:
