@@ -41,6 +41,7 @@ import timm
 import torch
 import typer
 
+import evidence_report
 from evidence_data import SCALES, Workload, read
 from evidence_run import (
     ALL,
@@ -55,6 +56,7 @@ from evidence_run import (
 
 OUT = Path("results/evidence.csv")
 CACHE = Path("runs/evidence")
+PAGE = Path("docs/evidence.md")
 FINAL_SEEDS = (1, 2, 3)
 FIGURES = (
     *("val_float", *(f"val_{name}" for name in CHOOSING)),
@@ -368,6 +370,22 @@ def plan(
     for job in todo[:40]:
         print(job.workload, job.family, job.setting, job.seed, job.stage)
     print(f"{len(rows)} runs are done, {len(todo)} can go now; finals follow their tries")
+
+
+@app.command()
+def summary(out: OutOption = OUT) -> None:
+    """Print every workload's tables and the tries as Markdown."""
+    rows = rows_of(out)
+    print(evidence_report.summary(rows), evidence_report.tries_table(rows), sep="\n\n")
+
+
+@app.command()
+def report(
+    out: OutOption = OUT,
+    page: Annotated[Path, typer.Option(help="The page; its figure lies beside it.")] = PAGE,
+) -> None:
+    """Write the page and its figure from the table."""
+    evidence_report.report(rows_of(out), page)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ SCALES: dict[str, dict[str, Workload]] = {
     "cpu": {**_lengths("deit", _DEIT), "scratch": _SCRATCH, "vits14": _VITS14},
     "gpu": {
         **_lengths("deit", replace(_DEIT, size=96, train=24000, steps=375, batch=64, **_FULL)),
-        "scratch": replace(_SCRATCH, size=64, batch=1024, width=384, depth=12, heads=6, **_FULL),
+        "scratch": replace(
+            _SCRATCH, size=64, steps=500, batch=1024, width=384, depth=12, heads=6, **_FULL
+        ),
         "vits14": replace(_VITS14, train=24000, steps=375, batch=64, **_FULL),
     },
     "tiny": {

@@ -242,9 +242,9 @@ class Method(BaseModel, ABC):
 
         excluded = ", ".join(self.exclude) or "none"
         overridden = f", overrides: {self.overrides}" if self.overrides else ""
+        edges = f"patch embedding {shown(self.patch_embed_bits)}, head {shown(self.head_bits)}"
         return (
-            f"{self.name} {self.label} (32 is float); patch embedding "
-            f"{shown(self.patch_embed_bits)}, head {shown(self.head_bits)}{overridden}, excluded: {excluded}; "
+            f"{self.name} {self.label} (32 is float); {edges}{overridden}, excluded: {excluded}; "
             "norms, softmax, activation functions, residual adds and biases float"
         )
 
