@@ -67,7 +67,7 @@ def _lengths(name: str, whole: Workload) -> dict[str, Workload]:
 
 
 _DEIT = Workload("deit", 64, 8000, 250, 32, (3e-4,), warmup=0.05, probed=True)
-_SCRATCH = Workload("vit", 32, 48000, 2000, 128, (5e-4, 1e-3, 2e-3), clip=1.0, low_bits=True)
+_SCRATCH = Workload("vit", 32, 48000, 1000, 128, (5e-4, 1e-3, 2e-3), clip=1.0, low_bits=True)
 _VITS14 = Workload("vits14", 98, 4000, 120, 16, (5e-5,), 500, 1000, 500, 0.05, 1.0, probed=True)
 _FULL = {"held_out": 2000, "test": 10000, "quantized": 4000, "float32": False}
 

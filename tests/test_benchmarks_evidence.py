@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import evidence
 import evidence_data
+import evidence_plan
 import evidence_report
 import evidence_run
 import quietvit.decay.penalties
@@ -31,12 +32,12 @@ CD = {"cd": {"strength": {"mlp": 1.0, "query_key": 1.0}}}
 
 def planned(
     rows: list[dict[str, str]], workload: str = "scratch", scale: str = "tiny"
-) -> list[evidence.Job]:
-    return list(evidence.next_jobs(rows, scale, [workload], ["cd"]))
+) -> list[evidence_plan.Job]:
+    return list(evidence_plan.next_jobs(rows, scale, [workload], ["cd"]))
 
 
-def row(job: evidence.Job, value: float) -> dict[str, str]:
-    return dict.fromkeys(evidence.COLUMNS, str(value)) | vars(job)
+def row(job: evidence_plan.Job, value: float) -> dict[str, str]:
+    return dict.fromkeys(evidence_plan.COLUMNS, str(value)) | vars(job)
 
 
 def test_a_rate_then_tries_then_finals_of_the_best() -> None:
@@ -67,9 +68,9 @@ def test_a_family_of_which_every_try_diverged_has_no_finals() -> None:
 @pytest.mark.parametrize("scale", evidence_data.SCALES)
 def test_every_family_has_four_tries_and_no_try_is_in_two(scale: str) -> None:
     for workload in evidence_data.SCALES[scale].values():
-        tries = [evidence.tries_of(family, workload) for family in evidence.FAMILIES]
+        tries = [evidence_plan.tries_of(family, workload) for family in evidence_plan.FAMILIES]
         assert {len(each) for each in tries} == {4}
-        shown = [evidence.shown(each) for four in tries for each in four]
+        shown = [evidence_plan.shown(each) for four in tries for each in four]
         assert len(set(shown)) == len(shown)
 
 
@@ -79,7 +80,7 @@ def test_lengths_try_the_same_products_of_strength_and_rates() -> None:
         workload = evidence_data.SCALES["cpu"][name]
         rates = evidence_run.summed(workload) * workload.rates[0]
         strengths = [
-            each["cd"]["strength"]["mlp"] for each in evidence.tries_of("cd+norm", workload)
+            each["cd"]["strength"]["mlp"] for each in evidence_plan.tries_of("cd+norm", workload)
         ]
         totals.append([strength * rates for strength in strengths])
     for each in totals:
@@ -98,25 +99,26 @@ def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("pictures")
 def test_runs_fill_their_columns_and_the_page_is_made_of_them(tmp_path: Path) -> None:
-    def job(family: str, setting: dict[str, Any], stage: str, seed: str = "1") -> evidence.Job:
-        return evidence.Job("scratch", "tiny", family, evidence.shown(setting), seed, stage)
+    def job(family: str, setting: dict[str, Any], stage: str) -> evidence_plan.Job:
+        shown = evidence_plan.shown(setting)
+        return evidence_plan.Job("scratch", "tiny", family, shown, "1", stage)
 
     out = tmp_path / "table.csv"
     tried = {"muon": 1.0, "gains": 1.0, "tweo": {"strength": 0.01}}
     s2d = {"lr": 1e-3, "s2d": {"strength": 5e-3}}
     for each in (job("muon", tried, "try"), job("adamw", s2d, "final")):
         evidence.append(out, evidence.run_one(each, tmp_path, tmp_path))
-    first, final = evidence.rows_of(out)
+    first, final = evidence_plan.rows_of(out)
     assert all(first[f"val_{name}"] for name in ("float", *evidence_run.CHOOSING))
-    empty = {name for name in evidence.COLUMNS if not final[name]}
-    assert empty == {name for name in evidence.COLUMNS if name.startswith("val_")}
+    empty = {name for name in evidence_plan.COLUMNS if not final[name]}
+    assert empty == {name for name in evidence_plan.COLUMNS if name.startswith("val_")}
     assert {"residual", "post_norm", "query"} <= json.loads(final["max_over_rms"]).keys()
     assert json.loads(final["root_cause"])["pair"]
     for seed in ("2", "3"):
         evidence.append(out, final | {"seed": seed})
     for seed, more in (("1", 1.0), ("2", 2.0), ("3", 3.0)):
         higher = {name: float(final[name]) + more for name in ("float", *evidence_run.ALL)}
-        own = {"family": "cd", "setting": evidence.shown(CD), "seed": seed}
+        own = {"family": "cd", "setting": evidence_plan.shown(CD), "seed": seed}
         evidence.append(out, final | higher | own)
     page = tmp_path / "evidence.md"
     evidence.report(out, page)
@@ -149,7 +151,7 @@ def test_what_helps_means() -> None:
 def test_a_run_that_crashes_does_not_end_the_study(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def spawn(job: evidence.Job, where: dict[str, Any]) -> dict[str, Any]:
+    def spawn(job: evidence_plan.Job, where: dict[str, Any]) -> dict[str, Any]:
         if job.stage == "rate" and "0.001" in job.setting:
             raise RuntimeError("Killed")
         return dict(row(job, 1.0))
@@ -159,10 +161,10 @@ def test_a_run_that_crashes_does_not_end_the_study(
     given = {"data": tmp_path, "out": out, "scale": "tiny", "families": "cd", "cache": tmp_path}
     with pytest.raises(typer.Exit):
         evidence.run(workloads="scratch", **given)
-    assert [each["stage"] for each in evidence.rows_of(out)] == ["rate"]
+    assert [each["stage"] for each in evidence_plan.rows_of(out)] == ["rate"]
     monkeypatch.setattr(evidence, "spawn", lambda job, where: dict(row(job, 1.0)))
     evidence.run(workloads="scratch", **given)
-    assert len(evidence.rows_of(out)) == 2 + 4 + 3
+    assert len(evidence_plan.rows_of(out)) == 2 + 4 + 3
     with pytest.raises(typer.BadParameter, match="matches none of"):
         evidence.run(workloads="scrach", **given)
 
@@ -174,10 +176,10 @@ def test_training_that_meets_nan_diverges_and_leaves_a_row_of_nan(
     nothing = (torch.full((64, 3, 32, 32), float("nan")), torch.zeros(64, dtype=torch.long))
     split = evidence_data.Split(nothing, nothing, nothing)
     monkeypatch.setattr(evidence, "read", lambda *_: split)
-    job = evidence.Job("scratch", "tiny", "cd", evidence.shown(setting), "0", "try")
+    job = evidence_plan.Job("scratch", "tiny", "cd", evidence_plan.shown(setting), "0", "try")
     found = evidence.run_one(job, tmp_path, tmp_path)
     assert math.isnan(found["val_float"])
-    assert evidence.score({key: str(value) for key, value in found.items()}) == -math.inf
+    assert evidence_plan.score({key: str(value) for key, value in found.items()}) == -math.inf
 
 
 def test_a_wrong_setting_is_no_divergence(tmp_path: Path) -> None:
