@@ -279,6 +279,26 @@ def test_excluded_sites_stay_float(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_overrides_decide_the_bits_of_every_operand(name):
+    model, example, images = built("timm-vit")
+    overrides = {"post_softmax": 7, "post_gelu": "W5A6", "blocks.1.attn.proj": "float"}
+    whole = quantized(model, name, images, example, overrides=overrides)
+    expected = {
+        ("blocks.0.mlp.fc2", "input"): 6,
+        ("blocks.0.mlp.fc2", "weight"): 5,
+        ("blocks.0.mlp.fc1", "weight"): 8,
+    }
+    for (site, operand), bits in expected.items():
+        assert whole.quantizer(site, operand).bits == bits
+    assert whole.quantizer("blocks.1.attn.proj", "input") is None
+    assert whole.quantizer("blocks.1.attn.proj", "weight") is None
+    maps = [slot for slot in whole.slots() if slot.role == "post_softmax"]
+    assert [whole.quantizers[slot.key].bits for slot in maps] == [7, 7]
+    for slot in whole.slots():
+        assert whole.quantizers[slot.key].bits == whole.method.slot_bits(slot)
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     "images",
     [

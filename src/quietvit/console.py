@@ -82,6 +82,15 @@ MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Set a field of the method; repeat."),
 ]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        "-k",
+        metavar="WHAT=BITS",
+        help="Other bits for a role or sites: post_softmax=8, '*.fc1=W4A8', head=float; repeat.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
 
 

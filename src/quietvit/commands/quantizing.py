@@ -14,6 +14,7 @@ from quietvit.console import (
     Classes,
     Device,
     Images,
+    Keep,
     MethodCount,
     MethodName,
     MethodOptions,
@@ -45,6 +46,8 @@ _PANEL = "Quantize"
     epilog=epilog(
         "quietvit quantize deit_tiny_patch16_224 --weights w.safetensors "
         "--calibration calib.parquet --bits W4A8 --method rtn-omse -o tiny.qvit",
+        "quietvit quantize runs/mine --calibration calib.parquet --bits W4A4 "
+        "--keep post_softmax=8 -o mine.qvit",
         "quietvit evaluate tiny.qvit --images val.parquet",
     ),
 )
@@ -58,6 +61,7 @@ def quantize(
     bits: Bits = "W8A8",
     method: MethodName = "rtn-minmax",
     options: MethodOptions = None,
+    keep: Keep = None,
     count: MethodCount = None,
     seed: Seed = 0,
     images: Annotated[
@@ -71,7 +75,7 @@ def quantize(
     from quietvit.quantization.settings import parse_method
     from quietvit.quantization.storage import FORMAT
 
-    chosen = parse_method(method, bits, options or ())
+    chosen = parse_method(method, bits, options or (), keep or ())
     FORMAT.refuse(output, force)
     if images is not None:
         open_data(images, "test")

@@ -73,7 +73,7 @@ def quantize(
             "every other, though a deployed model may compute them once, in float: exclude them "
             "to measure that"
         )
-    method.check_exclude(trace)
+    method.check_sites(trace)
     calibrated = method.calibrate(Calibration(own, trace, images, progress))
     notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}")
     notes += calibrated.notes

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from quietvit.errors import QuietvitError, nearest
+from quietvit.quantization.overrides import Overrides, OverridesField
 from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS
 from quietvit.tracing import MATMUL_KINDS
 
@@ -129,6 +130,11 @@ class Method(BaseModel, ABC):
     ``patch_embed_bits``, ``head_bits``: bits of both operands of the first and last layer, by role
     in the trace: a number, None for float, or ``"same"`` for the working bits.
     ``exclude``: fnmatch patterns of site names that stay float.
+    ``overrides``: bits of single roles or sites, in place of all the fields above but ``exclude``:
+    a mapping from a role of the trace (``post_softmax``) or an fnmatch pattern of site names to an
+    int or ``"float"`` (for each operand that is meant), or ``"W4A8"``; or the name of a preset
+    (``"attention-maps-8"``). A role of an operand means that operand, a role of a site both its
+    operands. ``exclude`` comes first, then a site's own name, then patterns, then roles.
 
     A subclass declares what it ``needs``, its ``cost``, whether it is ``deployable`` (runs on
     standard integer kernels), the ``published`` setting, and the ``kinds`` of sites it quantizes.
@@ -154,6 +160,7 @@ class Method(BaseModel, ABC):
     patch_embed_bits: EdgeBits = 8
     head_bits: EdgeBits = 8
     exclude: Patterns = ()
+    overrides: OverridesField = Overrides()
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -169,9 +176,19 @@ class Method(BaseModel, ABC):
         """
 
     def slot_bits(self, slot: Slot) -> int | None:
-        """Bits of an operand under the first/last-layer policy and ``exclude``; None is float."""
+        """Bits of an operand, None for float. Every method decides bits here and nowhere else.
+
+        ``exclude`` comes first, then ``overrides``, then ``working_bits``.
+        """
+        if self.excluded_by(slot.site) is not None:
+            return None
+        key = self.overrides.key_for(slot)
+        return self.working_bits(slot) if key is None else self.overrides.bits(key, slot)
+
+    def working_bits(self, slot: Slot) -> int | None:
+        """Bits of an operand that is neither excluded nor overridden. Subclasses may refine it."""
         working = self.weight_bits if slot.is_weight else self.activation_bits
-        if working is None or self.excluded_by(slot.site) is not None:
+        if working is None:
             return None
         edge = {"patch_embed": self.patch_embed_bits, "head": self.head_bits}
         bits = edge.get(slot.site.role, "same")
@@ -181,8 +198,11 @@ class Method(BaseModel, ABC):
         """The first pattern in ``exclude`` that matches the site's name."""
         return next((p for p in self.exclude if fnmatch.fnmatchcase(site.name, p)), None)
 
-    def check_exclude(self, trace: Trace) -> None:
-        """Raise QuietvitError for a pattern that matches no site of a kind that is quantized."""
+    def check_sites(self, trace: Trace) -> None:
+        """Raise QuietvitError where ``exclude`` or ``overrides`` does not fit the model.
+
+        A pattern or role that matches nothing; overrides that contradict each other or ``exclude``.
+        """
         names = [site.name for site in trace.sites if site.kind in self.kinds]
         for pattern in self.exclude:
             if not fnmatch.filter(names, pattern):
@@ -190,12 +210,18 @@ class Method(BaseModel, ABC):
                     f"exclude={pattern!r} matches none of the {len(names)} sites"
                     f"{nearest(pattern, names)} print(quietvit.trace(model, example)) lists them."
                 )
+        self.overrides.check(trace, self.exclude)
 
     def why_float(self, slot: Slot) -> str:
         """Why ``slot_bits`` leaves this operand float, for the coverage report."""
         pattern = self.excluded_by(slot.site)
         if pattern is not None:
             return f"excluded by {pattern!r}"
+        key = self.overrides.key_for(slot)
+        return self.why_working_float(slot) if key is None else f"float by overrides[{key!r}]"
+
+    def why_working_float(self, slot: Slot) -> str:
+        """Why ``working_bits`` leaves this operand float."""
         side = "weight_bits" if slot.is_weight else "activation_bits"
         if getattr(self, side) is None:
             return f"{side}=None"
@@ -207,7 +233,7 @@ class Method(BaseModel, ABC):
         return f"W{self.weight_bits or 32}A{self.activation_bits or 32}"
 
     def policy(self) -> str:
-        """One paragraph: bits, first and last layer, exclusions."""
+        """One paragraph: bits, first and last layer, overrides, exclusions."""
 
         def shown(bits: int | str | None) -> str:
             if bits is None:
@@ -215,9 +241,10 @@ class Method(BaseModel, ABC):
             return "at the working bits" if bits == "same" else f"at {bits} bits"
 
         excluded = ", ".join(self.exclude) or "none"
+        overridden = f", overrides: {self.overrides}" if self.overrides else ""
+        edges = f"patch embedding {shown(self.patch_embed_bits)}, head {shown(self.head_bits)}"
         return (
-            f"{self.name} {self.label} (32 is float); patch embedding "
-            f"{shown(self.patch_embed_bits)}, head {shown(self.head_bits)}, excluded: {excluded}; "
+            f"{self.name} {self.label} (32 is float); {edges}{overridden}, excluded: {excluded}; "
             "norms, softmax, activation functions, residual adds and biases float"
         )
 

@@ -14,7 +14,7 @@ from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.method import Method, Slot, get_method
 from quietvit.tracing import Trace
 
-SHARED = ("weight_bits", "activation_bits", "patch_embed_bits", "head_bits", "exclude")
+SHARED = ("weight_bits", "activation_bits", "patch_embed_bits", "head_bits", "exclude", "overrides")
 
 
 def _method(value: Any) -> Any:
@@ -38,8 +38,8 @@ Base = Annotated[Method, BeforeValidator(_method), PlainSerializer(_stored)]
 class OnTop(Method):
     """Base config of methods that refine what another method, ``base``, calibrated.
 
-    Bits, edge policy and exclusions are the base's; giving others beside it is refused. Without a
-    base, ``default_base`` is taken, at the bits given.
+    Bits, edge policy, exclusions and overrides are the base's; giving others beside it is refused.
+    Without a base, ``default_base`` is taken, at the bits given.
     """
 
     default_base: ClassVar[str] = "rtn"
@@ -63,8 +63,8 @@ class OnTop(Method):
             have, wanted = getattr(base, name), getattr(asked, name)
             if have != wanted:
                 raise ValueError(
-                    f"{name}={wanted!r} differs from the base's {have!r}; give bits and exclusions "
-                    "to the base only"
+                    f"{name}={wanted!r} differs from the base's {have!r}; give bits, exclusions "
+                    "and overrides to the base only"
                 )
         return fields | {name: getattr(base, name) for name in SHARED} | {"base": base}
 
@@ -75,8 +75,8 @@ class OnTop(Method):
     def slot_bits(self, slot: Slot) -> int | None:
         return self.base.slot_bits(slot)
 
-    def check_exclude(self, trace: Trace) -> None:
-        self.base.check_exclude(trace)
+    def check_sites(self, trace: Trace) -> None:
+        self.base.check_sites(trace)
 
     def why_float(self, slot: Slot) -> str:
         return self.base.why_float(slot)

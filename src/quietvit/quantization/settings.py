@@ -13,6 +13,7 @@ from typing import Any
 from quietvit.errors import QuietvitError, nearest
 from quietvit.quantization.method import Method, get_method, list_methods
 from quietvit.quantization.on_top import SHARED, OnTop
+from quietvit.quantization.overrides import PRESETS
 
 RANGES = ("minmax", "percentile", "omse")
 _BITS = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
@@ -39,13 +40,42 @@ def parse_bits(text: str) -> tuple[int, int]:
     return bits
 
 
-def parse_method(text: str, bits: str, options: Iterable[str] = ()) -> Method:
+def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
+    """Return the overrides that ``post_softmax=8``, ``*.fc1=W4A8`` or ``head=float`` stand for.
+
+    A text without ``=`` is the name of a preset, such as ``attention-maps-8``. What each key may be
+    is checked where the method is built and used.
+
+    Raises:
+        QuietvitError: a text of another form, or a key that is given twice.
+    """
+    found: dict[str, int | str] = {}
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not (key and value if equals else key in PRESETS):
+            raise QuietvitError(
+                f"{text!r} does not say which bits to keep{nearest(key, PRESETS)}; write a role or "
+                "a pattern of site names with its bits, such as post_softmax=8, '*.fc1=W4A8' or "
+                f"head=float, or a preset: {', '.join(PRESETS)}."
+            )
+        bits = int(value) if value.isdecimal() else value
+        new = {key: bits} if equals else dict(PRESETS[key])
+        twice = sorted(found.keys() & new.keys())
+        if twice:
+            raise QuietvitError(f"{twice[0]!r} is kept at two settings; give it once.")
+        found |= new
+    return found
+
+
+def parse_method(
+    text: str, bits: str, options: Iterable[str] = (), keep: Iterable[str] = ()
+) -> Method:
     """Return the method config that e.g. ``rtn-omse`` or ``repq-vit+qwt`` at ``W4A4`` stands for.
 
     The part behind the last hyphen is the activation range where it is one of ``RANGES``. A method
     behind ``+`` works on top of the one before it. ``options``: ``field=value`` for the last method
     that has the field, or for the first if it is one that all share (bits, ``exclude``); values as
-    JSON or plain text.
+    JSON or plain text. ``keep``: bits of single roles or sites, see ``parse_keep``.
 
     Raises:
         QuietvitError: unknown method, range or field, or bits outside 2..16.
@@ -71,7 +101,13 @@ def parse_method(text: str, bits: str, options: Iterable[str] = ()) -> Method:
                 f"field=value with one of {', '.join(known)}."
             )
         fields[holders[0 if key.strip() in SHARED else -1]][key.strip()] = _value(value.strip())
-    fields[0] = {"weight_bits": weight_bits, "activation_bits": activation_bits} | fields[0]
+    kept = parse_keep(keep)
+    if kept and "overrides" in fields[0]:
+        raise QuietvitError(
+            "bits are kept twice, by --keep and by overrides=; give one of the two."
+        )
+    shared = {"weight_bits": weight_bits, "activation_bits": activation_bits, "overrides": kept}
+    fields[0] = shared | fields[0]
     method = parts[0][0](**fields[0])
     for (cls, _), own in zip(parts[1:], fields[1:], strict=True):
         method = cls(**own, base=method)

@@ -69,14 +69,14 @@ class SearchMethod(Method):
         """Change the model and what was recorded before anything is searched."""
         return
 
-    def slot_bits(self, slot: Slot) -> int | None:
-        bits = super().slot_bits(slot)
+    def working_bits(self, slot: Slot) -> int | None:
+        bits = super().working_bits(slot)
         return self.patch_input_bits if bits is not None and _is_patch_input(slot) else bits
 
-    def why_float(self, slot: Slot) -> str:
-        if _is_patch_input(slot) and super().slot_bits(slot) is not None:
+    def why_working_float(self, slot: Slot) -> str:
+        if _is_patch_input(slot) and super().working_bits(slot) is not None:
             return "patch_input_bits=None"
-        return super().why_float(slot)
+        return super().why_working_float(slot)
 
     def policy(self) -> str:
         bits = self.patch_input_bits

@@ -107,23 +107,21 @@ class FQViT(Method):
         ]
         return calibrated
 
-    def slot_bits(self, slot: Slot) -> int | None:
-        """Bits of an operand: those of its kind of site, then policy and ``exclude``."""
+    def working_bits(self, slot: Slot) -> int | None:
+        """Bits of an operand by its kind of site; norms, softmaxes and adds have some too."""
         if slot.site.kind in MATMUL_KINDS:
-            bits = super().slot_bits(slot)
+            bits = super().working_bits(slot)
             return self.attention_bits if bits and _is_attention(slot) else bits
-        if not self.everything or self.excluded_by(slot.site) is not None:
+        if not self.everything or self.activation_bits is None:
             return None
         if slot.site.kind == "norm" and slot.site.function not in ("layer_norm", "rms_norm"):
             return None
-        if self.activation_bits is None:
-            return None
         return self.activation_bits if slot.site.kind == "softmax" else self.residual_bits
 
-    def why_float(self, slot: Slot) -> str:
-        if _is_attention(slot) and super().slot_bits(slot) is not None:
+    def why_working_float(self, slot: Slot) -> str:
+        if _is_attention(slot) and super().working_bits(slot) is not None:
             return "attention_bits=None"
-        return super().why_float(slot)
+        return super().why_working_float(slot)
 
     def _quantizer(self, slot: Slot, watched: MinMaxRange, stream: Stream | None) -> Quantizer:
         bits = self.slot_bits(slot)

@@ -117,16 +117,20 @@ class RepQViT(Method):
     def _move(
         self, calibration: Calibration, calibrated: Calibrated, link: NormLink, x: Tensor
     ) -> None:
-        """Re-parametrize a norm for its output x and give its consumers their quantizer."""
+        """Re-parametrize a norm for its output x and give its consumers their quantizer.
+
+        Where consumers differ in bits, those of the fewest decide; the others get a range of what
+        they read afterwards.
+        """
         slots = [Slot(site, 0) for site in link.consumers]
         bits = {slot: self.slot_bits(slot) for slot in slots}
-        used = next((b for b in bits.values() if b is not None), NOMINAL_BITS)
+        used = min((b for b in bits.values() if b is not None), default=NOMINAL_BITS)
         axis = norm_channel_dim(link.norm.function)
         low, high = percentile_range(x, used, axis=axis, hold_zero=False)
         moved = self.layerwise(ChannelSteps.of(low, high, used))
         reparametrize(calibration.model, link, calibrated, gain=moved.gain, shift=moved.shift)
         for slot, asked in bits.items():
-            if asked is not None:
+            if asked == used:
                 calibrated.quantizers[slot] = copy.deepcopy(moved.quantizer)
 
     def _add_quantizers(

@@ -1,0 +1,180 @@
+"""Which runs the study of ``evidence.py`` has, in which order, and how a choice is made.
+
+Nothing is trained here; workloads are in ``evidence_data``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evidence_data import SCALES, Workload
+from evidence_run import ALL, CHOOSING, Setting, summed
+
+FINAL_SEEDS = (1, 2, 3)
+FIGURES = (
+    *("val_float", *(f"val_{name}" for name in CHOOSING)),
+    *("float", "float_same", *ALL),
+    *("residual_max", "max_over_rms", "sqnr_db", "amplification", "worst_pair", "root_cause"),
+    *("train_seconds", "last_loss"),
+)
+COLUMNS = (
+    *("workload", "scale", "family", "setting", "seed", "stage"),
+    *FIGURES,
+    *("seconds", "device", "precision", "commit", "torch", "timm", "machine"),
+)
+DENSE = ("mlp", "value_output")
+RATE, TRY, FINAL = "rate", "try", "final"
+
+Row = dict[str, str]
+Block = tuple[tuple[str, ...], tuple[str, ...]]
+# Workloads and families, in the order in which they are worked off: of each block all rates, all
+# tries, all finals. Lengths (short, long) answer which strength.
+BLOCKS: tuple[Block, ...] = (
+    (("deit",), ("adamw", "cd+norm")),
+    (("deit",), ("cd", "cd+qk")),
+    (("scratch",), ("adamw", "cd")),
+    (("deit",), ("adamw-all", "norm-gains", "muon", "tweo", "s2d")),
+    (("deit-short", "deit-long"), ("cd+norm", "adamw")),
+    (("scratch",), ("cd+norm", "cd+qk", "muon", "adamw-all", "norm-gains", "tweo", "s2d")),
+    (("vits14",), ("adamw", "cd", "cd+norm", "cd+qk", "adamw-all", "muon")),
+)
+FAMILIES = tuple(dict.fromkeys(family for _, families in BLOCKS for family in families))
+
+
+def _cd(strengths: Sequence[float], *kinds: str) -> list[Setting]:
+    return [{"cd": {"strength": dict.fromkeys((*DENSE, *kinds), s)}} for s in strengths]
+
+
+def tries_of(family: str, workload: Workload) -> list[Setting]:
+    """The four tries of a family on a workload, without the learning rate.
+
+    Fine-tuning: strength times sum of learning rates are what results/ablate.csv and
+    results/finetune_cifar.csv found best, about 0.06, and around that. From scratch decay and
+    growth come to a balance: strengths themselves, around those of the earlier runs.
+    """
+    total = summed(workload) * workload.rates[0] if workload.finetunes else 1.0
+
+    def ladder(*values: float) -> list[float]:
+        return [float(f"{value / total:.2g}") for value in values]
+
+    if workload.finetunes:
+        whole, gentle = ladder(0.04, 0.08, 0.16, 0.32), ladder(0.02, 0.04, 0.08, 0.16)
+        matrices = [0.05, *ladder(0.02, 0.06, 0.18)]
+    else:
+        whole, gentle = [0.1, 0.3, 1.0, 3.0], [0.03, 0.1, 0.3, 1.0]
+        matrices = [0.05, 0.2, 0.5, 1.0]
+    every: dict[str, list[Setting]] = {
+        "adamw": [{"weight_decay": decay} for decay in matrices],
+        "adamw-all": [{"weight_decay": decay, "decay_all": True} for decay in whole],
+        "norm-gains": [{"gains": strength} for strength in whole],
+        "tweo": [{"tweo": {"strength": strength}} for strength in (0.003, 0.01, 0.03, 0.1)],
+        # DeiT-Tiny has one layer above S2D's own threshold: the other tries have one that acts.
+        "s2d": [
+            {"s2d": {"strength": 5e-4}},
+            *({"s2d": {"strength": s, "threshold": 0.3}} for s in (5e-3, 5e-2, 0.2)),
+        ],
+        "muon": [{"muon": 0.3}, {"muon": 1.0}, {"muon": 3.0}, {"muon": 1.0, "weight_decay": 0.5}],
+        "cd": _cd(whole),
+        "cd+norm": _cd(gentle, "norm_linear"),
+        "cd+qk": _cd(whole, "query_key"),
+    }
+    return every[family]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; ``setting`` is JSON."""
+
+    workload: str
+    scale: str
+    family: str
+    setting: str
+    seed: str
+    stage: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.workload, self.scale, self.setting, self.seed, self.stage
+
+
+def rows_of(out: Path) -> list[Row]:
+    if not out.exists():
+        return []
+    with out.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    return row["workload"], row["scale"], row["setting"], row["seed"], row["stage"]
+
+
+def shown(setting: Setting) -> str:
+    return json.dumps(setting, sort_keys=True)
+
+
+def score(row: Row) -> float:
+    """By which a choice is made, on held-out images; one that diverged is below all others."""
+    names = ["val_float"] if row["stage"] == RATE else [f"val_{name}" for name in CHOOSING]
+    found = statistics.mean(float(row[name]) for name in names if row[name])
+    return -math.inf if math.isnan(found) else found
+
+
+def best(rows: Sequence[Row], jobs: Sequence[Job]) -> str | None:
+    """The setting of the best of these jobs, None while one is missing or where all diverged."""
+    by_key = {key_of(row): row for row in rows}
+    found = {job.setting: score(by_key[job.key]) for job in jobs if job.key in by_key}
+    if len(found) < len(jobs) or max(found.values()) == -math.inf:
+        return None
+    return max(found, key=found.__getitem__)
+
+
+def rate_jobs(name: str, scale: str) -> list[Job]:
+    """The choice of a learning rate, for AdamW; none where there is one rate."""
+    rates = SCALES[scale][name].rates
+    if len(rates) == 1:
+        return []
+    return [Job(name, scale, "adamw", shown({"lr": lr}), "0", RATE) for lr in rates]
+
+
+def try_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Job]:
+    """The four tries of a family; none while the rate is not chosen."""
+    rates, chosen = rate_jobs(name, scale), {}
+    if rates:
+        found = best(rows, rates)
+        if found is None:
+            return []
+        chosen = json.loads(found)
+    tries = tries_of(family, SCALES[scale][name])
+    return [Job(name, scale, family, shown({**chosen, **each}), "0", TRY) for each in tries]
+
+
+def final_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Job]:
+    """The best try with every seed; none while a try is missing."""
+    tries = try_jobs(rows, name, scale, family)
+    found = best(rows, tries) if tries else None
+    if found is None:
+        return []
+    return [Job(name, scale, family, found, str(seed), FINAL) for seed in FINAL_SEEDS]
+
+
+def next_jobs(
+    rows: Sequence[Row], scale: str, workloads: Sequence[str], families: Sequence[str]
+) -> Iterator[Job]:
+    """What can run now, in order."""
+    done = {key_of(row) for row in rows}
+    for names, members in BLOCKS:
+        jobs: list[Job] = []
+        chosen = [family for family in members if family in families]
+        for name in (name for name in names if name in workloads and chosen):
+            jobs += rate_jobs(name, scale)
+            tries = [try_jobs(rows, name, scale, family) for family in chosen]
+            jobs += [job for place in zip(*filter(None, tries), strict=True) for job in place]
+            finals = [final_jobs(rows, name, scale, family) for family in chosen]
+            jobs += [job for seed in zip(*filter(None, finals), strict=True) for job in seed]
+        yield from (job for job in jobs if job.key not in done)

@@ -1,0 +1,299 @@
+"""The tables, the page and the figure that ``evidence.py`` makes of its rows.
+
+Which runs there are is in ``evidence``; nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evidence_run import ALL, PIPELINES
+from quietvit.files import write_atomic
+
+Row = dict[str, str]
+BASELINE, PIPELINE_NAMES = "adamw", tuple(PIPELINES)
+FLOAT_LOSS = 0.3
+"""How much lower float may be where CD still *helps*, in points. Fixed before the runs."""
+
+
+class Interval(NamedTuple):
+    """Mean of paired differences, half of its 95 % t interval (nan of one seed), and the seeds."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    @property
+    def above_zero(self) -> bool:
+        return self.mean - self.half > 0
+
+    def __str__(self) -> str:
+        half = "?" if math.isnan(self.half) else f"{self.half:.1f}"
+        return f"{self.mean:+.1f} ± {half}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and half of its 95 % interval of Student's t (Student 1908), df = n - 1."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return Interval(statistics.fmean(values), math.nan, n)
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return Interval(statistics.fmean(values), half, n)
+
+
+def finals(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
+    """(workload, scale) -> family -> seed -> row of a final."""
+    found: dict[tuple[str, str], dict[str, dict[str, Row]]] = defaultdict(dict)
+    for row in rows:
+        if row["stage"] == "final":
+            families = found[row["workload"], row["scale"]]
+            families.setdefault(row["family"], {})[row["seed"]] = row
+    return found
+
+
+def figure_of(row: Row, column: str) -> float | None:
+    """The number in a column; of ``pipelines`` the mean over them. None where it was not run."""
+    if column != "pipelines":
+        return float(row[column]) if row[column] else None
+    found = [float(row[name]) for name in PIPELINE_NAMES if row[name]]
+    return statistics.fmean(found) if len(found) == len(PIPELINE_NAMES) else None
+
+
+def gain(own: Mapping[str, Row], baseline: Mapping[str, Row], column: str) -> Interval | None:
+    """What a family gains over the baseline, paired by seed; None without a common seed."""
+    pairs = [
+        (figure_of(own[seed], column), figure_of(baseline[seed], column))
+        for seed in sorted(own.keys() & baseline.keys())
+    ]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    return interval(differences) if differences else None
+
+
+def verdict(own: Mapping[str, Row], baseline: Mapping[str, Row]) -> str:
+    """By the criterion that was fixed before the runs."""
+    gained, lost = gain(own, baseline, "pipelines"), gain(own, baseline, "float")
+    if gained is None or lost is None or math.isnan(gained.half):
+        return "too few runs"
+    if not gained.above_zero:
+        return "no"
+    return "**helps**" if lost.mean >= -FLOAT_LOSS else f"no: float {lost.mean:+.1f}"
+
+
+def setting_of(row: Row) -> str:
+    """A setting in one line: strength and where it acts."""
+    setting: dict[str, Any] = json.loads(row["setting"])
+    parts = []
+    for key, value in setting.items():
+        if key == "cd":
+            parts.append(f"strength {next(iter(value['strength'].values())):g}")
+        elif isinstance(value, dict):
+            parts += [f"{name} {number:g}" for name, number in value.items()]
+        elif key != "decay_all":
+            parts.append(f"{key} {value:g}")
+    return ", ".join(parts)
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    shown = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*shown, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _mean(rows: Mapping[str, Row], column: str) -> str:
+    found = [value for row in rows.values() if (value := figure_of(row, column)) is not None]
+    if not found:
+        return ""
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.1f}{spread}"
+
+
+def gains_table(families: Mapping[str, Mapping[str, Row]]) -> str:
+    """One line a family: gain over tuned AdamW in float, over all pipelines and in each."""
+    baseline = families[BASELINE]
+    columns = [
+        name
+        for name in ("pipelines", "float", *ALL)
+        if any(figure_of(row, name) is not None for row in baseline.values())
+    ]
+    lines = []
+    for name, own in families.items():
+        first = next(iter(own.values()))
+        head = [name, setting_of(first), str(len(own))]
+        if name == BASELINE:
+            lines.append([*head, "", *(_mean(own, column) for column in columns)])
+            continue
+        cells = [str(gain(own, baseline, column) or "") for column in columns]
+        lines.append([*head, verdict(own, baseline), *cells])
+    heading = ["mean of pipelines" if name == "pipelines" else name for name in columns]
+    return table(["family", "setting", "seeds", "helps?", *heading], lines)
+
+
+def causes_table(families: Mapping[str, Mapping[str, Row]]) -> str:
+    """What the activations and weights of the finals look like, mean over seeds."""
+    roles = ("residual", "post_norm", "query", "key", "value", "post_gelu")
+    noisy = ("post_norm", "query_key", "attention_value", "attention_output", "post_gelu")
+    lines = []
+    for name, own in families.items():
+        cells = [name, _mean(own, "residual_max")]
+        cells += [_role(own, "max_over_rms", role) for role in roles]
+        cells += [_role(own, "sqnr_db", role) for role in noisy]
+        causes = [json.loads(row["root_cause"]) for row in own.values() if row["root_cause"]]
+        worst = max(causes, key=lambda cause: cause.get("over_rms", 0.0), default={})
+        shown = "{pair}, channel {channel}: {over_rms}".format(**worst) if worst else ""
+        lines.append([*cells, _mean(own, "amplification"), shown.replace(".weight", "")])
+    heads = [f"{role} max/rms" for role in roles] + [f"{role} dB" for role in noisy]
+    last = ["worst pair's amplification", "worst output channel, max/rms"]
+    return table(["family", "largest residual", *heads, *last], lines)
+
+
+def _role(rows: Mapping[str, Row], column: str, role: str) -> str:
+    found = [json.loads(row[column]).get(role) for row in rows.values() if row[column]]
+    known = [value for value in found if value is not None]
+    return f"{statistics.fmean(known):.1f}" if known else ""
+
+
+def tries_table(rows: Sequence[Row]) -> str:
+    """Every choice and try, with what it was judged by."""
+    lines = []
+    for row in rows:
+        if row["stage"] == "final":
+            continue
+        figures = [
+            f"{name.removeprefix('val_')} {row[name]}"
+            for name in row
+            if name.startswith("val_") and row[name]
+        ]
+        head = [f"{row['workload']} ({row['scale']})", row["stage"], row["family"]]
+        lines.append([*head, setting_of(row), ", ".join(figures)])
+    return table(["workload", "stage", "family", "setting", "held-out images"], lines)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Every workload's tables as Markdown, and what is missing."""
+    parts = []
+    for (workload, scale), families in finals(rows).items():
+        parts.append(f"### {workload} ({scale})")
+        if BASELINE not in families:
+            parts.append("No final of AdamW yet, so nothing can be held against it.")
+            continue
+        parts += [gains_table(families), causes_table(families)]
+    return "\n\n".join(parts) or "No finals yet."
+
+
+def page(rows: Sequence[Row], figure: str | None) -> str:
+    """docs/evidence.md."""
+    finished = finals(rows)
+    verdicts = [
+        [
+            *(f"{workload} ({scale})", name, verdict(own, families[BASELINE])),
+            *(str(gain(own, families[BASELINE], what) or "") for what in ("pipelines", "float")),
+            str(len(own)),
+        ]
+        for (workload, scale), families in finished.items()
+        if BASELINE in families
+        for name, own in families.items()
+        if name.startswith("cd")
+    ]
+    heads = ("workload", "pairs", "helps?", "mean of pipelines", "float", "seeds")
+    shown = table(heads, verdicts) if verdicts else "No finals of CD beside AdamW's yet."
+    picture = (
+        f"![Gain of CD over tuned AdamW, by workload and pipeline]({figure})" if figure else ""
+    )
+    machines = sorted({f"{row['machine']}, {row['device']}, {row['precision']}" for row in rows})
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    return f"""# Does Colinearity Decay keep its promise?
+
+<!-- Made by `python benchmarks/evidence.py report` from results/evidence.csv; edit the script. -->
+
+**Question.** What does Colinearity Decay (CD) gain over AdamW that was tuned as hard, in float and
+behind every quantization pipeline? **Criterion**, fixed before the runs: CD *helps* on a workload
+where its gain, mean over {len(PIPELINE_NAMES)} pipelines and paired by seed, has a 95 % interval
+above 0, and float is not lower by more than {FLOAT_LOSS} points.
+
+{shown}
+
+{picture}
+
+Points of top-1, `±` is half of the 95 % t interval over seeds, `?` where there is one seed. Each
+family had four tries with seed 0 on held-out images; the best of them went on with seeds 1, 2, 3 on
+test images. "m8" are attention maps at 8 bits; strict W4A4 and W3A3 rows are for comparison and not
+part of the mean. `adamw` lines hold top-1 itself, mean ± standard deviation. `cd` acts on dense
+pairs, `cd+norm` on `norm_linear` pairs too, `cd+qk` on `query_key` pairs too.
+
+## Every family
+
+{summary(rows)}
+
+## Tries
+
+{tries_table(rows)}
+
+## How
+
+{len(rows)} runs of `python benchmarks/evidence.py run` at {commits}, on {"; ".join(machines)};
+figures, seeds and settings of each in [results/evidence.csv](../results/evidence.csv), expectations
+and deviations in the [lab log](lab-log.md).
+"""
+
+
+def draw(rows: Sequence[Row], path: Path) -> bool:
+    """Draw CD's gains over AdamW by workload and pipeline; False where there are none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        where: {name: own for name, own in families.items() if name.startswith("cd")}
+        for where, families in finals(rows).items()
+        if BASELINE in families
+    }
+    panels = {where: shown for where, shown in panels.items() if shown}
+    if not panels:
+        return False
+    columns = ("pipelines", "float", *PIPELINE_NAMES)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1.5 + 3.6 * len(panels), 5), sharey=True, squeeze=False
+    )
+    for ax, ((workload, scale), shown) in zip(axes[0], panels.items(), strict=True):
+        baseline = finals(rows)[workload, scale][BASELINE]
+        for offset, (name, own) in enumerate(shown.items()):
+            for place, column in enumerate(columns):
+                found = gain(own, baseline, column)
+                if found is None:
+                    continue
+                half = 0.0 if math.isnan(found.half) else found.half
+                ax.errorbar(
+                    *(found.mean, place + 0.2 * (offset - (len(shown) - 1) / 2)),
+                    xerr=half,
+                    fmt="o",
+                    ms=4,
+                    capsize=2,
+                    color=f"C{offset}",
+                    label=name if place == 0 else None,
+                )
+        ax.axvline(0, color="grey", lw=0.8)
+        ax.set_title(f"{workload} ({scale})")
+        ax.set_xlabel("points of top-1 over tuned AdamW")
+        ax.legend(fontsize=8)
+    axes[0][0].set_yticks(range(len(columns)), ["mean of pipelines", *columns[1:]])
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return True
+
+
+def report(rows: Sequence[Row], target: Path) -> None:
+    """Write the page, and beside it its figure where there is something to draw."""
+    figure = target.with_suffix(".png")
+    drawn = draw(rows, figure)
+    write_atomic(target, page(rows, figure.name if drawn else None))

@@ -1,0 +1,184 @@
+"""``Overrides``: bits of single roles or sites, in place of a method's working bits.
+
+Parsing, lookup and checks live here; ``Method.slot_bits`` decides what they give way to.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import PlainSerializer, PlainValidator
+
+from quietvit.errors import QuietvitError, nearest
+from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS
+from quietvit.tracing import MATMUL_KINDS
+
+if TYPE_CHECKING:
+    from quietvit.quantization.method import Slot
+    from quietvit.tracing import Site, Trace
+
+BitPair = tuple[int | None, int | None]
+"""Bits of a weight, bits of an activation; None is float."""
+
+PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {"attention-maps-8": MappingProxyType({"post_softmax": 8})}
+)
+"""Overrides by name: ``RTN(weight_bits=4, activation_bits=4, overrides="attention-maps-8")``."""
+
+_PAIR = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
+
+
+class Overrides(Mapping[str, BitPair]):
+    """Bits by role or by pattern of site names. Immutable, hashable, equal in any order."""
+
+    def __init__(self, pairs: Mapping[str, BitPair] | None = None) -> None:
+        self._pairs = dict(pairs or {})
+
+    def __getitem__(self, key: str) -> BitPair:
+        return self._pairs[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._pairs.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Overrides) and self._pairs == other._pairs
+
+    def __repr__(self) -> str:
+        return repr(self.plain())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {_shown(pair)}" for key, pair in self._pairs.items()) or "none"
+
+    def plain(self) -> dict[str, int | str | list[int | None] | None]:
+        """What JSON can hold, and what the field takes again."""
+        return {key: _plain(pair) for key, pair in self._pairs.items()}
+
+    def key_for(self, slot: Slot) -> str | None:
+        """The key that decides this operand's bits, or None.
+
+        The most special one: the site's own name, then a pattern that matches it, then the role of
+        the operand, then that of the site. Patch embedding and head answer to their own role only.
+        """
+        if slot.site.kind not in MATMUL_KINDS:
+            return None
+        name = slot.site.name
+        if name in self._pairs:
+            return name
+        found = [key for key in self._pairs if fnmatch.fnmatchcase(name, key)]
+        found += [role for role in (slot.role, slot.site.role) if role in self._pairs]
+        return found[0] if found else None
+
+    def bits(self, key: str, slot: Slot) -> int | None:
+        """Bits that ``key`` gives to an operand; None is float."""
+        return self._pairs[key][0 if slot.is_weight else 1]
+
+    def check(self, trace: Trace, excluded: Sequence[str]) -> None:
+        """Raise QuietvitError for a key that decides nothing, or two that say different things.
+
+        ``excluded``: patterns of sites that stay float; a key of excluded sites alone is an error.
+        """
+        sites = [site for site in trace.sites if site.kind in MATMUL_KINDS]
+        for key in self._pairs:
+            touched = [site for site in sites if key in (site.name, *_roles(site))]
+            touched += [site for site in sites if fnmatch.fnmatchcase(site.name, key)]
+            if not touched:
+                known = sorted({role for site in sites for role in _roles(site)})
+                raise QuietvitError(
+                    f"overrides: {key!r} is no role of this model and matches none of its "
+                    f"{len(sites)} matrix products"
+                    f"{nearest(key, [*known, *(site.name for site in sites)])}. "
+                    f"Roles here: {', '.join(known)}."
+                )
+            if all(any(fnmatch.fnmatchcase(s.name, p) for p in excluded) for s in touched):
+                raise QuietvitError(
+                    f"overrides: {key!r} gives bits to {touched[0].name}, but exclude keeps "
+                    "all that it names in float. Remove one of the two."
+                )
+        for site in sites:
+            self._check_patterns(site)
+
+    def _check_patterns(self, site: Site) -> None:
+        found = [key for key in self._pairs if fnmatch.fnmatchcase(site.name, key)]
+        if site.name not in self._pairs and len({self._pairs[key] for key in found}) > 1:
+            said = " and ".join(f"{key!r} ({_shown(self._pairs[key])})" for key in found)
+            raise QuietvitError(
+                f"overrides: {said} both match {site.name}. Narrow one pattern, or give the site "
+                "by its full name, which comes first."
+            )
+
+
+def _roles(site: Site) -> set[str]:
+    operands = () if site.role in ("patch_embed", "head") else site.operands
+    return {site.role, *(operand.role for operand in operands)}
+
+
+def _overrides(value: Any) -> Overrides:
+    if isinstance(value, Overrides):
+        return value
+    if isinstance(value, str):
+        if value not in PRESETS:
+            raise ValueError(
+                f"there is no preset of that name{nearest(value, PRESETS)}; give one of "
+                f"{', '.join(PRESETS)}, or a mapping such as {{'post_softmax': 8}}"
+            )
+        value = PRESETS[value]
+    if not isinstance(value, Mapping):
+        raise ValueError("give a mapping from roles or site names to bits: {'post_softmax': 8}")
+    pairs: dict[str, BitPair] = {}
+    for key, bits in value.items():
+        if not isinstance(key, str) or not key:
+            raise ValueError(f"{key!r} is no role and no pattern of site names")
+        pairs[key] = _pair(key, bits)
+    return Overrides(pairs)
+
+
+def _pair(key: str, bits: Any) -> BitPair:
+    """``8`` and ``None`` for both, ``"W4A8"``, or two numbers for weight and activation."""
+    given: Any = bits
+    if isinstance(bits, str):
+        match = _PAIR.fullmatch(bits.strip())
+        given = tuple(map(int, match.groups())) if match else None
+        if match is None and bits.strip().lower() != "float":
+            given = "?"
+    both = tuple(given) if isinstance(given, list | tuple) else (given, given)
+    for each in both:
+        whole = isinstance(each, int) and not isinstance(each, bool)
+        if len(both) != 2 or (each is not None and not (whole and MIN_BITS <= each <= MAX_BITS)):
+            raise ValueError(
+                f"{key!r}: bits are an integer from {MIN_BITS} to {MAX_BITS}, 'W4A8' for weight "
+                f"and activation, or 'float', not {bits!r}"
+            )
+    return both[0], both[1]
+
+
+def _plain(pair: BitPair) -> int | str | list[int | None] | None:
+    weight, activation = pair
+    if weight == activation:
+        return weight
+    if weight is None or activation is None:
+        return [weight, activation]
+    return f"W{weight}A{activation}"
+
+
+def _shown(pair: BitPair) -> str:
+    plain = _plain(pair)
+    if plain is None:
+        return "float"
+    if isinstance(plain, list):
+        return f"W{pair[0] or 32}A{pair[1] or 32}"
+    return plain if isinstance(plain, str) else f"{plain} bits"
+
+
+OverridesField = Annotated[
+    Overrides, PlainValidator(_overrides), PlainSerializer(lambda value: value.plain())
+]
