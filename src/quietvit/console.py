@@ -31,10 +31,10 @@ class ErrorsAsParagraphs(TyperGroup):
             if ctx.params.get("traceback"):
                 tracebacks.print_exc()
             else:
-                _complain("error", str(error))
+                complain("error", str(error))
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            _complain(
+            complain(
                 "interrupted", "what was finished is kept; train and compare go on with --resume."
             )
             raise typer.Exit(130) from None
@@ -44,7 +44,7 @@ class ErrorsAsParagraphs(TyperGroup):
             if type(error).__module__.partition(".")[0] in ("click", "typer"):
                 raise
             tracebacks.print_exc()
-            _complain(
+            complain(
                 "unexpected error",
                 f"{type(error).__name__}: {error}. This is a fault of quietvit; please report it "
                 "with the traceback above.",
@@ -52,7 +52,8 @@ class ErrorsAsParagraphs(TyperGroup):
             raise typer.Exit(1) from None
 
 
-def _complain(kind: str, text: str) -> None:
+def complain(kind: str, text: str) -> None:
+    """Print one paragraph to standard error, its ``kind`` in red."""
     typer.secho(f"{kind}: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(" ".join(text.split()), err=True)
 
@@ -100,12 +101,28 @@ Size = Annotated[
     typer.Option("--size", min=1, help="Side of the images in pixels.", show_default="the model's"),
 ]
 _DATA = (
-    "Parquet or arrow table, folder with one folder a class, shards:/path/*.tar, hf:/folder, or "
-    "embedded:digits; its {} images if split."
+    "Parquet or arrow table, {}, shards:/path/*.tar, hf:/folder, or embedded:digits; its {} images "
+    "if split."
 )
-Images = Annotated[str, typer.Option("--images", metavar="DATA", help=_DATA.format("test"))]
+_FREE = "folder of images, single image"
+_NO_LABELS = " Labels are not needed."
+Images = Annotated[
+    str,
+    typer.Option(
+        "--images", metavar="DATA", help=_DATA.format("folder with one folder a class", "test")
+    ),
+]
+AnyImages = Annotated[
+    str,
+    typer.Option("--images", metavar="DATA", help=_DATA.format(_FREE, "test") + _NO_LABELS),
+]
 Calibration = Annotated[
-    str, typer.Option("--calibration", metavar="DATA", help=_DATA.format("training"))
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="DATA",
+        help=_DATA.format(_FREE, "training") + _NO_LABELS,
+    ),
 ]
 Count = Annotated[int, typer.Option("--count", help="Number of images used.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draw of images.")]
@@ -165,13 +182,16 @@ def example_of(model: nn.Module) -> Tensor:
     return torch.randn(1, *data_config(model)["input_size"])
 
 
-def open_data(text: str, split: Literal["train", "test"]) -> ImageDataset:
-    """Open the data a plain path stands for: ``split`` where it has splits, else all of it."""
+def open_data(text: str, split: Literal["train", "test"], *, labels: bool = True) -> ImageDataset:
+    """Open the data a plain path stands for: ``split`` where it has splits, else all of it.
+
+    ``labels``: as for ``load_dataset``.
+    """
     from quietvit.data import load_dataset
     from quietvit.data.sources import has_splits, spec_of
 
     spec = spec_of(text)
-    return load_dataset(spec, split if has_splits(spec) else None)
+    return load_dataset(spec, split if has_splits(spec) else None, labels=labels)
 
 
 def draw_images(model: nn.Module, dataset: ImageDataset, count: int, seed: int) -> Tensor:

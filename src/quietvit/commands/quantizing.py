@@ -72,7 +72,7 @@ def quantize(
 
     chosen = parse_method(method, bits, options or ())
     built = build_model(model, weights, classes, size)
-    dataset = open_data(calibration, "train")
+    dataset = open_data(calibration, "train", labels=False)
     drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
     result = run(built, chosen, drawn)
     typer.echo(str(result.coverage))
