@@ -117,10 +117,11 @@ class PassedOver:
     def tell(self, name: str, used: int) -> None:
         """Log what was passed over: a warning, or at level INFO where it is side files alone."""
         if self._images:
+            bad = self._images.total()
             logger.warning(
-                "%s: %d images are used, %d files are passed over because they cannot be read as "
-                "images: %s. Install what reads them, or convert them to .jpg or .png.",
-                name, used, self._images.total(), _listed(self._images),
+                "%s: %d of %d files are passed over, because they cannot be read as images: %s. "
+                "Install what reads them, or convert them to .jpg or .png.",
+                name, bad, used + bad, _listed(self._images),
             )  # fmt: skip
         if self._side:
             logger.info(
@@ -131,7 +132,7 @@ class PassedOver:
 
 def _listed(counts: Counter[str]) -> str:
     parts = []
-    for suffix, count in counts.most_common():
+    for suffix, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         remedy = remedy_for(suffix).removeprefix(": ")
         parts.append(f"{count} {suffix}" + (f" ({remedy})" if remedy else ""))
     return ", ".join(parts)
