@@ -60,7 +60,61 @@ def test_from_a_qvit_to_a_proven_file_and_a_prediction(
     done = run("predict", written, photo, "--top", 2)
     assert done.exit_code == 0, done.output
     assert {line.split()[-1] for line in done.output.splitlines()[1:]} == {"left", "right"}
-    assert "does not exist" in refused(run("predict", written, tmp_path / "absent.jpg"))
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    photo.rename(flat / photo.name)
+    done = run("check", written, "--against", qvit, "--images", flat, "--seconds", 0)
+    assert done.exit_code == 0, done.output
+    assert "no labels, so top-1 is not compared" in done.stderr
+    for command in (
+        ("quantize", MODEL, *SIZE, "--count", 1, "--calibration", flat, "-o", tmp_path / "b.qvit"),
+        ("diagnose", MODEL, *SIZE, "--count", 1, "--images", flat / photo.name),
+    ):
+        done = run(*command)
+        assert done.exit_code == 0, done.output
+    assert "labels" in refused(run("evaluate", qvit, "--images", flat))
+
+
+def test_predict_goes_on_after_a_bad_image_and_takes_folders_and_patterns(
+    tmp_path: Path, photo: Path
+) -> None:
+    path = exported("vit").path
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "more").mkdir()
+    photo.with_name("z.gif").write_bytes(photo.read_bytes())
+    for given in (tmp_path, f"{tmp_path}/*.*"):
+        done = run("predict", path, given, tmp_path / "absent.jpg", photo, "--top", 1)
+        assert done.exit_code == 1, done.output
+        shown = [line for line in done.stdout.splitlines() if line.startswith("/")]
+        assert shown == [str(photo), str(tmp_path / "z.gif"), str(photo)]
+        complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(complaints) == 2
+        assert f"{tmp_path}/a.png could not be decoded: it is empty" in complaints[0]
+        assert "absent.jpg does not exist" in complaints[1]
+    assert run("predict", path, photo).exit_code == 0
+    done = run("predict", path, tmp_path / "more")
+    assert done.exit_code == 1
+    assert "holds no images" in done.stderr
+
+
+def test_predict_takes_files_images_arrays_and_lists_of_them(photo: Path) -> None:
+    runtime = open_runtime(exported("vit").path)
+    image = Image.open(photo)
+    wanted = quietvit.predict(runtime, photo, top=2)
+    for given in (str(photo), image, np.asarray(image), np.asarray(image) / 255):
+        assert quietvit.predict(runtime, given, top=2) == wanted
+    assert quietvit.predict(runtime, [photo, image], top=2) == [wanted, wanted]
+    for given, told in (
+        (torch.zeros(3, 8, 8), r"is a Tensor; .*open_runtime"),
+        (np.zeros((3, 8, 8), np.uint8), r"argument 'image' is an array of shape \(3, 8, 8\)"),
+        (None, "is a NoneType"),
+        (photo.parent, "is a folder; give its images"),
+        ([photo, photo.with_name("b.png")], r"b\.png does not exist"),
+    ):
+        with pytest.raises(QuietvitError, match=told):
+            quietvit.predict(runtime, given)  # type: ignore[call-overload]
 
 
 def test_a_broken_claim_ends_with_exit_code_1(qvit: Path, table: Path) -> None:

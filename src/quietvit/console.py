@@ -61,12 +61,28 @@ Size = Annotated[
     typer.Option("--size", min=1, help="Side of the images in pixels.", show_default="the model's"),
 ]
 _DATA = (
-    "Parquet or arrow table, folder with one folder a class, shards:/path/*.tar, hf:/folder, or "
-    "embedded:digits; its {} images if split."
+    "Parquet or arrow table, {}, shards:/path/*.tar, hf:/folder, or embedded:digits; its {} images "
+    "if split."
 )
-Images = Annotated[str, typer.Option("--images", metavar="DATA", help=_DATA.format("test"))]
+_FREE = "folder of images, single image"
+_NO_LABELS = " Labels are not needed."
+Images = Annotated[
+    str,
+    typer.Option(
+        "--images", metavar="DATA", help=_DATA.format("folder with one folder a class", "test")
+    ),
+]
+AnyImages = Annotated[
+    str,
+    typer.Option("--images", metavar="DATA", help=_DATA.format(_FREE, "test") + _NO_LABELS),
+]
 Calibration = Annotated[
-    str, typer.Option("--calibration", metavar="DATA", help=_DATA.format("training"))
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="DATA",
+        help=_DATA.format(_FREE, "training") + _NO_LABELS,
+    ),
 ]
 Count = Annotated[int, typer.Option("--count", help="Number of images used.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draw of images.")]
@@ -135,13 +151,16 @@ def example_of(model: nn.Module) -> Tensor:
     return torch.randn(1, *data_config(model)["input_size"])
 
 
-def open_data(text: str, split: Literal["train", "test"]) -> ImageDataset:
-    """Open the data a plain path stands for: ``split`` where it has splits, else all of it."""
+def open_data(text: str, split: Literal["train", "test"], *, labels: bool = True) -> ImageDataset:
+    """Open the data a plain path stands for: ``split`` where it has splits, else all of it.
+
+    ``labels``: as for ``load_dataset``.
+    """
     from quietvit.data import load_dataset
     from quietvit.data.sources import has_splits, spec_of
 
     spec = spec_of(text)
-    return load_dataset(spec, split if has_splits(spec) else None)
+    return load_dataset(spec, split if has_splits(spec) else None, labels=labels)
 
 
 def draw_images(model: nn.Module, dataset: ImageDataset, count: int, seed: int) -> Tensor:

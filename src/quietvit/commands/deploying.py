@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quietvit.complaints import complain
 from quietvit.console import build_model, epilog, open_data
 from quietvit.errors import QuietvitError
 
@@ -100,7 +101,8 @@ def check(
         Path, typer.Option("--against", help="The .qvit that it was exported from.")
     ],
     images: Annotated[
-        str, typer.Option("--images", metavar="DATA", help="Labelled images, as for evaluate.")
+        str,
+        typer.Option("--images", metavar="DATA", help="Images; labels add top-1."),
     ],
     model: FloatModel = None,
     count: Annotated[
@@ -121,16 +123,22 @@ def check(
     Exit code 1 where the file does not keep what it claims.
     """
     from quietvit.data import evaluation_loader, evaluation_transform
-    from quietvit.data.images import subset
+    from quietvit.data.images import NoLabelsError, subset
     from quietvit.deployment import check as run
     from quietvit.files import refuse_unwritable
 
     if json is not None:
         refuse_unwritable(json)
     quantized = _load(against, model)
-    dataset = subset(open_data(images, "test"), count)
+    try:
+        whole = open_data(images, "test")
+    except NoLabelsError:
+        whole = open_data(images, "test", labels=False)
+        typer.echo("note: the images have no labels, so top-1 is not compared.", err=True)
+    dataset = subset(whole, count)
     loader = evaluation_loader(dataset, evaluation_transform(quantized.model), 32)
-    found = run(file, quantized, loader, runtime=runtime, threads=threads, seconds=seconds)
+    batches = loader if dataset.labelled else (x for x, _ in loader)
+    found = run(file, quantized, batches, runtime=runtime, threads=threads, seconds=seconds)
     written = None if json is None else found.to_json(json)
     typer.echo(str(found))
     if written is not None:
@@ -139,23 +147,53 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit predict tiny.onnx photo.jpg"))
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=epilog("quietvit predict tiny.onnx photo.jpg", "quietvit predict tiny.onnx photos/"),
+)
 def predict(
     file: Exported,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...", help="Image files, folders (the images right in them), or patterns."
+        ),
+    ],
     top: Annotated[int, typer.Option(min=1, help="How many classes.")] = 5,
     runtime: Runtime = None,
     threads: Threads = 0,
 ) -> None:
-    """Print the most probable classes of images, with the preprocessing in the file."""
+    """Print the most probable classes of images, with the preprocessing in the file.
+
+    An image that cannot be read is reported, the others go on; the exit code is 1 then.
+    """
+    from quietvit.data.folder import image_files
     from quietvit.deployment import open_runtime
     from quietvit.deployment import predict as run
+    from quietvit.deployment.predicting import read_image
 
     loaded = open_runtime(file, runtime, threads)
-    for image in images:
-        typer.echo(f"{image}")
-        for found in run(loaded, image, top):
-            typer.echo(f"  {100 * found.probability:6.2f} %  {found.label}")
+    failed = 0
+    for text in images:
+        try:
+            names, passed = image_files(text)
+        except QuietvitError as error:
+            complain("error", str(error))
+            failed += 1
+            continue
+        passed.tell(text, len(names))
+        for name in names:
+            try:
+                image = read_image(name)
+            except QuietvitError as error:
+                complain("error", str(error))
+                failed += 1
+                continue
+            typer.echo(name)
+            for found in run(loaded, image, top):
+                typer.echo(f"  {100 * found.probability:6.2f} %  {found.label}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def _load(file: Path, model: str | None) -> QuantizedModel:

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from quietvit.console import (
+    AnyImages,
     Architecture,
     Classes,
     Count,
     Force,
-    Images,
     Model,
     Seed,
     Size,
@@ -40,7 +40,7 @@ _PANEL = "Look at a model"
 )
 def diagnose(
     model: Model,
-    images: Images,
+    images: AnyImages,
     weights: Weights = None,
     classes: Classes = None,
     size: Size = None,
@@ -62,7 +62,7 @@ def diagnose(
     if output is not None:
         refuse_nonempty(output, force)
     built = build_model(model, weights, classes, size)
-    drawn = draw_images(built, open_data(images, "test"), count, seed)
+    drawn = draw_images(built, open_data(images, "test", labels=False), count, seed)
     found = run(built, drawn, pairs=() if sites_only else None)
     written = []
     if output is not None:

@@ -80,7 +80,7 @@ def quantize(
     if images is not None:
         open_data(images, "test")
     built = build_model(model, weights, classes, size)
-    dataset = open_data(calibration, "train")
+    dataset = open_data(calibration, "train", labels=False)
     drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
     result = run(built, chosen, drawn)
     written = result.save(output, force=force)

@@ -58,6 +58,11 @@ def evaluate(
         for images, labels in batches:
             logits = _logits(model(images.to(device)))
             labels = labels.to(logits.device)
+            if int(labels.min()) < 0:
+                raise QuietvitError(
+                    f"the data has label {int(labels.min())}, so images without labels; top-1 "
+                    "needs the class of each image, counted from 0."
+                )
             if int(labels.max()) >= logits.shape[-1]:
                 raise QuietvitError(
                     f"the data has label {int(labels.max())}, but the model tells only "

@@ -1,38 +1,50 @@
-"""Image folders: ``root/train/<class>/*.jpg``, one folder a class. Files are found, not opened.
+"""Image folders: one folder a class, or images in any folders. Files are found, not opened.
 
-Names are kept as one array of bytes, so that a million of them take no Python objects.
+Which files are images is decided in ``formats``. Names are kept as one
+array of bytes, so that a million of them take no Python objects.
 """
 
 from __future__ import annotations
 
+import glob
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from quietvit.data.images import ImageDataset
+from quietvit.data.formats import PassedOver, is_readable
+from quietvit.data.images import ImageDataset, NoLabelsError
 from quietvit.errors import QuietvitError, nearest
+
+logger = logging.getLogger("quietvit")
 
 _SPLITS = {"train", "val", "test"}
 
 
-def open_folder(root: Path, split: str | None, num_classes: int | None) -> ImageDataset:
+def open_folder(
+    root: Path, split: str | None, num_classes: int | None, labels: bool = True
+) -> ImageDataset:
     """Open ``split`` of an image folder; for None the folder itself is one folder a class.
 
-    Hidden files and folders are passed over, links are followed.
+    Hidden files and folders are passed over, links are followed. Files that cannot be read as
+    images are passed over, too, and a log line counts them by suffix.
+
+    Args:
+        root: the folder; without ``labels`` also a single image, or a pattern such as ``*.jpg``.
+        split: ``train``, ``test`` or None.
+        num_classes: refuse labels at or above it; None takes the number of class folders.
+        labels: False takes all images below the folder, in whatever folders they lie.
 
     Raises:
+        NoLabelsError: labels are needed, and the images lie in no class folders.
         QuietvitError: a folder is missing, holds no images, or has a class that training lacks; a
             class of ``train/`` has no images. Caused by FileNotFoundError where ``root`` is none.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     if not root.is_dir():
-        raise QuietvitError(
-            f"the folder {root} of the data set does not exist; check the path."
-        ) from FileNotFoundError(root)
+        return _open_files(root, labels)
     if split is None and holds_splits(root):
         held = sorted(entry.name for entry in root.iterdir() if entry.name in _SPLITS)
         raise QuietvitError(
@@ -40,6 +52,11 @@ def open_folder(root: Path, split: str | None, num_classes: int | None) -> Image
             f"for the split 'train' or 'test', or open one of them: 'imagefolder:{root / held[0]}'."
         )
     folder = root if split is None else _split_folder(root, split)
+    around = frozenset(map(_identity, folder.absolute().parents))
+    passed = PassedOver()
+    if not labels:
+        found = _images_in(folder, _files_below(folder, around), passed)
+        return _dataset(root, folder, found, passed)
     reference = root / "train" if split == "test" and (root / "train").is_dir() else folder
     classes, present = _folders_in(reference), _folders_in(folder)
     unknown = [name for name in present if name not in classes]
@@ -48,37 +65,143 @@ def open_folder(root: Path, split: str | None, num_classes: int | None) -> Image
             f"{folder} has a class {unknown[0]!r} that {reference} does not have"
             f"{nearest(unknown[0], classes)}; both need the same class folders."
         )
-    around = frozenset(map(_identity, (folder, *folder.absolute().parents)))
+    around |= {_identity(folder)}
     files: list[bytes] = []
-    labels: list[int] = []
+    numbers: list[int] = []
     for name in present:
-        found = [
-            path
-            for path in _files_below(folder / name, around)
-            if os.path.splitext(path)[1].lower() in IMG_EXTENSIONS  # noqa: PTH122
-        ]
+        of_class = PassedOver()
+        inside = list(_files_below(folder / name, around))
+        found = _images_in(folder, inside, of_class)
         if not found and split == "train":
+            beside = f" It holds {of_class}." if str(of_class) else ""
             raise QuietvitError(
-                f"the class {name!r} of {folder} holds no images (files ending in "
-                f"{', '.join(IMG_EXTENSIONS)}); put images there, or remove the folder."
+                f"the class {name!r} of {folder} holds no images that can be read here.{beside} "
+                "Put images there (.jpg, .png, ...), or remove the folder."
             )
-        found.sort(key=lambda path: Path(path).parts)
-        files += [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path in found]
-        labels += [classes.index(name)] * len(found)
-    if not files:
-        raise QuietvitError(
-            f"{folder} holds no images; one folder a class is expected inside, with files "
-            f"ending in {', '.join(IMG_EXTENSIONS)}."
+        passed.update(of_class)
+        files += found
+        numbers += [classes.index(name)] * len(found)
+    if not files and (outside := _count_images(folder)):
+        raise NoLabelsError(
+            f"{folder} holds {outside} images but no class folders, so they have no labels. "
+            "Training and evaluation need one folder a class: move the images to "
+            f"{folder}/<class>/. Calibration (quantize, diagnose) takes them as they are."
         )
+    if files and (outside := _count_images(folder)):
+        logger.warning(
+            "%s: %d images lie in no class folder, so they have no label and are not used.",
+            folder, outside,
+        )  # fmt: skip
+    return _dataset(root, folder, files, passed, numbers, classes, num_classes)
+
+
+def image_files(text: str) -> tuple[list[str], PassedOver]:
+    """Return the images that ``text`` names, by name: a file, a folder (not those in it), a glob.
+
+    A file that is named itself is returned whatever its suffix. Hidden files are passed over
+    silently; ``PassedOver`` counts the others that cannot be read as images.
+
+    Raises:
+        QuietvitError: there is no such file, or no image in the folder or among the matches.
+            Caused by FileNotFoundError where nothing is at a path.
+    """
+    path = Path(text).expanduser()
+    passed = PassedOver()
+    if path.is_dir():
+        names = [entry.path for entry in os.scandir(path) if not entry.is_dir()]
+    elif path.exists():
+        return [str(path)], passed
+    elif glob.has_magic(text):
+        names = [name for name in glob.glob(str(path)) if not Path(name).is_dir()]  # noqa: PTH207
+    else:
+        raise QuietvitError(
+            f"the image or folder {path} does not exist; check the path."
+        ) from FileNotFoundError(text)
+    found = []
+    for name in sorted(names):
+        if Path(name).name.startswith("."):
+            continue
+        if is_readable(name):
+            found.append(name)
+        else:
+            passed.add(name)
+    if not found:
+        raise QuietvitError(_without_images(str(path), passed))
+    return found, passed
+
+
+def _open_files(path: Path, labels: bool) -> ImageDataset:
+    """A single image, or those that a pattern matches; neither has labels."""
+    if not path.exists() and not glob.has_magic(str(path)):
+        raise QuietvitError(
+            f"the folder {path} of the data set does not exist; check the path."
+        ) from FileNotFoundError(path)
+    files, passed = image_files(str(path))
+    if labels:
+        raise NoLabelsError(
+            f"{path} names images without class folders, so they have no labels. Training and "
+            "evaluation need a folder with one folder a class; calibration (quantize, diagnose) "
+            "takes these as they are."
+        )
+    passed.tell(f"imagefolder:{path}", len(files))
+    names = np.array([os.fsencode(name) for name in files])
+    return ImageDataset(
+        None,
+        partial(_read_file, Path(), names),
+        partial(_path_of, Path(), names),
+        name=f"imagefolder:{path}",
+        count=len(files),
+    )
+
+
+def _dataset(
+    root: Path,
+    folder: Path,
+    files: list[bytes],
+    passed: PassedOver,
+    labels: list[int] | None = None,
+    classes: list[str] | None = None,
+    num_classes: int | None = None,
+) -> ImageDataset:
+    if not files:
+        raise QuietvitError(_without_images(str(folder), passed))
+    name = f"imagefolder:{root}"
+    passed.tell(name, len(files))
     names = np.array(files)
     return ImageDataset(
         labels,
         partial(_read_file, folder, names),
         partial(_path_of, folder, names),
-        num_classes=len(classes) if num_classes is None else num_classes,
-        name=f"imagefolder:{root}",
-        class_names=tuple(classes),
+        num_classes=len(classes or ()) if num_classes is None else num_classes,
+        name=name,
+        class_names=None if classes is None else tuple(classes),
+        count=len(files),
     )
+
+
+def _without_images(place: str, passed: PassedOver) -> str:
+    held = f" It holds {passed}." if str(passed) else ""
+    return (
+        f"{place} holds no images that can be read here.{held} Give a folder with files such as "
+        ".jpg and .png; for training and evaluation, one folder a class. Tables and shards are "
+        "named 'table:...' and 'shards:...'."
+    )
+
+
+def _images_in(folder: Path, paths: Iterable[str], passed: PassedOver) -> list[bytes]:
+    """The images among ``paths`` in order of name, relative to ``folder``."""
+    found = []
+    for path in paths:
+        if is_readable(path):
+            found.append(path)
+        else:
+            passed.add(path)
+    found.sort(key=lambda path: Path(path).parts)
+    return [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path in found]
+
+
+def _count_images(folder: Path) -> int:
+    return sum(is_readable(entry.name) and not entry.is_dir() for entry in os.scandir(folder))
 
 
 def holds_splits(root: Path) -> bool:

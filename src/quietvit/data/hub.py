@@ -11,41 +11,50 @@ from typing import Any
 
 import numpy as np
 
-from quietvit.data.images import ImageDataset
+from quietvit.data.images import ImageDataset, NoLabelsError
 from quietvit.errors import QuietvitError
 
 _SPLITS = {"train": ("train",), "test": ("validation", "val", "valid", "test")}
 
 
-def open_hub(rest: str, split: str | None, num_classes: int | None) -> ImageDataset:
+def open_hub(
+    rest: str, split: str | None, num_classes: int | None, labels: bool = True
+) -> ImageDataset:
     """Open ``hf:/folder`` or ``hf:owner/name[:configuration]``.
 
     The images are the column of type ``Image``, the labels the one of type ``ClassLabel``; where
     there are several, those called image or img, and label or fine_label. Names of classes are
-    kept. The test images are the split ``validation`` (or val, valid), else ``test``.
+    kept. The test images are the split ``validation`` (or val, valid), else ``test``. Without
+    ``labels`` no column of labels is needed, and none is read.
 
     Raises:
+        NoLabelsError: labels are needed, and there is no column of them.
         QuietvitError: ``datasets`` is missing, the folder or name cannot be opened, there is no
             such split or no such column.
     """
     found = _loaded(rest)
     data = _split_of(found, split, rest)
-    image, label = _columns(data.features, rest)
+    image = _image_column(data.features, rest)
+    from datasets import Image
+
+    encoded = data.select_columns([image]).cast_column(image, Image(decode=False))
+    read = partial(_read_row, encoded, image, rest)
+    name = f"hf:{rest}" if split is None else f"hf:{rest} ({split})"
+    if not labels:
+        return ImageDataset(None, read, "row {}".format, name=name, count=len(data))
+    label = _label_column(data.features, rest)
     feature = data.features[label]
     names = tuple(getattr(feature, "names", None) or ()) or None
     if num_classes is None and names is not None:
         num_classes = len(names)
     if num_classes is None and split == "test":
         num_classes = int(_labels(_split_of(found, "train", rest), label, rest).max()) + 1
-    from datasets import Image
-
-    encoded = data.select_columns([image]).cast_column(image, Image(decode=False))
     return ImageDataset(
         _labels(data, label, rest),
-        partial(_read_row, encoded, image, rest),
+        read,
         "row {}".format,
         num_classes=num_classes,
-        name=f"hf:{rest}" if split is None else f"hf:{rest} ({split})",
+        name=name,
         class_names=names,
     )
 
@@ -103,20 +112,31 @@ def _split_of(found: Any, split: str | None, rest: str) -> Any:
     )
 
 
-def _columns(features: Any, rest: str) -> tuple[str, str]:
-    from datasets import ClassLabel, Image, Value
+def _image_column(features: Any, rest: str) -> str:
+    from datasets import Image
 
     images = [name for name, kind in features.items() if isinstance(kind, Image)]
+    return _one(images, ("image", "img"), "images (type Image)", features, rest)
+
+
+def _label_column(features: Any, rest: str) -> str:
+    from datasets import ClassLabel, Value
+
     labels = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
     labels = labels or [
         name
         for name, kind in features.items()
         if isinstance(kind, Value) and "int" in kind.dtype and name in ("label", "labels")
     ]
-    return (
-        _one(images, ("image", "img"), "images (type Image)", features, rest),
-        _one(labels, ("label", "labels", "fine_label"), "labels (type ClassLabel)", features, rest),
-    )
+    usual = ("label", "labels", "fine_label")
+    try:
+        return _one(labels, usual, "labels (type ClassLabel)", features, rest)
+    except QuietvitError as error:
+        if labels:
+            raise
+        raise NoLabelsError(
+            f"{error} Training and evaluation need labels, calibration does not."
+        ) from error
 
 
 def _one(found: list[str], usual: tuple[str, ...], what: str, features: Any, rest: str) -> str:

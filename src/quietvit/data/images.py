@@ -1,12 +1,10 @@
-"""Labelled images behind one face: ``dataset[i] -> (PIL image in RGB, label)``, and parts of it.
+"""Images behind one face: ``dataset[i] -> (PIL image in RGB, label)``, and parts of it.
 
 Where the encoded bytes come from is decided in ``folder``, ``table``, ``shards`` and ``hub``.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -16,17 +14,26 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from quietvit.data.decoding import decode
 from quietvit.errors import QuietvitError
 
 Sample = tuple[Image.Image, int]
 T = TypeVar("T")
 
+UNLABELLED = -1
+"""The label of each image of a data set without labels."""
+
+
+class NoLabelsError(QuietvitError):
+    """A data set is opened with its labels, but none of its images has one."""
+
 
 class ImageDataset(Dataset[Sample]):
-    """Labelled images, decoded on access: ``dataset[i] -> (PIL image in RGB, label)``.
+    """Images, decoded on access (``decoding.decode``): ``dataset[i] -> (PIL image, label)``.
 
     Args:
-        labels: one integer in 0..num_classes-1 per image.
+        labels: one integer in 0..num_classes-1 per image; None for images without labels, whose
+            label is then ``UNLABELLED``.
         read: index -> the encoded bytes, or a PIL image.
         where: index -> a few words naming the image in error messages.
         num_classes: number of classes; None takes the largest label plus one.
@@ -35,6 +42,7 @@ class ImageDataset(Dataset[Sample]):
         groups: one integer per image, equal for images that lie together on disk (a shard of a
             WebDataset, a row group of a table): what ``shuffle_window`` counts. None if all can be
             reached alike.
+        count: number of images, where ``labels`` is None.
 
     Raises:
         QuietvitError: no images at all, or a label outside 0..num_classes-1.
@@ -42,7 +50,7 @@ class ImageDataset(Dataset[Sample]):
 
     def __init__(
         self,
-        labels: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray | None,
         read: Callable[[int], bytes | Image.Image],
         where: Callable[[int], str],
         *,
@@ -50,14 +58,20 @@ class ImageDataset(Dataset[Sample]):
         name: str = "the data set",
         class_names: tuple[str, ...] | None = None,
         groups: np.ndarray | None = None,
+        count: int = 0,
     ) -> None:
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.labelled = labels is not None
+        found = np.full(count, UNLABELLED) if labels is None else np.asarray(labels)
+        self._labels = found.astype(np.int64, copy=False)
         self.name = name
         self.class_names = class_names
         self.groups = groups
         self._read, self._where = read, where
-        if len(self.labels) == 0:
+        if len(self._labels) == 0:
             raise QuietvitError(f"{name} holds no images at all; check the path and its contents.")
+        if not self.labelled:
+            self.num_classes = 0
+            return
         self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(outside):
@@ -68,16 +82,20 @@ class ImageDataset(Dataset[Sample]):
                 "correct them or state the right number of classes."
             )
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels (N,), int64. Raises NoLabelsError where there are none."""
+        if not self.labelled:
+            raise NoLabelsError(f"{self.name} was opened without labels, so it has none to give.")
+        return self._labels
+
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._labels)
 
     def __getitem__(self, index: int) -> Sample:
-        content = self._read(index)
-        if isinstance(content, Image.Image):
-            return content.convert("RGB"), int(self.labels[index])
         # Where it lies may take a search through its shard, so it is asked for only when it is bad.
-        image = decode(content, lambda: f"{self._where(index)} of {self.name}")
-        return image, int(self.labels[index])
+        image = decode(self._read(index), lambda: f"{self._where(index)} of {self.name}")
+        return image, int(self._labels[index])
 
     def where(self, index: int) -> str:
         """Return a few words that name image ``index``: its file, its row, its sample."""
@@ -113,27 +131,15 @@ def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageData
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])
     return ImageDataset(
-        dataset.labels[chosen],
+        dataset.labels[chosen] if dataset.labelled else None,
         partial(_chosen, dataset._read, chosen),
         partial(_chosen, dataset._where, chosen),
         num_classes=dataset.num_classes,
         name=dataset.name,
         class_names=dataset.class_names,
         groups=None if dataset.groups is None else dataset.groups[chosen],
+        count=len(chosen),
     )
-
-
-def decode(content: bytes, where: Callable[[], str]) -> Image.Image:
-    """Decode an image to RGB. Raises QuietvitError naming ``where()`` if it cannot be done."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(content)).convert("RGB")
-    except Exception as error:  # damaged files raise anything, AVIF's decoder a RuntimeError
-        raise QuietvitError(
-            f"the image at {where()} could not be decoded: {error} ({len(content)} bytes); replace "
-            "it or remove it from the data set."
-        ) from error
 
 
 def _chosen(inner: Callable[[int], T], chosen: np.ndarray, index: int) -> T:

@@ -13,9 +13,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from quietvit.data.images import ImageDataset
+from quietvit.data.formats import PassedOver, is_readable
+from quietvit.data.images import ImageDataset, NoLabelsError
 from quietvit.data.paths import Recent, expand, part_for, split_parts
-from quietvit.data.tars import TarIndex, name_at, read_index
+from quietvit.data.tars import MISSING, TarIndex, build_index, name_at, read_index
 from quietvit.errors import QuietvitError
 
 logger = logging.getLogger("quietvit")
@@ -25,30 +26,71 @@ _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _EXAMPLE = "'shards:/train-{0000..1023}.tar,/val-{0000..0049}.tar'"
 
 
-def open_shards(rest: str, split: str | None, num_classes: int | None) -> ImageDataset:
+def open_shards(
+    rest: str, split: str | None, num_classes: int | None, labels: bool = True
+) -> ImageDataset:
     """Open ``/train-{0000..1023}.tar[,/val-{0000..0049}.tar]``; globs and folders of tars too.
 
     The shards are local files: WebDataset's own iterators stream from anywhere, but cannot go on
-    exactly where a run stopped. Each shard is a group of ``ImageDataset.groups``.
+    exactly where a run stopped. Each shard is a group of ``ImageDataset.groups``. Samples whose
+    image cannot be read here (``.heic`` without its plugin) are passed over, and a log line counts
+    them. Without ``labels`` no sample needs one.
 
     Raises:
+        NoLabelsError: labels are needed, and no sample has one.
         QuietvitError: a shard is missing, compressed, truncated, or holds a sample without image
             or label; no samples at all.
     """
     parts = split_parts(rest)
     chosen = part_for(parts, split, "shards", _EXAMPLE)
-    reader = ShardReader(*_indexed(chosen))
-    if num_classes is None and split == "test":
+    paths, indexes = _indexed(chosen)
+    if labels:
+        _check_labels(chosen, paths, indexes)
+    name = f"shards {chosen}"
+    reader = ShardReader(paths, _readable(name, indexes))
+    if num_classes is None and split == "test" and labels:
         indexes = _indexed(parts[0])[1]
         num_classes = max((int(index.labels.max(initial=-1)) for index in indexes), default=-1) + 1
     return ImageDataset(
-        reader.labels,
+        reader.labels if labels else None,
         reader.read,
         reader.where,
         num_classes=num_classes,
-        name=f"shards {chosen}",
+        name=name,
         groups=np.repeat(np.arange(len(reader.paths), dtype=np.int32), np.diff(reader.starts)),
+        count=len(reader.offsets),
     )
+
+
+def _check_labels(chosen: str, paths: list[Path], indexes: list[TarIndex]) -> None:
+    """Raise QuietvitError for a sample without a label, NoLabelsError where no sample has one."""
+    lacking = [bool((index.labels == MISSING).any()) for index in indexes]
+    if not any(lacking):
+        return
+    try:
+        build_index(paths[lacking.index(True)], labels=True)
+    except QuietvitError as error:
+        if any((index.labels != MISSING).any() for index in indexes):
+            raise
+        raise NoLabelsError(
+            f"{error} No sample of shards {chosen} has a label: training and evaluation need "
+            "labels, calibration does not."
+        ) from error
+
+
+def _readable(name: str, indexes: list[TarIndex]) -> list[TarIndex]:
+    """Leave out samples whose image cannot be read here, and say what is passed over."""
+    passed = PassedOver()
+    found = []
+    for index in indexes:
+        good = np.array([is_readable(suffix) for suffix in index.suffixes], bool)
+        for suffix in index.suffixes[~good]:
+            passed.add(suffix)
+        for member in index.passed:
+            passed.add(str(member))
+        found.append(index.chosen(good))
+    passed.tell(name, sum(len(index.offsets) for index in found))
+    return found
 
 
 class ShardReader:

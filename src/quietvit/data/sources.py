@@ -15,7 +15,7 @@ from PIL import Image
 from quietvit.data.folder import holds_splits, open_folder
 from quietvit.data.hub import has_splits as hub_has_splits
 from quietvit.data.hub import open_hub
-from quietvit.data.images import ImageDataset, Sample, Transformed, subset
+from quietvit.data.images import ImageDataset, NoLabelsError, Sample, Transformed, subset
 from quietvit.data.paths import split_parts
 from quietvit.data.shards import open_shards
 from quietvit.data.table import SUFFIXES, open_table
@@ -23,6 +23,7 @@ from quietvit.errors import QuietvitError, nearest
 
 __all__ = [
     "ImageDataset",
+    "NoLabelsError",
     "Sample",
     "Split",
     "Transformed",
@@ -45,7 +46,9 @@ _WRITTEN = (
 )
 
 
-def load_dataset(spec: str, split: Split = None, *, num_classes: int | None = None) -> ImageDataset:
+def load_dataset(
+    spec: str, split: Split = None, *, num_classes: int | None = None, labels: bool = True
+) -> ImageDataset:
     """Open the data set that ``spec`` names. Images are decoded when asked for.
 
     Args:
@@ -56,14 +59,18 @@ def load_dataset(spec: str, split: Split = None, *, num_classes: int | None = No
             ``table:/train.parquet,/test.parquet`` with columns ``image`` (encoded bytes, or a
             struct with ``bytes``) and ``label`` (integer), arrow and feather files too,
             ``shards:/train-{0000..1023}.tar,/val-{0000..0049}.tar``, local WebDataset shards with
-            ``.jpg`` (.jpeg, .png, .webp) and ``.cls`` (or ``.json`` with ``label``), or
+            ``.jpg`` (or another image) and ``.cls`` (or ``.json`` with ``label``), or
             ``hf:/folder`` as ``datasets`` saves it to disk, ``hf:owner/name[:configuration]`` from
             the hub. Tables and shards may be brace ranges, globs or folders of files.
         split: ``train``, ``test``, or None for everything: all digits, the folder itself as one
             folder a class (refused where its folders are splits), the first table or shards.
         num_classes: refuse labels at or above it; None takes it from the training split.
+        labels: False where images alone are needed, as for calibration: labels are then neither
+            asked for nor read. A folder may then be flat or nested in any way, and
+            ``imagefolder:`` may name a single image or a pattern such as ``photos/*.jpg``.
 
     Raises:
+        NoLabelsError: labels are needed, and the data set has none at all.
         QuietvitError: unknown form, missing path or column, zero images, label out of range. A
             missing or truncated image raises when it is read, naming file, row or sample.
     """
@@ -73,15 +80,15 @@ def load_dataset(spec: str, split: Split = None, *, num_classes: int | None = No
     if form == "embedded":
         return _embedded(rest, split, num_classes)
     if form == "imagefolder" and rest:
-        return open_folder(Path(rest).expanduser(), split, num_classes)
+        return open_folder(Path(rest).expanduser(), split, num_classes, labels)
     openers = {"table": open_table, "shards": open_shards, "hf": open_hub}
     if form in openers and rest:
-        return openers[form](rest, split, num_classes)
+        return openers[form](rest, split, num_classes, labels)
     raise QuietvitError(f"no data set is named {spec!r}{nearest(form, FORMS)}; write {_WRITTEN}.")
 
 
 def spec_of(text: str) -> str:
-    """Return ``text`` as ``form:rest``; a plain path is a table, shards or an image folder."""
+    """Return ``text`` as ``form:rest``; a plain path is a table, shards, or images in a folder."""
     form, colon, _ = text.partition(":")
     if colon and form in FORMS:
         return text

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from quietvit.data.images import ImageDataset
+from quietvit.data.images import ImageDataset, NoLabelsError
 from quietvit.data.paths import Recent, expand, part_for, split_parts
 from quietvit.errors import QuietvitError, nearest
 from quietvit.files import refuse_other_bytes
@@ -27,32 +27,39 @@ OPEN_FILES = 64
 _EXAMPLE = "'table:/train.parquet,/test.parquet'"
 
 
-def open_table(rest: str, split: str | None, num_classes: int | None) -> ImageDataset:
+def open_table(
+    rest: str, split: str | None, num_classes: int | None, labels: bool = True
+) -> ImageDataset:
     """Open ``/train.parquet[,/test.parquet]``, where each may be a glob, a brace range, a folder.
+
+    Without ``labels`` the column ``label`` is neither needed nor read.
 
     Each process keeps up to ``KEPT_BYTES`` of decoded row groups. A larger table with large row
     groups is slow in random order (a log line says so): set ``shuffle_window``, or write it with
     a small ``row_group_size``. Uncompressed arrow files are mapped, not read.
 
     Raises:
+        NoLabelsError: labels are needed, and there is no column ``label``.
         QuietvitError: a missing file or column, a column of another type, a row without label.
     """
     parts = split_parts(rest)
     chosen = part_for(parts, split, "table", _EXAMPLE)
-    table = TableReader(expand(chosen, SUFFIXES, "table"))
-    labels = table.labels()
-    if len(labels) == 0:
+    columns = ["image", "label"] if labels else ["image"]
+    table = TableReader(expand(chosen, SUFFIXES, "table"), columns)
+    found = table.labels() if labels else None
+    if table.rows.sum() == 0:
         raise QuietvitError(f"the table {chosen} holds no rows, so no images; check the file.")
-    if num_classes is None and split == "test":
+    if num_classes is None and split == "test" and labels:
         reference = TableReader(expand(parts[0], SUFFIXES, "table"), ["label"]).labels()
         num_classes = int(reference.max(initial=-1)) + 1
     return ImageDataset(
-        labels,
+        found,
         table.read,
         table.where,
         num_classes=num_classes,
         name=f"table {chosen}",
         groups=np.repeat(np.arange(len(table.rows), dtype=np.int32), table.rows),
+        count=int(table.rows.sum()),
     )
 
 
@@ -65,7 +72,7 @@ class TableReader:
         QuietvitError: a file cannot be read, or lacks one of ``columns``, or has no bytes in it.
     """
 
-    def __init__(self, paths: list[Path], columns: list[str] | None = None) -> None:
+    def __init__(self, paths: list[Path], columns: list[str]) -> None:
         self.paths = paths
         self._files: Recent[Any] = Recent(OPEN_FILES)
         self._chunks: Recent[Any] = Recent(KEPT_BYTES, _bytes_of)
@@ -75,7 +82,7 @@ class TableReader:
         number: list[int] = []
         for index, path in enumerate(paths):
             file = self._file(index)
-            _check_columns(path, file.schema, columns or ["image", "label"])
+            _check_columns(path, file.schema, columns)
             counts = _guarded(path, file.counts)
             rows += counts
             owner += [index] * len(counts)
@@ -180,7 +187,8 @@ class _Arrow:
     def counts(self) -> list[int]:
         if self.batches is not None:
             return [batch.num_rows for batch in self.batches]
-        reader = self._reader("label")
+        small = next((name for name in self.schema.names if name != "image"), "image")
+        reader = self._reader(small)
         return [reader.get_batch(at).num_rows for at in range(reader.num_record_batches)]
 
     def column(self, name: str) -> Any:
@@ -230,12 +238,17 @@ def _check_columns(path: Path, schema: Any, columns: list[str]) -> None:
 
     for column in columns:
         if column not in schema.names:
-            raise QuietvitError(
+            error = NoLabelsError if column == "label" else QuietvitError
+            raise error(
                 f"{path} has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
-                f"{nearest(column, schema.names)}. Rename the columns to 'image' and 'label'."
+                f"{nearest(column, schema.names)}. Rename the columns to 'image' and 'label'"
+                + (
+                    " (training and evaluation need labels, calibration does not)."
+                    if column == "label"
+                    else "."
+                )
             )
-    kind = schema.field("label").type
-    if not pa.types.is_integer(kind):
+    if "label" in columns and not pa.types.is_integer(kind := schema.field("label").type):
         raise QuietvitError(
             f"the column 'label' of {path} is of type {kind}; it needs integers from 0."
         )

@@ -18,33 +18,58 @@ from pathlib import Path
 
 import numpy as np
 
+from quietvit.data.formats import IMAGE_SUFFIXES
 from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
 
 logger = logging.getLogger("quietvit")
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-_VERSION = 2
+PREFERRED = ("jpg", "jpeg", "png", "webp")
+"""Images that are taken before others of the same sample."""
+MISSING = np.iinfo(np.int64).min
+"""Stands for the label of a sample without one."""
+_VERSION = 3
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Per sample: where its image begins (bytes), its size (bytes) and its label, each (N,)."""
+    """What is in a tar.
+
+    Per sample: where its image begins (bytes), its size (bytes), its label (``MISSING`` for none)
+    and the image's suffix, each (N,). ``passed`` holds the names of members that belong to no image
+    and no label.
+    """
 
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
+    suffixes: np.ndarray
+    passed: np.ndarray
+
+    def chosen(self, which: np.ndarray) -> TarIndex:
+        """The samples ``which`` alone, a mask (N,)."""
+        return TarIndex(
+            self.offsets[which],
+            self.sizes[which],
+            self.labels[which],
+            self.suffixes[which],
+            self.passed,
+        )
 
 
 @dataclass
 class _Sample:
     key: str
     image: tuple[int, int] | None = None
+    suffix: str = ""
     label: int | None = None
     labelled_by: str = ""
     held: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return ", ".join(f".{name}" for name in self.held)
 
 
 def read_index(path: Path) -> TarIndex:
@@ -68,7 +93,7 @@ def read_index(path: Path) -> TarIndex:
             return kept
     index = build_index(path)
     content = io.BytesIO()
-    np.savez(content, stamp=stamp, offsets=index.offsets, sizes=index.sizes, labels=index.labels)
+    np.savez(content, stamp=stamp, **vars(index))
     failed: QuietvitError | None = None
     for place in places:
         try:
@@ -82,27 +107,38 @@ def read_index(path: Path) -> TarIndex:
     return index
 
 
-def build_index(path: Path) -> TarIndex:
+def build_index(path: Path, labels: bool = False) -> TarIndex:
     """Read the headers of a tar, and its labels.
 
     A sample is a run of members whose names are equal up to the first dot of the file name, as
-    WebDataset has it: one ``.jpg``, ``.jpeg``, ``.png`` or ``.webp``, and ``.cls`` (an integer as
-    text) or ``.json`` (its ``label``). Other members are passed over, and so is what is named, or
-    lies in a folder named, ``__...__`` (WebDataset's own, for facts about the shard).
+    WebDataset has it: one image, and ``.cls`` (an integer as text) or ``.json`` (its ``label``).
+    Where there are several images, the one ``PREFERRED`` image is taken. Other members are passed
+    over, and so is what is named, or lies in a folder named, ``__...__`` (WebDataset's own, for
+    facts about the shard).
+
+    Args:
+        path: the tar.
+        labels: refuse a sample without a label; else it is ``MISSING``.
 
     Raises:
-        QuietvitError: the tar is compressed, truncated or no tar, or a sample lacks its image or
-            its label; shard and sample are named.
+        QuietvitError: the tar is compressed, truncated or no tar, or a sample has a label and no
+            image, or two images, or lacks its label; shard and sample are named.
     """
-    images: list[tuple[int, int]] = []
-    labels: list[int] = []
+    samples: list[tuple[int, int, int]] = []
+    suffixes: list[str] = []
+    passed: list[str] = []
     current: _Sample | None = None
 
     def close(sample: _Sample | None) -> None:
-        if sample is not None:
-            found = _checked(sample, path)
-            images.append(found[0])
-            labels.append(found[1])
+        if sample is None:
+            return
+        if sample.image is None and sample.label is None and "cls" not in sample.held:
+            passed.extend(f"{sample.key}.{name}" for name in sample.held)
+            return
+        _check_sample(sample, path, labels)
+        assert sample.image is not None
+        samples.append((*sample.image, MISSING if sample.label is None else sample.label))
+        suffixes.append(f".{sample.suffix}")
 
     with _opened(path) as tar:
         assert tar.fileobj is not None
@@ -115,13 +151,13 @@ def build_index(path: Path) -> TarIndex:
                 if current is None or current.key != key:
                     close(current)
                     current = _Sample(key)
-                _add(current, extension, member, tar, path)
+                _add(current, extension, member, tar, path, labels)
         except (tarfile.TarError, EOFError) as error:
             raise _truncated(path, str(error)) from error
         _check_end(path, tar)
         close(current)
-    where = np.array(images, np.int64).reshape(-1, 2)
-    return TarIndex(where[:, 0].copy(), where[:, 1].copy(), np.array(labels, np.int64))
+    offsets, sizes, found = np.array(samples, np.int64).reshape(-1, 3).T.copy()
+    return TarIndex(offsets, sizes, found, np.array(suffixes, np.str_), np.array(passed, np.str_))
 
 
 def name_at(path: Path, offset: int) -> str:
@@ -146,29 +182,36 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _add(
-    sample: _Sample, extension: str, member: tarfile.TarInfo, tar: tarfile.TarFile, path: Path
+    sample: _Sample,
+    extension: str,
+    member: tarfile.TarInfo,
+    tar: tarfile.TarFile,
+    path: Path,
+    labels: bool,
 ) -> None:
     sample.held.append(extension)
-    if extension in IMAGES:
-        if sample.image is not None:
+    if f".{extension}" in IMAGE_SUFFIXES:
+        ranks = [name in PREFERRED for name in (extension, sample.suffix)]
+        if sample.image is not None and ranks[0] == ranks[1]:
             raise QuietvitError(
-                f"the sample {sample.key!r} of {path} has two images (it holds "
-                f"{', '.join(f'.{name}' for name in sample.held)}); keep one image a sample, and "
-                "give each sample a name of its own."
+                f"the sample {sample.key!r} of {path} has two images (it holds {sample}); keep one "
+                "image a sample, and give each sample a name of its own."
             )
+        if sample.image is not None and ranks[1]:
+            return
         if member.sparse is not None:
             raise QuietvitError(
                 f"{member.name} of {path} is stored as a sparse file; write the tar without "
                 "--sparse."
             )
-        sample.image = member.offset_data, member.size
+        sample.image, sample.suffix = (member.offset_data, member.size), extension
     elif extension == "cls" or (extension == "json" and sample.labelled_by != "cls"):
         file = tar.extractfile(member)
         content = b"" if file is None else file.read()
         if len(content) < member.size:
             raise _truncated(path, f"{member.name} is cut off")
         label = _label_in(content, extension)
-        if label is None and extension == "cls":
+        if label is None and extension == "cls" and labels:
             raise QuietvitError(
                 f"{member.name} of {path} holds {content[:20]!r}, which is no label; it needs an "
                 "integer from 0 as text."
@@ -188,19 +231,18 @@ def _label_in(content: bytes, extension: str) -> int | None:
     return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
-def _checked(sample: _Sample, path: Path) -> tuple[tuple[int, int], int]:
+def _check_sample(sample: _Sample, path: Path, labels: bool) -> None:
     lacks, needs = "", ""
-    if sample.label is None:
+    if sample.label is None and labels:
         lacks, needs = "label", ".cls with an integer, or .json with an integer 'label'"
     if sample.image is None:
-        lacks, needs = "image", ", ".join(f".{name}" for name in IMAGES)
-    if sample.image is None or sample.label is None:
+        lacks, needs = "image", "an image, such as .jpg or .png"
+    if lacks:
         raise QuietvitError(
-            f"the sample {sample.key!r} of {path} has no {lacks} (it holds "
-            f"{', '.join(f'.{name}' for name in sample.held)}); it needs {needs}, and the members "
-            "of a sample must stand side by side: write the shard again, or take the sample out."
+            f"the sample {sample.key!r} of {path} has no {lacks} (it holds {sample}); it needs "
+            f"{needs}, and the members of a sample must stand side by side: write the shard again, "
+            "or take the sample out."
         )
-    return sample.image, sample.label
 
 
 def _opened(path: Path) -> tarfile.TarFile:
@@ -253,10 +295,11 @@ def _load(place: Path, stamp: np.ndarray) -> TarIndex | None:
         with np.load(place, allow_pickle=False) as kept:
             if not np.array_equal(kept["stamp"], stamp):
                 return None
-            index = TarIndex(kept["offsets"], kept["sizes"], kept["labels"])
+            index = TarIndex(**{name: kept[name] for name in TarIndex.__dataclass_fields__})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("the index %s is damaged (%s); it is built again.", place, error)
         return None
-    return index if len(index.offsets) == len(index.sizes) == len(index.labels) else None
+    parts = (index.offsets, index.sizes, index.labels, index.suffixes)
+    return index if len({len(part) for part in parts}) == 1 else None

@@ -21,6 +21,7 @@ from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import number, whole_number
 from quietvit.decay.whole import all_finite, refuse_unless_finite
 from quietvit.errors import QuietvitError
+from quietvit.normalization import warn_unless_normalized
 from quietvit.pairs import COMPUTED
 from quietvit.tracing import Site, Trace, WeightView, trace
 
@@ -100,6 +101,7 @@ class SpectralDecay(PenaltyGradient):
         self.refresh = whole_number(refresh, "refresh", own)
         self.power = whole_number(power, "power", own)
         self.images = example if images is None else images
+        warn_unless_normalized(images, model, "SpectralDecay's")
         self.dominance: dict[str, tuple[float, ...]] = {}
         self._trace = trace(self.model, example)
         self.layers = _layers(self.model, self._trace)

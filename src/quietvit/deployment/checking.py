@@ -35,6 +35,7 @@ from quietvit.deployment.speed import Speed, measure
 from quietvit.deployment.uniform import as_uniform
 from quietvit.errors import QuietvitError
 from quietvit.files import json_text, write_atomic
+from quietvit.normalization import warn_unless_normalized
 from quietvit.quantization import QuantizedModel
 
 AGREEMENT, DIFFERENCE, DISTURBANCE = 99.0, 0.3, 1e-6
@@ -211,6 +212,7 @@ def check(
     _same_model(path, facts, quantized)
     given = _batches(images)
     first = next(given)
+    warn_unless_normalized(first[0], quantized.model, "given")
     loaded.check_images(tuple(first[0].shape))
     compared: tuple[Agreement, ...] = ()
     notes = list(facts.notes)

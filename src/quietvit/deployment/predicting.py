@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from quietvit.data.images import decode
+from quietvit.data.decoding import decode
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.runtime import Runtime, open_runtime
 from quietvit.errors import QuietvitError
@@ -24,18 +25,36 @@ class Prediction:
     probability: float
 
 
+Source = str | Path | Image.Image | np.ndarray
+
+
+@overload
+def predict(model: str | Path | Runtime, image: Source, top: int = 5) -> list[Prediction]: ...
+@overload
 def predict(
-    model: str | Path | Runtime, image: str | Path | Image.Image, top: int = 5
-) -> list[Prediction]:
+    model: str | Path | Runtime, image: list[Source] | tuple[Source, ...], top: int = 5
+) -> list[list[Prediction]]: ...
+def predict(
+    model: str | Path | Runtime, image: Source | list[Source] | tuple[Source, ...], top: int = 5
+) -> list[Prediction] | list[list[Prediction]]:
     """Return the ``top`` most probable classes of an image, the most probable first.
 
-    ``model``: an exported .onnx or .xml, or one already open (``open_runtime``). ``image``: a file
-    or a PIL image of any size. It is resized, cropped and normalized as the model was evaluated.
+    The image is decoded as in every data set (``quietvit.data.decoding.decode``), then resized,
+    cropped and normalized as the model was evaluated.
 
-    Raises QuietvitError for a file that cannot be read, an artifact of ours without preprocessing,
-    or a foreign one.
+    Args:
+        model: an exported .onnx or .xml, or one already open (``open_runtime``).
+        image: a file, a PIL image of any size, or an array (height, width, 3) or (height, width)
+            before any transform; or a list of these, which gives a list of results.
+        top: how many classes.
+
+    Raises:
+        QuietvitError: a file that cannot be read, something else than an image, an artifact of ours
+            without preprocessing, or a foreign one.
     """
     runtime = model if isinstance(model, Runtime) else open_runtime(model)
+    if isinstance(image, list | tuple):
+        return [predict(runtime, one, top) for one in image]
     facts = runtime.facts
     x = preprocess(facts, image, runtime.path)
     runtime.check_images(x.shape)
@@ -54,7 +73,7 @@ def predict(
     ]
 
 
-def preprocess(facts: Facts, image: str | Path | Image.Image, path: Path) -> np.ndarray:
+def preprocess(facts: Facts, image: Source, path: Path) -> np.ndarray:
     """The image as the model takes it, (1, C, H, W) float32."""
     if facts.preprocessing is None:
         raise QuietvitError(
@@ -67,13 +86,34 @@ def preprocess(facts: Facts, image: str | Path | Image.Image, path: Path) -> np.
     config: dict[str, Any] = dict(facts.preprocessing)
     config["input_size"] = tuple(config["input_size"])
     transform: Any = create_transform(**config, is_training=False)
-    return np.asarray(transform(_opened(image)).unsqueeze(0).numpy())
+    return np.asarray(transform(read_image(image)).unsqueeze(0).numpy())
 
 
-def _opened(image: str | Path | Image.Image) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
+def read_image(image: Source) -> Image.Image:
+    """Decode an image to RGB. Raises QuietvitError naming the file, or what is no image."""
+    if isinstance(image, Image.Image | np.ndarray):
+        return decode(image, lambda: "the argument 'image'")
+    if not isinstance(image, str | Path):
+        more = ""
+        if isinstance(image, Tensor):
+            more = (
+                "; a tensor that is transformed already goes into the model itself: "
+                "quietvit.deployment.open_runtime(path)(images.numpy())"
+            )
+        raise QuietvitError(
+            f"the image is a {type(image).__name__}; give a file, a PIL image, an array of shape "
+            f"(height, width, 3), or a list of these{more}."
+        )
     path = Path(image)
+    if path.is_dir():
+        raise QuietvitError(
+            f"{path} is a folder; give its images: "
+            "quietvit.predict(model, sorted(Path(folder).glob('*.jpg')))."
+        )
     if not path.is_file():
         raise QuietvitError(f"the image {path} does not exist; check the path.")
-    return decode(path.read_bytes(), lambda: str(path))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise QuietvitError(f"the image {path} could not be read: {error.strerror}.") from error
+    return decode(content, lambda: str(path))

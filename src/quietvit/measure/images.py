@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.normalization import warn_unless_normalized
 
 Images = Tensor | Iterable[Any]
 _LABELS = frozenset({"label", "labels"})
@@ -65,6 +66,8 @@ class Batch:
 def batches(images: Images, model: nn.Module, batch_size: int) -> Iterator[Batch]:
     """Yield checked batches of at most ``batch_size``, on the model's device and of its dtype.
 
+    A warning says so where the first batch is not normalized as the model's preprocessing does it.
+
     Args:
         images: a tensor (N, C, H, W); or an iterable, for example a DataLoader, of single images
             (C, H, W), of batches (B, C, H, W), of tuples or lists whose first entry is one of these
@@ -79,9 +82,12 @@ def batches(images: Images, model: nn.Module, batch_size: int) -> Iterator[Batch
     parameter = next(model.parameters(), None)
     empty = True
     for inputs in _grouped(images, batch_size):
-        empty = False
         if isinstance(inputs, Tensor):
             _check(inputs)
+        if empty:
+            warn_unless_normalized(inputs, model, "given")
+        empty = False
+        if isinstance(inputs, Tensor):
             size = inputs.shape[0]
             yield Batch(_like(inputs, parameter), size)
         else:

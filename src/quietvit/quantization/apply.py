@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from quietvit.errors import QuietvitError
+from quietvit.normalization import warn_unless_normalized
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.method import Method, list_methods
 from quietvit.quantization.quantized import QuantizedModel
@@ -35,7 +36,8 @@ def quantize(
     in small batches. Memory grows with their number only for methods that need all at once, and
     their docstrings say so. ``example``: input for
     tracing, by default the first images; ``trace``: an earlier ``quietvit.trace`` of this model.
-    The copy is in eval mode, and a note says so where the model was training.
+    The copy is in eval mode, and a note says so where the model was training. A warning says so
+    where the images are not normalized as the model's own preprocessing does it.
 
     Raises QuietvitError for no images, wrong shapes, NaN, a model quantized already, or a method
     that is none.
@@ -55,6 +57,7 @@ def quantize(
         )
     images = ImageStream(calibration, model)
     first = images.peek()
+    warn_unless_normalized(first, model, "calibration")
     notes = []
     if model.training:
         notes.append("the model was in training mode; its quantized copy is in eval mode")
