@@ -24,4 +24,4 @@ MODELS = ["rdnet_tiny", "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_22
 )
 def test_a_part_of_a_name_is_found_before_names_spelt_alike(name, expected):
     told = nearest(name, MODELS)
-    assert [part for part in told.split("'")[1::2]] == expected
+    assert told.split("'")[1::2] == expected

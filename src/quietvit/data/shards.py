@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from quietvit.data.images import ImageDataset
+from quietvit.data.label_names import NamesByLabel
 from quietvit.data.paths import Recent, expand, part_for, split_parts
 from quietvit.data.tars import TarIndex, name_at, read_index
 from quietvit.errors import QuietvitError
@@ -29,7 +30,8 @@ def open_shards(rest: str, split: str | None, num_classes: int | None) -> ImageD
     """Open ``/train-{0000..1023}.tar[,/val-{0000..0049}.tar]``; globs and folders of tars too.
 
     The shards are local files: WebDataset's own iterators stream from anywhere, but cannot go on
-    exactly where a run stopped. Each shard is a group of ``ImageDataset.groups``.
+    exactly where a run stopped. Each shard is a group of ``ImageDataset.groups``. Names of classes
+    are those in the samples' JSON, see ``tars.build_index``.
 
     Raises:
         QuietvitError: a shard is missing, compressed, truncated, or holds a sample without image
@@ -47,6 +49,7 @@ def open_shards(rest: str, split: str | None, num_classes: int | None) -> ImageD
         reader.where,
         num_classes=num_classes,
         name=f"shards {chosen}",
+        class_names=NamesByLabel(reader.names).tuple(f"shards {chosen}"),
         groups=np.repeat(np.arange(len(reader.paths), dtype=np.int32), np.diff(reader.starts)),
     )
 
@@ -60,6 +63,7 @@ class ShardReader:
         self.offsets = np.concatenate([index.offsets for index in indexes])
         self.sizes = np.concatenate([index.sizes for index in indexes])
         self.labels = np.concatenate([index.labels for index in indexes])
+        self.names = [pair for index in indexes for pair in index.names]
         self._files: Recent[BinaryIO] = Recent(OPEN_SHARDS)
 
     def read(self, index: int) -> bytes:

@@ -18,24 +18,29 @@ from pathlib import Path
 
 import numpy as np
 
+from quietvit.data.label_names import name_in_json
 from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
 
 logger = logging.getLogger("quietvit")
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-_VERSION = 2
+_VERSION = 3
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Per sample: where its image begins (bytes), its size (bytes) and its label, each (N,)."""
+    """Per sample: where its image begins (bytes), its size (bytes) and its label, each (N,).
+
+    ``names``: pairs of a label and a name of its class that occur in the samples' JSON.
+    """
 
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
+    names: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass
@@ -44,6 +49,7 @@ class _Sample:
     image: tuple[int, int] | None = None
     label: int | None = None
     labelled_by: str = ""
+    name: str | None = None
     held: list[str] = field(default_factory=list)
 
 
@@ -68,7 +74,14 @@ def read_index(path: Path) -> TarIndex:
             return kept
     index = build_index(path)
     content = io.BytesIO()
-    np.savez(content, stamp=stamp, offsets=index.offsets, sizes=index.sizes, labels=index.labels)
+    np.savez(
+        content,
+        stamp=stamp,
+        offsets=index.offsets,
+        sizes=index.sizes,
+        labels=index.labels,
+        names=np.frombuffer(json.dumps(index.names).encode(), np.uint8),
+    )
     failed: QuietvitError | None = None
     for place in places:
         try:
@@ -87,7 +100,8 @@ def build_index(path: Path) -> TarIndex:
 
     A sample is a run of members whose names are equal up to the first dot of the file name, as
     WebDataset has it: one ``.jpg``, ``.jpeg``, ``.png`` or ``.webp``, and ``.cls`` (an integer as
-    text) or ``.json`` (its ``label``). Other members are passed over, and so is what is named, or
+    text) or ``.json`` (its ``label``, and ``label_name``, ``class_name`` or ``label_text`` as the
+    name of the class). Other members are passed over, and so is what is named, or
     lies in a folder named, ``__...__`` (WebDataset's own, for facts about the shard).
 
     Raises:
@@ -96,6 +110,7 @@ def build_index(path: Path) -> TarIndex:
     """
     images: list[tuple[int, int]] = []
     labels: list[int] = []
+    names: set[tuple[int, str]] = set()
     current: _Sample | None = None
 
     def close(sample: _Sample | None) -> None:
@@ -103,6 +118,8 @@ def build_index(path: Path) -> TarIndex:
             found = _checked(sample, path)
             images.append(found[0])
             labels.append(found[1])
+            if sample.name is not None:
+                names.add((found[1], sample.name))
 
     with _opened(path) as tar:
         assert tar.fileobj is not None
@@ -121,7 +138,9 @@ def build_index(path: Path) -> TarIndex:
         _check_end(path, tar)
         close(current)
     where = np.array(images, np.int64).reshape(-1, 2)
-    return TarIndex(where[:, 0].copy(), where[:, 1].copy(), np.array(labels, np.int64))
+    return TarIndex(
+        where[:, 0].copy(), where[:, 1].copy(), np.array(labels, np.int64), tuple(sorted(names))
+    )
 
 
 def name_at(path: Path, offset: int) -> str:
@@ -162,30 +181,35 @@ def _add(
                 "--sparse."
             )
         sample.image = member.offset_data, member.size
-    elif extension == "cls" or (extension == "json" and sample.labelled_by != "cls"):
+    elif extension in ("cls", "json"):
         file = tar.extractfile(member)
         content = b"" if file is None else file.read()
         if len(content) < member.size:
             raise _truncated(path, f"{member.name} is cut off")
-        label = _label_in(content, extension)
+        label, name = _label_in(content, extension)
+        sample.name = name or sample.name
         if label is None and extension == "cls":
             raise QuietvitError(
                 f"{member.name} of {path} holds {content[:20]!r}, which is no label; it needs an "
                 "integer from 0 as text."
             )
-        if label is not None:
+        if label is not None and (extension == "cls" or sample.labelled_by != "cls"):
             sample.label, sample.labelled_by = label, extension
 
 
-def _label_in(content: bytes, extension: str) -> int | None:
+def _label_in(content: bytes, extension: str) -> tuple[int | None, str | None]:
+    """The label and the name of its class, each None where there is none."""
     try:
         if extension == "cls":
-            return int(content)
+            return int(content), None
         found = json.loads(content)
     except ValueError:
-        return None
-    label = found.get("label") if isinstance(found, dict) else None
-    return label if isinstance(label, int) and not isinstance(label, bool) else None
+        return None, None
+    if not isinstance(found, dict):
+        return None, None
+    label = found.get("label")
+    is_label = isinstance(label, int) and not isinstance(label, bool)
+    return (label if is_label else None), name_in_json(found)
 
 
 def _checked(sample: _Sample, path: Path) -> tuple[tuple[int, int], int]:
@@ -253,10 +277,16 @@ def _load(place: Path, stamp: np.ndarray) -> TarIndex | None:
         with np.load(place, allow_pickle=False) as kept:
             if not np.array_equal(kept["stamp"], stamp):
                 return None
-            index = TarIndex(kept["offsets"], kept["sizes"], kept["labels"])
+            names = json.loads(kept["names"].tobytes())
+            index = TarIndex(
+                kept["offsets"],
+                kept["sizes"],
+                kept["labels"],
+                tuple((int(label), str(name)) for label, name in names),
+            )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("the index %s is damaged (%s); it is built again.", place, error)
         return None
     return index if len(index.offsets) == len(index.sizes) == len(index.labels) else None
