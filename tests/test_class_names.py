@@ -31,9 +31,9 @@ from quietvit.data import (
     name_classes,
     names_of,
 )
-from quietvit.data.matching import matched
+from quietvit.data.matching import in_words, matched
 from quietvit.errors import QuietvitError
-from quietvit.train import TrainResult, train
+from quietvit.train import TrainResult, loop, train
 from quietvit.train.checkpoint import list_checkpoints
 from test_cli import refused, run
 from test_train_loop import config, interrupt
@@ -89,6 +89,10 @@ def test_a_class_is_found_by_its_name(own, names, expected, caplog):
     assert found.labels.tolist() == [expected[0], expected[1], expected[1]]
     assert (found.num_classes, found.class_names) == (len(names), names)
     assert ("found by name" in caplog.text) == (expected != [0, 1])
+
+
+def test_wordnet_ids_are_shown_in_words():
+    assert in_words(("n01440764", "n00000000", "cat")) == (WORDS[0], "n00000000", "cat")
 
 
 def test_classes_that_the_model_does_not_know_are_named():
@@ -302,3 +306,21 @@ def test_a_run_does_not_go_on_with_exchanged_classes(tmp_path, monkeypatch, chan
         change(tmp_path / "images" / split)
     with pytest.raises(QuietvitError, match=told):
         train(config(tmp_path / "run", data=data, batch_size=4, accumulation=1), resume=True)
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_told_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "quietvit")
+    facts = loop.data_facts
+
+    def earlier(chosen, own):
+        found = facts(chosen, own)
+        return {key: found[key] for key in ("images", "classes", "labels")}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "data_facts", earlier)
+        interrupt(tmp_path / "run", monkeypatch, 5)
+    interrupt(tmp_path / "run", monkeypatch, 9, resume=True)
+    assert caplog.text.count("kept no names of classes") == 1
+    found = train(config(tmp_path / "run"), resume=True, progress=False)
+    assert caplog.text.count("kept no names of classes") == 1
+    assert found.class_names == tuple("0123456789")

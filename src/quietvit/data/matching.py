@@ -21,6 +21,7 @@ from quietvit.errors import QuietvitError, nearest
 logger = logging.getLogger("quietvit")
 
 _SHOWN = 5
+_WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def matched(
@@ -70,6 +71,14 @@ def label_numbers(loader: Any, names: Sequence[str] | None, count: int) -> Tenso
         labels = np.asarray(getattr(data, "targets", range(total)), dtype=np.int64)
     table = _numbers(own, total, np.unique(labels), names, count, name, "the model")
     return None if table is None else torch.from_numpy(table)
+
+
+def in_words(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names as people read them: WordNet ids of ImageNet-1k in words, others as is."""
+    if not any(_WORDNET_ID.fullmatch(name) for name in names):
+        return tuple(names)
+    ids = _wordnet()[0]
+    return tuple(ids.get(name, name) for name in names)
 
 
 def _numbers(
