@@ -178,7 +178,7 @@ def test_top1_is_the_share_of_right_answers_in_percent():
     assert evaluate(model, loader) == pytest.approx(100 * (dataset.labels == 1).mean())
     assert model.training
     assert not model.inner.training
-    with pytest.raises(QuietvitError, match="label 9, but the model tells only 5"):
+    with pytest.raises(QuietvitError, match="label 9, and the model tells only 5"):
         evaluate(Answers(5), loader)
     with pytest.raises(QuietvitError, match="not one image"):
         evaluate(model, [])

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
 import quietvit
-from deployment_cases import exported, quantized
+from deployment_cases import exported
 from quietvit import QuietvitError
 from quietvit.data import create_model, evaluation_transform
 from quietvit.deployment import open_runtime
@@ -187,16 +186,3 @@ def test_a_file_without_preprocessing_says_so(photo: Path) -> None:
     with pytest.raises(QuietvitError, match="carries no preprocessing"):
         quietvit.predict(exported("tv-vit").path, photo)
     assert len(quietvit.predict(exported("vit").path, photo, top=3)) == 3  # of its own size
-
-
-def test_imagenet_models_know_their_labels() -> None:
-    from quietvit.deployment.exporting import labels_of
-
-    labels = labels_of(timm.create_model("test_vit"))
-    assert labels is not None
-    assert len(labels) == 1000
-    assert labels[0].startswith("tench")
-    assert labels_of(timm.create_model("test_vit", num_classes=7)) is None
-    named = labels_of(quantized("hf-vit").model)
-    assert named is not None
-    assert named[0] == "LABEL_0"

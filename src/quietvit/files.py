@@ -281,7 +281,9 @@ def _lock(handle: int, folder: Path) -> None:
             ) from error
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file that whoever may read a new file here may read.
 
     The writer of safetensors alone lets only the owner read, whatever the umask says. The tensors
@@ -291,7 +293,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path)
+    save_file(dict(tensors), path, dict(metadata) if metadata else None)
     path.chmod(mode)
 
 

@@ -3,6 +3,7 @@
 No training and no quantization lives here.
 """
 
+from quietvit.classes import name_classes, names_of
 from quietvit.data.evaluate import calibration_images, evaluate, evaluation_loader
 from quietvit.data.sources import ImageDataset, Transformed, load_dataset, subset
 from quietvit.data.transforms import data_config, evaluation_transform, training_transform
@@ -19,6 +20,8 @@ __all__ = [
     "evaluation_transform",
     "load_dataset",
     "load_weights",
+    "name_classes",
+    "names_of",
     "subset",
     "training_transform",
 ]

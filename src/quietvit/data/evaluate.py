@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from quietvit.classes import names_of
+from quietvit.data.matching import label_numbers
 from quietvit.data.sources import ImageDataset, Transformed
 from quietvit.errors import QuietvitError
 from quietvit.tracing import evaluating
@@ -46,23 +48,29 @@ def evaluate(
 
     Args:
         model: images (B, 3, H, W) -> logits (B, classes), or an object with ``.logits``.
-        loader: batches of (images, labels), as from ``evaluation_loader``.
+        loader: batches of (images, labels), as from ``evaluation_loader``. Where the names of the
+            classes are known of its data set and of the model, classes are matched by name: see
+            ``matching``.
         device: where the model is and the batches are sent.
         progress: show a bar on standard error.
 
     Raises:
-        QuietvitError: no images, labels beyond the model's classes, or logits that are not numbers.
+        QuietvitError: no images, labels beyond the model's classes, classes whose names the model
+            does not know, or logits that are not numbers.
     """
     correct = total = 0
+    numbers: Tensor | None = None
     with evaluating(model), worker_errors(), _bar(loader, progress) as batches:
         for images, labels in batches:
             logits = _logits(model(images.to(device)))
-            labels = labels.to(logits.device)
             if int(labels.min()) < 0:
                 raise QuietvitError(
                     f"the data has label {int(labels.min())}, so images without labels; top-1 "
                     "needs the class of each image, counted from 0."
                 )
+            if total == 0:
+                numbers = class_numbers(loader, model, logits.shape[-1])
+            labels = (labels if numbers is None else numbers[labels.cpu()]).to(logits.device)
             if int(labels.max()) >= logits.shape[-1]:
                 raise QuietvitError(
                     f"the data has label {int(labels.max())}, but the model tells only "
@@ -78,6 +86,15 @@ def evaluate(
     if total == 0:
         raise QuietvitError("there was not one image to evaluate on; check the data set.")
     return 100.0 * correct / total
+
+
+def class_numbers(loader: Any, model: nn.Module, count: int) -> Tensor | None:
+    """Return what to index by a loader's labels to get numbers of the model's ``count`` classes.
+
+    None where the labels are these numbers. Raises as ``matching.matched`` does.
+    """
+    names = names_of(model)
+    return label_numbers(loader, None if names is None or len(names) != count else names, count)
 
 
 def calibration_images(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quietvit.data.image_processor import check_translation, translated_preprocessing
+from quietvit.data.prefixes import unwrapped
 from quietvit.errors import QuietvitError, nearest
 
 logger = logging.getLogger("quietvit")
@@ -74,7 +75,7 @@ def create_hf_model(
         config.num_labels = num_classes
     model = _built(transformers, source, config)
     if weights is not None:
-        _load(model, dict(weights), "the weights")
+        _load(model, unwrapped(model.state_dict(), weights, "the weights")[0], "the weights")
     elif not untrained and _without_weights(source):
         logger.warning("%s holds no weights: the model starts from random.", source)
     elif not untrained:
@@ -326,14 +327,13 @@ def _input_size(config: Any) -> tuple[int, int, int]:
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    from quietvit.data.weights import differences
+    from quietvit.data.weights import differences, shown
 
     problems = differences(model.state_dict(), state)
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise QuietvitError(
             f"{source} cannot be loaded into {type(model).__name__} as built here: "
-            f"{'; '.join(problems[:3])}{more}. Give the folder, arguments and transformers version "
+            f"{shown(problems)}. Give the folder, arguments and transformers version "
             "the weights were made with."
         )
     model.load_state_dict(state, strict=True)

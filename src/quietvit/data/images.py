@@ -5,6 +5,7 @@ Where the encoded bytes come from is decided in ``folder``, ``table``, ``shards`
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from quietvit.classes import fitted
 from quietvit.data.decoding import decode
 from quietvit.errors import QuietvitError
 
@@ -38,7 +40,8 @@ class ImageDataset(Dataset[Sample]):
         where: index -> a few words naming the image in error messages.
         num_classes: number of classes; None takes the largest label plus one.
         name: names the data set in error messages.
-        class_names: one a class, where they are known.
+        class_names: of the classes in their order, where they are known. The attribute has one for
+            each of ``num_classes``: names that lack are ``class 7`` and the like.
         groups: one integer per image, equal for images that lie together on disk (a shard of a
             WebDataset, a row group of a table): what ``shuffle_window`` counts. None if all can be
             reached alike.
@@ -64,8 +67,8 @@ class ImageDataset(Dataset[Sample]):
         found = np.full(count, UNLABELLED) if labels is None else np.asarray(labels)
         self._labels = found.astype(np.int64, copy=False)
         self.name = name
-        self.class_names = class_names
         self.groups = groups
+        self.class_names: tuple[str, ...] | None = None
         self._read, self._where = read, where
         if len(self._labels) == 0:
             raise QuietvitError(f"{name} holds no images at all; check the path and its contents.")
@@ -73,6 +76,8 @@ class ImageDataset(Dataset[Sample]):
             self.num_classes = 0
             return
         self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
+        if class_names is not None:
+            self.class_names = fitted(class_names, self.num_classes)
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(outside):
             first = int(outside[0])
@@ -96,6 +101,15 @@ class ImageDataset(Dataset[Sample]):
         # Where it lies may take a search through its shard, so it is asked for only when it is bad.
         image = decode(self._read(index), lambda: f"{self._where(index)} of {self.name}")
         return image, int(self._labels[index])
+
+    def checksum(self, index: int) -> str:
+        """Return a checksum of the stored image ``index``; empty where it cannot be read."""
+        try:
+            content = self._read(index)
+        except QuietvitError:
+            return ""
+        plain = content.tobytes() if isinstance(content, Image.Image) else content
+        return hashlib.sha256(plain).hexdigest()[:16]
 
     def where(self, index: int) -> str:
         """Return a few words that name image ``index``: its file, its row, its sample."""
@@ -139,6 +153,19 @@ def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageData
         class_names=dataset.class_names,
         groups=None if dataset.groups is None else dataset.groups[chosen],
         count=len(chosen),
+    )
+
+
+def relabelled(dataset: ImageDataset, labels: np.ndarray, names: Sequence[str]) -> ImageDataset:
+    """Return the same images with other labels (N,), which count the classes called ``names``."""
+    return ImageDataset(
+        labels,
+        dataset._read,
+        dataset._where,
+        num_classes=len(names),
+        name=dataset.name,
+        class_names=tuple(names),
+        groups=dataset.groups,
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from quietvit.data.formats import PassedOver, is_readable
 from quietvit.data.images import ImageDataset, NoLabelsError
+from quietvit.data.label_names import NamesByLabel
 from quietvit.data.paths import Recent, expand, part_for, split_parts
 from quietvit.data.tars import MISSING, TarIndex, build_index, name_at, read_index
 from quietvit.errors import QuietvitError
@@ -34,7 +35,8 @@ def open_shards(
     The shards are local files: WebDataset's own iterators stream from anywhere, but cannot go on
     exactly where a run stopped. Each shard is a group of ``ImageDataset.groups``. Samples whose
     image cannot be read here (``.heic`` without its plugin) are passed over, and a log line counts
-    them. Without ``labels`` no sample needs one.
+    them. Names of classes are those in the samples' JSON, see ``tars.build_index``. Without
+    ``labels`` no sample needs one.
 
     Raises:
         NoLabelsError: labels are needed, and no sample has one.
@@ -57,6 +59,7 @@ def open_shards(
         reader.where,
         num_classes=num_classes,
         name=name,
+        class_names=NamesByLabel(reader.names).tuple(name) if labels else None,
         groups=np.repeat(np.arange(len(reader.paths), dtype=np.int32), np.diff(reader.starts)),
         count=len(reader.offsets),
     )
@@ -102,6 +105,7 @@ class ShardReader:
         self.offsets = np.concatenate([index.offsets for index in indexes])
         self.sizes = np.concatenate([index.sizes for index in indexes])
         self.labels = np.concatenate([index.labels for index in indexes])
+        self.names = [pair for index in indexes for pair in index.names]
         self._files: Recent[BinaryIO] = Recent(OPEN_SHARDS)
 
     def read(self, index: int) -> bytes:

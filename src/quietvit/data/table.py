@@ -15,6 +15,14 @@ from typing import Any
 import numpy as np
 
 from quietvit.data.images import ImageDataset, NoLabelsError
+from quietvit.data.label_names import (
+    DictionaryLabels,
+    NamesByLabel,
+    is_dictionary,
+    names_column,
+    names_in_metadata,
+    pairs_of,
+)
 from quietvit.data.paths import Recent, expand, part_for, split_parts
 from quietvit.errors import QuietvitError, nearest
 from quietvit.files import refuse_other_bytes
@@ -38,6 +46,10 @@ def open_table(
     groups is slow in random order (a log line says so): set ``shuffle_window``, or write it with
     a small ``row_group_size``. Uncompressed arrow files are mapped, not read.
 
+    Names of classes are those of a ``label`` column that is a dictionary of strings, of the
+    ``ClassLabel`` in the metadata of Hugging Face's datasets, or of a column ``label_name``,
+    ``class_name`` or ``label_text`` beside it.
+
     Raises:
         NoLabelsError: labels are needed, and there is no column ``label``.
         QuietvitError: a missing file or column, a column of another type, a row without label.
@@ -49,15 +61,20 @@ def open_table(
     found = table.labels() if labels else None
     if table.rows.sum() == 0:
         raise QuietvitError(f"the table {chosen} holds no rows, so no images; check the file.")
-    if num_classes is None and split == "test" and labels:
-        reference = TableReader(expand(parts[0], SUFFIXES, "table"), ["label"]).labels()
-        num_classes = int(reference.max(initial=-1)) + 1
+    names = table.class_names() if labels else None
+    if found is not None and num_classes is None:
+        if split == "test":
+            reference = TableReader(expand(parts[0], SUFFIXES, "table"), ["label"])
+            num_classes = _count(reference.labels(), reference.class_names())
+        else:
+            num_classes = _count(found, names)
     return ImageDataset(
         found,
         table.read,
         table.where,
         num_classes=num_classes,
         name=f"table {chosen}",
+        class_names=names,
         groups=np.repeat(np.arange(len(table.rows), dtype=np.int32), table.rows),
         count=int(table.rows.sum()),
     )
@@ -77,6 +94,7 @@ class TableReader:
         self._files: Recent[Any] = Recent(OPEN_FILES)
         self._chunks: Recent[Any] = Recent(KEPT_BYTES, _bytes_of)
         self._reads, self._told = 0, False
+        self._coded = DictionaryLabels()
         rows: list[int] = []
         owner: list[int] = []
         number: list[int] = []
@@ -95,9 +113,27 @@ class TableReader:
         """Return the labels of all rows (N,), int64; nothing else is read."""
         columns = []
         for index, path in enumerate(self.paths):
-            file = self._file(index)
-            columns.append(_labels_of(_guarded(path, partial(file.column, "label")), path))
+            column = _guarded(path, partial(self._file(index).column, "label"))
+            columns.append(_labels_of(column, path, self._coded))
         return np.concatenate(columns)
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of the classes, where the files tell them. Call ``labels`` before."""
+        if self._coded.names:
+            return tuple(self._coded.names)
+        noted = names_in_metadata(self._file(0).schema)
+        if noted is not None:
+            return noted
+        found = NamesByLabel()
+        for index, path in enumerate(self.paths):
+            file = self._file(index)
+            column = names_column(file.schema)
+            if column is None:
+                return None
+            both = (_guarded(path, partial(file.column, name)) for name in ("label", column))
+            for label, name in pairs_of(*both):
+                found.add(label, name)
+        return found.tuple(f"the table {self.paths[0]}")
 
     def read(self, index: int) -> bytes:
         """Return the encoded image of row ``index``."""
@@ -248,9 +284,13 @@ def _check_columns(path: Path, schema: Any, columns: list[str]) -> None:
                     else "."
                 )
             )
-    if "label" in columns and not pa.types.is_integer(kind := schema.field("label").type):
+    if "label" not in columns:
+        return
+    kind = schema.field("label").type
+    if not pa.types.is_integer(kind) and not is_dictionary(kind):
         raise QuietvitError(
-            f"the column 'label' of {path} is of type {kind}; it needs integers from 0."
+            f"the column 'label' of {path} is of type {kind}; it needs integers from 0, or a "
+            "dictionary of strings (dictionary_encode() of pyarrow makes it one)."
         )
     if "image" not in columns:
         return
@@ -264,10 +304,16 @@ def _check_columns(path: Path, schema: Any, columns: list[str]) -> None:
         )
 
 
-def _labels_of(column: Any, path: Path) -> np.ndarray:
+def _count(labels: np.ndarray, names: tuple[str, ...] | None) -> int:
+    return max(int(labels.max(initial=-1)) + 1, len(names or ()))
+
+
+def _labels_of(column: Any, path: Path, coded: DictionaryLabels) -> np.ndarray:
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
         raise QuietvitError(f"row {row} of {path} has no label; fill it in or drop the row.")
+    if is_dictionary(column.type):
+        return coded.numbers(column)
     labels: np.ndarray = column.to_numpy().astype(np.int64)
     return labels
 

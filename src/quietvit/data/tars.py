@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from quietvit.data.formats import IMAGE_SUFFIXES
+from quietvit.data.label_names import name_in_json
 from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
 
@@ -28,7 +29,7 @@ PREFERRED = ("jpg", "jpeg", "png", "webp")
 """Images that are taken before others of the same sample."""
 MISSING = np.iinfo(np.int64).min
 """Stands for the label of a sample without one."""
-_VERSION = 3
+_VERSION = 4
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -39,7 +40,7 @@ class TarIndex:
 
     Per sample: where its image begins (bytes), its size (bytes), its label (``MISSING`` for none)
     and the image's suffix, each (N,). ``passed`` holds the names of members that belong to no image
-    and no label.
+    and no label. ``names``: pairs of a label and a name of its class in the samples' JSON.
     """
 
     offsets: np.ndarray
@@ -47,6 +48,7 @@ class TarIndex:
     labels: np.ndarray
     suffixes: np.ndarray
     passed: np.ndarray
+    names: tuple[tuple[int, str], ...] = ()
 
     def chosen(self, which: np.ndarray) -> TarIndex:
         """The samples ``which`` alone, a mask (N,)."""
@@ -56,6 +58,7 @@ class TarIndex:
             self.labels[which],
             self.suffixes[which],
             self.passed,
+            self.names,
         )
 
 
@@ -66,6 +69,7 @@ class _Sample:
     suffix: str = ""
     label: int | None = None
     labelled_by: str = ""
+    name: str | None = None
     held: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -93,7 +97,8 @@ def read_index(path: Path) -> TarIndex:
             return kept
     index = build_index(path)
     content = io.BytesIO()
-    np.savez(content, stamp=stamp, **vars(index))
+    names = np.frombuffer(json.dumps(index.names).encode(), np.uint8)
+    np.savez(content, stamp=stamp, **(vars(index) | {"names": names}))
     failed: QuietvitError | None = None
     for place in places:
         try:
@@ -111,10 +116,11 @@ def build_index(path: Path, labels: bool = False) -> TarIndex:
     """Read the headers of a tar, and its labels.
 
     A sample is a run of members whose names are equal up to the first dot of the file name, as
-    WebDataset has it: one image, and ``.cls`` (an integer as text) or ``.json`` (its ``label``).
-    Where there are several images, the one ``PREFERRED`` image is taken. Other members are passed
-    over, and so is what is named, or lies in a folder named, ``__...__`` (WebDataset's own, for
-    facts about the shard).
+    WebDataset has it: one image, and ``.cls`` (an integer as text) or ``.json`` (its ``label``, and
+    ``label_name``, ``class_name`` or ``label_text`` as the name of the class). Where there are
+    several images, the one ``PREFERRED`` image is taken. Other members are passed over, and so is
+    what is named, or lies in a folder named, ``__...__`` (WebDataset's own, for facts about the
+    shard).
 
     Args:
         path: the tar.
@@ -127,6 +133,7 @@ def build_index(path: Path, labels: bool = False) -> TarIndex:
     samples: list[tuple[int, int, int]] = []
     suffixes: list[str] = []
     passed: list[str] = []
+    names: set[tuple[int, str]] = set()
     current: _Sample | None = None
 
     def close(sample: _Sample | None) -> None:
@@ -139,6 +146,8 @@ def build_index(path: Path, labels: bool = False) -> TarIndex:
         assert sample.image is not None
         samples.append((*sample.image, MISSING if sample.label is None else sample.label))
         suffixes.append(f".{sample.suffix}")
+        if sample.label is not None and sample.name is not None:
+            names.add((sample.label, sample.name))
 
     with _opened(path) as tar:
         assert tar.fileobj is not None
@@ -157,7 +166,14 @@ def build_index(path: Path, labels: bool = False) -> TarIndex:
         _check_end(path, tar)
         close(current)
     offsets, sizes, found = np.array(samples, np.int64).reshape(-1, 3).T.copy()
-    return TarIndex(offsets, sizes, found, np.array(suffixes, np.str_), np.array(passed, np.str_))
+    return TarIndex(
+        offsets,
+        sizes,
+        found,
+        np.array(suffixes, np.str_),
+        np.array(passed, np.str_),
+        tuple(sorted(names)),
+    )
 
 
 def name_at(path: Path, offset: int) -> str:
@@ -205,30 +221,35 @@ def _add(
                 "--sparse."
             )
         sample.image, sample.suffix = (member.offset_data, member.size), extension
-    elif extension == "cls" or (extension == "json" and sample.labelled_by != "cls"):
+    elif extension in ("cls", "json"):
         file = tar.extractfile(member)
         content = b"" if file is None else file.read()
         if len(content) < member.size:
             raise _truncated(path, f"{member.name} is cut off")
-        label = _label_in(content, extension)
+        label, name = _label_in(content, extension)
+        sample.name = name or sample.name
         if label is None and extension == "cls" and labels:
             raise QuietvitError(
                 f"{member.name} of {path} holds {content[:20]!r}, which is no label; it needs an "
                 "integer from 0 as text."
             )
-        if label is not None:
+        if label is not None and (extension == "cls" or sample.labelled_by != "cls"):
             sample.label, sample.labelled_by = label, extension
 
 
-def _label_in(content: bytes, extension: str) -> int | None:
+def _label_in(content: bytes, extension: str) -> tuple[int | None, str | None]:
+    """The label and the name of its class, each None where there is none."""
     try:
         if extension == "cls":
-            return int(content)
+            return int(content), None
         found = json.loads(content)
     except ValueError:
-        return None
-    label = found.get("label") if isinstance(found, dict) else None
-    return label if isinstance(label, int) and not isinstance(label, bool) else None
+        return None, None
+    if not isinstance(found, dict):
+        return None, None
+    label = found.get("label")
+    is_label = isinstance(label, int) and not isinstance(label, bool)
+    return (label if is_label else None), name_in_json(found)
 
 
 def _check_sample(sample: _Sample, path: Path, labels: bool) -> None:
@@ -295,10 +316,13 @@ def _load(place: Path, stamp: np.ndarray) -> TarIndex | None:
         with np.load(place, allow_pickle=False) as kept:
             if not np.array_equal(kept["stamp"], stamp):
                 return None
-            index = TarIndex(**{name: kept[name] for name in TarIndex.__dataclass_fields__})
+            arrays = {name: kept[name] for name in TarIndex.__dataclass_fields__}
+            names = json.loads(arrays["names"].tobytes())
+            arrays["names"] = tuple((int(label), str(name)) for label, name in names)
+            index = TarIndex(**arrays)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("the index %s is damaged (%s); it is built again.", place, error)
         return None
     parts = (index.offsets, index.sizes, index.labels, index.suffixes)

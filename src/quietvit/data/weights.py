@@ -1,25 +1,33 @@
 """Models with weights from local files, strict; another head or image size is said aloud.
 
-Nothing is downloaded and nothing unpickled: safetensors, or ``torch.load(weights_only=True)``.
+How a file is read is the matter of ``checkpoints``; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from quietvit.classes import name_classes, take_names, unname_classes
+from quietvit.data.checkpoints import class_names_in, read_weights
+from quietvit.data.prefixes import unwrapped
 from quietvit.errors import QuietvitError, nearest
-from quietvit.files import refuse_other_bytes
 
 logger = logging.getLogger("quietvit")
 
+# Parts of a pre-training that no classifier has: MAE's decoder, the heads of DINO and iBOT.
+_PRETRAINING = (
+    "decoder", "mask_token", "dino_head", "ibot_head", "projection_head", "projector", "predictor",
+)  # fmt: skip
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+_FILE_LACKS, _MODEL_LACKS = "the file lacks", "the model lacks"
 
 
 def create_model(
@@ -39,8 +47,9 @@ def create_model(
     Args:
         name: a timm model, such as ``deit_tiny_patch16_224``, or ``hf:`` and a folder.
         num_classes: classes of the head; None takes the number in the weights, or timm's. Where the
-            weights have another number, the head starts anew and a log line says so.
-        weights: ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads.
+            weights have another number or no head, it starts anew and a log line says so.
+        weights: ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads; see
+            ``checkpoints.read_weights``. Names of classes come along from files of a training run.
         preprocessing: overrides in the model's data config: mean, std, interpolation, crop_pct,
             crop_mode.
         untrained: start from random weights also where an ``hf:`` folder has some, which are not
@@ -55,6 +64,7 @@ def create_model(
     import timm
 
     state = read_weights(weights) if weights is not None else None
+    facts = class_names_in(weights) if weights is not None else {}
     if not name.startswith("hf:") and not timm.is_model(name):
         raise QuietvitError(
             f"timm has no model named {name!r}{nearest(name, timm.list_models())}; "
@@ -69,16 +79,19 @@ def create_model(
     if name.startswith("hf:"):
         from quietvit.data.huggingface import create_hf_model
 
-        return create_hf_model(
+        built = create_hf_model(
             name[3:], num_classes, kwargs, preprocessing, state, untrained=untrained
         )
+        take_names(built, facts)
+        return built
     if num_classes is None and state is not None:
         num_classes = _classes_in(state, timm.get_pretrained_cfg(name))
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     model = _built(name, kwargs, preprocessing or {})
+    name_classes(model, None)  # of a random head
     if state is not None:
-        load_weights(model, state, source=str(weights))
+        _load(model, state, str(weights), facts)
     return model
 
 
@@ -107,68 +120,46 @@ def _built(name: str, kwargs: Mapping[str, Any], preprocessing: Mapping[str, Any
 def load_weights(
     model: nn.Module, weights: str | Path | Mapping[str, Tensor], source: str = "the weights"
 ) -> None:
-    """Load weights into ``model`` in place, strictly up to a head of other size and another grid.
+    """Load weights into ``model`` in place, strictly but for what a log line tells.
+
+    That is a head of another size or none (the model's own stays), another grid of positions, a
+    prefix that wraps all names (``model.``, ``module.``, ``backbone.``), and what only pre-training
+    uses (MAE's decoder, DINO's head).
 
     Raises:
         QuietvitError: the file is missing or damaged, or belongs to another architecture. The
             model is then as it was.
     """
-    if not isinstance(weights, Mapping):
-        weights, source = read_weights(weights), str(weights)
+    if isinstance(weights, Mapping):
+        _load(model, weights, source, {})
+    else:
+        _load(model, read_weights(weights), str(weights), class_names_in(weights))
+
+
+def _load(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str, facts: Mapping[str, Any]
+) -> None:
     own = model.state_dict()
-    state = _without_other_head(model, own, dict(weights), source)
-    problems = differences(own, state)
-    if problems:
-        state = _filtered(model, state)
-        if differences(own, state):
-            shown = "; ".join(problems[:3])
-            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    state, prefix = unwrapped(own, weights, source)
+    fitted, told, new_head = _fitted(model, own, state)
+    if problems := differences(own, fitted):
+        fitted, told, new_head = _fitted(model, own, _filtered(model, state))
+        if differences(own, fitted):
+            below = f" below '{prefix}'" if prefix else ""
             raise QuietvitError(
-                f"{source} holds weights of another architecture than {type(model).__name__} as "
-                f"built here: {shown}{more}. Give the timm name and arguments the weights were "
-                "made with."
+                f"{source} holds{below} weights of another architecture than "
+                f"{type(model).__name__} as built here: {shown(problems)}. {_remedy(state)}"
             )
-        logger.warning("%s: adapted by timm to this model (%s).", source, "; ".join(problems[:2]))
-    model.load_state_dict(state, strict=True)
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict, name -> tensor, from safetensors or ``torch.load(weights_only=True)``.
-
-    Raises:
-        QuietvitError: the file is missing, damaged, or holds anything but tensors by name.
-    """
-    path = Path(path).expanduser()
-    refuse_other_bytes(path)
-    if not path.is_file():
-        raise QuietvitError(f"the weights {path} do not exist; check the path.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise QuietvitError(
-            f"{path} could not be read as weights ({str(error).splitlines()[0]}); it must be "
-            "safetensors, or a file that torch.load(weights_only=True) accepts."
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content:
-        raise QuietvitError(f"{path} holds no tensors by name; save the model's state_dict().")
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if len(state) != len(content):
-        other = next(key for key in content if key not in state)
-        raise QuietvitError(
-            f"{path} holds {type(content[other]).__name__} under {other!r} where a tensor is "
-            "expected; save the model's state_dict() alone."
-        )
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
+        told.append(f"adapted by timm to this model ({shown(problems, 2)})")
+    for line in told:
+        logger.warning("%s: %s.", source, line)
+    model.load_state_dict(fitted, strict=True)
+    if new_head:
+        name_classes(model, None)
+    elif facts:
+        take_names(model, facts)
+    else:
+        unname_classes(model)
 
 
 def _heads(config: Any) -> tuple[str, ...]:
@@ -178,30 +169,45 @@ def _heads(config: Any) -> tuple[str, ...]:
 
 def _classes_in(state: Mapping[str, Tensor], config: Any) -> int | None:
     for head in _heads(config) if config is not None else ():
-        if f"{head}.weight" in state:
-            return int(state[f"{head}.weight"].shape[0])
+        for key, value in state.items():
+            if f".{key}".endswith(f".{head}.weight"):
+                return int(value.shape[0])
     return None
 
 
-def _without_other_head(
-    model: nn.Module, own: Mapping[str, Tensor], state: dict[str, Tensor], source: str
-) -> dict[str, Tensor]:
-    """Put the model's own, new head where the file's has the same inputs but other classes."""
-    for head in _heads(getattr(model, "pretrained_cfg", {})):
+def _fitted(
+    model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str], bool]:
+    """``given`` with the model's own head where it has another, without what only trains.
+
+    Also what is to be said of it, and whether a head is new.
+    """
+    state, told, new_head = dict(given), list[str](), False
+    heads = _heads(getattr(model, "pretrained_cfg", {}))
+    for head in heads:
         key = f"{head}.weight"
-        if key not in own or key not in state or own[key].shape[1:] != state[key].shape[1:]:
+        if key not in own:
             continue
-        classes, there = own[key].shape[0], state[key].shape[0]
-        if classes == there:
+        if key not in state:
+            told.append(f"it has no head '{head}': it starts anew")
+        elif own[key].shape[1:] == state[key].shape[1:] and len(own[key]) != len(state[key]):
+            told.append(
+                f"the head '{head}' tells {len(state[key])} classes apart, {len(own[key])} are "
+                "asked for: it starts anew"
+            )
+        else:
             continue
-        logger.warning(
-            "%s: the head '%s' tells %d classes apart, %d are asked for: it starts anew.",
-            source, head, there, classes,
-        )  # fmt: skip
-        for part in ("weight", "bias"):
-            if f"{head}.{part}" in own:
-                state[f"{head}.{part}"] = own[f"{head}.{part}"]
-    return state
+        new_head = True
+        state |= {name: value for name, value in own.items() if name.startswith(f"{head}.")}
+    extra = [
+        name
+        for name in state
+        if name not in own
+        and (name.startswith(_PRETRAINING) or name.startswith(tuple(f"{h}." for h in heads)))
+    ]
+    if extra:
+        told.append(f"left out: {_named(extra)}, which this model does not have")
+    return {name: value for name, value in state.items() if name not in extra}, told, new_head
 
 
 def _filtered(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -227,10 +233,34 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    found += [f"the file lacks {key} {tuple(own[key].shape)}" for key in own if key not in state]
+    found += [f"{_FILE_LACKS} {key} {tuple(own[key].shape)}" for key in own if key not in state]
     found += [
-        f"the model lacks {key} {tuple(state[key].shape)}"
-        for key in sorted(state)
-        if key not in own
+        f"{_MODEL_LACKS} {key} {tuple(state[key].shape)}" for key in sorted(state) if key not in own
     ]
     return found
+
+
+def shown(problems: list[str], count: int = 4) -> str:
+    """Return the first ``count`` of ``differences``, of both sides where both have some."""
+    kinds: list[list[str]] = [[], [], []]
+    for problem in problems:
+        lacks = [problem.startswith(begin) for begin in (_FILE_LACKS, _MODEL_LACKS)]
+        kinds[lacks.index(True) if any(lacks) else 2].append(problem)
+    turns = [kind[turn] for turn in range(count) for kind in kinds[::-1] if turn < len(kind)]
+    more = f"; and {len(problems) - count} more" if len(problems) > count else ""
+    return "; ".join(turns[:count]) + more
+
+
+def _remedy(state: Iterable[str]) -> str:
+    if any("embeddings.patch_embeddings" in key or "encoder.layer." in key for key in state):
+        return (
+            "These are names of transformers, which timm's models do not have: give the folder "
+            "with its config.json as the model, 'hf:/path/to/folder'."
+        )
+    first = {key.partition(".")[0] for key in state}
+    wrapped = f"All names in the file begin with '{first.pop()}.'. " if len(first) == 1 else ""
+    return f"{wrapped}Give the timm name and arguments the weights were made with."
+
+
+def _named(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quietvit.data.evaluate import class_numbers
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.for_onnx.file import float_onnx_of
 from quietvit.deployment.model import as_float32, logits_of
@@ -191,9 +192,10 @@ def check(
 
     ``against``: the quantized model it was exported from, or its .qvit. ``images``: a tensor
     (N, C, H, W) after the model's own transform, or batches of such, with labels behind them
-    (N,) for top-1. ``runtime``: ``onnxruntime`` or ``openvino``, by default what the suffix says.
-    ``seconds``: how long each batch size of ``batches`` is timed, 0 for not at all; the float model
-    is exported from ``against`` and runs in the same runtime, in turn.
+    (N,) for top-1; their classes are matched by name as ``quietvit.data.evaluate`` does.
+    ``runtime``: ``onnxruntime`` or ``openvino``, by default what the suffix says. ``seconds``: how
+    long each batch size of ``batches`` is timed, 0 for not at all; the float model is exported from
+    ``against`` and runs in the same runtime, in turn.
 
     Kept are: every product that the file says is integer ran so (from the runtime's optimized
     graph); on the first two images every code and every sum of products is the simulated model's
@@ -227,7 +229,7 @@ def check(
     left = sum(p.why_float is not None for p in facts.products)
     if left:
         notes.append(f"{left} products that the file does not claim to be integer are not compared")
-    classes = _classes(loaded, quantized, itertools.chain([first], given))
+    classes = _classes(loaded, quantized, itertools.chain([first], given), images)
     if classes.images < FEW:
         notes.append(
             f"{classes.images} images are few: whether classes agree shows from about {FEW} on"
@@ -307,21 +309,27 @@ def _batches(images: Any) -> Iterator[Labelled]:
         raise QuietvitError("there are no images to check on; give at least one.")
 
 
-def _classes(loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled]) -> Classes:
+def _classes(
+    loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], loader: Any
+) -> Classes:
     count = same = steady = right = simulated_right = only_one = 0
-    labelled = True
+    labelled, numbers = True, None
     noise = torch.Generator().manual_seed(0)
     for x, labels in given:
         labelled = labelled and labels is not None
         loaded.check_images(tuple(x.shape))
         moved = x * (1 + DISTURBANCE * torch.randn(x.shape, generator=noise))
         with torch.no_grad():
-            own, again = (logits_of(quantized(images)).argmax(-1) for images in (x, moved))
+            logits = [logits_of(quantized(images)) for images in (x, moved)]
+        classes, (own, again) = logits[0].shape[-1], (found.argmax(-1) for found in logits)
         theirs = torch.from_numpy(loaded(x.numpy())).argmax(-1)
+        if count == 0 and labels is not None:
+            numbers = class_numbers(loader, quantized, classes)
         count, same = count + len(x), same + int((theirs == own).sum())
         steady += int((again == own).sum())
         if labels is not None:
-            hits, simulated_hits = theirs == labels.cpu(), own == labels.cpu()
+            labels = labels.cpu() if numbers is None else numbers[labels.cpu()]
+            hits, simulated_hits = theirs == labels, own == labels
             right, simulated_right = (
                 right + int(hits.sum()),
                 simulated_right + int(simulated_hits.sum()),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quietvit.classes import are_presumed, checked_names, names_of
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts, facts_of
 from quietvit.deployment.for_onnx.file import onnx_of
@@ -29,6 +30,10 @@ NEEDS = {
     "torchao": ("torchao",),
 }
 TARGETS = tuple(NEEDS)
+PRESUMED = (
+    "the classes have the names in timm's configuration of this architecture; if the head was "
+    "trained on other data, give its names (labels=..., --labels)"
+)
 SUFFIXES = {".onnx": "onnx", ".xml": "openvino"}
 
 
@@ -75,8 +80,7 @@ def export(
     ``as_="uniform"`` replaces quantizers that no integer kernel has (logarithmic, two-range, one
     scale a channel, more than 8 bits) by uniform ones of 8 bits and says what that loses; without
     it they are refused. ``preprocessing``: timm's data config, by default the model's own;
-    ``labels``: a name for each class, by default those of ImageNet-1k for its models, or a
-    transformers model's.
+    ``labels``: a name for each class, by default those of the model (``quietvit.data.names_of``).
 
     Raises QuietvitError for a model that is not quantized or not calibrated, codes without integer
     kernels, a model torch cannot export, a missing extra, or a path in use (``force`` replaces an
@@ -105,8 +109,12 @@ def export(
         own,
         grids,
         preprocessing=preprocessing_of(own.model) if preprocessing is None else preprocessing,
-        labels=labels_of(own.model) if labels is None else [str(label) for label in labels],
-        notes=[*_notes(own, grids, target), *map(str, replaced)],
+        labels=_labels(own, labels),
+        notes=[
+            *([PRESUMED] if labels is None and are_presumed(own.model) else []),
+            *_notes(own, grids, target),
+            *map(str, replaced),
+        ],
         uniform=as_ == "uniform",
     )
     if target == "torchao":
@@ -146,22 +154,8 @@ def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:
     refuse_unwritable(path)
 
 
-def labels_of(model: Any) -> tuple[str, ...] | None:
-    """Names of the classes: a transformers model's own, or ImageNet-1k's; None if unknown."""
-    named = getattr(getattr(model, "config", None), "id2label", None)
-    if isinstance(named, Mapping) and named:
-        return tuple(str(named[key]) for key in sorted(named, key=int))
-    config = getattr(model, "pretrained_cfg", None)
-    if not isinstance(config, dict):
-        return None
-    if config.get("label_names"):
-        return tuple(config["label_names"])
-    if config.get("num_classes") != 1000 or getattr(model, "num_classes", None) != 1000:
-        return None
-    from timm.data.imagenet_info import ImageNetInfo
-
-    info = ImageNetInfo("imagenet-1k")
-    return tuple(info.index_to_description(index) for index in range(1000))
+def _labels(quantized: QuantizedModel, given: Sequence[str] | None) -> tuple[str, ...] | None:
+    return names_of(quantized) if given is None else checked_names(quantized.model, given)
 
 
 def _target(path: Path, to: str | None) -> str:

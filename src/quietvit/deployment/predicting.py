@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from quietvit.data.decoding import decode
+from quietvit.data.matching import in_words
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.runtime import Runtime, open_runtime
 from quietvit.errors import QuietvitError
@@ -62,7 +63,7 @@ def predict(
     odds = np.exp(logits - logits.max())
     probabilities = odds / odds.sum()
     order = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
-    labels = facts.labels
+    labels = None if facts.labels is None else in_words(facts.labels)
     return [
         Prediction(
             int(index),

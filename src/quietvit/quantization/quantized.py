@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quietvit.classes import name_classes, names_of
 from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import (
     SCALED_THROUGH,
@@ -81,6 +82,15 @@ class QuantizedModel(nn.Module):
         self._observer: Handler | None = None
         self._replacement: Callable[[Slot, Tensor], Tensor] | None = None
         self.train(model.training)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the model's classes, None where they are unknown."""
+        return names_of(self.model)
+
+    @class_names.setter
+    def class_names(self, names: tuple[str, ...] | None) -> None:
+        name_classes(self.model, names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own output, computed on quantized operands."""

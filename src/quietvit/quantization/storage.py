@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import quietvit
+from quietvit.classes import facts_of_names, take_names
 from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import Compensation, build_adjustment
 from quietvit.quantization.architecture import (
@@ -94,6 +95,7 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
         "coded_weights": {name: slots for name, (_, slots) in codes.items()},
         "dtypes": dtypes,
         "preprocessing": preprocessing_of(quantized.model),
+        **facts_of_names(quantized.model),
         "notes": list(quantized.notes),
         "coverage": quantized.coverage.to_dict(),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
@@ -106,7 +108,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
     """Read what ``QuantizedModel.save`` wrote; its outputs are the same bit for bit.
 
     The architecture is built by timm where it came from there, else give ``model``, a float model
-    of the same architecture with any weights (a copy of it is used).
+    of the same architecture with any weights (a copy of it is used). The names of its classes are
+    those in the file, where it has any.
 
     Raises QuietvitError for a missing, truncated or foreign file, and for a model of another
     architecture, naming the first keys that differ.
@@ -117,6 +120,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
         method = get_method(facts["method"]["name"])(**facts["method"]["fields"])
         own = build(path, facts) if model is None else copy.deepcopy(model)
         own.eval()
+        take_names(own, facts)
         set_dtypes(own, facts["dtypes"])
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         coded = {n.removeprefix("codes."): t for n, t in tensors.items() if n.startswith("codes.")}

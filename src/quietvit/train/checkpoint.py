@@ -30,7 +30,13 @@ _MANIFEST, _TENSORS, _STATE = "manifest.json", "tensors.safetensors", "state.jso
 _FILED = "in files of their own"
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    keep: int,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Write ``state`` as ``folder/step-<step>``; it and the ``keep`` - 1 before it stay.
 
     Earlier ones are removed. Those of later steps are neither counted nor touched: a run only comes
@@ -43,6 +49,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         state: dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays, nested. An entry
             that holds tensors by name alone, as a model's ``state_dict`` does, gets a file of its
             own, ``<entry>.safetensors``, which is read as weights anywhere.
+        metadata: goes into the head of every file of tensors.
 
     Raises:
         QuietvitError: the disk is full or cannot be written; earlier checkpoints are untouched, and
@@ -59,7 +66,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary.mkdir()
         for name, tensors in files.items():
-            save_tensors(tensors, temporary / name)
+            save_tensors(tensors, temporary / name, metadata)
         (temporary / _STATE).write_text(plain, encoding="utf-8")
         sums = {name: _checksum(temporary / name) for name in (*files, _STATE)}
         manifest = {"step": step, "sha256": sums}

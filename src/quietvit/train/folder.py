@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quietvit.classes import KEY
+from quietvit.data import ImageDataset
 from quietvit.errors import QuietvitError
 from quietvit.files import (
     LOCK,
@@ -25,7 +27,7 @@ from quietvit.train.metrics import METRICS, TENSORBOARD
 from quietvit.train.recipe import parse_config
 from quietvit.train.result import CONFIG, RESULT, WEIGHTS
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CLASSES = "checkpoints", "classes.json"
 
 # What changes no weight, or only their last bits.
 _MAY_CHANGE = {
@@ -45,7 +47,7 @@ def own_files(output: Path) -> list[Path]:
 
     The configuration is written first and removed first: without it nothing there is a run.
     """
-    return [output / name for name in (CONFIG, METRICS, WEIGHTS, RESULT)]
+    return [output / name for name in (CONFIG, CLASSES, METRICS, WEIGHTS, RESULT)]
 
 
 def fresh(output: Path) -> None:
@@ -127,6 +129,13 @@ def changes(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
 def write_config(config: TrainConfig) -> None:
     """Write ``config.json``, by which the folder is known as that of this run."""
     write_atomic(config.output / CONFIG, json_text(flat(config), indent=2) + "\n")
+
+
+def write_classes(config: TrainConfig, train: ImageDataset) -> None:
+    """Write ``classes.json``: the names of the classes, in the order of the logits."""
+    names = train.class_names
+    content = {"num_classes": train.num_classes, KEY: None if names is None else list(names)}
+    write_atomic(config.output / CLASSES, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def written(output: Path) -> tuple[bool, list[str]]:

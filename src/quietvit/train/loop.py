@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from quietvit.classes import facts_of_names, metadata_of
 from quietvit.data.evaluate import worker_errors
 from quietvit.errors import QuietvitError
 from quietvit.files import sweep
@@ -26,6 +27,7 @@ from quietvit.train.folder import (
     fresh,
     own_files,
     refuse_used,
+    write_classes,
     write_config,
     written,
 )
@@ -64,9 +66,10 @@ def train(
 ) -> TrainResult:
     """Train as ``config`` says and write everything below ``config.output``.
 
-    There come ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, and at the
-    end ``model.safetensors`` and ``result.json``. On the CPU, in one process with the same number
-    of threads, a run interrupted anywhere and resumed ends with the same weights bit for bit.
+    There come ``config.json``, ``classes.json`` (names of the classes), ``metrics.jsonl``,
+    ``tensorboard/``, ``checkpoints/``, and at the end ``model.safetensors`` and ``result.json``.
+    On the CPU, in one process with the same number of threads, a run interrupted anywhere and
+    resumed ends with the same weights bit for bit.
 
     Args:
         resume: go on from the last whole checkpoint (from the start if there is none; a finished
@@ -104,6 +107,7 @@ def train(
                 sweep(*own_files(output))
             if main and state is None:
                 write_config(config)
+                write_classes(config, run.train)
             run.parts.accelerator.wait_for_everyone()
             check_same_checkpoint(run.parts, None if state is None else state["step"])
             if state is not None:
@@ -115,6 +119,7 @@ def train(
             try:
                 if main and state is not None:
                     write_config(config)
+                    write_classes(config, run.train)
                 with enough_memory(config, Stage.STEP):
                     loop.run_epochs(progress)
                 return loop.finish(progress)
@@ -289,7 +294,13 @@ class _Loop:
         if self.accelerator.is_main_process:
             folder = self.config.output / CHECKPOINTS
             try:
-                save_checkpoint(folder, self.step, state, self.config.checkpoint.keep)
+                save_checkpoint(
+                    folder,
+                    self.step,
+                    state,
+                    self.config.checkpoint.keep,
+                    metadata_of(facts_of_names(self.p.plain)),
+                )
             except QuietvitError as error:
                 problem = str(error)
         raise_together(self.p, problem)
@@ -334,6 +345,7 @@ class _Loop:
             output=output,
             config=self.config,
             num_classes=self.r.train.num_classes,
+            class_names=self.r.train.class_names,
             top1=found,
             top1_without_ema=without,
             steps=self.step,

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import quietvit
+from quietvit.classes import KEY, name_classes
 from quietvit.data import create_model
 from quietvit.errors import QuietvitError
 from quietvit.files import json_text, write_atomic
@@ -35,7 +36,8 @@ class TrainResult:
     ``top1_without_ema`` is then that of the last weights). ``train_seconds`` is the time of the
     training steps, data included, evaluation and checkpoints not; ``decay_seconds`` the part of it
     spent in regularizers: at the optimizer's steps, in TWEO's loss (not its backward pass), and in
-    what is logged of them.
+    what is logged of them. ``class_names`` has one for each of ``num_classes``, and is None where
+    the data had no names.
     """
 
     output: Path
@@ -46,6 +48,7 @@ class TrainResult:
     steps: int
     train_seconds: float
     decay_seconds: float
+    class_names: tuple[str, ...] | None = None
 
     @property
     def weights(self) -> Path:
@@ -67,6 +70,7 @@ class TrainResult:
             preprocessing=model.preprocessing,
             **model.kwargs,
         )
+        name_classes(built, self.class_names)
         return built.eval()
 
     def write(self) -> None:
@@ -75,6 +79,7 @@ class TrainResult:
             "top1": self.top1,
             "top1_without_ema": self.top1_without_ema,
             "num_classes": self.num_classes,
+            KEY: None if self.class_names is None else list(self.class_names),
             "steps": self.steps,
             "train_seconds": self.train_seconds,
             "decay_seconds": self.decay_seconds,
@@ -93,6 +98,7 @@ class TrainResult:
             return cls(
                 output=output,
                 config=load_recipe(output / CONFIG),
+                class_names=None if content.get(KEY) is None else tuple(content[KEY]),
                 **{key: content[key] for key in _KEPT},
             )
         except (OSError, ValueError, KeyError) as error:

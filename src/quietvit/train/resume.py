@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
+from quietvit.classes import KEY
 from quietvit.data import ImageDataset
 from quietvit.errors import QuietvitError
 from quietvit.train.config import TrainConfig
@@ -25,6 +27,8 @@ from quietvit.train.regularizers import detached
 from quietvit.train.together import raise_together
 
 logger = logging.getLogger("quietvit")
+
+_LOOKED_AT = 2000
 
 
 def collect(parts: Parts) -> dict[str, Any]:
@@ -149,7 +153,8 @@ def check_same_data(parts: Parts, then: Any, now: Mapping[str, Any], name: str) 
     Checkpoints of earlier versions do not tell: ``then`` is None.
     """
     problem = None
-    if then is not None and dict(then) != now:
+    counted = ("images", "classes", "labels", "groups")
+    if then is not None and any(then.get(key) != now.get(key) for key in counted):
         otherwise = ", labelled or grouped otherwise" if then["images"] == now["images"] else ""
         problem = (
             f"the run was begun with {then['images']} training images of {then['classes']} "
@@ -157,18 +162,71 @@ def check_same_data(parts: Parts, then: Any, now: Mapping[str, Any], name: str) 
             "with the same images (they may lie elsewhere, see data.dataset), or start anew in "
             "another output folder."
         )
+    else:
+        before = then or {}
+        problem = _exchanged(before, now, name)
+        if KEY not in before and now[KEY] is not None and parts.accelerator.is_main_process:
+            logger.warning(
+                "the checkpoint is of a version that kept no names of classes: those of %s are "
+                "taken on trust, and kept from the next checkpoint on.", name,
+            )  # fmt: skip
     raise_together(parts, problem)
+
+
+def _exchanged(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str | None:
+    """Say which labels stand for other classes than ``then``, by name or by their first image."""
+    before, names = then.get(KEY), now[KEY]
+    remedy = (
+        "The run would go on with wrong labels. Restore the classes (folders) as they were, or "
+        "start anew in another output folder."
+    )
+    if before is not None and names is not None and list(before) != list(names):
+        pairs = enumerate(zip(before, names, strict=True))
+        changed = [f"{at} was {old!r} and is {new!r}" for at, (old, new) in pairs if old != new]
+        more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return f"the classes of {name} have changed: class {'; '.join(changed[:3])}{more}. {remedy}"
+    old_images, images = then.get("first_images") or [], now["first_images"] or []
+    for at, (old, new) in enumerate(zip(old_images, images, strict=False)):
+        if new and new != old and new in old_images:
+            called = [repr(names[i]) if names else i for i in (old_images.index(new), at)]
+            return (
+                f"the first image of class {called[0]} of {name} is now in class {called[1]}: the "
+                f"images of classes were exchanged. {remedy}"
+            )
+    return None
 
 
 def data_facts(config: TrainConfig, train: ImageDataset) -> dict[str, Any]:
     """What tells one set of training images, and the order they come in, from another."""
+    names = train.class_names
     windowed = config.data.shuffle_window is not None and train.groups is not None
     told = {"labels": train.labels, "groups": train.groups if windowed else None}
-    return {"images": len(train), "classes": train.num_classes} | {
+    counted = {
         key: hashlib.sha256(values.tobytes()).hexdigest()
         for key, values in told.items()
         if values is not None
     }
+    return {
+        "images": len(train),
+        "classes": train.num_classes,
+        KEY: None if names is None else list(names),
+        "first_images": _first_images(train),
+        **counted,
+    }
+
+
+def _first_images(train: ImageDataset) -> list[str] | None:
+    """A checksum of the first image of each class, "" where there is none that can be read.
+
+    None for images that lie together on disk: reading one reads many, and no folder is exchanged.
+    """
+    if train.groups is not None or train.num_classes > _LOOKED_AT:
+        return None
+    places = dict(zip(*np.unique(train.labels, return_index=True), strict=True))
+    return [
+        train.checksum(int(places[label])) if label in places else ""
+        for label in range(train.num_classes)
+    ]
 
 
 def _warn_if_inexact(parts: Parts, state: Mapping[str, Any]) -> None:

@@ -20,9 +20,11 @@ from quietvit.data import (
     data_config,
     evaluation_transform,
     load_dataset,
+    name_classes,
     subset,
     training_transform,
 )
+from quietvit.data.matching import matched
 from quietvit.errors import QuietvitError
 from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
 from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
@@ -72,6 +74,8 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
         return drawn_images(config, train, plain, count)
 
     parts = assemble(config, accelerator, train.num_classes, some_images, steps_per_epoch, resumed)
+    for model in (parts.plain, parts.evaluated):
+        name_classes(model, train.class_names)
     count = steps_per_epoch * config.accumulation * processes
     batches = EpochBatches(
         len(train),
@@ -197,11 +201,15 @@ def example_of(model: nn.Module) -> Tensor:
 def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
     """Open all training images, and the test images that the run is judged by.
 
+    The classes of the test images are found by their names, where both sets have names.
+
     Raises:
-        QuietvitError: a missing path or column, a label out of range, fewer images than asked for.
+        QuietvitError: a missing path or column, a label out of range, fewer images than asked for,
+            test images of a class that the training images do not have.
     """
     train = load_dataset(config.data.dataset, "train", num_classes=config.data.num_classes)
     test = load_dataset(config.data.dataset, "test", num_classes=train.num_classes)
+    test = matched(test, train.class_names, train.num_classes, "the training set")
     return train, subset(test, config.data.test_images)
 
 

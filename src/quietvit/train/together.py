@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from quietvit.classes import facts_of_names, metadata_of
 from quietvit.errors import QuietvitError
 from quietvit.files import held, write_atomic
 from quietvit.train.checkpoint import set_aside_after
@@ -119,7 +120,8 @@ def write_weights(parts: Parts) -> None:
             for key, value in state.items()
         }
         try:
-            write_atomic(parts.config.output / WEIGHTS, save(weights))
+            metadata = metadata_of(facts_of_names(parts.plain))
+            write_atomic(parts.config.output / WEIGHTS, save(weights, metadata))
         except QuietvitError as error:
             problem = str(error)
     raise_together(parts, problem)

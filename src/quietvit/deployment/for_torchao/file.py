@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import quietvit
+from quietvit.classes import name_classes
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.for_torchao.model import IntegerLinear, TorchAO, int8_tensor, to_torchao
@@ -127,6 +128,8 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
             _set(own, name, int8_tensor(given[0], given[1], *given[2:]))
         for parameter in own.parameters():
             parameter.requires_grad_(False)
+        if content["facts"] is not None:
+            name_classes(own, content["facts"]["labels"])
         left = tuple((site, why) for site, why in content["left_float"])
         integer, made = tuple(content["integer"]), tuple(content["made"])
         share, architecture = content["integer_share"], content["architecture"]

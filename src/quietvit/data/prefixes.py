@@ -1,0 +1,67 @@
+"""Prefixes that a wrapper puts before all names of a model's weights, found by what fits the model.
+
+Lightning writes ``model.``, DDP ``module.``, DINO ``backbone.``; any other is found the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from quietvit.errors import QuietvitError
+
+logger = logging.getLogger("quietvit")
+
+# Of two copies of a model in one file this is the one to use: an average over the steps.
+_AVERAGE = {"ema", "ema_model", "model_ema", "teacher", "teacher_model", "swa_model"}
+
+
+def unwrapped(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], str]:
+    """Return ``state`` under the names of the model's ``own`` weights, and the prefix taken off.
+
+    A prefix is taken off where half of the names of the smaller side agree below it, and fewer do
+    without. What does not lie below it is left out, and a log line says so. Where the names of the
+    model have a prefix that those of the file lack, it is put before them. Shapes are not compared.
+
+    Raises:
+        QuietvitError: the file holds several copies of the model, and none is an average.
+    """
+    least = min(len(own), len(state)) / 2
+    if sum(key in own for key in state) >= least:
+        return dict(state), ""
+    found = _fitting(own, state, least)
+    averages = [prefix for prefix in found if _AVERAGE & set(prefix.split("."))]
+    if len(found) > 1 and len(averages) != 1:
+        raise QuietvitError(
+            f"{source} holds several copies of the model, below {', '.join(map(repr, found))}; "
+            "save the weights of one of them alone."
+        )
+    if found:
+        prefix = (averages or found)[0]
+        below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        rest = [key for key in state if not key.startswith(prefix)]
+        if rest:
+            logger.warning(
+                "%s: the weights below '%s' are taken; left out: %s%s.", source, prefix,
+                ", ".join(rest[:3]), f" and {len(rest) - 3} more" * (len(rest) > 3),
+            )  # fmt: skip
+        return below, prefix
+    lacking = _fitting(state, own, least)
+    if len(lacking) == 1:
+        return {lacking[0] + key: value for key, value in state.items()}, ""
+    return dict(state), ""
+
+
+def _fitting(inner: Mapping[str, Tensor], outer: Mapping[str, Tensor], least: float) -> list[str]:
+    """Prefixes in ``outer`` below which at least so many names of ``inner`` lie."""
+    counts: Counter[str] = Counter()
+    for key in outer:
+        for place in (place for place, letter in enumerate(key) if letter == "."):
+            if key[place + 1 :] in inner:
+                counts[key[: place + 1]] += 1
+    return [prefix for prefix, count in counts.items() if count >= least]
