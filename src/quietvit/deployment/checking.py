@@ -37,6 +37,7 @@ from quietvit.deployment.uniform import as_uniform
 from quietvit.errors import QuietvitError
 from quietvit.files import write_atomic
 from quietvit.quantization import QuantizedModel
+from quietvit.tracing import plain_model
 
 AGREEMENT, DIFFERENCE, DISTURBANCE = 99.0, 0.3, 1e-6
 BATCH, FEW = 32, 500
@@ -246,6 +247,7 @@ def check(
 
 
 def _simulated(against: QuantizedModel | str | Path, facts: Facts) -> QuantizedModel:
+    against = plain_model(against)  # type: ignore[assignment, arg-type]
     if not isinstance(against, QuantizedModel | str | Path):
         raise QuietvitError(
             f"a {type(against).__name__} is not quantized; give the quantized model that the file "

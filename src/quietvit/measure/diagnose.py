@@ -18,7 +18,7 @@ from quietvit.measure.images import Batch, Images, batches
 from quietvit.measure.outliers import RunningStatistics, SiteStatistics
 from quietvit.measure.root_cause import CauseFinder, Peak, PeakTracker, RootCause
 from quietvit.pairs import DENSE_KINDS, MatrixPair, find_pairs
-from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, evaluating, intercept
+from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, evaluating, intercept, plain_model
 from quietvit.tracing import trace as record_trace
 
 _SIDES = ("left", "right")
@@ -55,6 +55,7 @@ def diagnose(
     """
     if top < 1:
         raise QuietvitError(f"top is {top}; give at least 1.")
+    model = plain_model(model)
     stream = batches(images, model, batch_size)
     first = next(stream)
     if trace is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.measure.images import Images, batches
-from quietvit.tracing import Site, Trace, evaluating, intercept
+from quietvit.tracing import Site, Trace, evaluating, intercept, plain_model
 
 
 def sqnr(
@@ -49,6 +49,7 @@ def sqnr(
         QuietvitError: no images or wrong ones, ``quantized`` without a trace or with other sites,
             ``local`` without ``observe``, NaN or inf at a site of the float model.
     """
+    model, quantized = plain_model(model), plain_model(quantized)
     trace = getattr(quantized, "trace", None)
     if not isinstance(trace, Trace):
         raise QuietvitError(

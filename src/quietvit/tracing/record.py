@@ -23,6 +23,7 @@ from quietvit.tracing import carry, labels, ops
 from quietvit.tracing.labels import CONSTANT, Flow, Value
 from quietvit.tracing.standins import STANDINS
 from quietvit.tracing.weights import WeightView, view_of
+from quietvit.tracing.wrappers import plain_name
 
 
 @dataclass
@@ -108,15 +109,15 @@ class Recorder(TorchFunctionMode):
         self._flops = _FlopCount()
         self._seen_flops = 0
         self._stack: list[str] = [""]
-        self._paths = {id(module): name for name, module in model.named_modules()}
+        self._paths = {id(module): plain_name(name) for name, module in model.named_modules()}
         self._hooks: list[Any] = []
         self.leaf_modules = frozenset(
-            name
+            plain_name(name)
             for name, module in model.named_modules()
             if not any(True for _ in module.children())
             and not any(True for _ in module.parameters())
         )
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {plain_name(name): p for name, p in model.named_parameters()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         for module in model.modules():
             for held in tree_flatten(vars(module))[0]:  # buffers, and what forward passes cached

@@ -19,6 +19,7 @@ from quietvit.tracing import labels
 from quietvit.tracing.ops import FAMILIES
 from quietvit.tracing.record import Record, Recorder, crop_batch
 from quietvit.tracing.weights import WeightView
+from quietvit.tracing.wrappers import eagerly, plain_model
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,9 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
     Raises QuietvitError where the model does not run on the example.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = plain_model(model)
     inputs = crop_batch(example)
-    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with evaluating(model), torch.no_grad(), eagerly():
         try:
             call(model, inputs)
         except Exception as error:

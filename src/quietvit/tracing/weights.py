@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.tracing.wrappers import plain_model
 
 Index = range | tuple[int, ...]
 
@@ -39,7 +40,7 @@ class WeightView:
     def parameter(self, model: nn.Module) -> Tensor:
         """Return the whole parameter as it is now. Raises QuietvitError where it is missing."""
         try:
-            found = getattr(model.get_submodule(self.module), self.attribute)
+            found = getattr(plain_model(model).get_submodule(self.module), self.attribute)
         except AttributeError as error:
             raise QuietvitError(
                 f"the pair names {self.parameter_name}, which this {type(model).__name__} does not "
