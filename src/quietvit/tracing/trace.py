@@ -40,7 +40,8 @@ class Site:
     patch_embed, post_norm, post_gelu, post_activation, attention_output, residual, head, constant
     (does not depend on the input) or other for weights; query_key, attention_value or other for
     products of activations. ``macs`` counts multiply-accumulates at batch 1. ``ordinal`` is the
-    place among the calls of its family, the same in every pass.
+    place among the calls of its family, the same in every pass. ``has_scale``: a BatchNorm that uses
+    stored statistics, so that it multiplies each channel by a factor of its own.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Site:
     weight: WeightView | None = None
     weight_shape: tuple[int, ...] | None = None
     feeds: tuple[str, ...] = ()
+    has_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Link:
 
     ``channels[j]`` is the channel that column j carries, -1 for none; ``heads[j]`` its attention
     head, -1 where no attention lies between. ``through`` names what stands between. ``partial``:
-    some positions carry no channel, as padding or a class token joined on the way.
+    some positions carry no channel, as padding or a class token joined on the way. ``scales``: the
+    BatchNorms and depthwise convolutions between, in order.
     """
 
     source: str
@@ -72,6 +75,7 @@ class Link:
     heads: tuple[int, ...]
     through: tuple[str, ...]
     partial: bool = False
+    scales: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,25 +153,40 @@ def trace(model: nn.Module, example: Any) -> Trace:
     model = plain_model(model)
     inputs = crop_batch(example)
     with evaluating(model), torch.no_grad(), eagerly():
-        try:
+        with _refusing(model, inputs):
             call(model, inputs)
-        except Exception as error:
-            shapes = [tuple(x.shape) for x in _tensors(inputs)]
-            raise QuietvitError(
-                f"{type(model).__name__} does not run on the example given (shapes {shapes}, one "
-                f"sample): {error}. Give images as the model takes them, for example "
-                "torch.randn(1, 3, 224, 224)."
-            ) from error
         recorder = Recorder(model)
         recorder.mark_inputs(inputs)
         try:
-            with recorder:
+            with _refusing(model, inputs), recorder:
                 result = call(model, inputs)
         finally:
             unseen = recorder.finish()
     if unseen:
         recorder.opaque("unseen", unseen // 2)
     return _assemble(type(model).__name__, recorder, _tensors(result))
+
+
+@contextmanager
+def _refusing(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Turn what the model raises over an example into a QuietvitError."""
+    try:
+        yield
+    except (QuietvitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shapes = [tuple(x.shape) for x in _tensors(inputs)]
+        what = f"{type(error).__name__}: {error}"
+        if "Expected gradient function" in what:
+            what += (
+                " (torch's FlopCounterMode raises this without gradients; trace outside of it, the "
+                "trace counts by itself)"
+            )
+        raise QuietvitError(
+            f"{type(model).__name__} does not run on the example given (shapes {shapes}, one "
+            f"sample): {what}. Give images as the model takes them, for example "
+            "torch.randn(1, 3, 224, 224); several arguments as a tuple, named ones as a dict."
+        ) from error
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -239,6 +258,7 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
                 macs=record.macs,
                 weight=record.weight,
                 weight_shape=record.weight_shape,
+                has_scale=record.has_scale,
                 feeds=tuple(names[key] for key in sorted(record.feeds, key=order.__getitem__)),
             )
         )
@@ -248,8 +268,9 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
             names[link.consumer],
             tuple(torch.where(link.columns < 0, -1, link.columns % labels.HEAD).tolist()),
             tuple(torch.where(link.columns < 0, -1, link.columns // labels.HEAD - 1).tolist()),
-            link.through,
+            _steps(link.through),
             link.partial,
+            tuple(names[step.partition(labels.AT)[2]] for step in link.through if labels.AT in step),
         )
         for link in recorder.links
     )
@@ -259,7 +280,7 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
             names[score.query],
             names[score.key],
             tuple((tuple(q.tolist()), tuple(k.tolist())) for q, k in score.heads),
-            score.through,
+            _steps(score.through),
         )
         for score in recorder.scores
         if roles[score.site] == "query_key"
@@ -268,6 +289,11 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
     leaving = {key for result in results for key in recorder.value(result).origin}
     outputs = tuple(names[key] for key in sorted(leaving, key=order.__getitem__))
     return Trace(model_name, tuple(sites), links, scores, counts, outputs)
+
+
+def _steps(through: tuple[str, ...]) -> tuple[str, ...]:
+    """What stands between, without the sites that say where."""
+    return tuple(dict.fromkeys(step.partition(labels.AT)[0] for step in through))
 
 
 def _name(record: Record, role: str, leaf_modules: frozenset[str]) -> str:
