@@ -79,9 +79,7 @@ def test_a_wrapped_model_is_what_is_inside(wrap, tmp_path):
         wanted = reference(IMAGES)
         assert torch.equal(quantized(IMAGES), wanted)
         torch.testing.assert_close(wrapped(IMAGES), expected)  # it is compiled as before
-    assert sqnr(wrapped, compiled(quantized), IMAGES) == sqnr(
-        plain, reference, IMAGES
-    )
+    assert sqnr(wrapped, compiled(quantized), IMAGES) == sqnr(plain, reference, IMAGES)
     path = quantized.save(tmp_path / "x.qvit")
     with torch.no_grad():
         assert torch.equal(quietvit.load(path, model=wrapped)(IMAGES), wanted)

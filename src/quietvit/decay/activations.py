@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.tracing import Trace, call, eagerly, evaluating, trace, plain_model
+from quietvit.tracing import Trace, call, eagerly, evaluating, plain_model, trace
 from quietvit.tracing.block_modules import first_tensor, residual_modules
 
 

@@ -51,7 +51,9 @@ def _channels(site: Site, link: Link, trace: Trace) -> tuple[int, ...] | None:
         for other in trace.links
         if other.source == site.name
         and other.consumer == link.consumer
-        and all(c >= 0 for c, wanted in zip(other.channels, link.channels, strict=True) if wanted >= 0)
+        and all(
+            c >= 0 for c, wanted in zip(other.channels, link.channels, strict=True) if wanted >= 0
+        )
     ]
     if link.channels in found:
         return link.channels

@@ -3,9 +3,10 @@
 Nothing of the library above this room is imported here.
 """
 
+from quietvit.tracing.inputs import call
 from quietvit.tracing.intercept import intercept
 from quietvit.tracing.ops import MATMUL_KINDS, SITE_KINDS
-from quietvit.tracing.trace import Link, Operand, Scores, Site, Trace, call, evaluating, trace
+from quietvit.tracing.trace import Link, Operand, Scores, Site, Trace, evaluating, trace
 from quietvit.tracing.weights import WeightView
 from quietvit.tracing.wrappers import eagerly, plain_copy, plain_model
 

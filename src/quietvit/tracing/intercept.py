@@ -33,9 +33,9 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
     linear and conv (weight of shape (out, in, ...)), (left, right) for matmul, einsum and add,
     (input,) for softmax, norm and activation; ``run(*operands)`` executes the call with these
     operands, bias included. Any batch size; gradients flow. Each ``with`` covers exactly one
-    forward pass, which runs uncompiled. Raises QuietvitError where the pass differs from the trace, and where it would
-    train under gradient checkpointing: what the backward pass computes again, it would compute
-    without the handler.
+    forward pass, which runs uncompiled. Raises QuietvitError where the pass differs from the trace,
+    and where it would train under gradient checkpointing: what the backward pass computes again, it
+    would compute without the handler.
     """
 
     def __init__(

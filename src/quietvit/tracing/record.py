@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -393,12 +393,3 @@ class Recorder(TorchFunctionMode):
             seen |= fresh
             waiting += fresh
         return False
-
-
-def crop_batch(example: Any) -> Any:
-    """One sample of a batch: the first entry of every tensor that has the batch as dim 0."""
-    leaves = [leaf for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.ndim]
-    if not leaves:
-        return example
-    batch = leaves[0].shape[0]
-    return tree_map_only(Tensor, lambda x: x[:1] if x.ndim and x.shape[0] == batch else x, example)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.tracing import labels
+from quietvit.tracing.inputs import call, one_sample
 from quietvit.tracing.ops import FAMILIES
-from quietvit.tracing.record import Record, Recorder, crop_batch
+from quietvit.tracing.record import Record, Recorder
 from quietvit.tracing.weights import WeightView
 from quietvit.tracing.wrappers import eagerly, plain_model
 
@@ -40,8 +41,8 @@ class Site:
     patch_embed, post_norm, post_gelu, post_activation, attention_output, residual, head, constant
     (does not depend on the input) or other for weights; query_key, attention_value or other for
     products of activations. ``macs`` counts multiply-accumulates at batch 1. ``ordinal`` is the
-    place among the calls of its family, the same in every pass. ``has_scale``: a BatchNorm that uses
-    stored statistics, so that it multiplies each channel by a factor of its own.
+    place among the calls of its family, the same in every pass. ``has_scale``: a BatchNorm with
+    stored statistics, which multiplies each channel by a factor of its own.
     """
 
     name: str
@@ -114,7 +115,10 @@ class Trace:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one image, as torch's FlopCounterMode counts them (halved)."""
+        """Multiply-accumulates of one image, as torch's FlopCounterMode counts them (halved).
+
+        Products with a lone vector count nothing.
+        """
         return sum(site.macs for site in self.sites)
 
     def __getitem__(self, name: str) -> Site:
@@ -142,7 +146,8 @@ def trace(model: nn.Module, example: Any) -> Trace:
     """Record every matrix multiplication of a forward pass and what stands between them.
 
     ``example``: images of shape (B, C, H, W), or a tuple or dict of tensors as the model takes
-    them; only the first sample is run. The model runs in eval mode without gradients and is left
+    them, or a list of images (C, H, W) for a model that takes such a list, as detectors do. Only
+    the first sample is run. The model runs in eval mode without gradients and is left
     as it was. It runs twice, and the second pass is recorded: a model that computes a table in its
     first pass and keeps it goes another way from then on. ``scaled_dot_product_attention`` and
     ``nn.MultiheadAttention`` are replaced by explicit equals while recording, so that their
@@ -151,7 +156,7 @@ def trace(model: nn.Module, example: Any) -> Trace:
     Raises QuietvitError where the model does not run on the example.
     """
     model = plain_model(model)
-    inputs = crop_batch(example)
+    inputs = one_sample(example)
     with evaluating(model), torch.no_grad(), eagerly():
         with _refusing(model, inputs):
             call(model, inputs)
@@ -187,13 +192,6 @@ def _refusing(model: nn.Module, inputs: Any) -> Iterator[None]:
             f"sample): {what}. Give images as the model takes them, for example "
             "torch.randn(1, 3, 224, 224); several arguments as a tuple, named ones as a dict."
         ) from error
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on a tensor, a tuple of arguments, or a dict of keyword arguments."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 @contextmanager
@@ -270,7 +268,9 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
             tuple(torch.where(link.columns < 0, -1, link.columns // labels.HEAD - 1).tolist()),
             _steps(link.through),
             link.partial,
-            tuple(names[step.partition(labels.AT)[2]] for step in link.through if labels.AT in step),
+            tuple(
+                names[step.partition(labels.AT)[2]] for step in link.through if labels.AT in step
+            ),
         )
         for link in recorder.links
     )
