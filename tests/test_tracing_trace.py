@@ -357,7 +357,7 @@ def test_a_list_of_images_is_one_argument_and_keeps_its_channels():
 
 
 @pytest.mark.parametrize("example", [torch.randn(3, 32, 32), (torch.randn(3, 32, 32),)])
-def test_a_lone_image_is_not_cropped_and_the_error_shows_it(example):
+def test_the_error_of_a_lone_image_shows_the_shape_given(example):
     model, _ = build("tv-vit")
     with pytest.raises(QuietvitError, match=r"shapes \[\(3, 32, 32\)\]"):
         quietvit.trace(model, example)

@@ -28,6 +28,11 @@ def sqnr(
 ) -> dict[str, float]:
     """Return 10·log10(Σ y² / Σ (y − ŷ)²) in dB for each matrix product's output, by site name.
 
+    Outputs are compared place by place. A detector that chooses its queries by score (D-FINE,
+    RT-DETR, two-stage DETRs) may choose others, or the same in another order, after the smallest
+    change: behind that choice a low value says that queries changed places. Compare such outputs
+    query by query, matched by box or score.
+
     y is the float model's output at a site and ŷ the quantized model's on the same images; sums
     run over all images in float64. By default each model follows its own activations, so the noise
     is what has accumulated up to the site. inf where the outputs agree exactly, nan where y and the

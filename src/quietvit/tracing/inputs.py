@@ -27,7 +27,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def one_sample(example: Any) -> Any:
     """Return the first sample of a batch: the first entry of each tensor with the batch as dim 0.
 
-    Of a list of images it is the first image. A lone image (C, H, W) stays whole.
+    Of a list of images it is the first image, with all its channels.
     """
     if is_image_list(example):
         return example[:1]
@@ -36,7 +36,7 @@ def one_sample(example: Any) -> Any:
         if lists:
             return example | lists
     leaves = [leaf for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.ndim]
-    if not leaves or _is_image(leaves[0]):
+    if not leaves:
         return example
     batch = leaves[0].shape[0]
     return tree_map_only(Tensor, lambda x: x[:1] if x.ndim and x.shape[0] == batch else x, example)

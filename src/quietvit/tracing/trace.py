@@ -158,12 +158,12 @@ def trace(model: nn.Module, example: Any) -> Trace:
     model = plain_model(model)
     inputs = one_sample(example)
     with evaluating(model), torch.no_grad(), eagerly():
-        with _refusing(model, inputs):
+        with _refusing(model, example):
             call(model, inputs)
         recorder = Recorder(model)
         recorder.mark_inputs(inputs)
         try:
-            with _refusing(model, inputs), recorder:
+            with _refusing(model, example), recorder:
                 result = call(model, inputs)
         finally:
             unseen = recorder.finish()
@@ -173,14 +173,14 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
 
 @contextmanager
-def _refusing(model: nn.Module, inputs: Any) -> Iterator[None]:
+def _refusing(model: nn.Module, example: Any) -> Iterator[None]:
     """Turn what the model raises over an example into a QuietvitError."""
     try:
         yield
     except (QuietvitError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        shapes = [tuple(x.shape) for x in _tensors(inputs)]
+        shapes = [tuple(x.shape) for x in _tensors(example)]
         what = f"{type(error).__name__}: {error}"
         if "Expected gradient function" in what:
             what += (
@@ -188,9 +188,10 @@ def _refusing(model: nn.Module, inputs: Any) -> Iterator[None]:
                 "trace counts by itself)"
             )
         raise QuietvitError(
-            f"{type(model).__name__} does not run on the example given (shapes {shapes}, one "
-            f"sample): {what}. Give images as the model takes them, for example "
-            "torch.randn(1, 3, 224, 224); several arguments as a tuple, named ones as a dict."
+            f"{type(model).__name__} does not run on the example given (shapes {shapes}, the "
+            f"first sample of it): {what}. Give images as the model takes them, for example "
+            "torch.randn(1, 3, 224, 224); several arguments as a tuple, named ones as a dict; a "
+            "list of images (C, H, W) where the model takes one."
         ) from error
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import ChannelAffine, channel_axis
-from quietvit.quantization.blocks import Block, run_block
+from quietvit.quantization.blocks import Block, naming_block, run_block
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import ImageStream, run_model
 from quietvit.quantization.weights import weight_axis
@@ -284,7 +284,9 @@ class BlockData:
     def float(self, block: Block, layout: Layout, given: Leaves) -> Tensor:
         """The float block's output (images, rows, ...)."""
         args, kwargs = layout.arguments(given)
-        return layout.split_output(self.reference.get_submodule(block.name)(*args, **kwargs))
+        with naming_block(block.name):
+            output = self.reference.get_submodule(block.name)(*args, **kwargs)
+        return layout.split_output(output)
 
     def moved(self, block: Block) -> ChannelAffine | None:
         """How a lone layer's input was moved by the re-parametrization of a norm before it."""
