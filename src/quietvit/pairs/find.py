@@ -148,7 +148,7 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
         return "", ""
     if first.kind == "norm":
         return ("", "") if through else ("norm_linear", "")
-    if not is_whole(first) or "pooled" in through:
+    if not is_whole(first):
         return "", ""
     shaped = bool(through - {"norm", "batch_norm", "scale", "depthwise", "matmul", "branches"})
     if "scrambled" in through:
@@ -157,6 +157,8 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
         return "", "attention heads are mixed between V and the output projection"
     if "matmul" in through and first.operands[0].role != "post_softmax":
         return "", "a product of activations without softmax stands between"
+    if "pooled" in through:
+        return "", ""
     if through & {"norm", "matmul"}:
         return "", "a norm stands between, which rescales what A makes" if shaped else ""
     if "mixing_gate" in through:

@@ -24,7 +24,8 @@ def between_of(link: Link, trace: Trace) -> WeightView | str | None:
         return BRANCHES
     passed = [trace[name] for name in link.scales]
     last = max(i for i, site in enumerate(passed) if site.kind == "norm")
-    modules, orders = [], set()
+    modules: list[str] = []
+    orders: set[tuple[int, ...]] = set()
     for site in passed[: last + 1]:
         order = _channels(site, link, trace)
         if order is None or site.weight is None:
