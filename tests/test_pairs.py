@@ -378,6 +378,23 @@ def test_an_update_is_that_of_the_folded_matrix_with_the_statistics_of_now():
     assert names_now == set(model.state_dict())  # nothing was added to the model
 
 
+def test_processes_agree_on_the_statistics(monkeypatch):
+    """Under DDP each process has a running variance of its own, and all have to move alike."""
+    model = with_statistics(Bottleneck())
+    decay = quietvit.ColinearityDecay(model, torch.randn(1, 4, 5, 5), strength=0.3, kinds=("mlp",))
+    source = decay._source()
+    before = dict(source)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    others = lambda joined: joined.mul_(4.0)  # noqa: E731 - the other process holds three times ours
+    monkeypatch.setattr(torch.distributed, "all_reduce", others)
+    source.agree()
+    scales = [name for name in source if name.endswith("channel_scale()")]
+    assert len(scales) == 1
+    for name, whole in before.items():
+        torch.testing.assert_close(source.parameters[name].detach(), whole * (1 + (name in scales)))
+
+
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()
