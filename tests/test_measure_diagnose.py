@@ -334,3 +334,27 @@ def test_plots_are_pictures_and_leave_pyplot_alone(model, images, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
     assert dict(matplotlib.rcParams) == before
     assert len(diagnose(model, images, pairs=()).plot(tmp_path / "sites")) == 2
+
+
+class Windowed(nn.Module):
+    """Attention under a mask that the input decides on."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.qkv, self.proj, self.scale = nn.Linear(16, 48), nn.Linear(16, 16), scale
+
+    def forward(self, x):
+        q, k, v = self.qkv(x.flatten(1).unflatten(1, (-1, 16))).chunk(3, dim=-1)
+        scores = q @ k.mT
+        mask = torch.where(scores < scores.mean(-1, keepdim=True), -torch.inf, 0.0) * self.scale
+        return self.proj((scores + mask).softmax(-1) @ v)
+
+
+def test_the_infinities_of_a_mask_are_no_broken_activations():
+    images = torch.randn(4, 1, 8, 8)
+    found = diagnose(Windowed(), images, pairs=(), batch_size=2)
+    assert ("add", "its scores hold the -inf of a mask: not measured") in found.skipped
+    assert "add" not in {site.site for site in found.sites}
+    assert {"qkv", "proj", "query_key"} <= {site.site for site in found.sites}
+    with pytest.raises(QuietvitError, match=r"output of add .* holds inf"):
+        diagnose(Windowed(scale=-1.0), images, pairs=())  # +inf

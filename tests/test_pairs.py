@@ -103,8 +103,9 @@ def assert_reaches_its_column_alone(model, example, traced, pairs):
     seen = {}
 
     def handler(site, operands, run):
-        if site.kind == "linear" and site.weight is not None:
-            seen.setdefault(site.weight, operands[0].flatten(0, -2))
+        if site.kind in ("linear", "conv") and site.weight is not None:
+            x = operands[0] if site.kind == "linear" else operands[0].movedim(1, -1)
+            seen.setdefault(site.weight, x.flatten(0, -2))
         return run(*operands)
 
     def inputs():
@@ -278,6 +279,197 @@ class Inverted(nn.Module):
         if self.excited:
             h = h * self.excite(F.relu(self.squeeze(h.mean((2, 3), keepdim=True)))).sigmoid()
         return (x + self.down(h)).mean((1, 2, 3))
+
+
+def normed(width, after, *, depthwise=False):
+    """A 1x1 convolution, or a linear, and its BatchNorm; a depthwise one behind it if asked."""
+    flat = after == "linear"
+    first = nn.Linear(4, width, bias=False) if flat else nn.Conv2d(4, width, 1)
+    layers = [first, nn.BatchNorm1d(width) if flat else nn.BatchNorm2d(width), nn.ReLU6()]
+    if depthwise:
+        layers += [nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width)]
+    return nn.Sequential(*layers)
+
+
+class Bottleneck(nn.Module):
+    """An MLP with a BatchNorm behind each of its maps."""
+
+    def __init__(self, kind="conv", depthwise=False):
+        super().__init__()
+        self.up = normed(8, kind, depthwise=depthwise)
+        self.down = nn.Linear(8, 4) if kind == "linear" else nn.Conv2d(8, 4, 1)
+        self.norm = nn.BatchNorm1d(4) if kind == "linear" else nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return (x + self.norm(self.down(F.gelu(self.up(x))))).square().flatten(1).sum(1)
+
+
+class Levit(nn.Module):
+    """Attention of a convolution with a BatchNorm, an activation before the projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.norm = nn.Linear(8, 24, bias=False), nn.BatchNorm1d(24)
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.norm(self.qkv(x).flatten(0, 1)).view(*x.shape[:2], 2, 12).transpose(1, 2)
+        q, k, v = y.split([4, 4, 4], dim=-1)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return x + self.proj(F.hardswish(y.transpose(1, 2).flatten(2)))
+
+
+def with_statistics(model):
+    """Gains and running variances that differ from channel to channel, and eval mode."""
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+NORMED = {
+    "conv": (lambda: Bottleneck(), torch.randn(1, 4, 5, 5)),
+    "depthwise": (lambda: Bottleneck(depthwise=True), torch.randn(1, 4, 5, 5)),
+    "linear": (lambda: Bottleneck("linear"), torch.randn(3, 4)),
+    "levit": (Levit, torch.randn(1, 5, 8)),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_a_batch_norm_between_is_a_diagonal_map(name):
+    """The scale is what a changed row of the first arrives with at the second, but for bends."""
+    make, example = NORMED[name]
+    model = with_statistics(make())
+    traced = quietvit.trace(model, example)
+    pairs = find_pairs(model, trace=traced, kinds=("mlp", "value_output"))
+    assert len(pairs) == (2 if name == "levit" else 1)
+    assert_reaches_its_column_alone(model, example, traced, pairs)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for pair in pairs:
+        wanted = norms[0].weight * (norms[0].running_var + norms[0].eps).rsqrt()
+        if name == "depthwise":
+            kernels = model.up[3].weight.flatten(1).norm(dim=1)
+            wanted = wanted * kernels * norms[1].weight
+            wanted = wanted * (norms[1].running_var + norms[1].eps).rsqrt()
+        rows = slice(None) if pair.first.rows is None else list(pair.first.rows)
+        torch.testing.assert_close(pair.between.read(model), wanted[rows].detach())
+
+
+def test_an_update_is_that_of_the_folded_matrix_with_the_statistics_of_now():
+    model = with_statistics(Bottleneck())
+    example = torch.randn(2, 4, 5, 5)
+    decay = quietvit.ColinearityDecay(model, example, strength=0.3, kinds=("mlp",))
+    model.train()(example)  # the running variance moves, and counts in train mode too
+    model.up[1].running_var.mul_(3.0)
+    scale = (model.up[1].weight * (model.up[1].running_var + 1e-5).rsqrt()).detach()
+    folded = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1))
+    folded[0].weight.data = model.up[0].weight.detach() * scale[:, None, None, None]
+    folded[1].weight.data = model.down.weight.detach().clone()
+    pair = quietvit.pairs.MatrixPair(
+        quietvit.pairs.WeightView("0"), quietvit.pairs.WeightView("1"), "mlp"
+    )
+    other = quietvit.ColinearityDecay(folded, pairs=[pair], strength=0.3)
+    decay.step(torch.optim.SGD(model.parameters(), lr=0.1))
+    other.step(torch.optim.SGD(folded.parameters(), lr=0.1))
+    torch.testing.assert_close(model.down.weight, folded[1].weight)
+    names_now = set(dict(model.named_parameters())) | set(dict(model.named_buffers()))
+    assert names_now == set(model.state_dict())  # nothing was added to the model
+
+
+def test_processes_agree_on_the_statistics(monkeypatch):
+    """Under DDP each process has a running variance of its own, and all have to move alike."""
+    model = with_statistics(Bottleneck())
+    decay = quietvit.ColinearityDecay(model, torch.randn(1, 4, 5, 5), strength=0.3, kinds=("mlp",))
+    source = decay._source()
+    before = dict(source)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    others = lambda joined: joined.mul_(4.0)  # noqa: E731 - the other process holds three times ours
+    monkeypatch.setattr(torch.distributed, "all_reduce", others)
+    source.agree()
+    scales = [name for name in source if name.endswith("channel_scale()")]
+    assert len(scales) == 1
+    for name, whole in before.items():
+        torch.testing.assert_close(source.parameters[name].detach(), whole * (1 + (name in scales)))
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+        self.one, self.other = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        h = self.up(x)
+        return (x + self.down(F.relu(self.one(h) + self.other(h)))).square().sum((1, 2, 3))
+
+
+def test_batch_norms_that_are_no_diagonal_map_are_named():
+    with pytest.raises(QuietvitError, match="BatchNorms in parallel branches"):
+        find_pairs(Branches().eval(), torch.randn(1, 4, 5, 5))
+    model = Bottleneck()
+    model.up[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.raises(QuietvitError, match="a norm stands between"):
+        find_pairs(model, torch.randn(1, 4, 5, 5))
+
+
+class CrossCovariance(nn.Module):
+    """Attention that averages over the channels of a head (XCA)."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 4, 1)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return x + self.proj(y.permute(0, 3, 1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("tokens", [5, 4])
+def test_attention_over_channels_makes_a_pair_of_each_head(tokens):
+    model, x = CrossCovariance(), torch.randn(1, tokens, 8)
+    pairs = find_pairs(model, x, kinds=["value_output"])
+    assert [(p.first.rows, p.second.cols, p.head) for p in pairs] == [
+        (range(16 + 4 * h, 20 + 4 * h), range(4 * h, 4 * h + 4), h) for h in range(2)
+    ]
+    seen = []
+    model.proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for pair in pairs:
+        model(x)
+        with torch.no_grad():
+            for tensor in (model.qkv.weight, model.qkv.bias):
+                tensor[list(pair.first.rows)] = 0.0
+        model(x)
+        before, after = seen[-2:]
+        silenced = (before != after).flatten(0, 1).any(0).nonzero().flatten().tolist()
+        assert silenced == list(pair.second.cols)
+        assert not after[..., silenced].any()
+
+
+class Quantizable(nn.Module):
+    """torch's attention for quantization; given batches first, it mixes tokens and heads."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attention = torch.ao.nn.quantizable.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return self.mlp(x + self.attention(x, x, x)[0])[..., 0].tanh() @ torch.ones(x.shape[1])
+
+
+def test_quantizable_attention_is_read_and_what_scrambles_its_channels_is_named():
+    pairs = find_pairs(Quantizable(False), torch.randn(5, 1, 8), kinds=["value_output"])
+    assert [(p.first.rows, p.second.cols) for p in pairs] == [
+        (range(4 * h, 4 * h + 4), range(4 * h, 4 * h + 4)) for h in range(2)
+    ]
+    pairs = find_pairs(Quantizable(True), torch.randn(1, 5, 8), kinds=["mlp", "value_output"])
+    assert {pair.kind for pair in pairs} in ({"mlp"}, {"mlp", "value_output"})
+    if len(pairs) == 1:
+        assert "reach other columns at other tokens" in str(pairs)
 
 
 def names(pairs):

@@ -333,3 +333,71 @@ def test_table_and_lookup():
 def test_compiled_model_is_traced_through():
     model, example = build("timm-vit")
     assert quietvit.trace(torch.compile(model), example) == quietvit.trace(model, example)
+
+
+class Detector(nn.Module):
+    """Takes a list of images, as torchvision's detectors do, and may take boxes too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 8, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+
+    def forward(self, images, shift=None):
+        x = self.embed(torch.stack(images)).flatten(2).mT
+        return self.layer(x if shift is None else x + shift)
+
+
+def test_a_list_of_images_is_one_argument_and_keeps_its_channels():
+    model, images = Detector(), [torch.randn(3, 32, 32), torch.randn(3, 32, 32)]
+    traced = quietvit.trace(model, images)
+    assert traced["embed"].operands[0].shape == (1, 3, 32, 32)
+    assert quietvit.trace(model, {"images": images}) == traced
+    assert len(quietvit.find_pairs(model, images)) > 0
+
+
+@pytest.mark.parametrize("example", [torch.randn(3, 32, 32), (torch.randn(3, 32, 32),)])
+def test_the_error_of_a_lone_image_shows_the_shape_given(example):
+    model, _ = build("tv-vit")
+    with pytest.raises(QuietvitError, match=r"shapes \[\(3, 32, 32\)\]"):
+        quietvit.trace(model, example)
+
+
+class Integral(nn.Module):
+    """The mean of a distribution: a linear whose weight is one vector, as in D-FINE."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.out = nn.Linear(8, 8), nn.Linear(2, 3)
+        self.register_buffer("points", torch.linspace(-1, 1, 4))
+
+    def forward(self, x):
+        p = self.layer(x).unflatten(-1, (2, 4)).softmax(-1)
+        return self.out(F.linear(p, self.points) + p @ self.points + torch.mv(p[0, 0], self.points))
+
+
+def test_a_product_with_a_vector_is_no_site_and_counts_nothing():
+    model, x = Integral(), torch.randn(2, 5, 8)
+    traced = quietvit.trace(model, x)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x[:1])
+    assert 2 * traced.macs == counter.get_total_flops()
+    assert [site.name for site in traced.matmuls] == ["layer", "out"]
+    assert "out" in traced.outputs  # what comes of the vector still depends on the input
+    assert traced["out"].role != "constant"
+
+
+class Expanded(nn.Module):
+    """Gives a layer a view of a parameter, at which torch's counter fails without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.layer = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x @ self.layer(self.query.expand(3, 4)).mT
+
+
+def test_no_bare_error_of_torchs_counter():
+    with FlopCounterMode(display=False), pytest.raises(QuietvitError, match="trace outside of it"):
+        quietvit.trace(Expanded(), torch.randn(2, 4))

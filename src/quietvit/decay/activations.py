@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.tracing import Trace, call, evaluating, trace
+from quietvit.tracing import Trace, call, eagerly, evaluating, plain_model, trace
 from quietvit.tracing.block_modules import first_tensor, residual_modules
 
 
@@ -30,7 +30,7 @@ class ActivationWatch:
     """
 
     def __init__(self, model: nn.Module, traced: Trace) -> None:
-        self.model = getattr(model, "_orig_mod", model)
+        self.model = plain_model(model)
         self.blocks: tuple[str, ...] = tuple(residual_modules(traced))
         if not self.blocks:
             raise QuietvitError(
@@ -112,7 +112,6 @@ def largest_activation(
     is left as it was. ``traced`` saves tracing it again. NaN counts as largest.
     """
     watch = ActivationWatch(model, traced if traced is not None else trace(model, example))
-    stance = torch.compiler.set_stance("force_eager")
-    with evaluating(watch.model), stance, watch:
+    with evaluating(watch.model), eagerly(), watch:
         call(watch.model, example)
     return watch.largest()

@@ -15,7 +15,7 @@ from quietvit.decay.plan import wide, widest
 from quietvit.decay.whole import whole_parameters
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
-from quietvit.tracing import WeightView
+from quietvit.tracing import WeightView, plain_model
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, f
     """
     if not pairs:
         raise QuietvitError("amplifications: give at least one pair.")
-    model = getattr(model, "_orig_mod", model)
+    model = plain_model(model)
     views = [view for pair in pairs for view in _views(pair)]
     names = dict.fromkeys(view.parameter_name for view in views)
     return amplifications_of(whole_parameters(model, names), pairs)

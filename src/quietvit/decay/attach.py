@@ -33,6 +33,7 @@ from quietvit.decay.schedule import (
 )
 from quietvit.decay.whole import like, read, whole_parameters
 from quietvit.errors import QuietvitError
+from quietvit.tracing import plain_model
 
 __all__ = ["Attachment", "DecoupledUpdate", "PenaltyGradient", "Schedule", "WholeUpdate"]
 
@@ -57,7 +58,7 @@ class Attachment(ABC):
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise QuietvitError(f"every={every!r}: give a whole number of steps, 1 or more.")
-        self.model = getattr(model, "_orig_mod", model)
+        self.model = plain_model(model)
         self.every = every
         self.schedule = checked_schedule(schedule)
         self.steps = 0

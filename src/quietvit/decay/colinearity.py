@@ -72,6 +72,9 @@ class ColinearityDecay(DecoupledUpdate):
             pairs; while training, on a pair that holds NaN or infinity (no weight is changed then)
             and on steps that pass without a call.
 
+    Scales of BatchNorms between two matrices (see ``find_pairs``) are read anew at each step, and
+    averaged over the default process group where there is one.
+
     One device synchronisation per step. Memory: the changes of about one block are held at a time
     (of up to 2^24 numbers on a GPU, where small products would cost launches); of all pairs where
     the trust region has to limit the step.
@@ -209,6 +212,7 @@ class ColinearityDecay(DecoupledUpdate):
         if not any(steps):
             return
         source = self._source()
+        source.agree()
         layout = self._laid_out(source)
         with torch.autocast(next(iter(source.parameters.values())).device.type, enabled=False):
             self._refresh(layout, source)

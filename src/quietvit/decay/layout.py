@@ -17,6 +17,7 @@ from quietvit.decay.penalty import Penalty
 from quietvit.decay.plan import LARGEST_BATCH, Batch, batches, block_size, windows
 from quietvit.decay.whole import gathered, is_sharded, read, untied
 from quietvit.pairs import MatrixPair
+from quietvit.tracing.scales import is_scale
 
 _SAFE_LOGARITHM = 80.0
 _SAFE_REACH = 1e10
@@ -45,6 +46,26 @@ class Source(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.parameters)
+
+    def agree(self) -> None:
+        """Average the scales of BatchNorms over all processes of the default group, if any.
+
+        Under DDP each process has seen its own images, and all must move weights alike. A
+        collective call where the pairs hold such scales.
+        """
+        import torch.distributed as dist
+
+        names = [name for name in self.parameters if is_scale(name)]
+        if not names or not (dist.is_available() and dist.is_initialized()):
+            return
+        sizes = [self.parameters[name].numel() for name in names]
+        joined = torch.cat([self.parameters[name].float() for name in names])
+        dist.all_reduce(joined)
+        parts = (joined / dist.get_world_size()).split(sizes)
+        self.parameters |= {
+            name: part.to(self.parameters[name].dtype)
+            for name, part in zip(names, parts, strict=True)
+        }
 
     def release(self, owner: str) -> None:
         """Forget a parameter that was gathered."""

@@ -21,7 +21,7 @@ from quietvit.decay.regularizer import checked_state, number, one_strength
 from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
 from quietvit.decay.whole import reshard
 from quietvit.errors import QuietvitError
-from quietvit.tracing import trace
+from quietvit.tracing import plain_model, trace
 from quietvit.tracing.block_modules import first_tensor, residual_modules
 
 logger = logging.getLogger("quietvit")
@@ -81,7 +81,7 @@ class TWEO:
         if isinstance(checked, Mapping):
             raise QuietvitError("TWEO(schedule=...) takes one function, not one for each kind.")
         self.schedule = checked
-        self.model = getattr(model, "_orig_mod", model)
+        self.model = plain_model(model)
         self.steps = 0
         self.blocks: tuple[str, ...] = tuple(residual_modules(trace(self.model, example)))
         if not self.blocks:

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.tracing.scales import read_entry
 
 
 def read(model: nn.Module, name: str) -> Tensor:
-    """Return the parameter of this name as the model holds it now."""
-    module, _, attribute = name.rpartition(".")
-    found = getattr(model.get_submodule(module), attribute)
-    assert isinstance(found, Tensor)
-    return found
+    """Return the parameter of this name, or the scale it stands for, as the model is now."""
+    return read_entry(model, name)
 
 
 def whole_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

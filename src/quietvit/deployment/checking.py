@@ -38,6 +38,7 @@ from quietvit.errors import QuietvitError
 from quietvit.files import json_text, write_atomic
 from quietvit.normalization import warn_unless_normalized
 from quietvit.quantization import QuantizedModel
+from quietvit.tracing import plain_model
 
 AGREEMENT, DIFFERENCE, DISTURBANCE = 99.0, 0.3, 1e-6
 BATCH, FEW = 32, 500
@@ -249,6 +250,7 @@ def check(
 
 
 def _simulated(against: QuantizedModel | str | Path, facts: Facts) -> QuantizedModel:
+    against = plain_model(against)  # type: ignore[assignment, arg-type]
     if not isinstance(against, QuantizedModel | str | Path):
         raise QuietvitError(
             f"a {type(against).__name__} is not quantized; give the quantized model that the file "

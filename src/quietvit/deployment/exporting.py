@@ -23,6 +23,7 @@ from quietvit.files import refuse_other_bytes, refuse_unwritable, write_atomic
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import preprocessing_of
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+from quietvit.tracing import plain_model
 
 NEEDS = {
     "onnx": ("onnxscript", "onnx"),
@@ -86,6 +87,7 @@ def export(
     kernels, a model torch cannot export, a missing extra, or a path in use (``force`` replaces an
     earlier export).
     """
+    quantized = plain_model(quantized)  # type: ignore[assignment]
     if not isinstance(quantized, QuantizedModel):
         raise QuietvitError(
             f"a {type(quantized).__name__} is not quantized, so there are no integers to export; "

@@ -195,12 +195,17 @@ def measure_pair(
 
 
 def read_first(model: nn.Module, pair: MatrixPair) -> Decomposition:
-    """Decompose the pair's first matrix.
+    """Decompose the pair's first matrix, with the gains before and behind it where it has some.
 
     Raises:
         QuietvitError: it holds NaN or inf.
     """
     first = pair.first.read(model)
+    if pair.before is not None:
+        first = first * pair.before.read(model)
+    if pair.between is not None:
+        between = pair.between.read(model)
+        first = first * (between if first.ndim == 1 else between[:, None])
     if not first.isfinite().all():
         raise QuietvitError(_not_finite(pair, str(pair.first)))
     return decompose(first)

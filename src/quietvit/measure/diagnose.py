@@ -18,9 +18,18 @@ from quietvit.measure.images import Batch, Images, batches
 from quietvit.measure.outliers import RunningStatistics, SiteStatistics
 from quietvit.measure.root_cause import CauseFinder, Peak, PeakTracker, RootCause
 from quietvit.pairs import DENSE_KINDS, MatrixPair, find_pairs
-from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, evaluating, intercept
+from quietvit.tracing import (
+    MATMUL_KINDS,
+    SITE_KINDS,
+    Site,
+    Trace,
+    evaluating,
+    intercept,
+    plain_model,
+)
 from quietvit.tracing import trace as record_trace
 
+MASKED = "its scores hold the -inf of a mask: not measured"
 _SIDES = ("left", "right")
 
 
@@ -51,10 +60,12 @@ def diagnose(
 
     Raises:
         QuietvitError: no images, images of the wrong shape or not finite, an activation that is NaN
-            or inf (names the site), weights of a pair that are, no pairs found.
+            or inf (names the site; the -inf of a mask in front of a softmax is allowed), weights of
+            a pair that are, no pairs found.
     """
     if top < 1:
         raise QuietvitError(f"top is {top}; give at least 1.")
+    model = plain_model(model)
     stream = batches(images, model, batch_size)
     first = next(stream)
     if trace is None:
@@ -70,7 +81,7 @@ def diagnose(
         watch.run(model, first)
         for batch in stream:
             watch.run(model, batch)
-        skipped = list(watch.tracker.skipped)
+        skipped = [*watch.masked, *watch.tracker.skipped]
         causes = _root_causes(model, trace, watch.tracker.peaks, top, skipped)
     return Diagnosis(
         sites=watch.finish(),
@@ -88,6 +99,7 @@ class _Watch:
     def __init__(self, trace: Trace, tracker: PeakTracker) -> None:
         self.tracker = tracker
         self.images = 0
+        self.masked: dict[tuple[str, str], None] = {}
         self._trace = trace
         self._batch: Batch | None = None
         self._running: dict[tuple[str, str], tuple[str, RunningStatistics]] = {}
@@ -121,8 +133,12 @@ class _Watch:
             self.tracker.update(site, output, self.images, self._batch.size, self._batch.pick)
             return output
         output = run(*operands)
+        if self._is_masked(site, output):
+            self.masked[site.name, MASKED] = None
+            self._running.pop((site.name, "output"), None)
+            return output
         self._check(site, output)
-        if site.kind != "softmax":
+        if site.kind != "softmax" and (site.name, MASKED) not in self.masked:
             axes = (output_axis(site, self._by_name),)
             self._measure(site, "output", site.role, site.output_shape, output, axes)
         return output
@@ -144,6 +160,12 @@ class _Watch:
         images = self._batch.size if counts else None
         self._running[key][1].update(x, images=images, first_image=self.images)
 
+    def _is_masked(self, site: Site, output: Tensor) -> bool:
+        """Whether these are scores of an attention that hold the -inf of a mask, else numbers."""
+        if site.kind != "add" or not _leads_to_softmax(site, self._by_name):
+            return False
+        return bool((output == -torch.inf).any() and (output < torch.inf).all())
+
     def _check(self, site: Site, output: Tensor) -> None:
         if output.isfinite().all():
             return
@@ -155,6 +177,15 @@ class _Watch:
             f"images {self.images} to {last}; check the weights of {site.module or 'the model'}, "
             "or run it in float32."
         )
+
+
+def _leads_to_softmax(site: Site, by_name: dict[str, Site]) -> bool:
+    """Whether nothing but a softmax reads a sum, perhaps after more is added."""
+    readers = [by_name[name] for name in site.feeds]
+    return bool(readers) and all(
+        reader.kind == "softmax" or (reader.kind == "add" and _leads_to_softmax(reader, by_name))
+        for reader in readers
+    )
 
 
 def operand_axes(site: Site, position: int) -> tuple[int, ...]:

@@ -28,7 +28,8 @@ class Diagnosis:
             norm, activation function and residual add, in the order of the forward pass.
         pairs: amplification of every pair, in the order given.
         root_causes: what makes the largest output values of the pairs, largest first.
-        skipped: (pair, reason) for pairs that have statistics but whose peak was not taken apart.
+        skipped: (pair, reason) for pairs that have statistics but whose peak was not taken apart,
+            and (site, reason) for scores that hold a mask and were not measured.
         images: how many images were seen.
         top: how many rows the tables show, and how many root causes were sought.
     """

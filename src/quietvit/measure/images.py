@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
+from quietvit.tracing.inputs import is_image_list
 
 Images = Tensor | Iterable[Any]
 _LABELS = frozenset({"label", "labels"})
@@ -49,7 +50,7 @@ class Batch:
             return model(**self.inputs)
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+        except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
             raise QuietvitError(
                 f"the model ({type(model).__name__}) could not run on images of shape "
                 f"{self.shape}: {error} Give images as the model's own evaluation transform makes "
@@ -70,9 +71,9 @@ def batches(images: Images, model: nn.Module, batch_size: int) -> Iterator[Batch
 
     Args:
         images: a tensor (N, C, H, W); or an iterable, for example a DataLoader, of single images
-            (C, H, W), of batches (B, C, H, W), of tuples or lists whose first entry is one of these
-            (labels follow), or of mappings of batched tensors given to the model by keyword, of
-            which ``label`` and ``labels`` are left out.
+            (C, H, W), of batches (B, C, H, W), of lists of images, of tuples or lists whose first
+            entry is one of these (labels follow), or of mappings of batched tensors given to the
+            model by keyword, of which ``label`` and ``labels`` are left out.
 
     Raises:
         QuietvitError: no images, another shape, integers, NaN or inf; names the values.
@@ -113,6 +114,14 @@ def _grouped(images: Images, batch_size: int) -> Iterator[Tensor | dict[str, Ten
         if isinstance(item, Mapping):
             yield from _split({k: v for k, v in item.items() if k not in _LABELS}, batch_size)
             continue
+        if is_image_list(item) and len({image.shape for image in item}) == 1:
+            yield from torch.stack(item).split(batch_size)
+            continue
+        if is_image_list(item) and len(item) > 1:
+            raise QuietvitError(
+                f"a batch is a list of images of shapes {[tuple(image.shape) for image in item]}; "
+                "resize all to one shape, or give them one by one."
+            )
         tensor = item[0] if isinstance(item, tuple | list) and item else item
         if not isinstance(tensor, Tensor):
             raise QuietvitError(

@@ -218,6 +218,10 @@ class CauseFinder:
         assert site.weight is not None
         decomposition = read_first(self._model, pair)
         if pair.kind not in TOKENWISE:
+            if pair.between is not None:
+                reason = "the offset of a BatchNorm between its matrices cannot be told apart"
+                self._skipped.append((pair.name, reason))
+                return None
             rows = _positions(_outputs(pair.first), _outputs(site.weight))
             bias = bias if rows is None else bias[list(rows)]
             return explain(decomposition, row, token, bias=bias)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.measure.images import Images, batches
-from quietvit.tracing import Site, Trace, evaluating, intercept
+from quietvit.tracing import Site, Trace, evaluating, intercept, plain_model
 
 
 def sqnr(
@@ -27,6 +27,11 @@ def sqnr(
     batch_size: int = 8,
 ) -> dict[str, float]:
     """Return 10·log10(Σ y² / Σ (y − ŷ)²) in dB for each matrix product's output, by site name.
+
+    Outputs are compared place by place. A detector that chooses its queries by score (D-FINE,
+    RT-DETR, two-stage DETRs) may choose others, or the same in another order, after the smallest
+    change: behind that choice a low value says that queries changed places. Compare such outputs
+    query by query, matched by box or score.
 
     y is the float model's output at a site and ŷ the quantized model's on the same images; sums
     run over all images in float64. By default each model follows its own activations, so the noise
@@ -49,6 +54,7 @@ def sqnr(
         QuietvitError: no images or wrong ones, ``quantized`` without a trace or with other sites,
             ``local`` without ``observe``, NaN or inf at a site of the float model.
     """
+    model, quantized = plain_model(model), plain_model(quantized)
     trace = getattr(quantized, "trace", None)
     if not isinstance(trace, Trace):
         raise QuietvitError(

@@ -21,8 +21,9 @@ from quietvit.pairs.pair import (
     FoundPairs,
     MatrixPair,
 )
+from quietvit.pairs.scales import between_of
 from quietvit.pairs.stream import folded, residual
-from quietvit.tracing import Link, Scores, Site, Trace, trace
+from quietvit.tracing import Link, Scores, Site, Trace, WeightView, trace
 from quietvit.tracing.weights import select_cols, select_rows
 
 
@@ -42,12 +43,19 @@ def find_pairs(
     - ``mlp``: fc1 -> fc2, an activation (or an elementwise self-gate) between;
     - ``value_output``: one pair a head, the rows of V -> the columns of the output projection that
       read this head. Exact: attention only averages over tokens. With grouped key/value heads the
-      rows of V take part in one pair for each query head;
+      rows of V take part in one pair for each query head. Where attention averages over channels
+      (XCA), it mixes those of a head and no others: the pair of the head is still one;
     - ``gated_mlp``: up -> down and gate -> down;
     - ``norm_linear``: the gain of a norm, as a diagonal matrix -> the linear that reads it;
     - ``residual``: what writes the residual stream (proj, fc2) -> what reads it next through a norm
       (fc1, qkv), the norm's gain between;
     - ``query_key``: per head, A = W_K, B = W_Qᵀ.
+
+    A BatchNorm between A and B is a diagonal map in eval mode, gamma / sqrt(running_var + eps). The
+    pair holds it (``between``), and each update reads it anew, in train mode too: it is then the
+    running variance that counts, not the batch's. A depthwise convolution that the BatchNorm reads
+    counts as the root of the summed squares of its kernels. BatchNorms in parallel branches, and
+    those without stored statistics, make no pair.
 
     With ``fold_gains`` the gain of the norm that A reads becomes part of A (``before``) in the
     kinds mlp, value_output and gated_mlp.
@@ -114,7 +122,11 @@ def _linked(trace: Trace, kinds: Collection[str], adapters: Set[str]) -> Iterato
         if reason:
             yield f"{first.name} -> {second.name}", reason
         elif kind:
-            yield from _pairs(link, first, second, kind)
+            scale = between_of(link, trace)
+            if isinstance(scale, str):
+                yield f"{first.name} -> {second.name}", scale
+            else:
+                yield from _pairs(link, first, second, kind, scale)
 
 
 def _kind(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
@@ -136,18 +148,22 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
         return "", ""
     if first.kind == "norm":
         return ("", "") if through else ("norm_linear", "")
-    if not is_whole(first) or "pooled" in through:
+    if not is_whole(first):
         return "", ""
-    shaped = bool(through - {"norm", "scale", "depthwise", "matmul"})
+    shaped = bool(through - {"norm", "batch_norm", "scale", "depthwise", "matmul", "branches"})
+    if "scrambled" in through:
+        return "", "the channels that attention puts out reach other columns at other tokens"
     if "mixed_heads" in through:
         return "", "attention heads are mixed between V and the output projection"
     if "matmul" in through and first.operands[0].role != "post_softmax":
         return "", "a product of activations without softmax stands between"
+    if "pooled" in through:
+        return "", ""
     if through & {"norm", "matmul"}:
         return "", "a norm stands between, which rescales what A makes" if shaped else ""
     if "mixing_gate" in through:
         return "", "a gate computed from what A makes stands between"
-    if "attention" in through:
+    if through & {"attention", "channel_attention"}:
         return "value_output", ""
     if "gate" in through and gates > 1:
         return "gated_mlp", ""
@@ -157,13 +173,18 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
 def _rotated(scores: Scores) -> str:
     """Why the scores are no product of the two weights alone, "" where they are."""
     between = set(shaping(scores.through)) - {"scale"}
-    if "norm" in between:
+    if between & {"norm", "batch_norm"}:
         return "a norm stands between a weight and the scores"
     return f"{', '.join(sorted(between))} between a weight and the scores" if between else ""
 
 
-def _pairs(link: Link, first: Site, second: Site, kind: str) -> Iterator[MatrixPair]:
-    """One pair a head; a channel read several times (grouped heads) makes one for each reading."""
+def _pairs(
+    link: Link, first: Site, second: Site, kind: str, scale: WeightView | None
+) -> Iterator[MatrixPair]:
+    """One pair a head; a channel read several times (grouped heads) makes one for each reading.
+
+    ``scale``: what stands between, a factor for each column of the second.
+    """
     groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     readings: Counter[tuple[int, int]] = Counter()
     for column, (channel, head) in enumerate(zip(link.channels, link.heads, strict=True)):
@@ -177,7 +198,9 @@ def _pairs(link: Link, first: Site, second: Site, kind: str) -> Iterator[MatrixP
         channels, columns = zip(*entries, strict=True)
         a = select_rows(first.weight, channels, outputs(first))
         b = select_cols(second.weight, columns, len(link.channels))
-        yield MatrixPair(a, b, kind, number if head >= 0 else None, link.through)
+        own = None if scale is None else select_rows(scale, columns, len(link.channels))
+        number_of_head = number if head >= 0 else None
+        yield MatrixPair(a, b, kind, number_of_head, link.through, between=own)
 
 
 def _query_key(scores: Scores, trace: Trace) -> Iterator[MatrixPair]:

@@ -7,12 +7,16 @@ from dataclasses import replace
 
 from quietvit.pairs.maps import inputs, is_matrix, is_whole, outputs, shaping
 from quietvit.pairs.pair import COMPUTED, DENSE_KINDS, Finding, MatrixPair
+from quietvit.pairs.scales import gain_of
 from quietvit.tracing import Site, Trace, WeightView
 from quietvit.tracing.weights import select_rows
 
 
 def norm_readers(trace: Trace) -> Iterator[tuple[Site, Site, WeightView, tuple[int, ...]]]:
-    """Each norm with gains, a linear that reads it, the gains it reads, and their channels."""
+    """Each norm with gains, a linear that reads it, the gains it reads, and their channels.
+
+    The gains of a BatchNorm with stored statistics are its whole factors in eval mode.
+    """
     for link in trace.links:
         norm, reader = trace[link.source], trace[link.consumer]
         if norm.kind != "norm" or shaping(link.through) or norm.weight is None:
@@ -20,7 +24,9 @@ def norm_readers(trace: Trace) -> Iterator[tuple[Site, Site, WeightView, tuple[i
         if not is_matrix(reader) or reader.role in ("constant", "head"):
             continue
         if inputs(reader) == len(link.channels) and min(link.channels) >= 0:
-            gains = select_rows(norm.weight, link.channels, outputs(norm))
+            gains = gain_of(norm, link.channels)
+            if gains is None:
+                gains = select_rows(norm.weight, link.channels, outputs(norm))
             yield norm, reader, gains, link.channels
 
 

@@ -6,7 +6,6 @@ What is done in between is the method's business (``methods``); images are check
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -16,7 +15,7 @@ from quietvit.normalization import warn_unless_normalized
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.method import Method, list_methods
 from quietvit.quantization.quantized import QuantizedModel
-from quietvit.tracing import Trace
+from quietvit.tracing import Trace, plain_copy
 from quietvit.tracing import trace as trace_model
 
 
@@ -61,7 +60,7 @@ def quantize(
     notes = []
     if model.training:
         notes.append("the model was in training mode; its quantized copy is in eval mode")
-    own = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    own = plain_copy(model).eval()
     if trace is None:
         trace = trace_model(own, first[:1] if example is None else example)
     if not trace.matmuls:

@@ -244,8 +244,16 @@ def run_model(model: nn.Module, batch: Tensor) -> Any:
         return model(batch)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        AssertionError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:
         raise QuietvitError(
             f"{type(model).__name__} does not run on calibration images of shape "
-            f"{tuple(batch.shape)}, {batch.dtype}: {error}. Give images as the model takes them."
+            f"{tuple(batch.shape)}, {batch.dtype} ({type(error).__name__}: {error}). It is called "
+            "with one batch of images; wrap a model that takes more, or takes them otherwise."
         ) from error

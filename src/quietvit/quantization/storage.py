@@ -5,7 +5,6 @@ Weights whose codes say everything are stored as int8 or int16 codes, all else a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +31,7 @@ from quietvit.quantization.folder import FolderFormat
 from quietvit.quantization.method import Slot, get_method
 from quietvit.quantization.quantized import QuantizedModel, module_key
 from quietvit.quantization.quantizers import Quantizer, build_quantizer
-from quietvit.tracing import Site, evaluating, intercept
+from quietvit.tracing import Site, evaluating, intercept, plain_copy
 from quietvit.tracing import trace as trace_model
 
 FORMAT = FolderFormat(
@@ -118,7 +117,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
     facts, tensors = FORMAT.read(path)
     try:
         method = get_method(facts["method"]["name"])(**facts["method"]["fields"])
-        own = build(path, facts) if model is None else copy.deepcopy(model)
+        own = build(path, facts) if model is None else plain_copy(model)
         own.eval()
         take_names(own, facts)
         set_dtypes(own, facts["dtypes"])

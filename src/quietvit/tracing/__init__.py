@@ -3,10 +3,12 @@
 Nothing of the library above this room is imported here.
 """
 
+from quietvit.tracing.inputs import call
 from quietvit.tracing.intercept import intercept
 from quietvit.tracing.ops import MATMUL_KINDS, SITE_KINDS
-from quietvit.tracing.trace import Link, Operand, Scores, Site, Trace, call, evaluating, trace
+from quietvit.tracing.trace import Link, Operand, Scores, Site, Trace, evaluating, trace
 from quietvit.tracing.weights import WeightView
+from quietvit.tracing.wrappers import eagerly, plain_copy, plain_model
 
 __all__ = [
     "MATMUL_KINDS",
@@ -18,7 +20,10 @@ __all__ = [
     "Trace",
     "WeightView",
     "call",
+    "eagerly",
     "evaluating",
     "intercept",
+    "plain_copy",
+    "plain_model",
     "trace",
 ]

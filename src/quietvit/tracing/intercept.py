@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from quietvit.errors import QuietvitError
 from quietvit.tracing import ops
 from quietvit.tracing.standins import STANDINS
 from quietvit.tracing.trace import Site, Trace
+from quietvit.tracing.wrappers import eagerly
 
 Handler = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], Tensor]
 
@@ -32,9 +33,9 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
     linear and conv (weight of shape (out, in, ...)), (left, right) for matmul, einsum and add,
     (input,) for softmax, norm and activation; ``run(*operands)`` executes the call with these
     operands, bias included. Any batch size; gradients flow. Each ``with`` covers exactly one
-    forward pass. Raises QuietvitError where the pass differs from the trace, and where it would
-    train under gradient checkpointing: what the backward pass computes again, it would compute
-    without the handler.
+    forward pass, which runs uncompiled. Raises QuietvitError where the pass differs from the trace,
+    and where it would train under gradient checkpointing: what the backward pass computes again, it
+    would compute without the handler.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         self._depth = 0
         self._trains = False
         self._paused = False
+        self._eager: AbstractContextManager[None]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -68,6 +70,8 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         if self._depth == 0:
             self._counters.clear()
             self._trains = torch.is_grad_enabled()
+            self._eager = eagerly()
+            self._eager.__enter__()
         self._depth += 1
         super().__enter__()
         return self
@@ -75,8 +79,10 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._depth -= 1
-        if self._depth == 0 and error[0] is None:
-            self._check_complete()
+        if self._depth == 0:
+            self._eager.__exit__(None, None, None)
+            if error[0] is None:
+                self._check_complete()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

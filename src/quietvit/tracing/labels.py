@@ -16,6 +16,7 @@ from torch import Tensor
 
 NONE = -1  # an entry that carries no channel, as a class token beside patches
 MIXED = -2  # an entry in which channels of the source were added up, as by a rotary embedding
+AT = "@"  # a step "batch_norm@site" says at which site it was taken
 HEAD = 1 << 32  # a label is channel + HEAD * (head + 1) once heads are known
 
 
@@ -105,6 +106,7 @@ def combine(
     A product keeps the channels of every factor; a sum only those that all its terms carry, since
     two different channels added are neither. A source whose channels meet other channels of its own
     in a product (a packed gated MLP) is kept once for each factor, as "source", "source|1", ...
+    What reaches a sum through different BatchNorms passes "branches".
     A factor that had to be broadcast (the gate of a squeeze-and-excitation) passes "pooled". What a
     constant is added to passes "offset"; what it multiplies, "scale" for a parameter, else
     "factor".
@@ -129,6 +131,8 @@ def combine(
                 distinct.append(replace(flow, labels=labels))
             else:
                 steps = tuple(dict.fromkeys((*twin.through, *flow.through)))
+                if adding and _scales(twin) != _scales(flow):
+                    steps = (*steps, "branches")
                 distinct = [replace(f, through=steps) if f is twin else f for f in distinct]
         if adding and (len(distinct) > 1 or any(labels is None for labels in wide)):
             mixed = torch.full((1,) * len(output), MIXED, device=carriers[0].labels.device)
@@ -142,6 +146,10 @@ def combine(
                 flow = flow.via("scale" if scaled else "factor") if fixed else flow
             flows[source if part == 0 else f"{source}|{part}"] = flow
     return replace(merge(values), flows=flows)
+
+
+def _scales(flow: Flow) -> set[str]:
+    return {step for step in flow.through if step.startswith("batch_norm" + AT)}
 
 
 def reduce(value: Value, dims: Sequence[int], keepdim: bool) -> Value:
@@ -207,6 +215,9 @@ def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str
     ):
         for source, flow in value.flows.items():
             constant = collapse(flow.labels, contracted) if flow.labels.ndim >= 2 else None
+            if constant is None and other.probability is not None:
+                mixed = _through_channels(flow, contracted, output, other.probability)
+                flows |= {} if mixed is None else {source: mixed}
             wide = None if constant is None else _broadcast(constant, output)
             if constant is None or wide is None:
                 continue
@@ -220,6 +231,23 @@ def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str
             steps = ("mixed_heads",) if other.probability == "mixed" else ()
             flows[source] = Flow(named, (*flow.through, *steps, "attention"))
     return flows
+
+
+def _through_channels(
+    flow: Flow, contracted: int, output: Sequence[int], probability: str
+) -> Flow | None:
+    """Values whose channels, not tokens, an attention averages (XCA), None where they are not.
+
+    Each output channel is a mean of the head's channels; it is labelled as the one in its place.
+    """
+    tokens = -3 - contracted
+    channels = collapse(flow.labels, tokens)
+    if channels is None or flow.labels.shape != tuple(output) or bool((channels < 0).any()):
+        return None
+    heads = _heads(channels.squeeze(tokens))
+    named = flow.labels % HEAD + HEAD * (heads + 1)[..., None, None]
+    steps = ("mixed_heads",) if probability == "mixed" else ()
+    return Flow(named, (*flow.through, *steps, "channel_attention"))
 
 
 Heads = list[tuple[Tensor, Tensor]]

@@ -34,10 +34,8 @@ class Form:
 
 _MATMUL = Form("matmul", ("input", "other"), ("input", "other"))
 _MM = Form("matmul", ("input", "mat2"), ("input", "mat2"))
-_MV = Form("matmul", ("input", "vec"), ("input", "vec"))
 _ADDMM = Form("matmul", ("input", "mat1", "mat2"), ("mat1", "mat2"))
 _BADDBMM = Form("matmul", ("input", "batch1", "batch2"), ("batch1", "batch2"))
-_ADDMV = Form("matmul", ("input", "mat", "vec"), ("mat", "vec"))
 _CONV = Form("conv", ("input", "weight", "bias"), ("input", "weight"))
 _UNARY = ("input",)
 _ADD = Form("add", ("input", "other"), ("input", "other"))
@@ -49,25 +47,20 @@ FORMS: dict[Any, Form] = {
     torch.linalg.matmul: _MATMUL,
     torch.mm: _MM,
     torch.bmm: _MM,
-    torch.mv: _MV,
     torch.addmm: _ADDMM,
     torch.baddbmm: _BADDBMM,
     torch.addbmm: _BADDBMM,
-    torch.addmv: _ADDMV,
     Tensor.matmul: _MATMUL,
     Tensor.__matmul__: _MATMUL,
     Tensor.__rmatmul__: Form("matmul", ("other", "input"), ("input", "other")),
     Tensor.mm: _MM,
     Tensor.bmm: _MM,
-    Tensor.mv: _MV,
     Tensor.addmm: _ADDMM,
     Tensor.addmm_: _ADDMM,
     Tensor.baddbmm: _BADDBMM,
     Tensor.baddbmm_: _BADDBMM,
     Tensor.addbmm: _BADDBMM,
     Tensor.addbmm_: _BADDBMM,
-    Tensor.addmv: _ADDMV,
-    Tensor.addmv_: _ADDMV,
     torch.einsum: Form("einsum", ("equation",), ()),
     F.layer_norm: Form("norm", ("input", "normalized_shape", "weight"), _UNARY, "weight"),
     torch.layer_norm: Form("norm", ("input", "normalized_shape", "weight"), _UNARY, "weight"),
@@ -178,7 +171,10 @@ class Call:
 
 
 def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """Lay out a call of a known function; None where the function or its operands are not ours."""
+    """Lay out a call of a known function; None where the function or its operands are not ours.
+
+    A product with a lone vector is none of ours: it has no output channels.
+    """
     form = FORMS.get(func)
     if form is None:
         return None
@@ -198,6 +194,8 @@ def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call |
     operands = tuple(value(name) for name in form.operands)
     if not all(isinstance(operand, Tensor) for operand in operands):
         return None
+    if form.kind in ("linear", "matmul") and operands[1].ndim == 1:
+        return None  # a weighted sum over the last dim: torch counts no flops of it either
 
     def run(*replaced: Tensor) -> Tensor:
         new_args, new_kwargs = list(args), dict(kwargs)

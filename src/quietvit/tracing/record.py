@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quietvit.tracing import carry, labels, ops
 from quietvit.tracing.labels import CONSTANT, Flow, Value
+from quietvit.tracing.scales import has_scale
 from quietvit.tracing.standins import STANDINS
 from quietvit.tracing.weights import WeightView, view_of
+from quietvit.tracing.wrappers import plain_name
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Record:
     weight: WeightView | None = None
     weight_shape: tuple[int, ...] | None = None
     feeds: set[str] = field(default_factory=set)
+    has_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class RawLink:
     """Channels of ``source`` that reach the input columns of ``consumer``.
 
     A source that arrives in several factors of a product has one link for each. ``partial``: some
-    positions carry no channel.
+    positions carry no channel. Values of an attention whose channels lie in other columns at other
+    tokens carry none, and pass "scrambled".
     """
 
     source: str
@@ -108,15 +112,16 @@ class Recorder(TorchFunctionMode):
         self._flops = _FlopCount()
         self._seen_flops = 0
         self._stack: list[str] = [""]
-        self._paths = {id(module): name for name, module in model.named_modules()}
+        self._model = model
+        self._paths = {id(module): plain_name(name) for name, module in model.named_modules()}
         self._hooks: list[Any] = []
         self.leaf_modules = frozenset(
-            name
+            plain_name(name)
             for name, module in model.named_modules()
             if not any(True for _ in module.children())
             and not any(True for _ in module.parameters())
         )
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {plain_name(name): p for name, p in model.named_parameters()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         for module in model.modules():
             for held in tree_flatten(vars(module))[0]:  # buffers, and what forward passes cached
@@ -238,6 +243,13 @@ class Recorder(TorchFunctionMode):
         record.inputs = [replace(value, flows={}, parameter=None) for value in record.inputs]
         return value
 
+    def _has_scale(self, record: Record) -> bool:
+        """Whether a norm multiplies each channel by a stored factor alone, beside an offset."""
+        view = record.weight
+        if record.function != "batch_norm" or view is None or view.rows is not None:
+            return False
+        return view.attribute == "weight" and has_scale(self._model.get_submodule(view.module))
+
     @staticmethod
     def _is_residual(values: Sequence[Value], shapes: Sequence[tuple[int, ...]]) -> bool:
         both = all(value.depends for value in values)
@@ -257,7 +269,8 @@ class Recorder(TorchFunctionMode):
             self._link(record, inputs[0], dim)
             channels = call.operands[1].shape[0]
             if call.kind == "conv" and call.operands[1].shape[1] == 1 and channels > 1:
-                flows |= {s: f.via("depthwise") for s, f in inputs[0].flows.items()}
+                step = f"depthwise{labels.AT}{key}"
+                flows |= {s: f.via(step) for s, f in inputs[0].flows.items()}
                 flows = {s: f for s, f in flows.items() if f.labels.shape[dim] == channels}
                 flows = {
                     s: Flow(self._spread(f.labels, dim, output), f.through)
@@ -276,7 +289,9 @@ class Recorder(TorchFunctionMode):
         elif call.kind == "softmax":
             probability = "pure"
         elif call.kind == "norm":
-            flows = {s: f.via("norm") for s, f in inputs[0].flows.items()}
+            record.has_scale = self._has_scale(record)
+            step = f"batch_norm{labels.AT}{key}" if record.has_scale else "norm"
+            flows = {s: f.via(step) for s, f in inputs[0].flows.items()}
             gain = call.gain
             if gain is not None and gain.ndim == 1 and record.weight is not None:
                 dim = ops.norm_channel_dim(record.function)
@@ -331,11 +346,14 @@ class Recorder(TorchFunctionMode):
 
     def _link(self, record: Record, value: Value, channel_dim: int) -> None:
         for source, flow in value.flows.items():
-            columns = labels.columns(flow.labels, channel_dim)
+            columns, through = labels.columns(flow.labels, channel_dim), flow.through
+            if columns is None and "attention" in through and bool((flow.labels >= 0).any()):
+                columns = torch.full((flow.labels.shape[channel_dim],), labels.NONE)
+                through = (*through, "scrambled")
             if columns is not None:
                 partial = bool((flow.labels == labels.NONE).any())
                 self.links.append(
-                    RawLink(carry.base(source), record.key, columns.cpu(), flow.through, partial)
+                    RawLink(carry.base(source), record.key, columns.cpu(), through, partial)
                 )
 
     def opaque(self, function: str, macs: int) -> None:
@@ -375,12 +393,3 @@ class Recorder(TorchFunctionMode):
             seen |= fresh
             waiting += fresh
         return False
-
-
-def crop_batch(example: Any) -> Any:
-    """One sample of a batch: the first entry of every tensor that has the batch as dim 0."""
-    leaves = [leaf for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.ndim]
-    if not leaves:
-        return example
-    batch = leaves[0].shape[0]
-    return tree_map_only(Tensor, lambda x: x[:1] if x.ndim and x.shape[0] == batch else x, example)

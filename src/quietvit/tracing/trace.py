@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.tracing import labels
+from quietvit.tracing.inputs import call, one_sample
 from quietvit.tracing.ops import FAMILIES
-from quietvit.tracing.record import Record, Recorder, crop_batch
+from quietvit.tracing.record import Record, Recorder
 from quietvit.tracing.weights import WeightView
+from quietvit.tracing.wrappers import eagerly, plain_model
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Site:
     patch_embed, post_norm, post_gelu, post_activation, attention_output, residual, head, constant
     (does not depend on the input) or other for weights; query_key, attention_value or other for
     products of activations. ``macs`` counts multiply-accumulates at batch 1. ``ordinal`` is the
-    place among the calls of its family, the same in every pass.
+    place among the calls of its family, the same in every pass. ``has_scale``: a BatchNorm with
+    stored statistics, which multiplies each channel by a factor of its own.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Site:
     weight: WeightView | None = None
     weight_shape: tuple[int, ...] | None = None
     feeds: tuple[str, ...] = ()
+    has_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Link:
 
     ``channels[j]`` is the channel that column j carries, -1 for none; ``heads[j]`` its attention
     head, -1 where no attention lies between. ``through`` names what stands between. ``partial``:
-    some positions carry no channel, as padding or a class token joined on the way.
+    some positions carry no channel, as padding or a class token joined on the way. ``scales``: the
+    BatchNorms and depthwise convolutions between, in order.
     """
 
     source: str
@@ -71,6 +76,7 @@ class Link:
     heads: tuple[int, ...]
     through: tuple[str, ...]
     partial: bool = False
+    scales: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,10 @@ class Trace:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one image, as torch's FlopCounterMode counts them (halved)."""
+        """Multiply-accumulates of one image, as torch's FlopCounterMode counts them (halved).
+
+        Products with a lone vector count nothing.
+        """
         return sum(site.macs for site in self.sites)
 
     def __getitem__(self, name: str) -> Site:
@@ -137,7 +146,8 @@ def trace(model: nn.Module, example: Any) -> Trace:
     """Record every matrix multiplication of a forward pass and what stands between them.
 
     ``example``: images of shape (B, C, H, W), or a tuple or dict of tensors as the model takes
-    them; only the first sample is run. The model runs in eval mode without gradients and is left
+    them, or a list of images (C, H, W) for a model that takes such a list, as detectors do. Only
+    the first sample is run. The model runs in eval mode without gradients and is left
     as it was. It runs twice, and the second pass is recorded: a model that computes a table in its
     first pass and keeps it goes another way from then on. ``scaled_dot_product_attention`` and
     ``nn.MultiheadAttention`` are replaced by explicit equals while recording, so that their
@@ -145,22 +155,15 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
     Raises QuietvitError where the model does not run on the example.
     """
-    model = getattr(model, "_orig_mod", model)
-    inputs = crop_batch(example)
-    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        try:
+    model = plain_model(model)
+    inputs = one_sample(example)
+    with evaluating(model), torch.no_grad(), eagerly():
+        with _refusing(model, example):
             call(model, inputs)
-        except Exception as error:
-            shapes = [tuple(x.shape) for x in _tensors(inputs)]
-            raise QuietvitError(
-                f"{type(model).__name__} does not run on the example given (shapes {shapes}, one "
-                f"sample): {error}. Give images as the model takes them, for example "
-                "torch.randn(1, 3, 224, 224)."
-            ) from error
         recorder = Recorder(model)
         recorder.mark_inputs(inputs)
         try:
-            with recorder:
+            with _refusing(model, example), recorder:
                 result = call(model, inputs)
         finally:
             unseen = recorder.finish()
@@ -169,11 +172,27 @@ def trace(model: nn.Module, example: Any) -> Trace:
     return _assemble(type(model).__name__, recorder, _tensors(result))
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on a tensor, a tuple of arguments, or a dict of keyword arguments."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+@contextmanager
+def _refusing(model: nn.Module, example: Any) -> Iterator[None]:
+    """Turn what the model raises over an example into a QuietvitError."""
+    try:
+        yield
+    except (QuietvitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shapes = [tuple(x.shape) for x in _tensors(example)]
+        what = f"{type(error).__name__}: {error}"
+        if "Expected gradient function" in what:
+            what += (
+                " (torch's FlopCounterMode raises this without gradients; trace outside of it, the "
+                "trace counts by itself)"
+            )
+        raise QuietvitError(
+            f"{type(model).__name__} does not run on the example given (shapes {shapes}, the "
+            f"first sample of it): {what}. Give images as the model takes them, for example "
+            "torch.randn(1, 3, 224, 224); several arguments as a tuple, named ones as a dict; a "
+            "list of images (C, H, W) where the model takes one."
+        ) from error
 
 
 @contextmanager
@@ -238,6 +257,7 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
                 macs=record.macs,
                 weight=record.weight,
                 weight_shape=record.weight_shape,
+                has_scale=record.has_scale,
                 feeds=tuple(names[key] for key in sorted(record.feeds, key=order.__getitem__)),
             )
         )
@@ -247,8 +267,11 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
             names[link.consumer],
             tuple(torch.where(link.columns < 0, -1, link.columns % labels.HEAD).tolist()),
             tuple(torch.where(link.columns < 0, -1, link.columns // labels.HEAD - 1).tolist()),
-            link.through,
+            _steps(link.through),
             link.partial,
+            tuple(
+                names[step.partition(labels.AT)[2]] for step in link.through if labels.AT in step
+            ),
         )
         for link in recorder.links
     )
@@ -258,7 +281,7 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
             names[score.query],
             names[score.key],
             tuple((tuple(q.tolist()), tuple(k.tolist())) for q, k in score.heads),
-            score.through,
+            _steps(score.through),
         )
         for score in recorder.scores
         if roles[score.site] == "query_key"
@@ -267,6 +290,11 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
     leaving = {key for result in results for key in recorder.value(result).origin}
     outputs = tuple(names[key] for key in sorted(leaving, key=order.__getitem__))
     return Trace(model_name, tuple(sites), links, scores, counts, outputs)
+
+
+def _steps(through: tuple[str, ...]) -> tuple[str, ...]:
+    """What stands between, without the sites that say where."""
+    return tuple(dict.fromkeys(step.partition(labels.AT)[0] for step in through))
 
 
 def _name(record: Record, role: str, leaf_modules: frozenset[str]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.tracing.scales import read_entry, scale_name
 
 Index = range | tuple[int, ...]
 
@@ -23,6 +24,9 @@ class WeightView:
     A parameter of shape (out, in, ...) is read as the matrix (out, in * ...). With ``diagonal`` the
     parameter is a vector of gains g, shape (h,), and stands for diag(g). With ``transposed`` the
     matrix that acts is the transpose of the rows and columns chosen.
+
+    The parameter may also be a computed scale (``tracing.scales``), which can be read and not
+    written.
     """
 
     module: str
@@ -39,14 +43,12 @@ class WeightView:
     def parameter(self, model: nn.Module) -> Tensor:
         """Return the whole parameter as it is now. Raises QuietvitError where it is missing."""
         try:
-            found = getattr(model.get_submodule(self.module), self.attribute)
+            return read_entry(model, self.parameter_name)
         except AttributeError as error:
             raise QuietvitError(
                 f"the pair names {self.parameter_name}, which this {type(model).__name__} does not "
                 "have; find the pairs again on this model with quietvit.find_pairs(model, example)."
             ) from error
-        assert isinstance(found, Tensor)
-        return found
 
     def read(self, model: nn.Module) -> Tensor:
         """Return the matrix, shape (rows, cols), or the vector of gains, shape (h,) if diagonal."""
@@ -123,6 +125,12 @@ def view_of(
                 transposed=transposed,
             )
     return None
+
+
+def scale_view(modules: Sequence[str], rows: Sequence[int], size: int) -> WeightView:
+    """The product of the scales of some modules, of ``size`` channels each, at the chosen rows."""
+    whole = WeightView(*scale_name(modules), diagonal=True)
+    return replace(whole, rows=_chosen(None, rows, size))
 
 
 def _compress(index: Tensor) -> Index:

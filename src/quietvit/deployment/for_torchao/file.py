@@ -6,7 +6,6 @@ bit.
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import build, compare_weights, set_dtypes
 from quietvit.quantization.folder import FolderFormat
+from quietvit.tracing import plain_copy
 
 FORMAT = FolderFormat(
     "quietvit torchao model",
@@ -104,7 +104,7 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
             "the architecture yourself and give it: load_torchao(path, model=my_model)."
         )
     try:
-        own = build(path, content) if model is None else copy.deepcopy(model)
+        own = build(path, content) if model is None else plain_copy(model)
         own.eval()
         for name in content["made"]:
             _set(own, name, tensors[name])

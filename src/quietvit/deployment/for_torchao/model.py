@@ -24,7 +24,7 @@ from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.quantization.storage import weights_in_use
 from quietvit.quantization.weights import why_fixed, write_weight
-from quietvit.tracing import MATMUL_KINDS, Site
+from quietvit.tracing import MATMUL_KINDS, Site, plain_model
 
 WEIGHT_ONLY = "its weight alone is quantized: int8 in memory, multiplied in float"
 
@@ -104,6 +104,7 @@ def to_torchao(quantized: QuantizedModel) -> TorchAO:
     that fit in no parameter.
     """
     need("torchao")
+    quantized = plain_model(quantized)  # type: ignore[assignment]
     if not isinstance(quantized, QuantizedModel):
         raise QuietvitError(
             f"a {type(quantized).__name__} is not quantized; make it a QuantizedModel by "

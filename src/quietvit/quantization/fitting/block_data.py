@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.adjustments import ChannelAffine, channel_axis
-from quietvit.quantization.blocks import Block, run_block
+from quietvit.quantization.blocks import Block, naming_block, run_block
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import ImageStream, run_model
 from quietvit.quantization.weights import weight_axis
@@ -155,6 +155,8 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> Layout
         return "changes its input in place"
     leaves, spec = _tree.tree_flatten((one.args, one.kwargs))
     doubled, _ = _tree.tree_flatten((two.args, two.kwargs))
+    if len(leaves) != len(doubled):
+        return "is given more tensors for more images"
     x, y = first_tensor((one.args, one.kwargs)), first_tensor(one.output)
     places = []
     for place, (leaf, other) in enumerate(zip(leaves, doubled, strict=True)):
@@ -187,6 +189,8 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> Layout
 
 def _grown(one: Tensor, two: Tensor) -> tuple[int, int] | None:
     """The dim that doubled with the images, and its size for one image."""
+    if one.ndim != two.ndim:
+        return None
     dims = [d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
     if len(dims) != 1 or two.shape[dims[0]] != 2 * one.shape[dims[0]]:
         return None
@@ -280,7 +284,9 @@ class BlockData:
     def float(self, block: Block, layout: Layout, given: Leaves) -> Tensor:
         """The float block's output (images, rows, ...)."""
         args, kwargs = layout.arguments(given)
-        return layout.split_output(self.reference.get_submodule(block.name)(*args, **kwargs))
+        with naming_block(block.name):
+            output = self.reference.get_submodule(block.name)(*args, **kwargs)
+        return layout.split_output(output)
 
     def moved(self, block: Block) -> ChannelAffine | None:
         """How a lone layer's input was moved by the re-parametrization of a norm before it."""

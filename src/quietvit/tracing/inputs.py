@@ -1,0 +1,53 @@
+"""What a model is called with: one tensor, several arguments, named ones, or a list of images.
+
+Which images there are, and of what size, is the callers' business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call a model on a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    A list is a tuple of arguments too, but for a list of images (C, H, W), as detectors take them:
+    that is one argument.
+    """
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)) and not is_image_list(inputs):
+        return model(*inputs)
+    return model(inputs)
+
+
+def one_sample(example: Any) -> Any:
+    """Return the first sample of a batch: the first entry of each tensor with the batch as dim 0.
+
+    Of a list of images it is the first image, with all its channels.
+    """
+    if is_image_list(example):
+        return example[:1]
+    if isinstance(example, dict):
+        lists = {key: value[:1] for key, value in example.items() if is_image_list(value)}
+        if lists:
+            return example | lists
+    leaves = [leaf for leaf in tree_flatten(example)[0] if isinstance(leaf, Tensor) and leaf.ndim]
+    if not leaves:
+        return example
+    batch = leaves[0].shape[0]
+    return tree_map_only(Tensor, lambda x: x[:1] if x.ndim and x.shape[0] == batch else x, example)
+
+
+def is_image_list(inputs: Any) -> bool:
+    """Whether this is a list of images, each (C, H, W) of at most 4 channels."""
+    return isinstance(inputs, list) and bool(inputs) and all(map(_is_image, inputs))
+
+
+def _is_image(x: Any) -> bool:
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        return False
+    return x.shape[0] <= 4 < min(x.shape[1:])

@@ -1,0 +1,75 @@
+"""Diagonal maps that are computed: what BatchNorms multiply each channel by, by name as weights.
+
+A name of this kind is read from the model anew each time. Which links pass them is ``record``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.tracing.wrappers import plain_model
+
+# An attribute that no module has: "stage.bn.channel_scale()" names the scale of "stage.bn".
+SCALE = "channel_scale()"
+_TIMES = " * "
+
+
+def scale_name(modules: Sequence[str]) -> tuple[str, str]:
+    """Return the module and attribute that name the product of the scales of some modules."""
+    return f".{SCALE}{_TIMES}".join(modules), SCALE
+
+
+def is_scale(name: str) -> bool:
+    """Whether a parameter's name is that of a computed scale."""
+    return name.endswith(f".{SCALE}")
+
+
+def read_entry(model: nn.Module, name: str) -> Tensor:
+    """Return the parameter of this name, or the scale that the name stands for, as it is now.
+
+    Raises AttributeError where the model has no such module or parameter.
+    """
+    model = plain_model(model)
+    if not is_scale(name):
+        module, _, attribute = name.rpartition(".")
+        found = getattr(model.get_submodule(module), attribute)
+        assert isinstance(found, Tensor)
+        return found
+    parts = [part.removesuffix(f".{SCALE}") for part in name.split(_TIMES)]
+    scales = [_scale(plain_model(model.get_submodule(part))) for part in parts]
+    return torch.stack(scales).prod(0) if len(scales) > 1 else scales[0]
+
+
+def has_scale(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm that uses stored statistics when it evaluates."""
+    module = plain_model(module)
+    return (
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.running_var is not None
+        and module.weight is not None
+    )
+
+
+def _scale(module: nn.Module) -> Tensor:
+    """The factor of each channel, shape (channels,), detached, at least float32.
+
+    BatchNorm: gamma / sqrt(running_var + eps), as in eval mode. Depthwise convolution: the root of
+    the summed squares of each kernel, its gain for white input.
+    """
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        assert module.running_var is not None
+        variance = _whole(module.running_var)
+        return _whole(module.weight) * (variance + module.eps).rsqrt()
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return _whole(weight).flatten(1).norm(dim=1)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    whole = tensor.detach()
+    if hasattr(whole, "full_tensor"):  # FSDP2 keeps it in parts
+        whole = whole.full_tensor()
+    return whole if whole.dtype == torch.float64 else whole.float()

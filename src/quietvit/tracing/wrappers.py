@@ -1,0 +1,110 @@
+"""Wrappers that stand around a model or its blocks and do not change what it computes.
+
+``torch.compile``, DistributedDataParallel, FSDP and the like. Names never show them.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+# Attributes of wrappers that pass every other attribute on to the module inside.
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Wrappers that do not, by the module of their class; all of them call the inner model ``module``.
+_PARALLEL = (
+    ("torch.nn.parallel", "DataParallel"),
+    ("torch.nn.parallel", "DistributedDataParallel"),
+    ("torch.optim.swa_utils", "AveragedModel"),
+    ("timm.utils", "ModelEma"),
+    ("timm.utils", "ModelEmaV2"),
+    ("timm.utils", "ModelEmaV3"),
+)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers around it, however many there are.
+
+    Seen through are ``torch.compile``, DataParallel, DistributedDataParallel, FSDP, the activation
+    checkpoint wrapper, and torch's and timm's averaged models. What is no module is returned as it
+    is.
+    """
+    while (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a module or parameter as it would be without compiled blocks.
+
+    Modules are found by this name too, because those wrappers pass attributes on.
+    """
+    return ".".join(part for part in name.split(".") if part not in _INNER)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy of the model without wrappers, compiled blocks and compiled methods.
+
+    A deep copy alone would be wrong: a compiled method of the copy still runs the original model.
+    Functions that the class itself compiles stay; ``eagerly`` runs them without compilation.
+    """
+    memo: dict[int, Any] = {}
+    copied = plain_model(copy.deepcopy(plain_model(model), memo))
+    for module in list(copied.modules()):
+        for name, child in module._modules.items():
+            if child is not None and _passes_on(child) is not None:
+                module._modules[name] = plain_model(child)
+    for module in copied.modules():
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = None
+        for name, value in list(vars(module).items()):
+            inner = getattr(value, "_torchdynamo_orig_callable", None)
+            if isinstance(inner, types.MethodType):
+                owner = memo.get(id(inner.__self__), inner.__self__)
+                inner = types.MethodType(inner.__func__, owner)
+            if inner is not None:
+                vars(module)[name] = inner
+    return copied
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run what is compiled in its plain form inside ``with``; it is compiled again afterwards.
+
+    Does nothing while torch itself compiles: what is compiled inside is then part of the whole.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are")
+        yield
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """The module inside the outermost wrapper, None where there is no wrapper."""
+    found = _passes_on(model)
+    if found is not None:
+        return found
+    for where, kind in _PARALLEL:
+        wrapper = getattr(sys.modules.get(where), kind, None)
+        if wrapper is not None and isinstance(model, wrapper):
+            return _module(getattr(model, "module", None))
+    return None
+
+
+def _passes_on(model: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper that passes attributes on, None for any other module."""
+    children = getattr(model, "_modules", {})
+    return next((_module(children[name]) for name in _INNER if name in children), None)
+
+
+def _module(found: Any) -> nn.Module | None:
+    return found if isinstance(found, nn.Module) else None
