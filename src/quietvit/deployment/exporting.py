@@ -22,6 +22,7 @@ from quietvit.files import write_atomic
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import preprocessing_of
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+from quietvit.tracing import MATMUL_KINDS
 
 NEEDS = {
     "onnx": ("onnxscript", "onnx"),
@@ -113,7 +114,7 @@ def export(
         from quietvit.deployment.for_torchao.file import write_torchao
 
         return Artifact(path, write_torchao(own, path, facts, force=force), tuple(replaced))
-    content, facts = onnx_of(own, grids, facts, opset)
+    content, facts = onnx_of(own, grids, facts, opset, at_once=target == "onnx")
     if target == "openvino":
         from quietvit.deployment.for_openvino.file import write_openvino
 
@@ -231,6 +232,7 @@ def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid], target: str) ->
             f"activations of {bits} bits are carried in 8-bit codes: the accuracy is theirs, the "
             "speed that of 8 bits"
         )
-    if any(slot.site.kind not in ("linear", "conv", "matmul", "einsum") for slot in slots.values()):
+    kinds = {slot.site.kind for slot in slots.values() if not slot.is_output}
+    if not kinds <= MATMUL_KINDS:
         notes.append("operands of norms, softmax or additions are rounded, and computed in float")
     return notes
