@@ -69,7 +69,8 @@ def export(
     ``to``: ``onnx`` (a file .onnx with QuantizeLinear and DequantizeLinear, for onnxruntime),
     ``openvino`` (.xml and .bin) or ``torchao`` (a folder, read by ``load_torchao``, whose linears
     alone are integers); by default what the suffix of ``path`` says. Input ``images`` (batch, C, H,
-    W), float32, output ``logits``; the batch is dynamic. Weights are stored as integers, int8, or
+    W), float32, output ``logits``; the batch is dynamic, or 1 where torch.export fixes it
+    (a note among the facts says so). Weights are stored as integers, int8, or
     int4 where they have at most 4 bits (opset 21, not torchao). Activations of fewer than 8 bits
     are carried in 8-bit codes: the accuracy is theirs, the speed that of 8 bits.
 

@@ -29,7 +29,7 @@ class Product:
 
     ``operands``: name -> ``Grid.facts``, empty where the product is in float, and ``why_float``
     then says why. ``rounded``: of a convolution that gives codes, the ``slot`` (``site:operand``)
-    whose codes these are, and by how much of their step the ``bias`` is rounded at most.
+    whose codes these are, and by how much of their step ``rounding`` may move them.
     """
 
     name: str

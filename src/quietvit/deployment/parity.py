@@ -169,13 +169,14 @@ def _rounded(
     quantizer: Any = quantized.quantizers[slot.key]
     x = operands[site][slot.index]
     own = quantizer.codes(x).cpu().numpy().astype(np.int64) + Grid.of(slot, quantizer).moved
-    rounding = min(product.rounded["bias"], COARSEST / 2)
+    allowed = np.minimum(np.asarray(product.rounded["rounding"]), COARSEST)
+    rounding = _along(allowed, 1, own.ndim) if allowed.size > 1 else allowed
     used = theirs.astype(np.int64).reshape(own.shape)
     return own.size, *_differing(own, used, x, quantizer, TIE + rounding)
 
 
 def _differing(
-    own: np.ndarray, theirs: np.ndarray, x: Tensor, quantizer: Any, tie: float = TIE
+    own: np.ndarray, theirs: np.ndarray, x: Tensor, quantizer: Any, tie: Any = TIE
 ) -> tuple[int, int]:
     """(ties, others) among codes that differ; ``tie`` is how far from the middle one may be."""
     apart = own != theirs

@@ -14,9 +14,11 @@ from quietvit.deployment.for_onnx.writer import Stored, Writer, constant_of, oth
 
 ROUNDED = ":rounded"
 MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"})
-COARSEST = 1 / 16
+COARSEST = 1 / 2
 """Largest step of the sums, in steps of the output's codes: a bias is rounded to such steps."""
-LARGEST_SUM = 2**30
+LARGEST_SUM = 2**29
+FLOAT32 = 2.0**-21
+"""Share of the largest sum that float32 may lose, in the simulated model or behind the integers."""
 UNROUNDED = (
     "onnxruntime has integer convolutions only where the output is quantized at once, and this one "
     "is read in float; conv_output_bits=8 of the method quantizes it"
@@ -27,24 +29,28 @@ UNROUNDED = (
 class Rounded:
     """A convolution that gives codes: those of ``slot`` (``site:operand``), which reads it.
 
-    ``bias``: by how much of a step of these codes the rounding of the bias moves them at most.
+    ``rounding``: by how much of a step of these codes they may be moved, for each channel (dim 1),
+    or one number for all: half a step of the sums, as the bias is rounded to whole ones, and what
+    float32 loses of the sums.
     """
 
     slot: str
-    bias: float
+    rounding: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Integers:
     """A weight as the convolution multiplies it: (code - zero) * factor, and its int32 bias.
 
-    ``zero``, ``factor``, ``scale`` and ``bias``: one for each output channel.
+    ``zero``, ``factor``, ``scale``, ``bias``, and what the rounding may change in steps of the
+    output's codes: one for each output channel.
     """
 
     zero: np.ndarray
     factor: np.ndarray
     scale: np.ndarray
     bias: np.ndarray
+    rounding: np.ndarray
 
 
 @dataclass
@@ -76,7 +82,7 @@ def quantized_at_once(writer: Writer, conv: Any, stored: Stored) -> str | Rounde
 
     BatchNorm and biases go into the scales of the weight and an int32 bias; ReLU and the like go
     into the range of the output's codes. The values are those of the simulated model, but the bias
-    is rounded to whole steps of the sums, by ``Rounded.bias`` of an output's step at most.
+    is rounded to whole steps of the sums, at most ``COARSEST`` of an output's step each.
 
     Returns why nothing was changed, or what was written.
     """
@@ -94,9 +100,11 @@ def quantized_at_once(writer: Writer, conv: Any, stored: Stored) -> str | Rounde
     if isinstance(weight, str):
         return weight
     _write(writer, conv, stored, behind, step, weight)
-    output = float(_constant(behind.quantizer.inputs[1]))
     slot = behind.quantizer.inputs[1].name.removesuffix(":scale")
-    return Rounded(slot, float(weight.scale.max()) * step / output / 2)
+    rounding = weight.rounding
+    return Rounded(
+        slot, tuple((rounding.max(keepdims=True) if behind.moves else rounding).tolist())
+    )
 
 
 def _behind(conv: Any, channels: int) -> Behind | None:
@@ -178,7 +186,9 @@ def _integers(stored: Stored, behind: Behind, step: float) -> Integers | str:
     """The weight with what stands behind it folded in, or why 8 bits do not hold it.
 
     A channel's codes are multiplied by the largest whole number that leaves them in 8 bits, and its
-    scale is divided by it: that makes the sums, and the bias among them, finer.
+    scale is divided by it: that makes the sums, and the bias among them, finer. A channel that
+    hardly matters beside its bias gets sums so coarse that 32 bits hold the bias; its codes are
+    then rounded, which changes an output by less than a thousandth of a step.
     """
     grid, codes = stored.grid, stored.codes
     assert codes is not None
@@ -193,16 +203,19 @@ def _integers(stored: Stored, behind: Behind, step: float) -> Integers | str:
             "weight_symmetric=True, or 7 bits"
         )
     finer = 127 // np.maximum(whole.max(axis=1), 1)
-    scale = grid.scale.astype(np.float64) * np.abs(behind.gain) / finer
+    sign = np.where(behind.gain < 0, -1, 1)
     output = float(_constant(behind.quantizer.inputs[1]))
-    reach = whole.sum(axis=1) * finer * 255
-    silent = scale * step * reach < output * 2.0**-20  # these sums move no code: write none
-    factor = np.where(silent, 0, np.where(behind.gain < 0, -finer, finer))
-    unit = np.where(silent, np.maximum(output / 4096, np.abs(behind.offset) / 2**24), scale * step)
+    exact = grid.scale.astype(np.float64) * np.abs(behind.gain) / finer * step
+    unit = np.maximum(exact, np.maximum(np.abs(behind.offset) / LARGEST_SUM, output / LARGEST_SUM))
     bias = np.rint(behind.offset / unit)
-    if (unit > output * COARSEST).any() or (np.abs(bias) + reach > LARGEST_SUM).any():
-        return "its bias does not fit the integers of its sums"
-    return Integers(zero, factor, (unit / step).astype(np.float32), bias.astype(np.int32))
+    if (unit > output * COARSEST).any():
+        return "its sums are too coarse for the bias to be one of them"
+    factor = sign * finer * np.where(unit > exact, exact / unit, 1.0)
+    reach = whole.sum(axis=1) * np.abs(factor) * 255 + np.abs(bias)
+    lost = np.where(unit > exact, 0.5 * 255 * whole.shape[1], 0.5) + reach * FLOAT32
+    return Integers(
+        zero, factor, (unit / step).astype(np.float32), bias.astype(np.int32), lost * unit / output
+    )
 
 
 def _write(
@@ -238,18 +251,16 @@ def _weight(writer: Writer, conv: Any, stored: Stored, weight: Integers) -> Any:
     import onnx_ir as ir
 
     assert stored.codes is not None
-    zero, factor = (
-        row.astype(np.int32).reshape(-1, 1, 1, 1) for row in (weight.zero, weight.factor)
-    )
+    zero, factor = (row.reshape(-1, 1, 1, 1) for row in (weight.zero, weight.factor))
     codes = writer.weight(conv, stored, stored.codes)
-    if codes.is_initializer():
-        whole = (stored.codes.astype(np.int32) - zero) * factor
+    if codes.is_initializer() or (factor != np.rint(factor)).any():
+        whole = np.rint((stored.codes.astype(np.int32) - zero) * factor)
         codes = writer.constant(f"{stored.name}:spread", whole.astype(np.int8))
     else:
         name = stored.name
         codes = writer.node(conv, "Cast", [codes], f"{name}:wide", to=int(ir.DataType.INT32))
         for op, row in (("Sub", zero), ("Mul", factor)):
-            row = writer.constant(f"{name}:{op.lower()}", row)
+            row = writer.constant(f"{name}:{op.lower()}", row.astype(np.int32))
             codes = writer.node(conv, op, [codes, row], f"{name}:{op}")
         codes = writer.node(conv, "Cast", [codes], f"{name}:spread", to=int(ir.DataType.INT8))
     none = np.zeros(len(weight.scale), np.int8)  # kernels of other runtimes look for it
