@@ -23,7 +23,7 @@ from quietvit.files import refuse_other_bytes, refuse_unwritable, write_atomic
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import preprocessing_of
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
-from quietvit.tracing import plain_model
+from quietvit.tracing import MATMUL_KINDS, plain_model
 
 NEEDS = {
     "onnx": ("onnxscript", "onnx"),
@@ -74,7 +74,8 @@ def export(
     ``to``: ``onnx`` (a file .onnx with QuantizeLinear and DequantizeLinear, for onnxruntime),
     ``openvino`` (.xml and .bin) or ``torchao`` (a folder, read by ``load_torchao``, whose linears
     alone are integers); by default what the suffix of ``path`` says. Input ``images`` (batch, C, H,
-    W), float32, output ``logits``; the batch is dynamic. Weights are stored as integers, int8, or
+    W), float32, output ``logits``; the batch is dynamic, or 1 where torch.export fixes it
+    (a note among the facts says so). Weights are stored as integers, int8, or
     int4 where they have at most 4 bits (opset 21, not torchao). Activations of fewer than 8 bits
     are carried in 8-bit codes: the accuracy is theirs, the speed that of 8 bits.
 
@@ -123,7 +124,7 @@ def export(
         from quietvit.deployment.for_torchao.file import write_torchao
 
         return Artifact(path, write_torchao(own, path, facts, force=force), tuple(replaced))
-    content, facts = onnx_of(own, grids, facts, opset)
+    content, facts = onnx_of(own, grids, facts, opset, at_once=target == "onnx")
     if target == "openvino":
         from quietvit.deployment.for_openvino.file import write_openvino
 
@@ -229,6 +230,7 @@ def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid], target: str) ->
             f"activations of {bits} bits are carried in 8-bit codes: the accuracy is theirs, the "
             "speed that of 8 bits"
         )
-    if any(slot.site.kind not in ("linear", "conv", "matmul", "einsum") for slot in slots.values()):
+    kinds = {slot.site.kind for slot in slots.values() if not slot.is_output}
+    if not kinds <= MATMUL_KINDS:
         notes.append("operands of norms, softmax or additions are rounded, and computed in float")
     return notes

@@ -20,11 +20,7 @@ from quietvit.files import json_text
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import MATMUL_KINDS
 
-UNCLAIMED = {
-    "conv": "a convolution that is no product of separate patches, which onnxruntime has in "
-    "integers only where its output is quantized at once",
-    "einsum": "written by torch in a form that is not followed, so nothing is claimed of it",
-}
+UNCLAIMED = "written by torch in a form that is not followed, so nothing is claimed of it"
 KEY, FORMAT, VERSION = "quietvit", "quietvit exported model", 1
 
 
@@ -33,7 +29,8 @@ class Product:
     """One matrix product of the model: its share of the work, and the grids of its operands.
 
     ``operands``: name -> ``Grid.facts``, empty where the product is in float, and ``why_float``
-    then says why.
+    then says why. ``rounded``: of a convolution that gives codes, the ``slot`` (``site:operand``)
+    whose codes these are, and by how much of their step ``rounding`` may move them.
     """
 
     name: str
@@ -41,6 +38,7 @@ class Product:
     macs: int
     operands: dict[str, dict[str, Any]]
     why_float: str | None = None
+    rounded: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,13 +82,23 @@ class Facts:
             content[name] = None if content[name] is None else tuple(content[name])
         return cls(products=products, **content)
 
-    def claiming(self, names: Collection[str]) -> Facts:
-        """The facts with no product claimed to be integer but those named."""
+    def claiming(
+        self,
+        names: Collection[str],
+        reasons: Mapping[str, str],
+        rounded: Mapping[str, dict[str, Any]],
+    ) -> Facts:
+        """The facts with no product claimed to be integer but those named.
+
+        ``reasons``: why another one is float, by name; ``rounded``: ``Product.rounded``, by name.
+        """
 
         def held_to(product: Product) -> Product:
-            if product.why_float is not None or product.name in names:
+            if product.why_float is not None:
                 return product
-            return replace(product, why_float=UNCLAIMED.get(product.kind, UNCLAIMED["einsum"]))
+            if product.name in names:
+                return replace(product, rounded=rounded.get(product.name))
+            return replace(product, why_float=reasons.get(product.name, UNCLAIMED))
 
         return replace(self, products=tuple(map(held_to, self.products)))
 
@@ -110,7 +118,7 @@ def facts_of(
     """Collect the facts of a quantized model; ``grids`` by key, of the slots that have one."""
     keys: dict[str, dict[str, str]] = {}
     for slot in quantized.slots():
-        if slot.site.kind in MATMUL_KINDS:
+        if slot.site.kind in MATMUL_KINDS and not slot.is_output:
             keys.setdefault(slot.site.name, {})[slot.operand] = slot.key
     coverage = quantized.coverage
     reasons = dict(coverage.untouched)

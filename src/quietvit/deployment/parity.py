@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from quietvit.deployment.facts import Facts, Product
+from quietvit.deployment.for_onnx.convolutions import COARSEST
 from quietvit.deployment.for_onnx.parts import Parts
 from quietvit.deployment.for_openvino.parts import IRParts
+from quietvit.deployment.grids import Grid
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
@@ -33,7 +35,9 @@ class Agreement:
 
     ``codes``: how many integers went in; ``ties``: how many of them differ by one where the value
     lies in the middle between both; ``wrong``: how many differ otherwise. ``sums``: how many sums
-    of products came out; ``off``: how many of them are not those of the codes.
+    of products came out; ``off``: how many of them are not those of the codes. Of a convolution
+    that gives codes, ``sums`` are these, compared as those that went in are; the middle is then as
+    wide as its bias is rounded.
     """
 
     product: str
@@ -63,7 +67,7 @@ def agreements(
     for slot in quantized.slots():
         slots.setdefault(slot.site.name, []).append(slot)
     for product in wanted:
-        if len(slots.get(product.name, [])) != 2:
+        if len([s for s in slots.get(product.name, []) if not s.is_output]) != 2:
             raise QuietvitError(
                 f"{path} multiplies integers in {product.name}, where this {quantized.method.name} "
                 "model has no two quantizers; give the .qvit that it was exported from."
@@ -72,22 +76,27 @@ def agreements(
     names = [product.name for product in wanted]
     parts: Parts | IRParts = (IRParts if path.suffix == ".xml" else Parts).of(path, names)
     given = {
-        name: [operands[name][slot.index] for slot in slots[name] if not slot.is_weight]
+        name: [
+            operands[name][slot.index]
+            for slot in slots[name]
+            if not slot.is_weight and not slot.is_output
+        ]
         for name in parts.codes
     }
     codes, sums = parts.run(given)
-    return [
-        _compared(
-            p,
-            slots[p.name],
-            quantized,
-            operands[p.name],
-            codes[p.name],
-            sums[p.name],
-            corrected=path.suffix == ".xml",
+    found = []
+    for product in wanted:
+        here, name = slots[product.name], product.name
+        compared, sides, scale, corrected = _operand_codes(
+            product, here, quantized, operands[name], codes[name], path.suffix == ".xml"
         )
-        for p in wanted
-    ]
+        if product.rounded is None:
+            count, off = _sums(product, sides, scale, sums[name], corrected)
+        else:
+            count, middle, off = _rounded(path, product, slots, quantized, operands, sums[name])
+            compared = (compared[0], compared[1] + middle, compared[2])
+        found.append(Agreement(name, *compared, count, off))
+    return found
 
 
 def _operands(quantized: QuantizedModel, images: Tensor) -> dict[str, dict[int, Tensor]]:
@@ -104,21 +113,25 @@ def _operands(quantized: QuantizedModel, images: Tensor) -> dict[str, dict[int, 
     return kept
 
 
-def _compared(
+def _operand_codes(
     product: Product,
     slots: list[Slot],
     quantized: QuantizedModel,
     operands: dict[int, Tensor],
     theirs: list[np.ndarray],
-    found: np.ndarray,
     corrected: bool,
-) -> Agreement:
-    """``corrected``: the file takes a weight's zero points out and corrects the sums in float."""
+) -> tuple[tuple[int, int, int], list[np.ndarray], Any, bool]:
+    """(codes, ties, wrong) of both operands; the integers multiplied; their scale.
+
+    ``corrected``: the file takes a weight's zero points out and corrects the sums in float.
+    """
     codes, ties, wrong = 0, 0, 0
     sides: list[np.ndarray] = []
     scale: Any = np.float64(1)
     waiting = iter(theirs)
     for slot in sorted(slots, key=lambda slot: slot.index):
+        if slot.is_output:
+            continue
         quantizer: Any = quantized.quantizers[slot.key]
         moved = product.operands[slot.operand]["moved"]
         x = operands[slot.index]
@@ -132,18 +145,46 @@ def _compared(
         sides.append(used - _along(zero, quantizer.axis, own.ndim))
         scale = scale * quantizer.scale.double().cpu().numpy()
         corrected = corrected and (not slot.is_weight or bool(zero.any()))
-    count, off = _sums(product, sides, scale, found, corrected)
-    return Agreement(product.name, codes, ties, wrong, count, off)
+    return (codes, ties, wrong), sides, scale, corrected
 
 
-def _differing(own: np.ndarray, theirs: np.ndarray, x: Tensor, quantizer: Any) -> tuple[int, int]:
-    """(ties, others) among codes that differ."""
+def _rounded(
+    path: Path,
+    product: Product,
+    slots: dict[str, list[Slot]],
+    quantized: QuantizedModel,
+    operands: dict[str, dict[int, Tensor]],
+    theirs: np.ndarray,
+) -> tuple[int, int, int]:
+    """(codes, ties, others that differ) of a convolution that gives the codes of its reader."""
+    assert product.rounded is not None
+    site, _, operand = product.rounded["slot"].rpartition(":")
+    slot = next((slot for slot in slots.get(site, []) if slot.operand == operand), None)
+    if slot is None:
+        raise QuietvitError(
+            f"{path} quantizes the output of {product.name} as {site} ({operand}), where this "
+            f"{quantized.method.name} model has no quantizer; give the .qvit that it was exported "
+            "from."
+        )
+    quantizer: Any = quantized.quantizers[slot.key]
+    x = operands[site][slot.index]
+    own = quantizer.codes(x).cpu().numpy().astype(np.int64) + Grid.of(slot, quantizer).moved
+    allowed = np.minimum(np.asarray(product.rounded["rounding"]), COARSEST)
+    rounding = _along(allowed, 1, own.ndim) if allowed.size > 1 else allowed
+    used = theirs.astype(np.int64).reshape(own.shape)
+    return own.size, *_differing(own, used, x, quantizer, TIE + rounding)
+
+
+def _differing(
+    own: np.ndarray, theirs: np.ndarray, x: Tensor, quantizer: Any, tie: Any = TIE
+) -> tuple[int, int]:
+    """(ties, others) among codes that differ; ``tie`` is how far from the middle one may be."""
     apart = own != theirs
     if not apart.any():
         return 0, 0
     steps = x.double().cpu().numpy() / float(quantizer.scale)
     distance = np.abs(steps - np.floor(steps) - 0.5)
-    ties = apart & (np.abs(own - theirs) == 1) & (distance < TIE)
+    ties = apart & (np.abs(own - theirs) == 1) & (distance < tie)
     return int(ties.sum()), int((apart & ~ties).sum())
 
 

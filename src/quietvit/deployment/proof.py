@@ -5,6 +5,7 @@ A file that says int8 proves nothing: a runtime may compute all of it in float a
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ FLOAT_OPS = frozenset(
         *("Attention", "MultiHeadAttention", "Einsum", "ConvTranspose", "GroupQueryAttention"),
     }
 )
+# onnxruntime adds it to a node that it makes again with channels last.
+LAYOUT_SUFFIX = re.compile(r"_token_\d+$")
 OPENVINO_LAYERS = frozenset({"FullyConnected", "MatMul", "Convolution", "GroupConvolution"})
 
 
@@ -111,7 +114,7 @@ def _onnxruntime_nodes(path: Path) -> Iterator[tuple[str, tuple[str, bool, str |
     made = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         if node.op_type in INTEGER_OPS:
-            yield node.name, (node.op_type, True, None)
+            yield LAYOUT_SUFFIX.sub("", node.name), (node.op_type, True, None)
         elif node.op_type in WEIGHT_ONLY_OPS:
             reason = "only its weight is quantized, activations are float"
             yield node.name, (node.op_type, False, reason)

@@ -25,14 +25,25 @@ SETTINGS: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_
 class Runtime(ABC):
     """A model loaded by a runtime: ``runtime(images)`` are its logits, numpy arrays both.
 
+    Any number of images; where the file takes a fixed number at once, in parts.
+
     ``path`` is the file it came from, ``name`` the runtime with its version.
     """
 
     path: Path
     name: str
 
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        fixed = self.input_shape[0]
+        if fixed is None or fixed == len(images):
+            return self._run(images)
+        places = np.arange(-(-len(images) // fixed) * fixed) % len(images)
+        parts = [self._run(images[part]) for part in places.reshape(-1, fixed)]
+        return np.concatenate(parts)[: len(images)]
+
     @abstractmethod
-    def __call__(self, images: np.ndarray) -> np.ndarray: ...
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        """Logits of as many images as the file takes at once."""
 
     @property
     @abstractmethod
@@ -109,7 +120,7 @@ class OnnxRuntime(Runtime):
                 f"({onnxruntime.__version__}; export writes opset 21, or 20 by --opset 20)."
             ) from error
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def _run(self, images: np.ndarray) -> np.ndarray:
         name = self.session.get_inputs()[0].name
         try:
             found: np.ndarray = self.session.run(None, {name: images})[0]
@@ -162,7 +173,7 @@ class OpenVINO(Runtime):
                 f"foreign{binary}. Export it again."
             ) from error
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def _run(self, images: np.ndarray) -> np.ndarray:
         return np.asarray(self.compiled([images])[0])
 
     @property

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.method import Method, list_methods
+from quietvit.quantization.outputs import with_quantized_outputs
 from quietvit.quantization.quantized import QuantizedModel
 from quietvit.tracing import Trace, plain_copy
 from quietvit.tracing import trace as trace_model
@@ -60,7 +61,7 @@ def quantize(
     notes = []
     if model.training:
         notes.append("the model was in training mode; its quantized copy is in eval mode")
-    own = plain_copy(model).eval()
+    own = _copied(model).eval()
     if trace is None:
         trace = trace_model(own, first[:1] if example is None else example)
     if not trace.matmuls:
@@ -76,10 +77,11 @@ def quantize(
             "to measure that"
         )
     method.check_sites(trace)
-    calibrated = method.calibrate(Calibration(own, trace, images, progress))
+    watched = Calibration(own, trace, images, progress)
+    calibrated = method.calibrate(watched)
     notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}")
     notes += calibrated.notes
-    return QuantizedModel(
+    quantized = QuantizedModel(
         own,
         trace,
         method,
@@ -89,3 +91,28 @@ def quantize(
         input_shape=tuple(first.shape[1:]),
         notes=tuple(notes),
     )
+    if method.conv_output_bits is None:
+        return quantized
+    return with_quantized_outputs(quantized, watched, method.conv_output_bits)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy. Raises QuietvitError where older torch functions keep a computed weight in it."""
+    try:
+        return plain_copy(model)
+    except RuntimeError as error:
+        kept = [
+            f"{name}.{key}" if name else key
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        if not kept:
+            raise
+        raise QuietvitError(
+            f"{type(model).__name__} cannot be copied: {kept[0]} is a tensor with a gradient that "
+            "an earlier pass left there, as torch.nn.utils.weight_norm and spectral_norm do. Use "
+            "torch.nn.utils.parametrizations.weight_norm or spectral_norm in their place, or call "
+            "remove_weight_norm or remove_spectral_norm first; a pass under torch.no_grad() does "
+            "as well."
+        ) from error

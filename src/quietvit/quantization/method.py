@@ -32,11 +32,15 @@ OPERANDS = {
     "add": ("left", "right"),
     **dict.fromkeys(("norm", "softmax", "activation"), ("input",)),
 }
+OUTPUT = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One operand of one site: the place where a quantizer stands. Equal by site name and index."""
+    """One operand of one site: the place where a quantizer stands. Equal by site name and index.
+
+    The index ``OUTPUT`` stands for the site's output.
+    """
 
     site: Site
     index: int
@@ -54,10 +58,16 @@ class Slot:
     @property
     def operand(self) -> str:
         """``input`` and ``weight`` of linear and conv, ``left`` and ``right`` of matmul and add,
-        ``input`` of norm, softmax and activation.
+        ``input`` of norm, softmax and activation; ``output`` of each.
         """
+        if self.is_output:
+            return "output"
         names = OPERANDS.get(self.site.kind, ())
         return names[self.index] if self.index < len(names) else f"operand{self.index}"
+
+    @property
+    def is_output(self) -> bool:
+        return self.index == OUTPUT
 
     @property
     def is_weight(self) -> bool:
@@ -66,6 +76,8 @@ class Slot:
     @property
     def role(self) -> str:
         """Role of the activation that enters, such as ``post_softmax``; "weight" of weights."""
+        if self.is_output:
+            return "output"
         if self.is_weight or self.index >= len(self.site.operands):
             return "weight"
         return self.site.operands[self.index].role
@@ -135,6 +147,9 @@ class Method(BaseModel, ABC):
     int or ``"float"`` (for each operand that is meant), or ``"W4A8"``; or the name of a preset
     (``"attention-maps-8"``). A role of an operand means that operand, a role of a site both its
     operands. ``exclude`` comes first, then a site's own name, then patterns, then roles.
+    ``conv_output_bits``: bits of the outputs of convolutions, behind BatchNorm and ReLU, where
+    nothing else quantizes them at once. onnxruntime has no other integer convolutions. None leaves
+    these outputs float, and so in onnxruntime the convolutions, but those of separate patches.
 
     A subclass declares what it ``needs``, its ``cost``, whether it is ``deployable`` (runs on
     standard integer kernels), the ``published`` setting, and the ``kinds`` of sites it quantizes.
@@ -161,6 +176,7 @@ class Method(BaseModel, ABC):
     head_bits: EdgeBits = 8
     exclude: Patterns = ()
     overrides: OverridesField = Overrides()
+    conv_output_bits: Bits = None
 
     def __init__(self, **fields: Any) -> None:
         try:

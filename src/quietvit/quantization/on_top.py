@@ -14,7 +14,10 @@ from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.method import Method, Slot, get_method
 from quietvit.tracing import Trace
 
-SHARED = ("weight_bits", "activation_bits", "patch_embed_bits", "head_bits", "exclude", "overrides")
+SHARED = (
+    *("weight_bits", "activation_bits", "patch_embed_bits", "head_bits"),
+    *("exclude", "overrides", "conv_output_bits"),
+)
 
 
 def _method(value: Any) -> Any:

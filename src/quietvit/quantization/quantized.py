@@ -24,7 +24,7 @@ from quietvit.quantization.adjustments import (
 )
 from quietvit.quantization.coverage import Coverage
 from quietvit.quantization.kept import State, state_of, unchanged
-from quietvit.quantization.method import OPERANDS, Method, Slot
+from quietvit.quantization.method import OPERANDS, OUTPUT, Method, Slot
 from quietvit.quantization.quantizers import Quantizer
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
 from quietvit.tracing.block_modules import first_tensor, watching_modules, with_first_tensor
@@ -162,9 +162,12 @@ class QuantizedModel(nn.Module):
                 for index, operand in enumerate(operands)
             )
         adjusted = self._adjusted.get(site.name)
-        if adjusted is None:
-            return run(*operands)
-        return self.adjustments[adjusted](operands, run)  # type: ignore[no-any-return]
+        output: Tensor = (
+            run(*operands) if adjusted is None else self.adjustments[adjusted](operands, run)
+        )
+        if keys is None or OUTPUT not in keys:
+            return output
+        return self._quantize(site, keys[OUTPUT], OUTPUT, output)
 
     def _watched(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
@@ -218,15 +221,17 @@ class QuantizedModel(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
     def quantizer(self, site: str, operand: str) -> Quantizer | None:
-        """The quantizer of a site's operand (``input``, ``weight``, ``left``, ``right``), if any.
+        """The quantizer of an operand (``input``, ``weight``, ``left``, ``right``, ``output``).
+
+        None where there is none.
 
         Raises QuietvitError for an unknown site or operand.
         """
         found = self.trace[site]
-        names = OPERANDS.get(found.kind, ("operand0", "operand1"))
+        names = (*OPERANDS.get(found.kind, ("operand0", "operand1")), "output")
         if operand not in names:
             raise QuietvitError(f"{site} has operands {', '.join(names)}, not {operand!r}.")
-        slot = Slot(found, names.index(operand))
+        slot = Slot(found, OUTPUT if operand == "output" else names.index(operand))
         found_quantizer = self.quantizers._modules.get(slot.key)
         return found_quantizer if isinstance(found_quantizer, Quantizer) else None
 

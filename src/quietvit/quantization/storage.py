@@ -5,7 +5,6 @@ Weights whose codes say everything are stored as int8 or int16 codes, all else a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +30,7 @@ from quietvit.quantization.folder import FolderFormat
 from quietvit.quantization.method import Slot, get_method
 from quietvit.quantization.quantized import QuantizedModel, module_key
 from quietvit.quantization.quantizers import Quantizer, build_quantizer
-from quietvit.tracing import Site, evaluating, intercept, plain_copy
+from quietvit.tracing import Site, evaluating, plain_copy
 from quietvit.tracing import trace as trace_model
 
 FORMAT = FolderFormat(
@@ -251,16 +250,21 @@ def _middle(quantizer: Quantizer) -> int:
 
 
 def weights_in_use(quantized: QuantizedModel) -> dict[str, Tensor]:
-    """The second operand of every linear and conv as one pass over zeros sees it."""
+    """The weight that each quantizer of weights gets in one pass over zeros, by site.
+
+    Everything else is quantized as in every pass: a weight that the model computes, for example
+    divided by its spectral norm, is then the one that the simulated model reads.
+    """
     seen: dict[str, Tensor] = {}
 
-    def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
-        if site.kind in ("linear", "conv"):
-            seen[site.name] = operands[1].detach()
-        return run(*operands)
+    def keep(slot: Slot, x: Tensor) -> Tensor:
+        if slot.is_weight:
+            seen[slot.site.name] = x.detach()
+        result: Tensor = quantized.quantizers[slot.key](x)
+        return result
 
-    with evaluating(quantized.model), torch.no_grad(), intercept(quantized.trace, handler):
-        run_model(quantized.model, _zeros(quantized.model, quantized.input_shape))
+    with evaluating(quantized), torch.no_grad(), quantized.replacing(keep):
+        run_model(quantized, _zeros(quantized.model, quantized.input_shape))
     return seen
 
 

@@ -13,7 +13,9 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from quietvit.deployment.extras import need
 from quietvit.deployment.model import as_float32, logits_of
@@ -21,6 +23,7 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
 from quietvit.tracing import evaluating
+from quietvit.tracing.standins import STANDINS
 
 DOMAIN, OPERAND, WEIGHT = "quietvit", "Operand", "Weight"
 INPUT, OUTPUT = "images", "logits"
@@ -36,6 +39,23 @@ class Logits(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return logits_of(self.model(images))
+
+
+class _WritableAttention(TorchFunctionMode):
+    """Replace the attention that torch cannot write to ONNX by the explicit products it stands for.
+
+    torch writes queries of four dims only, and no keys that several queries share.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            if query.ndim != 4 or kwargs.get("enable_gqa"):
+                func = STANDINS[func]
+        return func(*args, **kwargs)
 
 
 def captured(quantized: QuantizedModel, opset: int) -> Any:
@@ -64,7 +84,11 @@ def captured(quantized: QuantizedModel, opset: int) -> Any:
 
 
 def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
-    """Return an ``onnx_ir.Model`` of a model of images, with a dynamic batch."""
+    """Return an ``onnx_ir.Model`` of a model of images, with a dynamic batch.
+
+    The batch is fixed at 1 where torch.export finds that the model's code depends on it;
+    ``fixed_batch`` tells.
+    """
     if opset not in OPSETS:
         raise QuietvitError(
             f"opset {opset} is not written; choose 21, or 20 for older runtimes (4-bit weights "
@@ -72,16 +96,31 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
         )
     need("onnxscript")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    example = torch.zeros(2, *input_shape, device=device)
+    found = _exported(model, torch.zeros(2, *input_shape, device=device), opset, free=True)
+    if fixed_batch(found) is not None:
+        found = _exported(model, torch.zeros(1, *input_shape, device=device), opset, free=False)
+    _register_constants(found.graph)
+    return found
+
+
+def fixed_batch(model: Any) -> int | None:
+    """The number of images that an ``onnx_ir.Model`` takes at once; None for any number."""
+    shape = model.graph.inputs[0].shape
+    return shape[0] if shape is not None and isinstance(shape[0], int) else None
+
+
+def _exported(model: nn.Module, example: Tensor, opset: int, free: bool) -> Any:
+    """What torch's exporter makes of a model, its batch ``free`` or that of the example."""
+    shapes = ({0: torch.export.Dim("batch")},) if free else None
     try:
         whole = Logits(model)
-        with torch.no_grad(), evaluating(whole), _quiet():
+        with torch.no_grad(), evaluating(whole), _quiet(), _WritableAttention():
             program = torch.onnx.export(
                 whole,
                 (example,),
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=shapes,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 verbose=False,
@@ -97,11 +136,27 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
         name = type(getattr(model, "model", model)).__name__
         raise QuietvitError(
             f"torch could not export {name} to ONNX: {type(cause).__name__}: {cause}. A model "
-            "whose Python code decides by the values of tensors, or by the batch size, cannot be "
-            "exported."
+            "whose Python code decides by the values of tensors cannot be exported."
         ) from error
     assert program is not None
     return program.model
+
+
+def _register_constants(graph: Any) -> None:
+    """Make every constant that a node reads an initializer; give it a new name where one has it.
+
+    torch's exporter merges equal initializers, and in some graphs leaves a merged one to its
+    readers but not to the graph (seen with the clamps of gemma4_vit, onnxscript 0.7.2).
+    """
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.const_value is None or value.producer() is not None:
+                continue
+            if graph.initializers.get(value.name) is value or value.is_graph_input():
+                continue
+            while value.name in graph.initializers:
+                value.name = f"{value.name}:again"
+            graph.register_initializer(value)
 
 
 @contextmanager

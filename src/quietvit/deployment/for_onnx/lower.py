@@ -13,17 +13,29 @@ import numpy as np
 from torch import Tensor
 
 from quietvit.deployment.for_onnx.capture import DOMAIN, OUTPUT, WEIGHT
+from quietvit.deployment.for_onnx.convolutions import (
+    UNROUNDED,
+    Rounded,
+    convolution_of,
+    quantized_at_once,
+)
 from quietvit.deployment.for_onnx.fold import fold_affine
 from quietvit.deployment.for_onnx.products import patches_as_product, product_of_weight, settled
 from quietvit.deployment.for_onnx.writer import Stored, Writer
 from quietvit.deployment.grids import Grid
 
 
-def lower(model: Any, stored: Mapping[str, Stored]) -> None:
+def lower(
+    model: Any, stored: Mapping[str, Stored], at_once: bool = True
+) -> dict[str, Rounded | str]:
     """Replace every mark of an ``onnx_ir.Model`` in place; ``stored`` by the key of the slot.
 
     Afterwards the graph has standard operators alone. Weights that nothing reads any more are gone.
+    With ``at_once`` convolutions whose output is quantized at once are written with their
+    quantizer. Returns by site what became of each convolution that is not written as a product of
+    patches: ``Rounded``, or why it stays in float in onnxruntime.
     """
+    convolutions: dict[str, Rounded | str] = {}
     graph = model.graph
     writer = Writer(graph)
     marks = [node for node in graph if node.domain == DOMAIN]
@@ -36,9 +48,16 @@ def lower(model: Any, stored: Mapping[str, Stored]) -> None:
     for node in [mark for mark in marks if mark.op_type == WEIGHT]:
         entry = stored[node.attributes["slot"].as_string()]
         output = node.outputs[0]
+        conv = convolution_of(node)
+        written = quantized_at_once(writer, conv, entry) if conv is not None and at_once else None
+        if isinstance(written, Rounded):
+            convolutions[entry.name.rpartition(":")[0]] = written
+            continue  # nothing reads the old convolution any more
         if patches_as_product(writer, node, entry) or product_of_weight(writer, node, entry):
             graph.remove(node, safe=True)
             continue
+        if conv is not None:
+            convolutions[entry.name.rpartition(":")[0]] = written or UNROUNDED
         assert entry.codes is not None
         codes = writer.weight(node, entry, entry.codes)
         values = writer.dequantized(node, codes, entry, entry.grid.axis, alone=True)
@@ -46,16 +65,32 @@ def lower(model: Any, stored: Mapping[str, Stored]) -> None:
     fold_affine(writer)
     _swept(model)
     settled(writer)
-    graph.outputs[0].name = OUTPUT
+    _named_output(writer)
     model.opset_imports.pop(DOMAIN, None)
     graph.opset_imports.pop(DOMAIN, None)
     _swept(model)
+    return convolutions
 
 
 def _replace(graph: Any, node: Any, values: Any, output: Any) -> None:
     values.shape, values.type = output.shape, output.type
     output.replace_all_uses_with(values)
     graph.remove(node, safe=True)
+
+
+def _named_output(writer: Writer) -> None:
+    """Call the graph's output ``OUTPUT``; a product keeps its name, and its copy is called so."""
+    graph = writer.graph
+    output = graph.outputs[0]
+    node = output.producer()
+    if node is not None and node.name == output.name:
+        import onnx_ir as ir
+
+        copy = ir.node("Identity", [output], name=OUTPUT)
+        copy.outputs[0].shape, copy.outputs[0].type = output.shape, output.type
+        graph.append(copy)
+        graph.outputs[0] = copy.outputs[0]
+    graph.outputs[0].name = OUTPUT
 
 
 def _swept(model: Any) -> None:

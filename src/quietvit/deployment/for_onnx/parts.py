@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from quietvit.deployment.for_onnx.convolutions import ROUNDED
 from quietvit.deployment.runtime import OnnxRuntime
 from quietvit.errors import QuietvitError
 
@@ -20,12 +21,14 @@ class Parts:
     """The parts of an ONNX file that quantize operands and multiply them, cut out of the rest.
 
     ``inputs``, ``codes``: per product the values that are quantized, in the order of the operands,
-    and their codes.
+    and their codes. ``outputs``: per product what comes out: its sums, or, of a convolution that
+    gives codes, these.
     """
 
     model: Any
     inputs: dict[str, list[str]]
     codes: dict[str, list[str]]
+    outputs: dict[str, str]
 
     @classmethod
     def of(cls, path: Path, names: list[str]) -> Parts:
@@ -33,8 +36,10 @@ class Parts:
         import onnx
 
         model = onnx.load(path)
+        _cut_behind_rounded(model.graph)
         made = {output: node for node in model.graph.node for output in node.output}
         kept: dict[str, Any] = {}
+        outputs: dict[str, str] = {}
         inputs: dict[str, list[str]] = {}
         codes: dict[str, list[str]] = {}
 
@@ -59,9 +64,14 @@ class Parts:
 
         for name in names:
             inputs[name], codes[name] = [], []
-            if f"{name}:product" not in made:
+            product = f"{name}:product"
+            if product not in made:
                 raise QuietvitError(f"{path} has no product named {name}; export it again.")
-            back(f"{name}:product", name)
+            outputs[name] = value = f"{name}{ROUNDED}" if f"{name}{ROUNDED}" in made else product
+            while value != product:  # from the codes through what only moves or limits them
+                node = made[value]
+                kept[node.name], value = node, node.input[0]
+            back(product, name)
         order = [node for node in model.graph.node if node.name in kept]
         used = {given for node in order for given in node.input}
         stored = [entry for entry in model.graph.initializer if entry.name in used]
@@ -69,7 +79,7 @@ class Parts:
         del model.graph.input[:], model.graph.output[:]
         model.graph.node.extend(order)
         model.graph.initializer.extend(stored)
-        return cls(model, inputs, codes)
+        return cls(model, inputs, codes, outputs)
 
     def run(
         self, given: dict[str, list[Tensor]]
@@ -81,7 +91,10 @@ class Parts:
         for name, values in self.inputs.items():
             fed |= {v: x.cpu().numpy() for v, x in zip(values, given[name], strict=True)}
         outputs = {value: TensorProto.UINT8 for values in self.codes.values() for value in values}
-        outputs |= {f"{name}:product": TensorProto.FLOAT for name in self.inputs}
+        outputs |= {
+            value: TensorProto.UINT8 if value.endswith(ROUNDED) else TensorProto.FLOAT
+            for value in self.outputs.values()
+        }
         graph = self.model.graph
         for value, array in fed.items():
             graph.input.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, array.shape))
@@ -90,4 +103,22 @@ class Parts:
         session = OnnxRuntime(self.model.SerializeToString()).session
         found = dict(zip(outputs, session.run(list(outputs), fed), strict=True))
         codes = {name: [found[v] for v in values] for name, values in self.codes.items()}
-        return codes, {name: found[f"{name}:product"] for name in self.inputs}
+        return codes, {name: found[value] for name, value in self.outputs.items()}
+
+
+def _cut_behind_rounded(graph: Any) -> None:
+    """Let readers of a convolution's codes quantize values of their own, to the same codes."""
+    from onnx import helper
+
+    made = {output: node for node in graph.node for output in node.output}
+    for value in [value for value in made if value.endswith(ROUNDED)]:
+        node = made[value]
+        while node.op_type != "QuantizeLinear":
+            node = made[node.input[0]]
+        own = f"{value}:read"
+        for reader in graph.node:
+            for place, given in enumerate(reader.input):
+                if given == value:
+                    reader.input[place] = own
+        again = helper.make_node("QuantizeLinear", [own + GIVEN, *node.input[1:]], [own], own)
+        graph.node.insert(0, again)

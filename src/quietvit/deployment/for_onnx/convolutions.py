@@ -1,0 +1,289 @@
+"""Convolutions whose output is quantized at once, written as onnxruntime's integer convolution.
+
+onnxruntime has no other integer convolution. All other products are written in ``products``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from quietvit.deployment.for_onnx.writer import Stored, Writer, constant_of, other_input
+
+ROUNDED = ":rounded"
+MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"})
+COARSEST = 1 / 2
+"""Largest step of the sums, in steps of the output's codes: a bias is rounded to such steps."""
+LARGEST_SUM = 2**29
+FLOAT32 = 2.0**-21
+"""Share of the largest sum that float32 may lose, in the simulated model or behind the integers."""
+UNROUNDED = (
+    "onnxruntime has integer convolutions only where the output is quantized at once, and this one "
+    "is read in float; conv_output_bits=8 of the method quantizes it"
+)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A convolution that gives codes: those of ``slot`` (``site:operand``), which reads it.
+
+    ``rounding``: by how much of a step of these codes they may be moved, for each channel (dim 1),
+    or one number for all: half a step of the sums, as the bias is rounded to whole ones, and what
+    float32 loses of the sums.
+    """
+
+    slot: str
+    rounding: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A weight as the convolution multiplies it: (code - zero) * factor, and its int32 bias.
+
+    ``zero``, ``factor``, ``scale``, ``bias``, and what the rounding may change in steps of the
+    output's codes: one for each output channel.
+    """
+
+    zero: np.ndarray
+    factor: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray
+    rounding: np.ndarray
+
+
+@dataclass
+class Behind:
+    """What stands between a convolution and the quantizer of its output.
+
+    The values quantized are min(max(gain * sums + offset, low), high), gain and offset for each
+    channel; ``moves`` only move entries about.
+    """
+
+    quantizer: Any
+    gain: np.ndarray
+    offset: np.ndarray
+    low: float = -np.inf
+    high: float = np.inf
+    moves: list[Any] = field(default_factory=list)
+
+
+def convolution_of(mark: Any) -> Any:
+    """The convolution of images that alone reads a marked weight; None for any other operator."""
+    users = list(mark.outputs[0].uses())
+    if len(users) != 1 or users[0].node.op_type != "Conv" or users[0].idx != 1:
+        return None
+    return users[0].node
+
+
+def quantized_at_once(writer: Writer, conv: Any, stored: Stored) -> str | Rounded:
+    """Rewrite a convolution so that a runtime computes codes of its output from codes.
+
+    BatchNorm and biases go into the scales of the weight and an int32 bias; ReLU and the like go
+    into the range of the output's codes. The values are those of the simulated model, but the bias
+    is rounded to whole steps of the sums, at most ``COARSEST`` of an output's step each.
+
+    Returns why nothing was changed, or what was written.
+    """
+    codes, given = stored.codes, conv.inputs[0].producer()
+    assert codes is not None
+    if codes.ndim != 4:
+        return "onnxruntime has integer convolutions of images only"
+    if given is None or given.op_type != "DequantizeLinear":
+        return "its input is float"
+    behind = _behind(conv, len(codes))
+    if behind is None:
+        return UNROUNDED
+    step = float(_constant(given.inputs[1]))
+    weight = _integers(stored, behind, step)
+    if isinstance(weight, str):
+        return weight
+    _write(writer, conv, stored, behind, step, weight)
+    slot = behind.quantizer.inputs[1].name.removesuffix(":scale")
+    rounding = weight.rounding
+    return Rounded(
+        slot, tuple((rounding.max(keepdims=True) if behind.moves else rounding).tolist())
+    )
+
+
+def _behind(conv: Any, channels: int) -> Behind | None:
+    """Follow the convolution's output to the one quantizer that reads it; None for any other."""
+    bias = constant_of(conv.inputs[2]) if len(conv.inputs) > 2 else np.zeros(channels)
+    if bias is None:
+        return None
+    gain, offset = np.ones(channels), bias.astype(np.float64)
+    found = Behind(None, gain, offset)
+    value, affine = conv.outputs[0], True
+    while True:
+        if value.is_graph_output() or len(list(value.uses())) != 1:
+            return None
+        node = next(iter(value.uses())).node
+        if node.op_type == "QuantizeLinear" and node.inputs[0] is value:
+            found.quantizer = node
+            return found
+        if affine and (folded := _affine(node, value, channels)) is not None:
+            found.gain, found.offset = found.gain * folded[0], found.offset * folded[0] + folded[1]
+        elif (clipped := _clip(node, value)) is not None:
+            affine = False
+            low, high = clipped
+            found.low, found.high = (min(max(end, low), high) for end in (found.low, found.high))
+        elif node.op_type in MOVES and node.inputs[0] is value:
+            affine = False
+            found.moves.append(node)
+        else:
+            return None
+        value = node.outputs[0]
+
+
+def _affine(node: Any, value: Any, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Gain and offset of a node that scales and shifts each channel of (B, C, H, W)."""
+    if node.op_type == "BatchNormalization" and node.inputs[0] is value:
+        arrays = [constant_of(given) for given in node.inputs[1:5]]
+        if any(array is None for array in arrays):
+            return None
+        weight, bias, mean, variance = (np.asarray(a, dtype=np.float64) for a in arrays)
+        epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+        gain = weight / np.sqrt(variance + epsilon)
+        return gain, bias - mean * gain
+    if node.op_type not in ("Add", "Mul"):
+        return None
+    array = constant_of(other_input(node, value))
+    if array is None or array.ndim > 4 or array.dtype != np.float32:
+        return None
+    wide = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    if wide.shape not in ((1, channels, 1, 1), (1, 1, 1, 1)):
+        return None
+    row = np.broadcast_to(wide.reshape(-1).astype(np.float64), channels)
+    one = np.ones(channels)
+    return (row, 0 * one) if node.op_type == "Mul" else (one, row)
+
+
+def _clip(node: Any, value: Any) -> tuple[float, float] | None:
+    if node.inputs[0] is not value:
+        return None
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    if node.op_type != "Clip":
+        return None
+    ends = []
+    for place, free in ((1, -np.inf), (2, np.inf)):
+        given = node.inputs[place] if len(node.inputs) > place else None
+        array = None if given is None else constant_of(given)
+        if given is not None and array is None:
+            return None
+        ends.append(free if array is None else float(array))
+    return ends[0], ends[1]
+
+
+def _constant(value: Any) -> np.ndarray:
+    array = constant_of(value)
+    assert array is not None
+    return array
+
+
+def _integers(stored: Stored, behind: Behind, step: float) -> Integers | str:
+    """The weight with what stands behind it folded in, or why 8 bits do not hold it.
+
+    A channel's codes are multiplied by the largest whole number that leaves them in 8 bits, and its
+    scale is divided by it: that makes the sums, and the bias among them, finer. A channel that
+    hardly matters beside its bias gets sums so coarse that 32 bits hold the bias; its codes are
+    then rounded, which changes an output by less than a thousandth of a step.
+    """
+    grid, codes = stored.grid, stored.codes
+    assert codes is not None
+    channels = len(codes)
+    if grid.scale.ndim and grid.axis != 0:
+        return "its weight has a scale for each input channel"
+    zero = np.broadcast_to(grid.zero_point, channels)
+    whole = np.abs(codes.astype(np.int64) - zero.reshape(-1, 1, 1, 1)).reshape(channels, -1)
+    if whole.max() > 127:
+        return (
+            "its weight has zero points, and without them its codes do not fit 8 bits; use "
+            "weight_symmetric=True, or 7 bits"
+        )
+    finer = 127 // np.maximum(whole.max(axis=1), 1)
+    sign = np.where(behind.gain < 0, -1, 1)
+    output = float(_constant(behind.quantizer.inputs[1]))
+    exact = grid.scale.astype(np.float64) * np.abs(behind.gain) / finer * step
+    unit = np.maximum(exact, np.maximum(np.abs(behind.offset) / LARGEST_SUM, output / LARGEST_SUM))
+    bias = np.rint(behind.offset / unit)
+    if (unit > output * COARSEST).any():
+        return "its sums are too coarse for the bias to be one of them"
+    factor = sign * finer * np.where(unit > exact, exact / unit, 1.0)
+    reach = whole.sum(axis=1) * np.abs(factor) * 255 + np.abs(bias)
+    lost = np.where(unit > exact, 0.5 * 255 * whole.shape[1], 0.5) + reach * FLOAT32
+    return Integers(
+        zero, factor, (unit / step).astype(np.float32), bias.astype(np.int32), lost * unit / output
+    )
+
+
+def _write(
+    writer: Writer, conv: Any, stored: Stored, behind: Behind, step: float, weight: Integers
+) -> None:
+    site, old, like = stored.name.rpartition(":")[0], behind.quantizer, conv.outputs[0]
+    units = (weight.scale.astype(np.float64) * step).astype(np.float32)
+    shift = writer.node(
+        conv,
+        "DequantizeLinear",
+        [writer.constant(f"{site}:bias", weight.bias), writer.constant(f"{site}:units", units)],
+        f"{site}:bias:values",
+        axis=0,
+    )
+    values = _weight(writer, conv, stored, weight)
+    kept = {name: attribute.value for name, attribute in conv.attributes.items()}
+    given = [conv.inputs[0], values, shift]
+    product = writer.node(conv, "Conv", given, f"{site}:product", like, **kept)
+    codes = writer.node(conv, "QuantizeLinear", [product, *old.inputs[1:]], f"{site}:quantized")
+    codes.shape, codes.type = like.shape, old.outputs[0].type
+    codes = _clipped(writer, conv, site, behind, codes)
+    for node in behind.moves:
+        kept = {name: attribute.value for name, attribute in node.attributes.items()}
+        inputs = [codes, *node.inputs[1:]]
+        codes = writer.node(node, node.op_type, inputs, f"{node.name}:codes", **kept)
+        codes.shape, codes.type = node.outputs[0].shape, old.outputs[0].type
+    codes.name = f"{site}{ROUNDED}"
+    old.outputs[0].replace_all_uses_with(codes)
+
+
+def _weight(writer: Writer, conv: Any, stored: Stored, weight: Integers) -> Any:
+    """The weight's values; codes of 4 bits stay such in the file, and are spread at loading."""
+    import onnx_ir as ir
+
+    assert stored.codes is not None
+    zero, factor = (row.reshape(-1, 1, 1, 1) for row in (weight.zero, weight.factor))
+    codes = writer.weight(conv, stored, stored.codes)
+    if codes.is_initializer() or (factor != np.rint(factor)).any():
+        whole = np.rint((stored.codes.astype(np.int32) - zero) * factor)
+        codes = writer.constant(f"{stored.name}:spread", whole.astype(np.int8))
+    else:
+        name = stored.name
+        codes = writer.node(conv, "Cast", [codes], f"{name}:wide", to=int(ir.DataType.INT32))
+        for op, row in (("Sub", zero), ("Mul", factor)):
+            row = writer.constant(f"{name}:{op.lower()}", row.astype(np.int32))
+            codes = writer.node(conv, op, [codes, row], f"{name}:{op}")
+        codes = writer.node(conv, "Cast", [codes], f"{name}:spread", to=int(ir.DataType.INT8))
+    none = np.zeros(len(weight.scale), np.int8)  # kernels of other runtimes look for it
+    rest = [
+        writer.constant(f"{stored.name}:scale", weight.scale),
+        writer.constant(f"{stored.name}:zero_point", none),
+    ]
+    return writer.node(conv, "DequantizeLinear", [codes, *rest], f"{stored.name}:values", axis=0)
+
+
+def _clipped(writer: Writer, before: Any, site: str, behind: Behind, codes: Any) -> Any:
+    """The codes within those of the smallest and largest value, if 8 bits hold any others."""
+    scale = np.float32(1) / _constant(behind.quantizer.inputs[1])
+    zero = _constant(behind.quantizer.inputs[2])
+    held = np.iinfo(zero.dtype)
+    ends = [
+        int(np.clip(np.rint(np.float32(end) * scale) + int(zero), held.min, held.max))
+        for end in (behind.low, behind.high)
+    ]
+    if ends == [held.min, held.max]:
+        return codes
+    given = [
+        writer.constant(f"{site}:{side}", np.array(end, dtype=zero.dtype))
+        for side, end in zip(("low", "high"), ends, strict=True)
+    ]
+    return writer.node(before, "Clip", [codes, *given], f"{site}:clipped", codes)

@@ -1,0 +1,141 @@
+"""Quantizers of convolutions' outputs, so that a runtime computes these convolutions in integers.
+
+Which operands are quantized is the methods' business; the file is written in ``deployment``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quietvit.quantization.calibration import Calibration, run_model
+from quietvit.quantization.method import OUTPUT, Slot
+from quietvit.quantization.quantized import QuantizedModel
+from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+from quietvit.quantization.ranges import MinMaxRange
+from quietvit.tracing import MATMUL_KINDS, Site, Trace
+
+RECTIFIERS = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
+
+
+def outputs_to_quantize(trace: Trace, quantizers: Mapping[Slot, Quantizer]) -> list[Site]:
+    """The sites whose outputs need a quantizer: a convolution, or what can be folded into it.
+
+    These are convolutions with both operands quantized, or the BatchNorm and ReLU right behind
+    them. Left out are products of separate patches, and outputs that the next product quantizes as
+    they are: integers reach or leave those anyway.
+    """
+    found = []
+    for site in trace.sites:
+        operands = (Slot(site, 0), Slot(site, 1))
+        if site.kind != "conv" or any(slot not in quantizers for slot in operands):
+            continue
+        if _separate_patches(site) or "transpose" in site.function:
+            continue
+        last = _last_folded(trace, site)
+        if last.name in trace.outputs or not _quantized_at_once(trace, last, quantizers):
+            found.append(last)
+    return found
+
+
+def with_quantized_outputs(
+    quantized: QuantizedModel, calibration: Calibration, bits: int
+) -> QuantizedModel:
+    """The same model with a quantizer at each of ``outputs_to_quantize``.
+
+    It takes one more pass over the images.
+    The range of an output is its extremes in the quantized model, a scale for the tensor, affine.
+    """
+    quantizers: dict[Slot, Quantizer] = {
+        slot: quantizer
+        for slot in quantized.slots()
+        if isinstance(quantizer := quantized.quantizers[slot.key], Quantizer)
+    }
+    chosen = outputs_to_quantize(quantized.trace, quantizers)
+    ranges = {Slot(site, OUTPUT): MinMaxRange() for site in chosen}
+    blank = AffineQuantizer(
+        torch.ones(()), torch.zeros((), dtype=torch.int32), bits=bits, signed=False
+    )
+    watched = _remade(quantized, quantizers | dict.fromkeys(ranges, blank))
+
+    def look(slot: Slot, x: Tensor) -> Tensor:
+        if slot in ranges:
+            ranges[slot].update(x)
+            return x
+        result: Tensor = quantizers[slot](x)
+        return result
+
+    images = calibration.images
+    with torch.no_grad(), watched.replacing(look):
+        for batch in calibration.track(images, images.batches_expected(), "outputs"):
+            run_model(watched, batch)
+    made: dict[Slot, Quantizer] = {
+        slot: AffineQuantizer.from_range(*seen.finish(), bits=bits, symmetric=False)
+        for slot, seen in ranges.items()
+    }
+    return _remade(quantized, quantizers | made)
+
+
+def _remade(quantized: QuantizedModel, quantizers: Mapping[Slot, Quantizer]) -> QuantizedModel:
+    return QuantizedModel(
+        quantized.model,
+        quantized.trace,
+        quantized.method,
+        quantizers,
+        input_shape=quantized.input_shape,
+        adjustments=quantized.adjusted(),
+        compensations=quantized.compensated(),
+        notes=quantized.notes,
+    )
+
+
+def _separate_patches(site: Site) -> bool:
+    """Whether each input value is read once: such a convolution is a matrix product of patches."""
+    weight, given, made = site.weight_shape, site.operands[0].shape, site.output_shape
+    if weight is None or weight[1] != given[1]:
+        return False
+    pairs = zip(weight[2:], given[2:], made[2:], strict=True)
+    return all(out * kernel == size for kernel, size, out in pairs)
+
+
+def _last_folded(trace: Trace, site: Site) -> Site:
+    """The last of a convolution, a BatchNorm that alone reads it, and a ReLU that alone reads that.
+
+    BatchNorm is one scale and shift a channel, and ReLU a limit of the codes.
+    """
+    for kind, functions in (("norm", {"batch_norm"}), ("activation", RECTIFIERS)):
+        if len(site.feeds) != 1 or site.name in trace.outputs:
+            break
+        reader = trace[site.feeds[0]]
+        alone = reader.operands[0].fed_by == (site.name,)
+        same = reader.operands[0].shape == site.output_shape
+        if reader.kind == kind and reader.function in functions and alone and same:
+            site = reader
+    return site
+
+
+def _quantized_at_once(trace: Trace, site: Site, quantizers: Mapping[Slot, Quantizer]) -> bool:
+    """Whether products with one and the same quantizer are all that reads a site's output."""
+    readers = []
+    for name in site.feeds:
+        reader = trace[name]
+        for index, operand in enumerate(reader.operands):
+            if site.name not in operand.fed_by:
+                continue
+            slot = Slot(reader, index)
+            same = math.prod(operand.shape) == math.prod(site.output_shape)  # moved, at most
+            same = same and operand.fed_by == (site.name,)
+            if reader.kind not in MATMUL_KINDS or not same or slot not in quantizers:
+                return False
+            readers.append(quantizers[slot])
+    first, *others = readers or [None]
+    return isinstance(first, AffineQuantizer) and all(
+        isinstance(other, AffineQuantizer)
+        and other.config() == first.config()
+        and torch.equal(other.scale, first.scale)
+        and torch.equal(other.zero_point, first.zero_point)
+        for other in others
+    )
