@@ -12,6 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from quietvit.data.policies import mend
 from quietvit.errors import QuietvitError
 
 Transform = Callable[[Image.Image], Tensor]
@@ -106,7 +107,7 @@ def _resized_crop(config: dict[str, Any], augmentation: Augmentation) -> Transfo
     from timm.data.transforms_factory import transforms_imagenet_train
 
     try:
-        transform: Transform = transforms_imagenet_train(
+        transform = transforms_imagenet_train(
             img_size=tuple(config["input_size"][-2:]),
             scale=augmentation.scale,
             hflip=augmentation.flip,
@@ -121,7 +122,8 @@ def _resized_crop(config: dict[str, Any], augmentation: Augmentation) -> Transfo
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise _unknown_policy(augmentation) from error
-    return transform
+    mended: Transform = mend(transform)
+    return mended
 
 
 def _whole_image(config: dict[str, Any], augmentation: Augmentation) -> Transform:
@@ -162,7 +164,7 @@ def _policy(augmentation: Augmentation, config: dict[str, Any]) -> Any:
     }
     make = makers.get(policy.split("-")[0], auto_augment.auto_augment_transform)
     try:
-        return make(policy, options)
+        return mend(make(policy, options))
     except (AssertionError, ValueError, KeyError) as error:
         raise _unknown_policy(augmentation) from error
 
