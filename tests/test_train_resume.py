@@ -303,7 +303,7 @@ def test_a_run_that_began_meanwhile_is_not_replaced(tmp_path, monkeypatch):
         return build(chosen, **given)
 
     monkeypatch.setattr(loop, "build", slow)
-    with pytest.raises(QuietvitError, match="not empty"):
+    with pytest.raises(QuietvitError, match="holds a finished run"):
         run(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["seed"] == 1
 

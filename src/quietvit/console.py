@@ -5,6 +5,8 @@ The commands are in ``commands``.
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback as tracebacks
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -33,10 +35,13 @@ class ErrorsAsParagraphs(TyperGroup):
             else:
                 _complain("error", str(error))
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            _complain(
-                "interrupted", "what was finished is kept; train and compare go on with --resume."
-            )
+        except KeyboardInterrupt as error:
+            if not error.args:  # else what was saved is told already
+                _complain(
+                    "interrupted",
+                    "stopped at once. Checkpoints and finished runs that were written before are "
+                    "kept; train and compare go on from them with --resume.",
+                )
             raise typer.Exit(130) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
@@ -80,6 +85,12 @@ DryRun = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
+Discard = Annotated[
+    bool,
+    typer.Option(
+        "--discard", help="With --force: delete an unfinished run and its checkpoints, unasked."
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(
@@ -198,6 +209,19 @@ def console(least: int = 0) -> Console:
 
     found = Console()
     return found if found.width >= least else Console(width=least)
+
+
+def interactive() -> bool:
+    """Whether somebody sits at a terminal in front of this process alone."""
+    return "RANK" not in os.environ and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def agreed(refusal: QuietvitError | None) -> bool:
+    """Ask on a terminal whether to do what ``refusal`` refuses; False where nobody can be asked."""
+    if refusal is None or not interactive():
+        return False
+    _complain("warning", str(refusal))
+    return typer.confirm("Delete all of this?", default=False, err=True)
 
 
 def epilog(*examples: str) -> str:

@@ -25,6 +25,7 @@ from quietvit.train.config import TrainConfig
 from quietvit.train.recipe import load_recipe
 
 WEIGHTS, RESULT, CONFIG = "model.safetensors", "result.json", "config.json"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
