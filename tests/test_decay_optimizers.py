@@ -121,7 +121,7 @@ TESTED: dict[str, Any] = {
     "transformers adafactor, scaled lr": adafactor(lr=0.05, relative_step=False),
     "madgrad": lambda p: timm.optim.MADGRAD(p, lr=0.05),
     "lookahead": lambda p: timm.optim.Lookahead(torch.optim.SGD(p, lr=0.05)),
-    "lamb": lambda p: timm.optim.Lamb(p, lr=0.05),
+    "lamb": lambda p: timm.optim.Lamb(p, lr=0.05, weight_decay=0),
     "schedulefree AdamW": foreign("schedulefree", "AdamWScheduleFree", lr=0.05, warmup_steps=9),
     "schedulefree RAdam": foreign("schedulefree", "RAdamScheduleFree", lr=0.05),
     "schedulefree SGD": foreign("schedulefree", "SGDScheduleFree", lr=0.05),

@@ -508,3 +508,28 @@ def test_a_parameter_without_a_group_is_named(tmp_path):
 def test_an_average_of_sharded_weights_is_refused(tmp_path):
     with pytest.raises(QuietvitError, match=r"ema averages whole weights.*ema to none"):
         config(tmp_path, parallel="fsdp2", ema={"decay": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"features_only": True}, "gives list for one image, not logits of shape"),
+        ({"global_pool": ""}, "not logits of shape|could not build"),
+        ({"num_heads": 0}, "could not build vit_tiny_patch16_224"),
+    ],
+)
+def test_a_model_that_is_no_classifier_is_refused_before_the_folder_is_used(
+    tmp_path, kwargs, message
+):
+    model = {**MODEL, "kwargs": {**MODEL["kwargs"], **kwargs}}
+    with pytest.raises(QuietvitError, match=message):
+        run(tmp_path / "run", model=model)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_output_that_is_not_utf_8_is_refused_before_it_is_made(tmp_path):
+    output = tmp_path / os.fsdecode(b"run\xff")
+    changed = config(tmp_path / "run").model_copy(update={"output": output})
+    with pytest.raises(QuietvitError, match=r"output: .*is not UTF-8"):
+        loop.train(changed, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -339,7 +339,7 @@ def test_too_little_memory_is_told_with_what_to_change(tmp_path, monkeypatch, er
         with monkeypatch.context() as patch:
             patch.setattr(loop, name, exhausted)
             with pytest.raises(QuietvitError) as caught:
-                run(tmp_path / "run", force=True, **changes)
+                run(tmp_path / "run", force=True, discard=True, **changes)
         assert str(error).splitlines()[0] in str(caught.value)
         return str(caught.value)
 

@@ -51,6 +51,7 @@ from quietvit.tracing import Trace
 from quietvit.tracing import trace as record_trace
 from quietvit.train import TrainConfig, TrainResult, train
 from quietvit.train.folder import begun_with, changes, fresh
+from quietvit.train.recipe import refuse_unwritable
 from quietvit.train.result import provenance
 from quietvit.train.setup import open_data
 
@@ -112,6 +113,7 @@ def compare(
         KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, as ``quietvit.train`` says.
     """
     folder = Path(output)
+    refuse_unwritable(config.recipe.model_copy(update={"output": folder}))
     if not resume and (refused := refusal(folder, force, discard)):
         raise refused
     refuse_nonempty(folder, resume or force, ignored=leftovers(folder / COMPARISON))

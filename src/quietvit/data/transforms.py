@@ -9,17 +9,18 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from quietvit.data.policies import mend
+from quietvit.data.section import Section
 from quietvit.errors import QuietvitError
 
 Transform = Callable[[Image.Image], Tensor]
 Area = Annotated[float, Field(gt=0, le=1)]
 
 
-class Augmentation(BaseModel):
+class Augmentation(Section):
     """Random changes of training images.
 
     ``crop``: ``none`` resizes the whole image; ``shift`` resizes it and moves it by up to
@@ -28,8 +29,6 @@ class Augmentation(BaseModel):
     ``rand-m9-mstd0.5-inc1``; ``erasing`` is the probability of random erasing. ``color_jitter``
     acts beside ``auto_augment`` too, where timm's own scripts leave it out.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     crop: Literal["none", "shift", "resized"] = "shift"
     shift: float = Field(default=0.125, ge=0, le=0.5)

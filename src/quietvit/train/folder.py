@@ -80,7 +80,7 @@ def begun_with(config: TrainConfig, force: bool, discard: bool) -> dict[str, Any
         refuse_used(config.output, force, discard)
         return None
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise QuietvitError(
             f"{path} is damaged ({error}); start anew in another output folder."

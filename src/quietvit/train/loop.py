@@ -33,6 +33,7 @@ from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Metrics
 from quietvit.train.parts import Run
 from quietvit.train.progress import bar_of, threads
+from quietvit.train.recipe import refuse_unwritable
 from quietvit.train.regularizers import detach, figures
 from quietvit.train.result import CHECKPOINTS, RESULT, WEIGHTS, TrainResult
 from quietvit.train.resume import (
@@ -96,6 +97,7 @@ def train(
     """
     output = config.output.expanduser()
     config = config.model_copy(update={"output": output})
+    refuse_unwritable(config)
     before = begun_with(config, force, discard) if resume else None
     begun = before is not None
     if not resume:
