@@ -168,7 +168,7 @@ def test_a_trained_model_is_evaluated_and_quantized_by_its_folder(tmp_path):
     file = tmp_path / "m.qvit"
     made = run("quantize", out, "--calibration", "embedded:digits", "--count", 2, "-o", file)
     assert made.exit_code == 0, made.output
-    assert "not empty" in refused(run("train", "-r", tmp_path / "r.toml", "-o", out))
+    assert "a finished run" in refused(run("train", "-r", tmp_path / "r.toml", "-o", out))
     assert "random" not in evaluated.stderr
 
 

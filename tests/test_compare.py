@@ -123,7 +123,7 @@ def test_other_settings_or_a_used_folder_are_refused_and_nothing_is_lost(compare
     held = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(QuietvitError, match=r"calibration_images was 8 and is 9"):
         compare(config(calibration_images=9), folder, resume=True)
-    with pytest.raises(QuietvitError, match="not empty"):
+    with pytest.raises(QuietvitError, match=r"a finished comparison\. To add seeds .*\(--resume\)"):
         compare(config(), folder)
     with pytest.raises(QuietvitError, match="no comparison to go on with"):
         compare(config(), folder / "runs", resume=True)
@@ -229,14 +229,19 @@ def earlier(folder):
 
 
 def test_force_leaves_no_run_that_a_later_resume_would_take_for_its_own(tmp_path, monkeypatch):
-    earlier(tmp_path)
+    held, told = earlier(tmp_path), []
+    for force, way in ((False, "pass resume"), (True, "in place of force")):
+        with pytest.raises(QuietvitError, match=f"unfinished comparison.*{way}.*--discard.*seed7"):
+            compare(config(), tmp_path, force=force)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == held
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(room, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compare(config(), tmp_path, force=True, say=lambda _: None)
+        compare(config(), tmp_path, force=True, discard=True, say=told.append)
+    assert "seed7-without-cd (a finished run)" in told[0]
     left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert left == ["compare.json", "mine.txt"]
 
@@ -251,5 +256,5 @@ def test_force_leaves_no_run_that_a_later_resume_would_take_for_its_own(tmp_path
 def test_bad_data_is_refused_before_anything_is_trained_or_removed(tmp_path, changes, message):
     held = earlier(tmp_path)
     with pytest.raises(QuietvitError, match=message):
-        compare(config(**changes), tmp_path, force=True, say=lambda _: None)
+        compare(config(**changes), tmp_path, force=True, discard=True, say=lambda _: None)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == held

@@ -1,15 +1,25 @@
-"""The Python of the README and of the guide runs as it stands, block after block."""
+"""The Python of the README and of the guide runs as it stands, block after block.
+
+The commands of the README run too, on few images and with small models.
+"""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from typer.main import get_command
+from typer.testing import CliRunner
 
+from huggingface_cases import classifier, saved
 from quietvit import cli
+from quietvit.data import create_model
 from quietvit.quantization import methods_markdown
 from quietvit.train.recipe import known_keys, list_recipes
 
@@ -94,3 +104,82 @@ def test_the_commands_and_options_named_exist() -> None:
         options = {name for option in commands[command].params for name in option.opts} | {"--help"}
         named = set(re.findall(r"(?<=\s)--?[a-z][a-z-]*", f" {rest.partition('#')[0]}"))
         assert named <= options, f"quietvit {command}: {sorted(named - options)}"
+
+
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SMALL = {"depth": 1, "img_size": 32}
+FEW = (
+    "-s epochs=1 -s schedule.warmup_epochs=0 -s batch_size=4 -s data.train_images=8 "
+    "-s num_workers=0 -s precision=no -s device=cpu -s tensorboard=false"
+)
+TIMM = f"{FEW} -s model.kwargs.depth=1 -s model.kwargs.img_size=32"
+# How a command of the README begins, and what makes it short. They run in this order.
+SHORT = {
+    "quietvit --help": "",
+    "quietvit pairs swin_tiny_patch4_window7_224": "",
+    "quietvit train --recipe imagenet1k_deit_small --dry-run": TIMM
+    + " -s data.dataset=imagefolder:/my/images",
+    "torchrun --nproc-per-node 8 -m quietvit.cli train": TIMM,  # as one process
+    "quietvit train --recipe finetune_hf_folder": FEW + " -s model.freeze_blocks=0 --force",
+    "quietvit train --recipe finetune_imagefolder": TIMM + " --force",
+    "quietvit quantize runs/mine": "--count 4",
+    "quietvit compare --recipe digits": "--seeds 0 --bits W8A8 --methods rtn-minmax "
+    "--calibration 4 -s epochs=1 -s data.train_images=64 -s data.test_images=20",
+}
+ELSEWHERE = {
+    "quietvit export": "tests/test_deployment_commands.py",
+    "quietvit check": "tests/test_deployment_commands.py",
+    "quietvit predict": "tests/test_deployment_commands.py",
+    "pip install": "changes the environment; make and the CI do it",
+    "make demo": "is the comparison of digits at full length",
+    "make test": "is what runs this",
+}
+
+
+def readme_commands() -> list[str]:
+    """Each command of the README's sh blocks on one line, without its comment."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    lines = "\n".join(SHELL.findall(text)).replace("\\\n", " ").splitlines()
+    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
+
+
+def test_every_command_of_the_readme_is_run_or_it_is_said_why_not() -> None:
+    found = readme_commands()
+    assert len(found) > 10
+    known = {**SHORT, **ELSEWHERE}
+    for command in found:
+        begins = [start for start in known if command.startswith(start)]
+        assert len(begins) == 1, f"give {command!r} an entry in SHORT or ELSEWHERE"
+    for start in known:
+        assert any(command.startswith(start) for command in found), f"{start!r} is not there"
+
+
+@pytest.fixture
+def my_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What the README calls the user's own, and where it is here."""
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for number in range(16):
+            path = tmp_path / "images" / part / f"class{number % 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+    model = create_model("deit_tiny_patch16_224", 10, **SMALL)
+    save_file(model.state_dict(), tmp_path / "deit_tiny.safetensors")
+    saved(tmp_path / "vit", classifier("ViT", 2))
+    images = str(tmp_path / "images")
+    return {"/my/images": images, "/data/imagenet": images, "/my/vit": str(tmp_path / "vit")}
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(my_files: dict[str, str]) -> None:
+    for start, shorter in SHORT.items():
+        (command,) = [one for one in readme_commands() if one.startswith(start)]
+        text = f"{command} {shorter}"
+        for mine, here in my_files.items():
+            text = text.replace(mine, here)
+        arguments = shlex.split(text.partition("quietvit.cli " if "torchrun" in text else " ")[2])
+        done = CliRunner().invoke(cli.app, arguments)
+        assert done.exit_code == 0, f"{text}\n{done.output}"
+    assert {"deit", "mine", "digits"} <= {path.name for path in Path("runs").iterdir()}
+    assert Path("mine.qvit").is_dir()

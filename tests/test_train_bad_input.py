@@ -7,11 +7,7 @@ import errno
 import json
 import logging
 import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -446,10 +442,11 @@ def test_a_folder_with_other_things_and_no_configuration_takes_force(tmp_path, m
     left = began_to_write(output)
     (output / "notes.txt").write_text("mine")
     for resume in (False, True):
-        with pytest.raises(QuietvitError, match=r"not empty \(it holds checkpoints, metrics"):
+        with pytest.raises(QuietvitError, match=r"cannot be resumed: there is no config\.json"):
             run(output, resume=resume)
     assert left.is_dir()
-    assert_same(run(output, resume=True, force=True), run(tmp_path / "other"))
+    anew = run(output, resume=True, force=True, discard=True)
+    assert_same(anew, run(tmp_path / "other"))
     assert not (output / "checkpoints" / "step-00000099").exists()
     assert not left.exists()
     assert (output / "notes.txt").read_text() == "mine"
@@ -462,45 +459,6 @@ def test_force_takes_no_part_where_the_run_was_begun(tmp_path, monkeypatch, capl
         run(tmp_path / "run", resume=True, force=True, seed=5)
     run(tmp_path / "run", resume=True, force=True)
     assert "resuming at step 2" in caplog.text
-
-
-def test_sigterm_finishes_the_step_saves_and_the_run_resumes_exactly(tmp_path, monkeypatch, caplog):
-    expected = run(tmp_path / "whole", **EVERYTHING)
-    forward, before = step.forward_backward, signal.getsignal(signal.SIGTERM)
-
-    def terminated(parts, images, labels, at):
-        if at == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(parts, images, labels, at)
-
-    caplog.set_level(logging.WARNING, "quietvit")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "forward_backward", terminated)
-        with pytest.raises(SystemExit) as caught:
-            run(tmp_path / "run", **{**EVERYTHING, "checkpoint": {"every": 0}})
-    assert caught.value.code == 143
-    assert "SIGTERM: stopped after step 5 of 14; the checkpoint" in caplog.text
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert_same(run(tmp_path / "run", resume=True, **EVERYTHING), expected)
-
-
-@pytest.mark.slow
-def test_the_command_ends_with_code_143_on_sigterm(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(config(tmp_path / "run", epochs=5000).model_dump_json())
-    command = [sys.executable, "-m", "quietvit.cli", "train", "-r", str(path)]
-    process = subprocess.Popen(
-        [*command, "-o", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.terminate()
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "SIGTERM: stopped after step" in told
-    assert "Traceback" not in told
 
 
 def test_resuming_a_run_of_another_recipe_version_is_refused(tmp_path, monkeypatch):
@@ -550,3 +508,28 @@ def test_a_parameter_without_a_group_is_named(tmp_path):
 def test_an_average_of_sharded_weights_is_refused(tmp_path):
     with pytest.raises(QuietvitError, match=r"ema averages whole weights.*ema to none"):
         config(tmp_path, parallel="fsdp2", ema={"decay": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"features_only": True}, "gives list for one image, not logits of shape"),
+        ({"global_pool": ""}, "not logits of shape|could not build"),
+        ({"num_heads": 0}, "could not build vit_tiny_patch16_224"),
+    ],
+)
+def test_a_model_that_is_no_classifier_is_refused_before_the_folder_is_used(
+    tmp_path, kwargs, message
+):
+    model = {**MODEL, "kwargs": {**MODEL["kwargs"], **kwargs}}
+    with pytest.raises(QuietvitError, match=message):
+        run(tmp_path / "run", model=model)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_output_that_is_not_utf_8_is_refused_before_it_is_made(tmp_path):
+    output = tmp_path / os.fsdecode(b"run\xff")
+    changed = config(tmp_path / "run").model_copy(update={"output": output})
+    with pytest.raises(QuietvitError, match=r"output: .*is not UTF-8"):
+        loop.train(changed, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -74,6 +74,7 @@ def start(tmp_path, *jobs):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -272,7 +273,9 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_stops_all_processes(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_all_processes(tmp_path, number):
+    """A terminal sends Ctrl-C to all of them, and torchrun once more to those it started."""
     output = tmp_path / "run"
     changes = {**SHARED, "epochs": 4000, "checkpoint": {"every": 0}}
     process = start(tmp_path, job(output, **changes))
@@ -280,10 +283,14 @@ def test_sigterm_saves_and_stops_all_processes(tmp_path):
     while not (path.exists() and path.read_text().count("\n") > 3):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     told, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "SIGTERM: stopped after step" in told
+    name = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+    assert f"{name}: stopped after step" in told
     assert len(list_checkpoints(output / "checkpoints")) == 1
 
 

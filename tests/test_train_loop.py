@@ -57,8 +57,9 @@ def config(output, **changes):
     return parse_config(content)
 
 
-def run(output, resume=False, force=False, **changes):
-    return train(config(output, **changes), resume=resume, force=force, progress=False)
+def run(output, resume=False, force=False, discard=False, **changes):
+    given = {"resume": resume, "force": force, "discard": discard, "progress": False}
+    return train(config(output, **changes), **given)
 
 
 def lines(output):
@@ -323,7 +324,7 @@ def test_a_folder_in_use_is_refused_and_force_replaces_only_the_runs_own_files(t
     output = tmp_path / "run"
     run(output, epochs=1)
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(QuietvitError, match="not empty"):
+    with pytest.raises(QuietvitError, match="holds a finished run"):
         run(output, epochs=1)
     assert (output / "result.json").exists()
     result = run(output, epochs=1, seed=3, force=True)

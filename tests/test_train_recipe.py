@@ -176,3 +176,62 @@ def test_the_configuration_cannot_be_changed_in_place():
 
 def test_known_keys_reach_into_optional_sections():
     assert {"decay.cd.strength", "data.augmentation.flip", "ema.decay"} <= set(known_keys())
+
+
+@pytest.mark.parametrize("key", ["decay.cd", "ema", "decay.tweo", "decay.cd.schedule"])
+def test_false_leaves_a_section_out_as_none_does(key):
+    name = "imagenet1k_deit_small"
+    assert load_recipe(name, [f"{key}=false"]) == load_recipe(name, [f"{key}=none"])
+
+
+NUMBERS = ["epochs", "optimizer.lr", "seed", "decay.cd.strength", "threads", "checkpoint.every",
+           "data.augmentation.flip", "optimizer.clip_grad", "mix.probability"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_true_and_false_are_no_numbers(key, value):
+    with pytest.raises(QuietvitError, match=rf"{key}: give a value, not {value}"):
+        load_recipe("digits", [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.betas=[true, 0.9]", "give a value, not true"),
+        ("decay.cd.strength={ mlp = true }", "give a value, not true"),
+        ("data.augmentation.scale=[false, true]", "give a value, not false"),
+        ("decay.cd=true", r"this is a section; set its keys, such as cd\.strength; none leaves"),
+        ("decay.cd=2", r"set its keys, such as cd\.strength"),
+        ("mix=false", r"set its keys, such as mix\.mixup \(given"),
+        ("model.kwargs.in_chans=1", "in_chans is 1, but images are read in colour"),
+    ],
+)
+def test_what_a_value_cannot_be_is_said_with_the_key(override, message):
+    with pytest.raises(QuietvitError, match=message):
+        load_recipe("digits", [override])
+
+
+def test_what_may_be_true_or_hold_it_may_still():
+    config = load_recipe("digits", ["tensorboard=true", "compile=false", "model.kwargs.x=true"])
+    assert (config.tensorboard, config.compile) == (True, False)
+    assert config.model.kwargs["x"] is True
+
+
+def test_a_recipe_with_a_byte_order_mark_is_read_and_another_encoding_is_named(tmp_path):
+    text = list_recipes()["digits"].read_text("utf-8")
+    path = tmp_path / "marked.toml"
+    path.write_text(text, encoding="utf-8-sig")
+    assert load_recipe(path) == load_recipe("digits")
+    path = tmp_path / "config.json"
+    path.write_text(load_recipe("digits").model_dump_json(), encoding="utf-8-sig")
+    assert load_recipe(path) == load_recipe("digits")
+    (tmp_path / "wide.toml").write_text(text, encoding="utf-16")
+    with pytest.raises(QuietvitError, match=r"is not in UTF-8 .*save it in that encoding"):
+        load_recipe(tmp_path / "wide.toml")
+
+
+@pytest.mark.parametrize("key", ["output", "data.dataset", "model.weights", "model.name"])
+def test_what_cannot_be_written_as_utf_8_is_refused_with_its_key(key):
+    with pytest.raises(QuietvitError, match=rf"^{key}: 'imagefolder:x.udcff' is not UTF-8"):
+        load_recipe("digits", [f"{key}=imagefolder:x\udcff"])

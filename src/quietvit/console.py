@@ -5,11 +5,14 @@ The commands are in ``commands``; what is said of an error is in ``complaints``.
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from quietvit.complaints import complain
 from quietvit.errors import QuietvitError
 
 if TYPE_CHECKING:
@@ -41,6 +44,12 @@ DryRun = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
+Discard = Annotated[
+    bool,
+    typer.Option(
+        "--discard", help="With --force: delete an unfinished run and its checkpoints, unasked."
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(
@@ -179,6 +188,19 @@ def moved_to(model: nn.Module, device: str) -> nn.Module:
             f"the model cannot be computed on device {device!r}: {str(error).splitlines()[0]}; "
             "choose another, such as --device cpu."
         ) from error
+
+
+def interactive() -> bool:
+    """Whether somebody sits at a terminal in front of this process alone."""
+    return "RANK" not in os.environ and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def agreed(refusal: QuietvitError | None) -> bool:
+    """Ask on a terminal whether to do what ``refusal`` refuses; False where nobody can be asked."""
+    if refusal is None or not interactive():
+        return False
+    complain("warning", str(refusal))
+    return typer.confirm("Delete all of this?", default=False, err=True)
 
 
 def epilog(*examples: str) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from quietvit.console import (
+    Discard,
     DryRun,
     Force,
     Output,
@@ -16,6 +17,7 @@ from quietvit.console import (
     Overrides,
     Recipe,
     Resume,
+    agreed,
     epilog,
     listed,
 )
@@ -43,11 +45,13 @@ def train(
     overrides: Overrides = None,
     resume: Resume = False,
     force: Force = False,
+    discard: Discard = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train or fine-tune one model by a recipe."""
     from quietvit.train import estimate, load_recipe
     from quietvit.train import train as run
+    from quietvit.train.earlier import earlier_run
 
     chosen = [] if model is None else [f"model.name={json.dumps(model)}"]
     config = load_recipe(recipe, [*chosen, *(overrides or [])])
@@ -59,7 +63,9 @@ def train(
         return
     if output is not None:
         config = config.model_copy(update={"output": output})
-    result = run(config, resume=resume, force=force)
+    if force and not (resume or discard):
+        discard = agreed(earlier_run(config.output.expanduser()).refusal(force=True, discard=False))
+    result = run(config, resume=resume, force=force, discard=discard)
     if not first:
         return
     typer.echo(
@@ -96,10 +102,12 @@ def compare(
     overrides: Overrides = None,
     resume: Resume = False,
     force: Force = False,
+    discard: Discard = False,
 ) -> None:
     """Train with and without Colinearity Decay, quantize both, report on one page."""
     from quietvit.compare import CompareConfig
     from quietvit.compare import compare as run
+    from quietvit.compare.earlier import refusal
     from quietvit.train import load_recipe
 
     config = CompareConfig(
@@ -110,7 +118,9 @@ def compare(
         calibration_images=calibration,
         calibration_seed=calibration_seed,
     )
-    found = run(config, output, resume=resume, force=force)
+    if force and not (resume or discard):
+        discard = agreed(refusal(output, force=True, discard=False))
+    found = run(config, output, resume=resume, force=force, discard=discard)
     show(
         fitting(found.table.rich(), found.table.rich(compact=True)),
         f"\n{found.verdict}",

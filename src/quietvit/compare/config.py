@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from quietvit.data.section import Section
 from quietvit.errors import QuietvitError, nearest
 from quietvit.quantization.settings import setting_names
 from quietvit.train import TrainConfig
 
 
-class CompareConfig(BaseModel):
+class CompareConfig(Section):
     """A comparison; ``recipe`` describes the arm with CD, the other leaves its ``decay.cd`` out.
 
     ``bits`` and ``methods`` are combined: ``W4A4`` and ``rtn-omse``. Calibration images are drawn
@@ -23,8 +24,6 @@ class CompareConfig(BaseModel):
     ``noise_setting`` is the setting whose noise is measured per site (by default the last bits with
     the first method). Raises QuietvitError where a value is refused.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: TrainConfig
     seeds: tuple[int, ...] = (0, 1, 2)

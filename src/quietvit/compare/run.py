@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.compare.config import CompareConfig
+from quietvit.compare.earlier import COMPARISON, earlier_runs, named, refusal
 from quietvit.data import (
     calibration_images,
     evaluate,
@@ -33,7 +34,6 @@ from quietvit.files import (
     json_text,
     leftovers,
     refuse_nonempty,
-    refuse_other_bytes,
     sweep,
     write_atomic,
 )
@@ -56,12 +56,11 @@ from quietvit.report import (
 from quietvit.report.results import ARMS, Spread, overhead
 from quietvit.tracing import Trace
 from quietvit.tracing import trace as record_trace
-from quietvit.train import train
+from quietvit.train import TrainConfig, TrainResult, train
 from quietvit.train.folder import begun_with, changes, fresh
+from quietvit.train.recipe import refuse_not_utf8
 from quietvit.train.result import provenance
 from quietvit.train.setup import open_data
-
-_CONFIG = "compare.json"
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ def compare(
     *,
     resume: bool = False,
     force: bool = False,
+    discard: bool = False,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Comparison:
     """Train with and without CD for every seed, quantize each model at every setting, report.
@@ -109,22 +109,27 @@ def compare(
             ``results.json`` and one folder a run. Written anew whenever a seed is finished.
         resume: keep the finished runs in ``output`` and go on.
         force: write into a folder that is not empty; the runs of an earlier comparison in it are
-            removed, once the data of the new one is known to be sound.
+            deleted, once the data of the new one is known to be sound. What is deleted is named.
+            An unfinished comparison that holds anything is not deleted by ``force`` alone.
+        discard: with ``force``, delete an unfinished comparison and its runs too.
         say: receives a line of progress.
 
     Raises:
         QuietvitError: the folder is not empty, or (with ``resume``) holds another comparison;
             whatever the rooms below refuse. Finished runs stay.
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, as ``quietvit.train`` says.
     """
     folder = Path(output)
-    refuse_other_bytes(folder)
-    refuse_nonempty(folder, resume or force, ignored=leftovers(folder / _CONFIG))
+    refuse_not_utf8(config.recipe.model_copy(update={"output": folder}))
+    if not resume and (refused := refusal(folder, force, discard)):
+        raise refused
+    refuse_nonempty(folder, resume or force, ignored=leftovers(folder / COMPARISON))
     _enough_images(config)
-    _prepare(config, folder, resume)
+    _prepare(config, folder, resume, say)
     runs: dict[tuple[int, bool], Run] = {}
     order = config.order()
     for at, (seed, decay) in enumerate(order, start=1):
-        place = folder / "runs" / f"seed{seed}-{_named(ARMS[decay])}"
+        place = folder / "runs" / f"seed{seed}-{named(ARMS[decay])}"
         kept = place / "run.json"
         name = f"[{at}/{len(order)}] seed {seed} {ARMS[decay]}"
         if resume and kept.is_file():
@@ -133,7 +138,9 @@ def compare(
         else:
             say(f"{name}: training, then quantizing")
             started = time.perf_counter()
-            run = _run(config, seed, decay, place / "train", resume, force)
+            arm = config.arm(seed, decay).model_copy(update={"output": place / "train"})
+            trained = _trained(arm, resume, force, discard)
+            run = _quantized(config, trained, seed, decay)
             write_atomic(kept, json_text(run.model_dump(mode="json"), indent=1) + "\n")
             runs[seed, decay] = run
             say(
@@ -155,8 +162,8 @@ def _enough_images(config: CompareConfig) -> None:
         )
 
 
-def _prepare(config: CompareConfig, folder: Path, resume: bool) -> None:
-    kept = folder / _CONFIG
+def _prepare(config: CompareConfig, folder: Path, resume: bool, say: Callable[[str], None]) -> None:
+    kept = folder / COMPARISON
     wanted = config.flat()
     if resume and kept.is_file():
         try:
@@ -177,20 +184,18 @@ def _prepare(config: CompareConfig, folder: Path, resume: bool) -> None:
             )
     elif resume and set(folder.iterdir()) - set(leftovers(kept)):
         raise QuietvitError(
-            f"{folder} holds no comparison to go on with (no {_CONFIG}); choose another folder."
+            f"{folder} holds no comparison to go on with (no {COMPARISON}); choose another folder."
         )
     if not resume:
-        for arm in ARMS:
-            for place in folder.glob(f"runs/seed*-{_named(arm)}"):
-                with held(place / "train") if (place / "train").is_dir() else nullcontext():
-                    (place / "run.json").unlink(missing_ok=True)
-                    fresh(place / "train")
+        earlier = earlier_runs(folder)
+        if earlier:
+            say(f"starting anew in {folder} deletes: {'; '.join(earlier.values())}")
+        for place in earlier:
+            with held(place / "train") if (place / "train").is_dir() else nullcontext():
+                (place / "run.json").unlink(missing_ok=True)
+                fresh(place / "train")
     sweep(kept)
     write_atomic(kept, json_text(wanted, indent=1) + "\n")
-
-
-def _named(arm: str) -> str:
-    return arm.replace(" ", "-").lower()
 
 
 def _read_run(path: Path) -> Run:
@@ -203,18 +208,21 @@ def _read_run(path: Path) -> Run:
         ) from error
 
 
-def _run(
-    config: CompareConfig, seed: int, decay: bool, place: Path, resume: bool, force: bool
-) -> Run:
-    arm = config.arm(seed, decay).model_copy(update={"output": place})
+def _trained(arm: TrainConfig, resume: bool, force: bool, discard: bool) -> TrainResult:
+    place = arm.output
     resume = resume and place.is_dir()
-    before = begun_with(arm, force) if resume else None
+    before = begun_with(arm, force, discard) if resume else None
     if before is not None and (differing := changes(before, arm)):
         raise QuietvitError(
             f"{place} was gone on with otherwise than the comparison says: {differing[0]}. Both "
             "arms are trained alike; remove that folder to train it anew."
         )
-    trained = train(arm, resume=resume, force=force)
+    return train(arm, resume=resume, force=force, discard=discard)
+
+
+def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bool) -> Run:
+    """Evaluate a trained model as it is and at every setting."""
+    arm = trained.config
     device = "cuda" if arm.device == "auto" and torch.cuda.is_available() else "cpu"
     model = trained.load_model().to(device)
     transform = evaluation_transform(model)

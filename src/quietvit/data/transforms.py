@@ -9,16 +9,18 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from quietvit.data.policies import mend
+from quietvit.data.section import Section
 from quietvit.errors import QuietvitError
 
 Transform = Callable[[Image.Image], Tensor]
 Area = Annotated[float, Field(gt=0, le=1)]
 
 
-class Augmentation(BaseModel):
+class Augmentation(Section):
     """Random changes of training images.
 
     ``crop``: ``none`` resizes the whole image; ``shift`` resizes it and moves it by up to
@@ -27,8 +29,6 @@ class Augmentation(BaseModel):
     ``rand-m9-mstd0.5-inc1``; ``erasing`` is the probability of random erasing. ``color_jitter``
     acts beside ``auto_augment`` too, where timm's own scripts leave it out.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     crop: Literal["none", "shift", "resized"] = "shift"
     shift: float = Field(default=0.125, ge=0, le=0.5)
@@ -106,7 +106,7 @@ def _resized_crop(config: dict[str, Any], augmentation: Augmentation) -> Transfo
     from timm.data.transforms_factory import transforms_imagenet_train
 
     try:
-        transform: Transform = transforms_imagenet_train(
+        transform = transforms_imagenet_train(
             img_size=tuple(config["input_size"][-2:]),
             scale=augmentation.scale,
             hflip=augmentation.flip,
@@ -121,7 +121,8 @@ def _resized_crop(config: dict[str, Any], augmentation: Augmentation) -> Transfo
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise _unknown_policy(augmentation) from error
-    return transform
+    mended: Transform = mend(transform)
+    return mended
 
 
 def _whole_image(config: dict[str, Any], augmentation: Augmentation) -> Transform:
@@ -162,7 +163,7 @@ def _policy(augmentation: Augmentation, config: dict[str, Any]) -> Any:
     }
     make = makers.get(policy.split("-")[0], auto_augment.auto_augment_transform)
     try:
-        return make(policy, options)
+        return mend(make(policy, options))
     except (AssertionError, ValueError, KeyError) as error:
         raise _unknown_policy(augmentation) from error
 

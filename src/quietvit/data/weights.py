@@ -101,7 +101,10 @@ def _built(name: str, kwargs: Mapping[str, Any], preprocessing: Mapping[str, Any
 
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+    except (
+        TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError, LookupError,
+        AttributeError,
+    ) as error:  # fmt: skip
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
         raise QuietvitError(
             f"timm could not build {name} with {given or 'its defaults'}: {error}; change or leave "

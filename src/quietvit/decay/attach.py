@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from quietvit.decay.averages import carried
 from quietvit.decay.following import (
     Watch,
     Watched,
@@ -23,6 +24,7 @@ from quietvit.decay.following import (
     is_skipped,
     unwrapped,
 )
+from quietvit.decay.rates import StepRates, estimated, refuse_unknown_rate
 from quietvit.decay.regularizer import checked_state, one_strength
 from quietvit.decay.schedule import (
     Schedule,
@@ -67,6 +69,7 @@ class Attachment(ABC):
         self._handles: list[Any] = []
         self._held: set[str] = set()
         self._watched: list[Watched] = []
+        self._estimates: dict[int, float] = {}
 
     @abstractmethod
     def _names(self) -> tuple[str, ...]:
@@ -85,7 +88,8 @@ class Attachment(ABC):
 
         Trainable parameters concerned that are in none of its groups stay as they are, and a
         warning says so. Raises QuietvitError if already attached, if the optimizer cannot be
-        hooked, if it holds none of the parameters concerned, or if all are frozen.
+        hooked, if it holds none of the parameters concerned, if all are frozen, or if a decoupled
+        regularizer cannot know the optimizer's rate (docs/method.md lists the optimizers).
         """
         if self._handles:
             raise QuietvitError(
@@ -96,6 +100,9 @@ class Attachment(ABC):
         held = self._groups(inner)
         if not held:
             raise self._without_any(inner)
+        if not self.coupled:
+            for group in held.values():
+                refuse_unknown_rate(inner, group, type(self).__name__)
         self._warn_of_others(held, inner)
         self._warn_of_rounding(held)
         self._optimizer = weakref.ref(inner)
@@ -191,7 +198,7 @@ class Attachment(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: all but the optimizer and the hooks, as detached."""
-        free: dict[str, Any] = {"in_step": False, "_optimizer": None}
+        free: dict[str, Any] = {"in_step": False, "_optimizer": None, "_estimates": {}}
         return self.__dict__ | free | {"_handles": [], "_watched": [], "_held": set()}
 
     def _all_settings(self) -> dict[str, Any]:
@@ -234,17 +241,16 @@ class Attachment(ABC):
         return found
 
     def _rates(self, optimizer: Optimizer, factor: float) -> dict[str, float]:
-        """Learning rate x factor of every parameter that may move now."""
-        lr_of: dict[int, float] = {}
-        rates = {}
-        for name, group in self._groups(optimizer).items():
-            if id(group) not in lr_of:
-                lr_of[id(group)] = float(group["lr"])
-            rates[name] = lr_of[id(group)] * factor
-        return rates
+        """The optimizer's own rate x factor of every parameter that may move now."""
+        rates = StepRates(unwrapped(optimizer), self._estimates, type(self).__name__)
+        return {
+            name: rates.of(group, self._read(name)) * factor
+            for name, group in self._groups(optimizer).items()
+        }
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self.in_step = True
+        self._estimates = {id(group): estimated(group) for group in optimizer.param_groups}
         if self.coupled and is_outermost(optimizer):
             return self._couple(optimizer, args, kwargs)
         return None
@@ -286,6 +292,7 @@ class Attachment(ABC):
             if not self.coupled:
                 self._act(optimizer)
             self.steps += 1
+        self._estimates = {}
         for watched in self._watched:
             watched.reset()
 
@@ -294,9 +301,12 @@ class DecoupledUpdate(Attachment):
     """A change of weights after each optimizer step, in units of the step's learning rate.
 
     Runs as ``register_step_post_hook``. Each parameter moves at the learning rate its own group has
-    at that moment, whether or not it received a gradient. Weights below float32 are computed in
-    float32 and rounded once when written: a change under half a unit in the last place (relative
-    2^-9 for bfloat16) rounds away, so keep float32 master weights where small strengths matter.
+    at that moment, or at the one that the optimizer found by itself (``rates``), whether or not it
+    received a gradient. What an optimizer averages moves along (``averages``).
+
+    Weights below float32 are computed in float32 and rounded once when written: a change under half
+    a unit in the last place (relative 2^-9 for bfloat16) rounds away, so keep float32 master
+    weights where small strengths matter.
     """
 
     @abstractmethod
@@ -306,7 +316,8 @@ class DecoupledUpdate(Attachment):
     def _apply(self, optimizer: Optimizer, factor: float) -> None:
         rates = self._rates(optimizer, factor)
         if rates:
-            self._write(rates)
+            with carried(unwrapped(optimizer), map(self._read, rates)):
+                self._write(rates)
 
 
 class WholeUpdate(DecoupledUpdate):

@@ -107,7 +107,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if found:
         raise QuietvitError(
             f"all {len(found)} checkpoints in {folder} are damaged; start anew in another output "
-            "folder, or with force."
+            "folder, or with force and discard (--force --discard)."
         )
     return None
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from quietvit.data.section import Section
 from quietvit.data.transforms import Augmentation
 
 Strength = Annotated[float, Field(ge=0)]
@@ -27,14 +28,6 @@ _NO_KWARGS = {
 }
 
 
-class Section(BaseModel):
-    """A part of the configuration: frozen, its numbers finite, no keys beside those declared."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
-    )
-
-
 class ModelConfig(Section):
     """The model: a timm name, or ``hf:/folder`` for a transformers image classifier kept there.
 
@@ -45,8 +38,8 @@ class ModelConfig(Section):
 
     name: str
     weights: Path | None = None
-    kwargs: dict[str, Any] = {}
-    preprocessing: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default={})
+    preprocessing: dict[str, Any] = Field(default={})
     freeze: tuple[str, ...] = ()
     freeze_blocks: int = Field(default=0, ge=0)
 
@@ -344,6 +337,12 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for key in ("in_chans", "num_channels"):
+            if self.model.kwargs.get(key, 3) != 3:
+                raise ValueError(
+                    f"model.kwargs.{key} is {self.model.kwargs[key]!r}, but images are read in "
+                    "colour, of three channels (grey ones too); leave it out"
+                )
         for key, owner in _NO_KWARGS.items():
             if key in self.model.kwargs:
                 raise ValueError(f"model.kwargs.{key} is not taken; set {owner} in its place")

@@ -27,18 +27,27 @@ from quietvit.decay.whole import read, whole_parameters
 from quietvit.tracing import evaluating
 from quietvit.tracing.block_modules import lies_within
 from quietvit.train.engine import gathered, is_sharded
+from quietvit.train.stopping import Stoppable, Termination, ignore_in_worker, refuse_if_due
 
 if TYPE_CHECKING:
     from quietvit.train.parts import Parts
 
 
 def top1(
-    parts: Parts, test: ImageDataset, *, average: bool = True, progress: bool = False
+    parts: Parts,
+    test: ImageDataset,
+    termination: Termination,
+    *,
+    average: bool = True,
+    progress: bool = False,
 ) -> float:
     """Return top-1 in percent on the test images; every process must call.
 
     Weights are those of the moving average if there is one, and the last ones with ``average``
     False; the computation is in float32, whatever the precision of the steps.
+
+    Raises:
+        StopRequestedError: ``termination`` is due; it is asked before each batch.
     """
     accelerator, size = parts.accelerator, 2 * parts.config.batch_size
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -49,12 +58,15 @@ def top1(
         if len(share):
             transform = evaluation_transform(model)
             loader = evaluation_loader(share, transform, size, parts.config.num_workers)
-            own = evaluate(model, loader, accelerator.device, progress)
+            loader.worker_init_fn = ignore_in_worker
+            batches: Any = Stoppable(loader, termination)
+            own = evaluate(model, batches, accelerator.device, progress)
             correct = round(own * len(share) / 100)
-        if is_sharded(accelerator):
-            largest_share = math.ceil(len(test) / processes)
-            spare = math.ceil(largest_share / size) - math.ceil(len(share) / size)
-            _run_along(model, spare, accelerator.device)
+        largest_share = math.ceil(len(test) / processes)
+        for _ in range(math.ceil(largest_share / size) - math.ceil(len(share) / size)):
+            refuse_if_due(termination)
+            if is_sharded(accelerator):
+                _run_along(model, accelerator.device)
     return 100.0 * sum(gathered(accelerator, correct)) / len(test)
 
 
@@ -127,9 +139,8 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def _run_along(model: nn.Module, times: int, device: torch.device) -> None:
-    """Take part in passes that the others need; what comes out is dropped."""
+def _run_along(model: nn.Module, device: torch.device) -> None:
+    """Take part in a pass that the others need; what comes out is dropped."""
     image = torch.zeros(1, *data_config(model)["input_size"], device=device)
     with evaluating(model):
-        for _ in range(times):
-            model(image)
+        model(image)

@@ -6,6 +6,7 @@ What the files in it hold is decided in ``loop``, ``checkpoint``, ``metrics`` an
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,11 +24,12 @@ from quietvit.files import (
     write_atomic,
 )
 from quietvit.train.config import TrainConfig
+from quietvit.train.earlier import earlier_run
 from quietvit.train.metrics import METRICS, TENSORBOARD
 from quietvit.train.recipe import parse_config
-from quietvit.train.result import CONFIG, RESULT, WEIGHTS
+from quietvit.train.result import CHECKPOINTS, CLASSES, CONFIG, RESULT, WEIGHTS
 
-CHECKPOINTS, CLASSES = "checkpoints", "classes.json"
+logger = logging.getLogger("quietvit")
 
 # What changes no weight, or only their last bits.
 _MAY_CHANGE = {
@@ -51,24 +53,33 @@ def own_files(output: Path) -> list[Path]:
 
 
 def fresh(output: Path) -> None:
-    """Remove an earlier run's own files from ``output``, and nothing else."""
+    """Remove an earlier run's own files from ``output``, and nothing else; a warning names them."""
+    earlier = earlier_run(output)
+    if earlier.parts:
+        logger.warning("starting anew in %s deletes %s: %s.", output, earlier, earlier.deleted())
     for path in own_files(output):
         path.unlink(missing_ok=True)
     for name in (CHECKPOINTS, TENSORBOARD):
         shutil.rmtree(output / name, ignore_errors=True)
 
 
-def refuse_used(output: Path, force: bool) -> None:
-    """Refuse a folder that holds more than a run killed at its start leaves, unless ``force``."""
+def refuse_used(output: Path, force: bool, discard: bool) -> None:
+    """Refuse a folder that holds more than a run killed at its start leaves, unless ``force``.
+
+    An unfinished run with checkpoints takes ``discard`` too.
+    """
     refuse_other_bytes(output)
+    refusal = earlier_run(output).refusal(force, discard)
+    if refusal is not None:
+        raise refusal
     refuse_nonempty(output, force, ignored=[output / LOCK, *leftovers(*own_files(output))])
 
 
-def begun_with(config: TrainConfig, force: bool) -> dict[str, Any] | None:
+def begun_with(config: TrainConfig, force: bool, discard: bool) -> dict[str, Any] | None:
     """Return what the run in its output folder was begun with; refuse to resume another one.
 
-    None where there is no ``config.json``, so no run was begun; with anything but leftovers there
-    the folder is then refused, unless ``force`` is set.
+    None where there is no ``config.json``, so no run was begun; the folder is then refused as
+    ``refuse_used`` does.
 
     Raises:
         QuietvitError: a folder in use, another configuration or recipe version (what differs is
@@ -77,10 +88,10 @@ def begun_with(config: TrainConfig, force: bool) -> dict[str, Any] | None:
     refuse_other_bytes(config.output)
     path = config.output / CONFIG
     if not path.exists():
-        refuse_used(config.output, force)
+        refuse_used(config.output, force, discard)
         return None
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise QuietvitError(
             f"{path} is damaged ({error}); start anew in another output folder."

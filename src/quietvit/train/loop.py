@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered
 from quietvit.train.evaluation import top1
 from quietvit.train.folder import (
-    CHECKPOINTS,
     begun_with,
     changes,
     fresh,
@@ -36,8 +35,9 @@ from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Metrics
 from quietvit.train.parts import Run
 from quietvit.train.progress import bar_of, threads
+from quietvit.train.recipe import refuse_not_utf8
 from quietvit.train.regularizers import detach, figures
-from quietvit.train.result import RESULT, WEIGHTS, TrainResult
+from quietvit.train.result import CHECKPOINTS, RESULT, WEIGHTS, TrainResult
 from quietvit.train.resume import (
     check_same_data,
     collect,
@@ -48,7 +48,7 @@ from quietvit.train.resume import (
 )
 from quietvit.train.setup import build
 from quietvit.train.step import forward_backward
-from quietvit.train.stopping import EXIT_CODE, Termination, end_workers
+from quietvit.train.stopping import StopRequestedError, Termination, end_workers
 from quietvit.train.together import (
     alone,
     check_same_checkpoint,
@@ -62,7 +62,12 @@ logger = logging.getLogger("quietvit")
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, force: bool = False, progress: bool = True
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    discard: bool = False,
+    progress: bool = True,
 ) -> TrainResult:
     """Train as ``config`` says and write everything below ``config.output``.
 
@@ -77,10 +82,17 @@ def train(
             read again, and a warning tells of another number of threads or torch version.
         force: start anew in a folder that is in use; an earlier run's files there are replaced,
             once data, model and decay of the new one are known to be sound. With ``resume`` only
-            where the folder holds no ``config.json``.
+            where the folder holds no ``config.json``. An unfinished run with checkpoints is not
+            deleted by ``force`` alone. What is deleted is named in a warning.
+        discard: with ``force``, delete an unfinished run and its checkpoints too.
         progress: show a bar on standard error.
 
+    On SIGTERM or Ctrl-C (SIGINT) the step is finished and a checkpoint written; an evaluation is
+    broken off, and ``resume`` makes it anew. A second Ctrl-C ends at once.
+
     Raises:
+        SystemExit: code 143, after SIGTERM.
+        KeyboardInterrupt: after Ctrl-C; its message names the checkpoint.
         QuietvitError: output folder in use or held by another run, another configuration on resume
             (learning rate, clipping, precision, the place of the data and how a step is shared out
             between processes may change), bad data or weights, a loss that is no number, too little
@@ -88,10 +100,11 @@ def train(
     """
     output = config.output.expanduser()
     config = config.model_copy(update={"output": output})
-    before = begun_with(config, force) if resume else None
+    refuse_not_utf8(config)
+    before = begun_with(config, force, discard) if resume else None
     begun = before is not None
     if not resume:
-        refuse_used(output, force)
+        refuse_used(output, force, discard)
     if before is not None and (output / RESULT).exists():
         return _finished(config, before)
     with threads(config.threads):
@@ -99,7 +112,7 @@ def train(
         state = load_checkpoint(output / CHECKPOINTS) if begun else None
         with enough_memory(config, Stage.BUILD):
             run = build(config, resumed=state is not None)
-        with alone(run.parts, begun, force, seen):
+        with alone(run.parts, begun, force, discard, seen):
             main = run.parts.accelerator.is_main_process
             if main:
                 if not begun:
@@ -122,7 +135,9 @@ def train(
                     write_classes(config, run.train)
                 with enough_memory(config, Stage.STEP):
                     loop.run_epochs(progress)
-                return loop.finish(progress)
+                result = loop.finish(progress)
+                loop.end_if_asked()
+                return result
             finally:
                 loop.close()
 
@@ -183,11 +198,11 @@ class _Loop:
                         if loss is not None:
                             bar.update(task, loss=f"loss {loss:.3f}")
                         self._mark = time.perf_counter()
-                self.epoch, self.batch = self.epoch + 1, 0
-                every = self.config.evaluate_every
-                if every and self.epoch % every == 0 and self.epoch < self.config.epochs:
+                every, done = self.config.evaluate_every, self.epoch + 1
+                if every and done % every == 0 and done < self.config.epochs:
                     self.losses.refuse_unless_sound(self.step)
-                    self._write(top1=self.top1(), epoch=self.epoch)
+                    self._write(top1=self.top1(), epoch=done)
+                self.epoch, self.batch = done, 0
             self.losses.refuse_unless_sound(self.step)
 
     def _batch(self, images: Tensor, labels: Tensor) -> bool:
@@ -262,19 +277,29 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.write(self.step, **values)
 
-    def _terminate(self) -> None:
+    def _terminate(self) -> NoReturn:
         if self.saved != self.step:
             self._save()
+        told = (
+            f"{self.termination.by}: stopped after step {self.step} of {self.p.total_steps}; the "
+            f"checkpoint {newest_whole(self.config.output / CHECKPOINTS)} is written. Go on with "
+            "resume (--resume)."
+        )
         if self.accelerator.is_main_process:
-            logger.warning(
-                "SIGTERM: stopped after step %d of %d; the checkpoint %s is written. Go on with "
-                "resume (--resume).",
-                self.step,
-                self.p.total_steps,
-                newest_whole(self.config.output / CHECKPOINTS),
-            )
+            logger.warning(told)
         self.accelerator.wait_for_everyone()
-        raise SystemExit(EXIT_CODE)
+        self.termination.end(told)
+
+    def end_if_asked(self) -> None:
+        """End as a signal asks that came when nothing was left to stop."""
+        if self.termination.pending():
+            told = (
+                f"{self.termination.by}: the run was finished meanwhile; its result is in "
+                f"{self.config.output}."
+            )
+            if self.accelerator.is_main_process:
+                logger.warning(told)
+            self.termination.end(told)
 
     def _save(self) -> None:
         self.losses.refuse_unless_sound(self.step)
@@ -326,9 +351,17 @@ class _Loop:
         return differing
 
     def top1(self, average: bool = True, progress: bool = False) -> float:
-        """Top-1 in percent on the test images, of the moving average if there is one."""
-        with enough_memory(self.config, Stage.EVALUATION):
-            return top1(self.p, self.r.test, average=average, progress=progress)
+        """Top-1 in percent on the test images, of the moving average if there is one.
+
+        Ends the run where it is asked to stop meanwhile.
+        """
+        try:
+            with enough_memory(self.config, Stage.EVALUATION):
+                return top1(
+                    self.p, self.r.test, self.termination, average=average, progress=progress
+                )
+        except StopRequestedError:
+            self._terminate()
 
     def finish(self, progress: bool) -> TrainResult:
         """Write the weights, evaluate, write the result."""

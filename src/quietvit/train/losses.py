@@ -16,8 +16,8 @@ from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
 from quietvit.train.checkpoint import newest_whole, step_of, weights_of
 from quietvit.train.engine import gathered
-from quietvit.train.folder import CHECKPOINTS
 from quietvit.train.parts import Parts
+from quietvit.train.result import CHECKPOINTS
 from quietvit.train.resume import dealt
 from quietvit.train.watch import Seen
 

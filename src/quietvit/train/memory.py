@@ -26,7 +26,7 @@ def enough_memory(config: TrainConfig, stage: Stage) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_want_of_memory(error):
+        if not is_want_of_memory(error):
             raise
         what, remedies = _told(config, stage)
         raise QuietvitError(
@@ -35,7 +35,8 @@ def enough_memory(config: TrainConfig, stage: Stage) -> Iterator[None]:
         ) from error
 
 
-def _is_want_of_memory(error: RuntimeError) -> bool:
+def is_want_of_memory(error: Exception) -> bool:
+    """Whether an error says that there was too little memory, on a GPU or on the CPU."""
     text = str(error)
     if "DataLoader worker" in text:
         return False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 import quietvit
 from quietvit.errors import QuietvitError, nearest
+from quietvit.text import is_utf8
 from quietvit.train.config import EACH, ONE, TrainConfig
 
 VERSION = 1
@@ -35,8 +36,12 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> TrainConfi
     """
     path = _find(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise QuietvitError(
+            f"the recipe {path} is not in UTF-8 ({error}); save it in that encoding."
+        ) from error
     except (OSError, ValueError) as error:
         raise QuietvitError(f"the recipe {path} could not be read: {error}; correct it.") from error
     if not isinstance(content, dict) or content.get("recipe") != VERSION:
@@ -54,12 +59,14 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> TrainConfi
 def parse_config(content: Mapping[str, Any], source: str = "the configuration") -> TrainConfig:
     """Validate a nested mapping. Raises QuietvitError naming each wrong key, value and remedy."""
     try:
-        return TrainConfig.model_validate(content)
+        config = TrainConfig.model_validate(content)
     except ValidationError as error:
         problems = [_explained(problem) for problem in error.errors()]
         shown = "; ".join(problems[:4])
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise QuietvitError(f"{source}: {shown}{more}.") from error
+    refuse_not_utf8(config)
+    return config
 
 
 def list_recipes() -> dict[str, Path]:
@@ -130,6 +137,31 @@ def _override(content: dict[str, Any], override: str) -> None:
                 f"{nearest(key, known_keys())}."
             )
     place[last] = value
+
+
+def refuse_not_utf8(config: TrainConfig) -> None:
+    """Refuse values that cannot be written as UTF-8, before anything is written.
+
+    Raises:
+        QuietvitError: a path or name that the system gave as bytes which are no UTF-8.
+    """
+    for key, value in _leaves(config.model_dump(), ""):
+        if not is_utf8(str(value)):
+            raise QuietvitError(
+                f"{key}: {str(value)!r} is not UTF-8, so it cannot be written down in config.json; "
+                "rename that file or folder, or choose another."
+            )
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part, key)
+    else:
+        yield key, value
 
 
 def _explained(problem: Any) -> str:

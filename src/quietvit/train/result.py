@@ -26,6 +26,7 @@ from quietvit.train.config import TrainConfig
 from quietvit.train.recipe import load_recipe
 
 WEIGHTS, RESULT, CONFIG = "model.safetensors", "result.json", "config.json"
+CHECKPOINTS, CLASSES = "checkpoints", "classes.json"
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,17 @@ from quietvit.data import (
 )
 from quietvit.data.matching import matched
 from quietvit.errors import QuietvitError
+from quietvit.tracing import evaluating
 from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
 from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
 from quietvit.train.evaluation import hollow
 from quietvit.train.finetune import freeze, parameter_groups
+from quietvit.train.memory import is_want_of_memory
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import EpochBatches, SeededImages, epoch_order
 from quietvit.train.parts import Parts, Run
 from quietvit.train.regularizers import attach, build_regularizers
+from quietvit.train.step import heads
 from quietvit.train.stopping import ignore_in_worker
 from quietvit.train.unused import freeze_unused
 from quietvit.train.watch import Watch
@@ -151,6 +154,7 @@ def assemble(
     effective = effective_batch(config, accelerator.num_processes)
     rates = config.rates(effective)
     example = example_of(plain)
+    _check_classifies(config, plain, example, num_classes)
     _freeze_unused(plain, example, accelerator)
     inner = _optimizer(config.optimizer, plain, rates.lr)
     stopwatch = Stopwatch()
@@ -211,6 +215,40 @@ def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
     test = load_dataset(config.data.dataset, "test", num_classes=train.num_classes)
     test = matched(test, train.class_names, train.num_classes, "the training set")
     return train, subset(test, config.data.test_images)
+
+
+@torch.no_grad()
+def _check_classifies(
+    config: TrainConfig, model: nn.Module, example: Tensor, num_classes: int | None
+) -> None:
+    """Refuse a model that does not turn one image into logits: ``model.kwargs`` may make such.
+
+    Raises:
+        QuietvitError: what it was built with, the size of the image, and what came of it.
+    """
+    given = ", ".join(f"{key}={value!r}" for key, value in config.model.kwargs.items())
+    built = f"{config.model.name} with {given or 'its defaults'}"
+    size = "x".join(map(str, example.shape[-2:]))
+    try:
+        with evaluating(model):
+            found = heads(model(example))
+    except (TypeError, AssertionError, ValueError, RuntimeError, LookupError) as error:
+        if is_want_of_memory(error):
+            raise
+        raise QuietvitError(
+            f"{built} cannot compute an image of three channels and {size} pixels: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Change "
+            "model.kwargs."
+        ) from error
+    for head in found:
+        flat = isinstance(head, Tensor) and head.ndim == 2
+        if not flat or (num_classes is not None and head.shape[1] != num_classes):
+            shape = tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__
+            raise QuietvitError(
+                f"{built} gives {shape} for one image, not logits of shape (1, "
+                f"{num_classes or 'classes'}), so it cannot be trained as a classifier. Change "
+                "model.kwargs."
+            )
 
 
 def _freeze_unused(model: nn.Module, example: Tensor, accelerator: Accelerator) -> None:

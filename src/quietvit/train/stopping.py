@@ -1,61 +1,146 @@
-"""SIGTERM, which cluster managers send before they take a machine away: told to all processes.
+"""SIGTERM and Ctrl-C (SIGINT): the step is finished first, and all processes stop together.
 
 What is saved then is the loop's matter.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-EXIT_CODE = 128 + signal.SIGTERM
+_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+# Ctrl-C reaches all processes of a terminal, and torchrun sends the signal to its own once more.
+_ECHO_SECONDS = 3.0
+
+
+class StopRequestedError(Exception):
+    """The run was asked to stop while it was evaluated; every process raises it together."""
 
 
 class Termination:
-    """Remembers SIGTERM until the step is finished; between processes all learn of it together.
+    """Remembers SIGTERM or Ctrl-C until the step is finished; all processes learn of it together.
 
-    In several processes it takes one step more, so that no step waits for the news. Signals can
-    only be caught in the main thread; elsewhere SIGTERM ends the process as ever.
+    In several processes it takes one step more, so that no step waits for the news. A second
+    Ctrl-C raises KeyboardInterrupt at once. Signals can only be caught in the main thread;
+    elsewhere they act as ever, and so does a signal that was ignored before (as under nohup).
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._asked = False
+        self._process = os.getpid()
+        self._asked: dict[int, float] = {}
         self._news: torch.Tensor | None = None
-        self._before: Any = None
-        self._caught = threading.current_thread() is threading.main_thread()
-        if self._caught:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._by: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in _NAMES:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
 
     def due(self) -> bool:
-        """Return whether to stop here, the same in every process. To be asked once a step."""
-        if self._accelerator.num_processes == 1:
-            return self._asked
-        news, asked = self._news, torch.tensor([int(self._asked)], device=self._accelerator.device)
-        self._news = self._accelerator.reduce(asked, reduction="sum")
-        return news is not None and int(news) > 0
+        """Return whether to stop here, the same in every process; all of them must call."""
+        flags = [int(number in self._asked) for number in _NAMES]
+        if self._accelerator.num_processes > 1:
+            before, own = self._news, torch.tensor(flags, device=self._accelerator.device)
+            self._news = self._accelerator.reduce(own, reduction="sum")
+            flags = [0] * len(flags) if before is None else before.tolist()
+        for number, flag in zip(_NAMES, flags, strict=True):
+            if flag and self._by is None:
+                self._by = number
+        return any(flags)
+
+    def end(self, told: str) -> NoReturn:
+        """End the run as the signal asks, after ``due`` or ``pending``.
+
+        SIGTERM ends the program with code 143, as shells do; Ctrl-C raises KeyboardInterrupt with
+        what is ``told``.
+        """
+        self._asked.clear()
+        if self._by is signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(told)
+
+    @property
+    def by(self) -> str:
+        """What asked: ``SIGTERM`` or ``Ctrl-C``."""
+        assert self._by is not None
+        return _NAMES[self._by]
+
+    def pending(self) -> bool:
+        """Whether this process was asked to stop and has not stopped yet."""
+        if self._by is None:
+            self._by = next((number for number in _NAMES if number in self._asked), None)
+        return bool(self._asked)
 
     def close(self) -> None:
-        """Give the signal back to whom it belonged."""
-        if self._caught:
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+        """Give the signals back to whom they belonged."""
+        for number, before in self._before.items():
+            signal.signal(number, before or signal.SIG_DFL)
+        self._before = {}
 
     def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
+        if os.getpid() != self._process:  # a loader's worker, forked a moment ago
+            return
+        first, now = self._asked.get(number), time.monotonic()
+        if first is None:
+            self._asked[number] = now
+            if number == signal.SIGINT and self._accelerator.is_main_process:
+                _say("Ctrl-C: the step is finished and a checkpoint written; press it again to ")
+                _say("stop at once, without a checkpoint.\n")
+            return
+        echo = self._accelerator.num_processes > 1 and now - first < _ECHO_SECONDS
+        if number == signal.SIGINT and not echo:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    """Write to standard error from a signal handler, where buffered streams may be in use."""
+    with suppress(OSError):
+        os.write(2, text.encode())
+
+
+class Stoppable:
+    """The batches of a loader, as long as ``due`` does not ask to stop.
+
+    ``due`` is asked before each batch. Raises StopRequestedError.
+    """
+
+    def __init__(self, loader: Any, termination: Termination) -> None:
+        self._loader, self._termination = loader, termination
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            refuse_if_due(self._termination)
+            yield batch
+
+
+def refuse_if_due(termination: Termination) -> None:
+    """Raise StopRequestedError where the run shall stop; every process must call."""
+    if termination.due():
+        raise StopRequestedError
 
 
 def ignore_in_worker(worker: int) -> None:
-    """Keep a loader's process alive under the first SIGTERM, so that the step can be finished.
+    """Keep a loader's process alive under Ctrl-C and the first SIGTERM: the step needs it.
 
-    The second one ends it: multiprocessing terminates the workers it could not reach otherwise, at
-    the end of the program, and would wait for ever for one that ignores it.
+    The second SIGTERM ends it: multiprocessing terminates the workers it could not reach otherwise,
+    at the end of the program, and would wait for ever for one that ignores it.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 

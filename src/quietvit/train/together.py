@@ -19,9 +19,9 @@ from quietvit.errors import QuietvitError
 from quietvit.files import held, write_atomic
 from quietvit.train.checkpoint import set_aside_after
 from quietvit.train.engine import gathered, is_sharded, whole_model
-from quietvit.train.folder import CHECKPOINTS, refuse_used, written
+from quietvit.train.folder import refuse_used, written
 from quietvit.train.parts import Parts
-from quietvit.train.result import WEIGHTS
+from quietvit.train.result import CHECKPOINTS, WEIGHTS
 
 logger = logging.getLogger("quietvit")
 
@@ -29,7 +29,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def alone(parts: Parts, begun: bool, force: bool, seen: Any) -> Iterator[None]:
+def alone(parts: Parts, begun: bool, force: bool, discard: bool, seen: Any) -> Iterator[None]:
     """Hold the output folder, so that no other run writes into it.
 
     ``seen`` is what was ``written`` there when this run read it.
@@ -43,7 +43,7 @@ def alone(parts: Parts, begun: bool, force: bool, seen: Any) -> Iterator[None]:
             try:
                 stack.enter_context(held(output))
                 if not begun:
-                    refuse_used(output, force)
+                    refuse_used(output, force, discard)
                 elif written(output) != seen:
                     problem = f"another process has written into {output} meanwhile; resume again."
             except QuietvitError as error:

@@ -1,0 +1,56 @@
+"""The base of every part of a configuration: what all of them refuse.
+
+Which keys there are is said by each part; how mistakes are told, by ``train.recipe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import NoneType
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic_core.core_schema import ValidationInfo
+
+
+class Section(BaseModel):
+    """Frozen, its numbers finite, no keys beside those declared; ``true`` is no number.
+
+    Pydantic takes ``true`` for 1 where a number is asked for. Where a whole part may be left out,
+    ``false`` leaves it out, as ``none`` does.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        parts = list(_parts(cls.model_fields[info.field_name or ""].annotation))
+        if bool in parts or Any in parts:
+            return value
+        optional = NoneType in parts
+        off = "; none leaves it out" if optional else ""
+        section = next((p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), None)
+        if section is not None:
+            if optional and (value is None or value is False):
+                return None
+            if not isinstance(value, Mapping | BaseModel):
+                key = f"{info.field_name}.{next(iter(section.model_fields))}"
+                raise ValueError(f"this is a section; set its keys, such as {key}{off}")
+            return value
+        held = [value]
+        if isinstance(value, Mapping | list | tuple):
+            held = list(value.values() if isinstance(value, Mapping) else value)
+        found = next((one for one in held if isinstance(one, bool)), None)
+        if found is not None:
+            raise ValueError(f"give a value, not {str(found).lower()}{off}")
+        return value
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """A type and, of a union or container, all that are in it."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)

@@ -1,0 +1,121 @@
+"""What an output folder holds of an earlier run: told before it is refused, and named when it goes.
+
+Which files a run writes is said in ``folder``; nothing is deleted here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quietvit.errors import QuietvitError
+from quietvit.train.checkpoint import list_checkpoints, step_of
+from quietvit.train.metrics import METRICS, TENSORBOARD
+from quietvit.train.result import CHECKPOINTS, CLASSES, CONFIG, RESULT, WEIGHTS
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What starting anew in ``folder`` would delete.
+
+    ``parts`` are those files and folders by name, ``checkpoints`` the names of the checkpoints,
+    oldest first, with the damaged ones that were set aside. ``last_step`` is the step of the last
+    one, ``begun`` says whether ``config.json`` is that of a run.
+    """
+
+    folder: Path
+    begun: bool
+    parts: tuple[str, ...]
+    checkpoints: tuple[str, ...]
+    last_step: int | None
+
+    @property
+    def finished(self) -> bool:
+        return self.begun and RESULT in self.parts
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether ``resume`` goes on here."""
+        return self.begun and not self.finished
+
+    @property
+    def precious(self) -> bool:
+        """Whether ``force`` alone must not delete it: what took time to make, and is no result."""
+        return not self.finished and (bool(self.checkpoints) or WEIGHTS in self.parts)
+
+    def __str__(self) -> str:
+        """Say what there is: "an unfinished run (checkpoints: step-00000004)"."""
+        if self.finished:
+            return f"a finished run{_top1(self.folder)}"
+        kind = "an unfinished run" if self.begun else "files that a run would replace"
+        if not self.checkpoints:
+            return f"{kind} (without a checkpoint)" if self.begun else kind
+        shown = ", ".join(self.checkpoints[-3:])
+        if len(self.checkpoints) > 3:
+            shown = f"{len(self.checkpoints)}, the last are {shown}"
+        last = "" if self.last_step is None else f", the last after step {self.last_step}"
+        return f"{kind} (checkpoints: {shown}{last})"
+
+    def refusal(self, force: bool, discard: bool) -> QuietvitError | None:
+        """Return why the folder is not begun anew; None where it may be, or holds no run.
+
+        The remedies that keep what is there come first.
+        """
+        if discard and force:
+            return None
+        wanted = "force and discard (--force --discard)" if self.precious else "force (--force)"
+        if force and not self.precious:
+            return None
+        if not (self.begun or self.precious):
+            return None
+        keep = ""
+        if self.unfinished:
+            keep = f"To go on with it, pass resume (--resume){' in place of force' * force}. "
+        elif not self.finished:
+            keep = f"It cannot be resumed: there is no {CONFIG} of a run. "
+        return QuietvitError(
+            f"the output folder {self.folder} holds {self}. {keep}To start another run and keep "
+            f"it, choose another output folder. To start anew in this one, pass {wanted}: that "
+            f"deletes {self.deleted()}."
+        )
+
+    def deleted(self) -> str:
+        """Name what starting anew deletes."""
+        return ", ".join(self.parts) or "nothing"
+
+
+def earlier_run(folder: Path) -> Earlier:
+    """Look at what ``folder`` holds of an earlier run. Nothing is changed."""
+    held = folder / CHECKPOINTS
+    whole = list_checkpoints(held)
+    checkpoints = sorted(path.name for path in held.glob("step-*"))
+    parts = [
+        name for name in (CONFIG, CLASSES, METRICS, WEIGHTS, RESULT) if (folder / name).exists()
+    ]
+    parts += [f"{CHECKPOINTS}/{name}" for name in checkpoints]
+    parts += [f"{TENSORBOARD}/"] if (folder / TENSORBOARD).is_dir() else []
+    begun = isinstance(_read(folder / CONFIG), dict) and "recipe" in _read(folder / CONFIG)
+    return Earlier(
+        folder,
+        begun,
+        tuple(parts),
+        tuple(checkpoints),
+        step_of(whole[-1]) if whole else None,
+    )
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None
+
+
+def _top1(folder: Path) -> str:
+    content = _read(folder / RESULT)
+    try:
+        return f" (top-1 {content['top1']:.2f} % after {content['steps']} steps)"
+    except (KeyError, TypeError, ValueError):
+        return ""
