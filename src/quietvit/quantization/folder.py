@@ -19,27 +19,43 @@ from quietvit.errors import QuietvitError
 from quietvit.files import beside, put_in_place, save_tensors
 
 TENSORS = "model.safetensors"
+# Suffixes of files that no folder should have; True where an export writes such a file.
+FILES = dict.fromkeys((".onnx", ".xml"), True) | dict.fromkeys(
+    (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".npz", ".tflite", ".engine"), False
+)
 
 
 @dataclass(frozen=True)
 class FolderFormat:
     """A kind of folder, which holds ``TENSORS`` and ``facts``, and how its errors end.
 
-    ``earlier``: what one of this kind is called. The other texts are told of a folder where a file
-    is ``missing``, that is ``damaged``, ``foreign``, or of another version (``outdated``).
+    ``earlier``: what one of this kind is called; ``suffix``: how its name ends. The other texts are
+    told of a folder where a file is ``missing``, that is ``damaged``, ``foreign``, or of another
+    version (``outdated``).
     """
 
     name: str
     version: int
     facts: str
     earlier: str
+    suffix: str
     missing: str
     damaged: str
     foreign: str
     outdated: str
 
     def refuse(self, path: Path, force: bool) -> None:
-        """Raise QuietvitError where something stands; with ``force`` unless it is of this kind."""
+        """Raise QuietvitError where something stands; with ``force`` unless it is of this kind.
+
+        Also where the name is that of a file of another format: what is written is a folder.
+        """
+        if path.suffix.lower() in FILES:
+            target = FILES[path.suffix.lower()]
+            export = f", and make {path.name} of it by 'quietvit export'" if target else ""
+            raise QuietvitError(
+                f"{path} is the name of a file, but a {self.name} is a folder; name it "
+                f"{path.with_suffix(self.suffix)}{export}."
+            )
         if not path.exists():
             return
         if not force:
@@ -72,6 +88,10 @@ class FolderFormat:
 
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Facts and tensors; QuietvitError where the folder is not of this kind and version."""
+        if not path.exists():
+            raise QuietvitError(f"{path} does not exist; check the path, and {self.missing}.")
+        if not path.is_dir():
+            raise QuietvitError(f"{path} is a file, but a {self.name} is a folder; {self.missing}.")
         for name in (self.facts, TENSORS):
             if not (path / name).is_file():
                 raise QuietvitError(f"{path} holds no {name}; {self.missing}.")
