@@ -46,6 +46,15 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
     return path
 
 
+def refuse_unwritable(path: str | Path) -> None:
+    """Raise QuietvitError now where ``write_atomic`` could not write ``path`` later."""
+    path = Path(path)
+    if path.is_dir():
+        raise QuietvitError(f"{path} is a folder; name a file to write.")
+    with beside(path):
+        pass
+
+
 @contextmanager
 def beside(path: Path, *failures: type[Exception]) -> Iterator[Path]:
     """Give an empty hidden folder in the folder of ``path``, which is made if missing.

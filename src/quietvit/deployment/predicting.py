@@ -10,8 +10,11 @@ import numpy as np
 from PIL import Image
 
 from quietvit.data.images import decode
+from quietvit.deployment.embedding import Embedding
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.runtime import Runtime, open_runtime
+from quietvit.deployment.opening import open_runtime
+from quietvit.deployment.preprocessing import transform_of
+from quietvit.deployment.runtime import Runtime
 from quietvit.errors import QuietvitError
 
 
@@ -24,13 +27,15 @@ class Prediction:
     probability: float
 
 
-def predict(
-    model: str | Path | Runtime, image: str | Path | Image.Image, top: int = 5
-) -> list[Prediction]:
+def predict(model: str | Path | Runtime, image: str | Path | Image.Image, top: int = 5) -> Any:
     """Return the ``top`` most probable classes of an image, the most probable first.
 
-    ``model``: an exported .onnx or .xml, or one already open (``open_runtime``). ``image``: a file
-    or a PIL image of any size. It is resized, cropped and normalized as the model was evaluated.
+    That is a list of ``Prediction``. A file that gives no scores of classes, but an embedding or a
+    feature map, returns an ``Embedding``.
+
+    ``model``: an exported .onnx, .xml or torchao folder, or one already open (``open_runtime``).
+    ``image``: a file or a PIL image of any size. It is resized, cropped and normalized as the model
+    was evaluated.
 
     Raises QuietvitError for a file that cannot be read, an artifact of ours without preprocessing,
     or a foreign one.
@@ -39,7 +44,10 @@ def predict(
     facts = runtime.facts
     x = preprocess(facts, image, runtime.path)
     runtime.check_images(x.shape)
-    logits = runtime(x)[0].astype(np.float64)
+    found = runtime(x)[0]
+    if not facts.output.of_classes:
+        return Embedding(facts.output.name, found)
+    logits = found.astype(np.float64)
     odds = np.exp(logits - logits.max())
     probabilities = odds / odds.sum()
     order = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
@@ -56,17 +64,7 @@ def predict(
 
 def preprocess(facts: Facts, image: str | Path | Image.Image, path: Path) -> np.ndarray:
     """The image as the model takes it, (1, C, H, W) float32."""
-    if facts.preprocessing is None:
-        raise QuietvitError(
-            f"{path} carries no preprocessing, so an image cannot be prepared for it; export it "
-            "with preprocessing=... (timm's data config: input_size, mean, std, interpolation, "
-            "crop_pct)."
-        )
-    from timm.data.transforms_factory import create_transform
-
-    config: dict[str, Any] = dict(facts.preprocessing)
-    config["input_size"] = tuple(config["input_size"])
-    transform: Any = create_transform(**config, is_training=False)
+    transform = transform_of(facts.preprocessing, path)
     return np.asarray(transform(_opened(image)).unsqueeze(0).numpy())
 
 

@@ -16,29 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.deployment.extras import need
-from quietvit.deployment.model import as_float32, logits_of
+from quietvit.deployment.model import as_float32
+from quietvit.deployment.outputs import Output
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
 from quietvit.tracing import evaluating
 
 DOMAIN, OPERAND, WEIGHT = "quietvit", "Operand", "Weight"
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
 OPSETS = (20, 21)
 
 
-class Logits(nn.Module):
-    """A model whose output is ``logits_of`` its output."""
+class OneTensor(nn.Module):
+    """A model that returns the tensor ``output`` of what ``model`` returns, and nothing else."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, output: Output) -> None:
         super().__init__()
         self.model = model
+        self.output = output
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.model(images))
+        return self.output.of(self.model(images))
 
 
-def captured(quantized: QuantizedModel, opset: int) -> Any:
+def captured(quantized: QuantizedModel, opset: int, output: Output) -> Any:
     """Return an ``onnx_ir.Model`` of the quantized model, batch dynamic, operands marked.
 
     A quantized activation goes through a node ``quietvit::Operand``, a quantized weight is the
@@ -60,11 +62,11 @@ def captured(quantized: QuantizedModel, opset: int) -> Any:
 
     own = as_float32(quantized)
     with own.replacing(marked):
-        return to_ir(own, own.input_shape, opset)
+        return to_ir(own, own.input_shape, opset, output)
 
 
-def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
-    """Return an ``onnx_ir.Model`` of a model of images, with a dynamic batch."""
+def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int, output: Output) -> Any:
+    """Return an ``onnx_ir.Model`` that gives one tensor of a model of images, the batch dynamic."""
     if opset not in OPSETS:
         raise QuietvitError(
             f"opset {opset} is not written; choose 21, or 20 for older runtimes (4-bit weights "
@@ -74,7 +76,7 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = torch.zeros(2, *input_shape, device=device)
     try:
-        whole = Logits(model)
+        whole = OneTensor(model, output)
         with torch.no_grad(), evaluating(whole), _quiet():
             program = torch.onnx.export(
                 whole,
@@ -83,7 +85,7 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
                 opset_version=opset,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[output.name],
                 verbose=False,
             )
     except QuietvitError:
@@ -101,7 +103,18 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
             "exported."
         ) from error
     assert program is not None
-    return program.model
+    return _named_once(program.model, output.name)
+
+
+def _named_once(model: Any, name: str) -> Any:
+    """Leave ``name`` to the output alone: torch may have called a value inside the graph so."""
+    given = model.graph.outputs[0]
+    for node in model.graph:
+        for value in node.outputs:
+            if value is not given and value.name == name:
+                value.name = f"{name}:inner"
+    given.name = name
+    return model
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quietvit.deployment.for_onnx.capture import DOMAIN, OUTPUT, WEIGHT
+from quietvit.deployment.for_onnx.capture import DOMAIN, WEIGHT
 from quietvit.deployment.for_onnx.fold import fold_affine
 from quietvit.deployment.for_onnx.products import patches_as_product, product_of_weight, settled
 from quietvit.deployment.for_onnx.writer import Stored, Writer
@@ -25,7 +25,10 @@ def lower(model: Any, stored: Mapping[str, Stored]) -> None:
     Afterwards the graph has standard operators alone. Weights that nothing reads any more are gone.
     """
     graph = model.graph
-    writer = Writer(graph)
+    name = graph.outputs[0].name
+    # Who needs signed activations (TensorRT) has no Cast from int4.
+    signed = any(entry.codes is None and entry.grid.signed for entry in stored.values())
+    writer = Writer(graph, packed=not signed)
     marks = [node for node in graph if node.domain == DOMAIN]
     for node in [mark for mark in marks if mark.op_type != WEIGHT]:
         entry = stored[node.attributes["slot"].as_string()]
@@ -46,7 +49,7 @@ def lower(model: Any, stored: Mapping[str, Stored]) -> None:
     fold_affine(writer)
     _swept(model)
     settled(writer)
-    graph.outputs[0].name = OUTPUT
+    graph.outputs[0].name = name
     model.opset_imports.pop(DOMAIN, None)
     graph.opset_imports.pop(DOMAIN, None)
     _swept(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from quietvit.deployment.paths import too_large
 from quietvit.deployment.runtime import OnnxRuntime
 from quietvit.errors import QuietvitError
 
@@ -80,14 +82,32 @@ class Parts:
         fed: dict[str, np.ndarray] = {}
         for name, values in self.inputs.items():
             fed |= {v: x.cpu().numpy() for v, x in zip(values, given[name], strict=True)}
-        outputs = {value: TensorProto.UINT8 for values in self.codes.values() for value in values}
+        kinds = {entry.name: entry.data_type for entry in self.model.graph.initializer}
+        zeros = {
+            node.output[0]: kinds[node.input[2]]
+            for node in self.model.graph.node
+            if node.op_type == "QuantizeLinear"
+        }
+        outputs = {value: zeros[value] for values in self.codes.values() for value in values}
         outputs |= {f"{name}:product": TensorProto.FLOAT for name in self.inputs}
         graph = self.model.graph
         for value, array in fed.items():
             graph.input.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, array.shape))
         for value, kind in outputs.items():
             graph.output.append(helper.make_tensor_value_info(value, kind, None))
-        session = OnnxRuntime(self.model.SerializeToString()).session
-        found = dict(zip(outputs, session.run(list(outputs), fed), strict=True))
+        found = dict(zip(outputs, self._computed(list(outputs), fed), strict=True))
         codes = {name: [found[v] for v in values] for name, values in self.codes.items()}
         return codes, {name: found[f"{name}:product"] for name in self.inputs}
+
+    def _computed(self, outputs: list[str], fed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        import onnx
+
+        def run(source: bytes | Path) -> list[np.ndarray]:
+            return list(OnnxRuntime(source).session.run(outputs, fed))
+
+        if not too_large(sum(len(entry.raw_data) for entry in self.model.graph.initializer)):
+            return run(self.model.SerializeToString())
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "parts.onnx"
+            onnx.save_model(self.model, path, save_as_external_data=True, location="parts.data")
+            return run(path)
