@@ -67,7 +67,7 @@ $(STAMP): pyproject.toml
 $(STAMP_LOWER): pyproject.toml requirements/lower-bounds.txt
 	$(call environment,$(PYTHON_LOWER),$(VENV_LOWER))
 	"$(VENV_LOWER)/bin/python" -m pip install --constraint requirements/lower-bounds.txt \
-	  --editable '.[dev,transformers]'
+	  --editable '.[dev,transformers,datasets,lightning,onnx,openvino,torchao,detection]'
 	"$(VENV_LOWER)/bin/python" -m pip check
 	@touch "$@"
 

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 import quietvit
 from quietvit.deployment import export
-from quietvit.deployment.for_onnx.file import float_onnx_of
-from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, parts_of, vnni
+from quietvit.deployment.for_onnx.file import float_onnx as float_graph
+from quietvit.deployment.for_onnx.file import write_onnx
+from quietvit.deployment.paths import parts_of
+from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, vnni
 from quietvit.quantization.method import get_method
 
 Run = Callable[[np.ndarray], np.ndarray]
@@ -55,7 +57,7 @@ class Made:
 
 
 def float_onnx(model: nn.Module, shape: tuple[int, ...], path: Path) -> None:
-    path.write_bytes(float_onnx_of(model, shape))
+    write_onnx(float_graph(model, shape), path)
 
 
 def ours(made: Made, path: Path, *, method: str, weights: int, **fields: Any) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import quietvit
 from deployment_cases import exported, pictures, quantized
 from quietvit import QuietvitError
-from quietvit.deployment import checking, open_runtime, runtime
-from quietvit.deployment.checking import Classes
+from quietvit.deployment import comparing, open_runtime, runtime
+from quietvit.deployment.comparing import Classes, compare_classes
+from quietvit.deployment.outputs import Output
 from quietvit.deployment.proof import prove
 
 onnx = pytest.importorskip("onnx")
@@ -144,11 +145,12 @@ def test_logits_of_two_correct_computations_part(monkeypatch: pytest.MonkeyPatch
     Where it does not, ``steady`` is all images.
     """
     own, x = quantized("vit"), pictures("vit", 16)
-    found = checking._classes(open_runtime(exported("vit").path), own, [(x, None)])
+    loaded = open_runtime(exported("vit").path)
+    found = compare_classes(loaded, own, [(x, None)], Output())
     assert found.images == 16
     assert found.right is None
-    monkeypatch.setattr(checking, "DISTURBANCE", 0.5)
-    moved = checking._classes(open_runtime(exported("vit").path), own, [(x, None)])
+    monkeypatch.setattr(comparing, "DISTURBANCE", 0.5)
+    moved = compare_classes(loaded, own, [(x, None)], Output())
     assert moved.steady < found.steady
 
 
@@ -178,7 +180,7 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def newer(content: Any) -> None:
         content.metadata_props[0].value = content.metadata_props[0].value.replace(
-            '"version": 1', '"version": 9', 1
+            '"version": 2', '"version": 9', 1
         )
 
     with pytest.raises(QuietvitError, match="version 9"):
@@ -189,7 +191,7 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(QuietvitError, match="opset"):
         quietvit.check(changed(tmp_path, opset), own, x)
-    with pytest.raises(QuietvitError, match="is no file"):
+    with pytest.raises(QuietvitError, match="does not exist"):
         quietvit.check(tmp_path / "absent.onnx", own, x)
     with pytest.raises(QuietvitError, match="neither in"):
         quietvit.check(Path(__file__), own, x)

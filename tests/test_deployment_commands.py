@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import quietvit
-from deployment_cases import exported
+from deployment_cases import exported, quantized
 from quietvit import QuietvitError
 from quietvit.data import create_model, evaluation_transform
 from quietvit.deployment import open_runtime
@@ -145,8 +145,6 @@ def test_a_simulated_method_needs_as_uniform(tmp_path: Path, table: Path) -> Non
 def test_wrong_words(qvit: Path, tmp_path: Path) -> None:
     assert "choose onnx" in refused(run("export", qvit, "--to", "tensorrt"))
     assert "opset 17" in refused(run("export", qvit, "--opset", 17))
-    absent = refused(run("export", tmp_path / "absent.qvit"))
-    assert "quantization.json" in absent
     labels = refused(run("export", qvit, "--labels", tmp_path / "absent.txt"))
     assert "absent.txt" in labels
 
@@ -186,3 +184,75 @@ def test_a_file_without_preprocessing_says_so(photo: Path) -> None:
     with pytest.raises(QuietvitError, match="carries no preprocessing"):
         quietvit.predict(exported("tv-vit").path, photo)
     assert len(quietvit.predict(exported("vit").path, photo, top=3)) == 3  # of its own size
+
+
+def test_exported_files_are_evaluated_in_their_runtime(qvit: Path, table: Path) -> None:
+    """Top-1 of the .qvit, of its ONNX file, and of its torchao folder, on the same six images."""
+    own = run("evaluate", qvit, "--images", table)
+    assert own.exit_code == 0, own.output
+    for to in ("onnx", "torchao"):
+        if to == "torchao":
+            pytest.importorskip("torchao")
+        assert run("export", qvit, "--to", to).exit_code == 0
+        done = run("evaluate", qvit.with_suffix(f".{to}"), "--images", table, "--threads", 1)
+        assert done.exit_code == 0, done.output
+        assert "on 6 images" in done.output
+        assert f"in {'onnxruntime' if to == 'onnx' else to} " in done.output
+    file = qvit.with_suffix(".onnx")
+    for arguments, match in (
+        ((file, "--classes", 2), "leave --weights, --classes and --size out"),
+        ((file, "--model", MODEL), "--model belongs to a .qvit"),
+        ((qvit, "--threads", 2), "belong to exported files"),
+        ((file, "--device", "cuda"), "on the CPU"),
+        ((file, "--runtime", "tensorrt"), "choose onnxruntime or openvino"),
+        ((qvit.with_suffix(".xml"),), "does not exist"),
+    ):
+        assert match in refused(run("evaluate", *arguments, "--images", table))
+
+
+def test_a_transformers_model_needs_its_folder_no_more(tmp_path: Path, table: Path) -> None:
+    from huggingface_cases import classifier, saved
+
+    torch.manual_seed(0)
+    name, path = saved(tmp_path / "folder", classifier("ViT", 2)), tmp_path / "x.qvit"
+    done = run("quantize", name, "--calibration", table, "--count", 6, "-o", path)
+    assert done.exit_code == 0, done.output
+    (tmp_path / "folder").rename(tmp_path / "elsewhere")
+    done = run("evaluate", path, "--images", table)
+    assert done.exit_code == 0, done.output
+    loaded = quietvit.load(path)
+    assert evaluation_transform(loaded.model).transforms[-1].mean.tolist() == pytest.approx(
+        [0.1, 0.2, 0.3]
+    )
+    again = run("evaluate", path, "--images", table, "--model", f"hf:{tmp_path / 'elsewhere'}")
+    assert again.output == done.output
+
+
+def test_a_model_that_no_library_builds_asks_for_it(tmp_path: Path, table: Path) -> None:
+    path = quantized("tv-vit").save(tmp_path / "tv.qvit")
+    message = refused(run("evaluate", path, "--images", table))
+    assert "neither timm nor transformers" in message
+    assert "--model" in message
+
+
+def test_names_and_paths_of_other_kinds(qvit: Path, table: Path, photo: Path) -> None:
+    folder = qvit.parent
+    quantize = ("quantize", MODEL, *SIZE, "--calibration", table, "--count", 6)
+    for name in ("x.onnx", "x.pt"):
+        message = refused(run(*quantize, "-o", folder / name))
+        assert "x.qvit" in message
+        assert ("quietvit export" in message) == (name == "x.onnx")
+        assert not (folder / name).exists()
+    assert "does not exist" in refused(run("export", folder / "nope.qvit"))
+    assert "is a file" in refused(run("export", photo))
+    for command in (
+        ("predict", qvit, photo),
+        ("check", qvit, "--against", qvit, "--images", table),
+    ):
+        assert "was not exported yet" in refused(run(*command))
+    assert "does not exist" in refused(run("predict", folder / "nope.onnx", photo))
+    assert "ends neither in" in refused(run("predict", photo, photo))
+    assert "not an exported file" in refused(run("predict", folder, photo))
+    assert "no embedding" in refused(run("predict", exported("vit").path, photo, "--npy", "x.npy"))
+    wrong = ("check", exported("vit").path, "--against", qvit, "--images", table, "--json", folder)
+    assert "is a folder" in refused(run(*wrong))

@@ -16,7 +16,7 @@ import quietvit
 from deployment_cases import exported, pictures, quantized
 from quietvit import QuietvitError
 from quietvit.deployment import open_runtime
-from quietvit.deployment.for_onnx.file import float_onnx_of
+from quietvit.deployment.for_onnx.file import float_onnx, serialized
 from quietvit.deployment.parity import agreements
 from quietvit.deployment.proof import prove
 
@@ -108,7 +108,7 @@ def test_a_file_is_about_a_quarter_of_the_float_one(tmp_path: Path) -> None:
     x = torch.randn(4, 3, 32, 32)
     own = quietvit.quantize(model, quietvit.RTN(), x)
     artifact = quietvit.export(own, tmp_path / "model.onnx")
-    size = len(float_onnx_of(own.model, own.input_shape))
+    size = len(serialized(float_onnx(own.model, own.input_shape)))
     assert 3.3 < size / artifact.size < 4
 
 
@@ -164,7 +164,7 @@ def test_colinearity_decay_leaves_no_trace_in_the_graph(tmp_path: Path) -> None:
             optimizer.step()
         own = quietvit.quantize(model.eval(), quietvit.RTN(), x)
         written = quietvit.export(own, tmp_path / f"{strength}.onnx").path.read_bytes()
-        floating = float_onnx_of(model, (3, 32, 32))
+        floating = serialized(float_onnx(model, (3, 32, 32)))
         graphs.append([onnx.load_from_string(data).graph for data in (written, floating)])
     for without, with_it in zip(*graphs, strict=True):
         assert [str(node) for node in without.node] == [str(node) for node in with_it.node]

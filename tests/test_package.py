@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import quietvit
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "quietvit"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 EXTRAS = {
     "lightning",
     "datasets",
@@ -116,12 +118,17 @@ def test_lower_bounds_match_the_constraints_file() -> None:
         if line and not line.startswith("#"):
             name, _, version = line.partition("==")
             pinned[canonicalize_name(name)] = Version(version)
-    claimed = {}
-    lines = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["transformers"]
-    for requirement in map(Requirement, lines):
+    claimed: dict[str, Version] = {}
+    extras = {
+        name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"
+    }
+    for requirement in map(Requirement, chain(PROJECT["dependencies"], *extras.values())):
         (bound,) = [part for part in requirement.specifier if part.operator == ">="]
-        claimed[canonicalize_name(requirement.name)] = Version(bound.version)
+        name, version = canonicalize_name(requirement.name), Version(bound.version)
+        assert claimed.setdefault(name, version) == version, f"two bounds of {name}"
     assert claimed == pinned
+    (installed,) = [line for line in MAKEFILE.splitlines() if line.strip().startswith("--editable")]
+    assert set(extras) | {"dev"} == set(installed.partition("[")[2].partition("]")[0].split(","))
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

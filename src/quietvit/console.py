@@ -117,6 +117,19 @@ Keep = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 is the runtime's own choice.")]
+FloatModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="hf:FOLDER or a training run it was made from, if timm and transformers have no name "
+        "for it.",
+    ),
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(help="onnxruntime, openvino or torchao.", show_default="what the suffix says"),
+]
 
 
 def build_model(

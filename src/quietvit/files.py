@@ -94,11 +94,12 @@ def refuse_other_bytes(path: str | Path) -> None:
         raise QuietvitError(not_utf8(path))
 
 
-def refuse_unwritable(path: Path) -> None:
+def refuse_unwritable(path: str | Path) -> None:
     """Raise QuietvitError now where a file could not be written at ``path`` later.
 
     Missing parent folders are made. To be called before long work.
     """
+    path = Path(path)
     if path.is_dir():
         raise QuietvitError(f"{path} is a folder; name a file in it, such as {path / 'out.json'}.")
     with beside(path):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quietvit.complaints import complain
-from quietvit.console import build_model, epilog, open_data
+from quietvit.console import FloatModel, Runtime, Threads, build_model, epilog, open_data
 from quietvit.errors import QuietvitError
+from quietvit.files import json_text, refuse_unwritable, write_atomic
 
 if TYPE_CHECKING:
     from quietvit.quantization import QuantizedModel
@@ -17,18 +19,8 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Deploy"
 Exported = Annotated[
-    Path, typer.Argument(metavar="FILE", help="An exported model.onnx or model.xml.")
-]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 is the runtime's own choice.")]
-FloatModel = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="hf:FOLDER or a training run it was made from, if timm has no name for it."
-    ),
-]
-Runtime = Annotated[
-    str | None,
-    typer.Option(help="onnxruntime or openvino.", show_default="what the suffix says"),
+    Path,
+    typer.Argument(metavar="FILE", help="A model.onnx, model.xml or torchao folder."),
 ]
 
 
@@ -53,7 +45,21 @@ def export(
     as_: Annotated[
         str | None,
         typer.Option(
-            "--as", help="uniform: replace codes without integer kernels by uniform ones."
+            "--as",
+            help="uniform: replace codes without integer kernels by uniform ones. symmetric: by "
+            "ones without zero points, too.",
+        ),
+    ] = None,
+    signed: Annotated[
+        bool,
+        typer.Option("--signed", help="int8 activations with zero point 0, as TensorRT takes."),
+    ] = False,
+    tensor: Annotated[
+        str | None,
+        typer.Option(
+            "--output-tensor",
+            help="Name or place of the tensor to export, of a model that returns several.",
+            show_default="logits, else pooler_output, else the only one",
         ),
     ] = None,
     opset: Annotated[int, typer.Option(help="ONNX opset, 20 or 21.")] = 21,
@@ -78,6 +84,8 @@ def export(
         to=to,
         as_=as_,
         opset=opset,
+        signed=signed,
+        output=tensor,
         labels=None if labels is None else _lines(labels),
         force=force,
     )
@@ -86,6 +94,7 @@ def export(
     for note in found.facts.notes:
         if note not in map(str, found.replaced):
             typer.echo(f"note: {note}")
+    typer.echo(f"Output: {found.facts.output}")
     typer.echo(f"Written: {found.path} ({found.size / 1e6:.2f} MB)")
 
 
@@ -125,18 +134,22 @@ def check(
     from quietvit.data import evaluation_loader, evaluation_transform
     from quietvit.data.images import NoLabelsError, subset
     from quietvit.deployment import check as run
-    from quietvit.files import refuse_unwritable
+    from quietvit.deployment import open_runtime
+    from quietvit.deployment.evaluation import file_transform
 
     if json is not None:
         refuse_unwritable(json)
+    loaded = open_runtime(file, runtime, threads)
     quantized = _load(against, model)
+    carried = loaded.facts.preprocessing is not None
+    transform = file_transform(loaded) if carried else evaluation_transform(quantized.model)
     try:
         whole = open_data(images, "test")
     except NoLabelsError:
         whole = open_data(images, "test", labels=False)
         typer.echo("note: the images have no labels, so top-1 is not compared.", err=True)
     dataset = subset(whole, count)
-    loader = evaluation_loader(dataset, evaluation_transform(quantized.model), 32)
+    loader = evaluation_loader(dataset, transform, 32)
     batches = loader if dataset.labelled else (x for x, _ in loader)
     found = run(file, quantized, batches, runtime=runtime, threads=threads, seconds=seconds)
     written = None if json is None else found.to_json(json)
@@ -149,7 +162,11 @@ def check(
 
 @app.command(
     rich_help_panel=_PANEL,
-    epilog=epilog("quietvit predict tiny.onnx photo.jpg", "quietvit predict tiny.onnx photos/"),
+    epilog=epilog(
+        "quietvit predict tiny.onnx photo.jpg",
+        "quietvit predict tiny.onnx photos/",
+        "quietvit predict encoder.onnx photo.jpg --npy photo.npy",
+    ),
 )
 def predict(
     file: Exported,
@@ -162,17 +179,35 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes.")] = 5,
     runtime: Runtime = None,
     threads: Threads = 0,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write classes, or all values, to this file.")
+    ] = None,
+    npy: Annotated[
+        Path | None,
+        typer.Option("--npy", help="Write embeddings, (images, ...), to this file."),
+    ] = None,
 ) -> None:
-    """Print the most probable classes of images, with the preprocessing in the file.
+    """Print the most probable classes of images, or their embedding.
 
-    An image that cannot be read is reported, the others go on; the exit code is 1 then.
+    The preprocessing is the one in the file. An image that cannot be read is reported, and the
+    others go on; the exit code is then 1.
     """
     from quietvit.data.folder import image_files
-    from quietvit.deployment import open_runtime
+    from quietvit.deployment import Embedding, open_runtime
     from quietvit.deployment import predict as run
+    from quietvit.deployment.embedding import save_embeddings
     from quietvit.deployment.predicting import read_image
 
     loaded = open_runtime(file, runtime, threads)
+    if npy is not None and loaded.facts.output.of_classes:
+        raise QuietvitError(
+            f"{file} gives scores of classes, no embedding, so there is nothing for --npy; use "
+            "--json."
+        )
+    for path in (json, npy):
+        if path is not None:
+            refuse_unwritable(path)
+    embeddings, results = list[Embedding](), list[dict[str, Any]]()
     failed = 0
     for text in images:
         try:
@@ -189,9 +224,20 @@ def predict(
                 complain("error", str(error))
                 failed += 1
                 continue
+            found = run(loaded, image, top)
             typer.echo(name)
-            for found in run(loaded, image, top):
-                typer.echo(f"  {100 * found.probability:6.2f} %  {found.label}")
+            if isinstance(found, Embedding):
+                typer.echo(f"  {found}")
+                embeddings.append(found)
+                results.append({"image": str(name)} | found.to_dict())
+                continue
+            results.append({"image": str(name), "classes": [asdict(each) for each in found]})
+            for each in found:
+                typer.echo(f"  {100 * each.probability:6.2f} %  {each.label}")
+    if json is not None:
+        typer.echo(f"Written: {write_atomic(json, json_text(results, indent=1))}")
+    if npy is not None and embeddings:
+        typer.echo(f"Written: {save_embeddings(npy, embeddings)}")
     if failed:
         raise typer.Exit(1)
 

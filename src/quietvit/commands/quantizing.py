@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,14 +14,17 @@ from quietvit.console import (
     Calibration,
     Classes,
     Device,
+    FloatModel,
     Images,
     Keep,
     MethodCount,
     MethodName,
     MethodOptions,
     Model,
+    Runtime,
     Seed,
     Size,
+    Threads,
     Weights,
     build_model,
     draw_images,
@@ -32,7 +36,7 @@ from quietvit.errors import QuietvitError
 from quietvit.width import show
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from quietvit.data import ImageDataset
     from quietvit.quantization import Method
@@ -96,6 +100,7 @@ def quantize(
         "quietvit evaluate deit_tiny_patch16_224 --weights w.safetensors --images val.parquet",
         "quietvit evaluate runs/digits --images embedded:digits",
         "quietvit evaluate tiny.qvit --images val.parquet",
+        "quietvit evaluate tiny.onnx --images val.parquet",
     ),
 )
 def evaluate(
@@ -103,7 +108,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL|FILE",
-            help="Name of a timm model, folder of a training run, or a saved .qvit.",
+            help="Name of a timm model, hf:FOLDER, folder of a training run, a saved .qvit, or an "
+            "exported .onnx, .xml or torchao folder.",
         ),
     ],
     images: Images,
@@ -112,12 +118,34 @@ def evaluate(
     size: Size = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
     device: Device = "cpu",
+    float_model: FloatModel = None,
+    runtime: Runtime = None,
+    threads: Threads = 0,
 ) -> None:
-    """Measure top-1 of a float model or a quantized file."""
-    if model.endswith(".qvit") or (Path(model) / "quantization.json").is_file():
+    """Measure top-1 of a float model, a quantized one, or an exported file in its runtime.
+
+    An exported file is given images by its own preprocessing.
+    """
+    kind = _kind_of(Path(model))
+    if kind != "model" and (weights, classes, size) != (None, None, None):
+        raise QuietvitError(
+            f"{model} has its weights, classes and size; leave --weights, --classes and --size out."
+        )
+    if kind != "qvit" and float_model is not None:
+        raise QuietvitError(f"--model belongs to a .qvit, and {model} is none; leave it out.")
+    if kind != "exported" and (runtime, threads) != (None, 0):
+        raise QuietvitError(
+            f"--runtime and --threads belong to exported files, and {model} is none; leave them "
+            "out."
+        )
+    if kind == "exported":
+        _evaluate_file(Path(model), images, batch, device, runtime, threads)
+        return
+    if kind == "qvit":
         from quietvit.quantization import load
 
-        quantized = load(model)
+        of = None if float_model is None else build_model(float_model, None, None, None)
+        quantized = load(model, of)
         _evaluate(quantized, quantized.model, images, batch, device)
         return
     built = build_model(model, weights, classes, size)
@@ -134,15 +162,47 @@ def _count_of(method: Method, dataset: ImageDataset, count: int | None) -> int:
     return count if count is not None else min(method.images, len(dataset))
 
 
+def _kind_of(path: Path) -> str:
+    """What ``evaluate`` is given: ``qvit``, an ``exported`` file, or the name of a ``model``."""
+    if path.suffix == ".qvit" or (path / "quantization.json").is_file():
+        return "qvit"
+    exported = path.suffix in (".onnx", ".xml", ".torchao") or (path / "torchao.json").is_file()
+    return "exported" if exported else "model"
+
+
+def _evaluate_file(
+    path: Path, images: str, batch: int, device: str, runtime: str | None, threads: int
+) -> None:
+    from quietvit.deployment import open_runtime
+    from quietvit.deployment.evaluation import FileModel, file_transform
+
+    if device != "cpu":
+        raise QuietvitError(
+            f"exported files are evaluated on the CPU; leave --device {device} out, or evaluate "
+            "the .qvit there."
+        )
+    loaded = open_runtime(path, runtime, threads)
+    _measure(FileModel(loaded), file_transform(loaded), images, batch, device)
+    typer.echo(f"in {loaded.name}")
+
+
 def _evaluate(
     model: nn.Module, configured: nn.Module, images: str, batch: int, device: str
 ) -> None:
+    from quietvit.data import evaluation_transform
+
+    _measure(moved_to(model, device), evaluation_transform(configured), images, batch, device)
+
+
+def _measure(
+    model: nn.Module, transform: Callable[[Any], Tensor], images: str, batch: int, device: str
+) -> None:
     from quietvit.data import evaluate as run
-    from quietvit.data import evaluation_loader, evaluation_transform
+    from quietvit.data import evaluation_loader
 
     dataset = open_data(images, "test")
-    loader = evaluation_loader(dataset, evaluation_transform(configured), batch)
-    top1 = run(moved_to(model, device), loader, device, progress=sys.stderr.isatty())
+    loader = evaluation_loader(dataset, transform, batch)
+    top1 = run(model, loader, device, progress=sys.stderr.isatty())
     typer.echo(f"top-1 {top1:.2f} % on {len(dataset)} images of {dataset.name}")
 
 

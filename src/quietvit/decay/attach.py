@@ -25,7 +25,7 @@ from quietvit.decay.following import (
     unwrapped,
 )
 from quietvit.decay.rates import StepRates, estimated, refuse_unknown_rate
-from quietvit.decay.regularizer import checked_state, one_strength
+from quietvit.decay.regularizer import checked_state, one_strength, shown
 from quietvit.decay.schedule import (
     Schedule,
     checked_schedule,
@@ -200,6 +200,9 @@ class Attachment(ABC):
         """What copies and pickles take along: all but the optimizer and the hooks, as detached."""
         free: dict[str, Any] = {"in_step": False, "_optimizer": None, "_estimates": {}}
         return self.__dict__ | free | {"_handles": [], "_watched": [], "_held": set()}
+
+    def __repr__(self) -> str:
+        return shown(self, self._all_settings(), bool(self._handles))
 
     def _all_settings(self) -> dict[str, Any]:
         schedule = {} if self.schedule is None else {"schedule": described(self.schedule)}

@@ -92,3 +92,10 @@ def checked_state(owner: object, mine: Mapping[str, Any], state: Mapping[str, An
                 "loading the state."
             )
     return int(state["steps"])
+
+
+def shown(owner: Any, settings: Mapping[str, Any], attached: bool) -> str:
+    """Return the settings of a regularizer, and whether it follows an optimizer, in one line."""
+    parts = [f"{key}={value!r}" for key, value in settings.items() if value is not None]
+    state = f"attached, {owner.steps} steps" if attached else "not attached"
+    return f"{type(owner).__name__}({', '.join(parts)}; {state})"

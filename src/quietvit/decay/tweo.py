@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from quietvit.decay.following import innermost, is_outermost, is_skipped
-from quietvit.decay.regularizer import checked_state, number, one_strength
+from quietvit.decay.regularizer import checked_state, number, one_strength, shown
 from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
 from quietvit.decay.whole import reshard
 from quietvit.errors import QuietvitError
@@ -205,6 +205,9 @@ class TWEO:
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take along: no hook, no pass seen, as after ``detach``."""
         return self.__dict__ | {"_seen": [], "_hooks": [], "_handles": []}
+
+    def __repr__(self) -> str:
+        return shown(self, self._settings(), bool(self._handles))
 
     def _settings(self) -> dict[str, Any]:
         return {

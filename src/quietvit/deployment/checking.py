@@ -1,14 +1,14 @@
 """``check``: an exported file against the simulated model it came from, on real images.
 
-Three questions, each answered in a file of its own: what ran in integers (``proof``), whether it
-computes the same (``parity``), and what that is worth (``speed``).
+Three questions, each answered in files of its own: what ran in integers (``proof``), whether it
+computes the same (``parity``, ``comparing``), and what that is worth (``speed``).
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import math
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,100 +18,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quietvit.data.evaluate import class_numbers
-from quietvit.deployment.facts import Facts
-from quietvit.deployment.for_onnx.file import float_onnx_of
-from quietvit.deployment.model import as_float32, logits_of
-from quietvit.deployment.parity import Agreement, agreements
-from quietvit.deployment.proof import Proof, prove
-from quietvit.deployment.runtime import (
-    OnnxRuntime,
-    OpenVINO,
-    Runtime,
-    open_runtime,
-    parts_of,
-    processor,
+from quietvit.deployment.comparing import (
+    Classes,
+    Features,
+    Labelled,
+    compare_classes,
+    compare_features,
 )
+from quietvit.deployment.facts import Facts
+from quietvit.deployment.for_onnx.file import float_onnx, write_onnx
+from quietvit.deployment.model import as_float32
+from quietvit.deployment.opening import exported_kind, open_runtime
+from quietvit.deployment.parity import Agreement, agreements
+from quietvit.deployment.paths import parts_of
+from quietvit.deployment.proof import Proof, prove
+from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, Runtime, processor
 from quietvit.deployment.speed import Speed, measure
-from quietvit.deployment.uniform import as_uniform
+from quietvit.deployment.uniform import replacing_codes
 from quietvit.errors import QuietvitError
 from quietvit.files import json_text, write_atomic
 from quietvit.normalization import warn_unless_normalized
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import plain_model
 
-AGREEMENT, DIFFERENCE, DISTURBANCE = 99.0, 0.3, 1e-6
 BATCH, FEW = 32, 500
 
 
-@dataclass(frozen=True)
-class Classes:
-    """What file and simulated model say about the same images, counted.
-
-    ``same``: both the same class. ``steady``: the simulated model's own class with images moved by
-    one part in a million, the measure of how far its roundings alone move it. Of labelled images
-    ``right`` and ``simulated_right``, and how many only one of them has right; None without labels.
-    """
-
-    images: int
-    same: int
-    steady: int
-    right: int | None = None
-    simulated_right: int | None = None
-    only_one_right: int | None = None
-
-    @property
-    def agreement(self) -> float:
-        """Percent of images with the same class in both."""
-        return 100 * self.same / self.images
-
-    @property
-    def steadiness(self) -> float:
-        """Percent of images whose class the simulated model keeps when they are hardly moved."""
-        return 100 * self.steady / self.images
-
-    @property
-    def top1(self) -> float | None:
-        return None if self.right is None else 100 * self.right / self.images
-
-    @property
-    def top1_simulated(self) -> float | None:
-        return None if self.simulated_right is None else 100 * self.simulated_right / self.images
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """Where file and simulated model are further apart than chance puts them.
-
-        The class agrees on 99 % of the images, or as often as the simulated model agrees with
-        itself, but for three standard errors of that difference; top-1 is within 0.3 points, or
-        within two standard errors of the paired difference (the root of the number of images that
-        only one of them has right).
-        """
-        found = []
-        n, p = self.images, self.steadiness / 100
-        chance = 300 * math.sqrt(2 * max(p * (1 - p), 1 / n) / n)
-        least = min(AGREEMENT, self.steadiness - chance)
-        if self.agreement < least:
-            found.append(
-                f"the class is the simulated model's on {self.agreement:.2f} % of {n} images, less "
-                f"than {least:.2f} % (99 %, or what the simulated model keeps of its own classes "
-                f"when its images are moved by {DISTURBANCE:g}, {self.steadiness:.2f} %)"
-            )
-        if self.right is not None and self.simulated_right is not None:
-            apart = abs(self.right - self.simulated_right)
-            room = max(DIFFERENCE * n / 100, 2 * math.sqrt(self.only_one_right or 0))
-            if apart > room:
-                found.append(
-                    f"top-1 is {self.top1:.2f} % where the simulated model has "
-                    f"{self.top1_simulated:.2f} %: {apart} of {n} images, more than {room:.1f}"
-                )
-        return tuple(found)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Check:
     """What ``check`` found.
 
+    ``classes``: of a file that gives scores of classes, else None, and then ``features`` is there.
     ``bytes`` and ``float_bytes``: size of the file and of a float one, which is made for the timing
     only, so None without.
     """
@@ -120,7 +57,8 @@ class Check:
     machine: str
     proof: Proof
     agreements: tuple[Agreement, ...]
-    classes: Classes
+    classes: Classes | None
+    features: Features | None
     speeds: tuple[Speed, ...]
     bytes: int
     float_bytes: int | None
@@ -139,7 +77,8 @@ class Check:
             for a in self.agreements
             if not a.equal
         ]
-        return (*found, *self.classes.failures)
+        compared = self.classes or self.features
+        return (*found, *(() if compared is None else compared.failures))
 
     @property
     def ok(self) -> bool:
@@ -159,19 +98,27 @@ class Check:
                 for ran in self.proof.ran
             ],
             "agreements": [asdict(agreement) for agreement in self.agreements],
-            "classes": asdict(self.classes)
+            "classes": None
+            if self.classes is None
+            else asdict(self.classes)
             | {
                 "agreement_percent": self.classes.agreement,
                 "steadiness_percent": self.classes.steadiness,
                 "top1": self.classes.top1,
                 "top1_simulated": self.classes.top1_simulated,
             },
+            "features": None if self.features is None else asdict(self.features),
             "speed": [asdict(speed) for speed in self.speeds],
             "bytes": self.bytes,
             "float_bytes": self.float_bytes,
             "notes": list(self.notes),
         }
         return write_atomic(path, json_text(content, indent=1) + "\n")
+
+    def __repr__(self) -> str:
+        verdict = "ok" if self.ok else f"{len(self.failures)} failures"
+        share = 100 * self.proof.integer_share
+        return f"Check({str(self.path)!r}, {verdict}, {share:.2f} % in integers)"
 
     def __str__(self) -> str:
         from quietvit.deployment.text import check_text
@@ -200,15 +147,16 @@ def check(
 
     Kept are: every product that the file says is integer ran so (from the runtime's optimized
     graph); on the first two images every code and every sum of products is the simulated model's
-    but for ties; classes and top-1 are the simulated model's as far as ``Classes.failures`` says.
-    Logits are not compared: where one rounding falls the other way, others follow, and after a few
-    blocks two correct computations differ by as much as quantization itself (measured, see the
-    lab log).
+    but for ties; classes and top-1 are the simulated model's as far as ``Classes.failures`` says,
+    and values of an embedding or feature map as far as ``Features.failures`` says. Logits are not
+    compared: where one rounding falls the other way, others follow, and after a few blocks two
+    correct computations differ by as much as quantization itself (measured, see the lab log).
 
     Raises QuietvitError for a file that is truncated, foreign, of another image size or another
     model, and for a missing extra.
     """
     path = Path(path)
+    _refuse_settings(path, seconds, batches)
     loaded = open_runtime(path, runtime, threads)
     facts = loaded.facts
     quantized = _simulated(against, facts)
@@ -217,36 +165,73 @@ def check(
     first = next(given)
     warn_unless_normalized(first[0], quantized.model, "given")
     loaded.check_images(tuple(first[0].shape))
-    compared: tuple[Agreement, ...] = ()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        # The float model first: where it cannot be exported, no time is lost on the images.
+        floating = None if seconds == 0 else Path(folder) / "float.onnx"
+        size = None
+        if floating is not None:
+            content = float_onnx(quantized.model, quantized.input_shape, facts.output)
+            size = write_onnx(content, floating)
+        proof = prove(loaded, facts)
+        compared, notes = _compared(loaded, facts, quantized, first[0][:2])
+        everything = itertools.chain([first], given)
+        classes = features = None
+        if facts.output.of_classes:
+            classes = compare_classes(loaded, quantized, everything, facts.output, images)
+            if classes.images < FEW:
+                notes.append(
+                    f"{classes.images} images are few: whether classes agree shows from about "
+                    f"{FEW} on"
+                )
+        else:
+            features = compare_features(loaded, quantized, everything, facts.output)
+        speeds = tuple(_speeds(loaded, floating, first[0], threads, seconds, batches))
+    return Check(
+        path=path,
+        machine=processor(),
+        proof=proof,
+        agreements=compared,
+        classes=classes,
+        features=features,
+        speeds=speeds,
+        bytes=sum(part.stat().st_size for part in parts_of(path)),
+        float_bytes=size,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _refuse_settings(path: Path, seconds: float, batches: tuple[int, ...]) -> None:
+    """Raise QuietvitError for settings that would be refused only after the images ran."""
+    if not 0 <= seconds < float("inf"):
+        raise QuietvitError(f"seconds={seconds} is no time; give 0 for none, or more.")
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batches):
+        raise QuietvitError(f"batches={batches} are no batch sizes; give whole numbers from 1 on.")
+    if exported_kind(path) == ".torchao":
+        raise QuietvitError(
+            f"{path} is a torchao folder, which check does not compare product by product; its "
+            "integer_share and left_float tell what it multiplies (load_torchao), and "
+            "'quietvit evaluate' measures its top-1. Check the .onnx or .xml of the same model."
+        )
+
+
+def _compared(
+    loaded: Runtime, facts: Facts, quantized: QuantizedModel, images: Tensor
+) -> tuple[tuple[Agreement, ...], list[str]]:
+    """Compare the products on a few images; also the notes on what is not compared."""
     notes = list(facts.notes)
-    if isinstance(loaded, OpenVINO) and path.suffix != ".xml":
+    compared: tuple[Agreement, ...] = ()
+    if isinstance(loaded, OpenVINO) and loaded.path.suffix != ".xml":
         notes.append(
             "of an .onnx in openvino no product is compared: export it to openvino for that"
         )
     else:
-        compared = tuple(agreements(path, facts, quantized, first[0][:2]))
+        compared = tuple(agreements(loaded.path, facts, quantized, images))
     if isinstance(loaded, OnnxRuntime) and loaded.note is not None:
         notes.append(loaded.note)
     left = sum(p.why_float is not None for p in facts.products)
     if left:
         notes.append(f"{left} products that the file does not claim to be integer are not compared")
-    classes = _classes(loaded, quantized, itertools.chain([first], given), images)
-    if classes.images < FEW:
-        notes.append(
-            f"{classes.images} images are few: whether classes agree shows from about {FEW} on"
-        )
-    floating = float_onnx_of(quantized.model, quantized.input_shape) if seconds > 0 else b""
-    return Check(
-        path=path,
-        machine=processor(),
-        proof=prove(loaded, facts),
-        agreements=compared,
-        classes=classes,
-        speeds=tuple(_speeds(loaded, floating, first[0], threads, seconds, batches)),
-        bytes=sum(part.stat().st_size for part in parts_of(path)),
-        float_bytes=len(floating) or None,
-        notes=tuple(dict.fromkeys(notes)),
-    )
+    return compared, notes
 
 
 def _simulated(against: QuantizedModel | str | Path, facts: Facts) -> QuantizedModel:
@@ -263,12 +248,14 @@ def _simulated(against: QuantizedModel | str | Path, facts: Facts) -> QuantizedM
     own = as_float32(against)
     if own.training or any(p.device.type != "cpu" for p in own.parameters()):
         own = copy.deepcopy(own).cpu().eval()  # the one given stays where and as it is
-    return as_uniform(own)[0] if facts.uniform else own
+    return own if facts.replaced is None else replacing_codes(own, facts.replaced)[0]
 
 
 def _same_model(path: Path, facts: Facts, quantized: QuantizedModel) -> None:
     """Raise QuietvitError unless both make the same products of images of one shape."""
-    own = [(site.name, site.macs) for site in quantized.trace.matmuls]
+    unused = set(facts.unused)
+    sites = [site for site in quantized.trace.matmuls if site.name not in unused]
+    own = [(site.name, site.macs) for site in sites]
     theirs = [(p.name, p.macs) for p in facts.products if p.kind != "compensation"]
     if own != theirs or quantized.input_shape != facts.input_shape:
         differing = next(
@@ -280,9 +267,6 @@ def _same_model(path: Path, facts: Facts, quantized: QuantizedModel) -> None:
             f"{len(own)}{f', first {differing[1]} against {differing[0]}' if differing else ''}. "
             "Give the .qvit that it was exported from."
         )
-
-
-Labelled = tuple[Tensor, Tensor | None]
 
 
 def _batches(images: Any) -> Iterator[Labelled]:
@@ -311,46 +295,15 @@ def _batches(images: Any) -> Iterator[Labelled]:
         raise QuietvitError("there are no images to check on; give at least one.")
 
 
-def _classes(
-    loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], loader: Any
-) -> Classes:
-    count = same = steady = right = simulated_right = only_one = 0
-    labelled, numbers = True, None
-    noise = torch.Generator().manual_seed(0)
-    for x, labels in given:
-        labelled = labelled and labels is not None
-        loaded.check_images(tuple(x.shape))
-        moved = x * (1 + DISTURBANCE * torch.randn(x.shape, generator=noise))
-        with torch.no_grad():
-            logits = [logits_of(quantized(images)) for images in (x, moved)]
-        classes, (own, again) = logits[0].shape[-1], (found.argmax(-1) for found in logits)
-        theirs = torch.from_numpy(loaded(x.numpy())).argmax(-1)
-        if count == 0 and labels is not None:
-            numbers = class_numbers(loader, quantized, classes)
-        count, same = count + len(x), same + int((theirs == own).sum())
-        steady += int((again == own).sum())
-        if labels is not None:
-            labels = labels.cpu() if numbers is None else numbers[labels.cpu()]
-            hits, simulated_hits = theirs == labels, own == labels
-            right, simulated_right = (
-                right + int(hits.sum()),
-                simulated_right + int(simulated_hits.sum()),
-            )
-            only_one += int((hits != simulated_hits).sum())
-    if not labelled:
-        return Classes(count, same, steady)
-    return Classes(count, same, steady, right, simulated_right, only_one)
-
-
 def _speeds(
     loaded: Runtime,
-    floating: bytes,
+    floating: Path | None,
     first: Tensor,
     threads: int,
     seconds: float,
     batches: tuple[int, ...],
 ) -> Iterator[Speed]:
-    if not floating:
+    if floating is None:
         return
     kind = OpenVINO if isinstance(loaded, OpenVINO) else OnnxRuntime
     other = kind(floating, threads=threads)

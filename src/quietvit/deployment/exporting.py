@@ -13,13 +13,15 @@ from typing import Any
 from quietvit.classes import are_presumed, checked_names, names_of
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts, facts_of
-from quietvit.deployment.for_onnx.file import onnx_of
-from quietvit.deployment.grids import Grid, grids_of, why_none
+from quietvit.deployment.for_onnx.file import quantized_onnx, write_onnx
+from quietvit.deployment.grids import Grid, grids_of, remedy, why_none
 from quietvit.deployment.model import as_float32
-from quietvit.deployment.runtime import parts_of
-from quietvit.deployment.uniform import Replaced, as_uniform
+from quietvit.deployment.outputs import Output, output_of, unused_products
+from quietvit.deployment.paths import data_of, parts_of, target_of
+from quietvit.deployment.preprocessing import plain_preprocessing
+from quietvit.deployment.uniform import REPLACEMENTS, Replaced, replacing_codes
 from quietvit.errors import QuietvitError
-from quietvit.files import refuse_other_bytes, refuse_unwritable, write_atomic
+from quietvit.files import refuse_other_bytes, refuse_unwritable
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import preprocessing_of
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
@@ -30,15 +32,13 @@ NEEDS = {
     "openvino": ("onnxscript", "onnx", "openvino"),
     "torchao": ("torchao",),
 }
-TARGETS = tuple(NEEDS)
 PRESUMED = (
     "the classes have the names in timm's configuration of this architecture; if the head was "
     "trained on other data, give its names (labels=..., --labels)"
 )
-SUFFIXES = {".onnx": "onnx", ".xml": "openvino"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """An exported file, its facts, and which quantizers were replaced to export it."""
 
@@ -50,6 +50,14 @@ class Artifact:
     def size(self) -> int:
         """Bytes on disk, of all its files."""
         return sum(part.stat().st_size for part in parts_of(self.path))
+
+    def __str__(self) -> str:
+        from quietvit.deployment.text import artifact_text
+
+        return artifact_text(self)
+
+    def __repr__(self) -> str:
+        return f"Artifact({str(self.path)!r}, {self.size / 1e6:.2f} MB, {self.facts!r})"
 
     def check(self, against: Any, images: Any, **options: Any) -> Any:
         """Prove what runs in integers; see ``quietvit.check``."""
@@ -65,7 +73,9 @@ def export(
     to: str | None = None,
     as_: str | None = None,
     opset: int = 21,
-    preprocessing: Mapping[str, Any] | None = None,
+    signed: bool = False,
+    output: str | int | None = None,
+    preprocessing: Any = None,
     labels: Sequence[str] | None = None,
     force: bool = False,
 ) -> Artifact:
@@ -74,19 +84,33 @@ def export(
     ``to``: ``onnx`` (a file .onnx with QuantizeLinear and DequantizeLinear, for onnxruntime),
     ``openvino`` (.xml and .bin) or ``torchao`` (a folder, read by ``load_torchao``, whose linears
     alone are integers); by default what the suffix of ``path`` says. Input ``images`` (batch, C, H,
-    W), float32, output ``logits``; the batch is dynamic, or 1 where torch.export fixes it
-    (a note among the facts says so). Weights are stored as integers, int8, or
-    int4 where they have at most 4 bits (opset 21, not torchao). Activations of fewer than 8 bits
-    are carried in 8-bit codes: the accuracy is theirs, the speed that of 8 bits.
+    W), float32; the batch is dynamic, or 1 where torch.export fixes it (a note among the facts says
+    so). Weights are stored as integers, int8, or int4 where they have
+    at most 4 bits (opset 21, neither torchao nor ``signed``). Activations of fewer than 8 bits are
+    carried in 8-bit codes: the accuracy is theirs, the speed that of 8 bits. Weights of more than
+    2 GB lie in a second file, ``model.onnx.data``.
+
+    ``output``: which tensor of the model's output the file gives, by name (``pooler_output``,
+    ``feature_maps.1``) or place. By default ``logits``; else ``image_embeds`` or ``pooler_output``;
+    else the only tensor. An only tensor (batch, n) is taken for scores of classes, unless the model
+    has ``num_classes == 0``; ``output="embeddings"`` says that it is none.
+
+    ``signed``: activations are int8 with zero point 0, as TensorRT wants them, in place of uint8.
+    The integers are the same but for the offset of 128; where a zero point would stay, the export
+    is refused.
 
     ``as_="uniform"`` replaces quantizers that no integer kernel has (logarithmic, two-range, one
     scale a channel, more than 8 bits) by uniform ones of 8 bits and says what that loses; without
-    it they are refused. ``preprocessing``: timm's data config, by default the model's own;
-    ``labels``: a name for each class, by default those of the model (``quietvit.data.names_of``).
+    it they are refused. ``as_="symmetric"`` also replaces those that are not symmetric, and implies
+    ``signed``.
+
+    ``preprocessing``: timm's data config, an image processor of transformers, or torchvision's
+    ``weights.transforms()``; by default the model's own. ``labels``: a name for each class, by
+    default those of the model (``quietvit.data.names_of``).
 
     Raises QuietvitError for a model that is not quantized or not calibrated, codes without integer
-    kernels, a model torch cannot export, a missing extra, or a path in use (``force`` replaces an
-    earlier export).
+    kernels, several outputs and no choice, preprocessing that is not understood, a model torch
+    cannot export, a missing extra, or a path in use (``force`` replaces an earlier export).
     """
     quantized = plain_model(quantized)  # type: ignore[assignment]
     if not isinstance(quantized, QuantizedModel):
@@ -96,41 +120,58 @@ def export(
             "quietvit.load(path)."
         )
     path = Path(path)
-    target = _target(path, to)
+    target = target_of(path, to)
     refuse_existing(path, force, target)
     need(*NEEDS[target])
-    if as_ not in (None, "uniform"):
-        raise QuietvitError(f"as_={as_!r} is not known; the only way is 'uniform'.")
+    if as_ not in (None, *REPLACEMENTS):
+        raise QuietvitError(f"as_={as_!r} is not known; choose 'uniform' or 'symmetric'.")
+    signed = signed or as_ == "symmetric"
+    if signed and target == "torchao":
+        raise QuietvitError(
+            "signed codes are for ONNX and OpenVINO; torchao always multiplies int8, so leave "
+            "signed (--signed) and as_='symmetric' out."
+        )
     _refuse_uncalibrated(quantized)
     own, replaced = as_float32(quantized), list[Replaced]()
-    if as_ == "uniform":
-        own, replaced = as_uniform(own)
+    prepared = plain_preprocessing(
+        preprocessing_of(own.model) if preprocessing is None else preprocessing, own.input_shape
+    )
+    given = output_of(own, own.input_shape, output, named_classes=labels is not None)
+    if labels is not None and not given.of_classes:
+        raise QuietvitError(f"labels name classes, but the output is {given}; leave labels out.")
+    if as_ is not None:
+        own, replaced = replacing_codes(own, as_)
     elif target != "torchao":  # it takes linears alone, and lists what it leaves in float
-        _refuse_simulated(own)
-    grids = grids_of(own, strict=target != "torchao")
+        _refuse_simulated(own, signed)
+    grids = grids_of(own, strict=target != "torchao", signed=signed)
+    unused = unused_products(own, given)
+    presumed = given.of_classes and labels is None and are_presumed(own.model)
     facts = facts_of(
         own,
         grids,
-        preprocessing=preprocessing_of(own.model) if preprocessing is None else preprocessing,
-        labels=_labels(own, labels),
+        preprocessing=prepared,
+        labels=_labels(own, labels) if given.of_classes else None,
         notes=[
-            *([PRESUMED] if labels is None and are_presumed(own.model) else []),
+            *([PRESUMED] if presumed else []),
             *_notes(own, grids, target),
+            *_of_output(given, unused),
             *map(str, replaced),
         ],
-        uniform=as_ == "uniform",
+        replaced=as_,
+        output=given,
+        unused=unused,
     )
     if target == "torchao":
         from quietvit.deployment.for_torchao.file import write_torchao
 
         return Artifact(path, write_torchao(own, path, facts, force=force), tuple(replaced))
-    content, facts = onnx_of(own, grids, facts, opset, at_once=target == "onnx")
+    content, facts = quantized_onnx(own, grids, facts, opset, at_once=target == "onnx")
     if target == "openvino":
         from quietvit.deployment.for_openvino.file import write_openvino
 
         write_openvino(content, path, facts)
     else:
-        write_atomic(path, content)
+        write_onnx(content, path)
     return Artifact(path, facts, tuple(replaced))
 
 
@@ -146,7 +187,7 @@ def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:
         FORMAT.refuse(path, force)
         return
     refuse_other_bytes(path)
-    for part in [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]:
+    for part in [path, path.with_suffix(".bin") if path.suffix == ".xml" else data_of(path)]:
         if part.is_dir():
             raise QuietvitError(f"{part} is a folder; name a file, such as model.onnx.")
         if part.exists() and not force:
@@ -159,21 +200,6 @@ def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:
 
 def _labels(quantized: QuantizedModel, given: Sequence[str] | None) -> tuple[str, ...] | None:
     return names_of(quantized) if given is None else checked_names(quantized.model, given)
-
-
-def _target(path: Path, to: str | None) -> str:
-    target = SUFFIXES.get(path.suffix) if to is None else to
-    if target not in TARGETS or SUFFIXES.get(path.suffix, target) != target:
-        raise QuietvitError(
-            f"{path} with to={to!r} names nothing that can be written: choose model.onnx "
-            "(to='onnx'), model.xml (to='openvino'), or a folder (to='torchao')."
-        )
-    if path.suffix not in SUFFIXES and target != "torchao":
-        wanted = next(suffix for suffix, name in SUFFIXES.items() if name == target)
-        raise QuietvitError(
-            f"{path} does not end in {wanted}, as files for {target} do; name it so."
-        )
-    return target
 
 
 def _refuse_uncalibrated(quantized: QuantizedModel) -> None:
@@ -198,21 +224,31 @@ def _refuse_uncalibrated(quantized: QuantizedModel) -> None:
         )
 
 
-def _refuse_simulated(quantized: QuantizedModel) -> None:
+def _refuse_simulated(quantized: QuantizedModel, signed: bool) -> None:
     reasons = []
     for slot in quantized.slots():
         quantizer = quantized.quantizers[slot.key]
         assert isinstance(quantizer, Quantizer)
-        why = why_none(slot, quantizer)
+        why = why_none(slot, quantizer, signed)
         if why is not None:
             reasons.append(f"{slot.site.name} ({slot.operand}): {why}")
     if reasons:
         more = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+        kernel = "integer kernel with signed codes alone" if signed else "integer kernel"
         raise QuietvitError(
-            f"{quantized.method.name} is simulated here, and {len(reasons)} operands have no "
-            f"integer kernel: {'; '.join(reasons[:2])}{more}. as_='uniform' (--as uniform) puts "
-            "uniform quantizers of 8 bits in their place and says what is lost."
+            f"{len(reasons)} operands of this {quantized.method.name} model have no {kernel}: "
+            f"{'; '.join(reasons[:2])}{more}. {remedy(signed)}"
         )
+
+
+def _of_output(output: Output, unused: Sequence[str]) -> list[str]:
+    notes = []
+    if unused:
+        notes.append(
+            f"{len(unused)} products do not enter the output {output.name} and are not in the file "
+            f"(first {unused[0]})"
+        )
+    return notes
 
 
 def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid], target: str) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ import torch
 
 import quietvit
 from quietvit.deployment.grids import Grid
+from quietvit.deployment.outputs import Output
 from quietvit.errors import QuietvitError
 from quietvit.files import json_text
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import MATMUL_KINDS
 
 UNCLAIMED = "written by torch in a form that is not followed, so nothing is claimed of it"
-KEY, FORMAT, VERSION = "quietvit", "quietvit exported model", 1
+KEY, FORMAT, VERSION = "quietvit", "quietvit exported model", 2
+READ = (1, VERSION)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Product:
 class Facts:
     """Everything ``quietvit check`` and ``quietvit predict`` need beside the graph.
 
-    ``uniform``: quantizers were replaced by uniform ones to export it.
+    ``replaced``: quantizers were replaced to export it, by ``uniform`` or by ``symmetric`` ones.
+    ``output``: what the file gives. ``unused``: products of the model that do not enter it.
     """
 
     method: str
@@ -55,8 +58,17 @@ class Facts:
     preprocessing: dict[str, Any] | None
     labels: tuple[str, ...] | None
     notes: tuple[str, ...]
-    uniform: bool
+    replaced: str | None
     versions: dict[str, str]
+    output: Output = field(default_factory=Output)
+    unused: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        claimed = sum(product.why_float is None for product in self.products)
+        return (
+            f"Facts({self.method}, images {self.input_shape}, output {self.output}, {claimed} of "
+            f"{len(self.products)} products in integers)"
+        )
 
     def to_json(self) -> str:
         return json_text({"format": FORMAT, "version": VERSION} | asdict(self))
@@ -72,15 +84,21 @@ class Facts:
                 f"{path} was not exported by quietvit: its metadata has no entry {KEY!r} "
                 f"({type(error).__name__}). Export it from its .qvit by 'quietvit export'."
             ) from error
-        if known != (FORMAT, VERSION):
+        if known[0] != FORMAT or known[1] not in READ:
             raise QuietvitError(
                 f"{path} is {known[0]!r} of version {known[1]!r}, this quietvit reads {FORMAT!r} "
-                f"of version {VERSION}; export it again from its .qvit."
+                f"of versions {READ[0]} to {VERSION}; export it again from its .qvit."
             )
+        if known[1] == 1:
+            content["replaced"] = "uniform" if content.pop("uniform") else None
         products = tuple(Product(**product) for product in content.pop("products"))
-        for name in ("input_shape", "labels", "notes"):
-            content[name] = None if content[name] is None else tuple(content[name])
-        return cls(products=products, **content)
+        for name in ("input_shape", "labels", "notes", "unused"):
+            content[name] = None if content.get(name) is None else tuple(content[name])
+        content["unused"] = content["unused"] or ()
+        output = content.pop("output", None) or {}
+        if output.get("shape") is not None:
+            output["shape"] = tuple(output["shape"])
+        return cls(products=products, output=Output(**output), **content)
 
     def claiming(
         self,
@@ -113,9 +131,14 @@ def facts_of(
     preprocessing: Mapping[str, Any] | None,
     labels: Sequence[str] | None,
     notes: Sequence[str] = (),
-    uniform: bool = False,
+    replaced: str | None = None,
+    output: Output | None = None,
+    unused: Collection[str] = (),
 ) -> Facts:
-    """Collect the facts of a quantized model; ``grids`` by key, of the slots that have one."""
+    """Collect the facts of a quantized model; ``grids`` by key, of the slots that have one.
+
+    ``unused``: sites whose products do not enter the output; they do not count.
+    """
     keys: dict[str, dict[str, str]] = {}
     for slot in quantized.slots():
         if slot.site.kind in MATMUL_KINDS and not slot.is_output:
@@ -124,6 +147,8 @@ def facts_of(
     reasons = dict(coverage.untouched)
     products = []
     for site in quantized.trace.matmuls:
+        if site.name in unused:
+            continue
         own = keys.get(site.name, {}).items()
         operands = {name: grids[key].facts for name, key in own if key in grids}
         for operand in operands.values():
@@ -131,7 +156,8 @@ def facts_of(
                 operand["scale"] = operand["zero_point"] = None  # long, and in the graph
         why = reasons.get(site.name)
         products.append(Product(site.name, site.kind, site.macs, operands, why))
-    extra = [name for name, _ in coverage.untouched if name not in {p.name for p in products}]
+    known = {p.name for p in products} | set(unused)
+    extra = [name for name, _ in coverage.untouched if name not in known]
     for name in extra:
         macs = coverage.untouched_macs[[n for n, _ in coverage.untouched].index(name)]
         products.append(Product(name, "compensation", macs, {}, reasons[name]))
@@ -139,24 +165,12 @@ def facts_of(
         method=f"{quantized.method.name} {quantized.method.label}",
         input_shape=quantized.input_shape,
         products=tuple(products),
-        total_macs=coverage.total_macs,
-        preprocessing=_plain(preprocessing, quantized.input_shape),
+        total_macs=sum(product.macs for product in products),
+        preprocessing=None if preprocessing is None else dict(preprocessing),
         labels=None if labels is None else tuple(labels),
         notes=(*quantized.notes, *notes),
-        uniform=uniform,
+        replaced=replaced,
         versions={"quietvit": quietvit.__version__, "torch": torch.__version__},
+        output=output or Output(),
+        unused=tuple(unused),
     )
-
-
-def _plain(given: Mapping[str, Any] | None, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """As JSON has it, for images of the size the model was quantized at."""
-    if given is None:
-        return None
-    try:
-        content: dict[str, Any] = json.loads(json.dumps(dict(given)))
-    except TypeError as error:
-        raise QuietvitError(
-            f"the preprocessing {dict(given)} holds what is neither number, text nor list "
-            f"({error}); give plain values, such as interpolation='bicubic'."
-        ) from error
-    return content | {"input_size": list(shape)}

@@ -24,8 +24,9 @@ class Grid:
 
     Derived here: the codes of the quantizer moved by a whole number, ``moved``, and the zero point
     with them, so that activations are unsigned (0 to 2^b - 1) and weights signed (-2^(b-1) to
-    2^(b-1) - 1), which is what integer kernels take; no value changes. ``scale`` float32 and
-    ``zero_point`` are () or (channels,) along ``axis``.
+    2^(b-1) - 1), which is what integer kernels take; no value changes. In files with signed codes
+    activations are signed, too. ``scale`` float32 and ``zero_point`` are () or (channels,) along
+    ``axis``.
     """
 
     bits: int
@@ -36,22 +37,21 @@ class Grid:
     axis: int | None
 
     @classmethod
-    def of(cls, slot: Slot, quantizer: Quantizer) -> Grid:
-        """The grid of a slot's quantizer.
+    def of(cls, slot: Slot, quantizer: Quantizer, signed: bool = False) -> Grid:
+        """The grid of a slot's quantizer; with ``signed`` its codes are signed, zero points zero.
 
         Raises QuietvitError, naming the site, where no integer kernel has it: more than 8 bits,
-        unequal steps, or activations with a scale for each channel.
+        unequal steps, or activations with a scale for each channel. With ``signed`` also where the
+        same integers have no zero point of zero.
         """
-        reason = why_none(slot, quantizer)
+        reason = why_none(slot, quantizer, signed)
         if reason is not None:
             raise QuietvitError(
-                f"{slot.site.name} ({slot.operand}) cannot be exported: {reason}. "
-                'as_="uniform" (--as uniform) puts a uniform quantizer of 8 bits at most in its '
-                "place and says what is lost."
+                f"{slot.site.name} ({slot.operand}) cannot be exported: {reason}. {remedy(signed)}"
             )
         assert isinstance(quantizer, AffineQuantizer)
         middle = 1 << (quantizer.bits - 1)
-        is_signed = slot.is_weight
+        is_signed = slot.is_weight or signed
         moved = (0 if quantizer.signed else -middle) if is_signed else middle * quantizer.signed
         zero_point = quantizer.zero_point.cpu().numpy().astype(np.int64) + moved
         return cls(
@@ -102,8 +102,10 @@ class Grid:
         }
 
 
-def grids_of(quantized: QuantizedModel, strict: bool = True) -> dict[str, Grid]:
-    """The grid of every slot, by its key.
+def grids_of(
+    quantized: QuantizedModel, strict: bool = True, signed: bool = False
+) -> dict[str, Grid]:
+    """The grid of every slot, by its key, with ``signed`` codes or with unsigned activations.
 
     Where a slot has none it is left out, or with ``strict`` QuietvitError is raised.
     """
@@ -111,17 +113,39 @@ def grids_of(quantized: QuantizedModel, strict: bool = True) -> dict[str, Grid]:
     for slot in quantized.slots():
         quantizer = quantized.quantizers[slot.key]
         assert isinstance(quantizer, Quantizer)
-        if strict or why_none(slot, quantizer) is None:
-            found[slot.key] = Grid.of(slot, quantizer)
+        if strict or why_none(slot, quantizer, signed) is None:
+            found[slot.key] = Grid.of(slot, quantizer, signed)
     return found
 
 
-def why_none(slot: Slot, quantizer: Quantizer) -> str | None:
-    """Why no integer kernel computes with the codes of a quantizer; None where one does."""
+def remedy(signed: bool) -> str:
+    """What to do about codes that no integer kernel has, or that are not signed."""
+    if signed:
+        return (
+            'as_="symmetric" (--as symmetric) puts symmetric quantizers in their place and says '
+            "what is lost; activation_symmetric=True and weight_symmetric=True of the method make "
+            "most of them symmetric from the start."
+        )
+    return (
+        'as_="uniform" (--as uniform) puts uniform quantizers of 8 bits at most in their place and '
+        "says what is lost."
+    )
+
+
+def why_none(slot: Slot, quantizer: Quantizer, signed: bool = False) -> str | None:
+    """Why no integer kernel computes with the codes of a quantizer; None where one does.
+
+    With ``signed``: one that takes signed codes without zero points alone.
+    """
     if not isinstance(quantizer, AffineQuantizer):
         return f"its {quantizer.kind} codes are not evenly spaced, and no integer kernel takes them"
     if quantizer.bits > 8:
         return f"integer kernels multiply 8 bits at most, it has {quantizer.bits}"
     if not slot.is_weight and quantizer.axis is not None:
         return "activations need one scale for the tensor, it has one for each channel"
+    middle = 0 if quantizer.signed else 1 << (quantizer.bits - 1)
+    if signed and bool((quantizer.zero_point != middle).any()):
+        if not quantizer.signed and not bool(quantizer.zero_point.any()):
+            return "its codes are unsigned, none of its values is negative"
+        return "its values have a zero point"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from quietvit.data.decoding import decode
 from quietvit.data.matching import in_words
+from quietvit.deployment.embedding import Embedding
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.runtime import Runtime, open_runtime
+from quietvit.deployment.opening import open_runtime
+from quietvit.deployment.preprocessing import transform_of
+from quietvit.deployment.runtime import Runtime
 from quietvit.errors import QuietvitError
 
 
@@ -29,19 +32,15 @@ class Prediction:
 Source = str | Path | Image.Image | np.ndarray
 
 
-@overload
-def predict(model: str | Path | Runtime, image: Source, top: int = 5) -> list[Prediction]: ...
-@overload
-def predict(
-    model: str | Path | Runtime, image: list[Source] | tuple[Source, ...], top: int = 5
-) -> list[list[Prediction]]: ...
 def predict(
     model: str | Path | Runtime, image: Source | list[Source] | tuple[Source, ...], top: int = 5
-) -> list[Prediction] | list[list[Prediction]]:
+) -> Any:
     """Return the ``top`` most probable classes of an image, the most probable first.
 
-    The image is decoded as in every data set (``quietvit.data.decoding.decode``), then resized,
-    cropped and normalized as the model was evaluated.
+    That is a list of ``Prediction``. A file that gives no scores of classes, but an embedding or a
+    feature map, returns an ``Embedding``. A list of images gives a list of results. The image is
+    decoded as in every data set (``quietvit.data.decoding.decode``), then resized, cropped and
+    normalized as the model was evaluated.
 
     Args:
         model: an exported .onnx or .xml, or one already open (``open_runtime``).
@@ -59,7 +58,10 @@ def predict(
     facts = runtime.facts
     x = preprocess(facts, image, runtime.path)
     runtime.check_images(x.shape)
-    logits = runtime(x)[0].astype(np.float64)
+    found = runtime(x)[0]
+    if not facts.output.of_classes:
+        return Embedding(facts.output.name, found)
+    logits = found.astype(np.float64)
     odds = np.exp(logits - logits.max())
     probabilities = odds / odds.sum()
     order = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
@@ -76,17 +78,7 @@ def predict(
 
 def preprocess(facts: Facts, image: Source, path: Path) -> np.ndarray:
     """The image as the model takes it, (1, C, H, W) float32."""
-    if facts.preprocessing is None:
-        raise QuietvitError(
-            f"{path} carries no preprocessing, so an image cannot be prepared for it; export it "
-            "with preprocessing=... (timm's data config: input_size, mean, std, interpolation, "
-            "crop_pct)."
-        )
-    from timm.data.transforms_factory import create_transform
-
-    config: dict[str, Any] = dict(facts.preprocessing)
-    config["input_size"] = tuple(config["input_size"])
-    transform: Any = create_transform(**config, is_training=False)
+    transform = transform_of(facts.preprocessing, path)
     return np.asarray(transform(read_image(image)).unsqueeze(0).numpy())
 
 

@@ -110,7 +110,7 @@ def _onnxruntime_nodes(path: Path) -> Iterator[tuple[str, tuple[str, bool, str |
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "optimized.onnx"
         OnnxRuntime(path, optimized=written)
-        graph = onnx.load(written).graph
+        graph = onnx.load(written, load_external_data=False).graph
     made = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         if node.op_type in INTEGER_OPS:

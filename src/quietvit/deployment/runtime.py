@@ -1,6 +1,6 @@
-"""Running exported files in onnxruntime or OpenVINO behind one face, and what the processor can do.
+"""Models in onnxruntime or OpenVINO behind one face, and what the processor can do.
 
-What is concluded from it is ``proof``'s, ``parity``'s and ``speed``'s business.
+Which runtime opens a file is decided in ``opening``; torchao's is in its own room.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts
 from quietvit.errors import QuietvitError
-from quietvit.files import refuse_other_bytes
 
 EXACT = ("session.x64quantprecision", "1")
+EXTERNAL = ("session.optimized_model_external_initializers_file_name", "optimized.data")
 # Where the processor can, OpenVINO would compute what is float in half precision.
 SETTINGS: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
 
 
 class Runtime(ABC):
-    """A model loaded by a runtime: ``runtime(images)`` are its logits, numpy arrays both.
+    """A model loaded by a runtime: ``runtime(images)`` is its output, numpy arrays both.
 
     Any number of images; where the file takes a fixed number at once, in parts.
 
@@ -43,7 +43,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def _run(self, images: np.ndarray) -> np.ndarray:
-        """Logits of as many images as the file takes at once."""
+        """The output for as many images as the file takes at once."""
 
     @property
     @abstractmethod
@@ -54,6 +54,9 @@ class Runtime(ABC):
     @abstractmethod
     def input_shape(self) -> tuple[int | None, ...]:
         """(batch, C, H, W), None where dynamic."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {self.name})"
 
     @property
     def facts(self) -> Facts:
@@ -101,6 +104,7 @@ class OnnxRuntime(Runtime):
         options.intra_op_num_threads = threads
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
+            options.add_session_config_entry(*EXTERNAL)  # of any size, where one file ends at 2 GB
         if exact is None:
             self.note = {True: None, False: WITHOUT_VNNI, None: PERHAPS_VNNI}[vnni()]
             exact = self.note is not None
@@ -188,40 +192,6 @@ class OpenVINO(Runtime):
     def input_shape(self) -> tuple[int | None, ...]:
         shape = self.model.input(0).get_partial_shape()
         return tuple(None if n.is_dynamic else n.get_length() for n in shape)
-
-
-RUNTIMES = {"onnxruntime": OnnxRuntime, "openvino": OpenVINO}
-
-
-def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0) -> Runtime:
-    """Load an exported file: .onnx in onnxruntime unless OpenVINO is asked for, .xml in OpenVINO.
-
-    Raises QuietvitError for a missing, truncated or foreign file, and a missing extra.
-    """
-    path = Path(path)
-    refuse_other_bytes(path)
-    if not path.is_file():
-        raise QuietvitError(f"{path} is no file; give a model.onnx or model.xml that was exported.")
-    if path.suffix not in (".onnx", ".xml"):
-        raise QuietvitError(f"{path} ends neither in .onnx nor in .xml; give an exported file.")
-    chosen = runtime or ("openvino" if path.suffix == ".xml" else "onnxruntime")
-    if chosen not in RUNTIMES or (path.suffix == ".xml" and chosen != "openvino"):
-        raise QuietvitError(
-            f"runtime {chosen!r} does not run {path}; choose openvino"
-            f"{'' if path.suffix == '.xml' else ' or onnxruntime'}."
-        )
-    return (
-        OpenVINO(path, threads=threads)
-        if chosen == "openvino"
-        else OnnxRuntime(path, threads=threads)
-    )
-
-
-def parts_of(path: Path) -> list[Path]:
-    """The files an artifact is made of."""
-    if path.is_dir():
-        return sorted(path.iterdir())
-    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
 def onnx_metadata(path: Path) -> str | None:

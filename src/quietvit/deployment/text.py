@@ -1,4 +1,4 @@
-"""A check and a prediction as text for a terminal. Nothing is computed here."""
+"""A check and an exported file as text for a terminal. Nothing is computed here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,55 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quietvit.deployment.checking import Check
+    from quietvit.deployment.comparing import Classes, Features
+    from quietvit.deployment.exporting import Artifact
 
 SHOWN = 12
+
+
+def artifact_text(made: Artifact) -> str:
+    """What was exported, what it takes and gives, what it claims, and its notes."""
+    facts = made.facts
+    claimed = [product for product in facts.products if product.why_float is None]
+    share = sum(product.macs for product in claimed) / (facts.total_macs or 1)
+    shape = " x ".join(map(str, facts.input_shape))
+    lines = [
+        f"{made.path} ({made.size / 1e6:.2f} MB): {facts.method}",
+        f"input      images, batch x {shape}, float32 after the preprocessing",
+        f"output     {facts.output}",
+        f"claims     {len(claimed)} of {len(facts.products)} products in integers, "
+        f"{100 * share:.2f} % of the multiply-accumulates; what a runtime makes of it, check tells",
+        f"carries    {'preprocessing' if facts.preprocessing else 'no preprocessing'}, "
+        f"{'names of classes' if facts.labels else 'no names of classes'}",
+    ]
+    notes = [f"note       {note}" for note in facts.notes]
+    shown = notes[:SHOWN]
+    if len(notes) > SHOWN:
+        shown.append(f"note       ... and {len(notes) - SHOWN} more")
+    return "\n".join(lines + shown)
+
+
+def _classes_lines(classes: Classes) -> list[str]:
+    lines = [
+        f"           class of the simulated model on {classes.agreement:.2f} % of {classes.images} "
+        "images;",
+        f"           it keeps {classes.steadiness:.2f} % of its own when they are moved by 1e-6",
+    ]
+    if classes.top1 is not None:
+        lines.append(
+            f"           top-1 {classes.top1:.2f} %, simulated {classes.top1_simulated:.2f} %"
+        )
+    return lines
+
+
+def _features_lines(features: Features) -> list[str]:
+    return [
+        f"           output {100 * features.error:.3f} % from the simulated model's on "
+        f"{features.images} images (relative L2; largest {100 * features.largest_error:.3f} %),",
+        f"           cosine {features.cosine:.6f} (smallest {features.smallest_cosine:.6f});",
+        f"           the simulated model moves by {100 * features.own:.3f} % when they are moved "
+        "by 1e-6",
+    ]
 
 
 def check_text(found: Check) -> str:
@@ -37,18 +84,10 @@ def check_text(found: Check) -> str:
             f"the same   {len(found.agreements)} products on given inputs: of {codes} codes "
             f"{wrong} differ ({ties} ties), of {sums} sums {off}"
         )
-    classes = found.classes
-    lines.append(
-        f"           class of the simulated model on {classes.agreement:.2f} % of {classes.images} "
-        "images;"
-    )
-    lines.append(
-        f"           it keeps {classes.steadiness:.2f} % of its own when they are moved by 1e-6"
-    )
-    if classes.top1 is not None:
-        lines.append(
-            f"           top-1 {classes.top1:.2f} %, simulated {classes.top1_simulated:.2f} %"
-        )
+    if found.classes is not None:
+        lines += _classes_lines(found.classes)
+    if found.features is not None:
+        lines += _features_lines(found.features)
     size = f"size       {found.bytes / 1e6:.2f} MB"
     if found.float_bytes is not None:
         size += f", float {found.float_bytes / 1e6:.2f} MB: "

@@ -1,4 +1,4 @@
-"""Uniform quantizers in place of codes that no integer kernel has, and what that loses.
+"""Uniform or symmetric quantizers in place of codes that a kernel lacks, and what that loses.
 
 The replacement is chosen from the quantizer alone; whoever has images calibrates anew.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from quietvit.deployment.grids import why_none
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
-from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, affine_fake
 
 
 @dataclass(frozen=True)
@@ -42,33 +42,47 @@ class Replaced:
         )
 
 
-def as_uniform(quantized: QuantizedModel, bits: int = 8) -> tuple[QuantizedModel, list[Replaced]]:
+REPLACEMENTS = ("uniform", "symmetric")
+
+
+def replacing_codes(
+    quantized: QuantizedModel, by: str, bits: int = 8
+) -> tuple[QuantizedModel, list[Replaced]]:
     """Return a copy whose quantizers are all uniform, of 8 bits at most, and what was replaced.
+
+    ``by``: one of ``REPLACEMENTS``; with ``symmetric`` they all have signed codes and no zero
+    points, too, as TensorRT wants them.
 
     Derived here: a quantizer of unequal steps becomes an affine one of ``bits`` from its smallest
     to its largest level; a scale for each channel becomes one for the tensor over all their ranges;
-    more than 8 bits become 8. Weights keep their codes' range channel by channel.
+    more than 8 bits become 8. Weights keep their codes' range channel by channel. A symmetric one
+    goes from minus to plus the largest value of the old one, on as many bits: where nothing is
+    negative, half of its levels are lost.
     """
+    signed = by == "symmetric"
     own = copy.deepcopy(quantized)
     replaced = []
     for slot in own.slots():
         old = own.quantizers[slot.key]
         assert isinstance(old, Quantizer)
-        if why_none(slot, old) is None:
+        if why_none(slot, old, signed) is None:
             continue
-        new = _uniform(slot, old, bits)
+        new = _uniform(slot, old, bits, signed)
         own.quantizers[slot.key] = new
         replaced.append(_loss(slot, old, new))
     own.refresh()
     return own, replaced
 
 
-def _uniform(slot: Slot, old: Quantizer, bits: int) -> AffineQuantizer:
+def _uniform(slot: Slot, old: Quantizer, bits: int, signed: bool) -> AffineQuantizer:
     low, high = _ends(old)
     axis = old.axis if slot.is_weight and isinstance(old, AffineQuantizer) else None
     if axis is None:
         low, high = low.min(), high.max()
-    symmetric = slot.is_weight and isinstance(old, AffineQuantizer) and old.signed
+    affine = isinstance(old, AffineQuantizer)
+    if signed and affine:
+        bits = min(bits, old.bits)
+    symmetric = signed or (slot.is_weight and affine and bool(getattr(old, "signed", False)))
     return AffineQuantizer.from_range(
         low, high, bits=bits, symmetric=symmetric, signed=True if symmetric else None, axis=axis
     )
@@ -96,8 +110,10 @@ def _levels(old: Quantizer) -> Tensor:
 
 def _loss(slot: Slot, old: Quantizer, new: AffineQuantizer) -> Replaced:
     if slot.is_weight and isinstance(old, AffineQuantizer) and old.axis is not None:
-        levels, step = torch.empty(0), 0.5 / ((1 << new.bits) - 1)
-        count, kept, error = 1 << old.bits, 1 << new.bits, step
+        if old.bits > 8:
+            count, kept, error = 1 << old.bits, 1 << new.bits, 0.5 / ((1 << new.bits) - 1)
+        else:
+            count, kept, error = _loss_of_channels(old, new)
     else:
         levels = _levels(old).unique()
         after: Any = new(levels)
@@ -106,3 +122,14 @@ def _loss(slot: Slot, old: Quantizer, new: AffineQuantizer) -> Replaced:
         error = float((after - levels).abs().max()) / spread
     kind = f"{old.kind} {old.bits} bits"
     return Replaced(slot.site.name, slot.operand, kind, new.bits, error, count, count - kept)
+
+
+def _loss_of_channels(old: AffineQuantizer, new: AffineQuantizer) -> tuple[int, int, float]:
+    """(levels of all channels, those still apart, largest error in shares of a channel's range)."""
+    first, last = old.code_range
+    codes = torch.arange(first, last + 1, dtype=torch.int32, device=old.scale.device)
+    levels = (codes - old.zero_point[:, None]) * old.scale[:, None]
+    after = affine_fake(levels, new.scale[:, None], new.zero_point[:, None], *new.code_range)
+    apart = int((after.diff(dim=1) != 0).sum()) + len(levels)
+    spread = (levels[:, -1] - levels[:, 0])[:, None]
+    return levels.numel(), apart, float(((after - levels).abs() / spread).max())

@@ -58,6 +58,9 @@ class Diagnosis:
         """Pairs by falling largest amplification."""
         return tuple(sorted(self.pairs, key=lambda p: -max(p.amplification, default=0.0)))
 
+    def __repr__(self) -> str:
+        return f"Diagnosis({len(self.sites)} sites, {len(self.pairs)} pairs)"
+
     def __rich__(self) -> Group:
         tables = [self._site_table()]
         if self.pairs:

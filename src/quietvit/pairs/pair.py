@@ -63,6 +63,9 @@ class FoundPairs(Sequence[MatrixPair]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def __repr__(self) -> str:
+        return f"FoundPairs({len(self.pairs)} pairs, {len(self.skipped)} skipped)"
+
     def __str__(self) -> str:
         rows = [("kind", "first (A)", "second (B)", "heads", "through")]
         for (kind, first, second, through), heads in _by_weights(self.pairs).items():

@@ -1,4 +1,4 @@
-"""Which model a saved one is: how timm builds it, and whether a given one is the same.
+"""Which model a saved one is: how timm or transformers builds it, and whether another is the same.
 
 Reading and writing the files is ``storage``'s.
 """
@@ -34,7 +34,13 @@ def _modules(model: nn.Module) -> list[tuple[str, str, str]]:
 
 
 def architecture_of(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """timm's name and arguments that build this very structure, or None."""
+    """How timm or transformers builds this very structure, or None.
+
+    Of timm name and arguments, of transformers the class and its config: neither needs the folder
+    or the weights that the model came from.
+    """
+    if type(model).__module__.startswith("transformers.models."):
+        return _of_transformers(model)
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(name, str):
@@ -52,14 +58,32 @@ def architecture_of(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] 
     given = (config or {}).get("arguments")  # as ``quietvit.data.create_model`` notes them
     if isinstance(given, dict) and _is_json(given):
         candidates.insert(0, given)
-    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items()}, _modules(model)
+    wanted = _structure(model)
     for arguments in candidates:
-        built = _unweighted(name, arguments)
-        if built is None:
-            continue
-        if ({n: tuple(t.shape) for n, t in built.state_dict().items()}, _modules(built)) == wanted:
-            return {"library": "timm", "name": name, "arguments": arguments}
+        found = {"library": "timm", "name": name, "arguments": arguments}
+        built = _unweighted(found)
+        if built is not None and _structure(built) == wanted:
+            return found
     return None
+
+
+def _of_transformers(model: nn.Module) -> dict[str, Any] | None:
+    config: Any = getattr(model, "config", None)
+    content = config.to_dict() if hasattr(config, "to_dict") else None
+    if content is None or not _is_json(content):
+        return None
+    found = {
+        "library": "transformers",
+        "name": type(model).__name__,
+        "arguments": json.loads(json.dumps(content)),
+        "attention": getattr(config, "_attn_implementation", None),
+    }
+    built = _unweighted(found)
+    return found if built is not None and _structure(built) == _structure(model) else None
+
+
+def _structure(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], list[tuple[str, str, str]]]:
+    return {n: tuple(t.shape) for n, t in model.state_dict().items()}, _modules(model)
 
 
 def _is_json(value: Any) -> bool:
@@ -69,21 +93,39 @@ def _is_json(value: Any) -> bool:
         return False
 
 
-def _unweighted(name: str, arguments: dict[str, Any]) -> nn.Module | None:
-    """timm's model, without memory for its weights where its code allows that; None if it refuses.
+def _unweighted(architecture: dict[str, Any]) -> nn.Module | None:
+    """The model, without memory for its weights where its code allows that; None if it refuses.
 
     Models that read a number out of a tensor while they are built (drop path rates, in older
     releases of timm) cannot be built on the meta device. Random generators are left as they were.
     """
-    import timm
-
     for device in ("meta", "cpu"):
         try:
             with torch.random.fork_rng(devices=[]), torch.device(device):
-                return timm.create_model(name, pretrained=False, **arguments)  # type: ignore[no-any-return]
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+                return _built(architecture)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
             continue
     return None
+
+
+def _built(architecture: dict[str, Any]) -> nn.Module:
+    """The model from random weights. Raises what the library raises."""
+    name, arguments = architecture["name"], architecture["arguments"]
+    if architecture["library"] == "timm":
+        import timm
+
+        return timm.create_model(name, pretrained=False, **arguments)  # type: ignore[no-any-return]
+    import transformers
+
+    kind = getattr(transformers, name)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise TypeError(f"transformers.{name} is no model")
+    config_class: Any = kind.config_class
+    config = config_class.from_dict(arguments)
+    if architecture.get("attention") is not None:
+        config._attn_implementation = architecture["attention"]
+    model: nn.Module = kind(config)
+    return model
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any] | None:
@@ -101,18 +143,31 @@ def build(path: Path, facts: dict[str, Any]) -> nn.Module:
     architecture = facts["architecture"]
     if architecture is None:
         raise QuietvitError(
-            f"{path} holds a {facts['model_class']} that timm does not build by name; build the "
-            "architecture yourself and give it: quietvit.load(path, model=my_model)."
+            f"{path} holds a {facts['model_class']} that neither timm nor transformers build by "
+            "name; build the architecture yourself and give it: quietvit.load(path, "
+            "model=my_model). On the command line, --model takes hf:FOLDER or a training run."
         )
-    import timm
-
     with torch.random.fork_rng(devices=[]):
-        built: nn.Module = timm.create_model(
-            architecture["name"], pretrained=False, **architecture["arguments"]
-        )
-    config = {**getattr(built, "pretrained_cfg", {}), **(facts.get("preprocessing") or {})}
-    config["arguments"] = architecture["arguments"]
-    built.pretrained_cfg = config  # type: ignore[assignment]
+        try:
+            built = _built(architecture)
+        except ImportError as error:
+            raise QuietvitError(
+                f"{path} holds a model of transformers, which cannot be imported ({error}); "
+                "pip install 'quietvit[transformers]'."
+            ) from error
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise QuietvitError(
+                f"{path} holds a {facts['model_class']} that this {architecture['library']} does "
+                f"not build ({type(error).__name__}: {error}); install the version that it was "
+                "saved with, or give the model: quietvit.load(path, model=my_model)."
+            ) from error
+    prepared = facts.get("preprocessing")
+    if architecture["library"] == "timm":
+        config = {**getattr(built, "pretrained_cfg", {}), **(prepared or {})}
+        config["arguments"] = architecture["arguments"]
+        built.pretrained_cfg = config  # type: ignore[assignment]
+    elif prepared is not None:
+        built.pretrained_cfg = dict(prepared)  # type: ignore[assignment]
     return built
 
 

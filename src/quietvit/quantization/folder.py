@@ -19,20 +19,26 @@ from quietvit.errors import QuietvitError
 from quietvit.files import beside, json_text, put_in_place, refuse_other_bytes, save_tensors
 
 TENSORS = "model.safetensors"
+# Suffixes of files that no folder should have; True where an export writes such a file.
+FILES = dict.fromkeys((".onnx", ".xml"), True) | dict.fromkeys(
+    (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".npz", ".tflite", ".engine"), False
+)
 
 
 @dataclass(frozen=True)
 class FolderFormat:
     """A kind of folder, which holds ``TENSORS`` and ``facts``, and how its errors end.
 
-    ``earlier``: what one of this kind is called. The other texts are told of a folder where a file
-    is ``missing``, that is ``damaged``, ``foreign``, or of another version (``outdated``).
+    ``earlier``: what one of this kind is called; ``suffix``: how its name ends. The other texts are
+    told of a folder where a file is ``missing``, that is ``damaged``, ``foreign``, or of another
+    version (``outdated``).
     """
 
     name: str
     version: int
     facts: str
     earlier: str
+    suffix: str
     missing: str
     damaged: str
     foreign: str
@@ -41,9 +47,17 @@ class FolderFormat:
     def refuse(self, path: Path, force: bool) -> None:
         """Raise QuietvitError where something stands; with ``force`` unless it is of this kind.
 
-        And where nothing could be written, so that it can be called before long work.
+        Also where the name is that of a file of another format, since what is written is a folder,
+        and where nothing could be written. Call it before long work.
         """
         refuse_other_bytes(path)
+        if path.suffix.lower() in FILES:
+            target = FILES[path.suffix.lower()]
+            export = f", and make {path.name} of it by 'quietvit export'" if target else ""
+            raise QuietvitError(
+                f"{path} is the name of a file, but a {self.name} is a folder; name it "
+                f"{path.with_suffix(self.suffix)}{export}."
+            )
         with beside(path):
             pass
         if not path.exists():
@@ -79,6 +93,10 @@ class FolderFormat:
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Facts and tensors; QuietvitError where the folder is not of this kind and version."""
         refuse_other_bytes(path)
+        if not path.exists():
+            raise QuietvitError(f"{path} does not exist; check the path, and {self.missing}.")
+        if not path.is_dir():
+            raise QuietvitError(f"{path} is a file, but a {self.name} is a folder; {self.missing}.")
         for name in (self.facts, TENSORS):
             if not (path / name).is_file():
                 raise QuietvitError(f"{path} holds no {name}; {self.missing}.")

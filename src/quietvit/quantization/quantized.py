@@ -310,6 +310,12 @@ class QuantizedModel(nn.Module):
     def __str__(self) -> str:
         return self.report()
 
+    def __repr__(self) -> str:
+        """One line in place of all modules; ``print`` shows ``report``, ``.model`` the modules."""
+        share = 100 * self.coverage.fraction
+        policy = f"{self.method.name} {self.method.label}"
+        return f"QuantizedModel({type(self.model).__name__}, {policy}, {share:.2f} % quantized)"
+
     def save(self, path: str | Path, force: bool = False) -> Path:
         """Write the folder ``path``; see ``storage.save``."""
         from quietvit.quantization.storage import save

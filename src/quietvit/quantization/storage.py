@@ -38,6 +38,7 @@ FORMAT = FolderFormat(
     version=2,
     facts="quantization.json",
     earlier="save of quietvit",
+    suffix=".qvit",
     missing="give the folder that QuantizedModel.save wrote",
     damaged="save it again",
     foreign="was not written by quietvit",
@@ -105,9 +106,9 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
 def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
     """Read what ``QuantizedModel.save`` wrote; its outputs are the same bit for bit.
 
-    The architecture is built by timm where it came from there, else give ``model``, a float model
-    of the same architecture with any weights (a copy of it is used). The names of its classes are
-    those in the file, where it has any.
+    The architecture is built by timm or transformers where it came from there, else give ``model``,
+    a float model of the same architecture with any weights (a copy of it is used). The names of its
+    classes are those in the file, where it has any.
 
     Raises QuietvitError for a missing, truncated or foreign file, and for a model of another
     architecture, naming the first keys that differ.

@@ -128,6 +128,10 @@ class Trace:
         known = [site.name for site in self.sites]
         raise QuietvitError(f"{self.model_name} has no site {name!r}{nearest(name, known)}.")
 
+    def __repr__(self) -> str:
+        sites, macs = len(self.sites), self.macs / 1e6
+        return f"Trace({self.model_name}, {sites} sites, {macs:.2f} MMACs an image)"
+
     def __str__(self) -> str:
         rows = [
             (site.name, site.kind, site.role, "x".join(map(str, site.output_shape)), site.macs)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quietvit.deployment.extras import need
-from quietvit.deployment.model import as_float32, logits_of
+from quietvit.deployment.model import as_float32
+from quietvit.deployment.outputs import Output
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.method import Slot
@@ -26,19 +27,20 @@ from quietvit.tracing import evaluating
 from quietvit.tracing.standins import STANDINS
 
 DOMAIN, OPERAND, WEIGHT = "quietvit", "Operand", "Weight"
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
 OPSETS = (20, 21)
 
 
-class Logits(nn.Module):
-    """A model whose output is ``logits_of`` its output."""
+class OneTensor(nn.Module):
+    """A model that returns the tensor ``output`` of what ``model`` returns, and nothing else."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, output: Output) -> None:
         super().__init__()
         self.model = model
+        self.output = output
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.model(images))
+        return self.output.of(self.model(images))
 
 
 class _WritableAttention(TorchFunctionMode):
@@ -58,7 +60,7 @@ class _WritableAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def captured(quantized: QuantizedModel, opset: int) -> Any:
+def captured(quantized: QuantizedModel, opset: int, output: Output) -> Any:
     """Return an ``onnx_ir.Model`` of the quantized model, batch dynamic, operands marked.
 
     A quantized activation goes through a node ``quietvit::Operand``, a quantized weight is the
@@ -80,11 +82,11 @@ def captured(quantized: QuantizedModel, opset: int) -> Any:
 
     own = as_float32(quantized)
     with own.replacing(marked):
-        return to_ir(own, own.input_shape, opset)
+        return to_ir(own, own.input_shape, opset, output)
 
 
-def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
-    """Return an ``onnx_ir.Model`` of a model of images, with a dynamic batch.
+def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int, output: Output) -> Any:
+    """Return an ``onnx_ir.Model`` that gives one tensor of a model of images, the batch dynamic.
 
     The batch is fixed at 1 where torch.export finds that the model's code depends on it;
     ``fixed_batch`` tells.
@@ -96,9 +98,11 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int) -> Any:
         )
     need("onnxscript")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    found = _exported(model, torch.zeros(2, *input_shape, device=device), opset, free=True)
+    found = _exported(model, torch.zeros(2, *input_shape, device=device), opset, output, free=True)
     if fixed_batch(found) is not None:
-        found = _exported(model, torch.zeros(1, *input_shape, device=device), opset, free=False)
+        found = _exported(
+            model, torch.zeros(1, *input_shape, device=device), opset, output, free=False
+        )
     _register_constants(found.graph)
     return found
 
@@ -109,11 +113,11 @@ def fixed_batch(model: Any) -> int | None:
     return shape[0] if shape is not None and isinstance(shape[0], int) else None
 
 
-def _exported(model: nn.Module, example: Tensor, opset: int, free: bool) -> Any:
+def _exported(model: nn.Module, example: Tensor, opset: int, output: Output, free: bool) -> Any:
     """What torch's exporter makes of a model, its batch ``free`` or that of the example."""
     shapes = ({0: torch.export.Dim("batch")},) if free else None
     try:
-        whole = Logits(model)
+        whole = OneTensor(model, output)
         with torch.no_grad(), evaluating(whole), _quiet(), _WritableAttention():
             program = torch.onnx.export(
                 whole,
@@ -122,7 +126,7 @@ def _exported(model: nn.Module, example: Tensor, opset: int, free: bool) -> Any:
                 opset_version=opset,
                 dynamic_shapes=shapes,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[output.name],
                 verbose=False,
             )
     except QuietvitError:
@@ -139,7 +143,18 @@ def _exported(model: nn.Module, example: Tensor, opset: int, free: bool) -> Any:
             "whose Python code decides by the values of tensors cannot be exported."
         ) from error
     assert program is not None
-    return program.model
+    return _named_once(program.model, output.name)
+
+
+def _named_once(model: Any, name: str) -> Any:
+    """Leave ``name`` to the output alone: torch may have called a value inside the graph so."""
+    given = model.graph.outputs[0]
+    for node in model.graph:
+        for value in node.outputs:
+            if value is not given and value.name == name:
+                value.name = f"{name}:inner"
+    given.name = name
+    return model
 
 
 def _register_constants(graph: Any) -> None:

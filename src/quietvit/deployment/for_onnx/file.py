@@ -1,6 +1,6 @@
-"""ONNX with QuantizeLinear and DequantizeLinear: a quantized model, or a float one, as bytes.
+"""ONNX with QuantizeLinear and DequantizeLinear: a quantized model, or a float one, and its file.
 
-What the bytes say about themselves is ``facts``'; which file they go to is ``export``'s business.
+What a file says about itself is ``facts``'; its name is ``exporting``'s business.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ from quietvit.deployment.for_onnx.convolutions import Rounded
 from quietvit.deployment.for_onnx.lower import lower, weight_codes
 from quietvit.deployment.for_onnx.writer import Stored
 from quietvit.deployment.grids import Grid
+from quietvit.deployment.outputs import Output
+from quietvit.deployment.paths import data_of, too_large
 from quietvit.errors import QuietvitError
+from quietvit.files import beside, put_in_place
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.storage import weights_in_use
 from quietvit.tracing import evaluating
@@ -32,21 +36,22 @@ FIXED_BATCH = (
 )
 
 
-def onnx_of(
+def quantized_onnx(
     quantized: QuantizedModel,
     grids: Mapping[str, Grid],
     facts: Facts,
     opset: int = 21,
     at_once: bool = True,
-) -> tuple[bytes, Facts]:
-    """Return the bytes of an ONNX file with the quantized model, and the facts in its metadata.
+) -> tuple[Any, Facts]:
+    """Return an ``onnx_ir.Model`` of the quantized model, and the facts in its metadata.
 
     Products that are written neither as a MatMul of two quantized operands nor as a convolution
     whose output is quantized ``at_once`` are no longer claimed there.
-    Input ``images`` (batch, C, H, W) float32, output ``logits`` (batch, classes). Weights are int8,
-    at opset 21 those of at most 4 bits int4. Raises QuietvitError where torch cannot export it.
+    Input ``images`` (batch, C, H, W) float32, output as ``facts.output`` says. Weights are int8, at
+    opset 21 those of at most 4 bits int4, unless the codes of activations are signed. Raises
+    QuietvitError where torch cannot export it.
     """
-    model = captured(quantized, opset)
+    model = captured(quantized, opset, facts.output)
     weights = weights_in_use(quantized)
     convolutions = lower(model, stored_of(quantized, grids, weights), at_once)
     written = {node.name for node in model.graph if node.op_type == "MatMul"}
@@ -61,7 +66,7 @@ def onnx_of(
     if fixed_batch(model) is not None:
         facts = replace(facts, notes=(*facts.notes, FIXED_BATCH))
     model.metadata_props[KEY] = facts.to_json()
-    return serialized(model), facts
+    return _finished(model), facts
 
 
 def stored_of(
@@ -77,12 +82,15 @@ def stored_of(
     return stored
 
 
-def float_onnx_of(model: nn.Module, input_shape: tuple[int, ...], opset: int = 21) -> bytes:
-    """Return the bytes of an ONNX file with a float model of images, for comparison.
+def float_onnx(
+    model: nn.Module, input_shape: tuple[int, ...], output: Output | None = None, opset: int = 21
+) -> Any:
+    """Return an ``onnx_ir.Model`` of a float model of images, for comparison.
 
     Weights that are parametrized (``torch.nn.utils.parametrize``) are computed once, and stored.
     """
-    return serialized(to_ir(_with_plain_weights(model), input_shape, opset))
+    plain = _with_plain_weights(model)
+    return _finished(to_ir(plain, input_shape, opset, output or Output()))
 
 
 def _with_plain_weights(model: nn.Module) -> nn.Module:
@@ -96,21 +104,65 @@ def _with_plain_weights(model: nn.Module) -> nn.Module:
     return own
 
 
-def serialized(model: Any) -> bytes:
-    """The bytes of an ``onnx_ir.Model``, checked by onnx itself."""
+def _finished(model: Any) -> Any:
+    """Set the IR version that belongs to the opset, and drop torch's notes on lines of Python."""
     need("onnx")
-    import onnx
-    import onnx_ir as ir
+    from onnx import helper
 
-    for node in model.graph:  # torch notes the lines of Python code that each came from
+    for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
-    proto = ir.to_proto(model)
+    sets = [helper.make_opsetid(domain, n) for domain, n in model.opset_imports.items()]
+    model.ir_version = helper.find_min_ir_version_for(sets, ignore_unknown=True)
+    return model
+
+
+def write_onnx(model: Any, path: Path) -> int:
+    """Write an ``onnx_ir.Model`` to ``path``, checked by onnx itself; return how many bytes.
+
+    Weights of more than ``paths.LIMIT`` bytes go to ``paths.data_of(path)`` beside it. Both files
+    appear when both are whole. A file of weights of an earlier export goes.
+
+    Raises QuietvitError where the graph is not valid ONNX, or the place cannot be written.
+    """
+    import onnx_ir as ir
+
+    data = data_of(path)
+    with beside(path) as folder:
+        new = folder / path.name
+        if too_large(weights_of(model)):
+            ir.save(model, new, external_data=data.name, size_threshold_bytes=1024)
+        else:
+            ir.save(model, new)
+        _checked(new)
+        parts = [data, path] if (folder / data.name).exists() else [path]
+        size = sum((folder / part.name).stat().st_size for part in parts)
+        put_in_place(folder, *parts)
+    if len(parts) == 1 and data.is_file():
+        data.unlink()
+    return size
+
+
+def weights_of(model: Any) -> int:
+    """Bytes of the weights of an ``onnx_ir.Model``."""
+    values = model.graph.initializers.values()
+    return sum(v.const_value.nbytes for v in values if v.const_value is not None)
+
+
+def serialized(model: Any) -> bytes:
+    """The bytes of an ``onnx_ir.Model``, whose weights are not ``paths.too_large``."""
+    import onnx_ir as ir
+
+    return ir.to_proto(model).SerializeToString()  # type: ignore[no-any-return]
+
+
+def _checked(path: Path) -> None:
+    import onnx
+
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise QuietvitError(
             f"the exported graph is not valid ONNX ({str(error).strip()}); this is a fault of "
             "quietvit: please report it with the model."
         ) from error
-    return proto.SerializeToString()  # type: ignore[no-any-return]

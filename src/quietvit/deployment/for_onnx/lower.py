@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quietvit.deployment.for_onnx.capture import DOMAIN, OUTPUT, WEIGHT
+from quietvit.deployment.for_onnx.capture import DOMAIN, WEIGHT
 from quietvit.deployment.for_onnx.convolutions import (
     UNROUNDED,
     Rounded,
@@ -37,7 +37,10 @@ def lower(
     """
     convolutions: dict[str, Rounded | str] = {}
     graph = model.graph
-    writer = Writer(graph)
+    name = graph.outputs[0].name
+    # Who needs signed activations (TensorRT) has no Cast from int4.
+    signed = any(entry.codes is None and entry.grid.signed for entry in stored.values())
+    writer = Writer(graph, packed=not signed)
     marks = [node for node in graph if node.domain == DOMAIN]
     for node in [mark for mark in marks if mark.op_type != WEIGHT]:
         entry = stored[node.attributes["slot"].as_string()]
@@ -65,7 +68,7 @@ def lower(
     fold_affine(writer)
     _swept(model)
     settled(writer)
-    _named_output(writer)
+    _named_output(writer, name)
     model.opset_imports.pop(DOMAIN, None)
     graph.opset_imports.pop(DOMAIN, None)
     _swept(model)
@@ -78,19 +81,19 @@ def _replace(graph: Any, node: Any, values: Any, output: Any) -> None:
     graph.remove(node, safe=True)
 
 
-def _named_output(writer: Writer) -> None:
-    """Call the graph's output ``OUTPUT``; a product keeps its name, and its copy is called so."""
+def _named_output(writer: Writer, name: str) -> None:
+    """Call the graph's output ``name``; a product keeps its name, and its copy is called so."""
     graph = writer.graph
     output = graph.outputs[0]
     node = output.producer()
     if node is not None and node.name == output.name:
         import onnx_ir as ir
 
-        copy = ir.node("Identity", [output], name=OUTPUT)
+        copy = ir.node("Identity", [output], name=name)
         copy.outputs[0].shape, copy.outputs[0].type = output.shape, output.type
         graph.append(copy)
         graph.outputs[0] = copy.outputs[0]
-    graph.outputs[0].name = OUTPUT
+    graph.outputs[0].name = name
 
 
 def _swept(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from quietvit.deployment.for_onnx.convolutions import ROUNDED
+from quietvit.deployment.paths import too_large
 from quietvit.deployment.runtime import OnnxRuntime
 from quietvit.errors import QuietvitError
 
@@ -90,9 +92,15 @@ class Parts:
         fed: dict[str, np.ndarray] = {}
         for name, values in self.inputs.items():
             fed |= {v: x.cpu().numpy() for v, x in zip(values, given[name], strict=True)}
-        outputs = {value: TensorProto.UINT8 for values in self.codes.values() for value in values}
+        kinds = {entry.name: entry.data_type for entry in self.model.graph.initializer}
+        made = {output: node for node in self.model.graph.node for output in node.output}
+
+        def kind_of(value: str) -> int:
+            return kinds[_quantizer_of(value, made).input[2]]
+
+        outputs = {value: kind_of(value) for values in self.codes.values() for value in values}
         outputs |= {
-            value: TensorProto.UINT8 if value.endswith(ROUNDED) else TensorProto.FLOAT
+            value: kind_of(value) if value.endswith(ROUNDED) else TensorProto.FLOAT
             for value in self.outputs.values()
         }
         graph = self.model.graph
@@ -100,10 +108,30 @@ class Parts:
             graph.input.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, array.shape))
         for value, kind in outputs.items():
             graph.output.append(helper.make_tensor_value_info(value, kind, None))
-        session = OnnxRuntime(self.model.SerializeToString()).session
-        found = dict(zip(outputs, session.run(list(outputs), fed), strict=True))
+        found = dict(zip(outputs, self._computed(list(outputs), fed), strict=True))
         codes = {name: [found[v] for v in values] for name, values in self.codes.items()}
         return codes, {name: found[value] for name, value in self.outputs.items()}
+
+    def _computed(self, outputs: list[str], fed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        import onnx
+
+        def run(source: bytes | Path) -> list[np.ndarray]:
+            return list(OnnxRuntime(source).session.run(outputs, fed))
+
+        if not too_large(sum(len(entry.raw_data) for entry in self.model.graph.initializer)):
+            return run(self.model.SerializeToString())
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "parts.onnx"
+            onnx.save_model(self.model, path, save_as_external_data=True, location="parts.data")
+            return run(path)
+
+
+def _quantizer_of(value: str, made: dict[str, Any]) -> Any:
+    """The QuantizeLinear whose codes are ``value``, or from which they are moved or limited."""
+    node = made[value]
+    while node.op_type != "QuantizeLinear":
+        node = made[node.input[0]]
+    return node
 
 
 def _cut_behind_rounded(graph: Any) -> None:
@@ -112,9 +140,7 @@ def _cut_behind_rounded(graph: Any) -> None:
 
     made = {output: node for node in graph.node for output in node.output}
     for value in [value for value in made if value.endswith(ROUNDED)]:
-        node = made[value]
-        while node.op_type != "QuantizeLinear":
-            node = made[node.input[0]]
+        node = _quantizer_of(value, made)
         own = f"{value}:read"
         for reader in graph.node:
             for place, given in enumerate(reader.input):

@@ -24,9 +24,13 @@ class Stored:
 
 @dataclass
 class Writer:
-    """Adds nodes and initializers to a graph under the names it is given."""
+    """Adds nodes and initializers to a graph under the names it is given.
+
+    ``packed``: 4-bit weights take half a byte, where the opset has int4.
+    """
 
     graph: Any
+    packed: bool = True
     _shared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def constant(self, name: str, array: np.ndarray) -> Any:
@@ -82,8 +86,10 @@ class Writer:
                 for side, end in zip(("low", "high"), grid.ends, strict=True)
             )
             given = self.node(before, "Clip", [x, low, high], f"{name}:clipped", x)
-        codes = self.node(before, "QuantizeLinear", [given, *self.scale(stored)], f"{name}:codes")
-        codes.shape, codes.type = x.shape, ir.TensorType(ir.DataType.UINT8)
+        ends = [given, *self.scale(stored, True)]
+        codes = self.node(before, "QuantizeLinear", ends, f"{name}:codes")
+        kind = ir.DataType.INT8 if grid.signed else ir.DataType.UINT8
+        codes.shape, codes.type = x.shape, ir.TensorType(kind)
         self._shared[key] = codes
         return codes
 
@@ -129,12 +135,15 @@ class Writer:
         """The codes of a weight in the layout given; 4-bit ones take half a byte in the file."""
         import onnx_ir as ir
 
-        if stored.grid.bits > 4 or self.graph.opset_imports.get("", 0) < 21:
+        if stored.grid.bits > 4 or not self._packs():
             return self.constant(f"{stored.name}:codes", codes)
         import ml_dtypes
 
         small = self.constant(f"{stored.name}:codes4", codes.astype(ml_dtypes.int4))
         return self.node(before, "Cast", [small], f"{stored.name}:codes", to=int(ir.DataType.INT8))
+
+    def _packs(self) -> bool:
+        return self.packed and self.graph.opset_imports.get("", 0) >= 21
 
     def in_blocks(self, before: Any, stored: Stored) -> Any:
         """A 4-bit weight that multiplies float activations, (in, out) in blocks along its inputs.
@@ -148,7 +157,7 @@ class Writer:
         assert codes is not None
         inputs = codes.shape[1]
         block = next((size for size in (128, 64, 32, 16) if inputs % size == 0), None)
-        if grid.bits > 4 or block is None or self.graph.opset_imports.get("", 0) < 21:
+        if grid.bits > 4 or block is None or not self._packs():
             return None
         shape = (inputs // block, codes.shape[0])
         scale = np.broadcast_to(grid.scale, shape)

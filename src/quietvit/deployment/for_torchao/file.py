@@ -30,6 +30,7 @@ FORMAT = FolderFormat(
     version=1,
     facts="torchao.json",
     earlier="export for torchao",
+    suffix=".torchao",
     missing="give the folder that 'quietvit export --to torchao' wrote",
     damaged="export it again",
     foreign="was not written by 'quietvit export --to torchao'",
@@ -89,8 +90,11 @@ def write_torchao(quantized: QuantizedModel, path: Path, facts: Facts, *, force:
 def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
     """Read what ``save_torchao`` wrote; its outputs are the same bit for bit.
 
-    The architecture is built by timm where it came from there, else give ``model``, a float model
-    of the same architecture with any weights (a copy of it is used).
+    The result is called as the float model is, with images (N, C, H, W) after its transform:
+    ``load_torchao(folder)(images)``.
+
+    The architecture is built by timm or transformers where it came from there, else give ``model``,
+    a float model of the same architecture with any weights (a copy of it is used).
 
     Raises QuietvitError for a missing extra, a missing, truncated or foreign file, and a model of
     another architecture, naming the first keys that differ.
@@ -100,8 +104,9 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
     content, tensors = FORMAT.read(path)
     if model is None and content.get("architecture") is None:
         raise QuietvitError(
-            f"{path} holds a {content.get('model_class')} that timm does not build by name; build "
-            "the architecture yourself and give it: load_torchao(path, model=my_model)."
+            f"{path} holds a {content.get('model_class')} that neither timm nor transformers build "
+            "by name; build the architecture yourself and give it: "
+            "load_torchao(path, model=my_model)."
         )
     try:
         own = build(path, content) if model is None else plain_copy(model)

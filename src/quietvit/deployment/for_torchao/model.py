@@ -29,9 +29,11 @@ from quietvit.tracing import MATMUL_KINDS, Site, plain_model
 WEIGHT_ONLY = "its weight alone is quantized: int8 in memory, multiplied in float"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TorchAO:
-    """``model``: float but for linears with torchao's ``Int8Tensor`` as weight.
+    """A model for torch, called as the float model is: ``made(images)``.
+
+    ``model``: float but for linears with torchao's ``Int8Tensor`` as weight.
 
     ``integer``: the sites that multiply int8 by int8, ``integer_share`` their share of all
     multiply-accumulates. ``left_float``: every other product, and every operand whose quantizer is
@@ -45,6 +47,15 @@ class TorchAO:
     left_float: tuple[tuple[str, str], ...]
     made: tuple[str, ...] = ()
     architecture: dict[str, Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of ``model``, in eval mode and without gradients."""
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        share = 100 * self.integer_share
+        return f"TorchAO({type(self.model).__name__}, {share:.2f} % in integers)"
 
     def __str__(self) -> str:
         lines = [

@@ -1,0 +1,201 @@
+"""What a file and the simulated model say about the same images, and whether chance explains it.
+
+For scores of classes the classes are compared, for embeddings and feature maps the values. The
+integers in between are ``parity``'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quietvit.data.evaluate import class_numbers
+from quietvit.deployment.outputs import Output
+from quietvit.deployment.runtime import Runtime
+from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
+
+AGREEMENT, DIFFERENCE, DISTURBANCE = 99.0, 0.3, 1e-6
+LEAST_ERROR, TIMES_OWN = 0.01, 2.0
+"""Relative error that is always allowed, and in multiples of what the simulated model moves."""
+
+Labelled = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What file and simulated model say about the same images, counted.
+
+    ``same``: both the same class. ``steady``: the simulated model's own class with images moved by
+    one part in a million, the measure of how far its roundings alone move it. Of labelled images
+    ``right`` and ``simulated_right``, and how many only one of them has right; None without labels.
+    """
+
+    images: int
+    same: int
+    steady: int
+    right: int | None = None
+    simulated_right: int | None = None
+    only_one_right: int | None = None
+
+    @property
+    def agreement(self) -> float:
+        """Percent of images with the same class in both."""
+        return 100 * self.same / self.images
+
+    @property
+    def steadiness(self) -> float:
+        """Percent of images whose class the simulated model keeps when they are hardly moved."""
+        return 100 * self.steady / self.images
+
+    @property
+    def top1(self) -> float | None:
+        return None if self.right is None else 100 * self.right / self.images
+
+    @property
+    def top1_simulated(self) -> float | None:
+        return None if self.simulated_right is None else 100 * self.simulated_right / self.images
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Where file and simulated model are further apart than chance puts them.
+
+        The class agrees on 99 % of the images, or as often as the simulated model agrees with
+        itself, but for three standard errors of that difference; top-1 is within 0.3 points, or
+        within two standard errors of the paired difference (the root of the number of images that
+        only one of them has right).
+        """
+        found = []
+        n, p = self.images, self.steadiness / 100
+        chance = 300 * math.sqrt(2 * max(p * (1 - p), 1 / n) / n)
+        least = min(AGREEMENT, self.steadiness - chance)
+        if self.agreement < least:
+            found.append(
+                f"the class is the simulated model's on {self.agreement:.2f} % of {n} images, less "
+                f"than {least:.2f} % (99 %, or what the simulated model keeps of its own classes "
+                f"when its images are moved by {DISTURBANCE:g}, {self.steadiness:.2f} %)"
+            )
+        if self.right is not None and self.simulated_right is not None:
+            apart = abs(self.right - self.simulated_right)
+            room = max(DIFFERENCE * n / 100, 2 * math.sqrt(self.only_one_right or 0))
+            if apart > room:
+                found.append(
+                    f"top-1 is {self.top1:.2f} % where the simulated model has "
+                    f"{self.top1_simulated:.2f} %: {apart} of {n} images, more than {room:.1f}"
+                )
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Features:
+    """How far the output of the file is from the simulated model's, image by image.
+
+    ``error``: |file - simulated| / |simulated|, L2 norms over all values of an image, mean and
+    largest over the images. ``own``: the same for the simulated model and its output for images
+    moved by one part in a million, the measure of how far its roundings alone move it.
+    ``cosine``: between file and simulated model, mean and smallest.
+    """
+
+    images: int
+    error: float
+    largest_error: float
+    own: float
+    cosine: float
+    smallest_cosine: float
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The mean error is at most 1 %, or twice what the simulated model moves by itself."""
+        allowed = max(LEAST_ERROR, TIMES_OWN * self.own)
+        if self.error <= allowed:
+            return ()
+        return (
+            f"the output is {100 * self.error:.2f} % (relative L2, mean of {self.images} images) "
+            f"from the simulated model's, more than {100 * allowed:.2f} % (1 %, or twice the "
+            f"{100 * self.own:.2f} % that it moves by itself when its images are moved by "
+            f"{DISTURBANCE:g})",
+        )
+
+
+def compare_classes(
+    loaded: Runtime,
+    quantized: QuantizedModel,
+    given: Iterable[Labelled],
+    output: Output,
+    loader: Any = None,
+) -> Classes:
+    """Count classes of images (B, C, H, W) with labels (B,) or None.
+
+    ``loader`` is where the batches come from: classes are matched by the names that its data set
+    has, as ``quietvit.data.evaluate`` does it.
+    """
+    count = same = steady = right = simulated_right = only_one = 0
+    labelled, numbers = True, None
+    for (x, labels), (theirs, own, again) in _outputs(loaded, quantized, given, output):
+        labelled = labelled and labels is not None
+        if count == 0 and labels is not None:
+            numbers = class_numbers(loader, quantized, own.shape[-1])
+        if labels is not None and numbers is not None:
+            labels = numbers[labels.cpu()]
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < own.shape[-1]:
+            raise QuietvitError(
+                f"the images have labels from {int(labels.min())} to {int(labels.max())}, but the "
+                f"model tells only {own.shape[-1]} classes apart; check it on its own data."
+            )
+        theirs, own, again = theirs.argmax(-1), own.argmax(-1), again.argmax(-1)
+        count, same = count + len(x), same + int((theirs == own).sum())
+        steady += int((again == own).sum())
+        if labels is not None:
+            hits, simulated_hits = theirs == labels.cpu(), own == labels.cpu()
+            right += int(hits.sum())
+            simulated_right += int(simulated_hits.sum())
+            only_one += int((hits != simulated_hits).sum())
+    if not labelled:
+        return Classes(count, same, steady)
+    return Classes(count, same, steady, right, simulated_right, only_one)
+
+
+def compare_features(
+    loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], output: Output
+) -> Features:
+    """Measure errors and cosines on images (B, C, H, W); labels are not looked at."""
+    errors, moved, cosines = [], [], []
+    for _, outputs in _outputs(loaded, quantized, given, output):
+        theirs, own, again = (x.double().flatten(1) for x in outputs)
+        size = own.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        errors.append((theirs - own).norm(dim=1) / size)
+        moved.append((again - own).norm(dim=1) / size)
+        cosines.append(torch.cosine_similarity(theirs, own, dim=1))
+    error, own_error, cosine = torch.cat(errors), torch.cat(moved), torch.cat(cosines)
+    return Features(
+        len(error),
+        float(error.mean()),
+        float(error.max()),
+        float(own_error.mean()),
+        float(cosine.mean()),
+        float(cosine.min()),
+    )
+
+
+def _outputs(
+    loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], output: Output
+) -> Iterator[tuple[Labelled, tuple[Tensor, Tensor, Tensor]]]:
+    """Of each batch: what the file says, the simulated model, and that on images hardly moved."""
+    noise = torch.Generator().manual_seed(0)
+    for x, labels in given:
+        loaded.check_images(tuple(x.shape))
+        disturbed = x * (1 + DISTURBANCE * torch.randn(x.shape, generator=noise))
+        with torch.no_grad():
+            own, again = (output.of(quantized(images)) for images in (x, disturbed))
+        theirs = torch.from_numpy(loaded(x.numpy()))
+        if theirs.shape != own.shape:
+            raise QuietvitError(
+                f"{loaded.path} gives {tuple(theirs.shape)} for {len(x)} images, the simulated "
+                f"model {tuple(own.shape)}; give the .qvit that it was exported from."
+            )
+        yield (x, labels), (theirs, own, again)

@@ -1,0 +1,199 @@
+"""Which tensor of a model's output is exported and compared: logits, an embedding, a feature map.
+
+What is done with the tensor is decided in ``exporting``, ``comparing`` and ``predicting``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
+from quietvit.tracing import Site, evaluating, intercept
+
+CLASSES, FEATURES = "classes", "features"
+LOGITS = "logits"
+EMBEDDINGS = ("image_embeds", "pooler_output", "embeddings", "embedding")
+
+
+@dataclass(frozen=True)
+class Output:
+    """The one tensor that an exported file gives.
+
+    ``name``: its name in the file. ``path``: where the model's own output holds it, such as
+    ``pooler_output`` or ``feature_maps.1``; empty where the model returns nothing else; None, as in
+    files of version 1, for the default choice. ``kind``: ``classes`` for scores of classes
+    (batch, classes), ``features`` for anything else. ``shape``: without the batch.
+    """
+
+    name: str = LOGITS
+    path: str | None = None
+    kind: str = CLASSES
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def of_classes(self) -> bool:
+        return self.kind == CLASSES
+
+    def __str__(self) -> str:
+        shape = "" if self.shape is None else f" {self.shape}"
+        return f"{self.name}{shape}, {self.kind}"
+
+    def of(self, output: Any) -> Tensor:
+        """This tensor of a model's output. Raises QuietvitError where it is not there."""
+        found = tensors_of(output)
+        path = _default(found) if self.path is None else self.path
+        if path not in found:
+            raise QuietvitError(
+                f"the model gives no tensor {path!r}, but {_listed(found)}; give the model that "
+                "the file was exported from."
+            )
+        return found[path]
+
+
+def tensors_of(output: Any) -> dict[str, Tensor]:
+    """The tensors in a model's output by their path: names and places joined by dots."""
+    return dict(_walked(output, ""))
+
+
+def _walked(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    items: Any = ()
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, tuple | list):
+        items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
+    elif dataclasses.is_dataclass(value):
+        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(getattr(value, LOGITS, None), Tensor):
+        items = [(LOGITS, getattr(value, LOGITS))]
+    for key, inner in items:
+        yield from _walked(inner, f"{path}.{key}" if path else str(key))
+
+
+def output_of(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    wanted: str | int | None = None,
+    named_classes: bool = False,
+) -> Output:
+    """Choose the tensor to export, by one pass over two black images (2, C, H, W).
+
+    ``wanted``: its path or its place among the tensors. None takes ``logits``; else
+    ``image_embeds`` or ``pooler_output``; else the only tensor. A tensor without a name of its own
+    gets the name ``wanted``. The tensor is of classes where it has two dims and is called
+    ``logits``, or has no name at all and the model does not say ``num_classes == 0``, or has names
+    of classes (``named_classes``).
+
+    Raises QuietvitError for several tensors and no choice, an unknown name or place, and a tensor
+    whose first dim is not the batch, and a model that takes more than images.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    images = torch.zeros(2, *input_shape, device=device)
+    try:
+        with torch.no_grad(), evaluating(model):
+            found = tensors_of(model(images))
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise QuietvitError(
+            f"the model could not be run on two images {tuple(images.shape)} to see what it gives "
+            f"({type(error).__name__}: {reason}); "
+            "export takes models of one input, images, that run at any batch size."
+        ) from error
+    if not found:
+        raise QuietvitError("the model gives no tensor at all; wrap it so that it returns one.")
+    path = _default(found) if wanted is None else _chosen(found, wanted)
+    shape = tuple(found[path].shape)
+    if len(shape) < 2 or shape[0] != 2:
+        raise QuietvitError(
+            f"the output {path or 'of the model'} is {shape} for two images, so its first dim is "
+            f"not the batch; choose another tensor (output=..., --output-tensor): {_listed(found)}."
+        )
+    return _described(model, path, wanted, shape[1:], named_classes)
+
+
+def _described(
+    model: nn.Module,
+    path: str,
+    wanted: str | int | None,
+    shape: tuple[int, ...],
+    named_classes: bool,
+) -> Output:
+    own = path if path or not isinstance(wanted, str) else wanted
+    without_classes = getattr(getattr(model, "model", model), "num_classes", None) == 0
+    scores = named_classes or own == LOGITS or (not own and not without_classes)
+    if len(shape) == 1 and scores:
+        return Output(own or LOGITS, path, CLASSES, shape)
+    return Output(own or ("embeddings" if len(shape) == 1 else "features"), path, FEATURES, shape)
+
+
+def unused_products(quantized: QuantizedModel, output: Output) -> tuple[str, ...]:
+    """Names of the products that do not enter the output: those behind a feature map, for example.
+
+    They are those that no gradient of the output reaches. Empty where the model returns one tensor.
+    """
+    if output.path in ("", None):
+        return ()
+    seen: dict[str, Tensor] = {}
+
+    def keep(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+        result = run(*operands)
+        if result.requires_grad:
+            seen[site.name] = result
+        return result
+
+    model = quantized.model
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    images = torch.zeros(1, *quantized.input_shape, device=device, requires_grad=True)
+    with torch.enable_grad(), evaluating(model), intercept(quantized.trace, keep):
+        found = output.of(model(images))
+    if not found.requires_grad or not seen:
+        return ()
+    reached = torch.autograd.grad(found.sum(), list(seen.values()), allow_unused=True)
+    return tuple(name for name, gradient in zip(seen, reached, strict=True) if gradient is None)
+
+
+def _default(found: Mapping[str, Tensor]) -> str:
+    for name in (LOGITS, *EMBEDDINGS):
+        if name in found:
+            return name
+    if len(found) == 1:
+        return next(iter(found))
+    raise QuietvitError(
+        f"the model gives {len(found)} tensors, and none is called logits or pooler_output: "
+        f"{_listed(found)}. Choose one by its name or place: output=... (--output-tensor)."
+    )
+
+
+def _chosen(found: Mapping[str, Tensor], wanted: str | int) -> str:
+    paths = list(found)
+    if isinstance(wanted, str):
+        if wanted in found:
+            return wanted
+        if paths == [""] and not wanted.isdigit() and re.fullmatch(r"[A-Za-z][\w.]*", wanted):
+            return ""
+    place = int(wanted) if isinstance(wanted, str) and wanted.isdigit() else wanted
+    if isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(paths):
+        return paths[place]
+    raise QuietvitError(
+        f"the model has no output {wanted!r}; choose one of its tensors by name or place: "
+        f"{_listed(found)}."
+    )
+
+
+def _listed(found: Mapping[str, Tensor]) -> str:
+    """Place, name and shape of each tensor; ``B`` is the batch."""
+    shown = [
+        f"{place}: {path or 'the only tensor'} ({', '.join(['B', *map(str, x.shape[1:])])})"
+        for place, (path, x) in enumerate(found.items())
+    ]
+    more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
+    return "; ".join(shown[:12]) + more

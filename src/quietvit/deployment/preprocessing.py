@@ -1,0 +1,183 @@
+"""Preprocessing in the forms in which people have it -> timm's data config, as files carry it.
+
+Known are timm's own configs, transformers' image processors, torchvision's ``weights.transforms()``
+and a Compose of resize, centre crop and normalization.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from quietvit.data.image_processor import check_translation, translated_preprocessing
+from quietvit.errors import QuietvitError, nearest
+
+KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+ASK = (
+    "Give timm's data config (a dict with mean, std, interpolation and crop_pct), an image "
+    "processor of transformers, weights.transforms() of torchvision, or a torchvision Compose of "
+    "Resize, CenterCrop, ToTensor and Normalize."
+)
+
+
+def plain_preprocessing(given: Any, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """Return timm's data config of ``given`` for images of ``shape`` (C, H, W); None for None.
+
+    A dict gets the size ``shape``, as timm does it for a model built for another size. Anything
+    else has to make images of that size. What is translated is tried on two pictures first.
+
+    Raises QuietvitError for what is not understood, values that JSON does not have, another size,
+    and steps that timm's evaluation transform does not have.
+    """
+    if given is None:
+        return None
+    if hasattr(given, "image_processor"):  # a processor of images and texts, as CLIP's
+        given = given.image_processor
+    if isinstance(given, Mapping) and "image_mean" not in given:
+        return _of_timm(given) | {"input_size": list(shape)}
+    channels, height, width = shape
+    if isinstance(given, Mapping):
+        found = translated_preprocessing(given, (channels, height, width), "the preprocessing")
+    elif hasattr(given, "to_json_string"):
+        settings = json.loads(given.to_json_string())
+        found = translated_preprocessing(settings, (channels, height, width), "the preprocessing")
+        _tried(given, found)
+    else:
+        found = _of_torchvision(given, channels)
+        _tried(_as_processor(given), found)
+    if tuple(found["input_size"]) != tuple(shape):
+        raise QuietvitError(
+            f"the preprocessing makes images of {tuple(found['input_size'])}, but the model was "
+            f"quantized with images of {tuple(shape)}; give the preprocessing of this model."
+        )
+    return _json(found)
+
+
+def transform_of(config: Mapping[str, Any] | None, path: Path) -> Callable[[Image.Image], Tensor]:
+    """timm's evaluation transform of a file's preprocessing: PIL RGB -> (C, H, W).
+
+    Raises QuietvitError where the file carries none.
+    """
+    if config is None:
+        raise QuietvitError(
+            f"{path} carries no preprocessing, so an image cannot be prepared for it; export it "
+            f"with preprocessing=... {ASK}"
+        )
+    from timm.data.transforms_factory import create_transform
+
+    given: dict[str, Any] = dict(config)
+    given["input_size"] = tuple(given["input_size"])
+    transform: Callable[[Image.Image], Tensor] = create_transform(**given, is_training=False)
+    return transform
+
+
+def _tried(processor: Any, found: Mapping[str, Any]) -> None:
+    """Raise QuietvitError where timm's transform of ``found`` makes other images."""
+    try:
+        check_translation(processor, found, "the preprocessing")
+    except QuietvitError as error:  # its remedy is for folders of transformers
+        told = str(error).partition(" Take preprocessor_config.json")[0]
+        raise QuietvitError(f"{told} {ASK}") from error
+
+
+def _of_timm(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a data config; a whole ``pretrained_cfg`` has others beside them."""
+    from timm.models import PretrainedCfg
+
+    known = {*KEYS, *PretrainedCfg.__dataclass_fields__}
+    unknown = [str(key) for key in given if key not in known]
+    if unknown:
+        raise QuietvitError(
+            f"the preprocessing has an unknown key {unknown[0]!r}{nearest(unknown[0], KEYS)}; "
+            f"timm's data config has {', '.join(KEYS)}."
+        )
+    missing = [key for key in ("mean", "std") if given.get(key) is None]
+    if missing:
+        raise QuietvitError(f"the preprocessing has no {' and no '.join(missing)}. {ASK}")
+    return _json({key: given[key] for key in KEYS if given.get(key) is not None})
+
+
+def _json(content: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(content)))
+    except TypeError as error:
+        raise QuietvitError(
+            f"the preprocessing {dict(content)} holds what is neither number, text nor list "
+            f"({error}); give plain values, such as interpolation='bicubic'."
+        ) from error
+    return plain
+
+
+def _of_torchvision(given: Any, channels: int) -> dict[str, Any]:
+    from torchvision.transforms._presets import ImageClassification
+
+    if isinstance(given, ImageClassification):
+        return _config(
+            given.resize_size,
+            given.crop_size,
+            given.mean,
+            given.std,
+            given.interpolation,
+            channels,
+        )
+    steps = getattr(given, "transforms", None)
+    if not isinstance(steps, Sequence) or isinstance(steps, str):
+        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+        raise QuietvitError(f"preprocessing={what} is not understood. {ASK}")
+    by_name = {type(step).__name__: step for step in steps}
+    resize = by_name.get("Resize") or by_name.get("ResizeKeepRatio")
+    crop, normalize = by_name.get("CenterCrop"), by_name.get("Normalize")
+    if resize is None or normalize is None:
+        raise QuietvitError(
+            f"the preprocessing is {' -> '.join(by_name)}, which is not understood. {ASK}"
+        )
+    return _config(
+        resize.size,
+        resize.size if crop is None else crop.size,
+        normalize.mean,
+        normalize.std,
+        resize.interpolation,
+        channels,
+    )
+
+
+def _config(
+    resized: Any, cropped: Any, mean: Any, std: Any, interpolation: Any, channels: int
+) -> dict[str, Any]:
+    before, after = _sides(resized), _sides(cropped)
+    final = (after[0], after[-1])
+    share = final[0] / before[0]
+    if int(final[0] / share) != before[0]:  # timm resizes to floor(final / crop_pct)
+        share = final[0] / (before[0] + 0.5)
+    return {
+        "input_size": (channels, *final),
+        "mean": _numbers(mean),
+        "std": _numbers(std),
+        "interpolation": str(getattr(interpolation, "value", interpolation)),
+        "crop_pct": share,
+        "crop_mode": "center" if len(before) == 1 else "squash",
+    }
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+    return (size,) if isinstance(size, int) else tuple(int(side) for side in size)
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    """Numbers of a list or of a float32 tensor, as they were written down."""
+    flat = values.flatten().tolist() if hasattr(values, "flatten") else values
+    return tuple(round(float(value), 6) for value in flat)
+
+
+def _as_processor(transform: Callable[[Any], Any]) -> Any:
+    """The transform with the call of a processor of transformers, for the trial."""
+
+    def processor(picture: Any, return_tensors: str) -> dict[str, Any]:
+        return {"pixel_values": transform(picture)[None]}
+
+    return processor
