@@ -131,7 +131,9 @@ def _quantized_at_once(trace: Trace, site: Site, quantizers: Mapping[Slot, Quant
             if reader.kind not in MATMUL_KINDS or not same or slot not in quantizers:
                 return False
             readers.append(quantizers[slot])
-    first, *others = readers or [None]
+    if not readers:
+        return False
+    first, *others = readers
     return isinstance(first, AffineQuantizer) and all(
         isinstance(other, AffineQuantizer)
         and other.config() == first.config()
