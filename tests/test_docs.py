@@ -124,7 +124,8 @@ SHORT = {
     "quietvit train --recipe finetune_imagefolder": TIMM + " --force",
     "quietvit quantize runs/mine": "--count 4",
     "quietvit compare --recipe digits": "--seeds 0 --bits W8A8 --methods rtn-minmax "
-    "--calibration 4 -s epochs=1 -s data.train_images=64 -s data.test_images=20",
+    "--calibration 4 -s epochs=1 -s schedule.warmup_epochs=0 "
+    "-s data.train_images=64 -s data.test_images=20",
 }
 ELSEWHERE = {
     "quietvit export": "tests/test_deployment_commands.py",

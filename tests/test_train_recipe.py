@@ -106,7 +106,7 @@ def test_mistakes_are_named_with_the_nearest_known_key(override, message):
         ("schedule={shape='cosin'}", "schedule.shape: input should be 'constant', 'linear'"),
         ("schedule={warmup_epochs=-1}", "schedule.warmup_epochs: input should be greater"),
         ("schedule={mlp={shape='x'}}", "schedule.mlp.shape: input should be 'constant', 'linear'"),
-        ("schedule=3", "schedule: input should be a valid dictionary"),
+        ("schedule=3", "schedule: this is a section; set its keys, such as schedule.shape"),
         ("schedule={mlp={}, value_output=1}", "schedule.value_output: input should be a valid"),
         ("schedule={mlp={shap='x'}}", "there is no key 'decay.cd.schedule.mlp.shap'; did you"),
     ],
