@@ -358,3 +358,11 @@ def test_the_infinities_of_a_mask_are_no_broken_activations():
     assert {"qkv", "proj", "query_key"} <= {site.site for site in found.sites}
     with pytest.raises(QuietvitError, match=r"output of add .* holds inf"):
         diagnose(Windowed(scale=-1.0), images, pairs=())  # +inf
+
+
+def test_a_first_matrix_that_reads_several_positions_is_named():
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU())
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(4 * 64, 5))
+    found = diagnose(model, torch.randn(2, 3, 8, 8))
+    assert len(found.pairs) == 1
+    assert "reads several positions" in dict(found.skipped)[found.pairs[0].name]

@@ -225,6 +225,10 @@ class CauseFinder:
             rows = _positions(_outputs(pair.first), _outputs(site.weight))
             bias = bias if rows is None else bias[list(rows)]
             return explain(decomposition, row, token, bias=bias)
+        if any(size != 1 for size in (site.weight_shape or ())[2:]):
+            reason = "its first matrix is a convolution that reads several positions at once"
+            self._skipped.append((pair.name, reason))
+            return None
         if inputs.shape[:-1] != leading:
             was = tuple(inputs.shape[:-1])
             reason = f"tokens {was} are rearranged to {tuple(leading)} on the way"
