@@ -126,7 +126,8 @@ class Writer:
         """
         grid = stored.grid
         found = [self.constant(f"{stored.name}:scale", grid.scale)]
-        if always or not grid.signed or grid.zero_point.any():
+        # Beside signed activations onnxruntime leaves DequantizeLinear of weights in the graph.
+        if always or not self.packed or not grid.signed or grid.zero_point.any():
             zero = grid.zero_point.astype(grid.dtype)
             found.append(self.constant(f"{stored.name}:zero_point", zero))
         return found
