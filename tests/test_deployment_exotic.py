@@ -16,7 +16,7 @@ import quietvit
 from quietvit import QuietvitError
 from quietvit.deployment import open_runtime
 from quietvit.deployment.for_onnx.capture import _register_constants
-from quietvit.deployment.for_onnx.file import float_onnx_of
+from quietvit.deployment.for_onnx.file import float_onnx, serialized
 from quietvit.deployment.runtime import OnnxRuntime
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -86,7 +86,7 @@ def test_a_float_file_has_explicit_attention_where_torch_writes_none() -> None:
     model, x = Windowed().eval(), images(3)
     with torch.no_grad():
         wanted = model(x).numpy()
-    found = OnnxRuntime(float_onnx_of(model, (3, 4, 4)))(x.numpy())
+    found = OnnxRuntime(serialized(float_onnx(model, (3, 4, 4))))(x.numpy())
     assert np.allclose(found, wanted, atol=1e-5)
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from quietvit import cli, console
@@ -242,22 +241,3 @@ def test_on_a_terminal_force_asks(tmp_path, monkeypatch, answer):
     assert done.exit_code == (0 if answer == "y\n" else 2)
     assert (output / "result.json").exists() == (answer == "y\n")
     assert json.loads((output / "config.json").read_text())["epochs"] == 2 - (answer == "y\n")
-
-
-def test_the_command_says_nothing_false_of_an_interruption(monkeypatch):
-    def told(error):
-        app = typer.Typer(cls=console.ErrorsAsParagraphs)
-
-        @app.command()
-        def one() -> None:
-            raise error
-
-        @app.command()
-        def other() -> None: ...
-
-        found = CliRunner().invoke(app, ["one"])
-        assert found.exit_code == 130
-        return found.stderr
-
-    assert "--resume" in told(KeyboardInterrupt())
-    assert told(KeyboardInterrupt("Ctrl-C: stopped after step 4")) == ""
