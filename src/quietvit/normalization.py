@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from quietvit.tracing import plain_model
 
 logger = logging.getLogger("quietvit")
 
@@ -83,13 +84,7 @@ def _pixels(images: Any) -> Tensor | None:
 
 
 def _mean_and_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            break
+    model = plain_model(model)
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, Mapping):
         return None
