@@ -153,6 +153,8 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
     shaped = bool(through - {"norm", "batch_norm", "scale", "depthwise", "matmul", "branches"})
     if "scrambled" in through:
         return "", "the channels that attention puts out reach other columns at other tokens"
+    if "added" in through:
+        return "", "other channels of A are added to what attention puts out"
     if "mixed_heads" in through:
         return "", "attention heads are mixed between V and the output projection"
     if "matmul" in through and first.operands[0].role != "post_softmax":

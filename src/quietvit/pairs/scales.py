@@ -9,7 +9,9 @@ from quietvit.tracing import Link, Site, Trace, WeightView
 from quietvit.tracing.weights import scale_view
 
 BRANCHES = "BatchNorms in parallel branches stand between, whose outputs are added"
-REORDERED = "BatchNorms that count the channels in different orders stand between"
+REORDERED = (
+    "BatchNorms stand between that count the channels in different orders, or read some of them"
+)
 
 
 def between_of(link: Link, trace: Trace) -> WeightView | str | None:
