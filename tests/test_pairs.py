@@ -478,7 +478,7 @@ def test_values_that_go_beside_the_attention_stay_in_their_pair():
 
 
 @pytest.mark.parametrize(
-    "beside, reason",
+    ("beside", "reason"),
     [("queries", "other channels of A are added"), ("nothing", "activations without softmax")],
 )
 def test_what_stands_between_values_and_projection_is_named(beside, reason):
