@@ -415,6 +415,28 @@ def test_batch_norms_that_are_no_diagonal_map_are_named():
         find_pairs(model, torch.randn(1, 4, 5, 5))
 
 
+class LocalBeside(Branches):
+    """A map and its depthwise convolution, added, read by a BatchNorm or behind one."""
+
+    def __init__(self, norm_last):
+        super().__init__()
+        self.local = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm, self.norm_last = nn.BatchNorm2d(8), norm_last
+
+    def forward(self, x):
+        h = self.up(x) if self.norm_last else self.norm(self.up(x))
+        h = h + self.local(h)
+        return (x + self.down(F.relu(self.norm(h) if self.norm_last else h))).square().mean((2, 3))
+
+
+def test_a_depthwise_convolution_beside_its_input_has_no_scale():
+    x = torch.randn(1, 4, 5, 5)
+    with pytest.raises(QuietvitError, match="what goes beside it"):
+        find_pairs(LocalBeside(norm_last=True).eval(), x, kinds=["mlp"])
+    (pair,) = find_pairs(LocalBeside(norm_last=False).eval(), x, kinds=["mlp"])
+    assert pair.between is not None
+
+
 class CrossCovariance(nn.Module):
     """Attention that averages over the channels of a head (XCA)."""
 

@@ -106,7 +106,8 @@ def combine(
     A product keeps the channels of every factor; a sum only those that all its terms carry, since
     two different channels added are neither. A source whose channels meet other channels of its own
     in a product (a packed gated MLP) is kept once for each factor, as "source", "source|1", ...
-    What reaches a sum through different BatchNorms passes "branches".
+    What reaches a sum through different BatchNorms passes "branches", through different depthwise
+    convolutions "beside".
     A factor that had to be broadcast (the gate of a squeeze-and-excitation) passes "pooled". What a
     constant is added to passes "offset"; what it multiplies, "scale" for a parameter, else
     "factor".
@@ -131,8 +132,10 @@ def combine(
                 distinct.append(replace(flow, labels=labels))
             else:
                 steps = _all_steps((twin, flow))
-                if adding and _scales(twin) != _scales(flow):
+                if adding and _taken(twin, "batch_norm") != _taken(flow, "batch_norm"):
                     steps = (*steps, "branches")
+                if adding and _taken(twin, "depthwise") != _taken(flow, "depthwise"):
+                    steps = (*steps, "beside")
                 both = Flow(torch.maximum(twin.labels, labels), steps)
                 distinct = [both if f is twin else f for f in distinct]
         if adding and (len(distinct) > 1 or any(labels is None for labels in wide)):
@@ -171,8 +174,8 @@ def _all_steps(flows: Sequence[Flow]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(step for flow in flows for step in flow.through))
 
 
-def _scales(flow: Flow) -> set[str]:
-    return {step for step in flow.through if step.startswith("batch_norm" + AT)}
+def _taken(flow: Flow, kind: str) -> set[str]:
+    return {step for step in flow.through if step.startswith(kind + AT)}
 
 
 def reduce(value: Value, dims: Sequence[int], keepdim: bool) -> Value:
