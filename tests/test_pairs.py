@@ -415,6 +415,28 @@ def test_batch_norms_that_are_no_diagonal_map_are_named():
         find_pairs(model, torch.randn(1, 4, 5, 5))
 
 
+class LocalBeside(Branches):
+    """A map and its depthwise convolution, added, read by a BatchNorm or behind one."""
+
+    def __init__(self, norm_last):
+        super().__init__()
+        self.local = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm, self.norm_last = nn.BatchNorm2d(8), norm_last
+
+    def forward(self, x):
+        h = self.up(x) if self.norm_last else self.norm(self.up(x))
+        h = h + self.local(h)
+        return (x + self.down(F.relu(self.norm(h) if self.norm_last else h))).square().mean((2, 3))
+
+
+def test_a_depthwise_convolution_beside_its_input_has_no_scale():
+    x = torch.randn(1, 4, 5, 5)
+    with pytest.raises(QuietvitError, match="what goes beside it"):
+        find_pairs(LocalBeside(norm_last=True).eval(), x, kinds=["mlp"])
+    (pair,) = find_pairs(LocalBeside(norm_last=False).eval(), x, kinds=["mlp"])
+    assert pair.between is not None
+
+
 class CrossCovariance(nn.Module):
     """Attention that averages over the channels of a head (XCA)."""
 
@@ -447,6 +469,66 @@ def test_attention_over_channels_makes_a_pair_of_each_head(tokens):
         silenced = (before != after).flatten(0, 1).any(0).nonzero().flatten().tolist()
         assert silenced == list(pair.second.cols)
         assert not after[..., silenced].any()
+
+
+class BesideAttention(nn.Module):
+    """An attention of packed queries, keys and values, and something added to its output."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.local = nn.Conv1d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.beside = beside
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        y = (q @ k.mT).softmax(-1) @ v
+        if self.beside == "values":
+            local = self.local(v.permute(0, 1, 3, 2).flatten(1, 2)).mT
+            return x + self.proj(y.transpose(1, 2).flatten(2) + local)
+        if self.beside == "queries":
+            return x + self.proj((q + y).transpose(1, 2).flatten(2))
+        return x + self.proj((q.relu() @ (k.relu().mT @ v)).transpose(1, 2).flatten(2))
+
+
+def test_values_that_go_beside_the_attention_stay_in_their_pair():
+    pairs = find_pairs(BesideAttention("values"), torch.randn(1, 5, 8), kinds=["value_output"])
+    assert [(p.first.rows, p.second.cols, p.head) for p in pairs] == [
+        (range(16 + 4 * h, 20 + 4 * h), range(4 * h, 4 * h + 4), h) for h in range(2)
+    ]
+    assert {p.through for p in pairs} == {("attention", "depthwise")}
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [("queries", "other channels of A are added"), ("nothing", "activations without softmax")],
+)
+def test_what_stands_between_values_and_projection_is_named(beside, reason):
+    with pytest.raises(QuietvitError, match=f"qkv -> proj: .*{reason}"):
+        find_pairs(BesideAttention(beside), torch.randn(1, 5, 8))
+
+
+class Outlook(nn.Module):
+    """Attention inside windows that overlap, as VOLO's, with windows cut out and added back."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.scores, self.proj = nn.Linear(8, 8), nn.Linear(8, 162), nn.Linear(8, 8)
+
+    def forward(self, x):
+        size = x.shape[1:3]
+        v = F.unfold(self.value(x).permute(0, 3, 1, 2), 3, padding=1)
+        v = v.view(1, 2, 4, 9, -1).permute(0, 1, 4, 3, 2)
+        scores = self.scores(x).view(1, -1, 2, 9, 9).permute(0, 2, 1, 3, 4)
+        y = (scores.softmax(-1) @ v).permute(0, 1, 4, 3, 2).reshape(1, 72, -1)
+        return x + self.proj(F.fold(y, size, 3, padding=1).permute(0, 2, 3, 1))
+
+
+def test_windows_that_overlap_keep_the_channels_apart():
+    pairs = find_pairs(Outlook(), torch.randn(1, 4, 4, 8), kinds=["value_output"])
+    assert [(p.first.parameter_name, p.first.rows, p.second.cols) for p in pairs] == [
+        ("value.weight", range(4 * h, 4 * h + 4), range(4 * h, 4 * h + 4)) for h in range(2)
+    ]
 
 
 class Quantizable(nn.Module):

@@ -114,7 +114,7 @@ def _linked(trace: Trace, kinds: Collection[str], adapters: Set[str]) -> Iterato
     for link in trace.links:
         if adapters & {link.source, link.consumer}:
             continue
-        link = replace(link, through=shaping(link.through))
+        whole, link = link, replace(link, through=shaping(link.through))
         first, second = trace[link.source], trace[link.consumer]
         kind, reason = _kind(link, first, second, gated[link.consumer])
         if kind and kind not in kinds:
@@ -122,7 +122,7 @@ def _linked(trace: Trace, kinds: Collection[str], adapters: Set[str]) -> Iterato
         if reason:
             yield f"{first.name} -> {second.name}", reason
         elif kind:
-            scale = between_of(link, trace)
+            scale = between_of(whole, trace)
             if isinstance(scale, str):
                 yield f"{first.name} -> {second.name}", scale
             else:
@@ -153,6 +153,8 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
     shaped = bool(through - {"norm", "batch_norm", "scale", "depthwise", "matmul", "branches"})
     if "scrambled" in through:
         return "", "the channels that attention puts out reach other columns at other tokens"
+    if "added" in through:
+        return "", "other channels of A are added to what attention puts out"
     if "mixed_heads" in through:
         return "", "attention heads are mixed between V and the output projection"
     if "matmul" in through and first.operands[0].role != "post_softmax":

@@ -43,4 +43,5 @@ def is_narrow(down: Site, up: Site) -> bool:
 
 def shaping(through: tuple[str, ...]) -> tuple[str, ...]:
     """What stands between, but for what leaves the alignment of two matrices alone."""
-    return tuple(step for step in through if step not in ("offset", "factor", "summed"))
+    neutral = ("offset", "factor", "summed", "beside")
+    return tuple(step for step in through if step not in neutral)

@@ -9,7 +9,10 @@ from quietvit.tracing import Link, Site, Trace, WeightView
 from quietvit.tracing.weights import scale_view
 
 BRANCHES = "BatchNorms in parallel branches stand between, whose outputs are added"
-REORDERED = "BatchNorms that count the channels in different orders stand between"
+BESIDE = "a BatchNorm stands between that reads a depthwise convolution and what goes beside it"
+REORDERED = (
+    "BatchNorms stand between that count the channels in different orders, or read some of them"
+)
 
 
 def between_of(link: Link, trace: Trace) -> WeightView | str | None:
@@ -24,6 +27,8 @@ def between_of(link: Link, trace: Trace) -> WeightView | str | None:
         return BRANCHES
     passed = [trace[name] for name in link.scales]
     last = max(i for i, site in enumerate(passed) if site.kind == "norm")
+    if "beside" in link.through and any(site.kind == "conv" for site in passed[:last]):
+        return BESIDE
     modules: list[str] = []
     orders: set[tuple[int, ...]] = set()
     for site in passed[: last + 1]:

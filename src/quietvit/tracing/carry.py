@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -96,10 +97,33 @@ def _mixing_gate(
     return ["mixing_gate"] if mixing else []
 
 
+def _unfold(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``F.unfold`` of labels; what the padding adds carries no channel."""
+    return F.unfold((input - labels.NONE).double(), *args, **kwargs).long() + labels.NONE
+
+
+def _fold(input: Tensor, output_size: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """``F.fold`` of labels: windows that overlap are added, and agree or are mixed."""
+    entries = input.double()
+
+    def fold(x: Tensor) -> Tensor:
+        return F.fold(x, output_size, *args, **kwargs)
+
+    counts = fold(torch.ones_like(entries))
+    mean = fold(entries) / counts.clamp(min=1)
+    differs = fold((F.unfold(mean, *args, **kwargs) != entries).double()) > 0
+    agreed = torch.where(differs, labels.MIXED, mean.long())
+    return torch.where(counts == 0, labels.NONE, agreed)
+
+
+_WINDOWS = {F.unfold: _unfold, F.fold: _fold}  # torch has neither for integers
+
+
 def _moved(
     func: Any, args: Any, kwargs: Any, tensor: Tensor, value: Value, outputs: list[Tensor]
 ) -> list[Value] | None:
     """Replay a function that moves entries on the labels; None where it has no such form."""
+    func = _WINDOWS.get(func, func)
 
     def replay(moving: Tensor) -> Any:
         moving = moving.contiguous()

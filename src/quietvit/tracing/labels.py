@@ -106,7 +106,8 @@ def combine(
     A product keeps the channels of every factor; a sum only those that all its terms carry, since
     two different channels added are neither. A source whose channels meet other channels of its own
     in a product (a packed gated MLP) is kept once for each factor, as "source", "source|1", ...
-    What reaches a sum through different BatchNorms passes "branches".
+    What reaches a sum through different BatchNorms passes "branches", through different depthwise
+    convolutions "beside".
     A factor that had to be broadcast (the gate of a squeeze-and-excitation) passes "pooled". What a
     constant is added to passes "offset"; what it multiplies, "scale" for a parameter, else
     "factor".
@@ -126,17 +127,20 @@ def combine(
                 continue
             pooled = not adding and len(dependent) > 1 and flow.labels.shape != tuple(output)
             flow = flow.via("pooled") if pooled else flow
-            twin = next((f for f in distinct if torch.equal(f.labels, labels)), None)
+            twin = next((f for f in distinct if _same_channels(f.labels, labels, adding)), None)
             if twin is None:
                 distinct.append(replace(flow, labels=labels))
             else:
-                steps = tuple(dict.fromkeys((*twin.through, *flow.through)))
-                if adding and _scales(twin) != _scales(flow):
+                steps = _all_steps((twin, flow))
+                if adding and _taken(twin, "batch_norm") != _taken(flow, "batch_norm"):
                     steps = (*steps, "branches")
-                distinct = [replace(f, through=steps) if f is twin else f for f in distinct]
+                if adding and _taken(twin, "depthwise") != _taken(flow, "depthwise"):
+                    steps = (*steps, "beside")
+                both = Flow(torch.maximum(twin.labels, labels), steps)
+                distinct = [both if f is twin else f for f in distinct]
         if adding and (len(distinct) > 1 or any(labels is None for labels in wide)):
             mixed = torch.full((1,) * len(output), MIXED, device=carriers[0].labels.device)
-            flows[source] = Flow(mixed.expand(tuple(output)), distinct[0].through)
+            flows[source] = Flow(mixed.expand(tuple(output)), _all_steps(carriers))
             continue
         for part, flow in enumerate(distinct):
             if adding:
@@ -148,8 +152,30 @@ def combine(
     return replace(merge(values), flows=flows)
 
 
-def _scales(flow: Flow) -> set[str]:
-    return {step for step in flow.through if step.startswith("batch_norm" + AT)}
+def _same_channels(one: Tensor, other: Tensor, adding: bool) -> bool:
+    """Whether two tensors carry the same channels.
+
+    In a sum, one of them may know the attention heads and the other not: values that an attention
+    averaged, and the same values that went another way (a depthwise convolution beside it).
+    """
+    if torch.equal(one, other):
+        return True
+    if not adding or bool(((one < 0) != (other < 0)).any()):
+        return False
+    headless = bool((one < HEAD).all()) or bool((other < HEAD).all())
+    return headless and torch.equal(_channel(one), _channel(other))
+
+
+def _channel(labels: Tensor) -> Tensor:
+    return torch.where(labels < 0, labels, labels % HEAD)
+
+
+def _all_steps(flows: Sequence[Flow]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(step for flow in flows for step in flow.through))
+
+
+def _taken(flow: Flow, kind: str) -> set[str]:
+    return {step for step in flow.through if step.startswith(kind + AT)}
 
 
 def reduce(value: Value, dims: Sequence[int], keepdim: bool) -> Value:
@@ -207,7 +233,10 @@ def arrange(value: Value, own: str, groups: Sequence[str]) -> Value:
 
 
 def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str, Flow]:
-    """Flows of left @ right: the columns of right and the rows of left, where tokens are summed."""
+    """Flows of left @ right: the columns of right and the rows of left, where tokens are summed.
+
+    A source that reaches both (keys and values of one packed map) is kept once for each.
+    """
     flows: dict[str, Flow] = {}
     for value, other, contracted, batch_first in (
         (right, left, -2, (0, slice(None))),
@@ -221,15 +250,16 @@ def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str
             wide = None if constant is None else _broadcast(constant, output)
             if constant is None or wide is None:
                 continue
+            name = f"{source}|left" if source in flows else source
             if other.probability is None:
-                flows[source] = Flow(wide, flow.through).via("matmul")
+                flows[name] = Flow(wide, flow.through).via("matmul")
                 continue
             heads = _broadcast(_heads(constant[(..., *batch_first)]), output, batch_first)
             if heads is None:
                 continue
             named = torch.where(wide < 0, wide, wide % HEAD + HEAD * (heads + 1))
             steps = ("mixed_heads",) if other.probability == "mixed" else ()
-            flows[source] = Flow(named, (*flow.through, *steps, "attention"))
+            flows[name] = Flow(named, (*flow.through, *steps, "attention"))
     return flows
 
 

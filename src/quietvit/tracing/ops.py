@@ -137,7 +137,7 @@ MOVING = {
     *("flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "t"),
     *("reshape_as", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow"),
     *("select", "__getitem__", "index_select", "gather", "take_along_dim", "roll", "flip"),
-    *("repeat", "repeat_interleave", "tile", "broadcast_to", "unfold", "rot90", "hsplit"),
+    *("repeat", "repeat_interleave", "tile", "broadcast_to", "unfold", "fold", "rot90", "hsplit"),
     *("pixel_shuffle", "pixel_unshuffle", "adjoint", "diagonal", "unsafe_chunk", "ravel"),
 }
 JOINING = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}

@@ -56,8 +56,8 @@ class RawLink:
     """Channels of ``source`` that reach the input columns of ``consumer``.
 
     A source that arrives in several factors of a product has one link for each. ``partial``: some
-    positions carry no channel. Values of an attention whose channels lie in other columns at other
-    tokens carry none, and pass "scrambled".
+    positions carry no channel. Values of an attention carry none and pass "scrambled" where their
+    channels lie in other columns at other tokens, "added" where other channels were added to them.
     """
 
     source: str
@@ -347,9 +347,11 @@ class Recorder(TorchFunctionMode):
     def _link(self, record: Record, value: Value, channel_dim: int) -> None:
         for source, flow in value.flows.items():
             columns, through = labels.columns(flow.labels, channel_dim), flow.through
-            if columns is None and "attention" in through and bool((flow.labels >= 0).any()):
-                columns = torch.full((flow.labels.shape[channel_dim],), labels.NONE)
-                through = (*through, "scrambled")
+            if columns is None and {"attention", "channel_attention"} & set(through):
+                lost = "scrambled" if bool((flow.labels >= 0).any()) else "added"
+                if lost == "scrambled" or bool((flow.labels == labels.MIXED).any()):
+                    columns = torch.full((flow.labels.shape[channel_dim],), labels.NONE)
+                    through = (*through, lost)
             if columns is not None:
                 partial = bool((flow.labels == labels.NONE).any())
                 self.links.append(
