@@ -133,6 +133,37 @@ def test_a_range_beyond_that_of_relu6_is_cut_off_in_the_codes(tmp_path: Path) ->
     assert all(each.equal for each in agreements(artifact.path, artifact.facts, own, many))
 
 
+def test_inputs_in_the_middle_between_codes_are_no_wrong_outputs(tmp_path: Path) -> None:
+    """torch multiplies by 1/scale, onnxruntime divides: both may round such a value apart."""
+    own = quantized(conv_output_bits=8)
+    given: Any = own.quantizer("stem.0", "input")
+    codes = given.codes(images(8, seed=5)) - given.zero_point
+    middles = (codes + 0.5).float() * given.scale
+    artifact = quietvit.export(own, tmp_path / "model.onnx")
+    assert all(each.equal for each in agreements(artifact.path, artifact.facts, own, middles))
+
+
+@pytest.mark.parametrize(("size", "integer"), [(1000.0, True), (1e6, False)])
+def test_a_bias_and_a_mean_that_cancel_are_allowed_for(
+    size: float, integer: bool, tmp_path: Path
+) -> None:
+    """float32 keeps little of their difference, the int32 bias all of it."""
+    torch.manual_seed(0)
+    model = Hybrid().eval()
+    conv: Any = nn.Conv2d(3, 8, 3, 2, 1)
+    norm: Any = nn.BatchNorm2d(8)
+    nn.init.constant_(conv.bias, size)
+    norm.running_mean.fill_(size)
+    model.stem = nn.Sequential(conv, norm).eval()
+    own = quietvit.quantize(model, quietvit.RTN(), images(), progress=False)
+    artifact = quietvit.export(own, tmp_path / "model.onnx")
+    stem = artifact.facts.product("stem.0")
+    assert (stem.why_float is None) is integer
+    assert integer or "off by up to" in str(stem.why_float)
+    compared = agreements(artifact.path, artifact.facts, own, images(16, seed=3))
+    assert all(each.equal for each in compared)
+
+
 @pytest.mark.parametrize("spoilt", ["full:weight:spread", "full:bias"])
 def test_one_wrong_integer_of_a_convolution_is_found(spoilt: str, tmp_path: Path) -> None:
     own = quantized(conv_output_bits=8)

@@ -78,6 +78,8 @@ def agreements(
     given = {
         name: [
             operands[name][slot.index]
+            if facts.product(name).rounded is None
+            else _settled(operands[name][slot.index], quantized.quantizers[slot.key])
             for slot in slots[name]
             if not slot.is_weight and not slot.is_output
         ]
@@ -111,6 +113,17 @@ def _operands(quantized: QuantizedModel, images: Tensor) -> dict[str, dict[int, 
     with torch.no_grad(), quantized.replacing(keep):
         quantized(images)
     return kept
+
+
+def _settled(x: Tensor, quantizer: Any) -> Tensor:
+    """The values, but those in the middle between two codes as the simulated model rounds them.
+
+    A file may round these the other way. A convolution that gives codes would carry that step to
+    its output, where only its own rounding is allowed for.
+    """
+    steps = x.double() / float(quantizer.scale)
+    middle = (steps - steps.floor() - 0.5).abs() < TIE
+    return torch.where(middle, quantizer(x), x)
 
 
 def _operand_codes(

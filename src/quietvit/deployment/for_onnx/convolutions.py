@@ -14,8 +14,8 @@ from quietvit.deployment.for_onnx.writer import Stored, Writer, constant_of, oth
 
 ROUNDED = ":rounded"
 MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"})
-COARSEST = 1 / 2
-"""Largest step of the sums, in steps of the output's codes: a bias is rounded to such steps."""
+COARSEST = 1 / 4
+"""Most that rounding may move an output, in steps of its codes; half a step of the sums does."""
 LARGEST_SUM = 2**29
 FLOAT32 = 2.0**-21
 """Share of the largest sum that float32 may lose, in the simulated model or behind the integers."""
@@ -58,12 +58,14 @@ class Behind:
     """What stands between a convolution and the quantizer of its output.
 
     The values quantized are min(max(gain * sums + offset, low), high), gain and offset for each
-    channel; ``moves`` only move entries about.
+    channel; ``moves`` only move entries about. ``terms``: sum of the absolute values that float32
+    adds up to ``offset``, such as BatchNorm's bias and mean, which may nearly cancel.
     """
 
     quantizer: Any
     gain: np.ndarray
     offset: np.ndarray
+    terms: np.ndarray
     low: float = -np.inf
     high: float = np.inf
     moves: list[Any] = field(default_factory=list)
@@ -82,7 +84,7 @@ def quantized_at_once(writer: Writer, conv: Any, stored: Stored) -> str | Rounde
 
     BatchNorm and biases go into the scales of the weight and an int32 bias; ReLU and the like go
     into the range of the output's codes. The values are those of the simulated model, but the bias
-    is rounded to whole steps of the sums, at most ``COARSEST`` of an output's step each.
+    is rounded to whole steps of the sums; no output moves by more than ``COARSEST`` of its step.
 
     Returns why nothing was changed, or what was written.
     """
@@ -112,8 +114,8 @@ def _behind(conv: Any, channels: int) -> Behind | None:
     bias = constant_of(conv.inputs[2]) if len(conv.inputs) > 2 else np.zeros(channels)
     if bias is None:
         return None
-    gain, offset = np.ones(channels), bias.astype(np.float64)
-    found = Behind(None, gain, offset)
+    offset = bias.astype(np.float64)
+    found = Behind(None, np.ones(channels), offset, np.abs(offset))
     value, affine = conv.outputs[0], True
     while True:
         if value.is_graph_output() or len(list(value.uses())) != 1:
@@ -123,7 +125,9 @@ def _behind(conv: Any, channels: int) -> Behind | None:
             found.quantizer = node
             return found
         if affine and (folded := _affine(node, value, channels)) is not None:
-            found.gain, found.offset = found.gain * folded[0], found.offset * folded[0] + folded[1]
+            gain, offset, terms = folded
+            found.gain, found.offset = found.gain * gain, found.offset * gain + offset
+            found.terms = found.terms * np.abs(gain) + terms
         elif (clipped := _clip(node, value)) is not None:
             affine = False
             low, high = clipped
@@ -136,8 +140,10 @@ def _behind(conv: Any, channels: int) -> Behind | None:
         value = node.outputs[0]
 
 
-def _affine(node: Any, value: Any, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Gain and offset of a node that scales and shifts each channel of (B, C, H, W)."""
+def _affine(
+    node: Any, value: Any, channels: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Gain, offset and its terms (see ``Behind``) of a node that scales and shifts each channel."""
     if node.op_type == "BatchNormalization" and node.inputs[0] is value:
         arrays = [constant_of(given) for given in node.inputs[1:5]]
         if any(array is None for array in arrays):
@@ -145,7 +151,7 @@ def _affine(node: Any, value: Any, channels: int) -> tuple[np.ndarray, np.ndarra
         weight, bias, mean, variance = (np.asarray(a, dtype=np.float64) for a in arrays)
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
         gain = weight / np.sqrt(variance + epsilon)
-        return gain, bias - mean * gain
+        return gain, bias - mean * gain, np.abs(bias) + np.abs(mean * gain)
     if node.op_type not in ("Add", "Mul"):
         return None
     array = constant_of(other_input(node, value))
@@ -155,8 +161,8 @@ def _affine(node: Any, value: Any, channels: int) -> tuple[np.ndarray, np.ndarra
     if wide.shape not in ((1, channels, 1, 1), (1, 1, 1, 1)):
         return None
     row = np.broadcast_to(wide.reshape(-1).astype(np.float64), channels)
-    one = np.ones(channels)
-    return (row, 0 * one) if node.op_type == "Mul" else (one, row)
+    zero = np.zeros(channels)
+    return (row, zero, zero) if node.op_type == "Mul" else (zero + 1, row, np.abs(row))
 
 
 def _clip(node: Any, value: Any) -> tuple[float, float] | None:
@@ -187,8 +193,9 @@ def _integers(stored: Stored, behind: Behind, step: float) -> Integers | str:
 
     A channel's codes are multiplied by the largest whole number that leaves them in 8 bits, and its
     scale is divided by it: that makes the sums, and the bias among them, finer. A channel that
-    hardly matters beside its bias gets sums so coarse that 32 bits hold the bias; its codes are
-    then rounded, which changes an output by less than a thousandth of a step.
+    hardly matters beside its bias gets sums so coarse that 32 bits hold the bias, and its codes are
+    rounded. By how much an output may then be off, in sums: 255 times the rounding of the codes
+    (inputs are 0 to 255 from their zero point), half a sum for the bias, and float32's share.
     """
     grid, codes = stored.grid, stored.codes
     assert codes is not None
@@ -208,14 +215,18 @@ def _integers(stored: Stored, behind: Behind, step: float) -> Integers | str:
     exact = grid.scale.astype(np.float64) * np.abs(behind.gain) / finer * step
     unit = np.maximum(exact, np.maximum(np.abs(behind.offset) / LARGEST_SUM, output / LARGEST_SUM))
     bias = np.rint(behind.offset / unit)
-    if (unit > output * COARSEST).any():
-        return "its sums are too coarse for the bias to be one of them"
     factor = sign * finer * np.where(unit > exact, exact / unit, 1.0)
-    reach = whole.sum(axis=1) * np.abs(factor) * 255 + np.abs(bias)
-    lost = np.where(unit > exact, 0.5 * 255 * whole.shape[1], 0.5) + reach * FLOAT32
-    return Integers(
-        zero, factor, (unit / step).astype(np.float32), bias.astype(np.int32), lost * unit / output
-    )
+    spread = whole * np.abs(factor).reshape(-1, 1)
+    reach = 255 * spread.sum(axis=1) + behind.terms / unit
+    lost = 255 * np.abs(np.rint(spread) - spread).sum(axis=1) + 0.5 + reach * FLOAT32
+    rounding = lost * unit / output
+    if rounding.max() > COARSEST:
+        worst = int(rounding.argmax())
+        return (
+            f"in integers its output would be off by up to {rounding[worst]:.2g} steps of the "
+            f"output's codes (channel {worst}), since the bias is rounded to whole sums"
+        )
+    return Integers(zero, factor, (unit / step).astype(np.float32), bias.astype(np.int32), rounding)
 
 
 def _write(
