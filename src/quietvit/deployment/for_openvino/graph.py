@@ -18,10 +18,11 @@ def without_zero_points(model: Any) -> frozenset[str]:
 
     Zero points that are zero are left out. The rest is derived here.
 
-    Where code minus zero point fits into int8 (weights of at most 7 bits always do), that is the new code: no value changes. Else s (q - z) x = s q x - s z Σx for a MatMul: one more
-    product, of the input with ones (OpenVINO's ReduceSum over 8-bit codes gave wrong sums). A
-    convolution of 8-bit weights keeps its zero points. 4-bit weights stay so in the file, the zero
-    point is subtracted at loading.
+    Where code minus zero point fits into int8 (weights of at most 7 bits always do), that is the
+    new code: no value changes. Else s (q - z) x = s q x - s z Σx for a MatMul: one more product, of
+    the input with ones (OpenVINO's ReduceSum over 8-bit codes gave wrong sums). A convolution of
+    8-bit weights keeps its zero points. 4-bit weights stay so in the file, the zero point is
+    subtracted at loading.
     """
     from onnx import numpy_helper
 
