@@ -41,13 +41,13 @@ def test_the_ir_version_belongs_to_the_opset(opset: int, version: int, tmp_path:
 
 
 def zero_points(path: Path) -> list[tuple[np.dtype[Any], bool]]:
-    """Type and whether all are zero, of every zero point in a file."""
+    """Type and whether all are zero, of every zero point in a file, where none may be left out."""
     graph = graph_of(path)
     stored = {entry.name: onnx.numpy_helper.to_array(entry) for entry in graph.initializer}
     names = {
         node.input[2]
         for node in graph.node
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
     }
     return [(stored[name].dtype, not stored[name].any()) for name in names]
 
@@ -102,7 +102,7 @@ def test_weights_of_a_large_model_lie_beside_the_graph(tmp_path: Path) -> None:
     assert found.ok, found.failures
     assert found.bytes == artifact.size
     assert found.float_bytes is not None
-    assert found.float_bytes > 2 * artifact.size
+    assert found.float_bytes > artifact.size
     whole = exported("vit", weight_bits=7, patch_embed_bits=7, head_bits=7)
     assert np.array_equal(
         open_runtime(artifact.path)(x.numpy()), open_runtime(whole.path)(x.numpy())

@@ -240,6 +240,16 @@ def test_zero_points_are_taken_out_without_a_change_of_values(tmp_path: Path) ->
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
 
 
+def test_zero_points_of_zero_are_left_out_of_an_ir(tmp_path: Path) -> None:
+    quantized = quantize(OneLinear(), RTN(weight_bits=4), images(16, 8), progress=False)
+    model = onnx.load(export(quantized, tmp_path / "w4.onnx").path)
+    before = [node.op_type for node in model.graph.node]
+    assert without_zero_points(model) == frozenset()
+    assert [node.op_type for node in model.graph.node] == before  # nothing is subtracted
+    for node in model.graph.node:
+        assert not any(name.endswith("weight:zero_point") for name in node.input)
+
+
 @pytest.fixture(scope="module")
 def content() -> tuple[Any, Any]:
     """ONNX graph and facts of one linear."""

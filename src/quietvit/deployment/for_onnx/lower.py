@@ -14,6 +14,8 @@ from torch import Tensor
 
 from quietvit.deployment.for_onnx.capture import DOMAIN, WEIGHT
 from quietvit.deployment.for_onnx.convolutions import (
+    MOVES,
+    ROUNDED,
     UNROUNDED,
     Rounded,
     convolution_of,
@@ -63,16 +65,45 @@ def lower(
             convolutions[entry.name.rpartition(":")[0]] = written or UNROUNDED
         assert entry.codes is not None
         codes = writer.weight(node, entry, entry.codes)
-        values = writer.dequantized(node, codes, entry, entry.grid.axis, alone=True)
+        values = writer.dequantized(node, codes, entry, entry.grid.axis)
         _replace(graph, node, values, output)
     fold_affine(writer)
     _swept(model)
     settled(writer)
+    if signed and at_once:
+        _pair_quantizers(writer)
     _named_output(writer, name)
     model.opset_imports.pop(DOMAIN, None)
     graph.opset_imports.pop(DOMAIN, None)
     _swept(model)
     return convolutions
+
+
+def _pair_quantizers(writer: Writer) -> None:
+    """Let DequantizeLinear follow QuantizeLinear directly: moves go in front of both.
+
+    On x86-64 onnxruntime has no kernel for int8 activations. It makes such a pair uint8, and leaves
+    the product in float where a Reshape or Transpose stands inside the pair.
+    """
+    for values in [node for node in writer.graph if node.op_type == "DequantizeLinear"]:
+        codes, moves = values.inputs[0], list[Any]()
+        while (made := codes.producer()) is not None and made.op_type in MOVES:
+            if codes.name.endswith(ROUNDED) or len(list(codes.uses())) != 1:
+                break
+            moves.append(made)
+            codes = made.inputs[0]
+        if not moves or made is None or made.op_type != "QuantizeLinear":
+            continue
+        if codes.name.endswith(ROUNDED):
+            continue  # the codes of a convolution, which stay directly behind it
+        moves[-1].replace_input_with(0, made.inputs[0])
+        for move in moves:
+            move.outputs[0].type = made.inputs[0].type
+        moved = moves[0].outputs[0]
+        given = [moved, *made.inputs[1:]]
+        again = writer.node(values, "QuantizeLinear", given, f"{made.name}:moved")
+        again.shape, again.type = moved.shape, codes.type
+        values.replace_input_with(0, again)
 
 
 def _replace(graph: Any, node: Any, values: Any, output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quietvit.deployment.for_onnx.convolutions import ROUNDED
+from quietvit.deployment.for_onnx.convolutions import MOVES, ROUNDED
 from quietvit.deployment.paths import too_large
 from quietvit.deployment.runtime import OnnxRuntime
 from quietvit.errors import QuietvitError
@@ -24,10 +25,13 @@ class Parts:
 
     ``inputs``, ``codes``: per product the values that are quantized, in the order of the operands,
     and their codes. ``outputs``: per product what comes out: its sums, or, of a convolution that
-    gives codes, these.
+    gives codes, these. ``model`` computes the outputs, ``quantizers`` are the nodes that compute
+    the codes. Each run in a session of its own: onnxruntime has no integer kernel behind int8 codes
+    that a graph also gives out.
     """
 
     model: Any
+    quantizers: list[Any]
     inputs: dict[str, list[str]]
     codes: dict[str, list[str]]
     outputs: dict[str, str]
@@ -44,6 +48,7 @@ class Parts:
         outputs: dict[str, str] = {}
         inputs: dict[str, list[str]] = {}
         codes: dict[str, list[str]] = {}
+        quantizers: dict[str, Any] = {}
 
         def back(value: str, name: str) -> None:
             node = made.get(value)
@@ -54,15 +59,20 @@ class Parts:
                 for given in node.input:
                     back(given, name)
                 return
-            before = made.get(node.input[0])
-            if before is not None and before.op_type == "Clip":
-                kept[before.name] = before
-            else:
-                before = node
-            given = before.input[0].removesuffix(GIVEN)
-            before.input[0] = f"{given}{GIVEN}"  # apart from the product of another part
-            inputs[name].append(before.input[0])
+            first, before = node, made.get(node.input[0])
+            while before is not None and before.op_type in MOVES and _of(name, before):
+                kept[before.name], first = before, before
+                before = made.get(before.input[0])
+            clip = before if before is not None and before.op_type == "Clip" else None
+            if clip is not None:
+                kept[clip.name] = quantizers[clip.name] = first = clip
+            given = first.input[0].removesuffix(GIVEN)
+            first.input[0] = f"{given}{GIVEN}"  # apart from the product of another part
+            inputs[name].append(first.input[0])
             codes[name].append(node.output[0])
+            alone = copy.deepcopy(node)
+            alone.input[0] = first.input[0] if clip is None else clip.output[0]
+            quantizers[node.name] = alone
 
         for name in names:
             inputs[name], codes[name] = [], []
@@ -75,19 +85,19 @@ class Parts:
                 kept[node.name], value = node, node.input[0]
             back(product, name)
         order = [node for node in model.graph.node if node.name in kept]
-        used = {given for node in order for given in node.input}
+        used = {given for node in (*order, *quantizers.values()) for given in node.input}
         stored = [entry for entry in model.graph.initializer if entry.name in used]
         del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
         del model.graph.input[:], model.graph.output[:]
         model.graph.node.extend(order)
         model.graph.initializer.extend(stored)
-        return cls(model, inputs, codes, outputs)
+        return cls(model, list(quantizers.values()), inputs, codes, outputs)
 
     def run(
         self, given: dict[str, list[Tensor]]
     ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
         """Codes of the operands and the product, by the name of the product, for given operands."""
-        from onnx import TensorProto, helper
+        from onnx import TensorProto
 
         fed: dict[str, np.ndarray] = {}
         for name, values in self.inputs.items():
@@ -98,32 +108,51 @@ class Parts:
         def kind_of(value: str) -> int:
             return kinds[_quantizer_of(value, made).input[2]]
 
-        outputs = {value: kind_of(value) for values in self.codes.values() for value in values}
-        outputs |= {
+        levels = {value: kind_of(value) for values in self.codes.values() for value in values}
+        outputs = {
             value: kind_of(value) if value.endswith(ROUNDED) else TensorProto.FLOAT
             for value in self.outputs.values()
         }
-        graph = self.model.graph
-        for value, array in fed.items():
-            graph.input.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, array.shape))
-        for value, kind in outputs.items():
-            graph.output.append(helper.make_tensor_value_info(value, kind, None))
-        found = dict(zip(outputs, self._computed(list(outputs), fed), strict=True))
+        found = self._computed(self.quantizers, levels, fed)
+        sums = self._computed(list(self.model.graph.node), outputs, fed)
         codes = {name: [found[v] for v in values] for name, values in self.codes.items()}
-        return codes, {name: found[value] for name, value in self.outputs.items()}
+        return codes, {name: sums[value] for name, value in self.outputs.items()}
 
-    def _computed(self, outputs: list[str], fed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def _computed(
+        self, nodes: list[Any], outputs: dict[str, int], fed: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The outputs of these types, by name, that the nodes compute of what is fed."""
         import onnx
+        from onnx import TensorProto, helper
 
-        def run(source: bytes | Path) -> list[np.ndarray]:
-            return list(OnnxRuntime(source).session.run(outputs, fed))
+        used = {given for node in nodes for given in node.input}
+        fed = {name: array for name, array in fed.items() if name in used}
+        graph = helper.make_graph(
+            nodes,
+            "parts",
+            [helper.make_tensor_value_info(v, TensorProto.FLOAT, x.shape) for v, x in fed.items()],
+            [helper.make_tensor_value_info(v, kind, None) for v, kind in outputs.items()],
+            [entry for entry in self.model.graph.initializer if entry.name in used],
+        )
+        model = helper.make_model(
+            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
+        )
 
-        if not too_large(sum(len(entry.raw_data) for entry in self.model.graph.initializer)):
-            return run(self.model.SerializeToString())
+        def run(source: bytes | Path) -> dict[str, np.ndarray]:
+            found = OnnxRuntime(source).session.run(list(outputs), fed)
+            return dict(zip(outputs, found, strict=True))
+
+        if not too_large(sum(len(entry.raw_data) for entry in graph.initializer)):
+            return run(model.SerializeToString())
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "parts.onnx"
-            onnx.save_model(self.model, path, save_as_external_data=True, location="parts.data")
+            onnx.save_model(model, path, save_as_external_data=True, location="parts.data")
             return run(path)
+
+
+def _of(product: str, node: Any) -> bool:
+    """Whether a node was written for this product."""
+    return bool(node.name.startswith(f"{product}:"))
 
 
 def _quantizer_of(value: str, made: dict[str, Any]) -> Any:

@@ -31,11 +31,10 @@ def product_of_weight(writer: Writer, mark: Any, stored: Stored) -> bool:
     if not readers or any(r.node.op_type != "MatMul" or r.idx != 1 for r in readers):
         return False
     alone = all(_site_of(reader.node.inputs[0]) is None for reader in readers)
-    bare = any(only_user(reader.node.outputs[0], "Add") is None for reader in readers)
     values = writer.in_blocks(user, stored) if alone else None
     if values is None:
         codes = writer.weight(user, stored, stored.codes.T)
-        values = writer.dequantized(user, codes, stored, 1, alone or bare)
+        values = writer.dequantized(user, codes, stored, 1)
     values.type = user.outputs[0].type
     user.outputs[0].replace_all_uses_with(values)
     writer.graph.remove(user, safe=True)
@@ -60,7 +59,7 @@ def _gemm(writer: Writer, node: Any, stored: Stored) -> bool:
         tall = writer.node(node, "Unsqueeze", [x, middle], f"{site}:tall")
     tall.type = x.type
     codes = writer.weight(node, stored, stored.codes.T)
-    weight = writer.dequantized(node, codes, stored, 1, alone=bias is None or _site_of(x) is None)
+    weight = writer.dequantized(node, codes, stored, 1)
     weight.type = x.type
     out = writer.node(node, "MatMul", [tall, weight], f"{site}:product")
     if bias is not None:
@@ -110,7 +109,7 @@ def patches_as_product(writer: Writer, mark: Any, stored: Stored) -> bool:
     flat = stored.codes.reshape(out, -1).T
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     codes = writer.weight(conv, stored, flat)
-    weight = writer.dequantized(conv, codes, stored, 1, alone=bias is None)
+    weight = writer.dequantized(conv, codes, stored, 1)
     patches.type = weight.type = x.type
     product = writer.node(conv, "MatMul", [patches, weight], f"{site}:product")
     if bias is not None:

@@ -86,7 +86,7 @@ class Writer:
                 for side, end in zip(("low", "high"), grid.ends, strict=True)
             )
             given = self.node(before, "Clip", [x, low, high], f"{name}:clipped", x)
-        ends = [given, *self.scale(stored, True)]
+        ends = [given, *self.scale(stored)]
         codes = self.node(before, "QuantizeLinear", ends, f"{name}:codes")
         kind = ir.DataType.INT8 if grid.signed else ir.DataType.UINT8
         codes.shape, codes.type = x.shape, ir.TensorType(kind)
@@ -99,38 +99,31 @@ class Writer:
         if made is None or made.op_type != "DequantizeLinear" or stored.grid.bits != 8:
             return None
         known = [constant_of(given) for given in made.inputs[1:]]
-        own = [constant_of(given) for given in self.scale(stored, always=True)]
+        own = [constant_of(given) for given in self.scale(stored)]
         same = len(known) == len(own) and all(
             a is not None and b is not None and a.dtype == b.dtype and np.array_equal(a, b)
             for a, b in zip(known, own, strict=False)
         )
         return made.inputs[0] if same else None
 
-    def dequantized(
-        self, before: Any, codes: Any, stored: Stored, axis: int | None = None, alone: bool = False
-    ) -> Any:
-        """DequantizeLinear; ``alone`` where it is not sure that an integer kernel takes it in.
-
-        That is so without a bias behind the product, too: a session that keeps products exact may
-        draw the next quantizer up to it.
-        """
+    def dequantized(self, before: Any, codes: Any, stored: Stored, axis: int | None = None) -> Any:
+        """DequantizeLinear, along ``axis`` where there is a scale for each channel."""
         extra = {} if stored.grid.scale.ndim == 0 else {"axis": axis}
-        given = [codes, *self.scale(stored, alone)]
+        given = [codes, *self.scale(stored)]
         return self.node(before, "DequantizeLinear", given, f"{stored.name}:values", **extra)
 
-    def scale(self, stored: Stored, always: bool = False) -> list[Any]:
-        """Scale and zero point; for signed codes none that is zero everywhere, unless ``always``.
+    def scale(self, stored: Stored) -> list[Any]:
+        """Scale and zero point, the latter also where it is zero.
 
-        Kernels are faster without; but onnxruntime puts a scalar in its place, which its own
-        DequantizeLinear then refuses where no kernel took that in.
+        Where it is left out, onnxruntime writes one itself. Before 1.30 its exact sessions
+        (``session.x64quantprecision``) crash instead.
         """
         grid = stored.grid
-        found = [self.constant(f"{stored.name}:scale", grid.scale)]
-        # Beside signed activations onnxruntime leaves DequantizeLinear of weights in the graph.
-        if always or not self.packed or not grid.signed or grid.zero_point.any():
-            zero = grid.zero_point.astype(grid.dtype)
-            found.append(self.constant(f"{stored.name}:zero_point", zero))
-        return found
+        zero = grid.zero_point.astype(grid.dtype)
+        return [
+            self.constant(f"{stored.name}:scale", grid.scale),
+            self.constant(f"{stored.name}:zero_point", zero),
+        ]
 
     def weight(self, before: Any, stored: Stored, codes: np.ndarray) -> Any:
         """The codes of a weight in the layout given; 4-bit ones take half a byte in the file."""

@@ -16,12 +16,16 @@ SUFFIX = ":weight:zero_point"
 def without_zero_points(model: Any) -> frozenset[str]:
     """Rewrite an ``onnx.ModelProto`` of ours in place; return the sites whose zero points stay.
 
-    Derived here. Where code minus zero point fits into int8 (weights of at most 7 bits always do),
-    that is the new code: no value changes. Else s (q - z) x = s q x - s z Σx for a MatMul: one more
-    product, of the input with ones (OpenVINO's ReduceSum over 8-bit codes gave wrong sums). A
-    convolution of 8-bit weights keeps its zero points. 4-bit weights stay so in the file, the zero
-    point is subtracted at loading.
+    Zero points that are zero are left out. The rest is derived here.
+
+    Where code minus zero point fits into int8 (weights of at most 7 bits always do), that is the
+    new code: no value changes. Else s (q - z) x = s q x - s z Σx for a MatMul: one more product, of
+    the input with ones (OpenVINO's ReduceSum over 8-bit codes gave wrong sums). A convolution of
+    8-bit weights keeps its zero points. 4-bit weights stay so in the file, the zero point is
+    subtracted at loading.
     """
+    from onnx import numpy_helper
+
     graph = model.graph
     stored = {entry.name: entry for entry in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}
@@ -30,6 +34,9 @@ def without_zero_points(model: Any) -> frozenset[str]:
         if node.op_type != "DequantizeLinear" or len(node.input) < 3:
             continue
         if not node.input[2].endswith(SUFFIX) or node.input[2] not in stored:
+            continue
+        if not numpy_helper.to_array(stored[node.input[2]]).any():
+            del node.input[2]
             continue
         readers = [user for user in graph.node if node.output[0] in user.input]
         if any(not _quantized(made.get(reader.input[0])) for reader in readers):
