@@ -146,9 +146,9 @@ def test_an_arm_that_went_on_otherwise_is_refused(compared, tmp_path):
 def test_a_comparison_killed_while_its_settings_were_written_goes_on(tmp_path):
     left = Path(tempfile.mkdtemp(prefix=".compare.json.", dir=tmp_path))
     (left / "compare.json").write_text('{"se')
-    room._prepare(config(), tmp_path, resume=True)
+    room._prepare(config(), tmp_path, resume=True, say=print)
     assert [path.name for path in tmp_path.iterdir()] == ["compare.json"]
-    room._prepare(config(), tmp_path, resume=True)
+    room._prepare(config(), tmp_path, resume=True, say=print)
 
 
 def test_a_damaged_run_is_named(compared, tmp_path):

@@ -128,6 +128,7 @@ SHORT = {
     "-s data.train_images=64 -s data.test_images=20",
 }
 ELSEWHERE = {
+    ". .venv/bin/activate": "changes the shell, and nothing else",
     "quietvit export": "tests/test_deployment_commands.py",
     "quietvit check": "tests/test_deployment_commands.py",
     "quietvit predict": "tests/test_deployment_commands.py",

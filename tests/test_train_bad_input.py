@@ -422,7 +422,7 @@ def test_a_run_killed_while_it_wrote_its_configuration_is_begun_again(tmp_path, 
     tempfile.mkdtemp(prefix=".config.json.", dir=output)
     interrupt(output, monkeypatch, 3, resume=True)
     assert sorted(path.name for path in output.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl",
+        "checkpoints", "classes.json", "config.json", "metrics.jsonl",
     ]  # fmt: skip
     left = began_to_write(output)  # killed again, while it was written anew
     (output / ".config.json.swp").write_text("mine")

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator
-from pydantic_core.core_schema import ValidationInfo
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 import quietvit
 from quietvit.errors import QuietvitError, nearest
+from quietvit.files import not_utf8
 from quietvit.text import is_utf8
 from quietvit.train.config import EACH, ONE, TrainConfig
 
@@ -148,8 +149,7 @@ def refuse_not_utf8(config: TrainConfig) -> None:
     for key, value in _leaves(config.model_dump(), ""):
         if not is_utf8(str(value)):
             raise QuietvitError(
-                f"{key}: {str(value)!r} is not UTF-8, so it cannot be written down in config.json; "
-                "rename that file or folder, or choose another."
+                f"{key}: {not_utf8(str(value))} It could not be written down in config.json."
             )
 
 

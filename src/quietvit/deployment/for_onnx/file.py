@@ -82,6 +82,17 @@ def stored_of(
     return stored
 
 
+def _apart(module: nn.Module) -> None:
+    """Give a copied parametrized module a class of its own.
+
+    torch keeps the computed weight as a property of the class, which a copy shares with the
+    original. Removing it from the copy would remove it from the original too.
+    """
+    kind = type(module)
+    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, own)
+
+
 def float_onnx(
     model: nn.Module, input_shape: tuple[int, ...], output: Output | None = None, opset: int = 21
 ) -> Any:
@@ -99,6 +110,8 @@ def _with_plain_weights(model: nn.Module) -> nn.Module:
     with evaluating(model):
         own = copy.deepcopy(model)
     for module in list(own.modules()):
+        if parametrize.is_parametrized(module):
+            _apart(module)
         for name in list(getattr(module, "parametrizations", {})):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return own
