@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 from torchvision import transforms
 from torchvision.models import ViT_B_16_Weights
 
@@ -83,6 +84,20 @@ def test_asymmetric_codes_are_made_symmetric_only_on_request(tmp_path: Path) -> 
     assert all(agreement.equal for agreement in found.agreements)
     with pytest.raises(QuietvitError, match="leave signed"):
         quietvit.export(own, tmp_path / "folder", to="torchao", signed=True)
+
+
+def test_convolutions_of_a_signed_file_are_not_claimed(tmp_path: Path) -> None:
+    """Their codes would be clipped between QuantizeLinear and DequantizeLinear."""
+    first, last = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 8 * 8, 3)
+    model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 4, 2, 2), nn.Flatten(), last).eval()
+    own = quietvit.quantize(model, quietvit.RTN(**SYMMETRIC), x := torch.randn(4, 3, 16, 16))
+    artifact = quietvit.export(own, tmp_path / "signed.onnx", as_="symmetric")
+    assert [product.why_float is None for product in artifact.facts.products] == [False, True, True]
+    found = artifact.check(own, x, seconds=0)
+    assert found.ok, found.failures
+    assert [ran.integer for ran in found.proof.ran] == [False, True, True]
+    assert "signed codes" in str(found.proof.ran[0].reason)
+    assert "clip" not in {node.op_type.lower() for node in graph_of(artifact.path).node}
 
 
 @pytest.fixture

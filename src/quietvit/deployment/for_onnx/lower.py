@@ -15,7 +15,6 @@ from torch import Tensor
 from quietvit.deployment.for_onnx.capture import DOMAIN, WEIGHT
 from quietvit.deployment.for_onnx.convolutions import (
     MOVES,
-    ROUNDED,
     UNROUNDED,
     Rounded,
     convolution_of,
@@ -26,6 +25,11 @@ from quietvit.deployment.for_onnx.products import patches_as_product, product_of
 from quietvit.deployment.for_onnx.writer import Stored, Writer
 from quietvit.deployment.grids import Grid
 
+SIGNED = (
+    "a file of signed codes leaves convolutions as its other consumers want them, and onnxruntime "
+    "computes these in float"
+)
+
 
 def lower(
     model: Any, stored: Mapping[str, Stored], at_once: bool = True
@@ -33,9 +37,11 @@ def lower(
     """Replace every mark of an ``onnx_ir.Model`` in place; ``stored`` by the key of the slot.
 
     Afterwards the graph has standard operators alone. Weights that nothing reads any more are gone.
-    With ``at_once`` convolutions whose output is quantized at once are written with their
-    quantizer. Returns by site what became of each convolution that is not written as a product of
-    patches: ``Rounded``, or why it stays in float in onnxruntime.
+    With ``at_once``, as onnxruntime wants it, convolutions whose output is quantized at once are
+    written with their quantizer; with signed codes moves go in front of quantizers instead.
+
+    Returns by site what became of each convolution that is not written as a product of patches:
+    ``Rounded``, or why it stays in float in onnxruntime.
     """
     convolutions: dict[str, Rounded | str] = {}
     graph = model.graph
@@ -54,7 +60,8 @@ def lower(
         entry = stored[node.attributes["slot"].as_string()]
         output = node.outputs[0]
         conv = convolution_of(node)
-        written = quantized_at_once(writer, conv, entry) if conv is not None and at_once else None
+        rounds = conv is not None and at_once and not signed
+        written = quantized_at_once(writer, conv, entry) if rounds else None
         if isinstance(written, Rounded):
             convolutions[entry.name.rpartition(":")[0]] = written
             continue  # nothing reads the old convolution any more
@@ -62,7 +69,8 @@ def lower(
             graph.remove(node, safe=True)
             continue
         if conv is not None:
-            convolutions[entry.name.rpartition(":")[0]] = written or UNROUNDED
+            reason = SIGNED if signed else written or UNROUNDED
+            convolutions[entry.name.rpartition(":")[0]] = reason
         assert entry.codes is not None
         codes = writer.weight(node, entry, entry.codes)
         values = writer.dequantized(node, codes, entry, entry.grid.axis)
@@ -88,14 +96,12 @@ def _pair_quantizers(writer: Writer) -> None:
     for values in [node for node in writer.graph if node.op_type == "DequantizeLinear"]:
         codes, moves = values.inputs[0], list[Any]()
         while (made := codes.producer()) is not None and made.op_type in MOVES:
-            if codes.name.endswith(ROUNDED) or len(list(codes.uses())) != 1:
+            if len(list(codes.uses())) != 1:
                 break
             moves.append(made)
             codes = made.inputs[0]
         if not moves or made is None or made.op_type != "QuantizeLinear":
             continue
-        if codes.name.endswith(ROUNDED):
-            continue  # the codes of a convolution, which stay directly behind it
         moves[-1].replace_input_with(0, made.inputs[0])
         for move in moves:
             move.outputs[0].type = made.inputs[0].type
