@@ -115,7 +115,7 @@ def test_a_wrong_value_where_several_types_are_taken_is_told_once(override, told
     with pytest.raises(QuietvitError) as caught:
         load_recipe("digits", [f"decay.cd.{override}"])
     assert told in str(caught.value)
-    assert str(caught.value).count("decay.cd.") == 1
+    assert str(caught.value).count(told) == 1
 
 
 @pytest.mark.parametrize(
