@@ -530,6 +530,6 @@ def test_a_model_that_is_no_classifier_is_refused_before_the_folder_is_used(
 def test_an_output_that_is_not_utf_8_is_refused_before_it_is_made(tmp_path):
     output = tmp_path / os.fsdecode(b"run\xff")
     changed = config(tmp_path / "run").model_copy(update={"output": output})
-    with pytest.raises(QuietvitError, match=r"output: .*is not UTF-8"):
+    with pytest.raises(QuietvitError, match=r"output: the name .* has bytes that are not UTF-8"):
         loop.train(changed, progress=False)
     assert not list(tmp_path.iterdir())
