@@ -11,12 +11,16 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from evidence_data import SCALES, Workload
 from evidence_run import ALL, CHOOSING, Setting, summed
 
 FINAL_SEEDS = (1, 2, 3)
+FURTHER = 2
+"""A family whose best try is the last of its ladder gets so many further tries at most."""
 FIGURES = (
     *("val_float", *(f"val_{name}" for name in CHOOSING)),
     *("float", "float_same", *ALL),
@@ -87,6 +91,20 @@ def tries_of(family: str, workload: Workload) -> list[Setting]:
     return every[family]
 
 
+def further(before: Any, last: Any) -> Any:
+    """The next rung of a ladder: every number that changed grows by the same factor again.
+
+    None where the two tries differ in more than numbers.
+    """
+    if isinstance(last, dict):
+        if not isinstance(before, dict) or before.keys() != last.keys():
+            return None
+        return {key: further(before[key], value) for key, value in last.items()}
+    if before == last or isinstance(last, (bool, str)):
+        return last
+    return float(f"{last * last / before:.2g}")
+
+
 @dataclass(frozen=True)
 class Job:
     """One run; ``setting`` is JSON."""
@@ -143,7 +161,10 @@ def rate_jobs(name: str, scale: str) -> list[Job]:
 
 
 def try_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Job]:
-    """The four tries of a family; none while the rate is not chosen."""
+    """The four tries of a family; none while the rate is not chosen.
+
+    While the best try is the last of them, the ladder goes on (``FURTHER``), in every family alike.
+    """
     rates, chosen = rate_jobs(name, scale), {}
     if rates:
         found = best(rows, rates)
@@ -151,13 +172,20 @@ def try_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Jo
             return []
         chosen = json.loads(found)
     tries = tries_of(family, SCALES[scale][name])
-    return [Job(name, scale, family, shown({**chosen, **each}), "0", TRY) for each in tries]
+    jobs = [Job(name, scale, family, shown({**chosen, **each}), "0", TRY) for each in tries]
+    for _ in range(FURTHER):
+        following = further(tries[-2], tries[-1])
+        if following is None or best(rows, jobs) != jobs[-1].setting:
+            break
+        tries.append(following)
+        jobs.append(Job(name, scale, family, shown({**chosen, **following}), "0", TRY))
+    return jobs
 
 
 def final_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Job]:
     """The best try with every seed; none while a try is missing."""
     tries = try_jobs(rows, name, scale, family)
-    found = best(rows, tries) if tries else None
+    found = best(rows, tries) if tries else None  # None as well while a further try is missing
     if found is None:
         return []
     return [Job(name, scale, family, found, str(seed), FINAL) for seed in FINAL_SEEDS]
@@ -174,7 +202,7 @@ def next_jobs(
         for name in (name for name in names if name in workloads and chosen):
             jobs += rate_jobs(name, scale)
             tries = [try_jobs(rows, name, scale, family) for family in chosen]
-            jobs += [job for place in zip(*filter(None, tries), strict=True) for job in place]
+            jobs += [job for place in zip_longest(*tries) for job in place if job]
             finals = [final_jobs(rows, name, scale, family) for family in chosen]
-            jobs += [job for seed in zip(*filter(None, finals), strict=True) for job in seed]
+            jobs += [job for seed in zip_longest(*finals) for job in seed if job]
         yield from (job for job in jobs if job.key not in done)

@@ -50,12 +50,19 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def finals(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
-    """(workload, scale) -> family -> seed -> row of a final."""
-    found: dict[tuple[str, str], dict[str, dict[str, Row]]] = defaultdict(dict)
+    """(workload, scale) -> family -> seed -> row of a final.
+
+    A family whose ladder went on has finals of several settings: the one with the most seeds
+    counts, of equals the latest.
+    """
+    settings: dict[tuple[str, str, str], dict[str, dict[str, Row]]] = defaultdict(dict)
     for row in rows:
         if row["stage"] == "final":
-            families = found[row["workload"], row["scale"]]
-            families.setdefault(row["family"], {})[row["seed"]] = row
+            family = settings[row["workload"], row["scale"], row["family"]]
+            family.setdefault(row["setting"], {})[row["seed"]] = row
+    found: dict[tuple[str, str], dict[str, dict[str, Row]]] = defaultdict(dict)
+    for (workload, scale, name), family in settings.items():
+        found[workload, scale][name] = max(reversed(family.values()), key=len)
     return found
 
 

@@ -60,6 +60,21 @@ def test_a_rate_then_tries_then_finals_of_the_best() -> None:
         assert planned([*done, row(finals[1], 1)]) == [finals[0], finals[2]]
 
 
+def test_a_ladder_goes_on_while_its_last_try_is_the_best() -> None:
+    rows = [row(job, 1) for job in planned([])]
+    values = iter((40, 41, 42, 43, 44, 45))
+    while (jobs := planned(rows)) and jobs[0].stage == "try":
+        rows += [row(job, next(values)) for job in jobs]
+    tried = [json.loads(each["setting"])["cd"]["strength"]["mlp"] for each in rows[2:]]
+    assert tried == [0.1, 0.3, 1.0, 3.0, 9.0, 27.0]
+    assert {json.loads(job.setting)["cd"]["strength"]["mlp"] for job in jobs} == {27.0}
+    assert evidence_plan.further({"a": 1.0, "b": True}, {"a": 3.0, "b": True}) == {
+        "a": 9.0,
+        "b": True,
+    }
+    assert evidence_plan.further({"a": 1.0}, {"b": 3.0}) is None
+
+
 def test_a_family_of_which_every_try_diverged_has_no_finals() -> None:
     rows = [row(job, 1) for job in planned([])]
     assert planned([*rows, *(row(job, math.nan) for job in planned(rows))]) == []
@@ -116,6 +131,7 @@ def test_runs_fill_their_columns_and_the_page_is_made_of_them(tmp_path: Path) ->
     assert json.loads(final["root_cause"])["pair"]
     for seed in ("2", "3"):
         evidence.append(out, final | {"seed": seed})
+    evidence.append(out, final | {"setting": "{}", "seed": "4"})  # of a setting given up
     for seed, more in (("1", 1.0), ("2", 2.0), ("3", 3.0)):
         higher = {name: float(final[name]) + more for name in ("float", *evidence_run.ALL)}
         own = {"family": "cd", "setting": evidence_plan.shown(CD), "seed": seed}
