@@ -33,7 +33,8 @@ from quietvit.data import (
 )
 from quietvit.data.matching import in_words, matched
 from quietvit.errors import QuietvitError
-from quietvit.train import TrainResult, loop, train
+from quietvit.tasks import Classification
+from quietvit.train import TrainResult, train
 from quietvit.train.checkpoint import list_checkpoints
 from test_cli import refused, run
 from test_train_loop import config, interrupt
@@ -272,15 +273,15 @@ def table_config(tmp_path, train_names, test_names):
 
 
 def test_test_images_follow_the_names_of_the_training_set(tmp_path):
-    from quietvit.train.setup import open_data
+    from quietvit.train.setup import task_of
 
     data = table_config(tmp_path, ["a", "b", "c"], ["b", "c", "a"])
-    own, test = open_data(config(tmp_path / "run", data=data))
+    own, test = task_of(config(tmp_path / "run", data=data)).open_data()
     assert own.class_names == test.class_names == ("a", "b", "c")
     assert test.labels[:3].tolist() == [1, 2, 0]
     data = table_config(tmp_path, ["a", "b", "c"], ["a", "b", "d"])
     with pytest.raises(QuietvitError, match=r"the training set does not know .*'d'"):
-        open_data(config(tmp_path / "run", data=data))
+        task_of(config(tmp_path / "run", data=data)).open_data()
 
 
 def swapped_contents(images):
@@ -310,14 +311,14 @@ def test_a_run_does_not_go_on_with_exchanged_classes(tmp_path, monkeypatch, chan
 
 def test_a_run_of_an_earlier_version_goes_on_and_is_told_once(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.WARNING, "quietvit")
-    facts = loop.data_facts
+    facts = Classification.facts
 
-    def earlier(chosen, own):
-        found = facts(chosen, own)
+    def earlier(self, own):
+        found = facts(self, own)
         return {key: found[key] for key in ("images", "classes", "labels")}
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "data_facts", earlier)
+        patch.setattr(Classification, "facts", earlier)
         interrupt(tmp_path / "run", monkeypatch, 5)
     interrupt(tmp_path / "run", monkeypatch, 9, resume=True)
     assert caplog.text.count("kept no names of classes") == 1

@@ -99,7 +99,7 @@ def test_the_files_tell_the_same_numbers(compared):
         run = next(
             run for run in results.runs if (str(run.seed), run.arm) == (line["seed"], line["arm"])
         )
-        assert float(line["top1"]) == run.top1(line["setting"])
+        assert float(line["top1"]) == run.score(line["setting"])
     assert len(lines) == 4 * 3
     page = found.page.read_text()
     assert all(cell in page for row in found.table.cells() for cell in row)
@@ -108,7 +108,7 @@ def test_the_files_tell_the_same_numbers(compared):
 def test_the_float_accuracy_is_that_of_the_training(compared):
     for path in compared[0].folder.glob("runs/*/train/result.json"):
         run = Run.model_validate_json((path.parents[1] / "run.json").read_text())
-        assert run.float_top1 == pytest.approx(json.loads(path.read_text())["top1"])
+        assert run.float_score == pytest.approx(json.loads(path.read_text())["top1"])
 
 
 def test_going_on_with_a_finished_comparison_trains_nothing(compared, monkeypatch):

@@ -18,7 +18,8 @@ from quietvit.data import create_model
 from quietvit.decay import worst_amplification
 from quietvit.errors import QuietvitError
 from quietvit.pairs import find_pairs
-from quietvit.train import checkpoint, loop, losses, setup, step
+from quietvit.tasks import Classification, classification
+from quietvit.train import checkpoint, loop, losses, step
 from quietvit.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from quietvit.train.engine import check_groups, check_optimizer_state
 from quietvit.train.setup import build
@@ -29,11 +30,11 @@ from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, r
 def test_a_diverged_run_names_step_pair_and_last_checkpoint(tmp_path, monkeypatch):
     forward = step.forward_backward
 
-    def diverging(parts, images, labels, at):
+    def diverging(parts, batch, at):
         if at == 5:
             with torch.no_grad():
-                parts.plain.blocks[1].mlp.fc1.weight.fill_(float("nan"))
-        return forward(parts, images, labels, at)
+                parts.models.plain.blocks[1].mlp.fc1.weight.fill_(float("nan"))
+        return forward(parts, batch, at)
 
     monkeypatch.setattr(loop, "forward_backward", diverging)
     with pytest.raises(QuietvitError) as caught:
@@ -60,8 +61,8 @@ def test_the_step_told_is_the_one_that_diverged_not_the_one_that_looked(
     """Of 7 steps an epoch, one loss is no number; an evaluation comes after the first epoch."""
     forward = step.forward_backward
 
-    def diverging(parts, images, labels, at):
-        loss = forward(parts, images, labels, at)
+    def diverging(parts, batch, at):
+        loss = forward(parts, batch, at)
         return loss * float("nan") if at == 3 else loss
 
     monkeypatch.setattr(loop, "forward_backward", diverging)
@@ -78,11 +79,11 @@ def test_the_step_told_is_the_one_that_diverged_not_the_one_that_looked(
 def test_weights_that_are_no_numbers_are_told_before_an_evaluation(tmp_path, monkeypatch, last):
     forward = step.forward_backward
 
-    def spoiling(parts, images, labels, at):
-        loss = forward(parts, images, labels, at)
+    def spoiling(parts, batch, at):
+        loss = forward(parts, batch, at)
         if at == (13 if last else 6):
             with torch.no_grad():
-                parts.plain.head.bias[0] = float("nan")
+                parts.models.plain.head.bias[0] = float("nan")
         return loss
 
     monkeypatch.setattr(loop, "forward_backward", spoiling)
@@ -94,11 +95,11 @@ def test_weights_that_are_no_numbers_are_told_before_an_evaluation(tmp_path, mon
 def test_a_loss_that_is_nan_is_told_where_a_regularizer_finds_it_first(tmp_path, monkeypatch):
     forward = step.forward_backward
 
-    def diverging(parts, images, labels, at):
+    def diverging(parts, batch, at):
         if at == 3:
             with torch.no_grad():
-                parts.plain.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
-        return forward(parts, images, labels, at)
+                parts.models.plain.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
+        return forward(parts, batch, at)
 
     monkeypatch.setattr(loop, "forward_backward", diverging)
     told = (
@@ -123,11 +124,12 @@ def spoil(monkeypatch, layer, at):
     """Enlarge a weight before step ``at`` + 1, and make the images of step 4 NaN."""
     forward = step.forward_backward
 
-    def spoiled(parts, images, labels, now):
+    def spoiled(parts, batch, now):
         if now == at:
             with torch.no_grad():
-                parts.plain.get_submodule(layer).weight.mul_(20)
-        return forward(parts, images * float("nan") if now == 3 else images, labels, now)
+                parts.models.plain.get_submodule(layer).weight.mul_(20)
+        images, labels = batch
+        return forward(parts, (images * float("nan") if now == 3 else images, labels), now)
 
     monkeypatch.setattr(loop, "forward_backward", spoiled)
 
@@ -156,7 +158,7 @@ def test_nan_before_the_first_look_names_the_worst_pair_of_the_checkpoint(
 def test_nan_before_the_first_checkpoint_names_the_worst_pair_of_the_start(
     tmp_path, monkeypatch, changes
 ):
-    make, made = setup.create_model, []
+    make, made = classification.create_model, []
 
     def enlarged(*args, **kwargs):
         model = make(*args, **kwargs)
@@ -165,7 +167,7 @@ def test_nan_before_the_first_checkpoint_names_the_worst_pair_of_the_start(
         made.append(copy.deepcopy(model))
         return model
 
-    monkeypatch.setattr(setup, "create_model", enlarged)
+    monkeypatch.setattr(classification, "create_model", enlarged)
     spoil(monkeypatch, "", None)
     with pytest.raises(QuietvitError) as caught:
         run(tmp_path / "run", **changes, checkpoint={"every": 0})
@@ -199,15 +201,15 @@ def test_a_checkpoint_without_the_weights_leaves_the_look_before(tmp_path, monke
 def test_an_overflow_without_a_checkpoint_does_not_send_to_one(tmp_path, monkeypatch):
     forward = step.forward_backward
 
-    def overflowing(parts, images, labels, at):
+    def overflowing(parts, batch, at):
         if at == 3:
-            weight = parts.plain.blocks[1].mlp.fc1.weight
+            weight = parts.models.plain.blocks[1].mlp.fc1.weight
 
             def enlarge(*_):
                 weight.data.mul_(1e30)
 
-            parts.inner.register_step_pre_hook(enlarge)
-        return forward(parts, images, labels, at)
+            parts.optim.inner.register_step_pre_hook(enlarge)
+        return forward(parts, batch, at)
 
     monkeypatch.setattr(loop, "forward_backward", overflowing)
     told = (
@@ -220,7 +222,7 @@ def test_an_overflow_without_a_checkpoint_does_not_send_to_one(tmp_path, monkeyp
 
 
 def test_a_diverged_run_names_the_pair_where_nothing_is_logged_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "heads", lambda outputs: (outputs * float("nan"),))
+    monkeypatch.setattr(Classification, "tensors", lambda _, outputs: (outputs * float("nan"),))
     with pytest.raises(QuietvitError, match=r"became nan at step 1\. The largest amplification is"):
         run(tmp_path / "run", decay={"watch_every": 0})
 
@@ -246,11 +248,11 @@ def test_what_cannot_be_watched_does_not_keep_the_rest_from_it(monkeypatch, capl
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
     forward = step.forward_backward
 
-    def spoiling(parts, images, labels, at):
-        loss = forward(parts, images, labels, at)
+    def spoiling(parts, batch, at):
+        loss = forward(parts, batch, at)
         if at == 3:
             with torch.no_grad():
-                parts.plain.head.bias[0] = float("inf")
+                parts.models.plain.head.bias[0] = float("inf")
         return loss
 
     monkeypatch.setattr(loop, "forward_backward", spoiling)
@@ -496,13 +498,13 @@ def test_a_training_state_of_two_optimizers_or_of_other_groups_is_refused():
 
 
 def test_a_parameter_without_a_group_is_named(tmp_path):
-    parts = build(config(tmp_path)).parts
-    check_groups(parts.plain, parts.inner)
-    parts.inner.param_groups[0]["params"].pop()
+    parts = build(config(tmp_path)).training
+    check_groups(parts.models.plain, parts.optim.inner)
+    parts.optim.inner.param_groups[0]["params"].pop()
     with pytest.raises(QuietvitError, match="trains, but is in 0 groups of the optimizer"):
-        check_groups(parts.plain, parts.inner)
-    parts.plain.requires_grad_(False)
-    check_groups(parts.plain, parts.inner)
+        check_groups(parts.models.plain, parts.optim.inner)
+    parts.models.plain.requires_grad_(False)
+    check_groups(parts.models.plain, parts.optim.inner)
 
 
 def test_an_average_of_sharded_weights_is_refused(tmp_path):

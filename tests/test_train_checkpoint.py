@@ -250,8 +250,8 @@ def test_an_images_randomness_depends_on_seed_epoch_and_index_alone():
 
     pictures = Pictures([("a", 0), ("b", 1)])
 
-    def transform(_):
-        return random.random(), float(np.random.rand()), torch.rand(1).item()
+    def transform(_, label):
+        return (random.random(), float(np.random.rand()), torch.rand(1).item()), label
 
     images = SeededImages(pictures, transform, seed=1)
     drawn = images[0, 1]

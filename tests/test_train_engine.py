@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from quietvit.data import evaluation_transform
 from quietvit.decay import TWEO, ColinearityDecay, NormGainDecay, StrengthSchedule
 from quietvit.errors import QuietvitError
+from quietvit.tasks import classification
 from quietvit.train import estimate
 from quietvit.train.checkpoint import load_checkpoint, save_checkpoint
 from quietvit.train.engine import make_accelerator
-from quietvit.train.setup import build, drawn_images, open_data
+from quietvit.train.setup import build, drawn_images, task_of
 from quietvit.train.step import forward_backward
 from test_cli import run as command
 from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, lines, run
@@ -81,14 +82,14 @@ def test_schedules_in_epochs_are_steps_of_the_strength(tmp_path):
         },
         "norm_gains": {"schedule": {"shape": "cosine"}},
     }
-    parts = build(config(tmp_path, epochs=4, decay=decay)).parts
-    assert list(parts.regularizers) == ["cd", "norm_gains"]
+    parts = build(config(tmp_path, epochs=4, decay=decay)).training
+    assert list(parts.optim.regularizers) == ["cd", "norm_gains"]
     assert parts.steps_per_epoch == 7
-    assert parts.regularizers["cd"].schedule == {
+    assert parts.optim.regularizers["cd"].schedule == {
         "mlp": StrengthSchedule("linear", start=4, warmup=7, total=28, final=0.1),
         "value_output": StrengthSchedule(warmup=2),
     }
-    assert parts.regularizers["norm_gains"].schedule == StrengthSchedule("cosine", total=28)
+    assert parts.optim.regularizers["norm_gains"].schedule == StrengthSchedule("cosine", total=28)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +110,8 @@ def test_a_strength_that_would_act_after_the_end_is_refused(tmp_path, schedule, 
 
 def test_regularizers_act_in_the_order_of_the_configuration(tmp_path):
     turned = dict(reversed(list(REGULARIZERS.items())))
-    parts = build(config(tmp_path, decay=turned)).parts
-    assert list(parts.regularizers) == ["cd", "norm_gains", "weight", "s2d", "kure", "tweo"]
+    parts = build(config(tmp_path, decay=turned)).training
+    assert list(parts.optim.regularizers) == ["cd", "norm_gains", "weight", "s2d", "kure", "tweo"]
 
 
 def test_every_regularizer_of_weights_may_act_every_few_steps(tmp_path):
@@ -119,8 +120,8 @@ def test_every_regularizer_of_weights_may_act_every_few_steps(tmp_path):
         for name, section in REGULARIZERS.items()
         if name in ON_WEIGHTS
     }
-    parts = build(config(tmp_path, decay=decay)).parts
-    assert {name: part.every for name, part in parts.regularizers.items()} == dict.fromkeys(
+    parts = build(config(tmp_path, decay=decay)).training
+    assert {name: part.every for name, part in parts.optim.regularizers.items()} == dict.fromkeys(
         ON_WEIGHTS, 3
     )
     with pytest.raises(QuietvitError, match=r"there is no key 'decay\.tweo\.every'"):
@@ -131,7 +132,7 @@ def test_every_regularizer_of_weights_may_act_every_few_steps(tmp_path):
 
 def test_gains_are_folded_and_products_taken_as_configured(tmp_path):
     def made(**cd):
-        return build(config(tmp_path, decay={"cd": cd})).parts.regularizers["cd"]
+        return build(config(tmp_path, decay={"cd": cd})).training.optim.regularizers["cd"]
 
     assert made().products == "auto"
     assert not any(pair.before for pair in made().pairs)
@@ -177,9 +178,9 @@ def test_more_images_for_s2d_than_there_are_are_refused(tmp_path):
 
 
 def test_layer_decay_scales_the_schedule_of_each_group(tmp_path):
-    parts = build(config(tmp_path, optimizer={"lr": 1e-2, "layer_decay": 0.5})).parts
-    parts.scheduler.step_update(3)
-    rates = {group["lr_scale"]: group["lr"] for group in parts.inner.param_groups}
+    parts = build(config(tmp_path, optimizer={"lr": 1e-2, "layer_decay": 0.5})).training
+    parts.optim.scheduler.step_update(3)
+    rates = {group["lr_scale"]: group["lr"] for group in parts.optim.inner.param_groups}
     assert len(rates) > 2
     for scale, rate in rates.items():
         assert rate == pytest.approx(scale * rates[1.0])
@@ -189,7 +190,7 @@ def test_layer_decay_scales_the_schedule_of_each_group(tmp_path):
 
 def test_frozen_blocks_stay_as_they_are(tmp_path):
     model = {**MODEL, "freeze_blocks": 1}
-    start = build(config(tmp_path / "a", model=model)).parts.plain.state_dict()
+    start = build(config(tmp_path / "a", model=model)).training.models.plain.state_dict()
     result = run(tmp_path / "b", model=model, epochs=1, decay={"cd": {"strength": 10.0}})
     end = load_file(result.weights)
     same = {key for key in end if torch.equal(start[key], end[key])}
@@ -201,8 +202,8 @@ def test_a_linear_probe_wants_no_decay_of_pairs_and_is_told(tmp_path):
     model = {**MODEL, "freeze_blocks": 2}
     with pytest.raises(QuietvitError, match=r"frozen .* freeze fewer, or leave it out .*cd=none"):
         build(config(tmp_path, model=model, decay={"cd": {}}))
-    parts = build(config(tmp_path, model=model, decay={"cd": None})).parts
-    assert {name for name, p in parts.plain.named_parameters() if p.requires_grad} == {
+    parts = build(config(tmp_path, model=model, decay={"cd": None})).training
+    assert {name for name, p in parts.models.plain.named_parameters() if p.requires_grad} == {
         f"{layer}.{part}" for layer in ("norm", "head") for part in ("weight", "bias")
     }
 
@@ -271,7 +272,6 @@ def test_the_default_compiler_trains_model_and_decay_as_without(tmp_path, monkey
 
 
 def test_an_object_with_logits_is_trained_on(tmp_path, monkeypatch):
-    from quietvit.train import setup
 
     class Outputs:
         def __init__(self, logits):
@@ -285,9 +285,9 @@ def test_an_object_with_logits_is_trained_on(tmp_path, monkeypatch):
         def forward(self, images):
             return Outputs(self.inner(images))
 
-    create = setup.create_model
+    create = classification.create_model
     expected = run(tmp_path / "plain", epochs=1)
-    monkeypatch.setattr(setup, "create_model", lambda *a, **k: Wrapped(create(*a, **k)))
+    monkeypatch.setattr(classification, "create_model", lambda *a, **k: Wrapped(create(*a, **k)))
     found = run(tmp_path / "run", epochs=1)
     losses = [
         [line["loss"] for line in lines(result.output) if "loss" in line]
@@ -354,9 +354,9 @@ def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monk
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     module = sys.modules[estimate.__module__]
 
-    def slow(parts, images, labels, step):
-        clock[0] += len(images) if seen else 1000
-        seen.append(len(images))
+    def slow(parts, batch, step):
+        clock[0] += len(batch[0]) if seen else 1000
+        seen.append(len(batch[0]))
 
     judged = module.judged
 
@@ -381,10 +381,10 @@ def test_a_dry_run_of_a_slow_model_measures_few_images_and_scales(tmp_path, monk
 def test_a_dry_run_of_a_slow_model_warms_up_with_a_step_of_one_pass(tmp_path, monkeypatch):
     module, seen = sys.modules[estimate.__module__], []
 
-    def watched(parts, images, labels, step):
-        loss = forward_backward(parts, images, labels, step)
-        counted = {part.steps for part in parts.regularizers.values()}
-        seen.append((len(images), parts.accelerator.sync_gradients, counted))
+    def watched(parts, batch, step):
+        loss = forward_backward(parts, batch, step)
+        counted = {part.steps for part in parts.optim.regularizers.values()}
+        seen.append((len(batch[0]), parts.accelerator.sync_gradients, counted))
         return loss
 
     monkeypatch.setattr(module, "forward_backward", watched)
@@ -492,13 +492,13 @@ def test_the_rates_are_for_the_batch_that_they_are_stated_for(tmp_path, caplog, 
         "schedule": {"warmup_epochs": 1, "warmup_lr": 1e-4, "min_lr": 1e-3},
         "batch_size": batch,
     }
-    parts = build(config(tmp_path, **changes)).parts
+    parts = build(config(tmp_path, **changes)).training
     ratio = batch / 8
     assert ("(optimizer.lr_batch), and they have" in caplog.text) == (ratio != 1)
     found = []
     for step in (0, parts.steps_per_epoch, parts.total_steps):
-        parts.scheduler.step_update(step)
-        found.append(parts.inner.param_groups[0]["lr"])
+        parts.optim.scheduler.step_update(step)
+        found.append(parts.optim.inner.param_groups[0]["lr"])
     assert found == pytest.approx([1e-4 * ratio, 1e-2 * ratio, 1e-3 * ratio])
     told = str(estimate(config(tmp_path, **changes)))
     assert f"learning rate       {1e-2 * ratio:g}\n" in told
@@ -506,9 +506,9 @@ def test_the_rates_are_for_the_batch_that_they_are_stated_for(tmp_path, caplog, 
 
 def test_the_images_for_s2d_are_drawn_from_all_and_bad_ones_replaced(tmp_path, monkeypatch):
     made = config(tmp_path, seed=3, data={**EVERYTHING["data"], "max_bad_images": 30})
-    train, _ = open_data(made)
-    model = build(made).parts.plain
-    found = drawn_images(made, train, model, 12)
+    train, _ = task_of(made).open_data()
+    model = build(made).training.models.plain
+    found = drawn_images(task_of(made), train, model, 12)
     transform = evaluation_transform(model)
     every = torch.stack([transform(train[index][0]) for index in range(len(train))])
     drawn = [int((every == image).flatten(1).all(1).nonzero()[0]) for image in found]
@@ -522,10 +522,10 @@ def test_the_images_for_s2d_are_drawn_from_all_and_bad_ones_replaced(tmp_path, m
         return read(self, index)
 
     monkeypatch.setattr(type(train), "__getitem__", damaged)
-    assert torch.equal(drawn_images(made, train, model, 12)[2:], found[2:])
+    assert torch.equal(drawn_images(task_of(made), train, model, 12)[2:], found[2:])
     strict = config(tmp_path, seed=3)
     with pytest.raises(QuietvitError, match="is damaged"):
-        drawn_images(strict, train, model, 12)
+        drawn_images(task_of(strict), train, model, 12)
 
 
 def test_a_step_that_a_gradient_scaler_skips_changes_nothing_and_the_scale_is_resumed(
@@ -544,17 +544,19 @@ def test_a_step_that_a_gradient_scaler_skips_changes_nothing_and_the_scale_is_re
     monkeypatch.setattr(setup, "make_accelerator", with_scaler)
     decay = {"cd": {"strength": 3.0}, "s2d": REGULARIZERS["s2d"], "kure": {"strength": 0.1}}
     changes = {"decay": decay, "epochs": 1, "optimizer": {"lr": 1e-2, "clip_grad": 1.0}}
-    parts = build(config(tmp_path, **changes)).parts
-    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
-    before = {key: value.clone() for key, value in parts.plain.state_dict().items()}
-    forward_backward(parts, images, labels, 1)
-    assert parts.optimizer.step_was_skipped
-    assert all(torch.equal(value, before[key]) for key, value in parts.plain.state_dict().items())
-    assert [part.steps for part in parts.regularizers.values()] == [0, 0, 0]
-    while parts.optimizer.step_was_skipped:
-        forward_backward(parts, images, labels, 1)
-    assert [part.steps for part in parts.regularizers.values()] == [1, 1, 1]
-    moved = parts.plain.state_dict()
+    parts = build(config(tmp_path, **changes)).training
+    batch = torch.randn(8, 3, 16, 16), torch.arange(8)
+    before = {key: value.clone() for key, value in parts.models.plain.state_dict().items()}
+    forward_backward(parts, batch, 1)
+    assert parts.optim.wrapped.step_was_skipped
+    assert all(
+        torch.equal(value, before[key]) for key, value in parts.models.plain.state_dict().items()
+    )
+    assert [part.steps for part in parts.optim.regularizers.values()] == [0, 0, 0]
+    while parts.optim.wrapped.step_was_skipped:
+        forward_backward(parts, batch, 1)
+    assert [part.steps for part in parts.optim.regularizers.values()] == [1, 1, 1]
+    moved = parts.models.plain.state_dict()
     assert any(not torch.equal(value, before[key]) for key, value in moved.items())
     whole = run(tmp_path / "whole", **changes)
     interrupt(tmp_path / "cut", monkeypatch, 5, **changes)

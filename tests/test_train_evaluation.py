@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from decay_cases import Tower, images, tower
-from quietvit.train.evaluation import filled, hollow
+from quietvit.train.evaluation import filled, without_memory
 
 BLOCKS = ("blocks.0", "blocks.1")
 
@@ -29,9 +29,9 @@ class Counting(Tower):
         return super().forward(x) + self.mean
 
 
-def test_a_hollow_copy_has_no_weights_and_the_model_keeps_its_own() -> None:
+def test_a_copy_without_memory_has_no_weights_and_the_model_keeps_its_own() -> None:
     model = tower()
-    copied = hollow(model)
+    copied = without_memory(model)
     assert held(copied) == set()
     assert held(model) == {name for name, _ in model.named_parameters()}
     assert copied.blocks[0].fc1.weight.shape == model.blocks[0].fc1.weight.shape
@@ -40,7 +40,7 @@ def test_a_hollow_copy_has_no_weights_and_the_model_keeps_its_own() -> None:
 def test_filled_it_computes_the_same_with_one_block_at_a_time() -> None:
     torch.manual_seed(0)
     model = Counting().double()
-    copied = hollow(model)
+    copied = without_memory(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
@@ -63,7 +63,7 @@ def test_filled_it_computes_the_same_with_one_block_at_a_time() -> None:
 
 def test_it_is_emptied_where_the_pass_fails() -> None:
     model = tower()
-    copied = hollow(model)
+    copied = without_memory(model)
     with pytest.raises(RuntimeError, match="shape"), filled(copied, model, BLOCKS):
         copied(images()[..., :3])
     assert held(copied) == set()
@@ -76,7 +76,7 @@ def test_it_takes_the_weights_of_a_model_in_parts_and_leaves_that_in_parts() -> 
 
     model = tower(torch.float32)
     wanted = model(images(torch.float32)).detach()
-    copied = hollow(model)
+    copied = without_memory(model)
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     mesh = init_device_mesh("cpu", (1,))
     for module in (*model.blocks, model):

@@ -270,15 +270,15 @@ def test_warm_up_and_cosine_are_counted_in_optimizer_steps(tmp_path):
 
 def test_weight_decay_spares_norms_and_biases_unless_told(tmp_path):
     def shares(**optimizer):
-        parts = build(config(tmp_path, optimizer=optimizer)).parts
+        parts = build(config(tmp_path, optimizer=optimizer)).training
         decayed = {
             id(p)
-            for group in parts.inner.param_groups
+            for group in parts.optim.inner.param_groups
             if group["weight_decay"] == 0.3
             for p in group["params"]
         }
-        return {name for name, p in parts.plain.named_parameters() if id(p) in decayed}, {
-            name for name, _ in parts.plain.named_parameters()
+        return {name for name, p in parts.models.plain.named_parameters() if id(p) in decayed}, {
+            name for name, _ in parts.models.plain.named_parameters()
         }
 
     spared, names = shares(weight_decay=0.3)
@@ -399,7 +399,7 @@ def test_the_number_of_classes_can_be_stated(tmp_path):
     with pytest.raises(QuietvitError, match=r"kwargs\.num_classes .*set data\.num_classes"):
         config(tmp_path / "b", model={**MODEL, "kwargs": {"num_classes": 5}})
     wider = build(config(tmp_path / "c", data={"dataset": "embedded:digits", "num_classes": 12}))
-    assert wider.parts.plain.num_classes == wider.test.num_classes == 12
+    assert wider.training.models.plain.num_classes == wider.test.num_classes == 12
 
 
 def test_logging_the_penalty_counts_as_time_of_the_decay(tmp_path, monkeypatch):

@@ -93,8 +93,8 @@ def test_in_the_long_run_repeats_leave_no_image_out():
     assert seen == set(range(30))
 
 
-def draw(_):
-    return random.random()
+def draw(_, label):
+    return random.random(), label
 
 
 def test_each_copy_of_an_image_has_randomness_of_its_own():
@@ -119,8 +119,8 @@ def read(index):
     return b"no image" if index in BAD else png(index)
 
 
-def shade(image):
-    return image.getpixel((0, 0))[0]
+def shade(image, label):
+    return image.getpixel((0, 0))[0], label
 
 
 def with_bad_ones(max_bad, count=20):

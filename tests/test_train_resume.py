@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from quietvit.data import create_model, load_dataset
 from quietvit.errors import QuietvitError
 from quietvit.files import LOCK
-from quietvit.train import loop, resume, together
+from quietvit.train import loop, together
 from quietvit.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.order import SeededImages
+from quietvit.train.setup import task_of
 from test_train_loop import EVERYTHING, MODEL, assert_same, config, interrupt, lines, run
 
 QUIET = {**MODEL, "kwargs": {**MODEL["kwargs"], "drop_rate": 0.0, "drop_path_rate": 0.0}}
@@ -240,10 +241,11 @@ def test_images_that_are_packed_otherwise_come_in_another_order(tmp_path):
     one, windowed = (
         config(tmp_path, data={**place, **more}) for more in ({}, {"shuffle_window": 2})
     )
-    facts = [resume.data_facts(one, train), resume.data_facts(windowed, train)]
+    of_one, of_windowed = task_of(one), task_of(windowed)
+    facts = [of_one.facts(train), of_windowed.facts(train)]
     train.groups = np.arange(24) // 3
-    assert resume.data_facts(one, train) == facts[0]
-    assert resume.data_facts(windowed, train) != facts[1]
+    assert of_one.facts(train) == facts[0]
+    assert of_windowed.facts(train) != facts[1]
 
 
 HOLDER = """

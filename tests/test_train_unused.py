@@ -14,12 +14,21 @@ from torch import nn
 from huggingface_cases import FAMILIES, classifier
 from quietvit.errors import QuietvitError
 from quietvit.train.setup import build
-from quietvit.train.step import heads
 from quietvit.train.unused import freeze_unused
 from test_train_finetune import TINY
 from test_train_loop import MODEL, config
 
 EXAMPLE = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+TWO = torch.cat([EXAMPLE, EXAMPLE])
+
+
+def logits(output):
+    output = getattr(output, "logits", output)
+    return output if isinstance(output, tuple) else (output,)
+
+
+def frozen_in(model):
+    return freeze_unused(model, (EXAMPLE, TWO), logits)
 
 
 class Odd(nn.Module):
@@ -49,9 +58,9 @@ def drawn() -> tuple[float, float, float]:
 
 def test_only_what_no_mode_uses_is_frozen():
     model = odd()
-    assert freeze_unused(model, EXAMPLE) == ["idle"]
+    assert frozen_in(model) == ["idle"]
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["idle"]
-    assert freeze_unused(model, EXAMPLE) == []
+    assert frozen_in(model) == []
 
 
 def test_the_search_leaves_no_trace():
@@ -61,7 +70,7 @@ def test_the_search_leaves_no_trace():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = drawn()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    freeze_unused(model, EXAMPLE)
+    frozen_in(model)
     assert drawn() == expected
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -73,7 +82,7 @@ def test_where_nothing_that_trains_is_used_that_is_an_error():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "idle")
     with pytest.raises(QuietvitError, match=r"none of the 1 parameters of Odd .*first idle"):
-        freeze_unused(model, EXAMPLE)
+        frozen_in(model)
 
 
 MODELS = {
@@ -95,26 +104,26 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_afterwards_every_parameter_that_trains_gets_a_gradient(name):
     model = MODELS[name]().train()
-    frozen = freeze_unused(model, EXAMPLE)
+    frozen = frozen_in(model)
     assert frozen == (["dinov2.embeddings.mask_token"] if name == "Dinov2" else [])
     copy.deepcopy(model)  # refused where tables of the search with their history are left
-    sum(head.sum() for head in heads(model(torch.cat([EXAMPLE, EXAMPLE])))).backward()
+    sum(head.sum() for head in logits(model(TWO))).backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key
 
 
 def test_a_run_names_what_it_freezes(tmp_path, monkeypatch, caplog):
-    from quietvit.train import setup
+    from quietvit.tasks import classification
 
-    create = setup.create_model
+    create = classification.create_model
 
     def with_idle(*args, **kwargs):
         model = create(*args, **kwargs)
         model.idle = nn.Parameter(torch.ones(3))
         return model
 
-    monkeypatch.setattr(setup, "create_model", with_idle)
-    parts = build(config(tmp_path, model=MODEL)).parts
+    monkeypatch.setattr(classification, "create_model", with_idle)
+    parts = build(config(tmp_path, model=MODEL)).training
     assert "1 parameters take no part in the forward pass and are frozen: idle." in caplog.text
-    held = {id(p) for group in parts.inner.param_groups for p in group["params"]}
-    assert id(parts.plain.idle) not in held
+    held = {id(p) for group in parts.optim.inner.param_groups for p in group["params"]}
+    assert id(parts.models.plain.idle) not in held

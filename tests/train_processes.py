@@ -50,19 +50,20 @@ def run_jobs(path):
             return after_step(self, images)
 
         def finishing(self, progress):
-            weights = self.p.plain.state_dict()
+            weights = self.t.models.plain.state_dict()
             path = f"{self.config.output}.rank{rank}"
             save_file({key: gathered(value).clone() for key, value in weights.items()}, path)
             result = finish(self, progress)
-            copied = sum(p.numel() for p in self.p.evaluated.parameters() if not p.is_meta)
-            kept = len(whole_model(self.accelerator, self.p.plain))
+            copied = sum(p.numel() for p in self.t.models.evaluated.parameters() if not p.is_meta)
+            kept = len(whole_model(self.accelerator, self.t.models.plain))
             own = {"copied": copied, "kept": kept, "weights": len(weights)}
             Path(f"{path}.json").write_text(json.dumps(own))
             return result
 
-        def spoiling(parts, images, labels, at, job=job):
+        def spoiling(parts, batch, at, job=job):
             spoilt = rank == "1" and at + 1 >= job.get("nan_at", math.inf)
-            return forward(parts, images * float("nan") if spoilt else images, labels, at)
+            images, labels = batch
+            return forward(parts, (images * float("nan") if spoilt else images, labels), at)
 
         loop._Loop._after_step, loop._Loop.finish = stopping, finishing
         loop.forward_backward = spoiling

@@ -30,7 +30,7 @@ def name_classes(model: Any, names: Sequence[str] | None) -> None:
 
 def checked_names(model: Any, names: Sequence[str]) -> tuple[str, ...]:
     """Return the names. Raises QuietvitError where ``model`` has another number of classes."""
-    named, count = tuple(map(str, names)), _count_of(model)
+    named, count = tuple(map(str, names)), class_count(model)
     if count is not None and count != len(named):
         raise QuietvitError(
             f"{len(named)} names were given for the {count} classes of {type(model).__name__}; "
@@ -127,7 +127,8 @@ def _bare(model: Any) -> Any:
     return model.module if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
-def _count_of(model: Any) -> int | None:
+def class_count(model: Any) -> int | None:
+    """Return how many classes a timm or transformers model says it has; None where it does not."""
     config = getattr(model, "config", None)
     count = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
     return count if isinstance(count, int) and count > 0 else None

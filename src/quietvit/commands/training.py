@@ -69,8 +69,8 @@ def train(
     if not first:
         return
     typer.echo(
-        f"top-1 {result.top1:.2f} % after {result.steps} steps in {result.train_seconds:.0f} s, "
-        f"of it {result.decay_seconds:.1f} s regularizers"
+        f"{result.metric.text(result.score)} after {result.steps} steps in "
+        f"{result.train_seconds:.0f} s, of it {result.decay_seconds:.1f} s regularizers"
     )
     typer.echo(f"Written: {result.weights}")
 

@@ -16,18 +16,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quietvit.compare.config import CompareConfig
 from quietvit.compare.earlier import COMPARISON, earlier_runs, named, refusal
-from quietvit.data import (
-    calibration_images,
-    evaluate,
-    evaluation_loader,
-    evaluation_transform,
-)
 from quietvit.errors import QuietvitError
 from quietvit.files import (
     held,
@@ -60,7 +55,9 @@ from quietvit.train import TrainConfig, TrainResult, train
 from quietvit.train.folder import begun_with, changes, fresh
 from quietvit.train.recipe import refuse_not_utf8
 from quietvit.train.result import provenance
-from quietvit.train.setup import open_data
+from quietvit.train.setup import task_of
+
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        return verdict(summarize(self.results))
+        return verdict(summarize(self.results), self.results.metric.name)
 
     @property
     def overhead(self) -> Spread | None:
@@ -126,6 +123,7 @@ def compare(
     refuse_nonempty(folder, resume or force, ignored=leftovers(folder / COMPARISON))
     _enough_images(config)
     _prepare(config, folder, resume, say)
+    metric = task_of(config.recipe).metric
     runs: dict[tuple[int, bool], Run] = {}
     order = config.order()
     for at, (seed, decay) in enumerate(order, start=1):
@@ -144,8 +142,8 @@ def compare(
             write_atomic(kept, json_text(run.model_dump(mode="json"), indent=1) + "\n")
             runs[seed, decay] = run
             say(
-                f"{name}: float {run.float_top1:.2f} %, "
-                f"{min(run.quantized.values()):.2f} % at worst when quantized "
+                f"{name}: float {metric.text(run.float_score)}, "
+                f"{min(run.quantized.values()):.2f} {metric.unit} at worst when quantized "
                 f"({time.perf_counter() - started:.0f} s)"
             )
         if (seed, not decay) in runs:
@@ -154,7 +152,7 @@ def compare(
 
 
 def _enough_images(config: CompareConfig) -> None:
-    train_set, _ = open_data(config.recipe)
+    train_set, _ = task_of(config.recipe).open_data()
     if config.calibration_images > len(train_set):
         raise QuietvitError(
             f"{config.calibration_images} calibration images were asked for, but {train_set.name} "
@@ -222,20 +220,26 @@ def _trained(arm: TrainConfig, resume: bool, force: bool, discard: bool) -> Trai
 
 def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bool) -> Run:
     """Evaluate a trained model as it is and at every setting."""
+    from accelerate.utils import send_to_device
+
     arm = trained.config
     device = "cuda" if arm.device == "auto" and torch.cuda.is_available() else "cpu"
     model = trained.load_model().to(device)
-    transform = evaluation_transform(model)
-    train_set, test_set = open_data(arm)
-    loader = evaluation_loader(test_set, transform, num_workers=arm.num_workers)
-    calibration = calibration_images(
-        train_set, config.calibration_images, transform, config.calibration_seed
-    ).to(device)
-    looked_at = calibration_images(
-        test_set, min(config.diagnosed_images, len(test_set)), transform, config.calibration_seed
-    ).to(device)
+    task = trained.task
+    train_set, test_set = task.open_data()
+    loader = task.evaluation_loader(model, test_set, _BATCH, arm.num_workers)
+
+    def drawn(images: Any, count: int) -> Any:
+        found = task.calibration(model, images, count, config.calibration_seed)
+        return send_to_device(found, device)
+
+    def score(model: nn.Module) -> float:
+        return task.score([task.judge(model, loader, device)])
+
+    calibration = drawn(train_set, config.calibration_images)
+    looked_at = drawn(test_set, min(config.diagnosed_images, len(test_set)))
     trace = record_trace(model, calibration[:1])
-    tops: dict[str, float] = {}
+    scores: dict[str, float] = {}
     covered = 1.0
     noise: tuple[SiteNoise, ...] = ()
     for setting in config.settings:
@@ -243,15 +247,15 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
         quantized = quantize(
             model, parse_method(method, bits), calibration, trace=trace, progress=False
         )
-        tops[setting] = evaluate(quantized, loader, device)
+        scores[setting] = score(quantized)
         covered = min(covered, quantized.coverage.fraction)
         if setting == config.measured_noise:
             noise = _noise(model, quantized, looked_at, trace)
     return Run(
         seed=seed,
         decay=decay,
-        float_top1=evaluate(model, loader, device),
-        quantized=tops,
+        float_score=score(model),
+        quantized=scores,
         images=len(test_set),
         steps=trained.steps,
         train_seconds=trained.train_seconds,
@@ -292,6 +296,7 @@ def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
     machine = made["machine"]
     covered = 100 * min(run.coverage for run in runs)
     return Results(
+        task=config.recipe.task,
         model=config.recipe.model.name,
         model_arguments=", ".join(f"{k} {v}" for k, v in config.recipe.model.kwargs.items()),
         data=config.recipe.data.dataset,
@@ -316,8 +321,8 @@ def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
             f"{covered:.1f} % of all multiply-accumulates run on quantized operands, products "
             "inside attention included; patch embedding and head at 8 bits. Ranges come from "
             f"{config.calibration_images} images of the training data, the same for every run; "
-            f"top-1 is on {runs[0].images} test images, one of which is "
-            f"{100 / runs[0].images:.2f} points.",
+            f"{task_of(config.recipe).metric.name} is on {runs[0].images} test images, one of "
+            f"which is {100 / runs[0].images:.2f} points.",
         ),
     )
 

@@ -37,7 +37,6 @@ def evaluation_loader(
     )
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -57,6 +56,23 @@ def evaluate(
     Raises:
         QuietvitError: no images, labels beyond the model's classes, classes whose names the model
             does not know, or logits that are not numbers.
+    """
+    correct, total = count_right(model, loader, device, progress)
+    if total == 0:
+        raise QuietvitError("there was not one image to evaluate on; check the data set.")
+    return 100.0 * correct / total
+
+
+@torch.no_grad()
+def count_right(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> tuple[int, int]:
+    """Return how many images a classifier gets right, and how many there are.
+
+    Arguments and errors are those of ``evaluate``; no images at all give (0, 0).
     """
     correct = total = 0
     numbers: Tensor | None = None
@@ -83,9 +99,7 @@ def evaluate(
                 )
             correct += int((logits.argmax(-1) == labels).sum())
             total += len(labels)
-    if total == 0:
-        raise QuietvitError("there was not one image to evaluate on; check the data set.")
-    return 100.0 * correct / total
+    return correct, total
 
 
 def class_numbers(loader: Any, model: nn.Module, count: int) -> Tensor | None:

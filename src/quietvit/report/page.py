@@ -38,15 +38,15 @@ def render_page(results: Results) -> str:
     )
     return environment.get_template("page.html.j2").render(
         results=results,
-        verdict=verdict(summarize(results)),
+        verdict=verdict(summarize(results), results.metric.name),
         summary=_grid(summary_table(results)),
         runs=_grid(runs_table(results)),
         overhead=overhead(results),
         sections=(
             _section(
                 "Accuracy",
-                "Top-1 of the float model and after quantization, one panel per range method. "
-                "Dots are seeds, bars their mean.",
+                f"{results.metric.title} of the float model and after quantization, one panel per "
+                "range method. Dots are seeds, bars their mean.",
                 accuracy_panels(results),
             ),
             _section(

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from quietvit.report.results import ARMS, FLOAT, Results, Run
+from quietvit.tasks import Metric
 
 WIDTH, HEIGHT = 3.6, 2.5
 
@@ -57,14 +58,16 @@ def svg_uri(figure: Figure) -> str:
 
 
 def accuracy_panels(results: Results) -> list[Panel]:
-    """Return one panel a method: top-1 by bits, float first; dots are seeds, bars the means."""
+    """Return one panel a method: scores by bits, float first; dots are seeds, bars the means."""
     methods: dict[str, list[str]] = {}
     for setting in results.settings:
         bits, _, method = setting.partition(" ")
         methods.setdefault(method, []).append(bits)
     runs = [run for pair in results.pairs() for run in pair]
-    limits = _limits([run.top1(key) for run in runs for key in (FLOAT, *results.settings)])
-    return [_accuracy(method, bits, runs, limits) for method, bits in methods.items()]
+    limits = _limits([run.score(key) for run in runs for key in (FLOAT, *results.settings)])
+    return [
+        _accuracy(method, bits, runs, limits, results.metric) for method, bits in methods.items()
+    ]
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
@@ -73,23 +76,29 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _accuracy(
-    method: str, bits: Sequence[str], runs: Sequence[Run], limits: tuple[float, float]
+    method: str,
+    bits: Sequence[str],
+    runs: Sequence[Run],
+    limits: tuple[float, float],
+    metric: Metric,
 ) -> Panel:
     settings = [FLOAT, *(f"{each} {method}" for each in bits)]
 
     def draw(look: Look) -> Figure:
-        with _panel(look, "top-1 in %") as (figure, axes):
+        with _panel(look, metric.axis) as (figure, axes):
             for arm in (0, 1):
                 chosen = [run for run in runs if run.decay == bool(arm)]
                 for at, setting in enumerate(settings):
-                    values = [run.top1(setting) for run in chosen]
+                    values = [run.score(setting) for run in chosen]
                     _seeds(axes, at + 0.22 * (2 * arm - 1), values, look.arms[arm], MARKERS[arm])
             axes.set_xticks(range(len(settings)), [FLOAT, *bits])
             axes.set_xlim(-0.6, len(settings) - 0.4)
             axes.set_ylim(limits)
         return figure
 
-    return Panel(method, f"Top-1 by bits with {method}; the numbers are in the first table.", draw)
+    return Panel(
+        method, f"{metric.title} by bits with {method}; the numbers are in the first table.", draw
+    )
 
 
 def _seeds(axes: Axes, x: float, values: Sequence[float], colour: str, marker: str) -> None:

@@ -10,16 +10,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from scipy.stats import t
 
 from quietvit.errors import QuietvitError
+from quietvit.tasks import Metric, task_named
 
 ARMS = ("without CD", "with CD")
 FLOAT = "float"
 NO_DIFFERENCE = "no difference seen"
-
-# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom.
-_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 class _Data(BaseModel):
@@ -44,14 +43,14 @@ class SiteNoise(_Data):
 
 
 class Run(_Data):
-    """One trained model: top-1 in percent, as float and per quantized setting; times in seconds.
+    """One trained model: its score as float and per quantized setting; times in seconds.
 
     ``coverage`` is the least share of multiply-accumulates quantized, over all settings.
     """
 
     seed: int
     decay: bool
-    float_top1: float
+    float_score: float = Field(validation_alias=AliasChoices("float_score", "float_top1"))
     quantized: Mapping[str, float]
     images: int
     steps: int
@@ -70,13 +69,15 @@ class Run(_Data):
         """Time of the decay in percent of the rest of the training."""
         return 100 * self.decay_seconds / max(self.train_seconds - self.decay_seconds, 1e-9)
 
-    def top1(self, setting: str) -> float:
-        return self.float_top1 if setting == FLOAT else self.quantized[setting]
+    def score(self, setting: str) -> float:
+        """The task's metric at a setting, ``float`` included."""
+        return self.float_score if setting == FLOAT else self.quantized[setting]
 
 
 class Results(_Data):
     """All runs of a comparison with what is needed to read and to repeat it."""
 
+    task: str = "classification"
     model: str
     model_arguments: str = ""
     data: str
@@ -90,6 +91,11 @@ class Results(_Data):
     machine: str
     date: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> Metric:
+        """What the scores are."""
+        return task_named(self.task).metric
 
     def pairs(self) -> tuple[tuple[Run, Run], ...]:
         """Return (without CD, with CD) for each seed that has both runs."""
@@ -189,10 +195,10 @@ def summarize(results: Results) -> tuple[Row, ...]:
             f"{2 * len(results.seeds)} are finished); run again with --resume to finish them."
         )
     rows = []
-    float_differences = [pair[1].float_top1 - pair[0].float_top1 for pair in pairs]
+    float_differences = [pair[1].float_score - pair[0].float_score for pair in pairs]
     for setting in (FLOAT, *results.settings):
-        without = [pair[0].top1(setting) for pair in pairs]
-        with_decay = [pair[1].top1(setting) for pair in pairs]
+        without = [pair[0].score(setting) for pair in pairs]
+        with_decay = [pair[1].score(setting) for pair in pairs]
         differences = [b - a for a, b in zip(without, with_decay, strict=True)]
         saved = [d - f for d, f in zip(differences, float_differences, strict=True)]
         image = 100 / pairs[0][0].images
@@ -228,21 +234,8 @@ def paired_interval(
         return None, None
     mean = statistics.fmean(differences)
     deviation = max(statistics.stdev(differences), resolution)
-    half = t_quantile(len(differences) - 1) * deviation / math.sqrt(len(differences))
+    half = float(t.ppf(0.975, len(differences) - 1)) * deviation / math.sqrt(len(differences))
     return mean - half, mean + half
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t (table to 10, then Cornish and Fisher 1938)."""
-    if degrees <= len(_T):
-        return _T[degrees - 1]
-    z = 1.959964
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
 
 
 def _outcome(low: float | None, high: float | None) -> str:
@@ -253,7 +246,7 @@ def _outcome(low: float | None, high: float | None) -> str:
     return "worse" if high < 0 else NO_DIFFERENCE
 
 
-def verdict(rows: Sequence[Row]) -> str:
+def verdict(rows: Sequence[Row], metric: str = "top-1") -> str:
     """Say what the numbers show: worse is said as worse, and first.
 
     A second sentence tells a better float model from one that loses less to quantization.
@@ -261,7 +254,7 @@ def verdict(rows: Sequence[Row]) -> str:
     total = len(rows)
     if rows[0].low is None:
         return (
-            f"With CD, top-1 differs by {_listed(rows)}: one seed, so the spread is unknown and "
+            f"With CD, {metric} differs by {_listed(rows)}: one seed, so the spread is unknown and "
             "nothing follows from it."
         )
     parts = [

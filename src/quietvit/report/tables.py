@@ -83,11 +83,11 @@ def _number(value: float | None) -> str:
 
 
 def summary_table(results: Results) -> Table:
-    """Return the one table: top-1 of both arms at every setting, paired over seeds."""
+    """Return the one table: the score of both arms at every setting, paired over seeds."""
     rows: Sequence[Row] = summarize(results)
     seeds = rows[0].seeds
     return Table(
-        f"top-1 in percent, {results.model} on {results.data}, "
+        f"{results.metric.in_words}, {results.model} on {results.data}, "
         f"mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}",
         (
             Column("setting", "setting", lambda row: row.setting, numeric=False),
@@ -129,17 +129,17 @@ def summary_csv(results: Results) -> str:
 
 
 def _accuracy_at(setting: str) -> Callable[[Run], float]:
-    return lambda run: run.top1(setting)
+    return lambda run: run.score(setting)
 
 
 def runs_table(results: Results) -> Table:
     """Return one row per seed and arm with every accuracy and time."""
     return Table(
-        "top-1 in percent, times in seconds",
+        f"{results.metric.in_words}, times in seconds",
         (
             Column("seed", "seed", lambda run: run.seed),
             Column("arm", "arm", lambda run: run.arm, numeric=False),
-            Column(FLOAT, "float_top1", lambda run: run.float_top1, _number),
+            Column(FLOAT, f"float_{results.metric.key}", lambda run: run.float_score, _number),
             *(
                 Column(setting, setting, _accuracy_at(setting), _number)
                 for setting in results.settings
@@ -171,7 +171,7 @@ def tidy_csv(results: Results) -> str:
             Column("", "seed", lambda line: line[0].seed),
             Column("", "arm", lambda line: line[0].arm),
             Column("", "setting", lambda line: line[1]),
-            Column("", "top1", lambda line: line[0].top1(line[1])),
+            Column("", results.metric.key, lambda line: line[0].score(line[1])),
             Column("", "images", lambda line: line[0].images),
             Column("", "train_seconds", lambda line: line[0].train_seconds),
             Column("", "decay_seconds", lambda line: line[0].decay_seconds),

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from quietvit.data.section import Section
 from quietvit.data.transforms import Augmentation
+from quietvit.errors import QuietvitError
+from quietvit.tasks import task_named
 
 Strength = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -296,6 +298,8 @@ class CheckpointConfig(Section):
 class TrainConfig(Section):
     """A training run. ``batch_size`` is per process and forward pass.
 
+    ``task`` is what is trained, ``task_settings`` its own keys (classification has none).
+
     The effective batch is batch_size x accumulation x processes; the images left over at the end
     of an epoch are left out. ``evaluate_every`` counts epochs (0: only at the end), ``log_every``
     optimizer steps; ``device`` is ``auto`` or ``cpu``; ``threads`` are torch's on the CPU.
@@ -304,6 +308,8 @@ class TrainConfig(Section):
     """
 
     recipe: Literal[1] = 1
+    task: str = "classification"
+    task_settings: dict[str, Any] = Field(default={})
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -334,6 +340,18 @@ class TrainConfig(Section):
         if self.optimizer.lr_batch is None:
             return own
         return Rates(*(rate * effective_batch / self.optimizer.lr_batch for rate in own))
+
+    @model_validator(mode="after")
+    def _task_is_known(self) -> Self:
+        try:
+            task_named(self.task).settings.model_validate(self.task_settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, ("task_settings", *first["loc"])))
+            raise ValueError(f"{place}: {first['msg']}") from error
+        except QuietvitError as error:
+            raise ValueError(f"task: {error}") from error
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

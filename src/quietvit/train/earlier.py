@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quietvit.errors import QuietvitError
+from quietvit.tasks import task_named
 from quietvit.train.checkpoint import list_checkpoints, step_of
 from quietvit.train.metrics import METRICS, TENSORBOARD
 from quietvit.train.result import CHECKPOINTS, CLASSES, CONFIG, RESULT, WEIGHTS
@@ -48,7 +49,7 @@ class Earlier:
     def __str__(self) -> str:
         """Say what there is: "an unfinished run (checkpoints: step-00000004)"."""
         if self.finished:
-            return f"a finished run{_top1(self.folder)}"
+            return f"a finished run{_score(self.folder)}"
         kind = "an unfinished run" if self.begun else "files that a run would replace"
         if not self.checkpoints:
             return f"{kind} (without a checkpoint)" if self.begun else kind
@@ -113,9 +114,10 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _top1(folder: Path) -> str:
+def _score(folder: Path) -> str:
     content = _read(folder / RESULT)
     try:
-        return f" (top-1 {content['top1']:.2f} % after {content['steps']} steps)"
-    except (KeyError, TypeError, ValueError):
+        metric = task_named(content.get("task", "classification")).metric
+        return f" ({metric.text(content[metric.key])} after {content['steps']} steps)"
+    except (AttributeError, KeyError, TypeError, ValueError, QuietvitError):
         return ""

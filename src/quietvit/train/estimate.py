@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quietvit.data import data_config, subset
 from quietvit.errors import QuietvitError
+from quietvit.tasks import Batch, Task
 from quietvit.train.config import DecayConfig, TrainConfig
 from quietvit.train.engine import gathered, make_accelerator
 from quietvit.train.evaluation import judged
 from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Stopwatch
-from quietvit.train.parts import Parts
 from quietvit.train.regularizers import attach, detach
-from quietvit.train.setup import assemble, effective_batch, open_data
-from quietvit.train.step import forward_backward, heads
+from quietvit.train.setup import assemble, effective_batch, task_of
+from quietvit.train.step import forward_backward
+from quietvit.train.training import Training
 
 _WARM_UP, _MEASURED = 2, 4
 _FEWEST = 2
@@ -110,7 +110,9 @@ def estimate(config: TrainConfig) -> Estimate:
             that the device has no memory for.
     """
     accelerator = make_accelerator(config)
-    images, classes, missing = _size(config)
+    task = task_of(config)
+    train, missing = _training_set(task)
+    images = None if train is None else len(train)
     effective = effective_batch(config, accelerator.num_processes)
     steps = None if images is None else images // effective
     if steps == 0:
@@ -118,16 +120,20 @@ def estimate(config: TrainConfig) -> Estimate:
             f"one step takes {effective} images, but there are {images} for training; lower "
             "batch_size."
         )
+
+    def noise(model: nn.Module, count: int) -> Any:
+        return task.stand_in(model, count)[0]
+
     steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     with enough_memory(config, Stage.BUILD):
-        parts = assemble(steady, accelerator, classes, _noise, steps or _STAND_IN)
-        count, steps_measured, made = _affordable(parts)
-    parameters = list(parts.evaluated.parameters())
-    trainable = sum(p.numel() for p in parts.plain.parameters() if p.requires_grad)
+        training = assemble(task_of(steady), accelerator, train, noise, steps or _STAND_IN)
+        count, steps_measured = _affordable(training)
+    parameters = list(training.models.evaluated.parameters())
+    trainable = sum(p.numel() for p in training.models.plain.parameters() if p.requires_grad)
     with enough_memory(config, Stage.STEP):
-        seconds, own = _measured(parts, count, steps_measured, parts.num_classes or made)
+        seconds, own = _measured(training, count, steps_measured)
     return Estimate(
         processes=accelerator.num_processes,
         effective_batch=effective,
@@ -148,31 +154,26 @@ def estimate(config: TrainConfig) -> Estimate:
     )
 
 
-def _size(config: TrainConfig) -> tuple[int | None, int | None, str]:
-    """Number of training images and classes, or why they cannot be opened."""
+def _training_set(task: Task) -> tuple[Any | None, str]:
+    """Return the training images, or None and why they cannot be opened."""
     try:
-        train, _ = open_data(config)
-        train = subset(train, config.data.train_images)
+        train, _ = task.open_data()
+        return task.subset(train, task.config.data.train_images), ""
     except QuietvitError as error:
         absent = isinstance(error.__cause__, FileNotFoundError)
-        return None, config.data.num_classes, f"{'not there: ' * absent}{error}"
-    return len(train), train.num_classes, ""
+        return None, f"{'not there: ' * absent}{error}"
 
 
-def _affordable(parts: Parts) -> tuple[int, int, int]:
-    """Images of a pass, and steps, that can be measured in some seconds each; in every process.
-
-    And the number of classes of the model's outputs.
-    """
-    accelerator, config = parts.accelerator, parts.config
+def _affordable(training: Training) -> tuple[int, int]:
+    """Images of a pass, and steps, that can be measured in some seconds each; in every process."""
+    accelerator, config = training.accelerator, training.config
     count = min(_FEWEST, config.batch_size)
-    images = _noise(parts.evaluated, count).to(accelerator.device)
+    inputs, _ = _stand_in(training, count)
     found: list[float] = []
-    outputs: Any = None
-    with torch.no_grad(), accelerator.autocast(), judged(parts) as model:
+    with torch.no_grad(), accelerator.autocast(), judged(training) as model:
         for _ in range(2):  # the first pass of all is slower than the rest
             began = _now(accelerator.device)
-            outputs = model.eval()(images)
+            model.eval()(inputs)
             found.append(_now(accelerator.device) - began)
     one = 3 * min(found) / count  # a backward pass takes about twice as long as a forward pass
     fits = config.batch_size
@@ -180,69 +181,66 @@ def _affordable(parts: Parts) -> tuple[int, int, int]:
         fits //= 2
     fits = fits if fits == config.batch_size else max(count, fits - fits % 2)  # even, for mixup
     fits = min(gathered(accelerator, fits))
-    classes = int(heads(outputs)[0].shape[-1])
-    return fits, _MEASURED if fits == config.batch_size else 1, classes
+    return fits, _MEASURED if fits == config.batch_size else 1
 
 
-def _measured(parts: Parts, count: int, steps: int, classes: int) -> tuple[float, float]:
+def _measured(training: Training, count: int, steps: int) -> tuple[float, float]:
     """Seconds of so many optimizer steps, and of the regularizers in them, by their share.
 
     Measured on ``count`` images a pass, and scaled to the batch but for the regularizers.
     """
-    accelerator, config = parts.accelerator, parts.config
-    images = _noise(parts.evaluated, count).to(accelerator.device)
-    labels = torch.arange(count, device=accelerator.device) % classes
+    accelerator, config = training.accelerator, training.config
     # Where a step of a regularizer has to be limited it takes longer: at the full rate as in a run.
-    warm = round(config.schedule.warmup_epochs * parts.steps_per_epoch)
-    parts.model.train()
-    with _timed_apart(parts) as watches:
+    warm = round(config.schedule.warmup_epochs * training.steps_per_epoch)
+    training.models.wrapped.train()
+    with _timed_apart(training) as watches:
         if count == config.batch_size:
             for step in range(_WARM_UP):
-                _step(parts, images, labels, warm + step)
+                _step(training, count, warm + step)
         else:
             # Another number of images would be compiled anew.
             few = count if config.compile else min(_FEWEST, count)
-            _step_of_one_pass(parts, images[:few], labels[:few], warm)
+            _step_of_one_pass(training, few, warm)
         before = {name: watch.seconds for name, watch in watches.items()}
         began = _now(accelerator.device)
         for step in range(steps):
-            _step(parts, images, labels, warm + _WARM_UP + step)
+            _step(training, count, warm + _WARM_UP + step)
         seconds = _now(accelerator.device) - began
         own = {name: watch.seconds - before[name] for name, watch in watches.items()}
-    share = {name: own[name] / _every(parts.regularizers.get(name)) for name in own}
+    share = {name: own[name] / _every(training.optim.regularizers.get(name)) for name in own}
     passes = (seconds - sum(own.values())) * config.batch_size / count
     return passes + sum(share.values()), sum(share.values())
 
 
-def _step(parts: Parts, images: Tensor, labels: Tensor, step: int) -> None:
+def _step(training: Training, count: int, step: int) -> None:
     """One optimizer step at which every regularizer acts."""
-    _make_due(parts.regularizers)
-    for _ in range(parts.accelerator.gradient_accumulation_steps):
-        forward_backward(parts, images.clone(), labels, step)  # mixup works in place
-    if parts.ema is not None:
-        parts.ema.update(parts.plain, step + 1)
+    _make_due(training.optim.regularizers)
+    for _ in range(training.accelerator.gradient_accumulation_steps):
+        forward_backward(training, _stand_in(training, count), step)
+    if training.models.average is not None:
+        training.models.average.update(training.models.plain, step + 1)
 
 
-def _step_of_one_pass(parts: Parts, images: Tensor, labels: Tensor, step: int) -> None:
+def _step_of_one_pass(training: Training, count: int, step: int) -> None:
     """One optimizer step after a single pass, whatever is accumulated else."""
-    accelerator = parts.accelerator
+    accelerator = training.accelerator
     accelerator.gradient_accumulation_steps = 1
-    _step(parts, images, labels, step)
-    accelerator.gradient_accumulation_steps = parts.config.accumulation
+    _step(training, count, step)
+    accelerator.gradient_accumulation_steps = training.config.accumulation
     accelerator.step = 0  # it counts passes
 
 
 @contextmanager
-def _timed_apart(parts: Parts) -> Iterator[dict[str, Stopwatch]]:
+def _timed_apart(training: Training) -> Iterator[dict[str, Stopwatch]]:
     """Inside, each regularizer has a stopwatch of its own; the empty name is the loss's of TWEO."""
-    watches = {name: Stopwatch() for name in parts.regularizers}
-    detach(parts.regularizers, parts.stopwatch)
+    watches = {name: Stopwatch() for name in training.optim.regularizers}
+    detach(training.optim.regularizers, training.observers.stopwatch)
     try:
-        for name, part in parts.regularizers.items():
-            attach({name: part}, parts.inner, watches[name])
-        yield {**watches, "": parts.stopwatch}
+        for name, part in training.optim.regularizers.items():
+            attach({name: part}, training.optim.inner, watches[name])
+        yield {**watches, "": training.observers.stopwatch}
     finally:
-        for name, part in parts.regularizers.items():
+        for name, part in training.optim.regularizers.items():
             detach({name: part}, watches[name])
 
 
@@ -257,9 +255,13 @@ def _make_due(regularizers: Mapping[str, Any]) -> None:
         regularizer.steps += every - 1 - regularizer.steps % every
 
 
-def _noise(model: nn.Module, count: int) -> Tensor:
-    size = data_config(model)["input_size"]
-    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+def _stand_in(training: Training, count: int) -> Batch:
+    """A new batch of noise on the device: mixup and detectors change theirs in place."""
+    from accelerate.utils import send_to_device
+
+    batch = training.task.stand_in(training.models.evaluated, count)
+    moved: Batch = send_to_device(batch, training.accelerator.device)
+    return moved
 
 
 def _without_schedules(decay: DecayConfig) -> DecayConfig:

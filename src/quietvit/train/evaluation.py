@@ -1,4 +1,4 @@
-"""Top-1 of a run's weights on its test images, each process taking a share of them.
+"""The score of a run's weights on its test images. Each process judges a share of them.
 
 Where FSDP2 keeps the model in parts no process ever holds all of it: the weights of a block are
 gathered when it runs and let go after it. When a run is evaluated is decided in ``loop``.
@@ -16,13 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from quietvit.data import (
-    ImageDataset,
-    data_config,
-    evaluate,
-    evaluation_loader,
-    evaluation_transform,
-)
 from quietvit.decay.whole import read, whole_parameters
 from quietvit.tracing import evaluating
 from quietvit.tracing.block_modules import lies_within
@@ -30,18 +23,18 @@ from quietvit.train.engine import gathered, is_sharded
 from quietvit.train.stopping import Stoppable, Termination, ignore_in_worker, refuse_if_due
 
 if TYPE_CHECKING:
-    from quietvit.train.parts import Parts
+    from quietvit.train.training import Training
 
 
-def top1(
-    parts: Parts,
-    test: ImageDataset,
+def score(
+    training: Training,
+    test: Any,
     termination: Termination,
     *,
     average: bool = True,
     progress: bool = False,
 ) -> float:
-    """Return top-1 in percent on the test images; every process must call.
+    """Return the task's metric on the test images; every process must call.
 
     Weights are those of the moving average if there is one, and the last ones with ``average``
     False; the computation is in float32, whatever the precision of the steps.
@@ -49,44 +42,42 @@ def top1(
     Raises:
         StopRequestedError: ``termination`` is due; it is asked before each batch.
     """
-    accelerator, size = parts.accelerator, 2 * parts.config.batch_size
+    accelerator, size = training.accelerator, 2 * training.config.batch_size
     rank, processes = accelerator.process_index, accelerator.num_processes
     places = range(rank, len(test), processes)
     share: Any = Subset(test, places) if processes > 1 else test
-    correct = 0
-    with judged(parts, average) as model:
+    task, own = training.task, None
+    with judged(training, average) as model:
         if len(share):
-            transform = evaluation_transform(model)
-            loader = evaluation_loader(share, transform, size, parts.config.num_workers)
+            loader = task.evaluation_loader(model, share, size, training.config.num_workers)
             loader.worker_init_fn = ignore_in_worker
             batches: Any = Stoppable(loader, termination)
-            own = evaluate(model, batches, accelerator.device, progress)
-            correct = round(own * len(share) / 100)
+            own = task.judge(model, batches, accelerator.device, progress)
         largest_share = math.ceil(len(test) / processes)
         for _ in range(math.ceil(largest_share / size) - math.ceil(len(share) / size)):
             refuse_if_due(termination)
             if is_sharded(accelerator):
-                _run_along(model, accelerator.device)
-    return 100.0 * sum(gathered(accelerator, correct)) / len(test)
+                _run_along(training, model)
+    return task.score([part for part in gathered(accelerator, own) if part is not None])
 
 
 @contextmanager
-def judged(parts: Parts, average: bool = True) -> Iterator[nn.Module]:
+def judged(training: Training, average: bool = True) -> Iterator[nn.Module]:
     """Give the model to evaluate: a copy with the weights as they are now, in no wrapper.
 
-    Where the model is in parts, all processes must run it equally often inside, and enter together.
+    Where the model is sharded, all processes must run it equally often inside, and enter together.
     """
-    p = parts
-    if is_sharded(p.accelerator):
-        with filled(p.evaluated, p.plain, p.watch.blocks):
-            yield p.evaluated
+    t = training
+    if is_sharded(t.accelerator):
+        with filled(t.models.evaluated, t.models.plain, t.observers.watch.blocks):
+            yield t.models.evaluated
         return
-    source = p.ema.module if average and p.ema is not None else p.plain
-    p.evaluated.load_state_dict(source.state_dict())
-    yield p.evaluated
+    source = t.models.average.module if average and t.models.average is not None else t.models.plain
+    t.models.evaluated.load_state_dict(source.state_dict())
+    yield t.models.evaluated
 
 
-def hollow(model: nn.Module) -> nn.Module:
+def without_memory(model: nn.Module) -> nn.Module:
     """Return a copy of the model whose parameters are shapes without memory (device ``meta``)."""
     shapes: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
@@ -97,10 +88,10 @@ def hollow(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def filled(copied: nn.Module, model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
-    """Inside, ``copied``, made by ``hollow``, computes with the weights of ``model``.
+    """Inside, ``copied``, made by ``without_memory``, computes with the weights of ``model``.
 
     Those of a block are there while it runs, those outside ``blocks`` all the time; after it none
-    is. Where ``model`` is in parts, filling is a collective of all processes.
+    is. Where ``model`` is sharded, filling is a collective of all processes.
     """
     names: dict[str, list[str]] = {block: [] for block in ("", *blocks)}
     for name, _ in model.named_parameters(remove_duplicate=False):
@@ -139,8 +130,10 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def _run_along(model: nn.Module, device: torch.device) -> None:
-    """Take part in a pass that the others need; what comes out is dropped."""
-    image = torch.zeros(1, *data_config(model)["input_size"], device=device)
+def _run_along(training: Training, model: nn.Module) -> None:
+    """Take part in a pass that the other processes need. The output is dropped."""
+    from accelerate.utils import send_to_device
+
+    inputs, _ = training.task.stand_in(model, 1)
     with evaluating(model):
-        model(image)
+        model(send_to_device(inputs, training.accelerator.device))

@@ -1,4 +1,4 @@
-"""The training loop of classifiers, on accelerate: steps, decay, averages, checkpoints, resume.
+"""The training loop, on accelerate: steps, decay, averages, checkpoints, resume.
 
 Order of data is in ``order``, the files of a checkpoint in ``checkpoint``, the run's set-up in
 ``setup``.
@@ -10,16 +10,15 @@ import logging
 import time
 from typing import Any, NoReturn
 
-from torch import Tensor
-
 from quietvit.classes import facts_of_names, metadata_of
 from quietvit.data.evaluate import worker_errors
 from quietvit.errors import QuietvitError
 from quietvit.files import sweep
+from quietvit.tasks import Batch
 from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered
-from quietvit.train.evaluation import top1
+from quietvit.train.evaluation import score
 from quietvit.train.folder import (
     begun_with,
     changes,
@@ -33,7 +32,6 @@ from quietvit.train.folder import (
 from quietvit.train.losses import Losses
 from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Metrics
-from quietvit.train.parts import Run
 from quietvit.train.progress import bar_of, threads
 from quietvit.train.recipe import refuse_not_utf8
 from quietvit.train.regularizers import detach, figures
@@ -41,7 +39,6 @@ from quietvit.train.result import CHECKPOINTS, RESULT, WEIGHTS, TrainResult
 from quietvit.train.resume import (
     check_same_data,
     collect,
-    data_facts,
     dealt,
     differences,
     restore,
@@ -57,6 +54,7 @@ from quietvit.train.together import (
     weights_alike,
     write_weights,
 )
+from quietvit.train.training import Run
 
 logger = logging.getLogger("quietvit")
 
@@ -112,8 +110,8 @@ def train(
         state = load_checkpoint(output / CHECKPOINTS) if begun else None
         with enough_memory(config, Stage.BUILD):
             run = build(config, resumed=state is not None)
-        with alone(run.parts, begun, force, discard, seen):
-            main = run.parts.accelerator.is_main_process
+        with alone(run.training, begun, force, discard, seen):
+            main = run.training.accelerator.is_main_process
             if main:
                 if not begun:
                     fresh(output)
@@ -121,10 +119,10 @@ def train(
             if main and state is None:
                 write_config(config)
                 write_classes(config, run.train)
-            run.parts.accelerator.wait_for_everyone()
-            check_same_checkpoint(run.parts, None if state is None else state["step"])
+            run.training.accelerator.wait_for_everyone()
+            check_same_checkpoint(run.training, None if state is None else state["step"])
             if state is not None:
-                set_damaged_aside(run.parts, state["step"])
+                set_damaged_aside(run.training, state["step"])
             elif resume:
                 logger.warning("%s holds no checkpoint; the run starts from its beginning.", output)
             with enough_memory(config, Stage.BUILD):
@@ -159,21 +157,23 @@ class _Loop:
     def __init__(
         self, run: Run, state: dict[str, Any] | None, before: dict[str, Any] | None
     ) -> None:
-        self.r, self.p, self.config = run, run.parts, run.parts.config
-        self.accelerator = run.parts.accelerator
+        self.r, self.t, self.config = run, run.training, run.training.config
+        self.accelerator, self.metric = run.training.accelerator, run.training.task.metric
         self.step = self.batch = self.epoch = 0
         self.saved, self.alike = -1, True
         self.train_seconds = 0.0
-        self.losses = Losses(run.parts)
-        self.data = data_facts(self.config, run.train)
+        self.losses = Losses(run.training)
+        self.data = self.t.task.facts(run.train)
         differing: list[str] = []
         if state is not None:
             differing = self._restore(state, before or {})
-            logger.warning("resuming at step %d of %d.", self.step, self.p.total_steps)
+            logger.warning("resuming at step %d of %d.", self.step, self.t.total_steps)
         self._logged = self.step, self.train_seconds
         main = self.accelerator.is_main_process
         self.metrics = (
-            Metrics(self.config.output, self.step, self.config.tensorboard) if main else None
+            Metrics(self.config.output, self.step, self.config.tensorboard, self.metric.key)
+            if main
+            else None
         )
         if differing:
             self._write(changed="; ".join(differing))
@@ -185,15 +185,15 @@ class _Loop:
         """Train from where the run stands to the end of the last epoch."""
         main = self.accelerator.is_main_process
         with worker_errors(), bar_of(progress and main) as bar:
-            task = bar.add_task("training", total=self.p.total_steps, completed=self.step, loss="")
+            task = bar.add_task("training", total=self.t.total_steps, completed=self.step, loss="")
             while self.epoch < self.config.epochs:
                 self.r.batches.seek(self.epoch, self.batch)
-                self.p.model.train()
+                self.t.models.wrapped.train()
                 self._mark = time.perf_counter()
                 # A checkpoint may lie at the end of an epoch, and some loaders refuse to be empty.
-                for images, labels in self.r.loader if len(self.r.batches) else ():
-                    if self._batch(images, labels):
-                        loss = self._after_step(images)
+                for batch in self.r.loader if len(self.r.batches) else ():
+                    if self._pass(batch):
+                        loss = self._after_step(batch)
                         bar.update(task, completed=self.step)
                         if loss is not None:
                             bar.update(task, loss=f"loss {loss:.3f}")
@@ -201,68 +201,68 @@ class _Loop:
                 every, done = self.config.evaluate_every, self.epoch + 1
                 if every and done % every == 0 and done < self.config.epochs:
                     self.losses.refuse_unless_sound(self.step)
-                    self._write(top1=self.top1(), epoch=done)
+                    self._write(**{self.metric.key: self.score()}, epoch=done)
                 self.epoch, self.batch = done, 0
             self.losses.refuse_unless_sound(self.step)
 
-    def _batch(self, images: Tensor, labels: Tensor) -> bool:
+    def _pass(self, batch: Batch) -> bool:
         """One forward and backward pass; True where the optimizer stepped after it."""
         try:
-            loss = forward_backward(self.p, images, labels, self.step)
+            loss = forward_backward(self.t, batch, self.step)
         except QuietvitError as error:
             raise self.losses.told(error, self.step + 1) from error
         self.losses.add(loss, self.step + 1)
         self.batch += self.accelerator.num_processes
         return bool(self.accelerator.sync_gradients)
 
-    def _after_step(self, images: Tensor) -> float | None:
+    def _after_step(self, batch: Batch) -> float | None:
         """Average, log and save. Returns the mean loss where it was logged."""
-        p, config = self.p, self.config
+        t, config = self.t, self.config
         self.step += 1
-        if p.ema is not None:
-            p.ema.update(p.plain, self.step)
+        if t.models.average is not None:
+            t.models.average.update(t.models.plain, self.step)
         logged = None
-        if self.step % config.log_every == 0 or self.step == p.total_steps:
+        if self.step % config.log_every == 0 or self.step == t.total_steps:
             logged = self.losses.mean(self.step)
             self._tick()
-            self._log(logged, images)
+            self._log(logged, batch)
             self.losses.clear()
         every = config.checkpoint.every
         if every and self.step % every == 0:
             self._save()
         self._tick()
-        if self.termination.due() and self.step < p.total_steps:
+        if self.termination.due() and self.step < t.total_steps:
             self._terminate()
         return logged
 
-    def _log(self, loss: float, images: Tensor) -> None:
-        p, every = self.p, self.config.decay.watch_every
-        rate = max(group["lr"] for group in p.optimizer.param_groups)
+    def _log(self, loss: float, batch: Batch) -> None:
+        t, every = self.t, self.config.decay.watch_every
+        rate = max(group["lr"] for group in t.optim.wrapped.param_groups)
         seen = self._speed()
         values: dict[str, float | str] = {"loss": loss, "lr": rate, "images_per_second": seen}
         if self.config.data.max_bad_images:
             bad = gathered(self.accelerator, self.r.images.bad_images)
             values["bad_images"] = len({index for found in bad for index in found})
-        with p.stopwatch.running():
-            values |= figures(p.regularizers)
+        with t.observers.stopwatch.running():
+            values |= figures(t.optim.regularizers)
             if every and (self.step // self.config.log_every) % every == 0:
-                values |= self._watched(images)
-        self._write(**values, epoch=self.step / p.steps_per_epoch)
+                values |= self._watched(batch)
+        self._write(**values, epoch=self.step / t.steps_per_epoch)
 
     def _speed(self) -> float:
         """Images a second since it was last asked for."""
         steps, seconds = self.step - self._logged[0], self.train_seconds - self._logged[1]
         self._logged = self.step, self.train_seconds
-        return steps * self.p.effective_batch / seconds
+        return steps * self.t.effective_batch / seconds
 
-    def _watched(self, images: Tensor) -> dict[str, float | str]:
+    def _watched(self, batch: Batch) -> dict[str, float | str]:
         values: dict[str, float | str] = {}
-        watch = self.p.watch
+        watch = self.t.observers.watch
         seen = watch.amplification(self.step)
         if seen is not None:
             values = {"worst_amplification": seen.amplification, "worst_pair": seen.pair}
         with self.accelerator.autocast():
-            own = watch.activation(images)
+            own = watch.activation(batch[0])
         if own is not None:
             name, value = max(gathered(self.accelerator, own), key=lambda found: found[1])
             values |= {"largest_activation": value, "largest_block": name}
@@ -281,7 +281,7 @@ class _Loop:
         if self.saved != self.step:
             self._save()
         told = (
-            f"{self.termination.by}: stopped after step {self.step} of {self.p.total_steps}; the "
+            f"{self.termination.by}: stopped after step {self.step} of {self.t.total_steps}; the "
             f"checkpoint {newest_whole(self.config.output / CHECKPOINTS)} is written. Go on with "
             "resume (--resume)."
         )
@@ -303,17 +303,17 @@ class _Loop:
 
     def _save(self) -> None:
         self.losses.refuse_unless_sound(self.step)
-        self.alike = self.alike and weights_alike(self.p, self.step)
+        self.alike = self.alike and weights_alike(self.t, self.step)
         self._tick()
         state = {
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
-            "seconds": (self.train_seconds, self.p.stopwatch.seconds),
+            "seconds": (self.train_seconds, self.t.observers.stopwatch.seconds),
             "loss": self.losses.state(),
             "bad_images": gathered(self.accelerator, self.r.images.bad_images),
             "data": self.data,
-            **collect(self.p),
+            **collect(self.t),
         }
         problem = None
         if self.accelerator.is_main_process:
@@ -324,11 +324,11 @@ class _Loop:
                     self.step,
                     state,
                     self.config.checkpoint.keep,
-                    metadata_of(facts_of_names(self.p.plain)),
+                    metadata_of(facts_of_names(self.t.models.plain)),
                 )
             except QuietvitError as error:
                 problem = str(error)
-        raise_together(self.p, problem)
+        raise_together(self.t, problem)
         self.saved = self.step
         self._mark = time.perf_counter()
 
@@ -337,40 +337,40 @@ class _Loop:
 
         Every process must call.
         """
-        differing = differences(self.p, state, before)
-        check_same_data(self.p, state.get("data"), self.data, self.r.train.name)
-        batches = restore(self.p, state)
+        differing = differences(self.t, state, before)
+        check_same_data(self.t, state.get("data"), self.data, self.r.train.name)
+        batches = restore(self.t, state)
         self.step, self.epoch = state["step"], state["epoch"]
         self.batch = round(state["batch"] * batches)
         self.train_seconds, decay_seconds = state["seconds"]
-        self.p.stopwatch.reset(decay_seconds)
+        self.t.observers.stopwatch.reset(decay_seconds)
         self.losses.restore(state["loss"], batches)
-        for bad in dealt(self.p, state.get("bad_images", ())):  # earlier versions have none
+        for bad in dealt(self.t, state.get("bad_images", ())):  # earlier versions have none
             self.r.images.mark_bad(bad)
         self.saved = self.step
         return differing
 
-    def top1(self, average: bool = True, progress: bool = False) -> float:
-        """Top-1 in percent on the test images, of the moving average if there is one.
+    def score(self, average: bool = True, progress: bool = False) -> float:
+        """The task's metric on the test images, of the moving average if there is one.
 
         Ends the run where it is asked to stop meanwhile.
         """
         try:
             with enough_memory(self.config, Stage.EVALUATION):
-                return top1(
-                    self.p, self.r.test, self.termination, average=average, progress=progress
+                return score(
+                    self.t, self.r.test, self.termination, average=average, progress=progress
                 )
         except StopRequestedError:
             self._terminate()
 
     def finish(self, progress: bool) -> TrainResult:
         """Write the weights, evaluate, write the result."""
-        p, output = self.p, self.config.output
+        t, output = self.t, self.config.output
         main = self.accelerator.is_main_process
-        write_weights(self.p)
+        write_weights(self.t)
         try:
-            found = self.top1(progress=progress and main)
-            without = None if p.ema is None else self.top1(average=False)
+            found = self.score(progress=progress and main)
+            without = None if t.models.average is None else self.score(average=False)
         except QuietvitError as error:
             told = f"{error} The trained weights are in {output / WEIGHTS}."
             raise QuietvitError(told) from error
@@ -379,14 +379,14 @@ class _Loop:
             config=self.config,
             num_classes=self.r.train.num_classes,
             class_names=self.r.train.class_names,
-            top1=found,
-            top1_without_ema=without,
+            score=found,
+            score_without_ema=without,
             steps=self.step,
             train_seconds=self.train_seconds,
-            decay_seconds=p.stopwatch.seconds,
+            decay_seconds=t.observers.stopwatch.seconds,
         )
         if main:
-            self._write(top1=result.top1, epoch=self.epoch)
+            self._write(**{self.metric.key: result.score}, epoch=self.epoch)
             result.write()
         self.accelerator.wait_for_everyone()
         return result
@@ -394,6 +394,6 @@ class _Loop:
     def close(self) -> None:
         self.termination.close()
         end_workers(self.r.loader)
-        detach(self.p.regularizers, self.p.stopwatch)
+        detach(self.t.optim.regularizers, self.t.observers.stopwatch)
         if self.metrics is not None:
             self.metrics.close()

@@ -30,12 +30,13 @@ _PENDING = 64
 class Metrics:
     """Appends to ``output/metrics.jsonl``; lines after ``step`` (of a run cut off) are dropped.
 
-    An accuracy or a change at ``step`` itself is dropped too: it came after the checkpoint and
-    comes again.
+    The line of ``metric``, or of a change, at ``step`` itself is dropped too: it came after the
+    checkpoint and comes again.
     Raises QuietvitError where the disk is full or the files cannot be written.
     """
 
-    def __init__(self, output: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, output: Path, step: int, tensorboard: bool, metric: str = "top1") -> None:
+        self._after_checkpoint = (metric, "changed")
         self.path = output / METRICS
         self._curves = output / TENSORBOARD
         write_atomic(self.path, "".join(f"{json.dumps(line)}\n" for line in self._until(step)))
@@ -80,7 +81,8 @@ class Metrics:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if line["step"] <= step - ("top1" in line or "changed" in line):
+            again = any(key in line for key in self._after_checkpoint)
+            if line["step"] <= step - again:
                 lines.append(line)
         return lines
 

@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from quietvit.data import ImageDataset
 from quietvit.errors import QuietvitError
 
 logger = logging.getLogger("quietvit")
@@ -28,8 +26,10 @@ _REPLACED = 0x7265706C
 _TRIES = 100
 
 
-class SeededImages(Dataset[tuple[Tensor, int]]):
+class SeededImages(Dataset[tuple[Any, Any]]):
     """``dataset`` augmented: ``self[place]`` draws from (seed, place) only.
+
+    ``transform(image, target)`` makes a sample.
 
     A place is (epoch, index), or (epoch, index, copy) where an epoch repeats its images.
 
@@ -48,8 +48,8 @@ class SeededImages(Dataset[tuple[Tensor, int]]):
 
     def __init__(
         self,
-        dataset: ImageDataset,
-        transform: Callable[[Image.Image], Tensor],
+        dataset: Any,
+        transform: Callable[[Any, Any], tuple[Any, Any]],
         seed: int,
         *,
         max_bad: int = 0,
@@ -61,10 +61,10 @@ class SeededImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, place: Place) -> tuple[Tensor, int]:  # type: ignore[override]
-        image, label = self._read(place)
+    def __getitem__(self, place: Place) -> tuple[Any, Any]:  # type: ignore[override]
+        image, target = self._read(place)
         with seeded(self.seed, *place):
-            return self.transform(image), label
+            return self.transform(image, target)
 
     @property
     def bad_images(self) -> list[int]:
@@ -75,7 +75,7 @@ class SeededImages(Dataset[tuple[Tensor, int]]):
         """Count these as found bad already; indices that are no image are left out."""
         self._bad[[index for index in indices if index < len(self._bad)]] = 1
 
-    def _read(self, place: Place) -> tuple[Image.Image, int]:
+    def _read(self, place: Place) -> tuple[Any, Any]:
         index = place[1]
         if not self.max_bad:
             return self.dataset[index]

@@ -12,18 +12,20 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 import quietvit
-from quietvit.classes import KEY, name_classes
-from quietvit.data import create_model
+from quietvit.classes import KEY
 from quietvit.errors import QuietvitError
 from quietvit.files import json_text, write_atomic
+from quietvit.tasks import Metric, Task, task_named
 from quietvit.train.config import TrainConfig
 from quietvit.train.recipe import load_recipe
+
+T = TypeVar("T")
 
 WEIGHTS, RESULT, CONFIG = "model.safetensors", "result.json", "config.json"
 CHECKPOINTS, CLASSES = "checkpoints", "classes.json"
@@ -33,8 +35,9 @@ CHECKPOINTS, CLASSES = "checkpoints", "classes.json"
 class TrainResult:
     """A finished run.
 
-    ``top1`` is in percent, of the weights saved (the moving average where the config has one;
-    ``top1_without_ema`` is then that of the last weights). ``train_seconds`` is the time of the
+    ``score`` is the task's ``metric`` of the weights saved: for a classifier top-1 in percent, also
+    called ``top1``. These weights are the moving average where the config has one;
+    ``score_without_ema`` is then that of the last weights. ``train_seconds`` is the time of the
     training steps, data included, evaluation and checkpoints not; ``decay_seconds`` the part of it
     spent in regularizers: at the optimizer's steps, in TWEO's loss (not its backward pass), and in
     what is logged of them. ``class_names`` has one for each of ``num_classes``, and is None where
@@ -44,12 +47,32 @@ class TrainResult:
     output: Path
     config: TrainConfig
     num_classes: int
-    top1: float
-    top1_without_ema: float | None
+    score: float
+    score_without_ema: float | None
     steps: int
     train_seconds: float
     decay_seconds: float
     class_names: tuple[str, ...] | None = None
+
+    @property
+    def task(self) -> Task:
+        """The task of the run."""
+        return task_named(self.config.task)(self.config)
+
+    @property
+    def metric(self) -> Metric:
+        """What ``score`` is: its name and unit."""
+        return task_named(self.config.task).metric
+
+    @property
+    def top1(self) -> float:
+        """Top-1 of a classifier in percent. Raises AttributeError for another task."""
+        return self._as("top1", self.score)
+
+    @property
+    def top1_without_ema(self) -> float | None:
+        """Top-1 of the last weights, where ``top1`` is of their moving average."""
+        return self._as("top1", self.score_without_ema)
 
     @property
     def weights(self) -> Path:
@@ -63,22 +86,14 @@ class TrainResult:
 
     def load_model(self) -> nn.Module:
         """Build the model and load the trained weights, on the CPU, in eval mode."""
-        model = self.config.model
-        built = create_model(
-            model.name,
-            self.num_classes,
-            self.weights,
-            preprocessing=model.preprocessing,
-            **model.kwargs,
-        )
-        name_classes(built, self.class_names)
-        return built.eval()
+        return self.task.rebuild(self, self.weights).eval()
 
     def write(self) -> None:
         """Write ``result.json``."""
         content = {
-            "top1": self.top1,
-            "top1_without_ema": self.top1_without_ema,
+            "task": self.config.task,
+            self.metric.key: self.score,
+            f"{self.metric.key}_without_ema": self.score_without_ema,
             "num_classes": self.num_classes,
             KEY: None if self.class_names is None else list(self.class_names),
             "steps": self.steps,
@@ -90,15 +105,27 @@ class TrainResult:
         }
         write_atomic(self.output / RESULT, json_text(content, indent=2) + "\n")
 
+    def _as(self, key: str, value: T) -> T:
+        if self.metric.key != key:
+            raise AttributeError(
+                f"a run of the task {self.config.task!r} is judged by {self.metric.name}: take "
+                "score, not top1"
+            )
+        return value
+
     @classmethod
     def read(cls, output: str | Path) -> TrainResult:
         """Read a finished run back. Raises QuietvitError where the folder holds none."""
         output = Path(output)
         try:
             content = json.loads((output / RESULT).read_text(encoding="utf-8"))
+            config = load_recipe(output / CONFIG)
+            key = task_named(config.task).metric.key
             return cls(
                 output=output,
-                config=load_recipe(output / CONFIG),
+                config=config,
+                score=content[key],
+                score_without_ema=content[f"{key}_without_ema"],
                 class_names=None if content.get(KEY) is None else tuple(content[KEY]),
                 **{key: content[key] for key in _KEPT},
             )
@@ -108,7 +135,7 @@ class TrainResult:
             ) from error
 
 
-_KEPT = ("num_classes", "top1", "top1_without_ema", "steps", "train_seconds", "decay_seconds")
+_KEPT = ("num_classes", "steps", "train_seconds", "decay_seconds")
 
 
 def provenance() -> dict[str, Any]:

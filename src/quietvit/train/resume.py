@@ -5,57 +5,51 @@ The files are ``checkpoint``'s matter; when a checkpoint is written, ``loop``'s.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
 from quietvit.classes import KEY
-from quietvit.data import ImageDataset
 from quietvit.errors import QuietvitError
-from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered, is_sharded, load_whole, whole_model, whole_optimizer
 from quietvit.train.folder import as_now, changes, flat
 from quietvit.train.order import generator_states, set_generator_states
-from quietvit.train.parts import Parts
 from quietvit.train.regularizers import detached
 from quietvit.train.together import raise_together
+from quietvit.train.training import Training
 
 logger = logging.getLogger("quietvit")
 
-_LOOKED_AT = 2000
 
-
-def collect(parts: Parts) -> dict[str, Any]:
-    """Return the state of the parts, of the same form in one process, under DDP and FSDP2.
+def collect(training: Training) -> dict[str, Any]:
+    """Return the state of the training, of the same form in one process, under DDP and FSDP2.
 
     Every process must call; what the main process gets is whole.
     """
-    p = parts
-    scaler = p.accelerator.scaler
-    generators: list[Any] = gathered(p.accelerator, generator_states(p.accelerator.device))
-    with _quiet(p, not p.inner.state):
-        optimizer = whole_optimizer(p.accelerator, p.plain, p.inner)
+    t = training
+    scaler = t.accelerator.scaler
+    generators: list[Any] = gathered(t.accelerator, generator_states(t.accelerator.device))
+    with _quiet(t, not t.optim.inner.state):
+        optimizer = whole_optimizer(t.accelerator, t.models.plain, t.optim.inner)
     return {
-        "processes": p.accelerator.num_processes,
-        "config": flat(p.config),
+        "processes": t.accelerator.num_processes,
+        "config": flat(t.config),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "model": whole_model(p.accelerator, p.plain),
-        "ema": None if p.ema is None else p.ema.module.state_dict(),
+        "model": whole_model(t.accelerator, t.models.plain),
+        "ema": None if t.models.average is None else t.models.average.module.state_dict(),
         "optimizer": optimizer,
         "scaler": None if scaler is None else scaler.state_dict(),
-        "decays": {name: part.state_dict() for name, part in p.regularizers.items()},
+        "decays": {name: part.state_dict() for name, part in t.optim.regularizers.items()},
         "generators": generators,
     }
 
 
-def restore(parts: Parts, state: Mapping[str, Any]) -> float:
+def restore(training: Training, state: Mapping[str, Any]) -> float:
     """Load what ``collect`` gave, in every process. Returns batches of now in one of before.
 
     Checkpoints of earlier versions hold no settings; ``differences`` has seen to theirs. A warning
@@ -64,46 +58,46 @@ def restore(parts: Parts, state: Mapping[str, Any]) -> float:
     Raises:
         QuietvitError: steps of another number of images, other regularizers or optimizer groups.
     """
-    p = parts
-    batches = check_steps(p, state["processes"], state.get("config", flat(p.config)))
-    _warn_if_inexact(p, state)
-    if set(state["decays"]) != set(p.regularizers):
+    t = training
+    batches = check_steps(t, state["processes"], state.get("config", flat(t.config)))
+    _warn_if_inexact(t, state)
+    if set(state["decays"]) != set(t.optim.regularizers):
         raise QuietvitError(
             f"the checkpoint was written with the regularizers {sorted(state['decays'])} and this "
-            f"run has {sorted(p.regularizers)}; resume with the same ones."
+            f"run has {sorted(t.optim.regularizers)}; resume with the same ones."
         )
-    with _quiet(p, True):
-        load_whole(p.accelerator, p.plain, p.inner, state["model"], state["optimizer"])
-    if p.ema is not None:
-        p.ema.module.load_state_dict(state["ema"])
-    if p.accelerator.scaler is not None and state["scaler"] is not None:
-        p.accelerator.scaler.load_state_dict(state["scaler"])
-    for name, part in p.regularizers.items():
+    with _quiet(t, True):
+        load_whole(t.accelerator, t.models.plain, t.optim.inner, state["model"], state["optimizer"])
+    if t.models.average is not None:
+        t.models.average.module.load_state_dict(state["ema"])
+    if t.accelerator.scaler is not None and state["scaler"] is not None:
+        t.accelerator.scaler.load_state_dict(state["scaler"])
+    for name, part in t.optim.regularizers.items():
         part.load_state_dict(state["decays"][name])
-    rank, generators = p.accelerator.process_index, state["generators"]
-    if len(generators) == p.accelerator.num_processes:
-        set_generator_states(generators[rank], p.accelerator.device)
+    rank, generators = t.accelerator.process_index, state["generators"]
+    if len(generators) == t.accelerator.num_processes:
+        set_generator_states(generators[rank], t.accelerator.device)
     else:  # of as many processes there is no state to go on from
         from accelerate.utils import set_seed
 
-        set_seed(p.config.seed + state["step"], device_specific=True)
+        set_seed(t.config.seed + state["step"], device_specific=True)
     return batches
 
 
-def check_steps(parts: Parts, processes: int, before: Mapping[str, Any]) -> float:
+def check_steps(training: Training, processes: int, before: Mapping[str, Any]) -> float:
     """Refuse a checkpoint of steps of other images, saying how to go on.
 
     A step takes ``accumulation x processes`` batches that follow each other in one order, so all
     three numbers may change as long as their product does not. Returns how many batches now make
     one of before.
     """
-    config = parts.config
+    config = training.config
     keys = ("accumulation", "batch_size")
     then = {"processes": processes, **{key: before[key] for key in keys}}
-    now = {"processes": parts.accelerator.num_processes}
+    now = {"processes": training.accelerator.num_processes}
     now |= {key: getattr(config, key) for key in keys}
     if math.prod(then.values()) == math.prod(now.values()):
-        if then != now and parts.accelerator.is_main_process:
+        if then != now and training.accelerator.is_main_process:
             logger.warning(
                 "the steps of %s are shared out as %s now: the images of each are the same, what "
                 "is drawn at random (dropout, mixup) is not.", _shown(then), _shown(now),
@@ -123,20 +117,22 @@ def _shown(share: Mapping[str, int]) -> str:
     return ", ".join(f"{key} {value}" for key, value in share.items())
 
 
-def dealt(parts: Parts, saved: Sequence[Any]) -> list[Any]:
+def dealt(training: Training, saved: Sequence[Any]) -> list[Any]:
     """Of values that each process saved, those that this one goes on with; none is left out."""
-    return list(saved[parts.accelerator.process_index :: parts.accelerator.num_processes])
+    return list(saved[training.accelerator.process_index :: training.accelerator.num_processes])
 
 
-def differences(parts: Parts, state: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+def differences(
+    training: Training, state: Mapping[str, Any], before: Mapping[str, Any]
+) -> list[str]:
     """Say what differs now of the settings that a checkpoint was written with.
 
     Checkpoints of earlier versions do not hold them: then nothing may differ of those that the run
     was begun with (``before``).
     """
     then = as_now(state["config"], "the checkpoint") if "config" in state else before
-    found = changes(then, parts.config)
-    processes = parts.accelerator.num_processes
+    found = changes(then, training.config)
+    processes = training.accelerator.num_processes
     if state["processes"] != processes:
         found.append(f"processes was {state['processes']} and is {processes}")
     if found and "config" not in state:
@@ -147,8 +143,8 @@ def differences(parts: Parts, state: Mapping[str, Any], before: Mapping[str, Any
     return found
 
 
-def check_same_data(parts: Parts, then: Any, now: Mapping[str, Any], name: str) -> None:
-    """Refuse to go on with other training images than ``then`` (``data_facts``). All must call.
+def check_same_data(training: Training, then: Any, now: Mapping[str, Any], name: str) -> None:
+    """Refuse to go on with other training images than ``then`` (``Task.facts``). All must call.
 
     Checkpoints of earlier versions do not tell: ``then`` is None.
     """
@@ -165,17 +161,17 @@ def check_same_data(parts: Parts, then: Any, now: Mapping[str, Any], name: str) 
     else:
         before = then or {}
         problem = _exchanged(before, now, name)
-        if KEY not in before and now[KEY] is not None and parts.accelerator.is_main_process:
+        if KEY not in before and now.get(KEY) is not None and training.accelerator.is_main_process:
             logger.warning(
                 "the checkpoint is of a version that kept no names of classes: those of %s are "
                 "taken on trust, and kept from the next checkpoint on.", name,
             )  # fmt: skip
-    raise_together(parts, problem)
+    raise_together(training, problem)
 
 
 def _exchanged(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str | None:
     """Say which labels stand for other classes than ``then``, by name or by their first image."""
-    before, names = then.get(KEY), now[KEY]
+    before, names = then.get(KEY), now.get(KEY)
     remedy = (
         "The run would go on with wrong labels. Restore the classes (folders) as they were, or "
         "start anew in another output folder."
@@ -185,7 +181,7 @@ def _exchanged(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> st
         changed = [f"{at} was {old!r} and is {new!r}" for at, (old, new) in pairs if old != new]
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         return f"the classes of {name} have changed: class {'; '.join(changed[:3])}{more}. {remedy}"
-    old_images, images = then.get("first_images") or [], now["first_images"] or []
+    old_images, images = then.get("first_images") or [], now.get("first_images") or []
     for at, (old, new) in enumerate(zip(old_images, images, strict=False)):
         if new and new != old and new in old_images:
             called = [repr(names[i]) if names else i for i in (old_images.index(new), at)]
@@ -196,51 +192,18 @@ def _exchanged(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> st
     return None
 
 
-def data_facts(config: TrainConfig, train: ImageDataset) -> dict[str, Any]:
-    """What tells one set of training images, and the order they come in, from another."""
-    names = train.class_names
-    windowed = config.data.shuffle_window is not None and train.groups is not None
-    told = {"labels": train.labels, "groups": train.groups if windowed else None}
-    counted = {
-        key: hashlib.sha256(values.tobytes()).hexdigest()
-        for key, values in told.items()
-        if values is not None
-    }
-    return {
-        "images": len(train),
-        "classes": train.num_classes,
-        KEY: None if names is None else list(names),
-        "first_images": _first_images(train),
-        **counted,
-    }
-
-
-def _first_images(train: ImageDataset) -> list[str] | None:
-    """A checksum of the first image of each class, "" where there is none that can be read.
-
-    None for images that lie together on disk: reading one reads many, and no folder is exchanged.
-    """
-    if train.groups is not None or train.num_classes > _LOOKED_AT:
-        return None
-    places = dict(zip(*np.unique(train.labels, return_index=True), strict=True))
-    return [
-        train.checksum(int(places[label])) if label in places else ""
-        for label in range(train.num_classes)
-    ]
-
-
-def _warn_if_inexact(parts: Parts, state: Mapping[str, Any]) -> None:
+def _warn_if_inexact(training: Training, state: Mapping[str, Any]) -> None:
     """Say on the main process what makes the resumed run differ in the last bits of its weights.
 
     Threads count on the CPU alone. Checkpoints of earlier versions do not hold these facts.
     """
-    if not parts.accelerator.is_main_process:
+    if not training.accelerator.is_main_process:
         return
     differs = (
         "it goes on, but its weights may differ in the last bits from those of an uninterrupted run"
     )
     before, now = state.get("threads"), torch.get_num_threads()
-    if before not in (None, now) and parts.accelerator.device.type == "cpu":
+    if before not in (None, now) and training.accelerator.device.type == "cpu":
         logger.warning(
             "the checkpoint was written with threads=%d and this run has threads=%d: %s. Resume "
             "with --set threads=%d (or OMP_NUM_THREADS=%d) to have them the same.",
@@ -254,8 +217,8 @@ def _warn_if_inexact(parts: Parts, state: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _quiet(parts: Parts, needed: bool) -> Any:
+def _quiet(training: Training, needed: bool) -> Any:
     # torch makes room for a sharded optimizer's state by stepping it at rate 0.
-    if not (needed and is_sharded(parts.accelerator)):
+    if not (needed and is_sharded(training.accelerator)):
         return nullcontext()
-    return detached(parts.regularizers, parts.inner, parts.stopwatch)
+    return detached(training.optim.regularizers, training.optim.inner, training.observers.stopwatch)

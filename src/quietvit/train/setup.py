@@ -11,33 +11,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from quietvit.data import (
-    ImageDataset,
-    create_model,
-    data_config,
-    evaluation_transform,
-    load_dataset,
-    name_classes,
-    subset,
-    training_transform,
-)
-from quietvit.data.matching import matched
+from quietvit.data import data_config
 from quietvit.errors import QuietvitError
+from quietvit.tasks import Task, task_named
 from quietvit.tracing import evaluating
 from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
 from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
-from quietvit.train.evaluation import hollow
+from quietvit.train.evaluation import without_memory
 from quietvit.train.finetune import freeze, parameter_groups
 from quietvit.train.memory import is_want_of_memory
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import EpochBatches, SeededImages, epoch_order
-from quietvit.train.parts import Parts, Run
 from quietvit.train.regularizers import attach, build_regularizers
-from quietvit.train.step import heads
 from quietvit.train.stopping import ignore_in_worker
+from quietvit.train.training import Models, Observers, Optimization, Run, Training
 from quietvit.train.unused import freeze_unused
 from quietvit.train.watch import Watch
 
@@ -48,17 +38,18 @@ logger = logging.getLogger("quietvit")
 
 
 def build(config: TrainConfig, resumed: bool = False) -> Run:
-    """Build a run; randomness starts from ``config.seed``, with and without decay alike.
+    """Build a run. Randomness starts from ``config.seed``, with and without decay alike.
 
-    A ``resumed`` run starts from random weights and not from those of ``config.model``, which may
-    be gone: a checkpoint is loaded next, and nothing but the weights depends on them.
+    A ``resumed`` run starts from random weights: those of ``config.model`` may be gone. A
+    checkpoint is loaded next, and nothing but the weights depends on them.
 
     Raises:
         QuietvitError: bad data, model, weights or decay settings, or a precision the machine lacks.
     """
     accelerator = make_accelerator(config)
-    train, test = open_data(config)
-    train = subset(train, config.data.train_images)
+    task = task_of(config)
+    train, test = task.open_data()
+    train = task.subset(train, config.data.train_images)
     processes = accelerator.num_processes
     effective = effective_batch(config, processes)
     steps_per_epoch = len(train) // effective
@@ -73,12 +64,10 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
         for idle in config.data.augmentation.idle():
             logger.warning("data.augmentation.%s.", idle)
 
-    def some_images(plain: nn.Module, count: int) -> Tensor:
-        return drawn_images(config, train, plain, count)
+    def some_images(plain: nn.Module, count: int) -> Any:
+        return drawn_images(task, train, plain, count)
 
-    parts = assemble(config, accelerator, train.num_classes, some_images, steps_per_epoch, resumed)
-    for model in (parts.plain, parts.evaluated):
-        name_classes(model, train.class_names)
+    training = assemble(task, accelerator, train, some_images, steps_per_epoch, resumed)
     count = steps_per_epoch * config.accumulation * processes
     batches = EpochBatches(
         len(train),
@@ -89,39 +78,54 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
         groups=train.groups,
         window=config.data.shuffle_window,
     )
-    transform = training_transform(parts.plain, config.data.augmentation)
-    images = SeededImages(train, transform, config.seed, max_bad=config.data.max_bad_images)
+    images = SeededImages(
+        train,
+        task.training_transform(training.models.plain),
+        config.seed,
+        max_bad=config.data.max_bad_images,
+    )
     loader = DataLoader(
         images,
         batch_sampler=batches,
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
-        pin_memory=parts.accelerator.device.type == "cuda",
+        pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_in_worker,
+        collate_fn=task.collate(),
         generator=torch.Generator(),
     )
-    return Run(parts, train, test, batches, images, accelerator.prepare(loader))
+    return Run(training, train, test, batches, images, accelerator.prepare(loader))
 
 
-def drawn_images(config: TrainConfig, train: ImageDataset, model: nn.Module, count: int) -> Tensor:
-    """Return ``count`` training images (count, 3, H, W) as the model takes them.
+def task_of(config: TrainConfig) -> Task:
+    """Return the task that a configuration names."""
+    return task_named(config.task)(config)
 
-    They are drawn by ``config.seed``, none twice, for folders and shards are sorted by class. One
-    that cannot be decoded is replaced as it is in training, by any other.
+
+def drawn_images(task: Task, train: Any, model: nn.Module, count: int) -> Any:
+    """Return ``count`` training images as the model takes them: for a classifier (count, 3, H, W).
+
+    They are drawn by ``config.seed``, none twice, because folders and shards are sorted by class.
+    An image that cannot be decoded is replaced by another one, as in training.
 
     Raises:
         QuietvitError: fewer images than asked for, or more bad ones than ``data.max_bad_images``.
     """
+    config = task.config
     if count > len(train):
         raise QuietvitError(
             f"decay.s2d.images is {count}, but {train.name} has {len(train)} images for training; "
             "lower it."
         )
-    images = SeededImages(
-        train, evaluation_transform(model), config.seed, max_bad=config.data.max_bad_images
-    )
+    readable = SeededImages(train, _unchanged, config.seed, max_bad=config.data.max_bad_images)
     order = epoch_order(len(train), config.seed, 0)[:count]
-    return torch.stack([images[0, int(index)][0] for index in order])
+    samples = [readable[0, int(index)] for index in order]
+    inputs, _ = next(iter(task.evaluation_loader(model, samples, count, 0)))
+    return inputs
+
+
+def _unchanged(image: Any, target: Any) -> tuple[Any, Any]:
+    return image, target
 
 
 def effective_batch(config: TrainConfig, processes: int) -> int:
@@ -130,129 +134,93 @@ def effective_batch(config: TrainConfig, processes: int) -> int:
 
 
 def assemble(
-    config: TrainConfig,
+    task: Task,
     accelerator: Accelerator,
-    num_classes: int | None,
-    some_images: Callable[[nn.Module, int], Tensor],
+    train: Any | None,
+    some_images: Callable[[nn.Module, int], Any],
     steps_per_epoch: int,
     resumed: bool = False,
-) -> Parts:
-    """Build model, optimizer, regularizers and engine; ``num_classes`` None is the model's own.
+) -> Training:
+    """Build models, optimizer, regularizers and engine, in this order.
 
-    ``some_images(model, n)`` gives training images (n, 3, H, W) as the model takes them.
-    ``resumed``: see ``build``.
+    Args:
+        train: the training data; None in a dry run without data.
+        some_images: ``some_images(model, n)`` gives n training images as the model takes them.
+        resumed: see ``build``.
     """
-    from accelerate.utils import set_seed
+    from accelerate.utils import send_to_device, set_seed
 
+    config = task.config
     if accelerator.is_main_process:
         _tell_whole(config, accelerator)
     set_seed(config.seed)
-    plain = _model(config, num_classes, resumed).to(accelerator.device)
-    evaluated = hollow(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
-    ema = _average(config, plain)
+    plain = task.create_model(train, untrained=resumed).to(accelerator.device)
+    evaluated = without_memory(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
+    average = _average(config, plain)
     freeze(plain, config.model.freeze, config.model.freeze_blocks)
     effective = effective_batch(config, accelerator.num_processes)
     rates = config.rates(effective)
-    example = example_of(plain)
-    _check_classifies(config, plain, example, num_classes)
-    _freeze_unused(plain, example, accelerator)
+    one, two = (
+        send_to_device(task.stand_in(plain, count)[0], accelerator.device) for count in (1, 2)
+    )
+    _refuse_unfit(task, plain, one)
+    _freeze_unused(task, plain, (one, two), accelerator)
     inner = _optimizer(config.optimizer, plain, rates.lr)
-    stopwatch = Stopwatch()
     regularizers = build_regularizers(
         config.decay,
         plain,
-        example,
-        lambda count: some_images(plain, count).to(accelerator.device),
+        one,
+        lambda count: send_to_device(some_images(plain, count), accelerator.device),
         steps_per_epoch,
         steps_per_epoch * config.epochs,
     )
-    watch = Watch(plain, example)
+    observers = Observers(Stopwatch(), Watch(plain, one))
     if not resumed:  # for a run that diverges before its first checkpoint
-        watch.amplification(0)
-    shard_by(accelerator, plain, watch.blocks)
-    model, optimizer = accelerator.prepare(plain, inner)
-    attach(regularizers, inner, stopwatch)
+        observers.watch.amplification(0)
+    shard_by(accelerator, plain, observers.watch.blocks)
+    wrapped, optimizer = accelerator.prepare(plain, inner)
+    attach(regularizers, inner, observers.stopwatch)
     set_seed(config.seed, device_specific=True)
-    return Parts(
+    compiled = torch.compile(wrapped) if config.compile else wrapped
+    scheduler = _scheduler(config, rates, inner, steps_per_epoch)
+    return Training(
         config=config,
         accelerator=accelerator,
-        num_classes=num_classes,
-        plain=plain,
-        model=model,
-        compiled=torch.compile(model) if config.compile else model,
-        evaluated=evaluated.requires_grad_(False),
-        inner=inner,
-        optimizer=optimizer,
-        scheduler=_scheduler(config, rates, inner, steps_per_epoch),
-        regularizers=regularizers,
-        stopwatch=stopwatch,
-        watch=watch,
-        ema=ema,
-        mix=_mix(config, num_classes),
-        criterion=_criterion(config),
+        task=task,
+        models=Models(plain, wrapped, compiled, evaluated.requires_grad_(False), average),
+        optim=Optimization(inner, optimizer, scheduler, regularizers),
+        observers=observers,
         steps_per_epoch=steps_per_epoch,
         effective_batch=effective,
     )
 
 
-def example_of(model: nn.Module) -> Tensor:
-    """Return one image of noise (1, 3, H, W), the same each time, to trace a model by."""
-    size = data_config(model)["input_size"]
-    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
-    return noise.to(next(model.parameters()).device)
-
-
-def open_data(config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
-    """Open all training images, and the test images that the run is judged by.
-
-    The classes of the test images are found by their names, where both sets have names.
-
-    Raises:
-        QuietvitError: a missing path or column, a label out of range, fewer images than asked for,
-            test images of a class that the training images do not have.
-    """
-    train = load_dataset(config.data.dataset, "train", num_classes=config.data.num_classes)
-    test = load_dataset(config.data.dataset, "test", num_classes=train.num_classes)
-    test = matched(test, train.class_names, train.num_classes, "the training set")
-    return train, subset(test, config.data.test_images)
-
-
 @torch.no_grad()
-def _check_classifies(
-    config: TrainConfig, model: nn.Module, example: Tensor, num_classes: int | None
-) -> None:
-    """Refuse a model that does not turn one image into logits: ``model.kwargs`` may make such.
+def _refuse_unfit(task: Task, model: nn.Module, inputs: Any) -> None:
+    """Run the model on one image, and let the task judge the output.
 
     Raises:
-        QuietvitError: what it was built with, the size of the image, and what came of it.
+        QuietvitError: what the model was built with, the size of the image, and what came of it.
     """
-    given = ", ".join(f"{key}={value!r}" for key, value in config.model.kwargs.items())
-    built = f"{config.model.name} with {given or 'its defaults'}"
-    size = "x".join(map(str, example.shape[-2:]))
     try:
         with evaluating(model):
-            found = heads(model(example))
+            output = model(inputs)
     except (TypeError, AssertionError, ValueError, RuntimeError, LookupError) as error:
         if is_want_of_memory(error):
             raise
+        size = "x".join(map(str, data_config(model)["input_size"][-2:]))
         raise QuietvitError(
-            f"{built} cannot compute an image of three channels and {size} pixels: "
+            f"{task.built} cannot compute an image of three channels and {size} pixels: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Change "
             "model.kwargs."
         ) from error
-    for head in found:
-        flat = isinstance(head, Tensor) and head.ndim == 2
-        if not flat or (num_classes is not None and head.shape[1] != num_classes):
-            shape = tuple(head.shape) if isinstance(head, Tensor) else type(head).__name__
-            raise QuietvitError(
-                f"{built} gives {shape} for one image, not logits of shape (1, "
-                f"{num_classes or 'classes'}), so it cannot be trained as a classifier. Change "
-                "model.kwargs."
-            )
+    task.refuse_unfit(model, output)
 
 
-def _freeze_unused(model: nn.Module, example: Tensor, accelerator: Accelerator) -> None:
-    names = freeze_unused(model, example)
+def _freeze_unused(
+    task: Task, model: nn.Module, batches: tuple[Any, Any], accelerator: Accelerator
+) -> None:
+    names = freeze_unused(model, batches, task.tensors)
     if names and accelerator.is_main_process:
         logger.warning(
             "%d parameters take no part in the forward pass and are frozen: %s.",
@@ -280,18 +248,6 @@ def _tell_whole(config: TrainConfig, accelerator: Accelerator) -> None:
             "parallel is 'fsdp2', but there is one process: the model is kept whole, and takes the "
             "memory of 'ddp'. Start several processes (torchrun), or set parallel to 'ddp'."
         )
-
-
-def _model(config: TrainConfig, num_classes: int | None, untrained: bool) -> nn.Module:
-    chosen = config.model
-    return create_model(
-        chosen.name,
-        num_classes,
-        None if untrained else chosen.weights,
-        preprocessing=chosen.preprocessing,
-        untrained=untrained,
-        **chosen.kwargs,
-    )
 
 
 def _optimizer(chosen: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -324,26 +280,3 @@ def _average(config: TrainConfig, model: nn.Module) -> Any:
     if config.ema is None:
         return None
     return ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup)
-
-
-def _criterion(config: TrainConfig) -> nn.Module:
-    smoothing = 0.0 if config.mix.active else config.label_smoothing  # else mixing smooths
-    return nn.CrossEntropyLoss(label_smoothing=smoothing)
-
-
-def _mix(
-    config: TrainConfig, num_classes: int | None
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    from timm.data.mixup import Mixup
-
-    if num_classes is None or not config.mix.active:
-        return None
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(
-        mixup_alpha=config.mix.mixup,
-        cutmix_alpha=config.mix.cutmix,
-        prob=config.mix.probability,
-        switch_prob=config.mix.switch_probability,
-        label_smoothing=config.label_smoothing,
-        num_classes=num_classes,
-    )
-    return mix

@@ -8,47 +8,41 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from quietvit.tasks import Batch
 from quietvit.train.engine import is_sharded
 
 if TYPE_CHECKING:
-    from quietvit.train.parts import Parts
+    from quietvit.train.training import Training
 
 
-def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) -> Tensor:
-    """Run one batch; returns the task loss, detached. ``step`` is that of the learning rate.
+def forward_backward(training: Training, batch: Batch, step: int) -> Tensor:
+    """Run one batch. Returns the task's loss, a scalar, detached.
 
-    It is kept in ``parts.loss`` too, before anything that may raise because of it.
-    Whether the optimizer stepped is in ``parts.accelerator.sync_gradients``. TWEO's penalty is in
-    the gradients and not in the loss returned.
+    ``step`` sets the learning rate. ``training.loss`` keeps the loss before anything can raise
+    because of it. ``training.accelerator.sync_gradients`` says whether the optimizer stepped.
+    TWEO's penalty is in the gradients and not in the loss returned.
     """
-    p, clip = parts, parts.config.optimizer.clip_grad
-    accelerator = p.accelerator
-    targets: Tensor = labels
-    if p.mix is not None:
-        images, targets = p.mix(images, labels)
-    with accelerator.accumulate(p.model):
-        # accelerate puts autocast around a whole model, but not around one in parts.
+    t, clip = training, training.config.optimizer.clip_grad
+    accelerator = t.accelerator
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # accelerate puts autocast around a whole model, but not around a sharded one.
         with accelerator.autocast() if is_sharded(accelerator) else nullcontext():
-            outputs = p.compiled(images)
-        loss = torch.stack([p.criterion(head, targets) for head in heads(outputs)]).mean()
-        p.loss, total = loss.detach(), loss
-        if "tweo" in p.regularizers:
-            with p.stopwatch.running():
-                total = loss + p.regularizers["tweo"].loss()
+            return t.models.compiled(*args, **kwargs)
+
+    with accelerator.accumulate(t.models.wrapped):
+        loss = t.task.loss(forward, batch)
+        t.loss, total = loss.detach(), loss
+        if "tweo" in t.optim.regularizers:
+            with t.observers.stopwatch.running():
+                total = loss + t.optim.regularizers["tweo"].loss()
         accelerator.backward(total)
         if accelerator.sync_gradients:
             if clip is not None:
-                accelerator.clip_grad_norm_(p.model.parameters(), clip)
-            p.scheduler.step_update(step)
-        p.optimizer.step()
-        p.optimizer.zero_grad()
+                accelerator.clip_grad_norm_(t.models.wrapped.parameters(), clip)
+            t.optim.scheduler.step_update(step)
+        t.optim.wrapped.step()
+        t.optim.wrapped.zero_grad()
     return loss.detach()
-
-
-def heads(outputs: Any) -> tuple[Tensor, ...]:
-    """Return the logits (B, classes) of each head of what a classifier returned."""
-    outputs = getattr(outputs, "logits", outputs)
-    return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -20,8 +20,8 @@ from quietvit.files import held, write_atomic
 from quietvit.train.checkpoint import set_aside_after
 from quietvit.train.engine import gathered, is_sharded, whole_model
 from quietvit.train.folder import refuse_used, written
-from quietvit.train.parts import Parts
 from quietvit.train.result import CHECKPOINTS, WEIGHTS
+from quietvit.train.training import Training
 
 logger = logging.getLogger("quietvit")
 
@@ -29,7 +29,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def alone(parts: Parts, begun: bool, force: bool, discard: bool, seen: Any) -> Iterator[None]:
+def alone(training: Training, begun: bool, force: bool, discard: bool, seen: Any) -> Iterator[None]:
     """Hold the output folder, so that no other run writes into it.
 
     ``seen`` is what was ``written`` there when this run read it.
@@ -37,9 +37,9 @@ def alone(parts: Parts, begun: bool, force: bool, discard: bool, seen: Any) -> I
     Raises:
         QuietvitError: another run has it, or has written there since this one looked.
     """
-    output, problem = parts.config.output, None
+    output, problem = training.config.output, None
     with ExitStack() as stack:
-        if parts.accelerator.is_main_process:
+        if training.accelerator.is_main_process:
             try:
                 stack.enter_context(held(output))
                 if not begun:
@@ -48,50 +48,50 @@ def alone(parts: Parts, begun: bool, force: bool, discard: bool, seen: Any) -> I
                     problem = f"another process has written into {output} meanwhile; resume again."
             except QuietvitError as error:
                 problem = str(error)
-        raise_together(parts, problem)
+        raise_together(training, problem)
         yield
 
 
-def raise_together(parts: Parts, error: str | None) -> None:
+def raise_together(training: Training, error: str | None) -> None:
     """Raise in every process what went wrong in one, so that none waits for it. All must call."""
-    errors = [found for found in gathered(parts.accelerator, error) if found is not None]
+    errors = [found for found in gathered(training.accelerator, error) if found is not None]
     if errors:
         raise QuietvitError(errors[0])
 
 
-def check_same_checkpoint(parts: Parts, step: int | None) -> None:
+def check_same_checkpoint(training: Training, step: int | None) -> None:
     """Refuse to go on where the processes do not read the same checkpoint. All must call."""
-    steps = gathered(parts.accelerator, step)
+    steps = gathered(training.accelerator, step)
     if len(set(steps)) > 1:
         raise QuietvitError(
-            f"the processes found different checkpoints in {parts.config.output} (at the steps "
+            f"the processes found different checkpoints in {training.config.output} (at the steps "
             f"{steps}); the output folder must lie on a file system that all machines share."
         )
 
 
-def set_damaged_aside(parts: Parts, step: int) -> None:
+def set_damaged_aside(training: Training, step: int) -> None:
     """Set damaged checkpoints after ``step`` aside, by the main process; a failure stops all."""
-    problem, config = None, parts.config
-    if parts.accelerator.is_main_process:
+    problem, config = None, training.config
+    if training.accelerator.is_main_process:
         try:
             set_aside_after(config.output / CHECKPOINTS, step, config.checkpoint.keep)
         except (OSError, QuietvitError) as error:
             problem = str(error)
-    raise_together(parts, problem)
+    raise_together(training, problem)
 
 
-def weights_alike(parts: Parts, step: int) -> bool:
+def weights_alike(training: Training, step: int) -> bool:
     """Whether all processes hold the same weights; where not, a warning says so.
 
     Each keeps and changes a copy of its own, so kernels that do not give the same bits on each GPU
     would let them drift apart unseen. What is kept in parts cannot.
     """
-    if is_sharded(parts.accelerator):
+    if is_sharded(training.accelerator):
         return True
-    found = gathered(parts.accelerator, sum_of_bits(parts.plain.parameters()))
+    found = gathered(training.accelerator, sum_of_bits(training.models.plain.parameters()))
     if len(set(found)) == 1:
         return True
-    if parts.accelerator.is_main_process:
+    if training.accelerator.is_main_process:
         logger.warning(
             "at step %d the processes do not hold the same weights any more; what is saved is "
             "those of the first. Are the GPUs of one kind? decay.cd.sharded=true computes the "
@@ -110,18 +110,22 @@ def sum_of_bits(tensors: Iterable[Tensor]) -> int:
     return int(torch.stack(sums).sum())
 
 
-def write_weights(parts: Parts) -> None:
+def write_weights(training: Training) -> None:
     """Write the weights of a finished training, the moving average where there is one."""
-    problem, ema = None, parts.ema
-    state = whole_model(parts.accelerator, parts.plain) if ema is None else ema.module.state_dict()
-    if parts.accelerator.is_main_process:
+    problem, ema = None, training.models.average
+    state = (
+        whole_model(training.accelerator, training.models.plain)
+        if ema is None
+        else ema.module.state_dict()
+    )
+    if training.accelerator.is_main_process:
         weights = {
             key: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
             for key, value in state.items()
         }
         try:
-            metadata = metadata_of(facts_of_names(parts.plain))
-            write_atomic(parts.config.output / WEIGHTS, save(weights, metadata))
+            metadata = metadata_of(facts_of_names(training.models.plain))
+            write_atomic(training.config.output / WEIGHTS, save(weights, metadata))
         except QuietvitError as error:
             problem = str(error)
-    raise_together(parts, problem)
+    raise_together(training, problem)

@@ -5,8 +5,9 @@ What is frozen because a configuration says so is in ``finetune``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +15,32 @@ from torch.func import functional_call
 
 from quietvit.errors import QuietvitError
 from quietvit.train.order import generator_states, set_generator_states
-from quietvit.train.step import heads
 
 
-def freeze_unused(model: nn.Module, example: Tensor) -> list[str]:
+def freeze_unused(
+    model: nn.Module, batches: Sequence[Any], tensors: Callable[[Any], tuple[Tensor, ...]]
+) -> list[str]:
     """Freeze what would train without ever getting a gradient, and return those names.
 
-    The mask token of a pre-trained transformers model is such a parameter. In one process it only
-    idles; DDP waits for its gradient, and FSDP2 misses its state when a run is resumed. Used is
-    what the gradient of the logits reaches in eval mode or, if not there, in training mode.
+    The mask token of a pre-trained transformers model is such a parameter. In one process it does
+    no harm. DDP waits for its gradient, and FSDP2 misses its state when a run is resumed. A
+    parameter is used when the gradient of the outputs reaches it, in eval or in training mode.
 
     Args:
         model: weights, buffers, gradients and modes stay as they are, and so do all generators.
-        example: one image (1, 3, H, W) as the model takes it.
+        batches: what the model is called with: one image, and two images.
+        tensors: takes the tensors out of an output (``Task.tensors``).
 
     Raises:
         QuietvitError: no parameter that trains takes part in the forward pass.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _left_alone(model, example.device):
-        used = _reached(model.eval(), example, trainable)
+    one, two = batches
+    with _left_alone(model, next(model.parameters()).device):
+        used = _reached(model.eval(), one, trainable, tensors)
         if len(used) < len(trainable):
             # Two images, because batch norms refuse a single value a channel.
-            used |= _reached(model.train(), torch.cat([example, example]), trainable)
+            used |= _reached(model.train(), two, trainable, tensors)
     if not used:
         raise QuietvitError(
             f"none of the {len(trainable)} parameters of {type(model).__name__} that are to train "
@@ -50,10 +54,16 @@ def freeze_unused(model: nn.Module, example: Tensor) -> list[str]:
 
 
 @torch.enable_grad()
-def _reached(model: nn.Module, images: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
-    """Return the names that the gradient of the logits reaches; statistics move in copies."""
+def _reached(
+    model: nn.Module,
+    inputs: Any,
+    parameters: Mapping[str, Tensor],
+    tensors: Callable[[Any], tuple[Tensor, ...]],
+) -> set[str]:
+    """Return the names that the gradient of the outputs reaches. Statistics move in copies."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    total = torch.stack([head.sum() for head in heads(functional_call(model, buffers, images))])
+    outputs = tensors(functional_call(model, buffers, (inputs,)))
+    total = torch.stack([output.sum() for output in outputs])
     if not total.requires_grad:
         return set()
     found = torch.autograd.grad(total.sum(), list(parameters.values()), allow_unused=True)

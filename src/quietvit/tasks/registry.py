@@ -1,0 +1,44 @@
+"""The tasks by name. A new task is one file with a ``Task``, and one row here.
+
+What a task has to answer is in ``task``.
+"""
+
+from __future__ import annotations
+
+from quietvit.errors import QuietvitError, nearest
+from quietvit.tasks.classification import Classification
+from quietvit.tasks.task import Task
+
+_TASKS: dict[str, type[Task]] = {Classification.name: Classification}
+
+
+def register_task(task: type[Task]) -> type[Task]:
+    """Make a task known by its ``name``, so that ``task = "..."`` in a recipe finds it.
+
+    It returns the class, so that it can stand as a decorator.
+
+    Raises:
+        QuietvitError: another task has this name.
+    """
+    known = _TASKS.setdefault(task.name, task)
+    if known is not task:
+        raise QuietvitError(
+            f"a task named {task.name!r} is registered already ({known.__module__}."
+            f"{known.__qualname__}); give {task.__qualname__} another name."
+        )
+    return task
+
+
+def task_named(name: str) -> type[Task]:
+    """Return the class of a task. Raises QuietvitError for a name that is not registered."""
+    if name not in _TASKS:
+        raise QuietvitError(
+            f"no task is named {name!r}{nearest(name, _TASKS)}; there are: "
+            f"{', '.join(task_names())}. Register your own with quietvit.register_task."
+        )
+    return _TASKS[name]
+
+
+def task_names() -> tuple[str, ...]:
+    """Return the names of all registered tasks."""
+    return tuple(_TASKS)

@@ -1,0 +1,91 @@
+"""What a run trains, in groups: models, optimizer with regularizers, observers, and the data.
+
+It is built in ``setup``, and every room of training takes what it needs out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.tasks import Task
+from quietvit.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from quietvit.train.metrics import Stopwatch
+    from quietvit.train.order import EpochBatches, SeededImages
+    from quietvit.train.watch import Watch
+
+
+@dataclass
+class Models:
+    """One model in the forms that a run needs.
+
+    ``plain`` is the model itself, ``wrapped`` the engine's wrapper around it, ``compiled`` what a
+    step calls. ``evaluated`` is a copy to evaluate by (see ``evaluation``): it holds old weights,
+    and no weights at all where ``plain`` is sharded. ``average`` is timm's moving average, if any.
+    """
+
+    plain: nn.Module
+    wrapped: nn.Module
+    compiled: Callable[..., Any]
+    evaluated: nn.Module
+    average: Any
+
+
+@dataclass
+class Optimization:
+    """torch's optimizer (``inner``), the engine's wrapper around it, and what acts beside it."""
+
+    inner: torch.optim.Optimizer
+    wrapped: Any
+    scheduler: Any
+    regularizers: dict[str, Any]
+
+
+@dataclass
+class Observers:
+    """What measures the run and changes nothing."""
+
+    stopwatch: Stopwatch
+    watch: Watch
+
+
+@dataclass
+class Training:
+    """What is trained, without its data.
+
+    ``loss`` is that of the last batch, also where a later part of its step raised.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    task: Task
+    models: Models
+    optim: Optimization
+    observers: Observers
+    steps_per_epoch: int
+    effective_batch: int
+    loss: Tensor | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.config.epochs
+
+
+@dataclass
+class Run:
+    """A training with its data. ``train`` and ``test`` are data sets of the task."""
+
+    training: Training
+    train: Any
+    test: Any
+    batches: EpochBatches
+    images: SeededImages
+    loader: Any
