@@ -143,7 +143,7 @@ def rate_jobs(name: str, scale: str) -> list[Job]:
 
 
 def try_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Job]:
-    """The four tries of a family; none until the rate is chosen."""
+    """The four tries of a family; none while the rate is not chosen."""
     rates, chosen = rate_jobs(name, scale), {}
     if rates:
         found = best(rows, rates)
