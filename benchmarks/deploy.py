@@ -1,21 +1,24 @@
-"""DeiT-Tiny in integers where it is deployed: ours beside what others make of the same weights.
+"""DeiT-Tiny in integers in real runtimes: quietvit beside other tools, all with the same weights.
 
-float32, quietvit's W8A8 and W4A8 by ``export``, onnxruntime's ``quantize_static``, NNCF's
-``quantize`` and torchao's static int8, each calibrated on the same images: top-1 on 1000 ImageNet
-images (easier than the validation set: differences count), how many of them get float's class,
-latency at batch 1 and 8 against float32 in the same runtime, the share of multiply-accumulates
-that the runtime computed in integers (``deploy_graph.py`` says how it is read), bytes on disk.
+Compared are float32, quietvit's W8A8 and W4A8 (``export``), onnxruntime's ``quantize_static``,
+NNCF's ``quantize`` and torchao's static int8. All are calibrated on the same images. Measured are:
 
-Latency is measured in one process, a call of each model in turn: its ratio is the median of the
-ratios of neighbouring calls, with quartiles; a float row is timed against itself, which shows the
-noise. Sessions of onnxruntime: ``default``, and ``exact``, with session.x64quantprecision=1, which
-is right on processors without VNNI, where a default session's 8-bit products saturate, and costs
-speed on those with.
+- top-1 on 1000 ImageNet images, which are easier than the validation set: differences count;
+- how many of them get the same class as from float;
+- latency at batch 1 and 8 against float32 in the same runtime;
+- the share of multiply-accumulates that ran in integers (see ``deploy_graph.py``);
+- bytes on disk.
 
-One CSV row a run and kind of machine, each in a process of its own; resumable. Needs
-QUIETVIT_TEST_DATA (or --data) and the extras onnx, openvino and torchao. Rows whose packages are
-missing are left out, and said so: NNCF lives in an environment of its own, which may lend
-everything else from this one:
+Latency is measured in one process, with one call of each model in turn. The ratio is the median of
+the ratios of consecutive calls, with quartiles. A float row is timed against itself, which shows
+the noise. Sessions of onnxruntime are ``default`` or ``exact``. ``exact`` sets
+session.x64quantprecision=1. It is right on processors without VNNI, the instruction for 8-bit
+products, where a default session saturates. On other processors it costs speed.
+
+Each run and kind of machine gives one CSV row, in a process of its own. A restart continues where
+the last run stopped. Needs QUIETVIT_TEST_DATA (or --data) and the extras onnx, openvino and
+torchao. Rows whose packages are missing are skipped with a message. NNCF needs an environment of
+its own, which may borrow everything else from this one:
 
     python benchmarks/deploy.py run
     nncf-venv/bin/python benchmarks/deploy.py run --only 'nncf*'
@@ -76,7 +79,7 @@ OutOption = Annotated[Path, typer.Option(help="The table.")]
 
 @dataclass(frozen=True)
 class Job:
-    """One row to be: a model of ``MODELS`` in a runtime. ``seed`` draws the calibration images."""
+    """A planned row: a model of ``MODELS`` in a runtime. ``seed`` draws the calibration images."""
 
     model: str
     runtime: str
@@ -125,7 +128,7 @@ RUNS: tuple[tuple[str, str, str], ...] = (
 
 
 def made_in(work: Path, job: Job, data: Data, floating: nn.Module, path: Path) -> Path | nn.Module:
-    """The model of a job: its file, made if it is not there, or a module."""
+    """The model of a job: a module, or its file, which is created if it does not exist."""
     model = MODELS[job.model]
     if not path.exists():
         shape = tuple(Stored(data.evaluation).shape[1:])
@@ -189,7 +192,7 @@ def latencies(run: Run, floating: Run, images: np.ndarray, seconds: float) -> di
 
 
 def measure(job: Job, data: Data, work: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Make the model if need be, open it beside float32, and measure everything of its row."""
+    """Create the model if needed, open it beside float32, and measure everything of its row."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / "float.onnx"
     floating = create_model(data.model, weights=data.weights, **data.kwargs).eval()
@@ -216,7 +219,7 @@ def measure(job: Job, data: Data, work: Path, threads: int, seconds: float) -> d
 
 
 def read(out: Path) -> list[Row]:
-    """Rows of the table. Raises QuietvitError for a table of other columns."""
+    """Rows of the table. Raises QuietvitError for a table with other columns."""
     if not out.exists():
         return []
     with out.open(newline="") as handle:
@@ -236,7 +239,7 @@ def machine() -> str:
 
 
 def append(out: Path, job: Job, measured: dict[str, Any]) -> None:
-    """Add the row, with a header if it is the first; nothing if it is there by now."""
+    """Add the row, with a header if it is the first. Does nothing if the row exists by now."""
     out.parent.mkdir(parents=True, exist_ok=True)
     model = MODELS[job.model]
     facts = {"tool": model.tool, "setting": model.setting}
@@ -261,7 +264,7 @@ def versions() -> str:
 
 
 def jobs_for(only: str, images: int, seed: int, out: Path) -> list[Job]:
-    """Jobs of the chosen names that have no row yet on a machine like this one."""
+    """Jobs of the chosen names that have no row yet for a machine like this one."""
     patterns = only.split(",")
     jobs = [Job(*run, seed=seed, images=images) for run in RUNS]
     chosen = [j for j in jobs if any(fnmatch.fnmatchcase(j.name, p) for p in patterns)]
@@ -272,13 +275,13 @@ def jobs_for(only: str, images: int, seed: int, out: Path) -> list[Job]:
 
 
 def missing(job: Job) -> list[str]:
-    """Packages that a job needs and this environment has not."""
+    """Packages that a job needs and this environment does not have."""
     needs = {"onnxruntime", *MODELS[job.model].needs} | {job.runtime} & {"openvino"}
     return sorted(name for name in needs if importlib.util.find_spec(name) is None)
 
 
 def work_off(jobs: Sequence[Job], out: Path, work: Callable[[Job], dict[str, Any]]) -> list[Job]:
-    """Append the row of each job; return the jobs that failed, with what they said printed."""
+    """Run each job and append its row; print the errors and return the jobs that failed."""
     failed = []
     for job in jobs:
         if lacking := missing(job):
@@ -304,7 +307,7 @@ def one(task: str) -> None:
 
 
 def spawn(job: Job, data: Data, work: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """``measure`` in a fresh process. Raises QuietvitError with what it said when it failed."""
+    """Run ``measure`` in a fresh process. Raises QuietvitError with its output if it fails."""
     task = {"job": asdict(job), "data": asdict(data), "work": str(work)}
     text = json.dumps(task | {"threads": threads, "seconds": seconds})
     environment = os.environ | ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}
@@ -328,7 +331,7 @@ def run(
     work: Annotated[Path, typer.Option(help="Folder of the models.")] = WORK,
     cache: Annotated[Path, typer.Option(help="Folder of the images as tensors.")] = CACHE,
 ) -> None:
-    """Measure what has no row yet; append one row each."""
+    """Measure what has no row yet and append one row each."""
     todo = jobs_for(only, images, seed, out)
     if not todo:
         return
@@ -340,7 +343,7 @@ def run(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line a row; times as float over integer, with quartiles."""
+    """Markdown table with one line per row; times are float over integer, with quartiles."""
     head = ["tool", "setting", "runtime", "calibration", "top-1", "float's class", "integers"]
     head += [f"batch {size}, float/this" for size in BATCHES] + ["ms at 8", "MB"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

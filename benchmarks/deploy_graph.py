@@ -1,17 +1,17 @@
-"""Multiply-accumulates that a runtime computed in integers, for any model, whoever exported it.
+"""Count the multiply-accumulates that a runtime computed in integers, for any exported model.
 
-``quietvit.check`` finds products by the names that its own export gives them; other tools' files
-have no such names. Here every matrix product is weighed by the shapes it ran with, an image:
+``quietvit.check`` finds products by the names that quietvit's export writes. Files of other tools
+have no such names. Here, every matrix product counts with the shapes it ran with, per image:
 
-- onnxruntime: the profile of one run, which holds the operators that really ran with the types
-  and shapes of their inputs and outputs; the shape of a convolution's weight, which the profile
-  leaves out once it is packed, from the optimized graph. Integer is an operator whose kernels
-  multiply integers (``quietvit.deployment.proof.INTEGER_OPS``) and which read 8-bit codes.
-- openvino: the runtime's own model after compilation; integer is a layer of precision i8 or u8.
+- onnxruntime: the profile of one run lists the operators that ran, with the types and shapes of
+  their inputs and outputs. It omits the shape of a packed convolution weight, which comes from the
+  optimized graph. An operator is integer if its kernels multiply integers
+  (``quietvit.deployment.proof.INTEGER_OPS``) and it reads 8-bit codes.
+- openvino: the runtime's own model after compilation. A layer of precision i8 or u8 is integer.
 - torch, eager or compiled: the profiler's list of operators with their shapes.
 
-The whole is the trace's own count (``quietvit.tracing``), so products that a runtime hides in a
-fused operator count as not integer and are told as ``unread``.
+The total is the count of the trace (``quietvit.tracing``). Products that a runtime hides in a fused
+operator therefore count as not integer. They are reported as ``unread``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BYTES = frozenset({"int8", "uint8"})
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates an image: in integers, in float, and how many products each kind has."""
+    """Multiply-accumulates per image: in integers, in float, and how many products of each kind."""
 
     integer: int
     floating: int
@@ -52,17 +52,17 @@ class Macs:
 
 
 def product(left: Shape, out: Shape) -> int:
-    """MACs of a product from the shapes of its left factor, transposed or not, and its result."""
+    """MACs of a product, from the shapes of its result and its left factor, transposed or not."""
     return math.prod(out) * math.prod(left[-2:]) // out[-2]
 
 
 def convolution(weight: Shape, out: Shape) -> int:
-    """MACs of a convolution; weight (out, in/groups, ...), all but its first axis in any order."""
+    """MACs of a convolution; weight (out, in/groups, ...), any order after the first axis."""
     return math.prod(out) * math.prod(weight[1:])
 
 
 def onnxruntime_macs(path: Path, images: np.ndarray, exact: bool) -> Macs:
-    """Read off one run of an ONNX file in a session of its own, with one thread."""
+    """Read from one run of an ONNX file in a session of its own, with one thread."""
     import onnx
     import onnxruntime
 
@@ -111,7 +111,7 @@ def _onnxruntime(events: list[dict[str, Any]], graph: Any) -> Iterator[Found]:
 
 
 def openvino_macs(compiled: Any, images: np.ndarray) -> Macs:
-    """Read off a model compiled by OpenVINO, which knows its sizes once it has run."""
+    """Read from a compiled OpenVINO model, which knows its sizes once it has run."""
     compiled([images])
     return Macs.of(_openvino(compiled.get_runtime_model().get_ordered_ops()), len(images))
 
@@ -130,7 +130,7 @@ def _openvino(nodes: Sequence[Any]) -> Iterator[Found]:
 
 
 def torch_macs(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> Macs:
-    """Read off the profiler's list of one call; compiled models must have been called before."""
+    """Read from the profiler's list of one call. Compiled models must have been called before."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as watched:

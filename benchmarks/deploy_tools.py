@@ -1,8 +1,8 @@
-"""What ``deploy.py`` measures: each tool's quantized model of one float model, and its runtime.
+"""What ``deploy.py`` measures: the quantized model of each tool, and its runtime.
 
-Every tool gets the same float ONNX file or torch model and the same calibration images, and the
-settings its own documentation recommends. Tools are imported on first use: not every environment
-has every one.
+Every tool gets the same float ONNX file or torch model and the same calibration images. It uses
+the settings that its own documentation recommends. Tools are imported on first use, because not
+every environment has all of them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Model:
-    """A model to be measured: who makes it, with which settings, from how many images.
+    """A model to measure: its tool, the settings, and the number of images.
 
-    ``make`` writes the file of this name, or returns a module where the tool has no file.
-    ``suffix`` "": in memory; ``needs``: packages beside quietvit's own.
+    ``make`` writes the file of this name, or returns a module if the tool has no file.
+    ``suffix`` is "" for a model in memory. ``needs`` lists packages beside quietvit's own.
     """
 
     tool: str
@@ -49,7 +49,7 @@ class Model:
 
 @dataclass
 class Made:
-    """What a tool is given: the float model, its ONNX file, the calibration images."""
+    """What a tool gets: the float model, its ONNX file, the calibration images."""
 
     model: nn.Module
     floating: Path
@@ -74,10 +74,10 @@ def quantize_static(
     constant_only: bool = False,
     **fields: Any,
 ) -> None:
-    """onnxruntime's quantizer after its recommended pre-processing, in the format QDQ.
+    """onnxruntime's quantizer in the format QDQ, after its recommended pre-processing.
 
-    ``products_only``: MatMul, Gemm and Conv alone are quantized, and outputs of the convolution;
-    ``constant_only``: products of two activations are left in float.
+    ``products_only``: quantize only MatMul, Gemm and Conv, and outputs of the convolution.
+    ``constant_only``: leave products of two activations in float.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -112,7 +112,7 @@ def quantize_static(
 
 
 def nncf_quantize(made: Made, path: Path) -> None:
-    """NNCF on the OpenVINO model of the float ONNX file, with its fields for transformers."""
+    """NNCF on the OpenVINO model of the float ONNX file, with its settings for transformers."""
     import nncf
     import openvino
 
@@ -134,8 +134,8 @@ def torch_float(made: Made) -> nn.Module:
 def torchao_static(made: Made) -> nn.Module:
     """torchao's Int8StaticActivationInt8WeightConfig on every linear layer.
 
-    A scale for each tensor of activations by torchao's observer of minimum and maximum, one for
-    each row of the weights.
+    Each tensor of activations has one scale, from torchao's observer of minimum and maximum. Each
+    row of the weights has one scale.
     """
     from torchao.quantization import Int8StaticActivationInt8WeightConfig, quantize_
     from torchao.quantization.granularity import PerRow, PerTensor
@@ -181,7 +181,7 @@ def torchao_static(made: Made) -> nn.Module:
 def torchao_pt2e(made: Made) -> nn.Module:
     """torchao's export-based quantization for x86, to be compiled by inductor.
 
-    Weights and activations use 7 bits where the processor has no VNNI, as its documentation says.
+    Without VNNI, weights and activations use 7 bits, as its documentation says.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -199,7 +199,7 @@ def torchao_pt2e(made: Made) -> nn.Module:
 
 
 class TorchModel:
-    """A torch module behind the face of a runtime; compiled, one program for each batch size."""
+    """A torch module with the interface of a runtime. One compiled program for each batch size."""
 
     def __init__(self, module: nn.Module, compiled: bool) -> None:
         if compiled:
@@ -258,7 +258,7 @@ MODELS: dict[str, Model] = {
 
 
 def opened(source: Path | nn.Module, runtime: str, session: str, threads: int) -> Run:
-    """Load a model into a runtime; ``session``: for onnxruntime ``exact`` or ``default``."""
+    """Load a model into a runtime. ``session``, for onnxruntime: ``exact`` or ``default``."""
     if isinstance(source, nn.Module):
         return TorchModel(source, compiled=runtime == "torch.compile")
     if runtime == "openvino":
@@ -267,7 +267,7 @@ def opened(source: Path | nn.Module, runtime: str, session: str, threads: int) -
 
 
 def bytes_of(source: Path | nn.Module) -> int:
-    """Bytes on disk: of a file, of an IR both files, of a module its saved state."""
+    """Bytes on disk: of a file, of both files of an IR, or of the saved state of a module."""
     if isinstance(source, nn.Module):
         buffer = io.BytesIO()
         torch.save(source.state_dict(), buffer)

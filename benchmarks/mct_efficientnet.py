@@ -1,6 +1,6 @@
-"""What ``hptq_efficientnet.py mct`` runs: model-compression-toolkit, HPTQ's authors' own package.
+"""What ``hptq_efficientnet.py mct`` runs: model-compression-toolkit, the package of HPTQ's authors.
 
-The toolkit is imported on first use only: it lives in an environment of its own.
+The toolkit is imported on first use only, because it has an environment of its own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def mct_quantize(
 ) -> Callable[[], tuple[nn.Module, str]]:
     """The toolkit's default: platform imx500 1.0, 8-bit weights and activations.
 
-    Weights per output channel with any threshold, activations with power-of-two thresholds, among
-    them residual adds and logits, which quietvit leaves float. BatchNorm is folded by the toolkit.
+    Weights have one threshold per output channel, of any value. Activations have power-of-two
+    thresholds. These include residual adds and logits, which quietvit leaves in float. The toolkit
+    folds BatchNorm.
     """
     import model_compression_toolkit as toolkit
 
@@ -57,10 +58,10 @@ def mct_quantize(
 
 
 def with_fixed_padding(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy whose convolutions of padding "same" have the padding of this size written down.
+    """Copy the model, with the padding of "same" convolutions fixed for this size.
 
-    torch.fx, through which the toolkit reads models, cannot follow timm's Conv2dSame, which works
-    the padding out from the size of its input.
+    The toolkit reads models through torch.fx. torch.fx cannot follow timm's Conv2dSame, which
+    computes the padding from the size of its input.
     """
     from timm.layers.conv2d_same import Conv2dSame
     from timm.layers.padding import get_same_padding

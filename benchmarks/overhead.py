@@ -1,18 +1,24 @@
-"""What a regularizer costs: step time with it over step time without, DeiT-T/S/B and Swin-T.
+"""The cost of a regularizer: step time with it over step time without, DeiT-T/S/B and Swin-T.
 
-Random images and weights, AdamW, bfloat16 autocast where the device is faster in it, else float32
-(column ``precision``); on a CPU 32 images are in memory at a time and gradients accumulate.
-Everything of one model and batch is measured in one process, the variants in turn, repeated; a row
-gives the median and the extremes over repeats. On a GPU whole steps are compared. On a CPU, where a
-percent drowns in the noise of whole steps, what runs in the optimizer's hooks is timed by itself
-(``how`` = hook), at a step at which it acts, divided by ``every`` and held against the median plain
-step, whose own spread is not in the extremes; TWEO acts in the forward pass, so its whole steps are
-compared everywhere. ``floor``: matrix FLOPs of the update over those of the step, the ratio less 1
-at equal efficiency. Extra memory is the peak during the update beyond what was there before it (for
-TWEO: of a step with it less one without): on a GPU by the allocator, on a CPU the bytes of tensors
-made and alive at once. The learning rate is 1e-3, the highest of the recipes.
-Cases go from cheap to dear until --minutes are spent; the rest is skipped and said. Resumable: a
-row that is in the table is not measured again.
+Images and weights are random, and the optimizer is AdamW. The learning rate is 1e-3, the highest of
+the recipes. The precision (column ``precision``) is bfloat16 autocast if the device is faster in
+it, else float32. On a CPU, 32 images are in memory at a time and gradients accumulate. One process
+measures one model and batch: the variants in turn, repeated. A row gives the median and the
+extremes over repeats.
+
+- **Time on a GPU**: whole steps are compared.
+- **Time on a CPU**: a percent drowns in the noise of whole steps. So the work in the optimizer's
+  hooks is timed by itself (``how`` = hook), at a step at which it acts. It is divided by ``every``
+  and by the median plain step. The spread of that step is not in the extremes.
+- **Time of TWEO**: it acts in the forward pass, so whole steps are compared on every device.
+- ``floor``: matrix FLOPs of the update over those of the step. At equal efficiency this is the
+  ratio less 1.
+- **Extra memory**: the peak during the update beyond what was there before it. For TWEO it is the
+  peak of a step with it less one without. A GPU's allocator reports it. On a CPU it is the bytes of
+  tensors made and alive at once.
+
+Cases run from cheap to expensive until --minutes are over. The rest is skipped with a message. A
+row that exists is not measured again.
 
     python benchmarks/overhead.py run --minutes 10
     python benchmarks/overhead.py run --models deit_tiny_patch16_224 --batches 8 --out try.csv
@@ -85,7 +91,7 @@ Case = tuple[str, str, str, str, str]
 def measure(
     name: str, batch: int, device: torch.device, variants: Sequence[str], seconds: float
 ) -> list[Row]:
-    """The rows of one model and batch within about so many seconds; none where that is too few."""
+    """The rows of one model and batch within about so many seconds; none if too few."""
     bench = Bench.of(name, batch, device)
     bench.step()
     one = bench.seconds(bench.step)
@@ -186,7 +192,7 @@ def write(out: Path, rows: Sequence[Row]) -> None:
 
 @app.command()
 def run(
-    minutes: Annotated[float, typer.Option(help="When to stop starting cases.")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="No case starts after so many minutes.")] = 10.0,
     out: OutOption = OUT,
     models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
     batches: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(map(str, BATCHES)),
@@ -194,7 +200,7 @@ def run(
     device: Annotated[str, typer.Option(help="cuda or cpu; the GPU where there is one.")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's own choice.")] = 0,
 ) -> None:
-    """Measure the cases that have no rows yet, the cheap ones first."""
+    """Measure the cases that have no rows yet, cheap ones first."""
     if threads:
         torch.set_num_threads(threads)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -225,7 +231,7 @@ def memory(
     models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
     variants: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(VARIANTS),
 ) -> None:
-    """Measure extra memory anew for the rows of a CPU like this one."""
+    """Measure extra memory again for the rows of a CPU like this one."""
     rows: list[Row] = [*read(out)]
     cpu = torch.device("cpu")
     here = ("cpu", precision(cpu), machine(cpu))
@@ -253,7 +259,7 @@ def memory(
 
 @app.command()
 def summary(out: OutOption = OUT) -> None:
-    """Print the table as Markdown: ratio of step times, its extremes, the floor, the memory."""
+    """Print the table as Markdown: ratio of step times, its extremes, floor, memory."""
     rows = read(out)
     titles = "model, batch, device, precision, machine, variant, ratio, extremes, cost in ms"
     more = "plain step in ms, floor, extra memory in MiB, one block in MiB"

@@ -1,6 +1,6 @@
 """What ``overhead.py`` measures with: a model that trains, its variants, clocks and meters.
 
-Which cases there are, and their table, is in ``overhead``.
+The list of cases and their table are in ``overhead``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def low(device: torch.device) -> bool:
-    """Whether models are in bfloat16 autocast there, else in float32."""
+    """Whether models run in bfloat16 autocast on this device; otherwise float32."""
     return product_dtype("auto", torch.empty(0, device=device)) is not None
 
 
@@ -60,7 +60,7 @@ def precision(device: torch.device) -> str:
 class Bench:
     """A model that trains on one batch of random images, and clocks around its steps.
 
-    In bfloat16 autocast where the device multiplies it faster than float32, else in float32.
+    It uses bfloat16 autocast if the device multiplies it faster than float32, else float32.
     """
 
     model: nn.Module
@@ -97,7 +97,7 @@ class Bench:
         self.optimizer.step()
 
     def seconds(self, work: Callable[[], object], times: int = 1) -> float:
-        """Wall seconds of one call, the device waited for."""
+        """Wall seconds of one call, after the device has finished."""
         self.wait()
         start = time.perf_counter()
         for _ in range(times):
@@ -111,9 +111,9 @@ class Bench:
 
 
 class LivePeak(TorchDispatchMode):
-    """Bytes of the tensors that operations inside make: most alive at once (``most``).
+    """Bytes of the tensors that operations inside create: the most alive at once (``most``).
 
-    What an operation allocates and frees inside itself is not seen.
+    It does not see what an operation allocates and frees internally.
     """
 
     def __init__(self) -> None:
@@ -170,7 +170,7 @@ def attached(regularizer: Any, bench: Bench) -> Iterator[None]:
 
 
 def update(regularizer: Any, bench: Bench) -> None:
-    """What a regularizer does in the optimizer's hooks, alone, at a step at which it acts."""
+    """The work of a regularizer in the optimizer's hooks alone, at a step at which it acts."""
     regularizer.steps += (every(regularizer) - 1 - regularizer.steps) % every(regularizer)
     regularizer.step(bench.optimizer)
 
@@ -203,7 +203,7 @@ def block_mib(model: nn.Module, example: Tensor) -> float:
 def whole_steps(
     bench: Bench, made: dict[str, Any], repeats: int, times: int
 ) -> dict[str, list[float]]:
-    """Seconds of a step with each regularizer, and with none, in turn."""
+    """Seconds of a step with each regularizer and with none, in turn."""
     everyone: dict[str, Any] = {"plain": None} | made
     for regularizer in everyone.values():
         with attached(regularizer, bench):
@@ -219,7 +219,7 @@ def whole_steps(
 
 
 def hooks(bench: Bench, made: dict[str, Any], repeats: int) -> dict[str, list[float]]:
-    """Seconds a step of what each regularizer does in the optimizer's hooks, in turn."""
+    """Seconds per step that each regularizer spends in the optimizer's hooks, in turn."""
     found: dict[str, list[float]] = {name: [] for name in made}
     for regularizer in made.values():
         update(regularizer, bench)
@@ -231,10 +231,10 @@ def hooks(bench: Bench, made: dict[str, Any], repeats: int) -> dict[str, list[fl
 
 
 def extra_memory(bench: Bench, regularizer: Any, in_forward: bool) -> float:
-    """How much higher the peak is with it, MiB: during the update, or of a step (TWEO's).
+    """Rise of the peak through the regularizer, MiB: during the update, or of a step (TWEO).
 
-    On a GPU by the allocator, on a CPU by ``LivePeak``. A step must have been taken before, so that
-    gradients and states are there.
+    A GPU's allocator reports it, and on a CPU ``LivePeak``. Take one step first, so that gradients
+    and states exist.
     """
     if in_forward:
         peaks = []

@@ -1,11 +1,13 @@
-"""By what PTQ4ViT weighs errors, on DeiT-Tiny at W4A4: three criteria, three calibration seeds.
+"""How PTQ4ViT weights errors, on DeiT-Tiny at W4A4: three criteria, three calibration seeds.
 
-``curvature``: the random direction that this library takes (``curvature_root``). ``kl``: what the
-authors' code takes, the gradient of KL(softmax(z0) || softmax(z)) at z = z0, where it is zero but
-for rounding errors; their scaling to norm one makes weights of these. ``none``: plain squared
-error. Each with 2 rounds of 50 candidates, as the authors' code was run on these weights, and with
-the published 3 of 100. Seed ``first`` is the first 32 images, on which that code had 40.5.
-Resumable; needs what ``ptq_deit_tiny.py`` needs.
+- ``curvature``: the random direction that this library takes (``curvature_root``).
+- ``kl``: the gradient of KL(softmax(z0) || softmax(z)) at z = z0, as in the authors' code. It is
+  zero but for rounding errors. Their scaling to norm one turns these into weights.
+- ``none``: plain squared error.
+
+Each runs with 2 rounds of 50 candidates, as we ran the authors' code on these weights. Each also
+runs with the published 3 rounds of 100. Seed ``first`` is the first 32 images, on which that code
+reached 40.5. A restart continues where the last run stopped. Needs what ``ptq_deit_tiny.py`` needs.
 
     python benchmarks/ptq4vit_criterion.py run
     python benchmarks/ptq4vit_criterion.py summary
@@ -89,7 +91,7 @@ def run(
     images: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
     cache: Annotated[Path, typer.Option(help="Folder for the images as tensors.")] = CACHE,
 ) -> None:
-    """Measure what has no row yet; append one row each."""
+    """Measure what has no row yet and append one row each."""
     keys = COLUMNS[:5]
     done = {tuple(row[key] for key in keys) for row in read(out)}
     where = prepare(data, cache)

@@ -1,10 +1,10 @@
 """Every post-training method on DeiT-Tiny, ImageNet: W8A8, W6A6 and W4A4, three calibration seeds.
 
-1000 evaluation images (easier than the validation set: differences count, not absolute values) and
-as many calibration images as the method declares. Each row is calibrated in a process of its own,
-so that its peak memory is its own, then evaluated there. Resumable: a row that is in the table is
-not run again; delete it there to have it run again. Needs QUIETVIT_TEST_DATA (or --data), see
-docs/development.md, and 1.2 GB under --cache for the images as tensors, decoded once.
+There are 1000 evaluation images. They are easier than the validation set: differences count, not
+absolute values. The method declares the number of calibration images. A process of its own
+calibrates each row, so that its peak memory is its own, and then evaluates it. A row that exists is
+not run again. Delete it to repeat it. Needs QUIETVIT_TEST_DATA (or --data), see
+docs/development.md. Needs 1.2 GB under --cache for the images as tensors, decoded once.
 
     python benchmarks/ptq_deit_tiny.py run
     python benchmarks/ptq_deit_tiny.py run --settings 'rtn*,repq-vit' --bits W4A4 --seeds 0 --jobs 2
@@ -92,7 +92,7 @@ OutOption = Annotated[Path, typer.Option(help="The table.")]
 
 @dataclass(frozen=True)
 class Data:
-    """Where the child finds model and images; paths as text, since it travels as JSON."""
+    """Where the child finds model and images. Paths are text, because it travels as JSON."""
 
     evaluation: str
     labels: str
@@ -103,7 +103,7 @@ class Data:
 
 
 class Stored:
-    """Images (N, 3, H, W), float32, in a .npy file; read by number, so that memory stays small."""
+    """Images (N, 3, H, W), float32, in a .npy file; read by number to save memory."""
 
     def __init__(self, path: str | Path) -> None:
         array = np.load(path, mmap_mode="r")
@@ -119,7 +119,7 @@ class Stored:
 
 
 def store(images: ImageDataset, transform: Callable[[Any], Tensor], path: Path) -> None:
-    """Write all images, transformed, and labels to .npy files, if they are not there already."""
+    """Write all transformed images and their labels to .npy files, unless they exist."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,9 +138,9 @@ def labels_of(path: Path) -> Path:
 
 
 def prepare(data: Path, cache: Path) -> Data:
-    """Decode and transform the images of both tables once; say where they are.
+    """Decode and transform the images of both tables once, and return where they are.
 
-    A file's name holds what it was made from: table, transform, versions.
+    The name of a file holds what it was made from: table, transform, versions.
     """
     transform = evaluation_transform(create_model(MODEL))
     made_by = f"{transform} {torchvision.__version__} {PIL.__version__}"
@@ -179,8 +179,8 @@ def batches(data: Data, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
 def peak_mib() -> float:
     """Peak resident memory of this process, MiB.
 
-    From VmHWM where there is /proc: ``ru_maxrss`` starts at the size of the process that started
-    this one.
+    It is VmHWM if /proc exists: ``ru_maxrss`` starts at the size of the process that started this
+    one.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -191,7 +191,7 @@ def peak_mib() -> float:
 
 
 def measure(job: Job, data: Data) -> dict[str, Any]:
-    """Calibrate, read clocks and peak, then evaluate. In a process of its own: see ``spawn``."""
+    """Calibrate, read clocks and peak, then evaluate. Call it in its own process: ``spawn``."""
     model = create_model(data.model, weights=data.weights, **data.kwargs).eval()
     if job.bits == "float":
         baseline = round(peak_mib())
@@ -230,7 +230,7 @@ def one(task: str) -> None:
 
 
 def spawn(job: Job, data: Data, threads: int) -> dict[str, Any]:
-    """``measure`` in a fresh process. Raises QuietvitError with what it said when it failed."""
+    """Run ``measure`` in a fresh process. Raises QuietvitError with its output if it fails."""
     task = json.dumps({"job": asdict(job), "data": asdict(data), "threads": threads})
     environment = os.environ | ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, __file__, "one", task]
@@ -243,14 +243,14 @@ def spawn(job: Job, data: Data, threads: int) -> dict[str, Any]:
 
 
 def table_for(out: Path, images: int) -> Path:
-    """The table itself for all the images, else one beside it, so that they are never mixed."""
+    """The table for all images, or another one for fewer, so that they never mix."""
     return out if images == IMAGES else out.with_name(f"{out.stem}-{images}-images{out.suffix}")
 
 
 def jobs_for(
     settings: str, bits: Sequence[str], seeds: Sequence[int], images: int, out: Path
 ) -> list[Job]:
-    """Jobs of the chosen settings that have no row yet; the float model first."""
+    """Jobs of the chosen settings that have no row yet, the float model first."""
     patterns = settings.split(",")
     names = [n for n in SETTINGS if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
     if not names:
@@ -267,7 +267,7 @@ def jobs_for(
 def work_off(
     jobs: Sequence[Job], out: Path, work: Callable[[Job], dict[str, Any]], parallel: int = 1
 ) -> list[Job]:
-    """Append the row of each job as it is ready; return the jobs that failed, errors printed."""
+    """Append the row of each job when it is ready; print errors, return the jobs that failed."""
     failed: list[Job] = []
     first = [job for job in jobs if job.bits == "float"]
     with ThreadPoolExecutor(parallel) as pool:
@@ -299,11 +299,11 @@ def run(
     images: Annotated[
         int, typer.Option(help="Evaluation images; fewer go to another file.")
     ] = IMAGES,
-    jobs: Annotated[int, typer.Option(help="Processes at a time.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes at the same time.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads each.")] = 1,
     cache: Annotated[Path, typer.Option(help="Folder for the images as tensors.")] = CACHE,
 ) -> None:
-    """Measure what has no row yet; append one row each."""
+    """Measure what has no row yet and append one row each."""
     out = table_for(out, images)
     chosen_bits, chosen_seeds = bits.split(","), [int(seed) for seed in seeds.split(",")]
     try:
@@ -323,7 +323,7 @@ def run(
 @app.command()
 def summary(
     out: OutOption = OUT,
-    published: Annotated[bool, typer.Option(help="Drops beside published ones.")] = False,
+    published: Annotated[bool, typer.Option(help="Compare the drops with published ones.")] = False,
 ) -> None:
     """Print the table as Markdown: median (smallest–largest) over calibration seeds."""
     rows = read(out)

@@ -1,4 +1,4 @@
-"""The table of ``ptq_deit_tiny.py``: its rows, how they are added, how they are shown.
+"""The table of ``ptq_deit_tiny.py``: its rows, how they are added and shown.
 
 Nothing is measured here.
 """
@@ -50,9 +50,9 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Job:
-    """One row to be: a method at some bits with one draw of calibration images. ``fields``: JSON.
+    """A planned row: a method with some bits and one draw of calibration images.
 
-    ``bits`` "float": the model itself, calibrated by nothing.
+    ``fields`` is JSON. ``bits`` "float" is the model itself, without calibration.
     """
 
     setting: str
@@ -68,7 +68,7 @@ class Job:
 
 
 def read(out: Path) -> list[Row]:
-    """Rows of the table. Raises QuietvitError for a table of other columns."""
+    """Rows of the table. Raises QuietvitError for a table with other columns."""
     if not out.exists():
         return []
     with out.open(newline="") as handle:
@@ -80,7 +80,7 @@ def read(out: Path) -> list[Row]:
 
 
 def finished(out: Path, images: int) -> set[tuple[str, str, str, str]]:
-    """Keys of the rows that are there. Raises QuietvitError for rows on other images."""
+    """Keys of the existing rows. Raises QuietvitError for rows on other images."""
     rows = read(out)
     other = sorted({row["images"] for row in rows} - {str(images)})
     if other:
@@ -89,7 +89,7 @@ def finished(out: Path, images: int) -> set[tuple[str, str, str, str]]:
 
 
 def append(out: Path, job: Job, measured: dict[str, Any]) -> None:
-    """Add the row in one write, with a header if it is the first; nothing if it is there by now."""
+    """Add the row in one write, with a header if it is first. Does nothing if it exists by now."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("ab") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -122,7 +122,7 @@ def key_of(row: Row) -> tuple[str, str, str, str]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median (smallest–largest) of several figures; of fewer than three it says how many."""
+    """Median (smallest–largest) of several figures. For fewer than three it says how many."""
     if not values:
         return ""
     text = f"{statistics.median(values):.1f}"
@@ -141,9 +141,9 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: one line a setting, top-1 by bits, then CPU time and memory of the calibration.
+    """Markdown: one line per setting. Top-1 by bits, CPU time and memory of the calibration.
 
-    A setting that was run with several sets of fields has a line for each.
+    A setting that ran with several sets of fields has a line for each.
     """
     quantized = [row for row in rows if row["setting"] != "float"]
     bits = sorted({row["bits"] for row in quantized}, key=_by_bits)
@@ -170,7 +170,7 @@ def _by_bits(bits: str) -> list[int]:
 def compared(rows: Sequence[Row]) -> str:
     """Markdown: median drop of each setting beside published ones, in points of top-1.
 
-    Of a setting that was run with several sets of fields, the last counts.
+    For a setting that ran with several sets of fields, the last one counts.
     """
     head = ["setting", "bits", "drop here", "drop there", "difference", "source"]
     lines = [_line(head), "|---" * len(head) + "|"]

@@ -1,9 +1,14 @@
-"""How far two correct computations of one quantized model part, through roundings alone.
+"""How far two correct computations of one quantized model differ, through rounding alone.
 
-DeiT-Tiny with ImageNet weights under round to nearest. The simulated model is compared with itself
-on images multiplied by 1 + 1e-6 of a normal number, with itself computed in float64, with its
-exported file in onnxruntime (whose codes and sums of products are equal on given inputs), and with
-the float model: relative L2 distance of the logits, and the share of images with the same class.
+The model is DeiT-Tiny with ImageNet weights under round to nearest. The simulated model is compared
+with
+
+- itself on images multiplied by 1 + 1e-6 of a normal number,
+- itself computed in float64,
+- its exported file in onnxruntime, whose codes and sums of products are equal on given inputs,
+- the float model.
+
+The figures are the relative L2 distance of the logits and the share of images with the same class.
 Needs QUIETVIT_TEST_DATA (or --data), see docs/development.md.
 
     python benchmarks/rounding.py run --images 128
@@ -50,7 +55,7 @@ def run(
     images: Annotated[int, typer.Option(help="Images compared.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of calibration and disturbance.")] = 0,
 ) -> None:
-    """Measure, and write the table anew."""
+    """Measure, and write the table again."""
     torch.set_num_threads(1)
     weights = data / "deit_tiny_patch16_224.safetensors"
     model = create_model("deit_tiny_patch16_224", weights=weights).eval()

@@ -1,6 +1,6 @@
-"""The command line. The commands are in ``commands``.
+"""The command line: joins the commands of ``commands``.
 
-Nothing is computed here, and nothing heavy is imported before a command runs.
+It computes nothing, and imports nothing heavy before a command runs.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def _global(
         ),
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where in the code an error was raised.")
+        bool, typer.Option("--traceback", help="Show the place in the code that raised an error.")
     ] = False,
 ) -> None:
-    """Train vision transformers whose activations stay quiet, so that they survive low bits."""
+    """Train vision transformers that survive low-bit quantization."""
 
 
 for group in (training, looking, quantizing, deploying):

@@ -1,6 +1,6 @@
-"""What the commands share: options and arguments, and opening the model and data that they name.
+"""What the commands share: options, arguments, and opening the model and the data they name.
 
-The commands are in ``commands``; what is said of an error is in ``complaints``.
+The commands are in ``commands``. ``complaints`` words the errors.
 """
 
 from __future__ import annotations
@@ -24,30 +24,33 @@ if TYPE_CHECKING:
 Recipe = Annotated[
     str,
     typer.Option(
-        "--recipe", "-r", metavar="NAME|FILE", help="Recipe: a TOML file, or one shipped by name."
+        "--recipe", "-r", metavar="NAME|FILE", help="A TOML file, or the name of a shipped recipe."
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe; repeat."),
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe. Repeatable."
+    ),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything written.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for all output.")]
 OutputOrRecipe = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="Folder for everything written.", show_default="the recipe's output"
+        "--output", "-o", help="Folder for all output.", show_default="the recipe's output"
     ),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print batch, steps, memory and time, measured; write nothing."),
+    typer.Option("--dry-run", help="Measure batch, steps, memory and time; write nothing."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an earlier run where it stopped.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
 Discard = Annotated[
     bool,
     typer.Option(
-        "--discard", help="With --force: delete an unfinished run and its checkpoints, unasked."
+        "--discard",
+        help="With --force: delete an unfinished run without asking, checkpoints included.",
     ),
 ]
 Model = Annotated[
@@ -59,26 +62,30 @@ Model = Annotated[
 Architecture = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a timm model.")]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="Weights file: safetensors, or a plain state dict.", show_default="random"),
+    typer.Option(
+        help="File of weights: safetensors, or a plain state dict.", show_default="random"
+    ),
 ]
 Classes = Annotated[
     int | None,
-    typer.Option("--classes", min=1, help="Classes of the head.", show_default="as in the weights"),
+    typer.Option(
+        "--classes", min=1, help="Number of classes of the head.", show_default="as in the weights"
+    ),
 ]
 Size = Annotated[
     int | None,
     typer.Option("--size", min=1, help="Side of the images in pixels.", show_default="the model's"),
 ]
 _DATA = (
-    "Parquet or arrow table, {}, shards:/path/*.tar, hf:/folder, or embedded:digits; its {} images "
-    "if split."
+    "Parquet or arrow table, {}, shards:/path/*.tar, hf:/folder, or embedded:digits. Takes its {} "
+    "images if it has splits."
 )
 _FREE = "folder of images, single image"
-_NO_LABELS = " Labels are not needed."
+_NO_LABELS = " Needs no labels."
 Images = Annotated[
     str,
     typer.Option(
-        "--images", metavar="DATA", help=_DATA.format("folder with one folder a class", "test")
+        "--images", metavar="DATA", help=_DATA.format("folder with one folder per class", "test")
     ),
 ]
 AnyImages = Annotated[
@@ -94,7 +101,7 @@ Calibration = Annotated[
     ),
 ]
 Count = Annotated[int, typer.Option("--count", help="Number of images used.")]
-Seed = Annotated[int, typer.Option(help="Seed of the draw of images.")]
+Seed = Annotated[int, typer.Option(help="Seed that draws the images.")]
 Bits = Annotated[str, typer.Option(help="Bits of weights and activations, each 2 to 16.")]
 MethodCount = Annotated[
     int | None,
@@ -105,7 +112,9 @@ MethodName = Annotated[
 ]
 MethodOptions = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Set a field of the method; repeat."),
+    typer.Option(
+        "--set", "-s", metavar="FIELD=VALUE", help="Set a field of the method. Repeatable."
+    ),
 ]
 Keep = Annotated[
     list[str] | None,
@@ -113,17 +122,18 @@ Keep = Annotated[
         "--keep",
         "-k",
         metavar="WHAT=BITS",
-        help="Other bits for a role or sites: post_softmax=8, '*.fc1=W4A8', head=float; repeat.",
+        help="Other bits for a role or sites: post_softmax=8, '*.fc1=W4A8' or head=float. "
+        "Repeatable.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 is the runtime's own choice.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")]
 FloatModel = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="hf:FOLDER or a training run it was made from, if timm and transformers have no name "
-        "for it.",
+        help="The original hf:FOLDER or training run, if timm and transformers do not know the "
+        "model.",
     ),
 ]
 Runtime = Annotated[
@@ -135,9 +145,9 @@ Runtime = Annotated[
 def build_model(
     name: str, weights: Path | None, classes: int | None, size: int | None
 ) -> nn.Module:
-    """Build a model in eval mode, or load that of a training run; says so if it is random.
+    """Build a model in eval mode, or load it from a training run. Report random weights.
 
-    Raises QuietvitError for what neither is, and for weights named beside a training run.
+    Raises QuietvitError for an unknown model, and for weights, classes or a size beside a run.
     """
     from quietvit.data import create_model
 
@@ -151,13 +161,13 @@ def build_model(
             )
         return TrainResult.read(name).load_model()
     if weights is None and not name.startswith("hf:"):
-        typer.echo("note: no --weights given, so the weights of the model are random.", err=True)
+        typer.echo("note: the weights of the model are random. Give some with --weights.", err=True)
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
     return create_model(name, classes, weights, **sized).eval()
 
 
 def build_bare(name: str, size: int | None) -> nn.Module:
-    """Build a timm model for looking at its structure alone."""
+    """Build a timm model with random weights, to look at its structure."""
     from quietvit.data import create_model
 
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
@@ -165,7 +175,7 @@ def build_bare(name: str, size: int | None) -> nn.Module:
 
 
 def example_of(model: nn.Module) -> Tensor:
-    """Return one random image of the size the model takes."""
+    """Return one random image (1, C, H, W) of the model's input size."""
     import torch
 
     from quietvit.data import data_config
@@ -174,7 +184,7 @@ def example_of(model: nn.Module) -> Tensor:
 
 
 def open_data(text: str, split: Literal["train", "test"], *, labels: bool = True) -> ImageDataset:
-    """Open the data a plain path stands for: ``split`` where it has splits, else all of it.
+    """Open the data at a plain path: ``split`` if it has splits, else all of it.
 
     ``labels``: as for ``load_dataset``.
     """
@@ -186,30 +196,30 @@ def open_data(text: str, split: Literal["train", "test"], *, labels: bool = True
 
 
 def draw_images(model: nn.Module, dataset: ImageDataset, count: int, seed: int) -> Tensor:
-    """Return ``count`` images as the model takes them, drawn without replacement."""
+    """Draw ``count`` images without replacement, transformed for the model."""
     from quietvit.data import calibration_images, evaluation_transform
 
     return calibration_images(dataset, count, evaluation_transform(model), seed)
 
 
 def moved_to(model: nn.Module, device: str) -> nn.Module:
-    """Move a model. Raises QuietvitError where there is no such device."""
+    """Move a model. Raises QuietvitError if the device does not exist."""
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise QuietvitError(
-            f"the model cannot be computed on device {device!r}: {str(error).splitlines()[0]}; "
-            "choose another, such as --device cpu."
+            f"the model cannot run on device {device!r}: {str(error).splitlines()[0]}. Choose "
+            "another device, such as --device cpu."
         ) from error
 
 
 def interactive() -> bool:
-    """Whether somebody sits at a terminal in front of this process alone."""
+    """Whether a user at a terminal can answer, and this is the only process."""
     return "RANK" not in os.environ and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def agreed(refusal: QuietvitError | None) -> bool:
-    """Ask on a terminal whether to do what ``refusal`` refuses; False where nobody can be asked."""
+    """Ask on a terminal whether to do what ``refusal`` refuses. False if nobody can answer."""
     if refusal is None or not interactive():
         return False
     complain("warning", str(refusal))
@@ -217,7 +227,7 @@ def agreed(refusal: QuietvitError | None) -> bool:
 
 
 def epilog(*examples: str) -> str:
-    """Return examples as the text below a command's help."""
+    """Format examples for the end of a command's help."""
     return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"$ {example}" for example in examples)
 
 

@@ -47,7 +47,7 @@ def diagnose(
     count: Count = 32,
     seed: Seed = 0,
     sites_only: Annotated[
-        bool, typer.Option("--sites-only", help="Leave the weights out, for models without pairs.")
+        bool, typer.Option("--sites-only", help="Skip the weights, for models without pairs.")
     ] = False,
     output: Annotated[
         Path | None,
@@ -55,7 +55,7 @@ def diagnose(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Show where outliers are and which weights make them."""
+    """Find outliers and the weights that cause them."""
     from quietvit.files import refuse_nonempty
     from quietvit.measure import diagnose as run
 
@@ -97,7 +97,7 @@ def trace(
     model: Architecture,
     size: Size = None,
     matmuls: Annotated[
-        bool, typer.Option("--matmuls", help="Only the matrix multiplications.")
+        bool, typer.Option("--matmuls", help="List only the matrix multiplications.")
     ] = False,
 ) -> None:
     """List every matrix multiplication, norm, softmax and activation of a model."""

@@ -40,7 +40,9 @@ def train(
     output: OutputOrRecipe = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="In place of the recipe's: a timm model, or hf:FOLDER."),
+        typer.Option(
+            "--model", help="Replace the model of the recipe: a timm model, or hf:FOLDER."
+        ),
     ] = None,
     overrides: Overrides = None,
     resume: Resume = False,
@@ -48,7 +50,7 @@ def train(
     discard: Discard = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train or fine-tune one model by a recipe."""
+    """Train or fine-tune a model with a recipe."""
     from quietvit.train import estimate, load_recipe
     from quietvit.train import train as run
     from quietvit.train.earlier import earlier_run
@@ -86,25 +88,27 @@ def train(
 def compare(
     recipe: Recipe,
     output: Output,
-    seeds: Annotated[str, typer.Option(help="Seeds of training; one run of each arm a seed.")] = (
-        "0,1,2"
-    ),
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of training: one run with and one without CD for each.")
+    ] = "0,1,2",
     bits: Annotated[
         str, typer.Option(help="Bits of weights and activations, each 2 to 16.")
     ] = "W8A8,W6A6,W4A4",
     methods: Annotated[
-        str, typer.Option(help="Methods with activation range.")
+        str, typer.Option(help="Methods, each with its activation range.")
     ] = "rtn-minmax,rtn-percentile,rtn-omse",
     calibration: Annotated[
         int, typer.Option("--calibration", help="Calibration images, from the training data.")
     ] = 32,
-    calibration_seed: Annotated[int, typer.Option(help="Seed of the draw of these.")] = 0,
+    calibration_seed: Annotated[
+        int, typer.Option(help="Seed that draws the calibration images.")
+    ] = 0,
     overrides: Overrides = None,
     resume: Resume = False,
     force: Force = False,
     discard: Discard = False,
 ) -> None:
-    """Train with and without Colinearity Decay, quantize both, report on one page."""
+    """Train with and without Colinearity Decay (CD), quantize both, write one report."""
     from quietvit.compare import CompareConfig
     from quietvit.compare import compare as run
     from quietvit.compare.earlier import refusal
@@ -124,6 +128,6 @@ def compare(
     show(
         fitting(found.table.rich(), found.table.rich(compact=True)),
         f"\n{found.verdict}",
-        f"Time that CD adds to the training: {found.overhead} %",
-        f"Page: {found.page}",
+        f"Training time added by CD: {found.overhead} %",
+        f"Report: {found.page}",
     )
