@@ -11,8 +11,8 @@ from method_cases import configured
 from quietvit.errors import QuietvitError
 from quietvit.measure.sqnr import sqnr
 from quietvit.quantization import GPTQ, RTN, get_method
-from quietvit.quantization.method import Slot
 from quietvit.quantization.settings import parse_method
+from quietvit.quantization.slot import Slot
 
 FOUR = {"weight_bits": 4, "activation_bits": 4}
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from quietvit.quantization.adjustments import Adjustment, ChannelAffine, Compensation
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import Quantizer
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import Site
 
 

@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, PlainSerializer, model_validator
 
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Method, Slot, get_method
+from quietvit.quantization.method import Method, get_method
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import Trace
 
 SHARED = (

@@ -9,17 +9,14 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS
-from quietvit.tracing import MATMUL_KINDS
-
-if TYPE_CHECKING:
-    from quietvit.quantization.method import Slot
-    from quietvit.tracing import Site, Trace
+from quietvit.quantization.slot import Slot
+from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 BitPair = tuple[int | None, int | None]
 """Bits of a weight, bits of an activation; None is float."""

@@ -24,8 +24,9 @@ from quietvit.quantization.adjustments import (
 )
 from quietvit.quantization.coverage import Coverage
 from quietvit.quantization.kept import State, state_of, unchanged
-from quietvit.quantization.method import OPERANDS, OUTPUT, Method, Slot
+from quietvit.quantization.method import Method
 from quietvit.quantization.quantizers import Quantizer
+from quietvit.quantization.slot import OPERANDS, OUTPUT, Slot
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
 from quietvit.tracing.block_modules import first_tensor, watching_modules, with_first_tensor
 from quietvit.tracing.intercept import Handler

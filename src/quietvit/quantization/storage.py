@@ -27,9 +27,10 @@ from quietvit.quantization.architecture import (
 )
 from quietvit.quantization.calibration import run_model
 from quietvit.quantization.folder import FolderFormat
-from quietvit.quantization.method import Slot, get_method
+from quietvit.quantization.method import get_method
 from quietvit.quantization.quantized import QuantizedModel, module_key
 from quietvit.quantization.quantizers import Quantizer, build_quantizer
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import Site, evaluating, plain_copy
 from quietvit.tracing import trace as trace_model
 

@@ -17,8 +17,8 @@ from quietvit.quantization.blocks import Block
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.fitting.block_data import BlockData, Leaves
 from quietvit.quantization.fitting.rounding import LearnedScale, Rounding, random_keep, undecided
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight, why_fixed
 from quietvit.tracing import Site
 

@@ -23,8 +23,9 @@ from quietvit.quantization.fitting.search import (
     alternate,
     product_dtype,
 )
-from quietvit.quantization.method import Bits, EdgeBits, Method, Slot
+from quietvit.quantization.method import Bits, EdgeBits, Method
 from quietvit.quantization.quantizers import Quantizer
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import Trace
 

@@ -17,10 +17,11 @@ from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.fitting.products import Product, has_heads
 from quietvit.quantization.fitting.search import Affine, Groups, Log, Proposals, Side, portions
 from quietvit.quantization.fitting.search_method import SearchMethod
-from quietvit.quantization.method import Slot, register
+from quietvit.quantization.method import register
 from quietvit.quantization.nonuniform import GELU_SHIFT
 from quietvit.quantization.quantizers import affine_parameters
 from quietvit.quantization.reparametrize import NormLink, hidden_norm_links, reparametrize
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight
 from quietvit.tracing import Trace
 

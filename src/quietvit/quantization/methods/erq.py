@@ -27,10 +27,11 @@ from quietvit.quantization.fitting.least_squares import (
     run_to,
     weight_grid,
 )
-from quietvit.quantization.method import Slot, between, register
+from quietvit.quantization.method import between, register
 from quietvit.quantization.on_top import OnTop
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeName
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight, write_weight
 from quietvit.tracing import Site
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from quietvit.quantization.adjustments import Adjustment, channel_axis, register_adjustment
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Bits, EdgeBits, Method, Slot, register
+from quietvit.quantization.method import Bits, EdgeBits, Method, register
 from quietvit.quantization.nonuniform import LogQuantizer, power_of_two_factor
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, affine_parameters
 from quietvit.quantization.ranges import MinMaxRange, Stream
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 

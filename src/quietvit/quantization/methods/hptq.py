@@ -26,8 +26,9 @@ from quietvit.quantization.fitting.thresholds import (
     search,
     without_outliers,
 )
-from quietvit.quantization.method import Method, Slot, between, register
+from quietvit.quantization.method import Method, between, register
 from quietvit.quantization.quantizers import AffineQuantizer
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 

@@ -24,7 +24,8 @@ from quietvit.quantization.fitting.search import (
     symmetric_start,
 )
 from quietvit.quantization.fitting.search_method import SearchMethod
-from quietvit.quantization.method import Granularity, Slot, register
+from quietvit.quantization.method import Granularity, register
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import Site, Trace
 
 SPLITS = 20

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Granularity, Method, Slot, between, register
+from quietvit.quantization.method import Granularity, Method, between, register
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeEstimator, RangeName, make_range
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 
 

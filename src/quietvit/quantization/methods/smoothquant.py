@@ -15,9 +15,10 @@ from torch import Tensor
 from quietvit.errors import QuietvitError
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
-from quietvit.quantization.method import Slot, between, register
+from quietvit.quantization.method import between, register
 from quietvit.quantization.methods.rtn import RTN
 from quietvit.quantization.reparametrize import NormLink, norm_links, reparametrize
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight
 from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site
 from quietvit.tracing.intercept import Handler
