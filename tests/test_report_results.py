@@ -13,16 +13,11 @@ from scipy import stats
 
 from quietvit.errors import QuietvitError
 from quietvit.report import Results, runs_table, summarize, summary_csv, summary_table, tidy_csv
-from quietvit.report.results import paired_interval, signed, t_quantile, verdict
+from quietvit.report.results import paired_interval, signed, verdict
 from report_cases import results_of
 
 points = st.floats(0, 100)
 paired = st.lists(st.tuples(points, points), min_size=2, max_size=15)
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 5, 10, 11, 20, 100])
-def test_the_quantile_is_students(degrees):
-    assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=2e-4)
 
 
 @given(paired)
@@ -33,7 +28,7 @@ def test_the_interval_is_that_of_the_paired_t_test(tops):
     expected = stats.t.interval(
         0.95, len(tops) - 1, statistics.fmean(differences), deviation / len(tops) ** 0.5
     )
-    assert (low, high) == pytest.approx(expected, abs=0.01 + 2e-4 * abs(expected[1] - expected[0]))
+    assert (low, high) == pytest.approx(expected)
 
 
 @given(paired)

@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
+from scipy.special import stdtrit
 
 from quietvit.errors import QuietvitError
 
 ARMS = ("without CD", "with CD")
 FLOAT = "float"
 NO_DIFFERENCE = "no difference seen"
-
-# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom.
-_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 class _Data(BaseModel):
@@ -228,21 +226,9 @@ def paired_interval(
         return None, None
     mean = statistics.fmean(differences)
     deviation = max(statistics.stdev(differences), resolution)
-    half = t_quantile(len(differences) - 1) * deviation / math.sqrt(len(differences))
+    t = float(stdtrit(len(differences) - 1, 0.975))
+    half = t * deviation / math.sqrt(len(differences))
     return mean - half, mean + half
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t (table to 10, then Cornish and Fisher 1938)."""
-    if degrees <= len(_T):
-        return _T[degrees - 1]
-    z = 1.959964
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
 
 
 def _outcome(low: float | None, high: float | None) -> str:
