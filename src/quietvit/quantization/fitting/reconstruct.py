@@ -29,7 +29,7 @@ from quietvit.quantization.fitting.block_data import (
     each,
     layouts,
 )
-from quietvit.quantization.fitting.block_fit import Learned, Samples, fit
+from quietvit.quantization.fitting.block_fit import FitSettings, Learned, Samples, fit
 from quietvit.quantization.method import between, get_method
 from quietvit.quantization.on_top import SHARED, OnTop
 from quietvit.quantization.weights import (
@@ -114,6 +114,17 @@ class Reconstruction(OnTop):
         """Probability that an activation stays float while a block is fitted."""
         return 0.0
 
+    def settings(self) -> FitSettings:
+        """What ``fit`` needs of this config."""
+        return FitSettings(
+            rounding_rate=self.rounding_rate,
+            scale_rate=self.scale_rate,
+            batch_size=self.batch_size,
+            regularizer=self.regularizer,
+            warm_up=self.warm_up,
+            keep=self.keep,
+        )
+
     def output_weights(self, data: BlockData, block: Block, layout: Layout) -> Tensor | None:
         """Weights of the squared output errors (images, rows, ...), None for all alike."""
         return None
@@ -184,7 +195,7 @@ class _Run:
         self.generator = torch.Generator().manual_seed(self.method.seed)
         self.ratios: dict[str, float] = {}
         todo = [b for b in blocks if b.name in self.layouts]
-        learning = [b for b in todo if Learned.of(self.data, b, self.method)]
+        learning = [b for b in todo if Learned.of(self.data, b, self.method.keep)]
         total = len(learning) * self.method.iterations
         label = f"{self.method.name} {self.method.label}{self._estimate(learning, first)}"
         bar = self.calibration.track(range(total), total, label)
@@ -207,7 +218,7 @@ class _Run:
             samples = Samples(given, target, given[0] if self.method.keep else None)
             for _ in range(2):  # the first one also allocates
                 start = time.monotonic()
-                learned = Learned.of(self.data, block, self.method)
+                learned = Learned.of(self.data, block, self.method.keep)
                 generator = torch.Generator().manual_seed(0)
                 self._fit(block, learned, samples, generator, lambda: None, 1)
                 spent = time.monotonic() - start
@@ -237,7 +248,7 @@ class _Run:
 
     def _block(self, block: Block, samples: Samples, tick: Callable[[], Any]) -> None:
         """Fit a block and keep what was learned if that is nearer to the float output."""
-        learned = Learned.of(self.data, block, self.method)
+        learned = Learned.of(self.data, block, self.method.keep)
         if not learned:
             return
         before = self._error(block, samples)
@@ -280,7 +291,8 @@ class _Run:
                 return self.data.quantized(block, layout, leaves, handler)
 
         with torch.enable_grad():
-            fit(self.method, learned, run, samples, channels, generator, tick, iterations)
+            settings = self.method.settings()
+            fit(settings, learned, run, samples, channels, generator, tick, iterations)
 
     def _error(self, block: Block, samples: Samples) -> float:
         """Mean squared error of the quantized block's output on the first images."""
