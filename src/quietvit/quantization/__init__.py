@@ -22,9 +22,8 @@ from quietvit.quantization.methods.repq_vit import RepQViT
 from quietvit.quantization.methods.rtn import RTN
 from quietvit.quantization.methods.smoothquant import SmoothQuant
 from quietvit.quantization.nonuniform import LogQuantizer
-from quietvit.quantization.quantized import QuantizedModel
+from quietvit.quantization.quantized import QuantizedModel, load
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, register_quantizer
-from quietvit.quantization.storage import load
 
 __all__ = [
     "BRECQ",

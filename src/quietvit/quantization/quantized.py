@@ -1,6 +1,6 @@
-"""``QuantizedModel``: a traced model whose operands are fake-quantized while it runs; its coverage.
+"""``QuantizedModel``: a traced model whose operands are fake-quantized while it runs; ``load``.
 
-Which quantizer stands where is decided by a method; files are read and written in ``storage``.
+Which quantizer stands where is decided by a method; the format of files is in ``storage``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from quietvit.quantization.adjustments import (
     ChannelAffine,
     Compensation,
     channel_axis,
+    module_key,
 )
-from quietvit.quantization.coverage import Coverage
+from quietvit.quantization.calibration import run_model
+from quietvit.quantization.coverage import Coverage, coverage_of
 from quietvit.quantization.kept import State, state_of, unchanged
 from quietvit.quantization.method import Method
 from quietvit.quantization.quantizers import Quantizer
 from quietvit.quantization.slot import OPERANDS, OUTPUT, Slot
-from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+from quietvit.quantization.storage import FORMAT, Contents, read, write, zero_image
+from quietvit.tracing import MATMUL_KINDS, Site, Trace, evaluating, intercept
 from quietvit.tracing.block_modules import first_tensor, watching_modules, with_first_tensor
 from quietvit.tracing.intercept import Handler
 
@@ -253,29 +256,7 @@ class QuantizedModel(nn.Module):
     @property
     def coverage(self) -> Coverage:
         """Multiply-accumulates on quantized operands, and each matrix product left out."""
-        done, untouched, macs = 0, [], []
-        for site in self.trace.matmuls:
-            if site.kind not in MATMUL_KINDS:
-                reasons = [f"inside {site.function}, which cannot be taken apart"]
-            else:
-                slots = (Slot(site, 0), Slot(site, 1))
-                reasons = [self._reason(s) for s in slots if s.key not in self.quantizers]
-            if reasons:
-                untouched.append((site.name, "; ".join(dict.fromkeys(reasons))))
-                macs.append(site.macs)
-            else:
-                done += site.macs
-        extra = 0
-        for name, compensation in self.compensated().items():
-            extra += compensation.macs
-            untouched.append((name, "compensation of a block, float"))
-            macs.append(compensation.macs)
-        return Coverage(done, self.trace.macs + extra, tuple(untouched), tuple(macs))
-
-    def _reason(self, slot: Slot) -> str:
-        if self.method.slot_bits(slot) is None:
-            return f"{slot.operand} float: {self.method.why_float(slot)}"
-        return f"{slot.operand} float: left so by {self.method.name}"
+        return coverage_of(self.trace, self.method, {*self.quantizers}, self.compensated())
 
     def report(self) -> str:
         """Bits, first- and last-layer policy, notes and coverage, as text."""
@@ -317,16 +298,65 @@ class QuantizedModel(nn.Module):
         policy = f"{self.method.name} {self.method.label}"
         return f"QuantizedModel({type(self.model).__name__}, {policy}, {share:.2f} % quantized)"
 
+    def weights_in_use(self) -> dict[str, Tensor]:
+        """The weight that each quantizer of weights gets in one pass over zeros, by site.
+
+        A model may compute a weight, for example divide it by its spectral norm. Then this is what
+        the simulated model multiplies by, and not the parameter.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def keep(slot: Slot, x: Tensor) -> Tensor:
+            if slot.is_weight:
+                seen[slot.site.name] = x.detach()
+            result: Tensor = self.quantizers[slot.key](x)
+            return result
+
+        with evaluating(self), torch.no_grad(), self.replacing(keep):
+            run_model(self, zero_image(self.model, self.input_shape))
+        return seen
+
     def save(self, path: str | Path, force: bool = False) -> Path:
-        """Write the folder ``path``; see ``storage.save``."""
-        from quietvit.quantization.storage import save
+        """Write the folder ``path``: ``model.safetensors`` and ``quantization.json``. Returns it.
 
-        return save(self, path, force)
+        The weights stored are the quantized ones. Float weights are kept only where a weight is
+        shared, computed or transposed. Codes take one byte up to 8 bits, two above. The folder
+        appears whole, under a temporary name first.
+
+        Raises QuietvitError where ``path`` exists: with ``force`` an earlier save is replaced, any
+        other file or folder is refused all the same.
+        """
+        quantizers = {slot: self.quantizers[slot.key] for slot in self.slots()}
+        contents = Contents(
+            model=self.model,
+            trace=self.trace,
+            method=self.method,
+            quantizers={s: q for s, q in quantizers.items() if isinstance(q, Quantizer)},
+            adjustments=self.adjusted(),
+            compensations=self.compensated(),
+            input_shape=self.input_shape,
+            notes=self.notes,
+        )
+        path = Path(path)
+        FORMAT.refuse(path, force)
+        write(path, contents, self.weights_in_use(), self.coverage)
+        return path
 
 
-def module_key(name: str) -> str:
-    """A name as a ModuleDict takes it: no dots, and none of a module's own attributes."""
-    return f"{name.replace('.', '/')}:"
+def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
+    """Read what ``QuantizedModel.save`` wrote; its outputs are the same bit for bit.
+
+    timm or transformers builds the architecture where it came from there. Otherwise give ``model``,
+    a float model of the same architecture with any weights; a copy of it is used. The names of the
+    classes are those in the file, where it has any.
+
+    Raises QuietvitError for a missing, truncated or foreign file, and for a model of another
+    architecture; it names the first keys that differ.
+    """
+    contents = read(Path(path), model)
+    device = next((p.device for p in contents.model.parameters()), torch.device("cpu"))
+    loaded = QuantizedModel(**vars(contents))
+    return loaded.to(device).eval()  # type: ignore[no-any-return]
 
 
 def _by_name(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
