@@ -42,13 +42,16 @@ Base = Annotated[Method, BeforeValidator(_method), PlainSerializer(_stored)]
 class OnTop(Method):
     """Base config of methods that refine what another method, ``base``, calibrated.
 
-    Bits, edge policy, exclusions and overrides are the base's; giving others beside it is refused.
-    Without a base, ``default_base`` is taken, at the bits given.
+    Bits, exclusions and overrides are the base's; giving others beside it is refused.
     """
 
     default_base: ClassVar[str] = "rtn"
 
-    base: Base
+    base: Base = None  # type: ignore[assignment]  # ``_agree`` puts ``default_base`` there
+    """Config of the method whose result is refined; its bits, exclusions and overrides count.
+
+    None: ``default_base`` at the bits given.
+    """
 
     @model_validator(mode="before")
     @classmethod

@@ -68,19 +68,21 @@ def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
 
 
 def parse_method(
-    text: str, bits: str, options: Iterable[str] = (), keep: Iterable[str] = ()
+    text: str, bits: str | None = None, options: Iterable[str] = (), keep: Iterable[str] = ()
 ) -> Method:
-    """Return the method config that e.g. ``rtn-omse`` or ``repq-vit+qwt`` at ``W4A4`` stands for.
+    """Return the method config that ``rtn-omse`` or ``repq-vit+qwt`` at ``W4A4`` stands for.
 
-    The part behind the last hyphen is the activation range where it is one of ``RANGES``. A method
-    behind ``+`` works on top of the one before it. ``options``: ``field=value`` for the last method
-    that has the field, or for the first if it is one that all share (bits, ``exclude``); values as
-    JSON or plain text. ``keep``: bits of single roles or sites, see ``parse_keep``.
+    Args:
+        text: the name of a method. ``-omse`` or another of ``RANGES`` behind it sets its activation
+            range. A method behind ``+`` works on top of the one before it.
+        bits: see ``parse_bits``; None takes the method's own defaults.
+        options: ``field=value``, the value as JSON or plain text. A field that all methods share
+            (bits, ``exclude``) goes to the first method, another one to the last that has it.
+        keep: bits of single roles or sites, see ``parse_keep``.
 
     Raises:
         QuietvitError: unknown method, range or field, or bits outside 2..16.
     """
-    weight_bits, activation_bits = parse_bits(bits)
     parts = [_parse_name(part) for part in text.split("+")]
     fields: list[dict[str, Any]] = [{} for _ in parts]
     for n, (cls, estimator) in enumerate(parts):
@@ -106,7 +108,9 @@ def parse_method(
         raise QuietvitError(
             "bits are kept twice, by --keep and by overrides=; give one of the two."
         )
-    shared = {"weight_bits": weight_bits, "activation_bits": activation_bits, "overrides": kept}
+    shared: dict[str, Any] = {"overrides": kept} if kept else {}
+    if bits is not None:
+        shared["weight_bits"], shared["activation_bits"] = parse_bits(bits)
     fields[0] = shared | fields[0]
     method = parts[0][0](**fields[0])
     for (cls, _), own in zip(parts[1:], fields[1:], strict=True):

@@ -10,17 +10,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from scipy.special import stdtrit
 
 from quietvit.errors import QuietvitError
+from quietvit.signatures import ReadableModel
 
 ARMS = ("without CD", "with CD")
 FLOAT = "float"
 NO_DIFFERENCE = "no difference seen"
 
 
-class _Data(BaseModel):
+class _Data(ReadableModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 

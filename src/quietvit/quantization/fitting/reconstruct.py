@@ -56,12 +56,8 @@ class Reconstruction(OnTop):
     After that weights lie on their grid. A block that did not come nearer to the float output on
     the first 64 images stays as the base left it, and the notes say so.
 
-    ``base``: RTN with OMSE ranges unless given, calibrated on the first ``base_images`` images
-    (those of its published setting by default). ``rounding_lr`` and ``scale_lr``: 1e-3 and 4e-4 at
-    20000 iterations; for fewer, by default as much larger, up to 0.02 and 0.01 (chosen here).
-    ``dtype="bfloat16"``: matrix products of the fit under autocast; quantizers, loss and
-    everything outside the fit stay float32, and so do layers outside of blocks, whose 8 bits are
-    finer than its rounding.
+    ``base`` is RTN with OMSE ranges unless given. The larger learning rates for fewer iterations
+    are chosen here.
 
     How long all will take is measured on one iteration of each block before the first, and shown
     with the progress bar. Held in memory for all images: a block's input on the quantized and, for
@@ -81,14 +77,27 @@ class Reconstruction(OnTop):
     images: ClassVar[int] = 1024
 
     iterations: Annotated[int, Field(ge=1)] = 20000
+    """Steps of Adam for each block."""
     batch_size: Annotated[int, Field(ge=1)] = 32
+    """Images of each step."""
     rounding_lr: Annotated[float, between(0, 1)] | None = None
+    """Learning rate of V; None: 1e-3 at 20000 iterations, larger for fewer, up to 0.02."""
     scale_lr: Annotated[float, between(0, 1)] | None = None
+    """Learning rate of the scales; None: 4e-4 at 20000 iterations, larger for fewer, up to 0.01."""
     regularizer: Annotated[float, Field(ge=0)] = 0.01
+    """Factor of AdaRound's term, which pulls each rounding up or down."""
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the iterations before that term acts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16``: matrix products of the fit run under autocast.
+
+    Quantizers, loss and all outside the fit stay float32. So do layers outside of blocks, whose 8
+    bits are finer than its rounding.
+    """
     base_images: Annotated[int, Field(ge=1)] | None = None
+    """Calibration images of ``base``, the first ones; None: those of its published setting."""
     seed: int = 0
+    """Seed of the order of images and of what QDrop drops."""
 
     @model_validator(mode="before")
     @classmethod

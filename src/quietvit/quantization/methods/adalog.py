@@ -66,6 +66,7 @@ class AdaLog(SearchMethod):
     published: ClassVar[str] = "32 images, 3 rounds; DeiT-T W6A6 71.38, W4A4 63.52"
 
     reparametrization: StrictBool = True
+    """Whether norms are re-parametrized first, as in RepQ-ViT."""
 
     def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:
         bits, role = self.slot_bits(slot), slot.role

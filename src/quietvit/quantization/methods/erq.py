@@ -72,9 +72,13 @@ class ERQ(OnTop):
     default_base: ClassVar[str] = "repq-vit"
 
     ridge: Annotated[float, between(0.0, 1e12)] = 1000.0
+    """λ, the strength of the ridge regressions."""
     weight_range: RangeName = "omse"
+    """How the grid of a weight is chosen, as ``RTN``'s field."""
     weight_symmetric: bool = False
+    """Whether the zero point of weights is 0."""
     refine: bool = True
+    """Whether single weights are rounded the other way where that lowers the error."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """The base's passes, and one more for each lot of sums that fits into memory."""

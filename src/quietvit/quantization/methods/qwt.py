@@ -63,6 +63,7 @@ class QwT(OnTop):
     default_base: ClassVar[str] = "repq-vit"
 
     base_images: Annotated[int, Field(ge=1)] | None = None
+    """Calibration images of ``base``; None: those of its published setting."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """The base, then the residual blocks in order."""

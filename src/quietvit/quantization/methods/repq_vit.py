@@ -70,6 +70,7 @@ class RepQViT(Method):
     deployable: ClassVar[bool] = False
 
     head_bits: EdgeBits = "same"
+    """Bits of both operands of the last layer: a number, None for float, or ``"same"``."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """One pass of all images, ranges and weights settled site by site on the way."""

@@ -45,6 +45,7 @@ class SmoothQuant(RTN):
     published: ClassVar[str] = "W8A8 of language models, alpha 0.5; no ViT"
 
     alpha: Annotated[float, between(0.0, 1.0)] = 0.5
+    """Share of the outliers that moves into the weights, the paper's migration strength."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """Two passes: largest magnitudes of the float model, then ranges of the smoothed one."""
