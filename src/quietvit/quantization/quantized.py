@@ -256,7 +256,8 @@ class QuantizedModel(nn.Module):
     @property
     def coverage(self) -> Coverage:
         """Multiply-accumulates on quantized operands, and each matrix product left out."""
-        return coverage_of(self.trace, self.method, {*self.quantizers}, self.compensated())
+        bits = {key: int(quantizer.bits) for key, quantizer in self.quantizers.items()}  # type: ignore[arg-type]
+        return coverage_of(self.trace, self.method, bits, self.compensated())
 
     def report(self) -> str:
         """Bits, first- and last-layer policy, notes and coverage, as text."""

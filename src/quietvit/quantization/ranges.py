@@ -24,7 +24,7 @@ _BLOCK = 1 << 16
 
 
 class RangeEstimator(ABC):
-    """Watch batches with ``update``, then ``finish`` -> (min, max), each () or (channels,).
+    """Take in batches with ``update``, then ``finish`` -> (min, max), each () or (channels,).
 
     ``axis`` None: one range for the tensor; else one for each index of that axis.
     """

@@ -31,7 +31,7 @@ Leaves = list[Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """How a block is called: its arguments flat, and where those lie that hold images.
 
     ``places``: (leaf, dim, rows of one image along it), the block's first tensor first.
@@ -71,13 +71,13 @@ def by_image(x: Tensor, dim: int, rows: int) -> Tensor:
 
 def layouts(
     model: nn.Module, blocks: Sequence[Block], image: Tensor
-) -> tuple[dict[str, Layout], dict[str, str]]:
+) -> tuple[dict[str, BlockLayout], dict[str, str]]:
     """The layout of each block, and why some have none. ``image``: (1, C, H, W).
 
     The model runs on one and on two copies of the image: what grows along a dim holds images.
     """
     one, two = (_calls(model, blocks, image.repeat(n, 1, 1, 1)) for n in (1, 2))
-    found: dict[str, Layout] = {}
+    found: dict[str, BlockLayout] = {}
     missing: dict[str, str] = {}
     before: tuple[Tensor, int] | None = None
     for name in one.order:
@@ -150,7 +150,7 @@ def _tensors(nested: Any) -> list[Tensor]:
     return [leaf for leaf in _tree.tree_flatten(nested)[0] if isinstance(leaf, Tensor)]
 
 
-def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> Layout | str:
+def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> BlockLayout | str:
     if one.changed:
         return "changes its input in place"
     leaves, spec = _tree.tree_flatten((one.args, one.kwargs))
@@ -172,7 +172,7 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> Layout
     if output is None or not places or leaves[places[0][0]] is not x:
         return "does not compute each image by itself"
     held = {place for place, _, _ in places}
-    return Layout(
+    return BlockLayout(
         spec=spec,
         leaves=tuple(None if i in held else leaf for i, leaf in enumerate(leaves)),
         places=tuple(places),
@@ -197,7 +197,7 @@ def _grown(one: Tensor, two: Tensor) -> tuple[int, int] | None:
     return dims[0], one.shape[dims[0]]
 
 
-def channel_dim(block: Block, layout: Layout) -> int:
+def channel_dim(block: Block, layout: BlockLayout) -> int:
     """Which dim of a block's first output runs along channels, counted from behind.
 
     The last linear's or convolution's own, unless the output has its width elsewhere only.
@@ -237,7 +237,7 @@ class BlockData:
         self.kinds = frozenset(site.kind for site in sites)
         self.block_kinds = self.kinds - {"add"}
 
-    def reach(self, name: str, layout: Layout, *, quantized: bool) -> Leaves:
+    def reach(self, name: str, layout: BlockLayout, *, quantized: bool) -> Leaves:
         """What the block is given for all images, each model run from its start to the block."""
         model = self.model if quantized else self.reference
         parts: list[Leaves] = []
@@ -272,7 +272,9 @@ class BlockData:
         with watching_modules(self.model, tuple(compensations), compensate), running:
             return run_model(self.model, images)
 
-    def quantized(self, block: Block, layout: Layout, given: Leaves, handler: Any = None) -> Tensor:
+    def quantized(
+        self, block: Block, layout: BlockLayout, given: Leaves, handler: Any = None
+    ) -> Tensor:
         """The quantized block's output (images, rows, ...), without its compensation."""
         args, kwargs = layout.arguments(given)
         handler = handler or self.calibrated.handle
@@ -281,7 +283,7 @@ class BlockData:
         x = first_tensor(output)
         return x.movedim(layout.output[0], 0).unflatten(0, (-1, layout.output[1]))
 
-    def float(self, block: Block, layout: Layout, given: Leaves) -> Tensor:
+    def float(self, block: Block, layout: BlockLayout, given: Leaves) -> Tensor:
         """The float block's output (images, rows, ...)."""
         args, kwargs = layout.arguments(given)
         with naming_block(block.name):

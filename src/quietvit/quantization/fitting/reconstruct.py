@@ -23,7 +23,7 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.fitting.block_data import (
     BlockData,
-    Layout,
+    BlockLayout,
     Leaves,
     channel_dim,
     each,
@@ -134,7 +134,7 @@ class Reconstruction(OnTop):
             keep=self.keep,
         )
 
-    def output_weights(self, data: BlockData, block: Block, layout: Layout) -> Tensor | None:
+    def output_weights(self, data: BlockData, block: Block, layout: BlockLayout) -> Tensor | None:
         """Weights of the squared output errors (images, rows, ...), None for all alike."""
         return None
 
@@ -153,7 +153,7 @@ class Reconstruction(OnTop):
             calibration.images,
         )
         with frozen(calibration.model):
-            _Run(self, calibration, data).run()
+            _BlockLoop(self, calibration, data).run()
         return calibrated
 
 
@@ -190,7 +190,7 @@ def few(calibration: Calibration, count: int) -> Calibration:
 
 
 @dataclass
-class _Run:
+class _BlockLoop:
     """One calibration: the blocks in order, each fed with what those before make of the images."""
 
     method: Reconstruction

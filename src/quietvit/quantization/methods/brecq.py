@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quietvit.quantization.blocks import Block
 from quietvit.quantization.calibration import run_model
-from quietvit.quantization.fitting.block_data import BlockData, Layout
+from quietvit.quantization.fitting.block_data import BlockData, BlockLayout
 from quietvit.quantization.fitting.reconstruct import Reconstruction
 from quietvit.quantization.method import register
 from quietvit.tracing.block_modules import first_tensor, with_first_tensor
@@ -37,11 +37,11 @@ class BRECQ(Reconstruction):
     forward and backward pass of the whole model for each block and image.
     """
 
-    def output_weights(self, data: BlockData, block: Block, layout: Layout) -> Tensor | None:
+    def output_weights(self, data: BlockData, block: Block, layout: BlockLayout) -> Tensor | None:
         return squared_gradients(data, block, layout) if self.fisher else None
 
 
-def squared_gradients(data: BlockData, block: Block, layout: Layout) -> Tensor | None:
+def squared_gradients(data: BlockData, block: Block, layout: BlockLayout) -> Tensor | None:
     """Squared gradients of KL(float ‖ quantized) at the block's output, of mean 1.
 
     (images, rows, ...), over the last dim of the model's first output. None where all vanish.
