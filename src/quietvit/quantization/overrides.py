@@ -98,8 +98,8 @@ class Overrides(Mapping[str, BitPair]):
                 )
             if all(any(fnmatch.fnmatchcase(s.name, p) for p in excluded) for s in touched):
                 raise QuietvitError(
-                    f"overrides: {key!r} gives bits to {touched[0].name}, but exclude keeps "
-                    "all that it names in float. Remove one of the two."
+                    f"overrides: {key!r} only gives bits to sites that exclude keeps in float, "
+                    f"such as {touched[0].name}. Remove one of the two."
                 )
         for site in sites:
             self._check_patterns(site)

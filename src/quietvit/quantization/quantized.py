@@ -68,7 +68,7 @@ class QuantizedModel(nn.Module):
         self._slots: dict[str, dict[int, Slot]] = {}
         for slot, quantizer in quantizers.items():
             if slot.key in self.quantizers:
-                raise QuietvitError(f"two sites lead to the name {slot.key}; rename one module.")
+                raise QuietvitError(f"two sites get the name {slot.key}. Rename one module.")
             self.quantizers[slot.key] = quantizer
             self._slots.setdefault(slot.site.name, {})[slot.index] = slot
         self._keys = {
@@ -122,7 +122,7 @@ class QuantizedModel(nn.Module):
         raises QuietvitError inside another ``observe`` of this model.
         """
         if self._observer is not None:
-            raise QuietvitError("this quantized model is being observed already; leave that first.")
+            raise QuietvitError("this model is observed already. Leave that 'with' block first.")
         self._observer, self._moved = handler, self._moved_inputs()
         try:
             yield
@@ -137,7 +137,7 @@ class QuantizedModel(nn.Module):
         another ``replacing`` of this model.
         """
         if self._replacement is not None:
-            raise QuietvitError("the quantizers of this model are replaced already; leave that.")
+            raise QuietvitError("quantizers are replaced already. Leave that 'with' block first.")
         self._replacement = replacement
         try:
             yield

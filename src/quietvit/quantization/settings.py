@@ -68,7 +68,7 @@ def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
         new = {key: bits} if equals else dict(PRESETS[key])
         twice = sorted(found.keys() & new.keys())
         if twice:
-            raise QuietvitError(f"{twice[0]!r} is kept at two settings; give it once.")
+            raise QuietvitError(f"{twice[0]!r} is given bits twice. Give them once.")
         found |= new
     return found
 

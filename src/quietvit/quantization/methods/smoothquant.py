@@ -17,6 +17,7 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.method import between, register
 from quietvit.quantization.methods.rtn import RTN
+from quietvit.quantization.ranges import NOT_FINITE
 from quietvit.quantization.reparametrize import NormLink, norm_links, reparametrize
 from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight
@@ -92,10 +93,7 @@ def largest_inputs(calibration: Calibration, links: list[NormLink]) -> list[Tens
         axis = -1 if slot.site.kind == "linear" else 1
         seen = x.abs().movedim(axis, -1).flatten(0, -2).amax(0).float()
         if not bool(seen.isfinite().all()):
-            raise QuietvitError(
-                "NaN or inf among the inputs; look at the weights and the half-precision overflows "
-                "of this model before quantizing it."
-            )
+            raise QuietvitError(NOT_FINITE)
         largest[index] = _raise(largest[index].to(x.device), channels, seen)
 
     calibration.watch(look, label="largest magnitudes")
