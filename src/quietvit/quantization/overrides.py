@@ -63,17 +63,18 @@ class Overrides(Mapping[str, BitPair]):
     def key_for(self, slot: Slot) -> str | None:
         """The key that decides this operand's bits, or None.
 
-        The most special one: the site's own name, then a pattern that matches it, then the role of
-        the operand, then that of the site. Patch embedding and head answer to their own role only.
+        The most specific one decides: the site's own name, then a pattern that matches it, then the
+        role of the operand, then that of the site. Operands of patch embedding and head have no
+        role of their own here.
         """
         if slot.site.kind not in MATMUL_KINDS:
             return None
         name = slot.site.name
         if name in self._pairs:
             return name
-        found = [key for key in self._pairs if fnmatch.fnmatchcase(name, key)]
-        found += [role for role in (slot.role, slot.site.role) if role in self._pairs]
-        return found[0] if found else None
+        matching = [key for key in self._pairs if fnmatch.fnmatchcase(name, key)]
+        matching += [role for role in (slot.role, slot.site.role) if role in self._pairs]
+        return matching[0] if matching else None
 
     def bits(self, key: str, slot: Slot) -> int | None:
         """Bits that ``key`` gives to an operand; None is float."""
@@ -105,9 +106,9 @@ class Overrides(Mapping[str, BitPair]):
             self._check_patterns(site)
 
     def _check_patterns(self, site: Site) -> None:
-        found = [key for key in self._pairs if fnmatch.fnmatchcase(site.name, key)]
-        if site.name not in self._pairs and len({self._pairs[key] for key in found}) > 1:
-            said = " and ".join(f"{key!r} ({_shown(self._pairs[key])})" for key in found)
+        matching = [key for key in self._pairs if fnmatch.fnmatchcase(site.name, key)]
+        if site.name not in self._pairs and len({self._pairs[key] for key in matching}) > 1:
+            said = " and ".join(f"{key!r} ({_shown(self._pairs[key])})" for key in matching)
             raise QuietvitError(
                 f"overrides: {said} both match {site.name}. Narrow one pattern, or give the site "
                 "by its full name, which comes first."

@@ -36,14 +36,21 @@ from quietvit.tracing.intercept import Handler
 
 
 class QuantizedModel(nn.Module):
-    """A model with simulated quantization: its forward pass with every chosen operand quantized.
+    """A model with simulated quantization; it is called as the float model is.
 
-    ``model`` is an own copy with float weights, ``quantizers`` a ModuleDict from site and operand
-    (``Slot.key``) to Quantizer, ``trace`` and ``method`` what it was made from. Called as the model
-    is. Gradients go straight through the rounding, so it can be trained on. In eval mode without
-    gradient quantized weights are kept between calls; they follow every change of weights and
-    quantizers but one in place behind autograd's back (``weight.data.mul_``), which needs
+    Every operand that has a quantizer is quantized and dequantized before it is used. Gradients go
+    straight through the rounding, so the model can be trained.
+
+    Quantized weights are kept between calls in eval mode without gradient. They follow changes of
+    weights and quantizers. Only a change behind autograd's back (``weight.data.mul_``) needs
     ``refresh()``. Copies and pickles do not carry them.
+
+    Attributes:
+        model: an own copy of the model, with float weights.
+        quantizers: ModuleDict from ``Slot.key`` (site and operand) to Quantizer.
+        trace, method: what it was made from.
+        input_shape: (C, H, W) of the calibration images.
+        notes: what calibration has to tell.
     """
 
     def __init__(
@@ -116,10 +123,11 @@ class QuantizedModel(nn.Module):
     def observe(self, handler: Handler) -> Iterator[None]:
         """Show every matrix product to ``handler`` while the model runs inside ``with``.
 
-        ``handler(site, operands, run)`` gets the operands before they are quantized, activations in
-        the float model's own coordinates where a re-parametrization moved them;
-        ``run(*operands)`` quantizes them and multiplies; what it returns goes on. One at a time:
-        raises QuietvitError inside another ``observe`` of this model.
+        ``handler(site, operands, run)`` gets the operands before they are quantized. Activations
+        that a re-parametrization moved are moved back, so that they compare with the float model's.
+        ``run(*operands)`` quantizes and multiplies. What the handler returns goes on.
+
+        Raises QuietvitError inside another ``observe`` of this model.
         """
         if self._observer is not None:
             raise QuietvitError("this model is observed already. Leave that 'with' block first.")
@@ -133,8 +141,7 @@ class QuantizedModel(nn.Module):
     def replacing(self, replacement: Callable[[Slot, Tensor], Tensor]) -> Iterator[None]:
         """Inside ``with``, call ``replacement(slot, operand)`` in place of every quantizer.
 
-        Operands are those that the quantizer would get. One at a time: raises QuietvitError inside
-        another ``replacing`` of this model.
+        Raises QuietvitError inside another ``replacing`` of this model.
         """
         if self._replacement is not None:
             raise QuietvitError("quantizers are replaced already. Leave that 'with' block first.")
@@ -181,6 +188,8 @@ class QuantizedModel(nn.Module):
         moved = self._moved.get(site.name)
         if moved is None:
             return self._observer(site, operands, lambda *given: self._handle(site, given, run))
+        # A re-parametrized norm gives x' = gain x + shift, and the reader's weight undoes that. The
+        # observer shall see x, as in the float model, so x' is moved back for it and forth again.
         forth, back = moved
 
         def quantized(x: Tensor, *rest: Tensor) -> Tensor:
@@ -198,6 +207,7 @@ class QuantizedModel(nn.Module):
         sources = (operand, *quantizer.parameters(), *quantizer.buffers())
         if any(source.is_inference() for source in sources):
             return quantizer(operand)  # type: ignore[no-any-return]
+        # Rounding all weights takes as long as a small batch's products, and weights seldom change.
         kept = self._kept.get(key)
         if kept is not None and unchanged(kept[0], sources):
             return kept[1]

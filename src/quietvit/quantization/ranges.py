@@ -198,6 +198,8 @@ class Stream:
         channels, bins = self.counts.shape
         absmax = torch.maximum(rows.amax(1), -rows.amin(1)).clamp(min=2.0**-100)
         wanted = torch.maximum(torch.exp2(torch.floor(torch.log2(absmax)) + 1), self.bound)
+        # Twice the range with the same number of bins: each new bin takes two old ones, and the old
+        # range fills the middle half. With 8 bins, [a b c d e f g h] -> [0 0 ab cd ef gh 0 0].
         while bool((growing := (self.bound > 0) & (self.bound < wanted)).any()):
             folded = self.counts[growing].view(-1, bins // 2, 2).sum(2)
             grown = torch.zeros_like(self.counts[growing])

@@ -55,7 +55,7 @@ def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
     Raises:
         QuietvitError: a text of another form, or a key that is given twice.
     """
-    found: dict[str, int | str] = {}
+    overrides: dict[str, int | str] = {}
     for text in texts:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not (key and value if equals else key in PRESETS):
@@ -66,11 +66,11 @@ def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
             )
         bits = int(value) if value.isdecimal() else value
         new = {key: bits} if equals else dict(PRESETS[key])
-        twice = sorted(found.keys() & new.keys())
+        twice = sorted(overrides.keys() & new.keys())
         if twice:
             raise QuietvitError(f"{twice[0]!r} is given bits twice. Give them once.")
-        found |= new
-    return found
+        overrides |= new
+    return overrides
 
 
 def parse_method(

@@ -6,7 +6,7 @@ What is fitted to them is the methods' business; how blocks are found, that of `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,14 +74,16 @@ def layouts(
 ) -> tuple[dict[str, BlockLayout], dict[str, str]]:
     """The layout of each block, and why some have none. ``image``: (1, C, H, W).
 
-    The model runs on one and on two copies of the image: what grows along a dim holds images.
+    The model runs on one and on two copies of the image. A dim that doubles holds the images, which
+    need not be the first: window attention has (images · windows, tokens, channels), where one
+    image has many rows, and nn.MultiheadAttention may have (tokens, images, channels).
     """
     one, two = (_calls(model, blocks, image.repeat(n, 1, 1, 1)) for n in (1, 2))
-    found: dict[str, BlockLayout] = {}
+    known: dict[str, BlockLayout] = {}
     missing: dict[str, str] = {}
     before: tuple[Tensor, int] | None = None
-    for name in one.order:
-        first, second = one.seen[name], two.seen.get(name)
+    for name, first in one.items():
+        second = two.get(name)
         if len(first) != 1 or second is None or len(second) != 1:
             missing[name] = f"runs {len(first)} times in one pass"
             before = None
@@ -91,13 +93,13 @@ def layouts(
             missing[name] = layout
             before = None
             continue
-        found[name] = layout
+        known[name] = layout
         output = first_tensor(first[0].output)
         before = output, output._version
     for block in blocks:
-        if block.name not in one.seen:
+        if block.name not in one:
             missing[block.name] = "does not run as a module"
-    return found, missing
+    return known, missing
 
 
 @dataclass
@@ -109,27 +111,20 @@ class _Call:
     changed: bool = False
 
 
-@dataclass
-class _Seen:
-    order: list[str] = field(default_factory=list)
-    seen: dict[str, list[_Call]] = field(default_factory=dict)
-
-
-def _calls(model: nn.Module, blocks: Sequence[Block], images: Tensor) -> _Seen:
-    seen = _Seen()
+def _calls(model: nn.Module, blocks: Sequence[Block], images: Tensor) -> dict[str, list[_Call]]:
+    """The calls of each block in one pass; blocks in the order in which they first run."""
+    calls: dict[str, list[_Call]] = {}
     hooks = []
 
     def entered(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in seen.seen:
-                seen.order.append(name)
             call = _Call(args, kwargs, tuple(t._version for t in _tensors((args, kwargs))))
-            seen.seen.setdefault(name, []).append(call)
+            calls.setdefault(name, []).append(call)
 
         return hook
 
     def left(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call = seen.seen[name][-1]
+        call = calls[name][-1]
         call.output = output
         call.changed = call.versions != tuple(t._version for t in _tensors((args, kwargs)))
 
@@ -143,7 +138,7 @@ def _calls(model: nn.Module, blocks: Sequence[Block], images: Tensor) -> _Seen:
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return calls
 
 
 def _tensors(nested: Any) -> list[Tensor]:
@@ -214,8 +209,8 @@ def channel_dim(block: Block, layout: BlockLayout) -> int:
     return others[0] if len(others) == 1 else -1
 
 
-class _Reached(Exception):  # noqa: N818 - it ends a pass, nothing went wrong
-    pass
+class _Reached(Exception):  # noqa: N818 - nothing went wrong
+    """Ends a pass at the block whose inputs were wanted: what follows would be wasted."""
 
 
 @dataclass
