@@ -68,7 +68,7 @@ def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
         new = {key: bits} if equals else dict(PRESETS[key])
         twice = sorted(overrides.keys() & new.keys())
         if twice:
-            raise QuietvitError(f"{twice[0]!r} is given bits twice. Give them once.")
+            raise QuietvitError(f"{twice[0]!r} has bits twice; give it once.")
         overrides |= new
     return overrides
 
