@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from huggingface_cases import classifier, saved
 from quietvit import cli
 from quietvit.data import create_model
-from quietvit.quantization import methods_markdown
+from quietvit.quantization.listing import methods_markdown
 from quietvit.train.recipe import known_keys, list_recipes
 
 ROOT = Path(__file__).parents[1]

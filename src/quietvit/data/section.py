@@ -11,8 +11,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from quietvit.signatures import ReadableModel
 
-class Section(BaseModel):
+
+class Section(ReadableModel):
     """Frozen, its numbers finite, no keys beside those declared; ``true`` is no number.
 
     Pydantic takes ``true`` for 1 where a number is asked for. Where a whole part may be left out,
@@ -20,7 +22,11 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
     @field_validator("*", mode="before")

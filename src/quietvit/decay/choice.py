@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from quietvit.errors import QuietvitError, nearest
-from quietvit.pairs import ADAPTED, COMPUTED, DEFAULT_KINDS, MatrixPair, find_pairs
+from quietvit.pairs import DEFAULT_KINDS, MatrixPair, find_pairs
+from quietvit.pairs.pair import ADAPTED, COMPUTED
 
 logger = logging.getLogger("quietvit")
 

@@ -19,7 +19,8 @@ from quietvit.decay.regularizer import one_strength
 from quietvit.decay.schedule import one_schedule
 from quietvit.decay.whole import refuse_unless_finite
 from quietvit.errors import QuietvitError
-from quietvit.pairs import COMPUTED, FoundPairs, MatrixPair, find_pairs
+from quietvit.pairs import FoundPairs, MatrixPair, find_pairs
+from quietvit.pairs.pair import COMPUTED
 from quietvit.tracing import WeightView, trace
 
 

@@ -18,7 +18,7 @@ from quietvit.decay.plan import wide
 from quietvit.decay.regularizer import number
 from quietvit.decay.whole import read, refuse_unless_finite, untied
 from quietvit.errors import QuietvitError
-from quietvit.pairs import COMPUTED
+from quietvit.pairs.pair import COMPUTED
 from quietvit.tracing import trace
 
 _FLAT = 64

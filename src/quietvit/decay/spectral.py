@@ -22,7 +22,7 @@ from quietvit.decay.regularizer import number, whole_number
 from quietvit.decay.whole import all_finite, refuse_unless_finite
 from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
-from quietvit.pairs import COMPUTED
+from quietvit.pairs.pair import COMPUTED
 from quietvit.tracing import Site, Trace, WeightView, trace
 
 logger = logging.getLogger("quietvit")

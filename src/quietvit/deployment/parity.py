@@ -21,7 +21,7 @@ from quietvit.deployment.for_openvino.parts import IRParts
 from quietvit.deployment.grids import Grid
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.method import Slot
+from quietvit.quantization.slot import Slot
 
 TIE = 1e-3
 """How far from the middle between two codes a value may be for its rounding to go either way."""

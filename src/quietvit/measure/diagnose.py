@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quietvit.errors import QuietvitError
 from quietvit.measure.colinearity import measure_pair
 from quietvit.measure.diagnosis import Diagnosis
-from quietvit.measure.images import Batch, Images, batches
+from quietvit.measure.images import ImageBatch, Images, batches
 from quietvit.measure.outliers import RunningStatistics, SiteStatistics
 from quietvit.measure.root_cause import CauseFinder, Peak, PeakTracker, RootCause
 from quietvit.pairs import DENSE_KINDS, MatrixPair, find_pairs
@@ -75,25 +75,25 @@ def diagnose(
             pairs = find_pairs(model, kinds=DENSE_KINDS, trace=trace)
         except QuietvitError as error:
             raise QuietvitError(f"{error} To measure the sites alone, pass pairs=().") from error
-    watch = _Watch(trace, PeakTracker(trace, pairs))
+    recorder = _Recorder(trace, PeakTracker(trace, pairs))
     with evaluating(model), torch.no_grad():
         measured = tuple(measure_pair(model, pair) for pair in pairs)
-        watch.run(model, first)
+        recorder.run(model, first)
         for batch in stream:
-            watch.run(model, batch)
-        skipped = [*watch.masked, *watch.tracker.skipped]
-        causes = _root_causes(model, trace, watch.tracker.peaks, top, skipped)
+            recorder.run(model, batch)
+        skipped = [*recorder.masked, *recorder.tracker.skipped]
+        causes = _root_causes(model, trace, recorder.tracker.peaks, top, skipped)
     return Diagnosis(
-        sites=watch.finish(),
+        sites=recorder.finish(),
         pairs=measured,
         root_causes=tuple(causes),
         skipped=tuple(dict.fromkeys(skipped)),
-        images=watch.images,
+        images=recorder.images,
         top=top,
     )
 
 
-class _Watch:
+class _Recorder:
     """Handler for the pass over all images."""
 
     def __init__(self, trace: Trace, tracker: PeakTracker) -> None:
@@ -101,11 +101,11 @@ class _Watch:
         self.images = 0
         self.masked: dict[tuple[str, str], None] = {}
         self._trace = trace
-        self._batch: Batch | None = None
+        self._batch: ImageBatch | None = None
         self._running: dict[tuple[str, str], tuple[str, RunningStatistics]] = {}
         self._by_name = {site.name: site for site in trace.sites}
 
-    def run(self, model: nn.Module, batch: Batch) -> None:
+    def run(self, model: nn.Module, batch: ImageBatch) -> None:
         self._batch = batch
         with intercept(self._trace, self._handle, kinds=SITE_KINDS):
             batch.run(model)
@@ -238,7 +238,7 @@ def _root_causes(
     for group in by_image.values():
         finder = CauseFinder(trace, model, group, skipped)
         inputs = group[0].inputs
-        assert isinstance(inputs, Batch)
+        assert isinstance(inputs, ImageBatch)
         with intercept(trace, finder, kinds=SITE_KINDS):
             inputs.run(model)
         causes += finder.causes

@@ -21,7 +21,7 @@ _LABELS = frozenset({"label", "labels"})
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """Model inputs for ``size`` images: positional (one tensor) or by keyword."""
 
     inputs: Tensor | dict[str, Tensor]
@@ -32,11 +32,11 @@ class Batch:
         """The first image alone, in the form ``quietvit.trace`` takes."""
         return self.pick(0).inputs
 
-    def pick(self, i: int) -> Batch:
+    def pick(self, i: int) -> ImageBatch:
         """A copy of image i alone."""
         if isinstance(self.inputs, Tensor):
-            return Batch(self.inputs[i : i + 1].clone(), 1)
-        return Batch({key: value[i : i + 1].clone() for key, value in self.inputs.items()}, 1)
+            return ImageBatch(self.inputs[i : i + 1].clone(), 1)
+        return ImageBatch({key: value[i : i + 1].clone() for key, value in self.inputs.items()}, 1)
 
     def run(self, model: nn.Module) -> Any:
         """Run the model on this batch.
@@ -64,7 +64,7 @@ class Batch:
         return {key: tuple(value.shape) for key, value in self.inputs.items()}
 
 
-def batches(images: Images, model: nn.Module, batch_size: int) -> Iterator[Batch]:
+def batches(images: Images, model: nn.Module, batch_size: int) -> Iterator[ImageBatch]:
     """Yield checked batches of at most ``batch_size``, on the model's device and of its dtype.
 
     A warning says so where the first batch is not normalized as the model's preprocessing does it.
@@ -90,13 +90,13 @@ def batches(images: Images, model: nn.Module, batch_size: int) -> Iterator[Batch
         empty = False
         if isinstance(inputs, Tensor):
             size = inputs.shape[0]
-            yield Batch(_like(inputs, parameter), size)
+            yield ImageBatch(_like(inputs, parameter), size)
         else:
             for value in inputs.values():
                 if value.is_floating_point() and not value.isfinite().all():
                     raise QuietvitError(f"the inputs {sorted(inputs)} hold NaN or inf; clean them.")
             size = next(iter(inputs.values())).shape[0]
-            yield Batch({key: _like(value, parameter) for key, value in inputs.items()}, size)
+            yield ImageBatch({key: _like(value, parameter) for key, value in inputs.items()}, size)
     if empty:
         raise QuietvitError("there are no images to measure; give at least one.")
 

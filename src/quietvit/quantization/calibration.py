@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.quantization.method import Slot
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept
 from quietvit.tracing.intercept import Handler
 

@@ -22,7 +22,7 @@ from quietvit.deployment.model import as_float32
 from quietvit.deployment.outputs import Output
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.method import Slot
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import evaluating
 from quietvit.tracing.standins import STANDINS
 

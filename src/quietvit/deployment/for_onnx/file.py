@@ -26,7 +26,6 @@ from quietvit.deployment.paths import data_of, too_large
 from quietvit.errors import QuietvitError
 from quietvit.files import beside, put_in_place
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.storage import weights_in_use
 from quietvit.tracing import evaluating
 
 CONSTANT = "it does not depend on the images: it is computed when the file is written or loaded"
@@ -52,7 +51,7 @@ def quantized_onnx(
     QuietvitError where torch cannot export it.
     """
     model = captured(quantized, opset, facts.output)
-    weights = weights_in_use(quantized)
+    weights = quantized.weights_in_use()
     convolutions = lower(model, stored_of(quantized, grids, weights), at_once)
     written = {node.name for node in model.graph if node.op_type == "MatMul"}
     rounded = {name: found for name, found in convolutions.items() if isinstance(found, Rounded)}

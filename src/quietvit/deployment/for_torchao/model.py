@@ -20,9 +20,8 @@ from quietvit.deployment.model import as_float32
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import architecture_of
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
-from quietvit.quantization.storage import weights_in_use
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import why_fixed, write_weight
 from quietvit.tracing import MATMUL_KINDS, Site, plain_model
 
@@ -127,7 +126,7 @@ def to_torchao(quantized: QuantizedModel) -> TorchAO:
     slots: dict[str, dict[int, Slot]] = {}
     for slot in own.slots():
         slots.setdefault(slot.site.name, {})[slot.index] = slot
-    used = weights_in_use(own)
+    used = own.weights_in_use()
     coverage = own.coverage
     untouched = dict(coverage.untouched)
     integer, macs, left = [], 0, []

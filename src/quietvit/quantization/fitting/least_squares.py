@@ -70,8 +70,8 @@ class Gram:
         """The sum, float64. Raises QuietvitError where it is not finite."""
         if self.total is None or not bool(torch.isfinite(self.total).all()):
             raise QuietvitError(
-                f"{site}: the inputs seen in calibration are none, NaN, inf or too large to be "
-                "squared; check the images and the half-precision overflows of this model."
+                f"{site}: its calibration inputs are missing, hold NaN or inf, or are too large to "
+                "be squared. Check the images, and whether this model overflows in half precision."
             )
         return self.total.double()
 

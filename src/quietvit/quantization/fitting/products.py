@@ -23,7 +23,7 @@ from quietvit.quantization.fitting.layout import (
     some_rows,
 )
 from quietvit.quantization.quantizers import AffineQuantizer
-from quietvit.quantization.ranges import OmseRange
+from quietvit.quantization.ranges import NOT_FINITE, OmseRange
 from quietvit.quantization.weights import frozen
 from quietvit.tracing import MATMUL_KINDS, Site
 from quietvit.tracing.block_modules import first_tensor
@@ -300,10 +300,7 @@ def _range(site: Site, x: Tensor) -> Range:
     rows = x.movedim(-3, 0).flatten(1) if by_head else x.reshape(1, -1)
     low, high = rows.aminmax(dim=1)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        raise QuietvitError(
-            f"{site.name}: NaN or inf among the values to be quantized; look at the weights, the "
-            "images and the half-precision overflows of this model before quantizing it."
-        )
+        raise QuietvitError(f"{site.name}: {NOT_FINITE}")
     return low.float(), high.float()
 
 

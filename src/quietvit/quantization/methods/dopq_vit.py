@@ -49,7 +49,9 @@ class DopQViT(RepQViT):
     published: ClassVar[str] = "DeiT-T W4A4 65.54, W6A6 71.17, with block reconstruction"
 
     mosf: bool = True
+    """Whether medians stand behind norms; else RepQ-ViT's means."""
     tanq: bool = True
+    """Whether attention maps take ``TanQuantizer``; else RepQ-ViT's log √2."""
 
     def layerwise(self, steps: ChannelSteps) -> Layerwise:
         """One quantizer for all channels: the medians of scales and zero points."""

@@ -31,6 +31,7 @@ class QDrop(Reconstruction):
     published: ClassVar[str] = "DeiT-T W4A4 64.95 (float 72.21), 1024 images, 20000 iterations"
 
     drop: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability that an entry of an activation stays float while a block is fitted."""
 
     @property
     def keep(self) -> float:

@@ -18,7 +18,7 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.fitting.block_data import (
     BlockData,
-    Layout,
+    BlockLayout,
     Leaves,
     channel_dim,
     each,
@@ -63,6 +63,7 @@ class QwT(OnTop):
     default_base: ClassVar[str] = "repq-vit"
 
     base_images: Annotated[int, Field(ge=1)] | None = None
+    """Calibration images of ``base``; None: those of its published setting."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """The base, then the residual blocks in order."""
@@ -99,7 +100,7 @@ class QwT(OnTop):
 
 
 def compensate(
-    data: BlockData, block: Block, layout: Layout, given: Leaves
+    data: BlockData, block: Block, layout: BlockLayout, given: Leaves
 ) -> tuple[Tensor, Compensation | None, str]:
     """The block's output for all images (images, rows, ...), compensated if that is kept.
 
