@@ -8,10 +8,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -23,10 +28,10 @@ class PlainText(str):
         return str(self)
 
 
-class _PublicNames(type(BaseModel)):  # type: ignore[misc]
+class _PublicNames(ModelMetaclass):
     """Hides the inside of pydantic from ``dir(cls)``, and so from ``help(cls)``."""
 
-    def __dir__(cls) -> list[str]:
+    def __dir__(cls) -> list[str]:  # noqa: N805
         own = [base for base in cls.__mro__ if base not in BaseModel.__mro__]
         names = {name for base in own for name in vars(base) if not name.startswith("_")}
         return sorted(names - {"model_config"})
