@@ -113,7 +113,7 @@ def test_dominance_is_the_mean_over_rows_and_rows_of_zeros_do_not_count() -> Non
     x[5:] = 0
     made = SpectralDecay(model, x)
     made.penalty()
-    found = made._selection(made._parameters())[1]["random.weight"]
+    found = made._selection(made.parameters())[1]["random.weight"]
     total, count = shares(x[:5], model.random.weight.detach(), leading(model.random.weight, 3))
     assert found == pytest.approx((total / 5).tolist(), rel=1e-12)
     assert int(count) == 5

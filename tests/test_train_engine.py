@@ -403,8 +403,7 @@ def test_a_dry_run_of_a_slow_model_warms_up_with_a_step_of_one_pass(tmp_path, mo
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_processor_slow_in_bfloat16_is_told_of(tmp_path, monkeypatch, caplog, fast):
-    found = torch.bfloat16 if fast else None
-    monkeypatch.setattr("quietvit.train.engine.product_dtype", lambda *_: found)
+    monkeypatch.setattr("quietvit.train.engine.has_fast_bfloat16", lambda _: fast)
     make_accelerator(config(tmp_path, precision="bf16"))
     assert ("set precision to 'no'" in caplog.text) is not fast
     make_accelerator(config(tmp_path))

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
         NormGainDecay,
         PairWeightDecay,
         SpectralDecay,
+        StrengthSchedule,
+        register_regularizer,
     )
     from quietvit.deployment import check, export, predict
     from quietvit.measure import diagnose
-    from quietvit.pairs import find_pairs
+    from quietvit.pairs import MatrixPair, find_pairs
     from quietvit.quantization import (
         BRECQ,
         ERQ,
@@ -40,19 +42,23 @@ if TYPE_CHECKING:
         load,
         quantize,
     )
-    from quietvit.tracing import trace
+    from quietvit.tracing import WeightView, trace
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "trace": "quietvit.tracing",
+    "WeightView": "quietvit.tracing",
     "find_pairs": "quietvit.pairs",
+    "MatrixPair": "quietvit.pairs",
     "ColinearityDecay": "quietvit.decay",
     "NormGainDecay": "quietvit.decay",
     "SpectralDecay": "quietvit.decay",
     "TWEO": "quietvit.decay",
     "KurtosisRegularization": "quietvit.decay",
     "PairWeightDecay": "quietvit.decay",
+    "StrengthSchedule": "quietvit.decay",
+    "register_regularizer": "quietvit.decay",
     "diagnose": "quietvit.measure",
     "export": "quietvit.deployment",
     "check": "quietvit.deployment",
@@ -87,6 +93,7 @@ __all__ = [
     "DopQViT",
     "FQViT",
     "KurtosisRegularization",
+    "MatrixPair",
     "NormGainDecay",
     "PTQ4ViT",
     "PairWeightDecay",
@@ -96,6 +103,8 @@ __all__ = [
     "RepQViT",
     "SmoothQuant",
     "SpectralDecay",
+    "StrengthSchedule",
+    "WeightView",
     "check",
     "diagnose",
     "export",
@@ -104,6 +113,7 @@ __all__ = [
     "load",
     "predict",
     "quantize",
+    "register_regularizer",
     "trace",
 ]
 

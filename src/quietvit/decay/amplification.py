@@ -1,6 +1,6 @@
-"""How far each pair amplifies its worst output channel: what to watch while training.
+"""How far each pair amplifies its worst output channel: a number to watch while training.
 
-Reads weights alone; nothing is changed and nothing penalized here.
+Only reads weights; nothing is changed or penalized here.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.plan import wide, widest
-from quietvit.decay.whole import whole_parameters
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
+from quietvit.tensors import all_gathered, wide, widest
 from quietvit.tracing import WeightView, plain_model
+from quietvit.tracing.scales import read_entry
 
 
 @torch.no_grad()
 def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, float]:
     """Return max_k |A^T b_k| of each pair by its name (the largest where names are equal).
 
-    That is the standard deviation of the pair's worst output channel, where its input is white and
-    of unit variance and nothing stands between; gains ``before`` and ``between`` count. NaN and
-    infinity give ``inf``. One synchronization. Where FSDP2 keeps parameters in parts, all processes
-    have to call it. Raises QuietvitError where there are no pairs. Derived here (docs/method.md).
+    That is the standard deviation of the pair's worst output channel if its input is white, of unit
+    variance, and nothing stands between the two matrices. Gains ``before`` and ``between`` count.
+    NaN and infinity give ``inf``. One device synchronization. Under FSDP2 all processes must call
+    it. Raises QuietvitError if there are no pairs. Derived here (docs/method.md).
     """
     if not pairs:
         raise QuietvitError("amplifications: give at least one pair.")
     model = plain_model(model)
     views = [view for pair in pairs for view in _views(pair)]
     names = dict.fromkeys(view.parameter_name for view in views)
-    return amplifications_of(whole_parameters(model, names), pairs)
+    whole = all_gathered({name: read_entry(model, name) for name in names})
+    return amplifications_of(whole, pairs)
 
 
 @torch.no_grad()

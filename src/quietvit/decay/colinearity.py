@@ -6,27 +6,56 @@ work and the writing in ``layout`` and ``update``.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.attach import DecoupledUpdate, Schedule
-from quietvit.decay.choice import chosen_pairs
+from quietvit.decay.choice import asked_kinds, checked_strength, chosen_pairs
+from quietvit.decay.config import Schedules, Strengths, WeightRegularizerConfig
+from quietvit.decay.decoupled import DecoupledUpdate
 from quietvit.decay.exact import blame, exact_changes
 from quietvit.decay.layout import Layout, Source, lay_out
 from quietvit.decay.penalties import Basis, Penalty, Top, penalty_named
 from quietvit.decay.plan import Batch
 from quietvit.decay.products import checked_products
-from quietvit.decay.schedule import check_kinds, factor_at
+from quietvit.decay.schedule import Schedule, check_kinds, factor_at
 from quietvit.decay.update import Update, directed
-from quietvit.decay.whole import like
-from quietvit.errors import QuietvitError, nearest
+from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
+from quietvit.tensors import sharded_like
+
+
+class ColinearityConfig(WeightRegularizerConfig):
+    """Colinearity Decay, ``quietvit.ColinearityDecay``.
+
+    Derived here (docs/method.md); the formula of arXiv 2605.01330 is not public to us.
+    """
+
+    strength: Strengths = 1.0  # type: ignore[assignment]
+    """In weight-decay units; a table gives one for each kind of pair. 0 is off."""
+    penalty: Literal["energy", "peak", "cosine", "top"] = "energy"
+    """What is penalized, see docs/method.md."""
+    kinds: tuple[str, ...] | None = None
+    """Kinds of pairs; none: those of ``strength``, or ``quietvit.pairs.DEFAULT_KINDS``."""
+    schedule: Schedules | None = None  # type: ignore[assignment]
+    """Factor of the strength over the run; a table of tables gives one for each kind."""
+    fold_gains: bool = False
+    """Take the gain of the norm in front of a first matrix as part of it."""
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products; ``auto`` is bfloat16 where that is fast."""
+    sharded: bool = False
+    """Divide the update between the processes."""
+    compile: bool = False
+    """Compile the update."""
+
+    @property
+    def active(self) -> bool:
+        values = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
+        return any(value > 0 for value in values)
 
 
 class ColinearityDecay(DecoupledUpdate):
@@ -101,15 +130,16 @@ class ColinearityDecay(DecoupledUpdate):
         self.sharded = bool(sharded)
         self.rule = penalty_named(penalty)
         self.strength = checked_strength(strength)
-        own = type(self).__name__
+        # Kinds that only their schedules name: whoever gave one expects it to do something.
+        alone = kinds is None and isinstance(self.strength, float)
         self.pairs = chosen_pairs(
-            own,
+            type(self).__name__,
             model,
             example,
-            self._kinds(kinds),
+            asked_kinds(kinds, self.strength),
             pairs,
             fold_gains=fold_gains,
-            scheduled=self._scheduled(kinds),
+            scheduled=self.schedule if alone and isinstance(self.schedule, Mapping) else (),
         )
         if isinstance(self.schedule, Mapping):
             check_kinds(self.schedule, {pair.kind for pair in self.pairs})
@@ -119,10 +149,6 @@ class ColinearityDecay(DecoupledUpdate):
         self._layout: tuple[object, Layout] | None = None
         self._bases: list[Basis | None] = []
         self._applied = 0
-
-    def penalty(self) -> float:
-        """Return the stated penalty summed over all pairs, strength not included. One sync."""
-        return math.fsum(self.penalties().values())
 
     @torch.no_grad()
     def penalties(self) -> dict[str, float]:
@@ -180,11 +206,11 @@ class ColinearityDecay(DecoupledUpdate):
                         found[member] = [part[row].clone() for part in basis]
         return [found[member] for member in sorted(found)]
 
-    def _names(self) -> tuple[str, ...]:
+    def parameter_names(self) -> tuple[str, ...]:
         views = (view for pair in self.pairs for view in (pair.first, pair.second))
         return tuple(dict.fromkeys(view.parameter_name for view in views))
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "penalty": self.rule.name,
             "kinds": sorted({pair.kind for pair in self.pairs}),
@@ -225,7 +251,7 @@ class ColinearityDecay(DecoupledUpdate):
                 )
                 for name, change in changes.items():
                     parameter = source.parameters[name]
-                    parameter.add_(like(parameter, change))
+                    parameter.add_(sharded_like(parameter, change))
         self._applied += 1
 
     def _steps(self, rates: Mapping[str, float]) -> list[float]:
@@ -294,30 +320,6 @@ class ColinearityDecay(DecoupledUpdate):
             self._layout = (signature, layout)
         return self._layout[1]
 
-    def _kinds(self, kinds: Sequence[str] | None) -> Sequence[str] | None:
-        """The kinds asked for whose strength is not 0; None where it does not depend on them."""
-        if isinstance(self.strength, float) or isinstance(kinds, str):
-            return kinds
-        for kind in kinds or ():
-            if kind not in self.strength:
-                raise QuietvitError(
-                    f"kind {kind!r} has no strength{nearest(kind, self.strength)}; strength is "
-                    f"given for {sorted(self.strength)}."
-                )
-        asked = self.strength if kinds is None else kinds
-        left = [kind for kind in asked if self.strength[kind] > 0]
-        if not left:
-            raise QuietvitError(
-                f"strength={self.strength}, kinds={kinds}: no kind is left; give one a strength "
-                "above 0."
-            )
-        return left
-
-    def _scheduled(self, kinds: Sequence[str] | None) -> tuple[str, ...]:
-        """The kinds that are named by their schedules alone."""
-        alone = kinds is None and isinstance(self.strength, float)
-        return tuple(self.schedule) if alone and isinstance(self.schedule, Mapping) else ()
-
 
 def _shares(pairs: Sequence[MatrixPair]) -> list[float]:
     """For each side of each pair 1 / (number of pairs of its kind that have this very side)."""
@@ -328,24 +330,3 @@ def _shares(pairs: Sequence[MatrixPair]) -> list[float]:
     ]
     count = Counter(sides)
     return [1.0 / count[side] for side in sides]
-
-
-def checked_strength(strength: float | Mapping[str, float]) -> float | dict[str, float]:
-    """Return the strength as float or as a dict of floats. Raises QuietvitError if unusable."""
-
-    def checked(value: Any, where: str) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not (math.isfinite(number) and number >= 0):
-            raise QuietvitError(
-                f"strength={value!r}{where}: give a finite number, 0 or more, in weight-decay "
-                "units (2.0 means: as strong as weight_decay=2.0 where the partner's spectrum is "
-                "flat)."
-            )
-        return number
-
-    if isinstance(strength, Mapping):
-        return {str(kind): checked(value, f" for {kind}") for kind, value in strength.items()}
-    return checked(strength, "")

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from quietvit.decay.layout import Layout
 from quietvit.decay.penalty import Basis, Penalty
-from quietvit.decay.plan import Batch, batches, wide
+from quietvit.decay.plan import Batch, batches
 from quietvit.decay.products import scaled
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
+from quietvit.tensors import untied, wide
 
 
 def exact_changes(
@@ -52,7 +53,7 @@ def exact_changes(
                 whole.add(batch, step_A, step_B, None)
             if not whole.finite():
                 blame(pairs, parameters, rule)
-    return whole.deltas
+    return whole.changes
 
 
 def blame(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: Penalty) -> NoReturn:
@@ -87,16 +88,12 @@ class _Whole:
     """Full-size changes of the parameters that move, summed over all pairs."""
 
     def __init__(self, parameters: Mapping[str, Tensor], moving: Mapping[str, float]) -> None:
-        self.deltas: dict[str, Tensor] = {}
-        self._of: dict[str, Tensor] = {}
-        owner: dict[int, str] = {}
-        for name in moving:
-            first = owner.setdefault(id(parameters[name]), name)
-            if first == name:
-                self.deltas[name] = torch.zeros_like(
-                    wide(parameters[name]), memory_format=torch.contiguous_format
-                )
-            self._of[name] = self.deltas[first]
+        owner = untied({name: parameters[name] for name in moving})
+        self.changes = {
+            name: torch.zeros_like(wide(parameters[name]), memory_format=torch.contiguous_format)
+            for name in dict.fromkeys(owner.values())
+        }
+        self._of = {name: self.changes[first] for name, first in owner.items()}
 
     def add(self, batch: Batch, dA: Tensor, dB: Tensor, steps: Sequence[float] | None) -> None:
         """Subtract each pair's direction times its step (1 where ``steps`` is None)."""
@@ -115,5 +112,5 @@ class _Whole:
 
     def finite(self) -> Tensor:
         """Return one flag on one device: is every change finite?"""
-        flags = [delta.isfinite().all() for delta in self.deltas.values()]
+        flags = [delta.isfinite().all() for delta in self.changes.values()]
         return torch.stack([flag.to(flags[0].device) for flag in flags]).all()

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from quietvit.decay.limits import TrustRegion
 from quietvit.decay.penalty import Penalty
 from quietvit.decay.plan import LARGEST_BATCH, Batch, batches, block_size, windows
-from quietvit.decay.whole import gathered, is_sharded, read, untied
 from quietvit.pairs import MatrixPair
-from quietvit.tracing.scales import is_scale
+from quietvit.tensors import gathered, is_sharded, untied
+from quietvit.tracing.scales import is_scale, read_entry
 
 _SAFE_LOGARITHM = 80.0
 _SAFE_REACH = 1e10
@@ -31,7 +31,7 @@ class Source(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.parameters = {name: read(model, name) for name in names}
+        self.parameters = {name: read_entry(model, name) for name in names}
         self.first = untied(self.parameters)
         self._whole: dict[str, Tensor] = {}
 

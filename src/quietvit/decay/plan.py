@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quietvit.pairs import MatrixPair
+from quietvit.tensors import wide
 from quietvit.tracing import WeightView
 from quietvit.tracing.weights import Index
 
@@ -262,16 +263,6 @@ def _joined(runs: Sequence[Run], parameters: Mapping[str, Tensor]) -> Tensor:
 def _gains(views: Sequence[WeightView | None], parameters: Mapping[str, Tensor]) -> Tensor | None:
     found = [view.select(parameters[view.parameter_name]) for view in views if view is not None]
     return wide(torch.stack(found)) if found else None
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return the tensor in float64 if it is, else in float32."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """Return the widest type that the device computes in: float64, but float32 on Apple's GPUs."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _meet(one: Index | None, other: Index | None) -> bool:

@@ -1,6 +1,6 @@
 """TWEO: a penalty on the largest outputs of residual blocks, added to the task loss.
 
-The only regularizer here that acts on activations; those that act on weights are beside it.
+The only regularizer here that acts on activations, and not on weights.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
+from quietvit.decay.checks import number
+from quietvit.decay.config import RegularizerConfig, Strength
 from quietvit.decay.following import innermost, is_outermost, is_skipped
-from quietvit.decay.regularizer import checked_state, number, one_strength, shown
-from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
-from quietvit.decay.whole import reshard
+from quietvit.decay.regularizer import BaseRegularizer
+from quietvit.decay.schedule import Schedule, one_schedule
 from quietvit.errors import QuietvitError
-from quietvit.tracing import plain_model, trace
+from quietvit.tensors import reshard, wide
+from quietvit.tracing import trace
 from quietvit.tracing.block_modules import first_tensor, residual_modules
 
 logger = logging.getLogger("quietvit")
@@ -31,7 +34,21 @@ _PATIENCE = 3
 _MOST_PASSES = 64
 
 
-class TWEO:
+class TweoConfig(RegularizerConfig):
+    """TWEO, ``quietvit.TWEO``: a penalty on the largest outputs of blocks, added to the loss.
+
+    Source: arXiv 2511.23225, second-hand (docs/method.md).
+    """
+
+    strength: Strength = 0.01
+    """Factor of the penalty in the loss. 0 is off."""
+    threshold: float = Field(default=3.0, gt=0)
+    """Magnitude of an output from which on it is expensive."""
+    power: float = Field(default=4.0, ge=1)
+    """An output costs (magnitude / threshold) to this power."""
+
+
+class TWEO(BaseRegularizer):
     """Penalize large block outputs: ``strength / L * sum_l mean((|A_l| / (threshold + 1e-6))^p)``.
 
     A_l is the output of residual block l after its add, p is ``power``; the mean is taken in
@@ -74,15 +91,10 @@ class TWEO:
         power: float = 4.0,
         schedule: Schedule | None = None,
     ) -> None:
-        self.strength = one_strength(strength, "TWEO")
+        super().__init__(model, schedule=one_schedule(schedule, "TWEO"))
+        self.strength = number(strength, "strength", "TWEO")
         self.threshold = number(threshold, "threshold", "TWEO", least=1e-6)
         self.power = number(power, "power", "TWEO", least=1.0)
-        checked = checked_schedule(schedule)
-        if isinstance(checked, Mapping):
-            raise QuietvitError("TWEO(schedule=...) takes one function, not one for each kind.")
-        self.schedule = checked
-        self.model = plain_model(model)
-        self.steps = 0
         self.blocks: tuple[str, ...] = tuple(residual_modules(trace(self.model, example)))
         if not self.blocks:
             raise QuietvitError(
@@ -95,7 +107,6 @@ class TWEO:
         self._used, self._unused = False, 0
         self._warned = False
         self._hooks: list[Any] = []
-        self._handles: list[Any] = []
         self._watch()
 
     def loss(self) -> Tensor:
@@ -125,7 +136,7 @@ class TWEO:
                 "it out.",
                 len(self.blocks),
             )
-        return terms.mean() * (self.strength * factor_at(self.schedule, self.steps))
+        return terms.mean() * (self.strength * self._factor())
 
     def around(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a function that calls ``criterion`` and adds ``loss()`` to what it returns.
@@ -154,11 +165,7 @@ class TWEO:
         Raises QuietvitError if already attached, if the optimizer cannot be hooked, or if it holds
         none of the model's parameters (copies are none) while some of them train.
         """
-        if self._handles:
-            raise QuietvitError(
-                "this TWEO is already attached to an optimizer; call detach() first, or build a "
-                "second one."
-            )
+        self._refuse_if_attached()
         inner = innermost(optimizer, "attach TWEO to one that trains the model")
         if not self._is_trained_by(inner):
             raise QuietvitError(
@@ -173,14 +180,15 @@ class TWEO:
 
     def detach(self) -> None:
         """Stop following the optimizer and watching the blocks, until ``attach`` is called."""
-        for handle in (*self._handles, *self._hooks):
-            handle.remove()
-        self._handles, self._hooks, self._seen = [], [], []
+        super().detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._seen = [], []
 
     def penalty(self) -> float:
         """Return the penalty of the last passes, strength not included. One sync."""
-        found = self.penalties()
-        return math.fsum(found.values()) / len(found)
+        parts = self.penalties()
+        return math.fsum(parts.values()) / len(parts)
 
     def penalties(self) -> dict[str, float]:
         """Return the mean of (|A| / threshold)^p of each block in the last passes, by its name.
@@ -194,29 +202,16 @@ class TWEO:
         values = torch.stack([value.to(device) for value in last.values()]).tolist()
         return dict(zip(last, values, strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the step counter and the settings (numbers and strings only)."""
-        return {"steps": self.steps, "settings": self._settings()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the step counter. Raises QuietvitError where the settings saved are others."""
-        self.steps = checked_state(self, self._settings(), state)
-
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along: no hook, no pass seen, as after ``detach``."""
-        return self.__dict__ | {"_seen": [], "_hooks": [], "_handles": []}
+        return super().__getstate__() | {"_seen": [], "_hooks": []}
 
-    def __repr__(self) -> str:
-        return shown(self, self._settings(), bool(self._handles))
-
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return {
             "penalty": "tweo",
             "blocks": len(self.blocks),
             "strength": self.strength,
             "threshold": self.threshold,
             "power": self.power,
-            "schedule": described(self.schedule),
         }
 
     def _is_trained_by(self, optimizer: Optimizer) -> bool:
@@ -272,15 +267,13 @@ class _MeanPower(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: float, power: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.scale, ctx.power = scale, power
-        wide = x if x.dtype == torch.float64 else x.float()
-        return _power(wide.abs() / scale, power).mean()
+        return _power(wide(x).abs() / scale, power).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        wide = x if x.dtype == torch.float64 else x.float()
-        slope = _power(wide.abs() / ctx.scale, ctx.power - 1) * wide.sign()
+        slope = _power(wide(x).abs() / ctx.scale, ctx.power - 1) * wide(x).sign()
         return (slope * (grad * (ctx.power / ctx.scale / x.numel()))).to(x.dtype), None, None
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from quietvit.decay.layout import Layout, Source
 from quietvit.decay.penalty import Basis, Penalty
-from quietvit.decay.plan import Operands, Run, wide
+from quietvit.decay.plan import Operands, Run
 from quietvit.decay.products import product_dtype
-from quietvit.decay.whole import like
+from quietvit.tensors import sharded_like, wide
 
 Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 Directed = Callable[[Operands, Basis | None, torch.dtype | None, Tensor, Tensor], Factors]
@@ -98,7 +98,7 @@ class Update:
                     continue
                 if owner in waiting:
                     parameter = self._source.parameters[owner]
-                    parameter.copy_(like(parameter, waiting.pop(owner).to(parameter.dtype)))
+                    parameter.copy_(sharded_like(parameter, waiting.pop(owner).to(parameter.dtype)))
                 self._source.release(owner)
 
     def _add(self, place: int, waiting: dict[str, Tensor]) -> None:
@@ -144,7 +144,7 @@ class Update:
                 for owner in self._owners(window):
                     if self._layout.last_window[owner] == window and owner in waiting:
                         parameter = self._source.parameters[owner]
-                        parameter.add_(like(parameter, waiting.pop(owner)))
+                        parameter.add_(sharded_like(parameter, waiting.pop(owner)))
 
     def _collect(
         self, window: int, changes: Mapping[str, Tensor], waiting: dict[str, Tensor]

@@ -5,17 +5,19 @@ Reading it from TOML, overriding it and explaining mistakes is ``recipe``'s work
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
 
-from quietvit.data.section import Section
 from quietvit.data.transforms import Augmentation
+from quietvit.decay import RegularizerConfig, registered_regularizers
+from quietvit.decay.config import Share, StrengthScheduleConfig
+from quietvit.decay.registry import RegularizerEntry
+from quietvit.section import Section
 
-Strength = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -120,170 +122,50 @@ class EmaConfig(Section):
     warmup: bool = True
 
 
-class StrengthScheduleConfig(Section):
-    """A factor of a strength over the run, in epochs: see ``quietvit.decay.StrengthSchedule``.
-
-    0 before ``start_epoch``, then up to 1 within ``warmup_epochs``, then ``constant``, or down to
-    ``final`` at the end of the run.
-    """
-
-    shape: Literal["constant", "linear", "cosine"] = "constant"
-    start_epoch: float = Field(default=0.0, ge=0)
-    warmup_epochs: float = Field(default=0.0, ge=0)
-    final: float = Field(default=0.0, ge=0)
-
-    def late(self, epochs: int) -> str:
-        """Why nothing of it, or no way down, is left within ``epochs``; "" where all is well."""
-        if self.start_epoch >= epochs:
-            return f"start_epoch ({self.start_epoch:g}) must be below epochs ({epochs})"
-        up = self.start_epoch + self.warmup_epochs
-        if self.shape != "constant" and up >= epochs:
-            return (
-                f"start_epoch + warmup_epochs ({up:g}) must be below epochs ({epochs}), or shape "
-                f"{self.shape!r} has no way down"
-            )
-        return ""
-
-
-# Pydantic judges a value by one branch of a union, the one named here, and not by each in turn.
-# The names stand in the location of an error, where ``recipe`` takes them out.
-ONE, EACH = "<one>", "<one for each kind>"
-
-
-def _strengths(value: Any) -> str:
-    return EACH if isinstance(value, Mapping) else ONE
-
-
-def _schedules(value: Any) -> str:
-    """A table that holds tables is one of kinds; an empty one is a schedule without settings."""
-    own = isinstance(value, Mapping) and any(
-        isinstance(part, Mapping | StrengthScheduleConfig) for part in value.values()
-    )
-    return EACH if own else ONE
-
-
-Strengths = Annotated[
-    Annotated[Strength, Tag(ONE)] | Annotated[dict[str, Strength], Tag(EACH)],
-    Discriminator(_strengths),
-]
-Schedules = Annotated[
-    Annotated[StrengthScheduleConfig, Tag(ONE)]
-    | Annotated[dict[str, StrengthScheduleConfig], Tag(EACH)],
-    Discriminator(_schedules),
-]
-
-
-class RegularizerConfig(Section):
-    """What all regularizers have. A strength of 0 is off."""
-
-    strength: Strength
-    schedule: StrengthScheduleConfig | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.strength > 0
-
-
-class WeightRegularizerConfig(RegularizerConfig):
-    """What those that act on weights have: every n-th step, with n-fold strength."""
-
-    every: int = Field(default=1, ge=1)
-
-
-class ColinearityConfig(Section):
-    """Colinearity Decay; a mapping as ``strength`` gives one per kind of pair. 0 is off.
-
-    ``schedule`` may be a mapping from kind to schedule. ``fold_gains`` takes the gain of the norm
-    in front of a first matrix as part of it, ``products`` is the precision of the matrix products
-    (``auto``: bfloat16 where that is fast). ``sharded`` divides the update between the processes,
-    ``compile`` compiles it.
-    """
-
-    strength: Strengths = 1.0
-    penalty: Literal["energy", "peak", "cosine", "top"] = "energy"
-    kinds: tuple[str, ...] | None = None
-    every: int = Field(default=1, ge=1)
-    schedule: Schedules | None = None
-    fold_gains: bool = False
-    products: Literal["auto", "float32", "bfloat16"] = "auto"
-    sharded: bool = False
-    compile: bool = False
-
-    @property
-    def active(self) -> bool:
-        values = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
-        return any(value > 0 for value in values)
-
-
-class NormGainConfig(WeightRegularizerConfig):
-    """Decay of the norm gains alone, weighted by their squares. 0 is off."""
-
-    strength: Strength = 3.0
-
-
-class SpectralConfig(WeightRegularizerConfig):
-    """S2D, ``quietvit.SpectralDecay``: the leading singular values of layers they dominate.
-
-    ``coupled`` puts its gradient before the optimizer, as published; else it is a decoupled update.
-    ``images`` of the training data tell which layers those are, every ``refresh`` applied steps.
-    """
-
-    strength: Strength = 5e-4
-    threshold: Share = 0.95
-    components: int = Field(default=3, ge=1)
-    refresh: int = Field(default=100, ge=1)
-    power: int = Field(default=2, ge=1)
-    coupled: bool = True
-    images: int = Field(default=16, ge=1)
-
-
-class TweoConfig(RegularizerConfig):
-    """TWEO, ``quietvit.TWEO``: a penalty on the largest outputs of blocks, added to the loss."""
-
-    strength: Strength = 0.01
-    threshold: float = Field(default=3.0, gt=0)
-    power: float = Field(default=4.0, ge=1)
-
-
-class KurtosisConfig(WeightRegularizerConfig):
-    """KURE, ``quietvit.KurtosisRegularization``: kurtosis of weight matrices towards ``target``."""
-
-    strength: Strength = 1.0
-    target: float = Field(default=1.8, ge=1)
-    coupled: bool = True
-
-
-class PairWeightConfig(WeightRegularizerConfig):
-    """Plain weight decay of the very matrices that Colinearity Decay acts on: its control."""
-
-    strength: Strength = 1.0
-    kinds: tuple[str, ...] | None = None
-
-
 class DecayConfig(Section):
-    """Regularizers side by side; none by default. They act in the order in which they stand here.
+    """Regularizers side by side; none by default. They act in the order of their registration.
 
-    ``watch_every``: every so many logged steps, also log the largest activation of any block and
-    the largest amplification of any pair; 0 never.
+    It has one more section for each registered regularizer, see ``decay_config``.
     """
 
-    cd: ColinearityConfig | None = None
-    norm_gains: NormGainConfig | None = None
-    weight: PairWeightConfig | None = None
-    s2d: SpectralConfig | None = None
-    kure: KurtosisConfig | None = None
-    tweo: TweoConfig | None = None
     watch_every: int = Field(default=10, ge=0)
+    """Also log the largest activation of any block and the largest amplification of any pair, at
+    every n-th logged step; 0 never does."""
+
+    def sections(self) -> dict[str, RegularizerConfig]:
+        """Return the sections that are set, by name."""
+        values = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: value for name, value in values if isinstance(value, RegularizerConfig)}
 
     def schedules(self) -> Iterator[tuple[str, StrengthScheduleConfig]]:
-        """Each schedule of strengths, with its key."""
-        for name in DecayConfig.model_fields:
-            schedule = getattr(getattr(self, name), "schedule", None)
+        """Return each schedule of strengths, with its key."""
+        for name, section in self.sections().items():
+            schedule = section.schedule
             if isinstance(schedule, dict):
                 for kind, own in schedule.items():
                     yield f"decay.{name}.schedule.{kind}", own
             elif schedule is not None:
                 yield f"decay.{name}.schedule", schedule
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class of an instance is made by decay_config, and pickle finds classes by name.
+        return _parsed_decay, (self.model_dump(),)
+
+
+def decay_config() -> type[DecayConfig]:
+    """Return ``DecayConfig`` with an optional section for each regularizer registered so far."""
+    return _decay_config(registered_regularizers())
+
+
+@cache
+def _decay_config(entries: tuple[RegularizerEntry, ...]) -> type[DecayConfig]:
+    sections: dict[str, Any] = {entry.name: (entry.config | None, None) for entry in entries}
+    doc = "Regularizers side by side; none by default."
+    return create_model("DecayConfig", __base__=DecayConfig, __doc__=doc, **sections)
+
+
+def _parsed_decay(value: Any) -> DecayConfig:
+    return value if isinstance(value, DecayConfig) else decay_config().model_validate(value)
 
 
 class CheckpointConfig(Section):
@@ -310,7 +192,9 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     mix: MixConfig = MixConfig()
     ema: EmaConfig | None = None
-    decay: DecayConfig = DecayConfig()
+    decay: Annotated[SerializeAsAny[DecayConfig], BeforeValidator(_parsed_decay)] = Field(
+        default_factory=lambda: decay_config()()
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=64, ge=1)

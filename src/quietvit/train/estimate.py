@@ -234,7 +234,7 @@ def _step_of_one_pass(parts: Parts, images: Tensor, labels: Tensor, step: int) -
 
 @contextmanager
 def _timed_apart(parts: Parts) -> Iterator[dict[str, Stopwatch]]:
-    """Inside, each regularizer has a stopwatch of its own; the empty name is the loss's of TWEO."""
+    """Inside, each regularizer has its own stopwatch; the empty name is for terms of the loss."""
     watches = {name: Stopwatch() for name in parts.regularizers}
     detach(parts.regularizers, parts.stopwatch)
     try:
@@ -264,10 +264,8 @@ def _noise(model: nn.Module, count: int) -> Tensor:
 
 def _without_schedules(decay: DecayConfig) -> DecayConfig:
     sections: dict[str, Any] = {}
-    for name in DecayConfig.model_fields:
-        section = getattr(decay, name)
-        if hasattr(section, "schedule"):
-            sections[name] = section.model_copy(update={"schedule": None})
+    for name, section in decay.sections().items():
+        sections[name] = section.model_copy(update={"schedule": None})
     return decay.model_copy(update=sections)
 
 

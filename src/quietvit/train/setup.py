@@ -25,6 +25,7 @@ from quietvit.data import (
     training_transform,
 )
 from quietvit.data.matching import matched
+from quietvit.decay.config import RunFacts
 from quietvit.errors import QuietvitError
 from quietvit.tracing import evaluating
 from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
@@ -162,9 +163,11 @@ def assemble(
         config.decay,
         plain,
         example,
-        lambda count: some_images(plain, count).to(accelerator.device),
-        steps_per_epoch,
-        steps_per_epoch * config.epochs,
+        RunFacts(
+            lambda count: some_images(plain, count).to(accelerator.device),
+            steps_per_epoch,
+            steps_per_epoch * config.epochs,
+        ),
     )
     watch = Watch(plain, example)
     if not resumed:  # for a run that diverges before its first checkpoint

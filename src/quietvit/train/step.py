@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quietvit.train.engine import is_sharded
+from quietvit.train.regularizers import loss_terms
 
 if TYPE_CHECKING:
     from quietvit.train.parts import Parts
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) -> Tensor:
     """Run one batch; returns the task loss, detached. ``step`` is that of the learning rate.
 
-    It is kept in ``parts.loss`` too, before anything that may raise because of it.
-    Whether the optimizer stepped is in ``parts.accelerator.sync_gradients``. TWEO's penalty is in
-    the gradients and not in the loss returned.
+    ``parts.loss`` holds it too, set before anything that may raise because of it.
+    ``parts.accelerator.sync_gradients`` says whether the optimizer stepped. What regularizers add
+    to the loss is in the gradients and not in the loss returned.
     """
     p, clip = parts, parts.config.optimizer.clip_grad
     accelerator = p.accelerator
@@ -35,9 +36,9 @@ def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) ->
             outputs = p.compiled(images)
         loss = torch.stack([p.criterion(head, targets) for head in heads(outputs)]).mean()
         p.loss, total = loss.detach(), loss
-        if "tweo" in p.regularizers:
+        for regularizer in loss_terms(p.regularizers):
             with p.stopwatch.running():
-                total = loss + p.regularizers["tweo"].loss()
+                total = total + regularizer.loss()
         accelerator.backward(total)
         if accelerator.sync_gradients:
             if clip is not None:
