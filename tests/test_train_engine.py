@@ -199,7 +199,7 @@ def test_frozen_blocks_stay_as_they_are(tmp_path):
 
 def test_a_linear_probe_wants_no_decay_of_pairs_and_is_told(tmp_path):
     model = {**MODEL, "freeze_blocks": 2}
-    with pytest.raises(QuietvitError, match=r"frozen .* freeze fewer, or leave it out .*cd=none"):
+    with pytest.raises(QuietvitError, match=r"frozen .* Unfreeze some, or remove .*cd=none"):
         build(config(tmp_path, model=model, decay={"cd": {}}))
     parts = build(config(tmp_path, model=model, decay={"cd": None})).parts
     assert {name for name, p in parts.plain.named_parameters() if p.requires_grad} == {

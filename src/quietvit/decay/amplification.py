@@ -30,7 +30,7 @@ def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, f
     if not pairs:
         raise QuietvitError("amplifications: give at least one pair.")
     model = plain_model(model)
-    views = [view for pair in pairs for view in _views(pair)]
+    views = [view for pair in pairs for view in pair.views]
     names = dict.fromkeys(view.parameter_name for view in views)
     whole = all_gathered({name: read_entry(model, name) for name in names})
     return amplifications_of(whole, pairs)
@@ -50,25 +50,20 @@ def amplifications_of(
         return wide(view.select(parameters[view.parameter_name]))
 
     with torch.autocast(device.type, enabled=False):
-        values = [_worst_channel(pair, *map(read, _views(pair))) for pair in pairs]
-    found: dict[str, float] = {}
+        values = [_worst_channel(pair, *map(read, pair.views)) for pair in pairs]
+    result: dict[str, float] = {}
     together = torch.stack([value.to(device, widest(device)) for value in values])
     for pair, value in zip(pairs, together.tolist(), strict=True):
         value = value if math.isfinite(value) else math.inf
-        found[pair.name] = max(value, found.get(pair.name, 0.0))
-    return found
+        result[pair.name] = max(value, result.get(pair.name, 0.0))
+    return result
 
 
 def worst_amplification(model: nn.Module, pairs: Sequence[MatrixPair]) -> tuple[str, float]:
     """Return the name of the pair with the largest ``amplifications``, and the value."""
-    found = amplifications(model, pairs)
-    name = max(found, key=found.__getitem__)
-    return name, found[name]
-
-
-def _views(pair: MatrixPair) -> tuple[WeightView, ...]:
-    optional = (view for view in (pair.before, pair.between) if view is not None)
-    return (pair.first, pair.second, *optional)
+    result = amplifications(model, pairs)
+    name = max(result, key=result.__getitem__)
+    return name, result[name]
 
 
 def _worst_channel(pair: MatrixPair, A: Tensor, B: Tensor, *gains: Tensor) -> Tensor:

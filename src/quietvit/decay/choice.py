@@ -53,10 +53,10 @@ def chosen_pairs(
                 "pairs=..."
             )
         asked = tuple(kinds or DEFAULT_KINDS)
-        found = find_pairs(model, example, kinds=asked, fold_gains=fold_gains)
-        warn_of_left_out(owner, [s for s in found.skipped if s[1] in (COMPUTED, ADAPTED)])
-        _warn_of_unused_kinds(owner, (*(kinds or ()), *scheduled), found)
-        return tuple(found)
+        result = find_pairs(model, example, kinds=asked, fold_gains=fold_gains)
+        warn_of_left_out(owner, [s for s in result.skipped if s[1] in (COMPUTED, ADAPTED)])
+        _warn_of_unused_kinds(owner, (*(kinds or ()), *scheduled), result)
+        return tuple(result)
     if fold_gains:
         raise QuietvitError(
             f"{owner}: fold_gains is for pairs that are found, and pairs are given; give "
@@ -90,9 +90,9 @@ def warn_of_left_out(owner: str, left: Sequence[tuple[str, str]]) -> None:
     )
 
 
-def _warn_of_unused_kinds(owner: str, kinds: Sequence[str], found: Sequence[MatrixPair]) -> None:
+def _warn_of_unused_kinds(owner: str, kinds: Sequence[str], result: Sequence[MatrixPair]) -> None:
     """Warn of ``kinds`` that the user named and that have no pair."""
-    have = dict.fromkeys(pair.kind for pair in found)
+    have = dict.fromkeys(pair.kind for pair in result)
     without = [kind for kind in dict.fromkeys(kinds) if kind not in have]
     if without:
         logger.warning(

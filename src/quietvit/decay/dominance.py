@@ -76,9 +76,9 @@ def dominances(
             X = operands[0].reshape(-1, W.shape[1])
             X = wide(X[:: -(-len(X) // _ROWS)]).to(W)
             with torch.autocast(W.device.type, enabled=False):
-                found = shares(X, W, spectra[name])
+                result = shares(X, W, spectra[name])
             before = sums.get(name)
-            sums[name] = (found[0] + before[0], found[1] + before[1]) if before else found
+            sums[name] = (result[0] + before[0], result[1] + before[1]) if before else result
         return run(*operands)
 
     device = next(iter(weights.values())).device

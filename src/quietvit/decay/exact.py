@@ -1,6 +1,6 @@
-"""The update where care is needed: every change held and looked at before a weight is written.
+"""The careful update: every change is computed and checked before a weight is written.
 
-For weights that are not finite or enormous, and for steps that the trust region has to limit.
+For weights that are infinite or huge, and for steps that the trust region must limit.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from quietvit.decay.layout import Layout
+from quietvit.decay.batches import PairBatch, batches
 from quietvit.decay.penalty import Basis, Penalty
-from quietvit.decay.plan import Batch, batches
+from quietvit.decay.plan import UpdatePlan
 from quietvit.decay.products import scaled
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
@@ -23,7 +23,7 @@ from quietvit.tensors import untied, wide
 
 def exact_changes(
     pairs: Sequence[MatrixPair],
-    layout: Layout,
+    plan: UpdatePlan,
     parameters: Mapping[str, Tensor],
     rule: Penalty,
     bases: Sequence[Basis | None],
@@ -32,42 +32,42 @@ def exact_changes(
 ) -> dict[str, Tensor]:
     """Return the change of each parameter in ``moving``, limited by the trust region.
 
-    In float32 products (float64 for such weights). Raises QuietvitError, naming the pair, where a
+    Products are in float32 (float64 for such weights). Raises QuietvitError, naming the pair, if a
     weight or a change is not finite.
     """
     whole = _Whole(parameters, moving)
-    for position, batch in enumerate(layout.plan):
+    for position, batch in enumerate(plan.batches):
         directions = batch.read(parameters).apply(partial(rule.directions, basis=bases[position]))
         whole.add(batch, *directions, steps)
-    region = layout.region
-    suspects = region.suspects(steps, parameters)
-    within = region.within(suspects, parameters, steps, bases, sharp=True)
+    region = plan.region
+    to_check = region.to_check(steps, parameters)
+    within = region.within(to_check, parameters, steps, bases, sharp=True)
     is_finite, is_within = torch.stack([whole.finite().to(within.device), within]).tolist()
     if not is_finite:
-        blame(pairs, parameters, rule)
+        raise_not_finite(pairs, parameters, rule)
     if not is_within:
-        limited = region.limited(suspects, parameters, steps, bases)
+        limited = region.limited(to_check, parameters, steps, bases)
         if limited is not None:
             whole = _Whole(parameters, moving)
             for batch, step_A, step_B in limited:
                 whole.add(batch, step_A, step_B, None)
             if not whole.finite():
-                blame(pairs, parameters, rule)
+                raise_not_finite(pairs, parameters, rule)
     return whole.changes
 
 
-def blame(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: Penalty) -> NoReturn:
+def raise_not_finite(
+    pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: Penalty
+) -> NoReturn:
     """Raise, naming the first pair that is not finite."""
     for pair in pairs:
-        for view in (pair.first, pair.second, pair.before, pair.between):
-            if view is None:
-                continue
+        for view in pair.views:
             bad = int((~view.select(parameters[view.parameter_name]).isfinite()).sum())
             if bad:
                 raise QuietvitError(
                     f"{pair.name}: {bad} values of {view} are NaN or infinite; no weight was "
                     "changed. Training diverged before this step: lower the learning rate, "
-                    "clip gradients, and resume from an earlier checkpoint or start anew."
+                    "clip gradients, and resume from an earlier checkpoint or start again."
                 )
     for pair in pairs:
         operands = batches([pair], parameters)[0].read(parameters)
@@ -76,11 +76,11 @@ def blame(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: P
                 f"{pair.name}: its {rule.name} update overflows (largest weights "
                 f"{float(operands.A.abs().max()):.3g} and {float(operands.B.abs().max()):.3g}); no "
                 "weight was changed. Lower the learning rate, and resume from an earlier "
-                "checkpoint or start anew."
+                "checkpoint or start again."
             )
     raise QuietvitError(
-        "the update of the pairs is not finite though every pair is: the learning rate times the "
-        "strength overflows; no weight was changed."
+        "the update of the pairs overflows, though every pair is finite: the learning rate times "
+        "the strength is too large. No weight was changed. Lower one of them."
     )
 
 
@@ -95,7 +95,7 @@ class _Whole:
         }
         self._of = {name: self.changes[first] for name, first in owner.items()}
 
-    def add(self, batch: Batch, dA: Tensor, dB: Tensor, steps: Sequence[float] | None) -> None:
+    def add(self, batch: PairBatch, dA: Tensor, dB: Tensor, steps: Sequence[float] | None) -> None:
         """Subtract each pair's direction times its step (1 where ``steps`` is None)."""
         for side, runs, d in ((0, batch.firsts, dA), (1, batch.seconds, dB)):
             for run in runs:

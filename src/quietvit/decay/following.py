@@ -108,14 +108,14 @@ class WatchedParameter:
 
     @property
     def parameter(self) -> Tensor:
-        found = self._parameter()
-        assert found is not None
-        return found
+        result = self._parameter()
+        assert result is not None
+        return result
 
     def reset(self) -> None:
         """Remember the version that the parameter has now."""
-        found = self._parameter()
-        self.version = found._version if found is not None else -1
+        result = self._parameter()
+        self.version = result._version if result is not None else -1
         self.unseen = 0
 
 

@@ -79,11 +79,11 @@ class NormGainDecay(WholeUpdate):
     def penalties(self) -> dict[str, float]:
         """Return sum_j g_j^4 / (4 mean(g^2)) of each gain vector by name, the mean constant."""
         parameters = self.parameters()
-        found = {}
+        result = {}
         for view in self.gains:
             g = wide(view.select(parameters[view.parameter_name]))
-            found[str(view)] = float((g * _shares(g) * g).sum()) / 4
-        return found
+            result[str(view)] = float((g * _shares(g) * g).sum()) / 4
+        return result
 
     def parameter_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(view.parameter_name for view in self.gains))
@@ -113,16 +113,16 @@ class NormGainDecay(WholeUpdate):
 def _gain_pairs(model: nn.Module, example: Any) -> FoundPairs:
     """The pairs of norm gains. A log line names gains that are in no pair."""
     traced = trace(model, example)
-    found = find_pairs(model, kinds=("norm_linear",), trace=traced)
-    kept = {pair.first.parameter_name for pair in found}
+    result = find_pairs(model, kinds=("norm_linear",), trace=traced)
+    kept = {pair.first.parameter_name for pair in result}
 
     def lost(name: str) -> bool:
         gain = traced[name.split(" -> ")[0]].weight
         return gain is not None and gain.parameter_name not in kept
 
-    skipped = [entry for entry in found.skipped if entry[1] == COMPUTED and lost(entry[0])]
+    skipped = [entry for entry in result.skipped if entry[1] == COMPUTED and lost(entry[0])]
     warn_of_left_out("NormGainDecay", skipped)
-    return found
+    return result
 
 
 def _shares(g: Tensor) -> Tensor:

@@ -99,12 +99,12 @@ class KurtosisRegularization(PenaltyGradient):
     @torch.no_grad()
     def penalties(self) -> dict[str, float]:
         """Return |K - target|^2 of each weight by its name, 0 where all entries are equal."""
-        found = {}
+        result = {}
         for name, whole in self.parameters().items():
             z, deviation = standardized(wide(whole))
             square = (z.square().square().mean() - self.target).square()
-            found[name] = float(torch.where(deviation > 0, square, 0.0))
-        return found
+            result[name] = float(torch.where(deviation > 0, square, 0.0))
+        return result
 
     def parameter_names(self) -> tuple[str, ...]:
         return self.weights
@@ -117,13 +117,13 @@ class KurtosisRegularization(PenaltyGradient):
         self, parameters: Mapping[str, Tensor], names: Collection[str]
     ) -> dict[str, Tensor]:
         share = self.strength / len(self.weights)
-        found = {
+        result = {
             name: kurtosis_gradient(wide(parameters[name]), self.target) * share
             for name in self.weights
             if name in names
         }
-        refuse_unless_finite(found, parameters)
-        return found
+        refuse_unless_finite(result, parameters)
+        return result
 
 
 def kurtosis_gradient(W: Tensor, target: float) -> Tensor:

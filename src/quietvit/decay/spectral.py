@@ -156,13 +156,13 @@ class SpectralDecay(PenaltyGradient):
         """
         parameters = self.parameters()
         chosen = self._selection(parameters)[0] if self._chosen is None else self._chosen
-        found = dict.fromkeys((str(layer.view) for layer in self.layers), 0.0)
+        result = dict.fromkeys((str(layer.view) for layer in self.layers), 0.0)
         for layer in self.layers:
             if str(layer.view) in chosen:
                 _, _, s = self._components(layer, chosen, parameters)
                 total = s.abs().pow(self.power + 1).sum() / (self.power + 1)
-                found[str(layer.view)] = float(total)
-        return found
+                result[str(layer.view)] = float(total)
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step counter, the settings, and the singular vectors of selected layers."""
@@ -229,25 +229,25 @@ class SpectralDecay(PenaltyGradient):
             self._chosen, self.dominance = self._selection(parameters)
             self._refreshed = applied
             self._warn_of_none()
-        found: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         for layer in self.layers:
             name = layer.view.parameter_name
             if name not in names or str(layer.view) not in self._chosen:
                 continue
             u, v, s = self._components(layer, self._chosen, parameters)
             whole = wide(parameters[name])
-            if name not in found:
-                found[name] = torch.zeros_like(whole, memory_format=torch.contiguous_format)
-            layer.view.scatter_add_(found[name], (u * amount(name, s)) @ v.mT)
-        refuse_unless_finite(found, parameters)
-        return found
+            if name not in result:
+                result[name] = torch.zeros_like(whole, memory_format=torch.contiguous_format)
+            layer.view.scatter_add_(result[name], (u * amount(name, s)) @ v.mT)
+        refuse_unless_finite(result, parameters)
+        return result
 
     def _warn_of_none(self) -> None:
         """Warn once that no layer was selected, and how near the nearest came."""
         if self._chosen or self._warned:
             return
         self._warned = True
-        name, share = max(self.dominance.items(), key=lambda found: max(found[1]))
+        name, share = max(self.dominance.items(), key=lambda result: max(result[1]))
         logger.warning(
             "SpectralDecay selects none of its %d layers, so it changes nothing yet: no PCDR "
             "reaches threshold=%g with components=%d. The largest is %.3g (%s). It selects again "
@@ -308,19 +308,19 @@ def _linears(traced: Trace) -> Iterator[Site]:
 
 def _layers(model: nn.Module, traced: Trace) -> tuple[Layer, ...]:
     """Weights of linear sites, each once however many sites and names it has."""
-    found: dict[object, tuple[WeightView, list[str]]] = {}
+    result: dict[object, tuple[WeightView, list[str]]] = {}
     for site in _linears(traced):
         view = site.weight
         if view is None or min(view.read(model).shape) < 2:
             continue
         key = (id(view.parameter(model)), view.rows, view.cols)
-        first, sites = found.setdefault(key, (view, []))
+        first, sites = result.setdefault(key, (view, []))
         if first.transposed == view.transposed:
             sites.append(site.name)
-    if not found:
+    if not result:
         raise QuietvitError(
             f"SpectralDecay has nothing to act on: {traced.model_name} has no linear layer (beside "
             "the head) whose weight is a matrix of parameters. "
             "print(quietvit.trace(model, example)) shows what it has."
         )
-    return tuple(Layer(view, tuple(sites)) for view, sites in found.values())
+    return tuple(Layer(view, tuple(sites)) for view, sites in result.values())

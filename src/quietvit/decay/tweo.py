@@ -56,29 +56,28 @@ class TWEO(BaseRegularizer):
     times the threshold as much as 10^p at the threshold. Source: arXiv 2511.23225, second-hand
     (docs/method.md); its epsilon is not public to us.
 
-    Build it before ``torch.compile``, FSDP's ``fully_shard`` and DDP, then one line in a loop::
+    Build it before ``torch.compile``, FSDP's ``fully_shard`` and DDP. Then one line is enough::
 
         criterion = quietvit.TWEO(model, x).attach(optimizer).around(criterion)
 
-    or add ``loss()`` to the task loss by hand. Forward passes in training mode with gradients
-    count, those in eval mode or under ``no_grad`` do not. Checkpointing of blocks works where it is
+    Or add ``loss()`` to the task loss by hand. Forward passes in training mode with gradients
+    count; those in eval mode or under ``no_grad`` do not. Checkpointing of blocks works if it is
     not reentrant (``use_reentrant=False``). Under DDP and FSDP each process penalizes its own
-    images. A warning says once where all blocks and what is in front of them are frozen, so that
-    there is no gradient. Copies and pickles of it, or of a model that holds it, are as after
-    ``detach()``.
+    images. If all blocks and everything before them are frozen, there is no gradient, and a warning
+    says so once. Copies and pickles of it, or of a model that holds it, are as after ``detach()``.
 
     Args:
         model: the model that is trained, as itself (not inside DDP).
         example: input for ``quietvit.trace``, by which the blocks are found.
         strength: the factor of the penalty in the loss, at least 0.
-        threshold: the magnitude from which on outputs are expensive, at least 1e-6.
+        threshold: the magnitude above which outputs are expensive, at least 1e-6.
         power: p, at least 1.
         schedule: function from the optimizer step (0, 1, ...) to a factor of the strength; needs
             ``attach``, which counts the steps.
 
     Raises:
-        QuietvitError: on bad values, on a model without residual blocks; while training, where
-            ``loss()`` finds no pass, or is not called in three optimizer steps on end.
+        QuietvitError: bad values, or a model without residual blocks. While training: ``loss()``
+            finds no forward pass, or is not called in three optimizer steps in a row.
     """
 
     def __init__(
@@ -98,9 +97,9 @@ class TWEO(BaseRegularizer):
         self.blocks: tuple[str, ...] = tuple(residual_modules(trace(self.model, example)))
         if not self.blocks:
             raise QuietvitError(
-                f"{type(self.model).__name__} has no residual block (a module below a container, "
-                "whose output is a sum with its input), so TWEO has nothing to penalize; "
-                "quietvit.trace(model, example) shows what is seen of it."
+                f"TWEO has nothing to penalize: {type(self.model).__name__} has no residual block "
+                "(a module in a container, whose output is a sum with its input). "
+                "print(quietvit.trace(model, example)) shows what it has."
             )
         self._seen: list[tuple[str, Tensor]] = []
         self._last: dict[str, Tensor] = {}
@@ -112,18 +111,20 @@ class TWEO(BaseRegularizer):
     def loss(self) -> Tensor:
         """Return the penalty, strength included, of the forward passes since the last call.
 
-        A float32 scalar with a graph. Of several passes (two views of one batch, say) it is the
-        mean, each pass counting the same. Raises QuietvitError where there was none.
+        A float32 scalar with a graph. After several passes (two views of one batch, say) it is
+        their mean. Raises QuietvitError if there was none.
         """
         if not self._seen:
             raise QuietvitError(
                 "TWEO.loss() found no forward pass in training mode with gradients since the last "
-                f"call. Is it this very {type(self.model).__name__} that is trained, in train() "
-                "mode, not detached, and TWEO built before torch.compile? Does checkpointing of "
-                "blocks use use_reentrant=False?"
+                f"call. Check that this {type(self.model).__name__} is the model that is trained, "
+                "in train() mode; that TWEO is not detached and was built before torch.compile; "
+                "and that checkpointing of blocks uses use_reentrant=False."
             )
         if self.schedule is not None and not self._handles:
-            raise QuietvitError("TWEO has a schedule and no optimizer counts steps; call attach().")
+            raise QuietvitError(
+                "TWEO has a schedule, but no optimizer counts the steps. Call attach(optimizer)."
+            )
         seen, self._seen = self._seen, []
         self._last = _by_block([(name, term.detach()) for name, term in seen])
         self._used, self._unused = True, 0
@@ -132,23 +133,23 @@ class TWEO(BaseRegularizer):
             self._warned = True
             logger.warning(
                 "TWEO changes nothing: no output of its %d blocks depends on a parameter that "
-                "trains (requires_grad), so its penalty has no gradient. Unfreeze some, or leave "
-                "it out.",
+                "trains (requires_grad), so its penalty has no gradient. Unfreeze some, or remove "
+                "TWEO.",
                 len(self.blocks),
             )
         return terms.mean() * (self.strength * self._factor())
 
     def around(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a function that calls ``criterion`` and adds ``loss()`` to what it returns.
+        """Return a function that adds ``loss()`` to what ``criterion`` returns.
 
         With the model in eval mode or under ``no_grad`` it is ``criterion`` alone.
 
         As ``compute_loss_func`` of the transformers Trainer it is called with
-        ``num_items_in_batch``, which counts the labels of a whole optimizer step. Such a
-        ``criterion`` has to return a sum divided by that number, because the Trainer adds up what
-        the passes of a step return. The penalty then counts by this pass's share of the labels, so
-        that its strength does not grow with accumulation or processes. Raises QuietvitError where
-        the labels, the second argument, are no tensor to be counted.
+        ``num_items_in_batch``, the number of labels of a whole optimizer step. Such a ``criterion``
+        must return a sum divided by that number, because the Trainer adds the results of all
+        passes. The penalty is then weighted by this pass's share of the labels, so that its
+        strength does not grow with accumulation or processes. Raises QuietvitError if the labels,
+        the second argument, are not a tensor.
         """
 
         def with_penalty(*args: Any, **kwargs: Any) -> Tensor:
@@ -237,9 +238,9 @@ class TWEO(BaseRegularizer):
             return  # a checkpoint computes the block again during the backward pass
         if len(self._seen) >= _MOST_PASSES * len(self.blocks):
             raise QuietvitError(
-                f"{_MOST_PASSES} forward passes in training mode were seen without a call of "
-                "TWEO.loss(), and their graphs are kept for it; add loss() to the loss, or call "
-                "detach(), or run passes that are not trained on under torch.no_grad()."
+                f"{_MOST_PASSES} forward passes in training mode ran without a call of TWEO.loss() "
+                "that frees their graphs. Add loss() to the loss, or call detach(), or "
+                "run passes that do not train under torch.no_grad()."
             )
         self._seen.append((name, term))
 
@@ -255,8 +256,8 @@ class TWEO(BaseRegularizer):
         self._used = False
         if self._unused >= _PATIENCE:
             raise QuietvitError(
-                f"{self._unused} optimizer steps passed without TWEO.loss(): it is not part of the "
-                "loss. Add it, or use criterion = tweo.around(criterion), or call detach()."
+                f"{self._unused} optimizer steps passed without TWEO.loss(), so it is not part of "
+                "the loss. Add it, or use criterion = tweo.around(criterion), or call detach()."
             )
 
 
@@ -326,7 +327,7 @@ def _share_of_step(
 
 
 def _by_block(terms: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {}
+    result: dict[str, list[Tensor]] = {}
     for name, term in terms:
-        found.setdefault(name, []).append(term)
-    return {name: torch.stack(values).mean() for name, values in found.items()}
+        result.setdefault(name, []).append(term)
+    return {name: torch.stack(values).mean() for name, values in result.items()}

@@ -71,7 +71,7 @@ class PairWeightDecay(WholeUpdate):
         super().__init__(model, strength=strength, every=every, schedule=schedule)
         self.pairs = chosen_pairs(type(self).__name__, self.model, example, kinds, pairs)
         self.views: tuple[WeightView, ...] = tuple(
-            dict.fromkeys(view for pair in self.pairs for view in (pair.first, pair.second))
+            dict.fromkeys(view for pair in self.pairs for view in pair.sides)
         )
 
     @torch.no_grad()
@@ -79,12 +79,12 @@ class PairWeightDecay(WholeUpdate):
         """Return half the sum of squares of the entries that decay, by parameter."""
         parameters = self.parameters()
         first = untied(parameters)
-        found = {}
+        result = {}
         for name in dict.fromkeys(first.values()):
             whole = wide(parameters[name])
             mask = self._mask(name, first, whole)
-            found[name] = float((whole if mask is None else whole * mask).square().sum()) / 2
-        return found
+            result[name] = float((whole if mask is None else whole * mask).square().sum()) / 2
+        return result
 
     def parameter_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(view.parameter_name for view in self.views))
@@ -98,17 +98,17 @@ class PairWeightDecay(WholeUpdate):
         self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]
     ) -> dict[str, Tensor]:
         first = untied(parameters)
-        found: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         for name, rate in rates.items():
             step = min(1.0, rate * self.strength)
-            if step == 0 or first[name] in found:
+            if step == 0 or first[name] in result:
                 continue
             whole = wide(parameters[name])
             change = whole * (1 - step) - whole  # exact for steps up to 1/2: added, AdamW's product
             mask = self._mask(first[name], first, whole)
-            found[first[name]] = change if mask is None else torch.where(mask, change, 0.0)
-        refuse_unless_finite(found, parameters)
-        return found
+            result[first[name]] = change if mask is None else torch.where(mask, change, 0.0)
+        refuse_unless_finite(result, parameters)
+        return result
 
     def _mask(self, name: str, first: Mapping[str, str], whole: Tensor) -> Tensor | None:
         """Which entries of a parameter decay under any of its names; None means all.

@@ -1,6 +1,6 @@
-"""The whole configuration of a training run, as frozen pydantic models; extra keys are refused.
+"""The configuration of a training run, as frozen pydantic models that refuse unknown keys.
 
-Reading it from TOML, overriding it and explaining mistakes is ``recipe``'s work.
+The section of each regularizer is in its own module in ``decay``. ``recipe`` reads TOML.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _NO_KWARGS = {
 
 
 class ModelConfig(Section):
-    """The model: a timm name, or ``hf:/folder`` for a transformers image classifier kept there.
+    """The model: a timm name, or ``hf:/folder`` for a transformers image classifier in a folder.
 
-    ``kwargs`` go to ``timm.create_model`` (to the transformers config), ``weights`` is a local file
-    (timm only). ``freeze`` are wildcards of parameter names that do not train; ``freeze_blocks``
-    keeps the first n blocks and what comes before them as they are.
+    ``kwargs`` go to ``timm.create_model`` (to the transformers config). ``weights`` is a local file
+    (timm only). ``freeze`` are wildcards of the names of parameters that do not train.
+    ``freeze_blocks`` freezes the first n blocks and everything before them.
     """
 
     name: str
@@ -47,14 +47,14 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The data set (see ``quietvit.data.load_dataset``), how many images of it, how they vary.
+    """The data set (see ``quietvit.data.load_dataset``), how many of its images, how they vary.
 
-    ``num_classes`` is taken from the training images where it is not given; given, a label at or
-    above it is refused. An image that cannot be decoded is replaced by another one and counted; the
-    run stops when a process met more than ``max_bad_images`` different ones, resumes included.
+    ``num_classes`` defaults to that of the training images; a label at or above it is refused.
+    An image that cannot be decoded is replaced by another one and counted. The run stops when a
+    process has met more than ``max_bad_images`` different ones, resumed runs included.
     ``repeats`` puts each image so often into an epoch, differently augmented, and takes as many
-    fewer images (DeiT's repeated augmentation). ``shuffle_window``: shards whose images are mixed
-    with each other, for data that comes in shards (None mixes all).
+    fewer images (DeiT's repeated augmentation). ``shuffle_window`` is the number of shards whose
+    images are mixed with each other (None mixes all).
     """
 
     dataset: str
@@ -70,10 +70,10 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW. ``decay_norms_and_biases`` applies the weight decay to every parameter.
 
-    ``lr_batch``: the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
-    are for; at another one all three are multiplied by the ratio (linear scaling, Goyal et al.
-    2017, arXiv 1706.02677). None: they hold as they are. ``layer_decay``: the learning rate of each
-    block is this factor of the next one's (timm).
+    ``lr_batch`` is the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
+    are meant for. At another batch all three are multiplied by the ratio (linear scaling, Goyal et
+    al. 2017, arXiv 1706.02677). None does not scale them. ``layer_decay``: the learning rate of
+    each block is this factor of the next block's (timm).
     """
 
     lr: float = Field(default=1e-3, gt=0)
@@ -95,7 +95,7 @@ class ScheduleConfig(Section):
 
 
 class Rates(NamedTuple):
-    """The learning rates of a run: highest, where the warm-up begins, where the cosine ends."""
+    """The learning rates of a run: the highest, that of the first step, and that of the last."""
 
     lr: float
     warmup_lr: float
@@ -116,7 +116,7 @@ class MixConfig(Section):
 
 
 class EmaConfig(Section):
-    """Moving average of the weights, taken after the decay; it is the result where present."""
+    """Moving average of the weights, taken after the decay. If it is set, it is the result."""
 
     decay: float = Field(default=0.999, gt=0, lt=1)
     warmup: bool = True
@@ -178,11 +178,11 @@ class CheckpointConfig(Section):
 class TrainConfig(Section):
     """A training run. ``batch_size`` is per process and forward pass.
 
-    The effective batch is batch_size x accumulation x processes; the images left over at the end
-    of an epoch are left out. ``evaluate_every`` counts epochs (0: only at the end), ``log_every``
-    optimizer steps; ``device`` is ``auto`` or ``cpu``; ``threads`` are torch's on the CPU.
-    ``parallel`` is how several processes share the model: ``ddp`` keeps it whole in each,
-    ``fsdp2`` in parts. ``compile`` compiles the model.
+    The effective batch is batch_size x accumulation x processes. Images that do not fill a batch at
+    the end of an epoch are left out. ``evaluate_every`` counts epochs (0: only at the end),
+    ``log_every`` optimizer steps. ``device`` is ``auto`` or ``cpu``. ``threads`` are torch's on the
+    CPU. ``parallel`` says how several processes share the model: ``ddp`` keeps it whole in each,
+    ``fsdp2`` keeps it in parts. ``compile`` compiles the model.
     """
 
     recipe: Literal[1] = 1
@@ -225,7 +225,7 @@ class TrainConfig(Section):
             if self.model.kwargs.get(key, 3) != 3:
                 raise ValueError(
                     f"model.kwargs.{key} is {self.model.kwargs[key]!r}, but images are read in "
-                    "colour, of three channels (grey ones too); leave it out"
+                    "colour, with three channels (grey ones too); remove it"
                 )
         for key, owner in _NO_KWARGS.items():
             if key in self.model.kwargs:
@@ -234,8 +234,8 @@ class TrainConfig(Section):
             raise ValueError(f"mixup and cutmix need an even batch_size, not {self.batch_size}")
         if self.parallel == "fsdp2" and self.ema is not None:
             raise ValueError(
-                "ema averages whole weights, and parallel='fsdp2' keeps none whole; set parallel "
-                "to 'ddp', or ema to none"
+                "ema averages whole weights, but parallel='fsdp2' keeps them in parts; set "
+                "parallel to 'ddp', or ema to none"
             )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(
