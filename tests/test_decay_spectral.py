@@ -83,7 +83,7 @@ def test_a_selection_of_no_layer_is_told_once_with_the_nearest(
     nearest = max(made.dominance.items(), key=lambda found: max(found[1]))
     assert "none of its 2 layers" in told
     assert "threshold=0.95 with components=2" in told
-    assert f"the largest is {max(nearest[1]):.3g} ({nearest[0]})" in told
+    assert f"The largest is {max(nearest[1]):.3g} ({nearest[0]})" in told
     assert nearest[0] == "planted.weight"
     caplog.clear()
     stepped(Two(3).double())

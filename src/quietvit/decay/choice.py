@@ -80,7 +80,7 @@ def warn_of_left_out(owner: str, left: Sequence[tuple[str, str]]) -> None:
         return
     name, reason = left[0]
     logger.warning(
-        "%s leaves out, or sees only in part, %d layers or pairs whose weight is no parameter or "
+        "%s leaves out, or sees in part, %d layers or pairs whose weight is no parameter or "
         "not the whole map (first %s: %s). To include them, remove parametrizations and merge "
         "adapters before you build it.",
         owner,
