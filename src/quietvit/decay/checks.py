@@ -53,7 +53,7 @@ def refuse_unless_finite(changes: Mapping[str, Tensor], parameters: Mapping[str,
             raise QuietvitError(
                 f"{name}: {bad} of its values are NaN or infinite; no weight was changed. Training "
                 "diverged before this step. Lower the learning rate or clip gradients, and resume "
-                "from an earlier checkpoint or start again."
+                "from an earlier checkpoint or start anew."
             )
     for name, change in changes.items():
         if not all_finite([change]):
@@ -61,5 +61,5 @@ def refuse_unless_finite(changes: Mapping[str, Tensor], parameters: Mapping[str,
                 f"{name}: its change overflows (largest weight "
                 f"{float(parameters[name].abs().max()):.3g}); no weight was changed. Lower the "
                 "learning rate or the strength, and resume from an earlier checkpoint or start "
-                "again."
+                "anew."
             )

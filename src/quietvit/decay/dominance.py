@@ -103,6 +103,6 @@ def dominances(
             raise QuietvitError(
                 f"{name}: the activations of the images for SpectralDecay are NaN or infinite; no "
                 "weight was changed. Training diverged before this step, or the images hold such "
-                "values. Check the images; or resume from an earlier checkpoint or start again."
+                "values. Check the images; or resume from an earlier checkpoint or start anew."
             )
     return {name: tuple(row) for name, row in zip(names, table, strict=True)}

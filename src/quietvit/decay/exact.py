@@ -67,7 +67,7 @@ def raise_not_finite(
                 raise QuietvitError(
                     f"{pair.name}: {bad} values of {view} are NaN or infinite; no weight was "
                     "changed. Training diverged before this step: lower the learning rate, "
-                    "clip gradients, and resume from an earlier checkpoint or start again."
+                    "clip gradients, and resume from an earlier checkpoint or start anew."
                 )
     for pair in pairs:
         operands = batches([pair], parameters)[0].read(parameters)
@@ -76,7 +76,7 @@ def raise_not_finite(
                 f"{pair.name}: its {rule.name} update overflows (largest weights "
                 f"{float(operands.A.abs().max()):.3g} and {float(operands.B.abs().max()):.3g}); no "
                 "weight was changed. Lower the learning rate, and resume from an earlier "
-                "checkpoint or start again."
+                "checkpoint or start anew."
             )
     raise QuietvitError(
         "the update of the pairs overflows, though every pair is finite: the learning rate times "
