@@ -303,7 +303,7 @@ def test_schedule_follows_the_steps_and_needs_an_optimizer() -> None:
     model, x = Stack(), batch()
     tweo = TWEO(model, x, schedule=lambda step: float(step == 1), **SMALL)
     model(x)
-    with pytest.raises(QuietvitError, match="call attach"):
+    with pytest.raises(QuietvitError, match="Call attach"):
         tweo.loss()
     model.zero_grad()
     tweo.detach()

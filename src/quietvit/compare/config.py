@@ -10,9 +10,9 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from quietvit.data.section import Section
 from quietvit.errors import QuietvitError, nearest
 from quietvit.quantization.settings import setting_names, written_bits
+from quietvit.section import Section
 from quietvit.train import TrainConfig
 
 
@@ -65,7 +65,7 @@ class CompareConfig(Section):
                 f"noise_setting {self.noise_setting!r} is not compared"
                 f"{nearest(self.noise_setting, settings)}; choose one of: {', '.join(settings)}."
             )
-        cd = self.recipe.decay.cd
+        cd = self.recipe.decay.sections().get("cd")
         if cd is None or not cd.active:
             raise QuietvitError(
                 "the recipe trains without Colinearity Decay, so there is nothing to compare; give "
