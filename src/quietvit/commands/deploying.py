@@ -71,16 +71,13 @@ def export(
 ) -> None:
     """Write a quantized model as a file that a runtime computes in integers."""
     from quietvit.deployment import export as run
+    from quietvit.deployment.targets import target_named
 
-    if to is None and output is None:
-        to = "onnx"
-    suffix = {"onnx": ".onnx", "openvino": ".xml", "torchao": ".torchao"}.get(to or "onnx")
-    if suffix is None:
-        raise QuietvitError(f"--to {to} is not known; choose onnx, openvino or torchao.")
-    path = file.with_suffix(suffix) if output is None else output
+    if output is None:
+        output = file.with_suffix(target_named(to or "onnx").suffix)
     found = run(
         _load(file, model),
-        path,
+        output,
         to=to,
         as_=as_,
         opset=opset,
@@ -151,7 +148,7 @@ def check(
     dataset = subset(whole, count)
     loader = evaluation_loader(dataset, transform, 32)
     batches = loader if dataset.labelled else (x for x, _ in loader)
-    found = run(file, quantized, batches, runtime=runtime, threads=threads, seconds=seconds)
+    found = run(loaded, quantized, batches, seconds=seconds)
     written = None if json is None else found.to_json(json)
     typer.echo(str(found))
     if written is not None:
