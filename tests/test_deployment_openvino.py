@@ -17,9 +17,9 @@ from quietvit.deployment import export, open_runtime
 from quietvit.deployment.facts import facts_of
 from quietvit.deployment.for_onnx.file import quantized_onnx
 from quietvit.deployment.for_onnx.session import open_session
-from quietvit.deployment.for_openvino.claims import ATTENTION
 from quietvit.deployment.for_openvino.file import write_openvino
 from quietvit.deployment.for_openvino.graph import without_zero_points
+from quietvit.deployment.for_openvino.kernels import ATTENTION
 from quietvit.deployment.grids import grids_of
 from quietvit.deployment.parity import agreements
 from quietvit.deployment.proof import prove

@@ -210,7 +210,7 @@ def _speeds(
     if floating is None:
         return
     kind: Any = type(loaded)
-    other = kind(floating, threads=loaded.threads)
+    other = kind(floating, loaded.threads)
     pool = first.numpy()
     for size in batches:
         images = np.ascontiguousarray(np.resize(pool, (size, *pool.shape[1:])))

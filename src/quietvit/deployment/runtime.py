@@ -60,7 +60,7 @@ class Runtime(ABC):
     threads: int = 0
     notes: tuple[str, ...] = ()
     opens_float_onnx: bool = False
-    """Whether ``type(runtime)(path, threads=0)`` opens a float .onnx, which ``check`` times."""
+    """Whether ``type(runtime)(path, threads)`` opens a float .onnx, which ``check`` times."""
     uncompared: str | None = "this runtime does not run products one by one: none is compared"
     """Why ``parts`` is not there; None where it is."""
     unproven: str = "its runtime does not tell which products it computes in integers"

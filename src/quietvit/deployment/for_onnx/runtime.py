@@ -21,7 +21,7 @@ class OnnxRuntime(Runtime):
     opens_float_onnx = True
     uncompared = None
 
-    def __init__(self, path: Path, *, threads: int = 0, exact: bool | None = None) -> None:
+    def __init__(self, path: Path, threads: int = 0, *, exact: bool | None = None) -> None:
         self.session = open_session(path, threads=threads, exact=exact)
         import onnxruntime
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.for_onnx.file import write_onnx
 from quietvit.deployment.for_onnx.runtime import OnnxRuntime
@@ -18,10 +16,6 @@ def _write(export: Export) -> Facts:
     return facts
 
 
-def _open(path: Path, threads: int) -> OnnxRuntime:
-    return OnnxRuntime(path, threads=threads)
-
-
 ONNX = Target(
     "onnx",
     suffix=".onnx",
@@ -29,7 +23,7 @@ ONNX = Target(
     needs=("onnxscript", "onnx"),
     install=INSTALL,
     write=_write,
-    open=_open,
+    open=OnnxRuntime,
     files=lambda path: [path, data_of(path)],
     settings=frozenset({"opset", "signed"}),
 )

@@ -8,11 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts
-from quietvit.deployment.for_openvino.claims import kept_by_openvino
-from quietvit.deployment.for_openvino.compiling import INSTALL
 from quietvit.deployment.for_openvino.graph import without_zero_points
+from quietvit.deployment.for_openvino.kernels import kept_by_openvino
 from quietvit.deployment.paths import too_large
 from quietvit.errors import QuietvitError
 from quietvit.files import beside, put_in_place
@@ -27,10 +25,8 @@ def write_openvino(content: Any, path: Path, facts: Facts) -> Facts:
     and renamed when both are whole. Earlier ones of these names are replaced, and put back where
     that fails.
 
-    Raises QuietvitError for a missing extra, a graph that OpenVINO does not read, and a place that
-    cannot be written.
+    Raises QuietvitError for a graph that OpenVINO does not read, and a place that it cannot write.
     """
-    need("onnx", "openvino", install=INSTALL)
     import onnx_ir as ir
     import openvino
 

@@ -1,4 +1,7 @@
-"""The products of an OpenVINO IR cut out of the rest, for ``parity`` to feed and to compare."""
+"""Models read and compiled by OpenVINO: whole, and the products of an IR cut out of the rest.
+
+``parity`` feeds the products and compares them.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,27 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quietvit.deployment.for_openvino.compiling import compiled, read
 from quietvit.errors import QuietvitError
 
+INSTALL = "quietvit[openvino]"
+# Where the processor can, OpenVINO would compute what is float in half precision.
+SETTINGS: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
 CLIPS = frozenset({"Minimum", "Maximum", "Clamp"})
+
+
+def read(path: Path) -> Any:
+    """An ``openvino.Model`` from an .xml or .onnx."""
+    import openvino
+
+    return openvino.Core().read_model(str(path))
+
+
+def compiled(model: Any, threads: int = 0) -> Any:
+    """The model compiled for latency; ``threads``: 0 is OpenVINO's choice."""
+    import openvino
+
+    settings = SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+    return openvino.Core().compile_model(model, "CPU", settings)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An .xml or .onnx file in OpenVINO. How it is compiled is in ``compiling``."""
+"""An .xml or .onnx file in OpenVINO. How it is compiled is in ``parts``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import numpy as np
 
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import KEY, Facts
-from quietvit.deployment.for_openvino.claims import ATTENTION, ZERO_POINTS, kept_by_openvino
-from quietvit.deployment.for_openvino.compiling import INSTALL, compiled, read
-from quietvit.deployment.for_openvino.kernels import kernels_of
-from quietvit.deployment.for_openvino.parts import IRParts
+from quietvit.deployment.for_openvino.kernels import (
+    ATTENTION,
+    ZERO_POINTS,
+    kept_by_openvino,
+    kernels_of,
+)
+from quietvit.deployment.for_openvino.parts import INSTALL, IRParts, compiled, read
 from quietvit.deployment.runtime import Kernel, Runtime
 from quietvit.errors import QuietvitError
 
@@ -23,7 +26,7 @@ class OpenVINO(Runtime):
     opens_float_onnx = True
     precautions = frozenset({ATTENTION, ZERO_POINTS})
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
+    def __init__(self, path: Path, threads: int = 0) -> None:
         need("openvino", install=INSTALL)
         import openvino
 

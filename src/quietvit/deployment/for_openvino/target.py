@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.for_openvino.claims import SATURATES
-from quietvit.deployment.for_openvino.compiling import INSTALL
 from quietvit.deployment.for_openvino.file import write_openvino
+from quietvit.deployment.for_openvino.kernels import SATURATES
+from quietvit.deployment.for_openvino.parts import INSTALL
 from quietvit.deployment.for_openvino.runtime import OpenVINO
 from quietvit.deployment.target import Export, Target
 
 
 def _write(export: Export) -> Facts:
     graph, facts = export.onnx_graph(False)
-    weights = {slot.key for slot in export.quantized.slots() if slot.is_weight}
-    wide = sum(key in weights and grid.bits == 8 for key, grid in export.grids.items())
+    slots = export.quantized.slots()
+    wide = sum(slot.is_weight and export.grids[slot.key].bits == 8 for slot in slots)
     if wide:
         note = f"{wide} weights have 8 bits: {SATURATES}"
         facts = replace(facts, notes=(*facts.notes, note))
     return write_openvino(graph, export.path, facts)
-
-
-def _open(path: Path, threads: int) -> OpenVINO:
-    return OpenVINO(path, threads=threads)
 
 
 OPENVINO = Target(
@@ -34,7 +29,7 @@ OPENVINO = Target(
     needs=("onnxscript", "onnx", "openvino"),
     install=INSTALL,
     write=_write,
-    open=_open,
+    open=OpenVINO,
     files=lambda path: [path, path.with_suffix(".bin")],
     settings=frozenset({"opset", "signed"}),
     reads=(".onnx",),

@@ -23,7 +23,7 @@ class TorchRuntime(Runtime):
         "same model"
     )
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
+    def __init__(self, path: Path, threads: int = 0) -> None:
         self.path, self.threads = path, threads
         self._facts = FORMAT.read(path)[0].get("facts")
         self.made = load_torchao(path)

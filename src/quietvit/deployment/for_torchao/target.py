@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.for_torchao.file import FORMAT, write_folder
@@ -25,10 +24,6 @@ def _write(export: Export) -> Facts:
     return facts
 
 
-def _open(path: Path, threads: int) -> TorchRuntime:
-    return TorchRuntime(path, threads=threads)
-
-
 TORCHAO = Target(
     "torchao",
     suffix=FORMAT.suffix,
@@ -36,7 +31,7 @@ TORCHAO = Target(
     needs=("torchao",),
     install=INSTALL,
     write=_write,
-    open=_open,
+    open=TorchRuntime,
     folder=FORMAT,
     leaves_float=True,
 )
