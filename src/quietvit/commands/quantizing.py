@@ -108,8 +108,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL|FILE",
-            help="Name of a timm model, hf:FOLDER, folder of a training run, a saved .qvit, or an "
-            "exported .onnx, .xml or torchao folder.",
+            help="Name of a timm model, hf:FOLDER, folder of a training run, a saved .qvit, or "
+            "what export wrote.",
         ),
     ],
     images: Images,
