@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from quietvit.data import data_config, subset
 from quietvit.errors import QuietvitError
-from quietvit.outputs import heads
 from quietvit.train.config import DecayConfig, TrainConfig
 from quietvit.train.engine import gathered, make_accelerator
 from quietvit.train.evaluation import judged
@@ -26,7 +25,7 @@ from quietvit.train.metrics import Stopwatch
 from quietvit.train.parts import Parts
 from quietvit.train.regularizers import attach, detach
 from quietvit.train.setup import assemble, effective_batch, open_data
-from quietvit.train.step import forward_backward
+from quietvit.train.step import forward_backward, heads
 
 _WARM_UP, _MEASURED = 2, 4
 _FEWEST = 2

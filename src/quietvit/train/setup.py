@@ -26,7 +26,6 @@ from quietvit.data import (
 )
 from quietvit.data.matching import matched
 from quietvit.errors import QuietvitError
-from quietvit.outputs import heads
 from quietvit.tracing import evaluating
 from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
 from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
@@ -37,6 +36,7 @@ from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import EpochBatches, SeededImages, epoch_order
 from quietvit.train.parts import Parts, Run
 from quietvit.train.regularizers import attach, build_regularizers
+from quietvit.train.step import heads
 from quietvit.train.stopping import ignore_in_worker
 from quietvit.train.unused import freeze_unused
 from quietvit.train.watch import Watch

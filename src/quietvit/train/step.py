@@ -6,12 +6,11 @@ What surrounds the steps of a run (epochs, logs, checkpoints) is in ``loop``.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quietvit.outputs import heads
 from quietvit.train.engine import is_sharded
 
 if TYPE_CHECKING:
@@ -47,3 +46,9 @@ def forward_backward(parts: Parts, images: Tensor, labels: Tensor, step: int) ->
         p.optimizer.step()
         p.optimizer.zero_grad()
     return loss.detach()
+
+
+def heads(outputs: Any) -> tuple[Tensor, ...]:
+    """Return the logits (B, classes) of each head of what a classifier returned."""
+    outputs = getattr(outputs, "logits", outputs)
+    return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quietvit.errors import QuietvitError
-from quietvit.outputs import heads
 from quietvit.train.order import generator_states, set_generator_states
+from quietvit.train.step import heads
 
 
 def freeze_unused(model: nn.Module, example: Tensor) -> list[str]:
