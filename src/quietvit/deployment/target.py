@@ -21,6 +21,7 @@ from quietvit.quantization.folder import FolderFormat
 
 SETTINGS = {"opset": 21, "signed": False}
 """Settings of ``export`` that only some targets take, and their defaults."""
+_GIVEN = {"opset": "opset (--opset)", "signed": "signed (--signed) and as_='symmetric'"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Target:
         for name, value in given.items():
             if value != SETTINGS[name] and name not in self.settings:
                 raise QuietvitError(
-                    f"{name}={value!r} (--{name}) has no meaning for {self.name}; leave {name} out."
+                    f"{name}={value!r} has no meaning for {self.name}; leave {_GIVEN[name]} out."
                 )
 
     def refuse_path(self, path: Path, force: bool) -> None:
