@@ -16,8 +16,8 @@ import quietvit
 from quietvit import QuietvitError
 from quietvit.deployment import open_runtime
 from quietvit.deployment.for_onnx.capture import _register_constants
-from quietvit.deployment.for_onnx.file import float_onnx, serialized
-from quietvit.deployment.runtime import OnnxRuntime
+from quietvit.deployment.for_onnx.file import float_onnx, write_onnx
+from quietvit.deployment.for_onnx.runtime import OnnxRuntime
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -82,11 +82,12 @@ def test_the_file_computes_what_the_simulated_model_computes(
     assert all("does not depend on the images" in reason for reason in left)
 
 
-def test_a_float_file_has_explicit_attention_where_torch_writes_none() -> None:
+def test_a_float_file_has_explicit_attention_where_torch_writes_none(tmp_path: Path) -> None:
     model, x = Windowed().eval(), images(3)
     with torch.no_grad():
         wanted = model(x).numpy()
-    found = OnnxRuntime(serialized(float_onnx(model, (3, 4, 4))))(x.numpy())
+    write_onnx(float_onnx(model, (3, 4, 4)), tmp_path / "float.onnx")
+    found = OnnxRuntime(tmp_path / "float.onnx")(x.numpy())
     assert np.allclose(found, wanted, atol=1e-5)
 
 

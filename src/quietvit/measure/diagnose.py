@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.inputs import ImageBatch, Images
 from quietvit.measure.colinearity import measure_pair
 from quietvit.measure.diagnosis import Diagnosis
-from quietvit.measure.images import ImageBatch, Images, batches
+from quietvit.measure.images import batches
 from quietvit.measure.outliers import RunningStatistics, SiteStatistics
 from quietvit.measure.root_cause import CauseFinder, Peak, PeakTracker, RootCause
 from quietvit.pairs import DENSE_KINDS, MatrixPair, find_pairs

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.measure.images import Images, batches
+from quietvit.inputs import Images
+from quietvit.measure.images import batches
 from quietvit.tracing import Site, Trace, evaluating, intercept, plain_model
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.inputs import image_batches
 from quietvit.quantization.slot import Slot
 from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept
 from quietvit.tracing.intercept import Handler
 
 BATCH = 8
-IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
 _SHOW_AFTER = 3.0
 
 T = TypeVar("T")
@@ -29,23 +29,12 @@ T = TypeVar("T")
 class ImageStream:
     """Iterate batches (at most ``BATCH``, C, H, W) on the model's device, in its dtype.
 
-    ``source``: a tensor (N, C, H, W); or an iterable, such as a DataLoader, of such tensors, of
-    (images, labels, ...) tuples or lists, or of dicts with one of ``IMAGE_KEYS``. Raises
-    QuietvitError for no images, other shapes, integer pixels, NaN or inf. A generator can be gone
-    through once only; what needs a second pass says so.
+    ``source``: images in any form that ``inputs.image_batches`` takes. Raises QuietvitError for no
+    images, other shapes, integer pixels, NaN or inf. A generator can be gone through once only;
+    what needs a second pass says so.
     """
 
     def __init__(self, source: Any, model: nn.Module) -> None:
-        if isinstance(source, str | bytes | Mapping) or not isinstance(source, Tensor | Iterable):
-            raise QuietvitError(
-                f"calibration is a {type(source).__name__}; give a tensor (N, 3, H, W) or an "
-                "iterable of batches, for example a DataLoader."
-            )
-        if isinstance(source, Tensor) and source.dim() != 4:
-            raise QuietvitError(
-                f"calibration has shape {tuple(source.shape)}; (N, 3, H, W) is needed"
-                + (": add the batch dimension with images[None]." if source.dim() == 3 else ".")
-            )
         self.source = source
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self.device, self.dtype = like.device, like.dtype
@@ -77,7 +66,7 @@ class ImageStream:
         """How many batches there will be, None if unknown."""
         if isinstance(self.source, Tensor):
             return -(-self.source.shape[0] // BATCH)
-        if not isinstance(self.source, Sized):
+        if isinstance(self.source, Mapping) or not isinstance(self.source, Sized):
             return None
         try:
             return len(self.source) * max(
@@ -92,55 +81,19 @@ class ImageStream:
                 "this method goes through the calibration images more than once, but they come "
                 "from a generator; give a tensor, a list of batches or a DataLoader."
             )
-        source: Any = (self.source,) if isinstance(self.source, Tensor) else self.source
-        self._spent = isinstance(source, Iterator)
+        self._spent = isinstance(self.source, Iterator)
         self.seen = 0
-        for item in source:
-            whole = self._images(item)
-            for start in range(0, whole.shape[0], BATCH):
-                batch = whole[start : start + BATCH].to(self.device, self.dtype)
-                if not bool(torch.isfinite(batch).all()):
-                    bad = ~torch.isfinite(batch).flatten(1).all(1)
-                    raise QuietvitError(
-                        f"calibration image {self.seen + int(bad.int().argmax())} holds NaN or "
-                        "inf; check how it is read and normalized."
-                    )
-                self.seen += batch.shape[0]
-                yield batch
-
-    def _images(self, item: Any) -> Tensor:
-        images = item
-        if isinstance(item, Mapping):
-            key = next((key for key in IMAGE_KEYS if key in item), None)
-            if key is None:
+        for given in image_batches(self.source, BATCH):
+            images = given.images
+            if self.shape is None:
+                self.shape = tuple(images.shape[1:])
+            elif tuple(images.shape[1:]) != self.shape:
                 raise QuietvitError(
-                    f"a calibration batch is a dict with keys {', '.join(map(str, item))}; one of "
-                    f"{', '.join(IMAGE_KEYS)} is looked for."
+                    f"a calibration batch has images of shape {tuple(images.shape[1:])}, earlier "
+                    f"ones had {self.shape}; resize all to one shape."
                 )
-            images = item[key]
-        elif isinstance(item, tuple | list) and item:
-            images = item[0]
-        if not isinstance(images, Tensor) or images.dim() != 4:
-            what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise QuietvitError(
-                f"a calibration batch is {what}; each must be a tensor (batch, 3, H, W), or a "
-                "tuple, list or dict that holds one. Stack single images with a DataLoader."
-            )
-        if not images.is_floating_point():
-            raise QuietvitError(
-                f"calibration images are {images.dtype}; apply the model's own transform (resize, "
-                "scale to floats, normalize) before quantizing."
-            )
-        if images.shape[0] == 0:
-            return images
-        if self.shape is None:
-            self.shape = tuple(images.shape[1:])
-        elif tuple(images.shape[1:]) != self.shape:
-            raise QuietvitError(
-                f"a calibration batch has images of shape {tuple(images.shape[1:])}, earlier ones "
-                f"had {self.shape}; resize all to one shape."
-            )
-        return images
+            self.seen += given.size
+            yield images.to(self.device, self.dtype)
 
 
 @dataclass

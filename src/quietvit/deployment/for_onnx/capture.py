@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quietvit.deployment.extras import need
+from quietvit.deployment.for_onnx.session import INSTALL
 from quietvit.deployment.model import as_float32
 from quietvit.deployment.outputs import Output
 from quietvit.errors import QuietvitError
@@ -96,7 +97,7 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int, output: Ou
             f"opset {opset} is not written; choose 21, or 20 for older runtimes (4-bit weights "
             "need 21, and 23 fuses attention, which hides its products)."
         )
-    need("onnxscript")
+    need("onnxscript", install=INSTALL)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found = _exported(model, torch.zeros(2, *input_shape, device=device), opset, output, free=True)
     if fixed_batch(found) is not None:

@@ -19,6 +19,7 @@ from quietvit.deployment.facts import KEY, Facts
 from quietvit.deployment.for_onnx.capture import captured, fixed_batch, to_ir
 from quietvit.deployment.for_onnx.convolutions import Rounded
 from quietvit.deployment.for_onnx.lower import lower, weight_codes
+from quietvit.deployment.for_onnx.session import INSTALL
 from quietvit.deployment.for_onnx.writer import Stored
 from quietvit.deployment.grids import Grid
 from quietvit.deployment.outputs import Output
@@ -118,7 +119,7 @@ def _with_plain_weights(model: nn.Module) -> nn.Module:
 
 def _finished(model: Any) -> Any:
     """Set the IR version that belongs to the opset, and drop torch's notes on lines of Python."""
-    need("onnx")
+    need("onnx", install=INSTALL)
     from onnx import helper
 
     for node in model.graph:
@@ -159,13 +160,6 @@ def weights_of(model: Any) -> int:
     """Bytes of the weights of an ``onnx_ir.Model``."""
     values = model.graph.initializers.values()
     return sum(v.const_value.nbytes for v in values if v.const_value is not None)
-
-
-def serialized(model: Any) -> bytes:
-    """The bytes of an ``onnx_ir.Model``, whose weights are not ``paths.too_large``."""
-    import onnx_ir as ir
-
-    return ir.to_proto(model).SerializeToString()  # type: ignore[no-any-return]
 
 
 def _checked(path: Path) -> None:

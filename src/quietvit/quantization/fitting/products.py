@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
+from quietvit.outputs import LOGITS, tensors_of
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.fitting.layout import (
     Laid,
@@ -248,10 +249,10 @@ def curvature_root(result: Any, generator: torch.Generator) -> tuple[Tensor, Ten
     here: the first derivative itself is zero at z0, so that methods which weigh by it (PTQ4ViT)
     would weigh by rounding errors.
     """
-    named = result.get("logits") if isinstance(result, Mapping) else None
-    output = named if isinstance(named, Tensor) else first_tensor(result)
+    named = tensors_of(result).get(LOGITS)
+    output = first_tensor(result) if named is None else named
     noise = torch.randn(output.shape, generator=generator).to(output)
-    logits = isinstance(named, Tensor) or (isinstance(result, Tensor) and output.dim() == 2)
+    logits = named is not None or (isinstance(result, Tensor) and output.dim() == 2)
     if not logits or output.shape[-1] < 2:
         return output, noise
     share = output.detach().softmax(-1)
