@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
+from quietvit.tracing import call, refusing
 from quietvit.tracing.inputs import is_image_list
 
 Images = Tensor | Iterable[Any]
@@ -44,18 +45,13 @@ class Batch:
         Raises:
             QuietvitError: the model refuses the batch; its own message is carried along.
         """
-        try:
-            if isinstance(self.inputs, Tensor):
-                return model(self.inputs)
-            return model(**self.inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
-            raise QuietvitError(
-                f"the model ({type(model).__name__}) could not run on images of shape "
-                f"{self.shape}: {error} Give images as the model's own evaluation transform makes "
-                "them."
-            ) from error
+        with refusing(
+            lambda what: (
+                f"the model ({type(model).__name__}) does not run on images of shape {self.shape} "
+                f"({what}). Give images as the model's own evaluation transform makes them."
+            )
+        ):
+            return call(model, self.inputs)
 
     @property
     def shape(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:

@@ -7,16 +7,14 @@ block is the business of ``methods``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from quietvit.errors import QuietvitError
-from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept, refusing
 from quietvit.tracing.block_modules import lies_within, residual_modules
 from quietvit.tracing.intercept import Handler
 from quietvit.tracing.ops import FAMILIES
@@ -108,16 +106,12 @@ def run_block(
         return model.get_submodule(block.name)(*args, **kwargs)
 
 
-@contextmanager
-def naming_block(name: str) -> Iterator[None]:
+def naming_block(name: str) -> AbstractContextManager[None]:
     """Turn what a block raises when it runs alone into a QuietvitError that names it."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
-        raise QuietvitError(
-            f"the block {name} does not run alone on what it is given in a whole pass "
-            f"({type(error).__name__}: {error}), so nothing can be fitted to its output; choose a "
-            "method that fits no blocks, such as quietvit.RepQViT()."
-        ) from error
+    return refusing(
+        lambda what: (
+            f"the block {name} does not run alone on what it is given in a whole pass ({what}), so "
+            "nothing can be fitted to its output; choose a method that fits no blocks, such as "
+            "quietvit.RepQViT()."
+        )
+    )

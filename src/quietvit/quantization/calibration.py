@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.method import Slot
-from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept
+from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept, refusing
 from quietvit.tracing.intercept import Handler
 
 BATCH = 8
@@ -239,21 +239,12 @@ class Calibration:
 
 
 def run_model(model: nn.Module, batch: Tensor) -> Any:
-    """Call the model; what it raises over the batch's shape comes out as a QuietvitError."""
-    try:
-        return model(batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        RuntimeError,
-        ValueError,
-        AssertionError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ) as error:
-        raise QuietvitError(
+    """Call the model; what it raises over the batch comes out as a QuietvitError."""
+    with refusing(
+        lambda what: (
             f"{type(model).__name__} does not run on calibration images of shape "
-            f"{tuple(batch.shape)}, {batch.dtype} ({type(error).__name__}: {error}). It is called "
-            "with one batch of images; wrap a model that takes more, or takes them otherwise."
-        ) from error
+            f"{tuple(batch.shape)}, {batch.dtype} ({what}). It is called with one batch of images; "
+            "wrap a model that takes more, or takes them otherwise."
+        )
+    ):
+        return model(batch)

@@ -3,7 +3,7 @@
 Nothing of the library above this room is imported here.
 """
 
-from quietvit.tracing.inputs import call
+from quietvit.tracing.inputs import call, refusing
 from quietvit.tracing.intercept import intercept
 from quietvit.tracing.ops import MATMUL_KINDS, SITE_KINDS
 from quietvit.tracing.trace import Link, Operand, Scores, Site, Trace, evaluating, trace
@@ -25,5 +25,6 @@ __all__ = [
     "intercept",
     "plain_copy",
     "plain_model",
+    "refusing",
     "trace",
 ]

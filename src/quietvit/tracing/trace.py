@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.tracing import labels
-from quietvit.tracing.inputs import call, one_sample
+from quietvit.tracing.inputs import call, one_sample, refusing
 from quietvit.tracing.ops import FAMILIES
 from quietvit.tracing.record import Record, Recorder
 from quietvit.tracing.weights import WeightView
@@ -161,13 +162,14 @@ def trace(model: nn.Module, example: Any) -> Trace:
     """
     model = plain_model(model)
     inputs = one_sample(example)
+    checked = partial(refusing, partial(_complaint, model, example))
     with evaluating(model), torch.no_grad(), eagerly():
-        with _refusing(model, example):
+        with checked():
             call(model, inputs)
         recorder = Recorder(model)
         recorder.mark_inputs(inputs)
         try:
-            with _refusing(model, example), recorder:
+            with checked(), recorder:
                 result = call(model, inputs)
         finally:
             unseen = recorder.finish()
@@ -176,27 +178,20 @@ def trace(model: nn.Module, example: Any) -> Trace:
     return _assemble(type(model).__name__, recorder, _tensors(result))
 
 
-@contextmanager
-def _refusing(model: nn.Module, example: Any) -> Iterator[None]:
-    """Turn what the model raises over an example into a QuietvitError."""
-    try:
-        yield
-    except (QuietvitError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        shapes = [tuple(x.shape) for x in _tensors(example)]
-        what = f"{type(error).__name__}: {error}"
-        if "Expected gradient function" in what:
-            what += (
-                " (torch's FlopCounterMode raises this without gradients; trace outside of it, the "
-                "trace counts by itself)"
-            )
-        raise QuietvitError(
-            f"{type(model).__name__} does not run on the example given (shapes {shapes}, the "
-            f"first sample of it): {what}. Give images as the model takes them, for example "
-            "torch.randn(1, 3, 224, 224); several arguments as a tuple, named ones as a dict; a "
-            "list of images (C, H, W) where the model takes one."
-        ) from error
+def _complaint(model: nn.Module, example: Any, what: str) -> str:
+    """What to say where the model raises over an example."""
+    if "Expected gradient function" in what:
+        what += (
+            " (torch's FlopCounterMode raises this without gradients; trace outside of it, the "
+            "trace counts by itself)"
+        )
+    return (
+        f"{type(model).__name__} does not run on the example given (shapes "
+        f"{[tuple(x.shape) for x in _tensors(example)]}, the first sample of it): {what}. Give "
+        "images as the model takes them, for example torch.randn(1, 3, 224, 224); several "
+        "arguments as a tuple, named ones as a dict; a list of images (C, H, W) where the model "
+        "takes one."
+    )
 
 
 @contextmanager
