@@ -54,6 +54,24 @@ class Windowed(nn.Module):
         return self.out(shared.mean((1, 2)))  # type: ignore[no-any-return]
 
 
+class Limited(nn.Module):
+    """Products without bias whose outputs are clamped or rectified, as in gemma4_vit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+        self.down, self.out = nn.Linear(16, 8, bias=False), nn.Linear(8, 5, bias=False)
+        self.register_buffer("low", torch.tensor(-torch.inf))
+        self.register_buffer("high", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).reshape(len(x), 3, 16).clamp(self.low, self.high)
+        q, k = F.relu(self.q(x)), self.k(x).clamp(self.low, self.high)
+        x = F.relu6(q @ k.mT) @ x
+        x = self.out(self.down(x).clamp(max=0.5))
+        return x.mean(1).relu()  # type: ignore[no-any-return]
+
+
 class OneByOne(nn.Module):
     """Takes the batch apart and puts it together, so that torch.export fixes its size."""
 
@@ -69,11 +87,15 @@ def images(count: int = 8, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("model", "integer"), [(Computed, 4), (Windowed, 6)])
+@pytest.mark.parametrize(
+    ("model", "bits", "integer"),
+    [(Computed, 8, 4), (Windowed, 8, 6), (Limited, 8, 6), (Limited, 6, 6)],
+)
 def test_the_file_computes_what_the_simulated_model_computes(
-    model: Any, integer: int, tmp_path: Path
+    model: Any, bits: int, integer: int, tmp_path: Path
 ) -> None:
-    own = quietvit.quantize(model().eval(), quietvit.RTN(weight_bits=4), images(), progress=False)
+    method = quietvit.RTN(weight_bits=4, activation_bits=bits)
+    own = quietvit.quantize(model().eval(), method, images(), progress=False)
     artifact = quietvit.export(own, tmp_path / "model.onnx")
     found = artifact.check(own, images(seed=1), seconds=0.01, threads=1, batches=(1,))
     assert found.ok, found.failures
