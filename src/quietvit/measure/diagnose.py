@@ -29,6 +29,7 @@ from quietvit.tracing import (
 )
 from quietvit.tracing import trace as record_trace
 
+UNREACHED = "none of the images gave it a value, as where nothing is detected: not measured"
 MASKED = "its scores hold the -inf of a mask: not measured"
 _SIDES = ("left", "right")
 
@@ -81,7 +82,7 @@ def diagnose(
         watch.run(model, first)
         for batch in stream:
             watch.run(model, batch)
-        skipped = [*watch.masked, *watch.tracker.skipped]
+        skipped = [*watch.masked, *watch.unreached, *watch.tracker.skipped]
         causes = _root_causes(model, trace, watch.tracker.peaks, top, skipped)
     return Diagnosis(
         sites=watch.finish(),
@@ -115,7 +116,13 @@ class _Watch:
         return tuple(
             running.finish(site, operand, role)
             for (site, operand), (role, running) in self._running.items()
+            if running.count
         )
+
+    @property
+    def unreached(self) -> list[tuple[str, str]]:
+        """The sites without any value, with the reason."""
+        return [(key[0], UNREACHED) for key, (_, seen) in self._running.items() if not seen.count]
 
     def _handle(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
@@ -130,7 +137,8 @@ class _Watch:
                 self._measure(site, side, operand.role, operand.shape, x, axes)
             output = run(*operands)
             self._check(site, output)
-            self.tracker.update(site, output, self.images, self._batch.size, self._batch.pick)
+            if output.numel():
+                self.tracker.update(site, output, self.images, self._batch.size, self._batch.pick)
             return output
         output = run(*operands)
         if self._is_masked(site, output):

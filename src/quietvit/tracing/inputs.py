@@ -29,6 +29,10 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+class EndOfPass(BaseException):
+    """Ends a forward pass from inside; no ``except Exception`` on the way takes it for an error."""
+
+
 @contextmanager
 def refusing(complaint: Callable[[str], str]) -> Iterator[None]:
     """Turn what a model raises over its input into a QuietvitError.
