@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ class OneByOne(nn.Module):
         return self.head(torch.stack(x.unbind()).flatten(1))  # type: ignore[no-any-return]
 
 
+class Checked(nn.Module):
+    """Checks values as transformers' detectors do, by operators that ONNX does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from transformers.utils import torch_compilable_check
+
+        torch_compilable_check(x.sum() < torch.inf, "the images are not finite")
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
 def images(count: int = 8, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
 
@@ -110,6 +125,15 @@ def test_a_float_file_has_explicit_attention_where_torch_writes_none() -> None:
         wanted = model(x).numpy()
     found = OnnxRuntime(serialized(float_onnx(model, (3, 4, 4))))(x.numpy())
     assert np.allclose(found, wanted, atol=1e-5)
+
+
+def test_checks_of_values_stay_out_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "0")
+    model, x = Checked().eval(), images(3)
+    found = OnnxRuntime(serialized(float_onnx(model, (3, 4, 4))))(x.numpy())
+    assert np.allclose(found, model(x).detach().numpy(), atol=1e-5)
+    assert os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] == "0"
 
 
 def test_a_batch_that_cannot_be_free_is_told_and_gone_through(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Ranges and quantizers are those of ``rtn``; the exchange with the weights is in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -49,7 +49,7 @@ class SmoothQuant(RTN):
         """Two passes: largest magnitudes of the float model, then ranges of the smoothed one."""
         model = calibration.model
         images = ImageStream(calibration.everything(), model)
-        first = Calibration(model, calibration.trace, images, calibration.progress)
+        first = replace(calibration, images=images)
         found = norm_links(model, calibration.trace)
         links = [
             link
@@ -62,7 +62,7 @@ class SmoothQuant(RTN):
             reparametrize(
                 model, link, smoothed, gain=scale.reciprocal(), shift=torch.zeros_like(scale)
             )
-        second = _Adjusted(model, calibration.trace, images, calibration.progress, smoothed)
+        second = _Adjusted(**vars(first), calibrated=smoothed)
         smoothed.quantizers = super().calibrate(second).quantizers
         return smoothed
 
