@@ -26,14 +26,16 @@ from quietvit.quantization import (
 from quietvit.quantization.method import _METHODS
 
 PUBLIC = """
-    BRECQ ERQ GPTQ HPTQ RTN TWEO AdaLog ColinearityDecay DopQViT FQViT KurtosisRegularization Method
-    NormGainDecay PTQ4ViT PairWeightDecay QDrop QuietvitError QwT RepQViT SmoothQuant SpectralDecay
-    check diagnose evaluate export find_pairs list_methods load predict quantize register sqnr trace
+    BRECQ ERQ GPTQ HPTQ RTN TWEO AdaLog ColinearityDecay DopQViT FQViT KurtosisRegularization
+    MatrixPair Method NormGainDecay PTQ4ViT PairWeightDecay QDrop QuietvitError QwT RepQViT
+    SmoothQuant SpectralDecay StrengthSchedule Task WeightView check diagnose evaluate export
+    find_pairs list_methods load predict quantize register_method register_regularizer
+    register_target register_task sqnr trace
 """
 ROOMS = (
     *("quietvit", "quietvit.compare", "quietvit.data", "quietvit.decay", "quietvit.deployment"),
     *("quietvit.measure", "quietvit.pairs", "quietvit.quantization", "quietvit.report"),
-    *("quietvit.tracing", "quietvit.train"),
+    *("quietvit.tasks", "quietvit.tracing", "quietvit.train"),
 )
 
 
@@ -74,7 +76,7 @@ def test_every_field_of_a_method_is_explained(name: str) -> None:
 def absmax() -> Iterator[type[Method]]:
     """A method as somebody writes it who has only the public names: one class and one line."""
 
-    @quietvit.register("absmax")
+    @quietvit.register_method("absmax")
     class AbsMax(quietvit.Method):
         """Symmetric, by the largest magnitude."""
 
@@ -115,7 +117,7 @@ def test_a_method_from_outside_quantizes_saves_and_loads(absmax, tmp_path) -> No
     assert "absmax" in quietvit.list_methods()
     assert "Share of the magnitude" in absmax.__doc__
     with pytest.raises(QuietvitError, match="registered already"):
-        quietvit.register("absmax")(get_method("rtn"))
+        quietvit.register_method("absmax")(get_method("rtn"))
 
 
 def test_a_saved_method_that_is_not_registered_is_refused(absmax, tmp_path) -> None:
@@ -123,7 +125,9 @@ def test_a_saved_method_that_is_not_registered_is_refused(absmax, tmp_path) -> N
     path = quietvit.quantize(model, absmax(), example, progress=False).save(tmp_path / "own.qvit")
     kept = _METHODS.pop("absmax")
     try:
-        with pytest.raises(QuietvitError, match="once the module with its @register line is"):
+        with pytest.raises(
+            QuietvitError, match="once the module with its @register_method line is"
+        ):
             quietvit.load(path, model)
     finally:
         _METHODS["absmax"] = kept

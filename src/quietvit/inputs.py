@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.tracing import call, refusing
 from quietvit.tracing.inputs import is_image_list
 
 Images = Tensor | Iterable[Any]
@@ -75,18 +76,13 @@ class ImageBatch:
         Raises:
             QuietvitError: the model refuses the batch; its own message is carried along.
         """
-        try:
-            if isinstance(self.inputs, Tensor):
-                return model(self.inputs)
-            return model(**self.inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
-            raise QuietvitError(
-                f"the model ({type(model).__name__}) could not run on images of shape "
-                f"{self.shape}: {error} Give images as the model's own evaluation transform makes "
-                "them."
-            ) from error
+        with refusing(
+            lambda what: (
+                f"the model ({type(model).__name__}) does not run on images of shape {self.shape} "
+                f"({what}). Give images as the model's own evaluation transform makes them."
+            )
+        ):
+            return call(model, self.inputs)
 
 
 def image_batches(images: Images, size: int, *, labelled: bool = False) -> Iterator[ImageBatch]:

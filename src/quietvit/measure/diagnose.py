@@ -30,6 +30,7 @@ from quietvit.tracing import (
 )
 from quietvit.tracing import trace as record_trace
 
+UNREACHED = "none of the images gave it a value, as where nothing is detected: not measured"
 MASKED = "its scores hold the -inf of a mask: not measured"
 _SIDES = ("left", "right")
 
@@ -82,7 +83,7 @@ def diagnose(
         recorder.run(model, first)
         for batch in stream:
             recorder.run(model, batch)
-        skipped = [*recorder.masked, *recorder.tracker.skipped]
+        skipped = [*recorder.masked, *recorder.unreached, *recorder.tracker.skipped]
         causes = _root_causes(model, trace, recorder.tracker.peaks, top, skipped)
     return Diagnosis(
         sites=recorder.finish(),
@@ -116,7 +117,13 @@ class _Recorder:
         return tuple(
             running.finish(site, operand, role)
             for (site, operand), (role, running) in self._running.items()
+            if running.count
         )
+
+    @property
+    def unreached(self) -> list[tuple[str, str]]:
+        """The sites without any value, with the reason."""
+        return [(key[0], UNREACHED) for key, (_, seen) in self._running.items() if not seen.count]
 
     def _handle(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
@@ -131,7 +138,8 @@ class _Recorder:
                 self._measure(site, side, operand.role, operand.shape, x, axes)
             output = run(*operands)
             self._check(site, output)
-            self.tracker.update(site, output, self.images, self._batch.size, self._batch.pick)
+            if output.numel():
+                self.tracker.update(site, output, self.images, self._batch.size, self._batch.pick)
             return output
         output = run(*operands)
         if self._is_masked(site, output):

@@ -9,7 +9,7 @@ from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.companding import TanQuantizer, TwinQuantizer
 from quietvit.quantization.coverage import Coverage
 from quietvit.quantization.listing import method_rows
-from quietvit.quantization.method import Method, get_method, list_methods, register
+from quietvit.quantization.method import Method, get_method, list_methods, register_method
 from quietvit.quantization.methods.adalog import AdaLog
 from quietvit.quantization.methods.brecq import BRECQ
 from quietvit.quantization.methods.dopq_vit import DopQViT
@@ -60,6 +60,6 @@ __all__ = [
     "load",
     "method_rows",
     "quantize",
-    "register",
+    "register_method",
     "register_quantizer",
 ]

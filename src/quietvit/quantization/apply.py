@@ -84,7 +84,9 @@ def quantize(
             "to measure that"
         )
     method.check_sites(trace)
-    watched = Calibration(own, trace, images, progress)
+    watched = Calibration(
+        own, trace, images, progress, lambda slot: method.slot_bits(slot) is not None
+    )
     calibrated = method.calibrate(watched)
     notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}")
     notes += calibrated.notes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quietvit.errors import QuietvitError
 from quietvit.inputs import image_batches
 from quietvit.quantization.slot import Slot
-from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept
+from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept, refusing
 from quietvit.tracing.intercept import Handler
 
 BATCH = 8
@@ -98,12 +98,16 @@ class ImageStream:
 
 @dataclass
 class Calibration:
-    """What a method works on: a private copy of the model in eval mode, its trace, the images."""
+    """What a method works on: a private copy of the model in eval mode, its trace, the images.
+
+    ``chosen``: whether an operand is to be quantized, so that it needs values.
+    """
 
     model: nn.Module
     trace: Trace
     images: ImageStream
     progress: bool = True
+    chosen: Callable[[Slot], bool] = lambda slot: True
 
     def observe(
         self, handler: Handler, *, kinds: frozenset[str] = MATMUL_KINDS, label: str = "calibrating"
@@ -147,12 +151,18 @@ class Calibration:
     def watch(self, look: Callable[[Slot, Tensor], None], *, label: str = "calibrating") -> None:
         """Show each operand of each matrix multiplication to ``look``, batch by batch.
 
-        Weights come with every batch, as the tensor the operation reads.
+        Weights come with every batch, as the tensor the operation reads. An operand without values
+        is left out: a detector may find nothing in the images of a batch. Raises QuietvitError
+        where an operand that is to be quantized has no values in any batch.
         """
+        reached: dict[Slot, bool] = {}
 
         def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
             for index, tensor in enumerate(operands):
                 slot = Slot(site, index)
+                reached[slot] = reached.get(slot, False) or tensor.numel() > 0
+                if not tensor.numel():
+                    continue
                 try:
                     look(slot, tensor)
                 except QuietvitError as error:
@@ -160,6 +170,14 @@ class Calibration:
             return run(*operands)
 
         self.observe(handler, label=label)
+        missed = [s.site.name for s, found in reached.items() if not found and self.chosen(s)]
+        if missed:
+            names = list(dict.fromkeys(missed))
+            raise QuietvitError(
+                f"no calibration image gave values to {', '.join(names)}: a detector found "
+                f"nothing. Give images in which something is found, or leave {len(names)} sites in "
+                f"float: exclude={names}."
+            )
 
     def track(
         self, batches: Iterable[T], total: int | None, label: str
@@ -192,21 +210,12 @@ class Calibration:
 
 
 def run_model(model: nn.Module, batch: Tensor) -> Any:
-    """Call the model; what it raises over the batch's shape comes out as a QuietvitError."""
-    try:
-        return model(batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        RuntimeError,
-        ValueError,
-        AssertionError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ) as error:
-        raise QuietvitError(
+    """Call the model; what it raises over the batch comes out as a QuietvitError."""
+    with refusing(
+        lambda what: (
             f"{type(model).__name__} does not run on calibration images of shape "
-            f"{tuple(batch.shape)}, {batch.dtype} ({type(error).__name__}: {error}). It is called "
-            "with one batch of images; wrap a model that takes more, or takes them otherwise."
-        ) from error
+            f"{tuple(batch.shape)}, {batch.dtype} ({what}). It is called with one batch of images; "
+            "wrap a model that takes more, or takes them otherwise."
+        )
+    ):
+        return model(batch)

@@ -69,8 +69,8 @@ def between(low: float, high: float) -> AfterValidator:
 class Method(ReadableModel):
     """Base config of all methods: frozen, no unknown fields, checked when it is built.
 
-    A method of your own is a subclass with ``calibrate`` and a line ``@register("its-name")``. The
-    class variables declare what the tables of methods show.
+    A method of your own is a subclass with ``calibrate``, decorated with
+    ``@register_method("its-name")``. Its class variables declare what the tables of methods show.
 
     Raises QuietvitError for an unknown field (it names the nearest) or a value out of range.
     """
@@ -78,7 +78,7 @@ class Method(ReadableModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: ClassVar[str] = ""
-    """Set by ``register``."""
+    """Set by ``register_method``."""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("images",)
@@ -212,7 +212,7 @@ M = TypeVar("M", bound="type[Method]")
 _METHODS: dict[str, type[Method]] = {}
 
 
-def register(name: str) -> Callable[[M], M]:
+def register_method(name: str) -> Callable[[M], M]:
     """Class decorator: make a method known to ``get_method`` and ``list_methods``."""
 
     def add(cls: M) -> M:
@@ -244,7 +244,7 @@ def get_method(name: str) -> type[Method]:
         raise QuietvitError(
             f"unknown quantization method {name!r}{nearest(name.lower(), _METHODS)} "
             f"Known: {', '.join(sorted(_METHODS))}. A method of your own is known once the module "
-            "with its @register line is imported."
+            "with its @register_method line is imported."
         )
     return _METHODS[name.lower()]
 

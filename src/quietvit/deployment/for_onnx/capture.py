@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -119,7 +120,7 @@ def _exported(model: nn.Module, example: Tensor, opset: int, output: Output, fre
     shapes = ({0: torch.export.Dim("batch")},) if free else None
     try:
         whole = OneTensor(model, output)
-        with torch.no_grad(), evaluating(whole), _quiet(), _WritableAttention():
+        with torch.no_grad(), evaluating(whole), _quiet(), _unchecked(), _WritableAttention():
             program = torch.onnx.export(
                 whole,
                 (example,),
@@ -173,6 +174,24 @@ def _register_constants(graph: Any) -> None:
             while value.name in graph.initializers:
                 value.name = f"{value.name}:again"
             graph.register_initializer(value)
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Switch off the checks of values in transformers' models, by the variable it has for this.
+
+    They compute nothing, and ONNX has no operator for them (D-FINE, RT-DETRv2).
+    """
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from quietvit.quantization.blocks import Block, naming_block, run_block
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import ImageStream, run_model
 from quietvit.quantization.weights import weight_axis
-from quietvit.tracing import Trace, intercept
+from quietvit.tracing import EndOfPass, Trace, intercept
 from quietvit.tracing.block_modules import first_tensor, watching_modules, with_first_tensor
 
 CHUNK = 16
@@ -209,10 +209,6 @@ def channel_dim(block: Block, layout: BlockLayout) -> int:
     return others[0] if len(others) == 1 else -1
 
 
-class _Reached(Exception):  # noqa: N818 - nothing went wrong
-    """Ends a pass at the block whose inputs were wanted: what follows would be wasted."""
-
-
 @dataclass
 class BlockData:
     """Runs blocks and models on the way of a method: quantized so far, or float.
@@ -239,7 +235,7 @@ class BlockData:
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             parts.append([leaf.clone() for leaf in layout.split(args, kwargs)])
-            raise _Reached
+            raise EndOfPass
 
         hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
         try:
@@ -247,7 +243,7 @@ class BlockData:
                 for batch in self.images:
                     try:
                         self.whole(batch) if quantized else run_model(model, batch)
-                    except _Reached:
+                    except EndOfPass:
                         continue
                     raise QuietvitError(f"the block {name} did not run; trace the model again.")
         finally:

@@ -17,7 +17,7 @@ from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.fitting.products import Product, has_heads
 from quietvit.quantization.fitting.search import Affine, Groups, Log, Proposals, Side, portions
 from quietvit.quantization.fitting.search_method import SearchMethod
-from quietvit.quantization.method import register
+from quietvit.quantization.method import register_method
 from quietvit.quantization.nonuniform import GELU_SHIFT
 from quietvit.quantization.quantizers import affine_parameters
 from quietvit.quantization.reparametrize import NormLink, hidden_norm_links, reparametrize
@@ -34,7 +34,7 @@ _NARROWEST = 1e-4
 Propose = Callable[[Tensor], Tensor]
 
 
-@register("adalog")
+@register_method("adalog")
 class AdaLog(SearchMethod):
     """Adaptive-logarithm quantization (Wu et al., arXiv 2407.12951).
 

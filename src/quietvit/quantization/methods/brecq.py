@@ -15,11 +15,11 @@ from quietvit.quantization.blocks import Block
 from quietvit.quantization.calibration import run_model
 from quietvit.quantization.fitting.block_data import BlockData, BlockLayout
 from quietvit.quantization.fitting.reconstruct import Reconstruction
-from quietvit.quantization.method import register
+from quietvit.quantization.method import register_method
 from quietvit.tracing.block_modules import first_tensor, with_first_tensor
 
 
-@register("brecq")
+@register_method("brecq")
 class BRECQ(Reconstruction):
     """BRECQ (Li et al., arXiv 2102.05426) on top of ``base``; see ``Reconstruction`` for the fit.
 

@@ -27,7 +27,7 @@ from quietvit.quantization.fitting.least_squares import (
     run_to,
     weight_grid,
 )
-from quietvit.quantization.method import between, register
+from quietvit.quantization.method import between, register_method
 from quietvit.quantization.on_top import OnTop
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeName
@@ -40,7 +40,7 @@ BUDGET = 1 << 26
 """Entries of Gram matrices kept at once, 256 MB; a pass over the images for each such lot."""
 
 
-@register("erq")
+@register_method("erq")
 class ERQ(OnTop):
     """ERQ (Zhong et al., ICML 2024, arXiv 2407.06794), facts from the paper and the authors' code.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from quietvit.quantization.adjustments import Adjustment, channel_axis, register_adjustment
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Bits, EdgeBits, Method, register
+from quietvit.quantization.method import Bits, EdgeBits, Method, register_method
 from quietvit.quantization.nonuniform import LogQuantizer, power_of_two_factor
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, affine_parameters
 from quietvit.quantization.ranges import MinMaxRange, Stream
@@ -30,7 +30,7 @@ MASKED = 80.0
 _BLOCK = 64
 
 
-@register("fq-vit")
+@register_method("fq-vit")
 class FQViT(Method):
     """FQ-ViT (Lin et al., arXiv 2111.13824): min-max ranges, and what integer-only inference needs.
 

@@ -26,7 +26,7 @@ from quietvit.quantization.fitting.least_squares import (
     run_to,
     weight_grid,
 )
-from quietvit.quantization.method import between, register
+from quietvit.quantization.method import between, register_method
 from quietvit.quantization.on_top import OnTop
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeName
@@ -35,7 +35,7 @@ from quietvit.quantization.weights import read_weight, write_weight
 from quietvit.tracing import Site, Trace
 
 
-@register("gptq")
+@register_method("gptq")
 class GPTQ(OnTop):
     """GPTQ (Frantar et al., arXiv 2210.17323) with the activation quantizers of ``base``.
 

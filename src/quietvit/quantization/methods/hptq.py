@@ -26,7 +26,7 @@ from quietvit.quantization.fitting.thresholds import (
     search,
     without_outliers,
 )
-from quietvit.quantization.method import Method, between, register
+from quietvit.quantization.method import Method, between, register_method
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
@@ -47,7 +47,7 @@ def _z(value: Any) -> Any:
     return float(value)
 
 
-@register("hptq")
+@register_method("hptq")
 class HPTQ(Method):
     """HPTQ (Habi et al., arXiv 2109.09113; formulas as its authors' public toolkit has them).
 

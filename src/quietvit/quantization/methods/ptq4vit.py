@@ -24,7 +24,7 @@ from quietvit.quantization.fitting.search import (
     symmetric_start,
 )
 from quietvit.quantization.fitting.search_method import SearchMethod
-from quietvit.quantization.method import Granularity, register
+from quietvit.quantization.method import Granularity, register_method
 from quietvit.quantization.slot import Slot
 from quietvit.tracing import Site, Trace
 
@@ -33,7 +33,7 @@ SPLITS = 20
 _LOWEST, _HIGHEST = 0.01, 1.2
 
 
-@register("ptq4vit")
+@register_method("ptq4vit")
 class PTQ4ViT(SearchMethod):
     """Twin uniform quantization with Hessian-guided search (Yuan et al., arXiv 2111.12293).
 

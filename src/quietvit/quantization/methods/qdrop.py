@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from quietvit.quantization.fitting.reconstruct import Reconstruction
-from quietvit.quantization.method import register
+from quietvit.quantization.method import register_method
 
 
-@register("qdrop")
+@register_method("qdrop")
 class QDrop(Reconstruction):
     """QDrop (Wei et al., arXiv 2203.05740) on top of ``base``; see ``Reconstruction`` for the fit.
 

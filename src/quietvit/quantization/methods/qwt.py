@@ -25,7 +25,7 @@ from quietvit.quantization.fitting.block_data import (
     layouts,
 )
 from quietvit.quantization.fitting.reconstruct import check_base, few, replayable
-from quietvit.quantization.method import register
+from quietvit.quantization.method import register_method
 from quietvit.quantization.on_top import OnTop
 from quietvit.quantization.weights import refuse_inference_mode
 
@@ -33,7 +33,7 @@ SMALLEST_SHARE = 1e-12
 """Directions of the inputs with less of the largest variance are taken as constant."""
 
 
-@register("qwt")
+@register_method("qwt")
 class QwT(OnTop):
     """QwT (Fu et al., arXiv 2411.13918): block(x) becomes block_q(x) + W x + b.
 

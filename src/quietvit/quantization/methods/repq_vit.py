@@ -23,7 +23,7 @@ from quietvit.quantization.fitting.postnorm import (
     percentile_range,
     quantiles,
 )
-from quietvit.quantization.method import EdgeBits, Method, register
+from quietvit.quantization.method import EdgeBits, Method, register_method
 from quietvit.quantization.nonuniform import LogQuantizer, squared_error
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.quantization.reparametrize import (
@@ -41,7 +41,7 @@ NOMINAL_BITS = 8
 """For the re-parametrization where activations stay float."""
 
 
-@register("repq-vit")
+@register_method("repq-vit")
 class RepQViT(Method):
     """RepQ-ViT (Li et al., arXiv 2212.08254), after its paper and its authors' code.
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Granularity, Method, between, register
+from quietvit.quantization.method import Granularity, Method, between, register_method
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeEstimator, RangeName, make_range
 from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 
 
-@register("rtn")
+@register_method("rtn")
 class RTN(Method):
     """Round to nearest (Jacob et al., arXiv 1712.05877, uniform affine quantization).
 

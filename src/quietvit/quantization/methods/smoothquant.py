@@ -6,7 +6,7 @@ Ranges and quantizers are those of ``rtn``; the exchange with the weights is in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from quietvit.errors import QuietvitError
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
-from quietvit.quantization.method import between, register
+from quietvit.quantization.method import between, register_method
 from quietvit.quantization.methods.rtn import RTN
 from quietvit.quantization.ranges import NOT_FINITE
 from quietvit.quantization.reparametrize import NormLink, norm_links, reparametrize
@@ -27,7 +27,7 @@ from quietvit.tracing.intercept import Handler
 FLOOR = 1e-5
 
 
-@register("smoothquant")
+@register_method("smoothquant")
 class SmoothQuant(RTN):
     """SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4), then round to nearest.
 
@@ -52,7 +52,7 @@ class SmoothQuant(RTN):
         """Two passes: largest magnitudes of the float model, then ranges of the smoothed one."""
         model = calibration.model
         images = ImageStream(calibration.everything(), model)
-        first = Calibration(model, calibration.trace, images, calibration.progress)
+        first = replace(calibration, images=images)
         found = norm_links(model, calibration.trace)
         links = [
             link
@@ -65,7 +65,7 @@ class SmoothQuant(RTN):
             reparametrize(
                 model, link, smoothed, gain=scale.reciprocal(), shift=torch.zeros_like(scale)
             )
-        second = _Adjusted(model, calibration.trace, images, calibration.progress, smoothed)
+        second = _Adjusted(**vars(first), calibrated=smoothed)
         smoothed.quantizers = super().calibrate(second).quantizers
         return smoothed
 
