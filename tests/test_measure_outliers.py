@@ -140,5 +140,5 @@ def test_nothing_seen_is_an_error():
 def test_channels_of_another_size_are_refused():
     running = RunningStatistics()
     running.update(torch.randn(2, 8))
-    with pytest.raises(QuietvitError, match="9 entries in this batch and 8"):
+    with pytest.raises(QuietvitError, match="this batch has 9 channels, earlier ones had 8"):
         running.update(torch.randn(2, 9))

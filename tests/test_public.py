@@ -45,7 +45,7 @@ def public_classes() -> list[type]:
     named = [getattr(room, name) for room in rooms for name in room.__all__]
     named += [get_method(name) for name in list_methods()]
     classes = [
-        found for found in named if isinstance(found, type) and not issubclass(found, Exception)
+        found for found in named if isinstance(found, type) and not issubclass(found, BaseException)
     ]
     return sorted(dict.fromkeys(classes), key=lambda cls: cls.__name__)
 

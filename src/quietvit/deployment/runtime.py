@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -17,7 +18,8 @@ from quietvit.deployment.facts import Facts
 from quietvit.errors import QuietvitError
 
 
-class Kernel(NamedTuple):
+@dataclass(frozen=True)
+class Kernel:
     """How a runtime computes one product: its operator, whether in integers, and why not."""
 
     operator: str

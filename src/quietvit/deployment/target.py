@@ -41,10 +41,6 @@ class Export:
     onnx_graph: Callable[[bool], tuple[Any, Facts]]
 
 
-def _itself(path: Path) -> list[Path]:
-    return [path]
-
-
 @dataclass(frozen=True)
 class Target:
     """One kind of exported file. ``register_target`` makes it known to every command.
@@ -58,7 +54,8 @@ class Target:
             QuietvitError for a file that is cut short or foreign.
         needs: packages that must be there to write it.
         install: what pip installs to have them.
-        files: all files that an export to a path may write. Not all of them need to be there.
+        files: all files that an export to a path may write; None for the path alone. Not all of
+            them need to be there.
         folder: the format of a target that is a folder; None for a file.
         settings: which of ``SETTINGS`` it takes; others are refused.
         leaves_float: it leaves products in float that have no integer kernel, and says so in the
@@ -73,11 +70,15 @@ class Target:
     open: Callable[[Path, int], Runtime]
     needs: tuple[str, ...] = ()
     install: str = ""
-    files: Callable[[Path], list[Path]] = _itself
+    files: Callable[[Path], list[Path]] | None = None
     folder: FolderFormat | None = None
     settings: frozenset[str] = frozenset()
     leaves_float: bool = False
     reads: tuple[str, ...] = ()
+
+    def files_of(self, path: Path) -> list[Path]:
+        """Return all files that an export to ``path`` may write."""
+        return [path] if self.files is None else self.files(path)
 
     def holds(self, path: Path) -> bool:
         """Whether ``path`` is there, and is an export of this target as far as names tell."""
@@ -102,7 +103,7 @@ class Target:
             self.folder.refuse(path, force)
             return
         refuse_other_bytes(path)
-        for file in self.files(path):
+        for file in self.files_of(path):
             if file.is_dir():
                 raise QuietvitError(f"{file} is a folder; name a file, such as model{self.suffix}.")
             if file.exists() and not force:

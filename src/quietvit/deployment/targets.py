@@ -83,7 +83,7 @@ def files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(path.iterdir())
     target = target_of(path)
-    return [file for file in (target.files(path) if target else [path]) if file.is_file()]
+    return [file for file in (target.files_of(path) if target else [path]) if file.is_file()]
 
 
 def listed(names: list[str]) -> str:

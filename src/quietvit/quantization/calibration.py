@@ -100,14 +100,14 @@ class ImageStream:
 class Calibration:
     """What a method works on: a private copy of the model in eval mode, its trace, the images.
 
-    ``chosen``: whether an operand is to be quantized, so that it needs values.
+    ``chosen``: whether an operand is to be quantized, so that it needs values; None means all.
     """
 
     model: nn.Module
     trace: Trace
     images: ImageStream
     progress: bool = True
-    chosen: Callable[[Slot], bool] = lambda slot: True
+    chosen: Callable[[Slot], bool] | None = None
 
     def observe(
         self, handler: Handler, *, kinds: frozenset[str] = MATMUL_KINDS, label: str = "calibrating"
@@ -170,7 +170,11 @@ class Calibration:
             return run(*operands)
 
         self.observe(handler, label=label)
-        missed = [s.site.name for s, found in reached.items() if not found and self.chosen(s)]
+        missed = [
+            s.site.name
+            for s, found in reached.items()
+            if not found and (not self.chosen or self.chosen(s))
+        ]
         if missed:
             names = list(dict.fromkeys(missed))
             raise QuietvitError(
