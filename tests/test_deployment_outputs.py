@@ -66,7 +66,7 @@ def both(tokens: Tensor, pooled: Tensor) -> dict[str, Any]:
         (lambda t, p: {"logits": p, "hidden_states": (t, t)}, None, "logits", "classes", (6,)),
         (lambda t, p: {"maps": [t, t.mT]}, "maps.1", "maps.1", "features", (16, 16)),
         (lambda t, p: (t, p), 1, "1", "features", (6,)),
-        (lambda t, p: [t], None, "0", "features", (16, 16)),
+        (lambda t, p: [t], None, "features", "features", (16, 16)),
     ],
 )
 def test_the_rule_of_choice(
