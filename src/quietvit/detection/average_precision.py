@@ -85,7 +85,9 @@ def coco_files(
     Boxes are (x, y, width, height) in pixels of the upright image. ``category_ids`` are the numbers
     of label 1, 2, ... (``DetectionDataset.category_ids``); None takes the labels.
     """
-    images, annotations, results = [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     categories: set[int] = set()
 
     def objects(id_: int, found: Mapping[str, Any], **keys: str) -> Iterator[dict[str, Any]]:

@@ -36,7 +36,9 @@ def sqnr(
     y is the float model's output at a site and ŷ the quantized model's on the same images; sums
     run over all images in float64. By default each model follows its own activations, so the noise
     is what has accumulated up to the site. inf where the outputs agree exactly, nan where y and the
-    noise are both 0, -inf where only y is. Both models run in eval mode and are left as they were.
+    noise are both 0, -inf where only y is. nan also where a detector proposes another number of
+    boxes when it is quantized, so that the rows of its box head are of other boxes. Both models run
+    in eval mode and are left as they were.
 
     Args:
         model: the float model.
@@ -87,6 +89,7 @@ class _Meter:
         self._activations = {site.name: len(site.operands) for site in trace.matmuls}
         self._signal = dict.fromkeys((s.name for s in trace.matmuls if s.kind != "opaque"), 0.0)
         self._noise = dict(self._signal)
+        self._varying: set[str] = set()  # sites with another number of rows: boxes of a detector
 
     def start(self) -> None:
         self._outputs.clear()
@@ -116,6 +119,9 @@ class _Meter:
             kept = self._operands.pop(site.name)
             operands = (*kept, *operands[len(kept) :])
         output = run(*operands)
+        if output.shape[1:] == wanted.shape[1:] and len(output) != len(wanted):
+            self._varying.add(site.name)
+            return output
         if output.shape != wanted.shape:
             raise QuietvitError(
                 f"{site.name} gives shape {tuple(output.shape)} in the quantized model and "
@@ -132,7 +138,10 @@ class _Meter:
         return output
 
     def decibels(self) -> dict[str, float]:
-        return {name: _decibels(self._signal[name], self._noise[name]) for name in self._signal}
+        return {
+            name: math.nan if name in self._varying else _decibels(signal, self._noise[name])
+            for name, signal in self._signal.items()
+        }
 
 
 def _watching(

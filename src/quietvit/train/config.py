@@ -73,7 +73,8 @@ class OptimizerConfig(Section):
     ``lr_batch``: the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
     are for; at another one all three are multiplied by the ratio (linear scaling, Goyal et al.
     2017, arXiv 1706.02677). None: they hold as they are. ``layer_decay``: the learning rate of each
-    block is this factor of the next one's (timm).
+    block is this factor of the next one's (timm). ``lr_scale``: wildcards of parameter names, and
+    the factor of their learning rate; the first that matches counts.
     """
 
     lr: float = Field(default=1e-3, gt=0)
@@ -84,6 +85,7 @@ class OptimizerConfig(Section):
     decay_norms_and_biases: bool = False
     clip_grad: float | None = Field(default=None, gt=0)
     layer_decay: float | None = Field(default=None, gt=0, le=1)
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
 
 
 class ScheduleConfig(Section):
