@@ -51,7 +51,8 @@ from deploy_graph import Macs, onnxruntime_macs, openvino_macs, torch_macs
 from deploy_tools import MODELS, Made, Run, bytes_of, opened
 from ptq_deit_tiny import ALLOCATOR, CACHE, Data, Stored, batches, draw, prepare
 from quietvit.data import create_model
-from quietvit.deployment.runtime import OpenVINO, processor
+from quietvit.deployment import processor
+from quietvit.deployment.for_openvino.runtime import OpenVINO
 from quietvit.deployment.speed import measure as timed
 from quietvit.errors import QuietvitError
 from quietvit.tracing import trace
@@ -235,7 +236,7 @@ def key_of(row: Row) -> tuple[str, ...]:
 
 
 def machine() -> str:
-    return f"{processor()}, {os.cpu_count()} cores"
+    return f"{processor.described()}, {os.cpu_count()} cores"
 
 
 def append(out: Path, job: Job, measured: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from quietvit.deployment.proof import FLOAT_OPS, INTEGER_OPS, WEIGHT_ONLY_OPS
+from quietvit.deployment.for_onnx.kernels import FLOAT_OPS, INTEGER_OPS, WEIGHT_ONLY_OPS
 
 Shape = Sequence[int]
 Found = tuple[str, bool, int]  # operator, whether it multiplies integers, its MACs
@@ -66,7 +66,7 @@ def onnxruntime_macs(path: Path, images: np.ndarray, exact: bool) -> Macs:
     import onnx
     import onnxruntime
 
-    from quietvit.deployment.runtime import EXACT
+    from quietvit.deployment.for_onnx.session import EXACT
 
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()

@@ -23,8 +23,10 @@ import quietvit
 from quietvit.deployment import export
 from quietvit.deployment.for_onnx.file import float_onnx as float_graph
 from quietvit.deployment.for_onnx.file import write_onnx
-from quietvit.deployment.paths import parts_of
-from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, vnni
+from quietvit.deployment.for_onnx.runtime import OnnxRuntime
+from quietvit.deployment.for_openvino.runtime import OpenVINO
+from quietvit.deployment.processor import vnni
+from quietvit.deployment.targets import files_of
 from quietvit.quantization.method import get_method
 
 Run = Callable[[np.ndarray], np.ndarray]
@@ -272,4 +274,4 @@ def bytes_of(source: Path | nn.Module) -> int:
         buffer = io.BytesIO()
         torch.save(source.state_dict(), buffer)
         return buffer.tell()
-    return sum(part.stat().st_size for part in parts_of(source))
+    return sum(file.stat().st_size for file in files_of(source))

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import quietvit
 from evidence_data import Split, Workload, build, normalized, put_probe, varied
-from quietvit.decay.products import product_dtype
 from quietvit.errors import QuietvitError
 from quietvit.measure.sqnr import sqnr
+from quietvit.tensors import has_fast_bfloat16
 
 CALIBRATION, LOOKED_AT = 32, 64
 Setting = dict[str, Any]
@@ -73,7 +73,7 @@ def in_bfloat16(workload: Workload, device: torch.device) -> bool:
     """Whether the models and decays of the workload compute in bfloat16 on this device."""
     if workload.float32:
         return False
-    return product_dtype("auto", torch.empty(0, device=device)) is not None
+    return has_fast_bfloat16(device)
 
 
 def parameter_groups(model: nn.Module, setting: Setting) -> list[dict[str, Any]]:

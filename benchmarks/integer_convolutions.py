@@ -133,8 +133,8 @@ def measure(name: str, form: str, data: Path, cache: Path) -> dict[str, Any]:
 def written_as(form: str) -> Any:
     """Write the form before integer convolutions. quietvit has no option for it: use a wrapper."""
 
-    def in_float(*arguments: Any, **options: Any) -> Any:
-        return plain(*arguments, **options | {"at_once": form != FLOAT})
+    def in_float(*arguments: Any) -> Any:
+        return plain(*arguments[:-1], form != FLOAT)
 
     plain = exporting.quantized_onnx
     return mock.patch.object(exporting, "quantized_onnx", in_float)

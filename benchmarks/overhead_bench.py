@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import quietvit
 from quietvit.decay.penalties import Top
-from quietvit.decay.products import product_dtype
+from quietvit.tensors import has_fast_bfloat16
 
 RATE = 1e-3
 """That of the ImageNet recipes at its highest: the trust region has most to do there."""
@@ -49,7 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def low(device: torch.device) -> bool:
     """Whether models run in bfloat16 autocast on this device; otherwise float32."""
-    return product_dtype("auto", torch.empty(0, device=device)) is not None
+    return has_fast_bfloat16(device)
 
 
 def precision(device: torch.device) -> str:

@@ -41,8 +41,8 @@ def process(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture(params=["exact", "default"])
 def sessions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime's sessions as on a processor without 8-bit products, and with them."""
-    from quietvit.deployment import runtime
+    from quietvit.deployment import processor
 
-    if request.param == "default" and runtime.vnni() is not True:
+    if request.param == "default" and processor.vnni() is not True:
         pytest.skip("products of default sessions saturate here")
-    monkeypatch.setattr(runtime, "vnni", lambda: request.param == "default")
+    monkeypatch.setattr(processor, "vnni", lambda: request.param == "default")

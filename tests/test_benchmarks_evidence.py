@@ -210,7 +210,8 @@ def test_float32_is_kept_on_every_processor(
     float32: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Rows of one scale are held against each other, from whatever machine they come."""
-    monkeypatch.setattr(quietvit.decay.products, "_is_fast", lambda device: True)
+    for module in (quietvit.decay.products, evidence_run):
+        monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: True)
     low = dict[str, list[bool]](model=[], update=[])
     both = quietvit.decay.penalties.both_products
 

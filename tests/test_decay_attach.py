@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from decay_cases import HEADS, WIDTH, Block
 from quietvit import QuietvitError
-from quietvit.decay import PENALTIES, ColinearityDecay, NormGainDecay
-from quietvit.decay.attach import DecoupledUpdate
+from quietvit.decay import PENALTIES, ColinearityDecay, DecoupledUpdate, NormGainDecay
 from quietvit.decay.penalties import Energy, Top
 from quietvit.pairs import MatrixPair
 from quietvit.tracing import WeightView
@@ -99,10 +98,13 @@ def test_one_step_is_the_sum_over_pairs_from_the_values_before() -> None:
 class Halved(DecoupledUpdate):
     """The least that a decoupled update has: what it acts on, what it is, how it writes."""
 
-    def _names(self) -> tuple[str, ...]:
+    def parameter_names(self) -> tuple[str, ...]:
         return ("fc1.weight",)
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def penalties(self) -> dict[str, float]:
         return {}
 
     def _write(self, rates: dict[str, float]) -> None:
@@ -392,7 +394,7 @@ def test_an_optimizer_without_hooks_is_refused_and_explicit_steps_work() -> None
     decay = ColinearityDecay(model, strength=1.0, pairs=block_pairs())
     with pytest.raises(QuietvitError, match="Stranger does not call step hooks"):
         decay.attach(optimizer)
-    with pytest.raises(QuietvitError, match="knows no learning rate"):
+    with pytest.raises(QuietvitError, match="does not know the learning rate"):
         decay.step()
     wanted = expected(model, block_pairs(), lambda *_: 0.01)
     decay.step(optimizer)

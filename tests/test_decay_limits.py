@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.decay import PENALTIES, ColinearityDecay
+from quietvit.decay.batches import batches, overlaps
 from quietvit.decay.limits import TrustRegion
 from quietvit.decay.penalties import Energy
-from quietvit.decay.plan import batches, overlaps
 from quietvit.pairs import MatrixPair
 from quietvit.tracing import WeightView
 
@@ -207,10 +207,10 @@ def test_three_stages_of_bounds_agree_and_are_ordered() -> None:
     region = TrustRegion(pairs, parameters, plan, Energy())
     for value in (1e-4, 1 / 23.0, 10.0):
         steps = [value, value]
-        suspects = region.suspects(steps, parameters)
-        within = bool(region.within(suspects, parameters, steps, [None]))
-        limited = region.limited(suspects, parameters, steps, [None])
-        assert bool(suspects.batches) == (value * 24 > 1)
+        to_check = region.to_check(steps, parameters)
+        within = bool(region.within(to_check, parameters, steps, [None]))
+        limited = region.limited(to_check, parameters, steps, [None])
+        assert bool(to_check.batches) == (value * 24 > 1)
         assert not (within and limited is not None)
     assert limited is not None
 
@@ -232,13 +232,13 @@ def test_gains_of_about_one_size_need_no_gram_matrix(penalty: str) -> None:
     share = (1 + 96**0.5) / 2 if penalty == "peak" else 1.0
     steps = [0.03 / share] * 4
     assert 1 < 2 * steps[0] * 24 * share < 2, "shapes alone are not enough, half of them is"
-    assert not region.suspects(steps, parameters).batches
-    of_B = region.suspects(steps, parameters).bounds[1]
+    assert not region.to_check(steps, parameters).batches
+    of_B = region.to_check(steps, parameters).bounds[1]
     assert 1 <= of_B <= 1.5 * share
     model.norm.weight.data[3] = 40.0
-    assert region.suspects(steps, parameters).batches, "one gain makes up the whole spectrum"
+    assert region.to_check(steps, parameters).batches, "one gain makes up the whole spectrum"
     model.norm.weight.data[3] = float("nan")
-    assert region.suspects(steps, parameters).batches
+    assert region.to_check(steps, parameters).batches
 
 
 @penalties

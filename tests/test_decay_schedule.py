@@ -129,7 +129,7 @@ def test_a_bad_factor_of_one_kind_is_named() -> None:
 
 
 def test_a_mapping_is_refused_where_there_are_no_kinds() -> None:
-    with pytest.raises(QuietvitError, match="one schedule"):
+    with pytest.raises(QuietvitError, match="takes one function"):
         NormGainDecay(
             tower(),
             images(),

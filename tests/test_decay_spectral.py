@@ -83,7 +83,7 @@ def test_a_selection_of_no_layer_is_told_once_with_the_nearest(
     nearest = max(made.dominance.items(), key=lambda found: max(found[1]))
     assert "none of its 2 layers" in told
     assert "threshold=0.95 with components=2" in told
-    assert f"the largest is {max(nearest[1]):.3g} ({nearest[0]})" in told
+    assert f"The largest is {max(nearest[1]):.3g} ({nearest[0]})" in told
     assert nearest[0] == "planted.weight"
     caplog.clear()
     stepped(Two(3).double())
@@ -113,7 +113,7 @@ def test_dominance_is_the_mean_over_rows_and_rows_of_zeros_do_not_count() -> Non
     x[5:] = 0
     made = SpectralDecay(model, x)
     made.penalty()
-    found = made._selection(made._parameters())[1]["random.weight"]
+    found = made._selection(made.parameters())[1]["random.weight"]
     total, count = shares(x[:5], model.random.weight.detach(), leading(model.random.weight, 3))
     assert found == pytest.approx((total / 5).tolist(), rel=1e-12)
     assert int(count) == 5

@@ -19,9 +19,8 @@ import zoo
 from quietvit import QuietvitError
 from quietvit.decay.activations import ActivationWatch, largest_activation
 from quietvit.decay.tweo import TWEO
-from quietvit.tracing import trace
+from quietvit.tracing import call, trace
 from quietvit.tracing.block_modules import first_tensor, residual_modules, watching_modules
-from quietvit.tracing.trace import call
 
 MODELS = ("timm-vit", "timm-swin", "timm-dinov2-layerscale", "hf-vit", "hf-swin", "tv-vit")
 STRENGTH, THRESHOLD, POWER = 0.5, 0.3, 4.0
@@ -303,7 +302,7 @@ def test_schedule_follows_the_steps_and_needs_an_optimizer() -> None:
     model, x = Stack(), batch()
     tweo = TWEO(model, x, schedule=lambda step: float(step == 1), **SMALL)
     model(x)
-    with pytest.raises(QuietvitError, match="call attach"):
+    with pytest.raises(QuietvitError, match="Call attach"):
         tweo.loss()
     model.zero_grad()
     tweo.detach()

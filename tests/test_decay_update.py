@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quietvit import QuietvitError
 from quietvit.decay import PENALTIES, ColinearityDecay
-from quietvit.decay.layout import Source, lay_out
+from quietvit.decay.batches import batches, block_size, windows
 from quietvit.decay.penalties import Energy, Penalty
-from quietvit.decay.plan import batches, block_size, windows
+from quietvit.decay.plan import Source, make_plan
 from quietvit.decay.products import largest_rate, mean_square
 from quietvit.pairs import KINDS, MatrixPair, find_pairs
 from quietvit.tracing import WeightView
@@ -226,9 +226,9 @@ def test_layout_reads_no_weight_and_ends_every_parameter() -> None:
     pairs = list(find_pairs(model, EXAMPLE, kinds=KINDS))
     names = [n for n, p in model.named_parameters() if n.startswith("blocks") and "bias" not in n]
     source = Source(model.to("meta"), names)
-    layout = lay_out(pairs, source, Energy())
-    assert set(layout.last_batch) == set(layout.last_window) <= set(names)
-    assert sorted(layout.order) == list(range(2 * len(pairs)))
+    plan = make_plan(pairs, source, Energy())
+    assert set(plan.last_batch) == set(plan.last_window) <= set(names)
+    assert sorted(plan.order) == list(range(2 * len(pairs)))
 
 
 def swin() -> nn.Module:
@@ -305,7 +305,7 @@ class Wild(Energy):
     """A penalty of somebody else's, not known to stay finite."""
 
     name = "wild"
-    tame = False
+    stays_finite = False
 
     def factored(self, *args: Any) -> Any:
         (PA, fA), (PB, fB) = super().factored(*args)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import quietvit
 from deployment_cases import exported, pictures, quantized
 from quietvit import QuietvitError
-from quietvit.deployment import comparing, open_runtime, runtime
+from quietvit.deployment import comparing, open_runtime, processor
 from quietvit.deployment.comparing import Classes, compare_classes
+from quietvit.deployment.for_onnx.session import EXACT, open_session
 from quietvit.deployment.outputs import Output
 from quietvit.deployment.proof import prove
 
@@ -160,7 +161,7 @@ def test_logits_of_two_correct_computations_part(monkeypatch: pytest.MonkeyPatch
 def test_sessions_that_are_kept_exact_are_told(
     vnni: bool | None, told: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "vnni", lambda: vnni)
+    monkeypatch.setattr(processor, "vnni", lambda: vnni)
     found = quietvit.check(exported("vit").path, quantized("vit"), pictures("vit"), seconds=0)
     assert found.ok or vnni, found.failures
     notes = [note for note in found.notes if "x64quantprecision" in note]
@@ -272,9 +273,9 @@ def test_sessions_are_exact_where_the_processor_would_saturate(
     vnni: bool | None, exact: bool | None, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the others it costs speed: the products would no longer be of the instruction's kind."""
-    monkeypatch.setattr(runtime, "vnni", lambda: vnni)
-    options = runtime.OnnxRuntime(exported("vit").path, exact=exact).session.get_session_options()
-    key, value = runtime.EXACT
+    monkeypatch.setattr(processor, "vnni", lambda: vnni)
+    options = open_session(exported("vit").path, exact=exact).get_session_options()
+    key, value = EXACT
     if asked:
         assert options.get_session_config_entry(key) == value
     else:
@@ -283,9 +284,9 @@ def test_sessions_are_exact_where_the_processor_would_saturate(
 
 
 def test_what_the_processor_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runtime.vnni() in (True, False, None)
+    assert processor.vnni() in (True, False, None)
     for flags, known in (("fpu avx2", False), ("fpu avx_vnni", True), ("fpu amx_int8", True)):
         info = tmp_path / "cpuinfo"
         info.write_text(f"processor : 0\nflags\t\t: {flags}\n")
-        monkeypatch.setattr(runtime, "Path", lambda _name, info=info: info)
-        assert runtime.vnni() is known
+        monkeypatch.setattr(processor, "Path", lambda _name, info=info: info)
+        assert processor.vnni() is known

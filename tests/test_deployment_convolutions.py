@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import quietvit
 from quietvit import QuietvitError
 from quietvit.deployment import open_runtime
-from quietvit.deployment.parity import agreements
+from quietvit.deployment.parity import Agreement, agreements
 from quietvit.deployment.proof import prove
 from quietvit.quantization import QuantizedModel
 
@@ -53,6 +53,10 @@ class Hybrid(nn.Module):
         x = x + nn.functional.relu(self.full(x))
         x = self.mix(self.tokens(x).flatten(2).transpose(1, 2))
         return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+def compared_with(artifact: Any, own: QuantizedModel, x: Tensor) -> list[Agreement]:
+    return agreements(open_runtime(artifact.path), artifact.facts, own, x)
 
 
 def images(count: int = 4, seed: int = 0) -> Tensor:
@@ -116,7 +120,7 @@ def test_quantized_outputs_make_every_convolution_an_integer_one(
     proof = prove(open_runtime(artifact.path, threads=1), artifact.facts)
     assert proof.integer_share == 1
     assert proof.counts["QLinearConv"] == 4
-    compared = agreements(artifact.path, artifact.facts, own, images(2, seed=3))
+    compared = compared_with(artifact, own, images(2, seed=3))
     assert len(compared) == len(own.trace.matmuls)
     assert all(each.equal and each.sums > 0 for each in compared)
     assert sum(each.ties for each in compared) < 0.01 * sum(each.sums for each in compared)
@@ -130,7 +134,7 @@ def test_a_range_beyond_that_of_relu6_is_cut_off_in_the_codes(tmp_path: Path) ->
     assert convolved(artifact.path)["stem.0"] == "QLinearConv"
     assert "Clip" in {node.op_type for node in onnx.load(artifact.path).graph.node}
     many = 5 * images(2, seed=3)
-    assert all(each.equal for each in agreements(artifact.path, artifact.facts, own, many))
+    assert all(each.equal for each in compared_with(artifact, own, many))
 
 
 def test_inputs_in_the_middle_between_codes_are_no_wrong_outputs(tmp_path: Path) -> None:
@@ -140,7 +144,7 @@ def test_inputs_in_the_middle_between_codes_are_no_wrong_outputs(tmp_path: Path)
     codes = given.codes(images(8, seed=5)) - given.zero_point
     middles = (codes + 0.5).float() * given.scale
     artifact = quietvit.export(own, tmp_path / "model.onnx")
-    assert all(each.equal for each in agreements(artifact.path, artifact.facts, own, middles))
+    assert all(each.equal for each in compared_with(artifact, own, middles))
 
 
 @pytest.mark.parametrize(("size", "integer"), [(1000.0, True), (1e6, False)])
@@ -160,7 +164,7 @@ def test_a_bias_and_a_mean_that_cancel_are_allowed_for(
     stem = artifact.facts.product("stem.0")
     assert (stem.why_float is None) is integer
     assert integer or "off by up to" in str(stem.why_float)
-    compared = agreements(artifact.path, artifact.facts, own, images(16, seed=3))
+    compared = compared_with(artifact, own, images(16, seed=3))
     assert all(each.equal for each in compared)
 
 
@@ -174,9 +178,9 @@ def test_one_wrong_integer_of_a_convolution_is_found(spoilt: str, tmp_path: Path
     array.flat[0] = np.int64(array.flat[0]) * -1 if "weight" in spoilt else array.flat[0] + 2000
     entry.CopyFrom(onnx.numpy_helper.from_array(array, entry.name))
     onnx.save(content, path)
-    facts = open_runtime(path).facts
-    wrong = [a for a in agreements(path, facts, own, images(2)) if not a.equal]
+    runtime = open_runtime(path)
+    wrong = [a for a in agreements(runtime, runtime.facts, own, images(2)) if not a.equal]
     assert [(a.product, a.wrong, a.off > 0) for a in wrong] == [("full", 0, True)]
     bare = quantized()
     with pytest.raises(QuietvitError, match=r"full.*no quantizer"):
-        agreements(path, facts, bare, images(2))
+        agreements(runtime, runtime.facts, bare, images(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import quietvit
 from quietvit import QuietvitError
 from quietvit.deployment import open_runtime
 from quietvit.deployment.for_onnx.capture import _register_constants
-from quietvit.deployment.for_onnx.file import float_onnx, serialized
-from quietvit.deployment.runtime import OnnxRuntime
+from quietvit.deployment.for_onnx.file import float_onnx, write_onnx
+from quietvit.deployment.for_onnx.runtime import OnnxRuntime
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -54,6 +55,24 @@ class Windowed(nn.Module):
         return self.out(shared.mean((1, 2)))  # type: ignore[no-any-return]
 
 
+class Limited(nn.Module):
+    """Products without bias whose outputs are clamped or rectified, as in gemma4_vit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+        self.down, self.out = nn.Linear(16, 8, bias=False), nn.Linear(8, 5, bias=False)
+        self.register_buffer("low", torch.tensor(-torch.inf))
+        self.register_buffer("high", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).reshape(len(x), 3, 16).clamp(self.low, self.high)
+        q, k = F.relu(self.q(x)), self.k(x).clamp(self.low, self.high)
+        x = F.relu6(q @ k.mT) @ x
+        x = self.out(self.down(x).clamp(max=0.5))
+        return x.mean(1).relu()  # type: ignore[no-any-return]
+
+
 class OneByOne(nn.Module):
     """Takes the batch apart and puts it together, so that torch.export fixes its size."""
 
@@ -65,15 +84,33 @@ class OneByOne(nn.Module):
         return self.head(torch.stack(x.unbind()).flatten(1))  # type: ignore[no-any-return]
 
 
+class Checked(nn.Module):
+    """Checks values as transformers' detectors do, by operators that ONNX does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from transformers.utils import torch_compilable_check
+
+        torch_compilable_check(x.sum() < torch.inf, "the images are not finite")
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
 def images(count: int = 8, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("model", "integer"), [(Computed, 4), (Windowed, 6)])
+@pytest.mark.parametrize(
+    ("model", "bits", "integer"),
+    [(Computed, 8, 4), (Windowed, 8, 6), (Limited, 8, 6), (Limited, 6, 6)],
+)
 def test_the_file_computes_what_the_simulated_model_computes(
-    model: Any, integer: int, tmp_path: Path
+    model: Any, bits: int, integer: int, tmp_path: Path
 ) -> None:
-    own = quietvit.quantize(model().eval(), quietvit.RTN(weight_bits=4), images(), progress=False)
+    method = quietvit.RTN(weight_bits=4, activation_bits=bits)
+    own = quietvit.quantize(model().eval(), method, images(), progress=False)
     artifact = quietvit.export(own, tmp_path / "model.onnx")
     found = artifact.check(own, images(seed=1), seconds=0.01, threads=1, batches=(1,))
     assert found.ok, found.failures
@@ -82,12 +119,25 @@ def test_the_file_computes_what_the_simulated_model_computes(
     assert all("does not depend on the images" in reason for reason in left)
 
 
-def test_a_float_file_has_explicit_attention_where_torch_writes_none() -> None:
+def test_a_float_file_has_explicit_attention_where_torch_writes_none(tmp_path: Path) -> None:
     model, x = Windowed().eval(), images(3)
     with torch.no_grad():
         wanted = model(x).numpy()
-    found = OnnxRuntime(serialized(float_onnx(model, (3, 4, 4))))(x.numpy())
+    write_onnx(float_onnx(model, (3, 4, 4)), tmp_path / "float.onnx")
+    found = OnnxRuntime(tmp_path / "float.onnx")(x.numpy())
     assert np.allclose(found, wanted, atol=1e-5)
+
+
+def test_checks_of_values_stay_out_of_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "0")
+    model, x = Checked().eval(), images(3)
+    write_onnx(float_onnx(model, (3, 4, 4)), tmp_path / "float.onnx")
+    found = OnnxRuntime(tmp_path / "float.onnx")(x.numpy())
+    assert np.allclose(found, model(x).detach().numpy(), atol=1e-5)
+    assert os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] == "0"
 
 
 def test_a_batch_that_cannot_be_free_is_told_and_gone_through(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import quietvit
 from deployment_cases import exported, pictures, quantized
 from quietvit import QuietvitError
 from quietvit.deployment import open_runtime
-from quietvit.deployment.for_onnx.file import float_onnx, serialized
+from quietvit.deployment.for_onnx.file import float_onnx, write_onnx
 from quietvit.deployment.parity import agreements
 from quietvit.deployment.proof import prove
 
@@ -45,7 +45,7 @@ def test_every_product_runs_in_integers_and_they_are_the_simulated_ones(model: s
     assert proof.integer_share == 1
     assert [ran.product for ran in proof.ran] == [site.name for site in own.trace.matmuls]
     assert proof.total_macs == own.trace.macs
-    found = agreements(artifact.path, artifact.facts, own, pictures(model, 2, seed=3))
+    found = agreements(runtime, artifact.facts, own, pictures(model, 2, seed=3))
     assert len(found) == len(own.trace.matmuls)
     assert all(agreement.equal for agreement in found)
     assert sum(agreement.ties for agreement in found) <= 2
@@ -82,7 +82,7 @@ def test_any_batch_size(model: str) -> None:
 def test_integers_of_every_setting(fields: dict[str, Any], method: str) -> None:
     artifact, own = exported("vit", method, **fields), quantized("vit", method, **fields)
     assert prove(open_runtime(artifact.path), artifact.facts).integer_share == 1
-    found = agreements(artifact.path, artifact.facts, own, pictures("vit", 2, seed=3))
+    found = agreements(open_runtime(artifact.path), artifact.facts, own, pictures("vit", 2, seed=3))
     assert found
     assert all(agreement.equal for agreement in found)
 
@@ -108,7 +108,7 @@ def test_a_file_is_about_a_quarter_of_the_float_one(tmp_path: Path) -> None:
     x = torch.randn(4, 3, 32, 32)
     own = quietvit.quantize(model, quietvit.RTN(), x)
     artifact = quietvit.export(own, tmp_path / "model.onnx")
-    size = len(serialized(float_onnx(own.model, own.input_shape)))
+    size = write_onnx(float_onnx(own.model, own.input_shape), tmp_path / "float.onnx")
     assert 3.3 < size / artifact.size < 4
 
 
@@ -163,9 +163,10 @@ def test_colinearity_decay_leaves_no_trace_in_the_graph(tmp_path: Path) -> None:
             model(x).square().mean().backward()
             optimizer.step()
         own = quietvit.quantize(model.eval(), quietvit.RTN(), x)
-        written = quietvit.export(own, tmp_path / f"{strength}.onnx").path.read_bytes()
-        floating = serialized(float_onnx(model, (3, 32, 32)))
-        graphs.append([onnx.load_from_string(data).graph for data in (written, floating)])
+        written = quietvit.export(own, tmp_path / f"{strength}.onnx").path
+        floating = tmp_path / f"{strength}.float.onnx"
+        write_onnx(float_onnx(model, (3, 32, 32)), floating)
+        graphs.append([onnx.load(path).graph for path in (written, floating)])
     for without, with_it in zip(*graphs, strict=True):
         assert [str(node) for node in without.node] == [str(node) for node in with_it.node]
         shapes = [

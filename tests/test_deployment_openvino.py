@@ -16,12 +16,13 @@ from quietvit import RTN, QuietvitError
 from quietvit.deployment import export, open_runtime
 from quietvit.deployment.facts import facts_of
 from quietvit.deployment.for_onnx.file import quantized_onnx
-from quietvit.deployment.for_openvino.file import ATTENTION, write_openvino
+from quietvit.deployment.for_onnx.session import open_session
+from quietvit.deployment.for_openvino.file import write_openvino
 from quietvit.deployment.for_openvino.graph import without_zero_points
+from quietvit.deployment.for_openvino.kernels import ATTENTION
 from quietvit.deployment.grids import grids_of
 from quietvit.deployment.parity import agreements
 from quietvit.deployment.proof import prove
-from quietvit.deployment.runtime import OnnxRuntime
 from quietvit.quantization import quantize
 
 pytest.importorskip("openvino")
@@ -92,7 +93,7 @@ def test_the_sums_of_a_product_are_the_simulated_models(
     (ran,) = prove(runtime, runtime.facts).ran
     assert ran.integer
     assert ran.operator.lower().endswith("_i8")
-    (compared,) = agreements(path, runtime.facts, quantized, 3 * x)
+    (compared,) = agreements(runtime, runtime.facts, quantized, 3 * x)
     assert compared.equal
     assert compared.codes == x.numel()
 
@@ -106,8 +107,8 @@ def test_a_changed_weight_is_found(written: tuple[Any, Path], tmp_path: Path) ->
     binary[start] ^= 2
     (tmp_path / "model.xml").write_bytes(path.read_bytes())
     (tmp_path / "model.bin").write_bytes(binary)
-    facts = open_runtime(tmp_path / "model.xml").facts
-    found = agreements(tmp_path / "model.xml", facts, quantized, images(2))
+    runtime = open_runtime(tmp_path / "model.xml")
+    found = agreements(runtime, runtime.facts, quantized, images(2))
     assert [a.product for a in found if not a.equal] == ["head"]
 
 
@@ -143,7 +144,7 @@ def test_linears_run_in_integers_and_attention_is_not_claimed(written: tuple[Any
             assert ran.product not in proof.claimed
             assert ran.integer or ran.reason
     assert proof.broken == ()
-    compared = agreements(path, runtime.facts, quantized, 2 * images(2))
+    compared = agreements(runtime, runtime.facts, quantized, 2 * images(2))
     assert [a.product for a in compared] == [r.product for r in proof.ran if r.integer]
     assert all(a.equal and a.codes > 0 and a.sums > 0 for a in compared)
     linear = sum(s.macs for s in quantized.trace.matmuls if s.kind in ("linear", "conv"))
@@ -235,8 +236,9 @@ def test_zero_points_are_taken_out_without_a_change_of_values(tmp_path: Path) ->
         assert zeros
         assert without_zero_points(model) == frozenset()
         onnx.checker.check_model(model, full_check=True)
-        wanted = OnnxRuntime(path)(x.numpy())
-        found = OnnxRuntime(model.SerializeToString())(x.numpy())
+        given = {"images": x.numpy()}
+        (wanted,) = open_session(path).run(None, given)
+        (found,) = open_session(model.SerializeToString()).run(None, given)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
 
 

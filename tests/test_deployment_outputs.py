@@ -21,7 +21,8 @@ from quietvit import QuietvitError
 from quietvit.deployment import Embedding, comparing, load_torchao, open_runtime
 from quietvit.deployment.comparing import Features
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.outputs import output_of, tensors_of
+from quietvit.deployment.outputs import output_of
+from quietvit.outputs import tensors_of
 from test_cli import refused, run
 
 SHAPE = (3, 32, 32)

@@ -14,8 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from quietvit import RTN, FQViT, QuietvitError, QwT, RepQViT, SmoothQuant, load
-from quietvit.deployment import export, load_torchao, to_torchao
-from quietvit.deployment.for_torchao.file import facts_of_folder
+from quietvit.deployment import export, load_torchao, open_runtime, to_torchao
 from quietvit.deployment.for_torchao.model import IntegerLinear, TorchAO
 from quietvit.quantization import QuantizedModel, quantize
 from quietvit.tracing import intercept
@@ -220,8 +219,6 @@ def test_the_folder_reads_back_bit_for_bit(written: tuple[QuantizedModel, Path, 
     assert again.integer == made.integer
     assert again.integer_share == made.integer_share
     assert {entry.name for entry in path.iterdir()} == {"model.safetensors", "torchao.json"}
-    facts = facts_of_folder(path)
-    assert {p.name for p in facts.products if p.why_float is None} == set(made.integer)
 
 
 @torch.no_grad()
@@ -232,6 +229,8 @@ def test_timm_builds_what_it_knows_by_name(
     quantized = quantize(model, RTN(weight_bits=4), images(8), progress=False)
     made = to_torchao(quantized)
     export(quantized, tmp_path / "model", to="torchao")
+    products = open_runtime(tmp_path / "model").facts.products
+    assert {p.name for p in products if p.why_float is None} == set(made.integer)
     for path in (tmp_path / "model", made.save(tmp_path / "saved")):
         assert torch.equal(load_torchao(path).model(images()), made.model(images()))
     with pytest.raises(QuietvitError, match=r"load_torchao.*model=my_model"):

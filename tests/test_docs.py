@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,11 @@ from typer.testing import CliRunner
 from huggingface_cases import classifier, saved
 from quietvit import cli
 from quietvit.data import create_model
-from quietvit.quantization import methods_markdown
+from quietvit.decay.registry import _ENTRIES
+from quietvit.deployment.targets import TARGETS
+from quietvit.quantization.listing import methods_markdown
+from quietvit.quantization.method import _METHODS
+from quietvit.tasks.registry import _TASKS
 from quietvit.train.recipe import known_keys, list_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +41,20 @@ def blocks(page: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(1)), match.group(1)) for match in BLOCK.finditer(text)]
 
 
+@pytest.fixture
+def kept_registries() -> Iterator[None]:
+    """What a page registers is taken back after it."""
+    registries: list[dict[str, Any]] = [_METHODS, _ENTRIES, TARGETS, _TASKS]
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, held in zip(registries, before, strict=True):
+        for name in registry.keys() - held.keys():
+            del registry[name]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.usefixtures("kept_registries")
+@pytest.mark.parametrize("page", [*PAGES, "docs/extending.md"])
 def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = blocks(page)

@@ -251,7 +251,7 @@ def test_bad_images(model, bad, message):
 
 
 def test_a_later_batch_of_another_size_is_refused(model, images):
-    with pytest.raises(QuietvitError, match="could not run on images"):
+    with pytest.raises(QuietvitError, match="does not run on images"):
         diagnose(model, [images, torch.randn(2, 3, 24, 24)])
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import quietvit
 from block_cases import Doubling, built, quantize
 from quietvit.errors import QuietvitError
-from quietvit.quantization import RTN
+from quietvit.quantization import RTN, load
 from quietvit.quantization.blocks import find_blocks
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
@@ -20,7 +20,6 @@ from quietvit.quantization.fitting.block_data import BlockData, by_image, chunks
 from quietvit.quantization.methods.brecq import BRECQ
 from quietvit.quantization.methods.qdrop import QDrop
 from quietvit.quantization.methods.qwt import QwT
-from quietvit.quantization.storage import load
 from quietvit.quantization.weights import read_weight
 from quietvit.tracing import trace
 from quietvit.tracing.block_modules import first_tensor, watching_modules

@@ -10,7 +10,6 @@ from torch import nn
 
 import quietvit
 import zoo
-from quietvit.quantization.method import Slot
 from quietvit.quantization.methods.fq_vit import (
     FQViT,
     IntegerSoftmax,
@@ -20,6 +19,7 @@ from quietvit.quantization.methods.fq_vit import (
 from quietvit.quantization.nonuniform import LogQuantizer
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import Stream
+from quietvit.quantization.slot import Slot
 
 
 def stream_of(x):

@@ -16,10 +16,11 @@ from quietvit.quantization.fitting.least_squares import (
     nearest,
     round_with_feedback,
 )
-from quietvit.quantization.method import Slot, get_method
+from quietvit.quantization.method import get_method
 from quietvit.quantization.methods import erq
 from quietvit.quantization.methods.erq import ERQ
 from quietvit.quantization.methods.gptq import GPTQ
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight
 from quietvit.tracing import intercept, trace
 

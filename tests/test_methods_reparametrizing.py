@@ -24,7 +24,7 @@ from quietvit.quantization.methods.smoothquant import SmoothQuant, smoothing_sca
 from quietvit.quantization.nonuniform import LogQuantizer, squared_error
 from quietvit.quantization.quantizers import AffineQuantizer, affine_fake
 from quietvit.quantization.reparametrize import norm_links
-from quietvit.tracing.trace import call
+from quietvit.tracing import call
 
 METHODS = [SmoothQuant, RepQViT, DopQViT]
 FLOAT = {"weight_bits": None, "activation_bits": None}

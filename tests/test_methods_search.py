@@ -16,9 +16,10 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization.companding import TwinQuantizer
 from quietvit.quantization.fitting import search, search_method
 from quietvit.quantization.fitting.search import Affine, Groups, Log, Output, TwinGelu, TwinSoftmax
-from quietvit.quantization.method import Slot, get_method
+from quietvit.quantization.method import get_method
 from quietvit.quantization.methods.adalog import even_out
 from quietvit.quantization.nonuniform import LogQuantizer
+from quietvit.quantization.slot import Slot
 
 PTQ4ViT, AdaLog = get_method("ptq4vit"), get_method("adalog")
 METHODS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import json
 import subprocess
@@ -149,3 +150,19 @@ def test_imports_point_downwards() -> None:
     )  # in a process of its own, since import-linter silences the loggers of this one
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports lead in no circle, whatever its length.
+
+    Imports inside functions and under ``if TYPE_CHECKING`` count like all others, since each of
+    them makes a reader go round too. The module ``quietvit`` is left out: it names what is public
+    of every room, and modules read their version there.
+    """
+    grimp = pytest.importorskip("grimp")
+    graph = grimp.build_graph("quietvit", cache_dir=None)
+    imported = {
+        module: graph.find_modules_directly_imported_by(module) - {"quietvit"}
+        for module in graph.modules - {"quietvit"}
+    }
+    graphlib.TopologicalSorter(imported).prepare()  # raises CycleError, which names the circle

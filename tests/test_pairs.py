@@ -478,33 +478,49 @@ class BesideAttention(nn.Module):
         super().__init__()
         self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
         self.local = nn.Conv1d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.pool = nn.Conv1d(4, 4, 3, stride=2, groups=4)
+        self.grouped = nn.Conv1d(8, 8, 1, groups=2)
         self.beside = beside
 
     def forward(self, x):
         q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        if self.beside == "pooled":  # heads folded into the batch, as in MViTv2
+            k, v = (self.pool(x.flatten(0, 1).mT).mT.unflatten(0, (-1, 2)) for x in (k, v))
+        if self.beside == "grouped":
+            v = self.grouped(v.permute(0, 1, 3, 2).flatten(1, 2)).unflatten(1, (2, 4)).mT
         y = (q @ k.mT).softmax(-1) @ v
         if self.beside == "values":
             local = self.local(v.permute(0, 1, 3, 2).flatten(1, 2)).mT
             return x + self.proj(y.transpose(1, 2).flatten(2) + local)
         if self.beside == "queries":
             return x + self.proj((q + y).transpose(1, 2).flatten(2))
+        if self.beside in ("pooled", "grouped"):
+            return x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.proj((q.relu() @ (k.relu().mT @ v)).transpose(1, 2).flatten(2))
 
 
-def test_values_that_go_beside_the_attention_stay_in_their_pair():
-    pairs = find_pairs(BesideAttention("values"), torch.randn(1, 5, 8), kinds=["value_output"])
+@pytest.mark.parametrize(
+    ("beside", "through"),
+    [("values", ("attention", "depthwise")), ("pooled", ("depthwise", "attention"))],
+)
+def test_a_depthwise_convolution_beside_or_before_attention_keeps_the_pair(beside, through):
+    pairs = find_pairs(BesideAttention(beside), torch.randn(1, 5, 8), kinds=["value_output"])
     assert [(p.first.rows, p.second.cols, p.head) for p in pairs] == [
         (range(16 + 4 * h, 20 + 4 * h), range(4 * h, 4 * h + 4), h) for h in range(2)
     ]
-    assert {p.through for p in pairs} == {("attention", "depthwise")}
+    assert {p.through for p in pairs} == {through}
 
 
 @pytest.mark.parametrize(
     ("beside", "reason"),
-    [("queries", "other channels of A are added"), ("nothing", "activations without softmax")],
+    [
+        ("queries", "qkv -> proj: other channels of A are added"),
+        ("nothing", "qkv -> proj: a product of activations without softmax"),
+        ("grouped", "grouped -> proj: A is a convolution in groups"),
+    ],
 )
 def test_what_stands_between_values_and_projection_is_named(beside, reason):
-    with pytest.raises(QuietvitError, match=f"qkv -> proj: .*{reason}"):
+    with pytest.raises(QuietvitError, match=reason):
         find_pairs(BesideAttention(beside), torch.randn(1, 5, 8))
 
 

@@ -10,13 +10,13 @@ import torch
 import quietvit
 import zoo
 from quietvit.measure.sqnr import sqnr
+from quietvit.quantization import load
 from quietvit.quantization.adjustments import ChannelAffine, Compensation
 from quietvit.quantization.blocks import find_blocks
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.method import Method
 from quietvit.quantization.quantized import QuantizedModel
 from quietvit.quantization.reparametrize import norm_links, reparametrize
-from quietvit.quantization.storage import load
 from quietvit.tracing import trace
 
 NAME = "timm-vit"

@@ -7,9 +7,8 @@ import torch
 
 import zoo
 from quietvit.quantization.blocks import find_blocks, run_block
-from quietvit.tracing import trace
+from quietvit.tracing import call, trace
 from quietvit.tracing.block_modules import first_tensor, watching_modules
-from quietvit.tracing.trace import call
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

@@ -374,7 +374,6 @@ BAD_IMAGES: dict[str, tuple[Any, str]] = {
     "empty list": ([], "zero calibration images"),
     "empty loader": (loader_of_nothing(), "zero calibration images"),
     "one image": (images()[0], "batch dimension"),
-    "list of images": (list(images()), "each must be a tensor"),
     "grey": (images()[:, :1], "does not run"),
     "another size": ([images(), torch.randn(2, 3, 48, 48)], r"\(3, 48, 48\), earlier ones"),
     "pixels": ((images() * 255).to(torch.uint8), "uint8"),

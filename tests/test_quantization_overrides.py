@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -10,9 +12,9 @@ import zoo
 from method_cases import configured
 from quietvit.errors import QuietvitError
 from quietvit.measure.sqnr import sqnr
-from quietvit.quantization import GPTQ, RTN, get_method
-from quietvit.quantization.method import Slot
+from quietvit.quantization import GPTQ, RTN, get_method, quantize
 from quietvit.quantization.settings import parse_method
+from quietvit.quantization.slot import Slot
 
 FOUR = {"weight_bits": 4, "activation_bits": 4}
 
@@ -157,3 +159,25 @@ def test_consumers_of_one_norm_may_differ_in_bits(name):
         noise = sqnr(model, whole, images, local=True)
     assert noise[inputs[0]] > noise[inputs[2]] + 6
     assert noise[inputs[1]] > noise[inputs[0]]
+
+
+def test_coverage_tells_the_bits_of_the_multiplications():
+    model, example = zoo.build("timm-vit")
+    method = RTN(weight_bits=4, activation_bits=6, overrides="attention-maps-8", exclude="*.fc2")
+    coverage = quantize(model, method, example, progress=False).coverage
+    sites = quietvit.trace(model, example).matmuls
+    expected = Counter()
+    for site in sites:
+        if site.name.endswith(".fc2"):
+            label = "float"
+        elif site.kind == "matmul":
+            label = "A8A6" if site.operands[0].role == "post_softmax" else "A6A6"
+        else:
+            label = "W8A8" if site.role in ("patch_embed", "head") else "W4A6"
+        expected[label] += site.macs
+    left = expected.pop("float")
+    assert dict(coverage.by_bits) == expected
+    assert coverage.total_macs - coverage.quantized_macs == left
+    assert str(coverage).splitlines()[1] == coverage.shares()
+    assert f" {100 * expected['W4A6'] / coverage.total_macs:.0f} % W4A6, " in coverage.shares()
+    assert coverage.shares().endswith(f"{100 * left / coverage.total_macs:.0f} % float")

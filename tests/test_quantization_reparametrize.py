@@ -12,8 +12,7 @@ from quietvit.quantization.adjustments import ChannelAffine
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.reparametrize import norm_links, reparametrize
 from quietvit.quantization.weights import read_weight, write_weight
-from quietvit.tracing import SITE_KINDS, intercept, trace
-from quietvit.tracing.trace import call
+from quietvit.tracing import SITE_KINDS, call, intercept, trace
 
 
 def moved(model, traced, seed=0):

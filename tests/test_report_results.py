@@ -28,7 +28,7 @@ def test_the_interval_is_that_of_the_paired_t_test(tops):
     expected = stats.t.interval(
         0.95, len(tops) - 1, statistics.fmean(differences), deviation / len(tops) ** 0.5
     )
-    assert (low, high) == pytest.approx(expected, abs=0.01 + 2e-4 * abs(expected[1] - expected[0]))
+    assert (low, high) == pytest.approx(expected)
 
 
 @given(paired)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quietvit.data.section import Section
 from quietvit.errors import QuietvitError
+from quietvit.section import Section
 from quietvit.tasks import Classification, Metric, register_task, registry, task_named, task_names
 from quietvit.train import TrainResult, parse_config, train
 from test_train_loop import config, interrupt

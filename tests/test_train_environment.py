@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quietvit.decay import amplification
-from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
+from quietvit.tensors import widest
 from quietvit.train import losses
 from quietvit.train.engine import make_accelerator
 from test_train_loop import MODEL, assert_same, config, run

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from huggingface_cases import classifier
 from quietvit.data import create_model, load_dataset
+from quietvit.decay.colinearity import ColinearityConfig
 from quietvit.pairs import DEFAULT_KINDS
 from quietvit.train import list_recipes, load_recipe, train
-from quietvit.train.config import ColinearityConfig
 
 FULL = sorted(name for name in list_recipes() if name.startswith("imagenet1k_"))
 SMALL = {

@@ -7,9 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from quietvit.decay import ColinearityDecay
+from quietvit.decay.colinearity import ColinearityConfig
 from quietvit.errors import QuietvitError
 from quietvit.train import list_recipes, load_recipe
-from quietvit.train.config import ColinearityConfig
 from quietvit.train.recipe import known_keys, parse_config
 
 MINIMAL = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"dataset": "embedded:digits"}}

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from quietvit import cli, console
 from quietvit.errors import QuietvitError
-from quietvit.train import evaluation, loop, stopping
+from quietvit.tasks import classification
+from quietvit.train import loop, stopping
 from quietvit.train.checkpoint import list_checkpoints
 from test_train_loop import EVERYTHING, assert_same, config, interrupt, lines, run
 
@@ -56,8 +57,8 @@ def stopped(output, monkeypatch, raised, *patch, **changes):
     [
         ((loop, "forward_backward"), 9, 5),  # two batches are a step
         ((loop, "save_checkpoint"), 1, 4),
-        ((evaluation, "evaluate"), 1, 7),  # between two epochs
-        ((evaluation, "evaluate"), 2, 14),  # after the last
+        ((classification, "count_right"), 1, 7),  # between two epochs
+        ((classification, "count_right"), 2, 14),  # after the last
     ],
     ids=["step", "checkpoint", "evaluation", "last evaluation"],
 )

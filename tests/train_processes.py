@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from quietvit.decay.whole import gathered
 from quietvit.errors import QuietvitError
+from quietvit.tensors import gathered
 from quietvit.train import loop, parse_config, train
 from quietvit.train.engine import whole_model
 

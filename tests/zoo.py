@@ -87,6 +87,34 @@ def _detr() -> Built:
     return transformers.DetrForObjectDetection(config), example
 
 
+def detector(kind: str = "faster_rcnn") -> nn.Module:
+    """A tiny detector of torchvision in eval mode; it takes lists of images, each (3, H, W)."""
+    from torchvision.models import detection
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    torch.manual_seed(0)
+    backbone: Any = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 4, 1))
+    backbone.out_channels = 16
+    anchors = AnchorGenerator(((8, 16),), ((1.0,),))
+    sizes = {"num_classes": 3, "min_size": 64, "max_size": 96}
+    if kind == "retinanet":
+        sizes |= {"topk_candidates": 20, "detections_per_img": 5}
+        model = detection.RetinaNet(backbone, anchor_generator=anchors, score_thresh=0.0, **sizes)
+        return model.eval()
+    return detection.FasterRCNN(
+        backbone,
+        rpn_anchor_generator=anchors,
+        rpn_post_nms_top_n_test=8,
+        box_roi_pool=torchvision.ops.MultiScaleRoIAlign(["0"], 3, 2),
+        box_head=detection.faster_rcnn.TwoMLPHead(16 * 9, 16),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(16, 3),
+        num_classes=None,
+        **{key: size for key, size in sizes.items() if key != "num_classes"},
+        box_score_thresh=0.0,
+        box_detections_per_img=5,
+    ).eval()
+
+
 def _encoder(norm_first: bool) -> Callable[[], Built]:
     def build() -> Built:
         layer = nn.TransformerEncoderLayer(

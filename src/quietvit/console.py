@@ -138,7 +138,10 @@ FloatModel = Annotated[
 ]
 Runtime = Annotated[
     str | None,
-    typer.Option(help="onnxruntime, openvino or torchao.", show_default="what the suffix says"),
+    typer.Option(
+        help="onnxruntime, openvino, torchao, or that of a target of your own.",
+        show_default="what the suffix says",
+    ),
 ]
 
 

@@ -20,7 +20,7 @@ app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Deploy"
 Exported = Annotated[
     Path,
-    typer.Argument(metavar="FILE", help="A model.onnx, model.xml or torchao folder."),
+    typer.Argument(metavar="FILE", help="What export wrote: model.onnx, model.xml, model.torchao."),
 ]
 
 
@@ -38,7 +38,7 @@ def export(
         str | None,
         typer.Option(
             "--to",
-            help="onnx, openvino or torchao.",
+            help="Target: onnx, openvino, torchao, or one of your own.",
             show_default="what the suffix of the output says, else onnx",
         ),
     ] = None,
@@ -46,41 +46,39 @@ def export(
         str | None,
         typer.Option(
             "--as",
-            help="uniform: replace codes without integer kernels by uniform ones. symmetric: by "
-            "ones without zero points, too.",
+            help="uniform: replace codes that no integer kernel has by uniform ones. symmetric: "
+            "replace zero points, too.",
         ),
     ] = None,
     signed: Annotated[
         bool,
-        typer.Option("--signed", help="int8 activations with zero point 0, as TensorRT takes."),
+        typer.Option("--signed", help="Activations as int8 with zero point 0, as TensorRT wants."),
     ] = False,
     tensor: Annotated[
         str | None,
         typer.Option(
             "--output-tensor",
-            help="Name or place of the tensor to export, of a model that returns several.",
+            help="The tensor to export, by name or place, if the model returns several.",
             show_default="logits, else pooler_output, else the only one",
         ),
     ] = None,
     opset: Annotated[int, typer.Option(help="ONNX opset, 20 or 21.")] = 21,
     labels: Annotated[
-        Path | None, typer.Option("--labels", help="Text file with the name of a class a line.")
+        Path | None,
+        typer.Option("--labels", help="Text file with the name of one class a line."),
     ] = None,
     model: FloatModel = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a quantized model as a file that a runtime computes in integers."""
     from quietvit.deployment import export as run
+    from quietvit.deployment.targets import target_named
 
-    if to is None and output is None:
-        to = "onnx"
-    suffix = {"onnx": ".onnx", "openvino": ".xml", "torchao": ".torchao"}.get(to or "onnx")
-    if suffix is None:
-        raise QuietvitError(f"--to {to} is not known; choose onnx, openvino or torchao.")
-    path = file.with_suffix(suffix) if output is None else output
+    if output is None:
+        output = file.with_suffix(target_named(to or "onnx").suffix)
     found = run(
         _load(file, model),
-        path,
+        output,
         to=to,
         as_=as_,
         opset=opset,
@@ -111,7 +109,7 @@ def check(
     ],
     images: Annotated[
         str,
-        typer.Option("--images", metavar="DATA", help="Images; labels add top-1."),
+        typer.Option("--images", metavar="DATA", help="Images to compare on; labels add top-1."),
     ],
     model: FloatModel = None,
     count: Annotated[
@@ -121,15 +119,15 @@ def check(
     runtime: Runtime = None,
     threads: Threads = 0,
     seconds: Annotated[
-        float, typer.Option(min=0, help="How long each batch size is timed; 0: not at all.")
+        float, typer.Option(min=0, help="Time each batch size for so long; 0: not at all.")
     ] = 10.0,
     json: Annotated[
-        Path | None, typer.Option("--json", help="Write everything to this file, too.")
+        Path | None, typer.Option("--json", help="Also write everything to this file.")
     ] = None,
 ) -> None:
-    """Prove what an exported file computes in integers, that it is the same, and how fast.
+    """Prove what an exported file computes in integers, that it computes the same, and how fast.
 
-    Exit code 1 where the file does not keep what it claims.
+    The exit code is 1 if the file does not keep what it claims.
     """
     from quietvit.data import evaluation_loader, evaluation_transform
     from quietvit.data.images import NoLabelsError, subset
@@ -151,7 +149,7 @@ def check(
     dataset = subset(whole, count)
     loader = evaluation_loader(dataset, transform, 32)
     batches = loader if dataset.labelled else (x for x, _ in loader)
-    found = run(file, quantized, batches, runtime=runtime, threads=threads, seconds=seconds)
+    found = run(loaded, quantized, batches, seconds=seconds)
     written = None if json is None else found.to_json(json)
     typer.echo(str(found))
     if written is not None:
@@ -189,8 +187,8 @@ def predict(
 ) -> None:
     """Print the most probable classes of images, or their embedding.
 
-    The preprocessing is the one in the file. An image that cannot be read is reported, and the
-    others go on; the exit code is then 1.
+    Images are prepared by the preprocessing in the file. An image that cannot be read is reported
+    and passed over; the exit code is then 1.
     """
     from quietvit.data.folder import image_files
     from quietvit.deployment import Embedding, open_runtime
@@ -201,7 +199,7 @@ def predict(
     loaded = open_runtime(file, runtime, threads)
     if npy is not None and loaded.facts.output.of_classes:
         raise QuietvitError(
-            f"{file} gives scores of classes, no embedding, so there is nothing for --npy; use "
+            f"{file} gives scores of classes, no embedding, so there is nothing for --npy. Use "
             "--json."
         )
     for path in (json, npy):

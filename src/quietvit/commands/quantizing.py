@@ -108,8 +108,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL|FILE",
-            help="Name of a timm model, hf:FOLDER, folder of a training run, a saved .qvit, or an "
-            "exported .onnx, .xml or torchao folder.",
+            help="Name of a timm model, hf:FOLDER, folder of a training run, a saved .qvit, or "
+            "what export wrote.",
         ),
     ],
     images: Images,
@@ -164,10 +164,12 @@ def _count_of(method: Method, dataset: ImageDataset, count: int | None) -> int:
 
 def _kind_of(path: Path) -> str:
     """What ``evaluate`` is given: ``qvit``, an ``exported`` file, or the name of a ``model``."""
-    if path.suffix == ".qvit" or (path / "quantization.json").is_file():
+    from quietvit.deployment.targets import target_of
+    from quietvit.quantization.storage import FORMAT
+
+    if path.suffix == FORMAT.suffix or FORMAT.holds(path):
         return "qvit"
-    exported = path.suffix in (".onnx", ".xml", ".torchao") or (path / "torchao.json").is_file()
-    return "exported" if exported else "model"
+    return "model" if target_of(path) is None else "exported"
 
 
 def _evaluate_file(

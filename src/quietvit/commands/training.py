@@ -92,7 +92,11 @@ def compare(
         str, typer.Option(help="Seeds of training: one run with and one without CD for each.")
     ] = "0,1,2",
     bits: Annotated[
-        str, typer.Option(help="Bits of weights and activations, each 2 to 16.")
+        str,
+        typer.Option(
+            help="Bits of weights and activations, each 2 to 16; W4A4+attention-maps-8 or "
+            "W4A4+post_softmax=8 keeps some at others."
+        ),
     ] = "W8A8,W6A6,W4A4",
     methods: Annotated[
         str, typer.Option(help="Methods, each with its activation range.")

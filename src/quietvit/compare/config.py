@@ -10,16 +10,17 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from quietvit.data.section import Section
 from quietvit.errors import QuietvitError, nearest
-from quietvit.quantization.settings import setting_names
+from quietvit.quantization.settings import setting_names, written_bits
+from quietvit.section import Section
 from quietvit.train import TrainConfig
 
 
 class CompareConfig(Section):
     """A comparison; ``recipe`` describes the arm with CD, the other leaves its ``decay.cd`` out.
 
-    ``bits`` and ``methods`` are combined: ``W4A4`` and ``rtn-omse``. Calibration images are drawn
+    ``bits`` and ``methods`` are combined: ``W4A4`` and ``rtn-omse``. ``W4A4+attention-maps-8`` or
+    ``W4A4+post_softmax=8`` keeps single roles or sites at other bits. Calibration images are drawn
     from the training data, ``diagnosed_images`` from the test data, both by ``calibration_seed``.
     ``noise_setting`` is the setting whose noise is measured per site (by default the last bits with
     the first method). Raises QuietvitError where a value is refused.
@@ -43,8 +44,9 @@ class CompareConfig(Section):
     @field_validator("bits", "methods")
     @classmethod
     def _written_one_way(cls, names: tuple[str, ...], info: Any) -> tuple[str, ...]:
-        upper = info.field_name == "bits"
-        return tuple(name.strip().upper() if upper else name.strip().lower() for name in names)
+        if info.field_name == "bits":
+            return tuple(map(written_bits, names))
+        return tuple(name.strip().lower() for name in names)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -63,7 +65,7 @@ class CompareConfig(Section):
                 f"noise_setting {self.noise_setting!r} is not compared"
                 f"{nearest(self.noise_setting, settings)}; choose one of: {', '.join(settings)}."
             )
-        cd = self.recipe.decay.cd
+        cd = self.recipe.decay.sections().get("cd")
         if cd is None or not cd.active:
             raise QuietvitError(
                 "the recipe trains without Colinearity Decay, so there is nothing to compare; give "

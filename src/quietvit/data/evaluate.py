@@ -19,6 +19,7 @@ from quietvit.classes import names_of
 from quietvit.data.matching import label_numbers
 from quietvit.data.sources import ImageDataset, Transformed
 from quietvit.errors import QuietvitError
+from quietvit.outputs import logits_of
 from quietvit.tracing import evaluating
 
 
@@ -46,7 +47,8 @@ def evaluate(
     """Return the top-1 accuracy in percent. The model is run in eval mode and its mode restored.
 
     Args:
-        model: images (B, 3, H, W) -> logits (B, classes), or an object with ``.logits``.
+        model: images (B, 3, H, W) -> logits (B, classes), in any form that ``outputs.logits_of``
+            takes.
         loader: batches of (images, labels), as from ``evaluation_loader``. Where the names of the
             classes are known of its data set and of the model, classes are matched by name: see
             ``matching``.
@@ -78,7 +80,7 @@ def count_right(
     numbers: Tensor | None = None
     with evaluating(model), worker_errors(), progress_bar(loader, progress) as batches:
         for images, labels in batches:
-            logits = _logits(model(images.to(device)))
+            logits = logits_of(model(images.to(device)))
             if int(labels.min()) < 0:
                 raise QuietvitError(
                     f"the data has label {int(labels.min())}, so images without labels; top-1 "
@@ -153,16 +155,6 @@ def worker_errors() -> Iterator[None]:
             f"a process that loads images ended unexpectedly ({error}). If nobody ended it, there "
             "was too little memory (Killed) or room in /dev/shm (Bus error): lower num_workers."
         ) from error
-
-
-def _logits(output: Any) -> Tensor:
-    found = getattr(output, "logits", output)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        raise QuietvitError(
-            f"the model returned {type(found).__name__}, not logits of shape (batch, classes); "
-            "evaluation needs a classifier."
-        )
-    return found
 
 
 @contextmanager

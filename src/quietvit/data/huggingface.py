@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from quietvit.data.differences import differences, shown
 from quietvit.data.image_processor import check_translation, translated_preprocessing
 from quietvit.data.prefixes import unwrapped
 from quietvit.errors import QuietvitError, nearest
@@ -291,15 +291,17 @@ def _resampled(
     """
     if old is None or new is None or old == new:
         return None
-    cells = math.prod(old)
-    extra = len(table) - cells
+    extra = len(table) - math.prod(old)
     if extra < 0 or extra != shape[0] - math.prod(new):
         return None
-    first, last = (table[:cells], table[cells:]) if extra_last else (table[:extra], table[extra:])
-    grid = (first if extra_last else last).unflatten(0, old).permute(2, 0, 1)[None]
-    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    rows = grid[0].permute(1, 2, 0).flatten(0, 1)
-    return torch.cat([rows, last] if extra_last else [first, rows])
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    if extra_last:
+        table = table.roll(extra, 0)  # timm keeps extra rows in front
+    resized: Tensor = resample_abs_pos_embed(
+        table[None], list(new), list(old), num_prefix_tokens=extra, antialias=False
+    )[0]
+    return resized.roll(-extra, 0) if extra_last else resized
 
 
 def _sides(value: Any) -> tuple[int, int]:
@@ -327,8 +329,6 @@ def _input_size(config: Any) -> tuple[int, int, int]:
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    from quietvit.data.weights import differences, shown
-
     problems = differences(model.state_dict(), state)
     if problems:
         raise QuietvitError(

@@ -13,8 +13,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from quietvit.data.policies import mend
-from quietvit.data.section import Section
 from quietvit.errors import QuietvitError
+from quietvit.section import Section
 
 Transform = Callable[[Image.Image], Tensor]
 Area = Annotated[float, Field(gt=0, le=1)]

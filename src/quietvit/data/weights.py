@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from quietvit.classes import name_classes, take_names, unname_classes
 from quietvit.data.checkpoints import class_names_in, read_weights
+from quietvit.data.differences import differences, shown
+from quietvit.data.huggingface import create_hf_model
 from quietvit.data.prefixes import unwrapped
 from quietvit.errors import QuietvitError, nearest
 
@@ -25,9 +27,6 @@ _PRETRAINING = (
     "decoder", "mask_token", "dino_head", "ibot_head", "projection_head", "projector", "predictor",
 )  # fmt: skip
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-
-
-_FILE_LACKS, _MODEL_LACKS = "the file lacks", "the model lacks"
 
 
 def create_model(
@@ -77,8 +76,6 @@ def create_model(
             f"{', '.join(_PREPROCESSING)}."
         )
     if name.startswith("hf:"):
-        from quietvit.data.huggingface import create_hf_model
-
         built = create_hf_model(
             name[3:], num_classes, kwargs, preprocessing, state, untrained=untrained
         )
@@ -227,31 +224,6 @@ def _filtered(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     except Exception:
         return state
     return adapted
-
-
-def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Say where a file's ``state`` and a model's ``own`` have other keys or shapes."""
-    found = [
-        f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    found += [f"{_FILE_LACKS} {key} {tuple(own[key].shape)}" for key in own if key not in state]
-    found += [
-        f"{_MODEL_LACKS} {key} {tuple(state[key].shape)}" for key in sorted(state) if key not in own
-    ]
-    return found
-
-
-def shown(problems: list[str], count: int = 4) -> str:
-    """Return the first ``count`` of ``differences``, of both sides where both have some."""
-    kinds: list[list[str]] = [[], [], []]
-    for problem in problems:
-        lacks = [problem.startswith(begin) for begin in (_FILE_LACKS, _MODEL_LACKS)]
-        kinds[lacks.index(True) if any(lacks) else 2].append(problem)
-    turns = [kind[turn] for turn in range(count) for kind in kinds[::-1] if turn < len(kind)]
-    more = f"; and {len(problems) - count} more" if len(problems) > count else ""
-    return "; ".join(turns[:count]) + more
 
 
 def _remedy(state: Iterable[str]) -> str:

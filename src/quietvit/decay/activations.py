@@ -1,6 +1,6 @@
-"""The largest output of any block, watched while a model trains or evaluates.
+"""The largest output of any block while a model trains or evaluates: a number for logs.
 
-A number for logs. What is penalized is in ``tweo``; what hurts quantization is in ``measure``.
+``tweo`` penalizes it. What hurts quantization is in ``measure``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from quietvit.tracing.block_modules import first_tensor, residual_modules
 
 
 class ActivationWatch:
-    """Largest |output| of the residual blocks in the forward passes while the watch is on.
+    """The largest |output| of each residual block, over forward passes while the watch is on.
 
-    On between ``start()`` and ``stop()``, or inside ``with watch:``; what was seen stays until
-    ``reset()``. Costs one reading of each block's output and nothing else: no value leaves the
-    device before ``largest()``. Passes of any mode count, under gradients or not. A compiled model
-    does not see hooks that come later: run the watched pass under
-    ``torch.compiler.set_stance("force_eager")``. Under DDP each process sees its own images.
+    It is on between ``start()`` and ``stop()``, or inside ``with watch:``. What it saw stays until
+    ``reset()``. It reads each block's output once, and no value leaves the device before
+    ``largest()``. All passes count, in any mode. A compiled model does not call hooks that were
+    added later, so run the watched pass under ``torch.compiler.set_stance("force_eager")``. Under
+    DDP each process sees its own images.
 
-    ``traced``: ``quietvit.trace`` of the model. Raises QuietvitError for a model without residual
+    ``traced`` is ``quietvit.trace`` of the model. Raises QuietvitError for a model without residual
     blocks.
     """
 

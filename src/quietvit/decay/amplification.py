@@ -1,6 +1,6 @@
-"""How far each pair amplifies its worst output channel: what to watch while training.
+"""How far each pair amplifies its worst output channel: a number to watch while training.
 
-Reads weights alone; nothing is changed and nothing penalized here.
+Only reads weights; nothing is changed or penalized here.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.plan import wide, widest
-from quietvit.decay.whole import whole_parameters
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
+from quietvit.tensors import all_gathered, wide, widest
 from quietvit.tracing import WeightView, plain_model
+from quietvit.tracing.scales import read_entry
 
 
 @torch.no_grad()
 def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, float]:
     """Return max_k |A^T b_k| of each pair by its name (the largest where names are equal).
 
-    That is the standard deviation of the pair's worst output channel, where its input is white and
-    of unit variance and nothing stands between; gains ``before`` and ``between`` count. NaN and
-    infinity give ``inf``. One synchronization. Where FSDP2 keeps parameters in parts, all processes
-    have to call it. Raises QuietvitError where there are no pairs. Derived here (docs/method.md).
+    That is the standard deviation of the pair's worst output channel if its input is white, of unit
+    variance, and nothing stands between the two matrices. Gains ``before`` and ``between`` count.
+    NaN and infinity give ``inf``. One device synchronization. Under FSDP2 all processes must call
+    it. Raises QuietvitError if there are no pairs. Derived here (docs/method.md).
     """
     if not pairs:
         raise QuietvitError("amplifications: give at least one pair.")
     model = plain_model(model)
-    views = [view for pair in pairs for view in _views(pair)]
+    views = [view for pair in pairs for view in pair.views]
     names = dict.fromkeys(view.parameter_name for view in views)
-    return amplifications_of(whole_parameters(model, names), pairs)
+    whole = all_gathered({name: read_entry(model, name) for name in names})
+    return amplifications_of(whole, pairs)
 
 
 @torch.no_grad()
@@ -49,25 +50,20 @@ def amplifications_of(
         return wide(view.select(parameters[view.parameter_name]))
 
     with torch.autocast(device.type, enabled=False):
-        values = [_worst_channel(pair, *map(read, _views(pair))) for pair in pairs]
-    found: dict[str, float] = {}
+        values = [_worst_channel(pair, *map(read, pair.views)) for pair in pairs]
+    result: dict[str, float] = {}
     together = torch.stack([value.to(device, widest(device)) for value in values])
     for pair, value in zip(pairs, together.tolist(), strict=True):
         value = value if math.isfinite(value) else math.inf
-        found[pair.name] = max(value, found.get(pair.name, 0.0))
-    return found
+        result[pair.name] = max(value, result.get(pair.name, 0.0))
+    return result
 
 
 def worst_amplification(model: nn.Module, pairs: Sequence[MatrixPair]) -> tuple[str, float]:
     """Return the name of the pair with the largest ``amplifications``, and the value."""
-    found = amplifications(model, pairs)
-    name = max(found, key=found.__getitem__)
-    return name, found[name]
-
-
-def _views(pair: MatrixPair) -> tuple[WeightView, ...]:
-    optional = (view for view in (pair.before, pair.between) if view is not None)
-    return (pair.first, pair.second, *optional)
+    result = amplifications(model, pairs)
+    name = max(result, key=result.__getitem__)
+    return name, result[name]
 
 
 def _worst_channel(pair: MatrixPair, A: Tensor, B: Tensor, *gains: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What some optimizers keep beside a weight and draw it back to: moved along with the weight.
+"""Copies of a weight that some optimizers keep and pull it back to: moved with the weight.
 
-The rate of a step is in ``rates``; when a regularizer acts is in ``attach``.
+The rate of a step is in ``rates``. ``attach`` says when a regularizer acts.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _KEPT = ("x", "y", "z", "x0", "lookahead_slow_buff")
 
 @contextmanager
 def carried(optimizer: Any, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let what the optimizer keeps of ``parameters`` change inside by just what they change by.
+    """Move the optimizer's copies of ``parameters`` by the changes made inside.
 
-    A schedule-free weight is y = (1 - b) z + b x, where x averages all z so far. If y alone were
-    decayed, the next steps would draw it back to z and x. So all three move by the change of y, and
-    each decays as documented (derived here). The same holds for a weight that follows x0 minus a
-    sum of gradients, and for the slow weights of Lookahead.
+    A schedule-free weight is y = (1 - b) z + b x, where x averages all z so far. If only y decayed,
+    the next steps would pull it back to z and x. So all three move by the change of y, and each
+    decays as documented (derived here). The same holds for a weight that follows x0 minus a sum of
+    gradients, and for the slow weights of Lookahead.
 
-    Nothing is copied for optimizers that keep no such thing.
+    For other optimizers nothing is copied.
     """
     state = getattr(optimizer, "state", {})
-    found = []
+    result = []
     for parameter in {id(parameter): parameter for parameter in parameters}.values():
         kept = [
             value
@@ -37,10 +37,10 @@ def carried(optimizer: Any, parameters: Iterable[Tensor]) -> Iterator[None]:
             if key in _KEPT and isinstance(value, Tensor) and value.shape == parameter.shape
         ]
         if kept:
-            found.append((parameter, parameter.detach().clone(), kept))
+            result.append((parameter, parameter.detach().clone(), kept))
     yield
     with torch.no_grad():
-        for parameter, before, kept in found:
+        for parameter, before, kept in result:
             change = parameter.detach() - before
             for value in kept:
                 value.add_(change.to(value))

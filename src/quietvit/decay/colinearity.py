@@ -1,61 +1,93 @@
-"""Colinearity Decay: the update of ordered pairs under a penalty, attached to an optimizer.
+"""Colinearity Decay: a decoupled update of ordered matrix pairs.
 
-The penalties themselves are in ``penalties``, the trust region in ``limits``, the order of the
-work and the writing in ``layout`` and ``update``.
+The penalties are in ``penalties``, the trust region in ``limits``, the order of the work in
+``plan``, and the writing in ``update`` (the usual case) and ``exact`` (the careful one).
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.attach import DecoupledUpdate, Schedule
-from quietvit.decay.choice import chosen_pairs
-from quietvit.decay.exact import blame, exact_changes
-from quietvit.decay.layout import Layout, Source, lay_out
+from quietvit.decay.batches import PairBatch
+from quietvit.decay.choice import asked_kinds, checked_strength, chosen_pairs
+from quietvit.decay.config import Schedules, Strengths, WeightRegularizerConfig
+from quietvit.decay.decoupled import DecoupledUpdate
+from quietvit.decay.exact import exact_changes, raise_not_finite
 from quietvit.decay.penalties import Basis, Penalty, Top, penalty_named
-from quietvit.decay.plan import Batch
+from quietvit.decay.plan import Source, UpdatePlan, make_plan
 from quietvit.decay.products import checked_products
-from quietvit.decay.schedule import check_kinds, factor_at
+from quietvit.decay.schedule import Schedule, check_kinds, factor_at
 from quietvit.decay.update import Update, directed
-from quietvit.decay.whole import like
-from quietvit.errors import QuietvitError, nearest
+from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
+from quietvit.tensors import sharded_like
+
+
+class ColinearityConfig(WeightRegularizerConfig):
+    """Colinearity Decay, ``quietvit.ColinearityDecay``.
+
+    Derived here (docs/method.md); the formula of arXiv 2605.01330 is not public to us.
+    """
+
+    strength: Strengths = 1.0  # type: ignore[assignment]
+    """In weight-decay units; a table gives one for each kind of pair. 0 is off."""
+    penalty: Literal["energy", "peak", "cosine", "top"] = "energy"
+    """What is penalized, see docs/method.md."""
+    kinds: tuple[str, ...] | None = None
+    """Kinds of pairs; none: those of ``strength``, or ``quietvit.pairs.DEFAULT_KINDS``."""
+    schedule: Schedules | None = None  # type: ignore[assignment]
+    """Factor of the strength over the run; a table of tables gives one for each kind."""
+    fold_gains: bool = False
+    """Take the gain of the norm in front of a first matrix as part of it."""
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products; ``auto`` is bfloat16 where that is fast."""
+    sharded: bool = False
+    """Divide the update between the processes."""
+    compile: bool = False
+    """Compile the update."""
+
+    @property
+    def active(self) -> bool:
+        values = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
+        return any(value > 0 for value in values)
 
 
 class ColinearityDecay(DecoupledUpdate):
-    """Decay the alignment of ordered matrix pairs, A first, then B, as a decoupled update.
+    """Decay the alignment of ordered matrix pairs (A first, then B), as a decoupled update.
 
-    After every optimizer step, from the values before the update,
-    ``B <- B - lr strength dB`` and ``A <- A - lr strength dA`` with the directions of the penalty
-    (``energy``: dB = B A A^T / nu(A), dA = B^T B A / nu(B), nu the mean squared singular value).
-    It is weight decay re-weighted by the spectrum of the partner; strength is in weight-decay
-    units. No singular direction ever changes sign (see ``TrustRegion``). A parameter in several
-    pairs, or under several names, moves once by the sum; a matrix that is the same side of n pairs
-    of one kind (the gain before separate q, k and v, the V that query heads share, the last layer
-    of a gated MLP) by the mean of the n, so that strength keeps its units. Derived here
-    (docs/method.md): the formula of arXiv 2605.01330 is not public to us.
+    After every optimizer step it computes, from the values before the update,
+    ``B <- B - lr strength dB`` and ``A <- A - lr strength dA``. The penalty gives the directions.
+    For ``energy``, dB = B A A^T / nu(A) and dA = B^T B A / nu(B), where nu is the mean squared
+    singular value. So it is weight decay, weighted by the spectrum of the partner, and strength is
+    in weight-decay units. No singular direction ever changes sign (see ``TrustRegion``).
+
+    A parameter in several pairs, or with several names, moves once, by the sum. A matrix that is
+    the same side of n pairs of one kind moves by their mean, so that strength keeps its units.
+    Examples are the gain before separate q, k and v, the V that query heads share, and the last
+    layer of a gated MLP.
+
+    Derived here (docs/method.md): the formula of arXiv 2605.01330 is not public to us.
 
     Args:
         model: the model whose parameters the optimizer holds.
         example: input for ``find_pairs``; not needed where ``pairs`` is given.
         strength: at least 0, in weight-decay units; or a mapping from kind to strength, which also
-            says which kinds take part (0 leaves a kind out). The default, like that of ``penalty``
-            and ``kinds``, is provisional: it rests on two short fine-tunes; from scratch a third of
-            it was better (docs/lab-log.md).
+            says which kinds take part (0 leaves a kind out). The defaults of ``strength``,
+            ``penalty`` and ``kinds`` are provisional: they rest on two short fine-tunes. From
+            scratch a third of the strength was better (docs/lab-log.md).
         penalty: ``energy``, ``peak``, ``cosine`` or ``top``, or a ``Penalty`` such as
             ``quietvit.decay.penalties.Top(count=4)``.
         every: apply every n-th step, with n-fold strength.
         kinds: kinds of pairs (default: those of ``strength`` if a mapping, else
             ``quietvit.pairs.DEFAULT_KINDS``, else, where ``pairs`` is given, all of them).
         schedule: function from the optimizer step (0, 1, ...) to a factor of the strength, such as
-            ``quietvit.decay.StrengthSchedule``; or a mapping from kind to such functions.
+            ``quietvit.StrengthSchedule``; or a mapping from kind to such functions.
         pairs: explicit pairs instead of ``find_pairs(model, example)``.
         fold_gains: of the pairs found, see ``find_pairs``.
         products: precision of the matrix products: ``float32``, ``bfloat16`` (sums and weights
@@ -68,16 +100,16 @@ class ColinearityDecay(DecoupledUpdate):
             pairs; learning rate and strength do not compile it anew.
 
     Raises:
-        QuietvitError: on a strength that is negative or not finite, an unknown penalty or kind, no
-            pairs; while training, on a pair that holds NaN or infinity (no weight is changed then)
-            and on steps that pass without a call.
+        QuietvitError: the strength is negative or not finite, the penalty or a kind is unknown, or
+            there are no pairs. While training: a pair holds NaN or infinity (no weight is changed
+            then), or steps pass without a call.
 
-    Scales of BatchNorms between two matrices (see ``find_pairs``) are read anew at each step, and
-    averaged over the default process group where there is one.
+    Scales of BatchNorms between two matrices (see ``find_pairs``) are read at each step, and
+    averaged over the default process group if there is one.
 
-    One device synchronisation per step. Memory: the changes of about one block are held at a time
-    (of up to 2^24 numbers on a GPU, where small products would cost launches); of all pairs where
-    the trust region has to limit the step.
+    One device synchronization per step. Memory: the changes of about one block are held at a time
+    (on a GPU of up to 2^24 numbers, because small products would cost launches). The changes of all
+    pairs are held when the trust region must limit the step.
     """
 
     def __init__(
@@ -101,40 +133,37 @@ class ColinearityDecay(DecoupledUpdate):
         self.sharded = bool(sharded)
         self.rule = penalty_named(penalty)
         self.strength = checked_strength(strength)
-        own = type(self).__name__
+        # Kinds that only their schedules name: whoever gave one expects it to do something.
+        alone = kinds is None and isinstance(self.strength, float)
         self.pairs = chosen_pairs(
-            own,
+            type(self).__name__,
             model,
             example,
-            self._kinds(kinds),
+            asked_kinds(kinds, self.strength),
             pairs,
             fold_gains=fold_gains,
-            scheduled=self._scheduled(kinds),
+            scheduled=self.schedule if alone and isinstance(self.schedule, Mapping) else (),
         )
         if isinstance(self.schedule, Mapping):
             check_kinds(self.schedule, {pair.kind for pair in self.pairs})
         self._shares = _shares(self.pairs)
         self._compiled = bool(compile)
         self._run = directed(self.rule, compiled=self._compiled)
-        self._layout: tuple[object, Layout] | None = None
+        self._plan: tuple[object, UpdatePlan] | None = None
         self._bases: list[Basis | None] = []
         self._applied = 0
-
-    def penalty(self) -> float:
-        """Return the stated penalty summed over all pairs, strength not included. One sync."""
-        return math.fsum(self.penalties().values())
 
     @torch.no_grad()
     def penalties(self) -> dict[str, float]:
         """Return the stated penalty of each pair by its name (equal names are added up)."""
         source = self._source()
-        found: dict[str, float] = {}
-        for position, batch in enumerate(self._laid_out(source).plan):
+        result: dict[str, float] = {}
+        for position, batch in enumerate(self._plan_for(source).batches):
             basis = self._bases[position] if self._bases else None
             sides = batch.read(source).apply(partial(self.rule.sides, basis=basis))
             for pair, value in zip(batch.pairs, (sides[0] + sides[1]).tolist(), strict=True):
-                found[pair.name] = found.get(pair.name, 0.0) + value
-        return found
+                result[pair.name] = result.get(pair.name, 0.0) + value
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step counter, the settings, and cached singular directions of ``top``."""
@@ -157,7 +186,7 @@ class ColinearityDecay(DecoupledUpdate):
         if not bases:
             return
         source = self._source()
-        for batch in self._laid_out(source).plan:
+        for batch in self._plan_for(source).batches:
             like = batch.read(source).B
             own = [bases[member] for member in batch.members]
             u, v = (torch.stack([basis[side] for basis in own]).to(like) for side in (0, 1))
@@ -172,19 +201,19 @@ class ColinearityDecay(DecoupledUpdate):
 
     def _bases_of_pairs(self) -> list[list[Tensor]]:
         """The cached singular directions of each pair, in the order of the pairs."""
-        found: dict[int, list[Tensor]] = {}
-        if self._layout is not None:
-            for batch, basis in zip(self._layout[1].plan, self._bases, strict=False):
+        result: dict[int, list[Tensor]] = {}
+        if self._plan is not None:
+            for batch, basis in zip(self._plan[1].batches, self._bases, strict=False):
                 if basis is not None:
                     for row, member in enumerate(batch.members):
-                        found[member] = [part[row].clone() for part in basis]
-        return [found[member] for member in sorted(found)]
+                        result[member] = [part[row].clone() for part in basis]
+        return [result[member] for member in sorted(result)]
 
-    def _names(self) -> tuple[str, ...]:
-        views = (view for pair in self.pairs for view in (pair.first, pair.second))
+    def parameter_names(self) -> tuple[str, ...]:
+        views = (view for pair in self.pairs for view in pair.sides)
         return tuple(dict.fromkeys(view.parameter_name for view in views))
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "penalty": self.rule.name,
             "kinds": sorted({pair.kind for pair in self.pairs}),
@@ -213,139 +242,86 @@ class ColinearityDecay(DecoupledUpdate):
             return
         source = self._source()
         source.agree()
-        layout = self._laid_out(source)
+        plan = self._plan_for(source)
         with torch.autocast(next(iter(source.parameters.values())).device.type, enabled=False):
-            self._refresh(layout, source)
-            if self._is_simple(layout, source, steps):
-                update = Update(layout, source, self._run, self._bases, steps, rates, self.products)
-                update.write_divided() if self._divides else update.write()
+            self._refresh(plan, source)
+            if self._is_simple(plan, source, steps):
+                update = Update(plan, source, self._run, self._bases, steps, rates, self.products)
+                update.write_divided() if self._processes() > 1 else update.write()
             else:
                 changes = exact_changes(
-                    self.pairs, layout, source, self.rule, self._bases, steps, rates
+                    self.pairs, plan, source, self.rule, self._bases, steps, rates
                 )
                 for name, change in changes.items():
                     parameter = source.parameters[name]
-                    parameter.add_(like(parameter, change))
+                    parameter.add_(sharded_like(parameter, change))
         self._applied += 1
 
     def _steps(self, rates: Mapping[str, float]) -> list[float]:
-        """Learning rate x strength x share of the first and second side of each pair in turn."""
+        """Learning rate x strength x share of each side: pair 0 first, pair 0 second, pair 1 ..."""
         strengths = {pair.kind: self._strength_of(pair) for pair in self.pairs}
-        views = [(pair, view) for pair in self.pairs for view in (pair.first, pair.second)]
+        views = [(pair, view) for pair in self.pairs for view in pair.sides]
         return [
             strengths[pair.kind] * rates.get(view.parameter_name, 0.0) * share
             for (pair, view), share in zip(views, self._shares, strict=True)
         ]
 
-    def _is_simple(self, layout: Layout, source: Source, steps: Sequence[float]) -> bool:
-        """Whether all changes will be finite, and none has to be limited. One sync."""
-        if not (self.rule.tame and layout.is_short(steps)):
+    def _is_simple(self, plan: UpdatePlan, source: Source, steps: Sequence[float]) -> bool:
+        """Whether all changes will be finite, and none must be limited. One synchronization."""
+        if not (self.rule.stays_finite and plan.has_safe_steps(steps)):
             return False
-        tame = layout.is_tame(source.norms())
-        suspects = layout.region.suspects(steps, source)
-        within = layout.region.within(
-            suspects, source, steps, self._bases, self.products, tame.device
+        stays_finite = plan.cannot_overflow(source.norms())
+        to_check = plan.region.to_check(steps, source)
+        within = plan.region.within(
+            to_check, source, steps, self._bases, self.products, stays_finite.device
         )
         if any(source.in_parts(name) for name in source):
             for name in source:
                 source.release(name)
-        return bool(tame & within)
+        return bool(stays_finite & within)
 
-    def _refresh(self, layout: Layout, source: Source) -> None:
+    def _refresh(self, plan: UpdatePlan, source: Source) -> None:
         due = isinstance(self.rule, Top) and self._applied % self.rule.refresh == 0
-        if len(self._bases) != len(layout.plan):
-            self._bases = [None] * len(layout.plan)
+        if len(self._bases) != len(plan.batches):
+            self._bases = [None] * len(plan.batches)
             due = isinstance(self.rule, Top)
         if due:
-            self._bases = [self._basis(batch, source) for batch in layout.plan]
+            self._bases = [self._basis(batch, source) for batch in plan.batches]
 
-    def _basis(self, batch: Batch, source: Source) -> Basis | None:
+    def _basis(self, batch: PairBatch, source: Source) -> Basis | None:
         A, B = batch.read(source).partners()
         if not (A.isfinite().all() and B.isfinite().all()):
-            blame(self.pairs, source, self.rule)
+            raise_not_finite(self.pairs, source, self.rule)
         return self.rule.basis(A, B)
 
-    @property
-    def _divides(self) -> bool:
-        if not self.sharded:
-            return False
+    def _processes(self) -> int:
+        """Among how many processes the update is divided."""
         import torch.distributed as dist
 
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not (self.sharded and dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size()
 
     def _source(self) -> Source:
-        views = [
-            view
-            for pair in self.pairs
-            for view in (pair.first, pair.second, pair.before, pair.between)
-            if view is not None
-        ]
+        views = (view for pair in self.pairs for view in pair.views)
         return Source(self.model, list(dict.fromkeys(view.parameter_name for view in views)))
 
-    def _laid_out(self, source: Source) -> Layout:
-        world = 1
-        if self._divides:
-            import torch.distributed as dist
-
-            world = dist.get_world_size()
-        signature = (source.signature(), world)
-        if self._layout is None or self._layout[0] != signature:
-            layout = lay_out(self.pairs, source, self.rule, divided_by=world)
-            self._layout = (signature, layout)
-        return self._layout[1]
-
-    def _kinds(self, kinds: Sequence[str] | None) -> Sequence[str] | None:
-        """The kinds asked for whose strength is not 0; None where it does not depend on them."""
-        if isinstance(self.strength, float) or isinstance(kinds, str):
-            return kinds
-        for kind in kinds or ():
-            if kind not in self.strength:
-                raise QuietvitError(
-                    f"kind {kind!r} has no strength{nearest(kind, self.strength)}; strength is "
-                    f"given for {sorted(self.strength)}."
-                )
-        asked = self.strength if kinds is None else kinds
-        left = [kind for kind in asked if self.strength[kind] > 0]
-        if not left:
-            raise QuietvitError(
-                f"strength={self.strength}, kinds={kinds}: no kind is left; give one a strength "
-                "above 0."
-            )
-        return left
-
-    def _scheduled(self, kinds: Sequence[str] | None) -> tuple[str, ...]:
-        """The kinds that are named by their schedules alone."""
-        alone = kinds is None and isinstance(self.strength, float)
-        return tuple(self.schedule) if alone and isinstance(self.schedule, Mapping) else ()
+    def _plan_for(self, source: Source) -> UpdatePlan:
+        """The plan of the update, made again only if shapes, devices or processes change."""
+        processes = self._processes()
+        key = (source.signature(), processes)
+        if self._plan is None or self._plan[0] != key:
+            plan = make_plan(self.pairs, source, self.rule, divided_by=processes)
+            self._plan = (key, plan)
+        return self._plan[1]
 
 
 def _shares(pairs: Sequence[MatrixPair]) -> list[float]:
-    """For each side of each pair 1 / (number of pairs of its kind that have this very side)."""
-    sides = [
-        (pair.kind, side, view)
-        for pair in pairs
-        for side, view in enumerate((pair.first, pair.second))
-    ]
+    """For each side of each pair: 1 / (number of pairs of its kind that share this side).
+
+    Example: one norm gain before separate q, k and v is the first side of three ``norm_linear``
+    pairs, so each of them moves it by a third.
+    """
+    sides = [(pair.kind, side, view) for pair in pairs for side, view in enumerate(pair.sides)]
     count = Counter(sides)
     return [1.0 / count[side] for side in sides]
-
-
-def checked_strength(strength: float | Mapping[str, float]) -> float | dict[str, float]:
-    """Return the strength as float or as a dict of floats. Raises QuietvitError if unusable."""
-
-    def checked(value: Any, where: str) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not (math.isfinite(number) and number >= 0):
-            raise QuietvitError(
-                f"strength={value!r}{where}: give a finite number, 0 or more, in weight-decay "
-                "units (2.0 means: as strong as weight_decay=2.0 where the partner's spectrum is "
-                "flat)."
-            )
-        return number
-
-    if isinstance(strength, Mapping):
-        return {str(kind): checked(value, f" for {kind}") for kind, value in strength.items()}
-    return checked(strength, "")

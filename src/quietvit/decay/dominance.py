@@ -1,6 +1,6 @@
-"""How far leading singular components make the largest activations of a layer: PCDR of S2D.
+"""PCDR of S2D: the share of a layer's largest activations that leading singular components make.
 
-Reads weights and one forward pass; who is penalized for it is decided in ``spectral``.
+Reads weights and one forward pass. ``spectral`` selects the layers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.plan import wide, widest
-from quietvit.decay.whole import reshard
 from quietvit.errors import QuietvitError
+from quietvit.tensors import reshard, wide, widest
 from quietvit.tracing import Site, Trace, call, evaluating, intercept
 
 Spectrum = tuple[Tensor, Tensor, Tensor]
@@ -77,9 +76,9 @@ def dominances(
             X = operands[0].reshape(-1, W.shape[1])
             X = wide(X[:: -(-len(X) // _ROWS)]).to(W)
             with torch.autocast(W.device.type, enabled=False):
-                found = shares(X, W, spectra[name])
+                result = shares(X, W, spectra[name])
             before = sums.get(name)
-            sums[name] = (found[0] + before[0], found[1] + before[1]) if before else found
+            sums[name] = (result[0] + before[0], result[1] + before[1]) if before else result
         return run(*operands)
 
     device = next(iter(weights.values())).device
@@ -104,6 +103,6 @@ def dominances(
             raise QuietvitError(
                 f"{name}: the activations of the images for SpectralDecay are NaN or infinite; no "
                 "weight was changed. Training diverged before this step, or the images hold such "
-                "values: look at them, or resume from an earlier checkpoint or start anew."
+                "values. Check the images; or resume from an earlier checkpoint or start anew."
             )
     return {name: tuple(row) for name, row in zip(names, table, strict=True)}

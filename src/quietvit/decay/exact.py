@@ -1,6 +1,6 @@
-"""The update where care is needed: every change held and looked at before a weight is written.
+"""The careful update: every change is computed and checked before a weight is written.
 
-For weights that are not finite or enormous, and for steps that the trust region has to limit.
+For weights that are infinite or huge, and for steps that the trust region must limit.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from quietvit.decay.layout import Layout
+from quietvit.decay.batches import PairBatch, batches
 from quietvit.decay.penalty import Basis, Penalty
-from quietvit.decay.plan import Batch, batches, wide
+from quietvit.decay.plan import UpdatePlan
 from quietvit.decay.products import scaled
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
+from quietvit.tensors import untied, wide
 
 
 def exact_changes(
     pairs: Sequence[MatrixPair],
-    layout: Layout,
+    plan: UpdatePlan,
     parameters: Mapping[str, Tensor],
     rule: Penalty,
     bases: Sequence[Basis | None],
@@ -31,36 +32,36 @@ def exact_changes(
 ) -> dict[str, Tensor]:
     """Return the change of each parameter in ``moving``, limited by the trust region.
 
-    In float32 products (float64 for such weights). Raises QuietvitError, naming the pair, where a
+    Products are in float32 (float64 for such weights). Raises QuietvitError, naming the pair, if a
     weight or a change is not finite.
     """
     whole = _Whole(parameters, moving)
-    for position, batch in enumerate(layout.plan):
+    for position, batch in enumerate(plan.batches):
         directions = batch.read(parameters).apply(partial(rule.directions, basis=bases[position]))
         whole.add(batch, *directions, steps)
-    region = layout.region
-    suspects = region.suspects(steps, parameters)
-    within = region.within(suspects, parameters, steps, bases, sharp=True)
+    region = plan.region
+    to_check = region.to_check(steps, parameters)
+    within = region.within(to_check, parameters, steps, bases, sharp=True)
     is_finite, is_within = torch.stack([whole.finite().to(within.device), within]).tolist()
     if not is_finite:
-        blame(pairs, parameters, rule)
+        raise_not_finite(pairs, parameters, rule)
     if not is_within:
-        limited = region.limited(suspects, parameters, steps, bases)
+        limited = region.limited(to_check, parameters, steps, bases)
         if limited is not None:
             whole = _Whole(parameters, moving)
             for batch, step_A, step_B in limited:
                 whole.add(batch, step_A, step_B, None)
             if not whole.finite():
-                blame(pairs, parameters, rule)
-    return whole.deltas
+                raise_not_finite(pairs, parameters, rule)
+    return whole.changes
 
 
-def blame(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: Penalty) -> NoReturn:
+def raise_not_finite(
+    pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: Penalty
+) -> NoReturn:
     """Raise, naming the first pair that is not finite."""
     for pair in pairs:
-        for view in (pair.first, pair.second, pair.before, pair.between):
-            if view is None:
-                continue
+        for view in pair.views:
             bad = int((~view.select(parameters[view.parameter_name]).isfinite()).sum())
             if bad:
                 raise QuietvitError(
@@ -78,8 +79,8 @@ def blame(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: P
                 "checkpoint or start anew."
             )
     raise QuietvitError(
-        "the update of the pairs is not finite though every pair is: the learning rate times the "
-        "strength overflows; no weight was changed."
+        "the update of the pairs overflows, though every pair is finite: the learning rate times "
+        "the strength is too large. No weight was changed. Lower one of them."
     )
 
 
@@ -87,18 +88,14 @@ class _Whole:
     """Full-size changes of the parameters that move, summed over all pairs."""
 
     def __init__(self, parameters: Mapping[str, Tensor], moving: Mapping[str, float]) -> None:
-        self.deltas: dict[str, Tensor] = {}
-        self._of: dict[str, Tensor] = {}
-        owner: dict[int, str] = {}
-        for name in moving:
-            first = owner.setdefault(id(parameters[name]), name)
-            if first == name:
-                self.deltas[name] = torch.zeros_like(
-                    wide(parameters[name]), memory_format=torch.contiguous_format
-                )
-            self._of[name] = self.deltas[first]
+        owner = untied({name: parameters[name] for name in moving})
+        self.changes = {
+            name: torch.zeros_like(wide(parameters[name]), memory_format=torch.contiguous_format)
+            for name in dict.fromkeys(owner.values())
+        }
+        self._of = {name: self.changes[first] for name, first in owner.items()}
 
-    def add(self, batch: Batch, dA: Tensor, dB: Tensor, steps: Sequence[float] | None) -> None:
+    def add(self, batch: PairBatch, dA: Tensor, dB: Tensor, steps: Sequence[float] | None) -> None:
         """Subtract each pair's direction times its step (1 where ``steps`` is None)."""
         for side, runs, d in ((0, batch.firsts, dA), (1, batch.seconds, dB)):
             for run in runs:
@@ -115,5 +112,5 @@ class _Whole:
 
     def finite(self) -> Tensor:
         """Return one flag on one device: is every change finite?"""
-        flags = [delta.isfinite().all() for delta in self.deltas.values()]
+        flags = [delta.isfinite().all() for delta in self.changes.values()]
         return torch.stack([flag.to(flags[0].device) for flag in flags]).all()

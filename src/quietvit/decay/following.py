@@ -1,6 +1,6 @@
 """Which optimizer really steps, and whether training goes on without it.
 
-What is done at its steps is in ``attach``.
+``attach`` says what is done at its steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer that really steps, out of its wrappers."""
+    """Return the optimizer that really steps, from inside wrappers such as accelerate's.
+
+    Wrappers may be nested, or refer to themselves: each is visited once.
+    """
     seen: set[int] = set()
     while id(optimizer) not in seen:
         seen.add(id(optimizer))
@@ -35,10 +38,10 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def innermost(optimizer: Any, several: str = "build and attach one for each of them") -> Optimizer:
-    """Return ``unwrapped(optimizer)``.
+    """Return ``unwrapped(optimizer)``. ``several`` is the remedy for a list of optimizers.
 
-    Raises QuietvitError where step hooks registered on it would never fire, and on a list of
-    optimizers, for which ``several`` is the remedy.
+    Raises:
+        QuietvitError: step hooks registered on it would never run, or it is a list.
     """
     if isinstance(optimizer, (list, tuple)):
         raise QuietvitError(
@@ -49,9 +52,9 @@ def innermost(optimizer: Any, several: str = "build and attach one for each of t
     hooked = getattr(type(optimizer).step, "hooked", False) if hasattr(optimizer, "step") else False
     if not isinstance(optimizer, Optimizer) or not hooked:
         raise QuietvitError(
-            f"{type(optimizer).__name__} does not call step hooks (it is no torch.optim.Optimizer "
-            "whose __init__ ran, and holds none that is known); attach to the torch optimizer "
-            "inside it, or call .step(optimizer) after each of its steps (before, where the "
+            f"{type(optimizer).__name__} does not call step hooks: it is no torch.optim.Optimizer "
+            "whose __init__ ran, and holds none that is known. Attach to the torch optimizer "
+            "inside it, or call .step(optimizer) after each of its steps (before each if the "
             "regularizer is coupled)."
         )
     return optimizer
@@ -59,11 +62,15 @@ def innermost(optimizer: Any, several: str = "build and attach one for each of t
 
 @torch.compiler.disable
 def is_outermost(optimizer: Optimizer) -> bool:
-    """Whether a hook that runs now is called by the outermost ``step`` of this optimizer.
+    """Whether the hook that runs now is called by the outermost ``step`` of this optimizer.
 
-    torch wraps ``step`` class by class. Where a subclass's step calls that of a base that is
-    wrapped too, hooks are called by both. The stack is asked, for a count of calls before and after
-    would be off for good once a step raised.
+    torch wraps ``step`` once for each class. If the step of a subclass calls the step of a base
+    that is wrapped too, both call the hooks, and a regularizer would act twice::
+
+        Nested.step (wrapped: hooks) -> super().step() = AdamW.step (wrapped: hooks again)
+
+    We count the wrappers on the stack. A counter of calls before and after would be wrong for good
+    once a step raised.
     """
     own = (vars(base).get("step") for base in type(optimizer).__mro__)
     if sum(bool(getattr(step, "hooked", False)) for step in own) < 2:
@@ -77,19 +84,22 @@ def is_outermost(optimizer: Optimizer) -> bool:
 
 
 def is_skipped(optimizer: Optimizer) -> bool:
-    """Whether this step of an optimizer that unscales gradients itself changes nothing."""
+    """Whether this step changes nothing: the optimizer unscales by itself, and found inf."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and float(found_inf) > 0
 
 
 class Follower(Protocol):
-    """What a ``Watch`` asks of the one it belongs to."""
+    """What a ``MissedStepHook`` asks of its regularizer."""
 
     in_step: bool
 
 
-class Watched:
-    """A parameter and the version it had after the last step we saw."""
+class WatchedParameter:
+    """A parameter, and the version it had after the last optimizer step that called our hooks.
+
+    torch counts a tensor's version up at each change in place.
+    """
 
     def __init__(self, name: str, parameter: Tensor) -> None:
         self.name = name
@@ -98,21 +108,25 @@ class Watched:
 
     @property
     def parameter(self) -> Tensor:
-        found = self._parameter()
-        assert found is not None
-        return found
+        result = self._parameter()
+        assert result is not None
+        return result
 
     def reset(self) -> None:
-        """Take the version that the parameter has now."""
-        found = self._parameter()
-        self.version = found._version if found is not None else -1
+        """Remember the version that the parameter has now."""
+        result = self._parameter()
+        self.version = result._version if result is not None else -1
         self.unseen = 0
 
 
-class Watch:
-    """Counts changes of a weight between backward passes that no hook of ours accompanied."""
+class MissedStepHook:
+    """A gradient hook that counts changes of a weight by steps that did not call our hooks.
 
-    def __init__(self, follower: Follower, watched: Watched) -> None:
+    One such change may be a legitimate one: ``load_state_dict``, or clipping of weights. Three
+    changes between backward passes in a row are the steps of another optimizer.
+    """
+
+    def __init__(self, follower: Follower, watched: WatchedParameter) -> None:
         self._follower = follower
         self._watched = watched
 
@@ -126,7 +140,7 @@ class Watch:
         if watched.unseen >= _PATIENCE:
             raise QuietvitError(
                 f"{watched.name} changed {watched.unseen} times between backward passes without a "
-                f"call of {type(self._follower).__name__}: another optimizer steps than the one it "
-                "is attached to. Call detach() and attach() to the optimizer that trains the "
-                "model, or call .step(optimizer) with each step."
+                f"call of {type(self._follower).__name__}: another optimizer trains it than the "
+                "one it is attached to. Call detach(), then attach() to the optimizer that trains "
+                "the model, or call .step(optimizer) with each step."
             )

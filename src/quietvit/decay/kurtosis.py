@@ -1,6 +1,6 @@
-"""KURE: the kurtosis of weight matrices towards that of a uniform distribution.
+"""KURE: moves the kurtosis of weight matrices towards that of a uniform distribution.
 
-When and how its gradient is applied is in ``attach``.
+When and how its gradient is applied is in ``attach`` and ``decoupled``.
 """
 
 from __future__ import annotations
@@ -10,18 +10,35 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from quietvit.decay.attach import PenaltyGradient, Schedule
-from quietvit.decay.choice import say_left_out
-from quietvit.decay.plan import wide
-from quietvit.decay.regularizer import number
-from quietvit.decay.whole import read, refuse_unless_finite, untied
+from quietvit.decay.checks import number, refuse_unless_finite
+from quietvit.decay.choice import warn_of_left_out
+from quietvit.decay.config import Strength, WeightRegularizerConfig
+from quietvit.decay.decoupled import PenaltyGradient
+from quietvit.decay.schedule import Schedule
 from quietvit.errors import QuietvitError
-from quietvit.pairs import COMPUTED
+from quietvit.pairs.pair import COMPUTED
+from quietvit.tensors import untied, wide
 from quietvit.tracing import trace
 
+# Deviations below so many units of rounding are those of a weight with equal entries.
 _FLAT = 64
+
+
+class KurtosisConfig(WeightRegularizerConfig):
+    """KURE, ``quietvit.KurtosisRegularization``: kurtosis of weights towards ``target``.
+
+    Source: arXiv 2002.07686.
+    """
+
+    strength: Strength = 1.0
+    """In units of the loss's gradient (coupled) or of the learning rate. 0 is off."""
+    target: float = Field(default=1.8, ge=1)
+    """The kurtosis aimed at: 1.8 is that of a uniform distribution, 3 of a normal one."""
+    coupled: bool = True
+    """Add the gradient before the optimizer's step, as published; else a decoupled update."""
 
 
 class KurtosisRegularization(PenaltyGradient):
@@ -40,9 +57,10 @@ class KurtosisRegularization(PenaltyGradient):
         coupled, every, schedule: see ``PenaltyGradient``, ``ColinearityDecay``.
 
     Raises:
-        QuietvitError: on bad values, on a model without such weights; while training, on a weight
-            that is NaN or infinite (no weight is changed then), and on steps that pass without a
-            call. One device synchronisation per step.
+        QuietvitError: bad values, or a model without such weights. While training: a weight is NaN
+            or infinite (no weight is changed then), or steps pass without a call.
+
+    One device synchronization per step.
     """
 
     concerns = "weights of linears and convolutions"
@@ -64,15 +82,15 @@ class KurtosisRegularization(PenaltyGradient):
         traced = trace(self.model, example)
         sites = [site for site in traced.sites if site.kind in ("linear", "conv")]
         names = dict.fromkeys(s.weight.parameter_name for s in sites if s.weight is not None)
-        first = untied({name: read(self.model, name) for name in names})
+        first = untied({name: self._read(name) for name in names})
         self.weights: tuple[str, ...] = tuple(name for name in names if first[name] == name)
         if not self.weights:
             raise QuietvitError(
-                f"{traced.model_name} has no linear or convolution whose weight is a parameter: "
-                f"{own} has nothing to act on; print(quietvit.trace(model, example)) shows what "
-                "is seen of it."
+                f"{own} has nothing to act on: {traced.model_name} has no linear or convolution "
+                "whose weight is a parameter. print(quietvit.trace(model, example)) shows what it "
+                "has."
             )
-        say_left_out(own, [(site.name, COMPUTED) for site in sites if site.weight is None])
+        warn_of_left_out(own, [(site.name, COMPUTED) for site in sites if site.weight is None])
 
     def penalty(self) -> float:
         """Return the mean over weights of |K - target|^2, strength not included. One sync each."""
@@ -81,31 +99,31 @@ class KurtosisRegularization(PenaltyGradient):
     @torch.no_grad()
     def penalties(self) -> dict[str, float]:
         """Return |K - target|^2 of each weight by its name, 0 where all entries are equal."""
-        found = {}
-        for name, whole in self._parameters().items():
+        result = {}
+        for name, whole in self.parameters().items():
             z, deviation = standardized(wide(whole))
             square = (z.square().square().mean() - self.target).square()
-            found[name] = float(torch.where(deviation > 0, square, 0.0))
-        return found
+            result[name] = float(torch.where(deviation > 0, square, 0.0))
+        return result
 
-    def _names(self) -> tuple[str, ...]:
+    def parameter_names(self) -> tuple[str, ...]:
         return self.weights
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         own = {"penalty": "kurtosis", "weights": len(self.weights), "target": self.target}
-        return super()._settings() | own
+        return super().settings() | own
 
-    def _gradients(
+    def gradients(
         self, parameters: Mapping[str, Tensor], names: Collection[str]
     ) -> dict[str, Tensor]:
         share = self.strength / len(self.weights)
-        found = {
+        result = {
             name: kurtosis_gradient(wide(parameters[name]), self.target) * share
             for name in self.weights
             if name in names
         }
-        refuse_unless_finite(found, parameters)
-        return found
+        refuse_unless_finite(result, parameters)
+        return result
 
 
 def kurtosis_gradient(W: Tensor, target: float) -> Tensor:

@@ -1,6 +1,6 @@
 """The trust region of a decay: no singular direction of a pair is carried through zero.
 
-Works on rates and operators from ``penalties``; knows no optimizer.
+Works on the rates and operators of ``penalties``. Knows no optimizer.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quietvit.decay.batches import PairBatch, overlaps
 from quietvit.decay.penalty import Basis, Operator, Penalty
-from quietvit.decay.plan import Batch, overlaps
 from quietvit.decay.products import largest_rate, product_dtype
 from quietvit.pairs import MatrixPair
 
 Steps = Sequence[float]
 Bases = Sequence[Basis | None]
-# What a load may be where the update is going to be computed in bfloat16.
+# The largest load of an update in bfloat16: its rounding must not carry a direction through zero.
 ROOM = 1 - 2.0**-6
-# A bound is then at most (smaller side)^(1/8) times the truth: 2.3 at 768.
+# With two squarings a bound is at most (smaller side)^(1/8) times the truth: 2.3 at 768.
 _SQUARINGS = 2
 
 
 @dataclass(frozen=True)
-class Suspects:
-    """Batches that cheap bounds do not keep within, and the bounds of all sides' rates so far."""
+class BatchesToCheck:
+    """Batches whose loads may exceed 1 by what is known so far.
+
+    ``batches`` are their positions, ``bounds`` the upper bounds of the rates of all sides so far.
+    """
 
     batches: tuple[int, ...]
     bounds: tuple[float, ...]
@@ -37,41 +40,46 @@ class Suspects:
 class TrustRegion:
     """Limits the summed update of every parameter so that no direction changes sign.
 
-    Guarantee: for every parameter, the new value is (I - L) times the old one, with L a symmetric
-    linear map (the sum of the maps of all pairs that touch the parameter) whose eigenvalues lie in
-    [0, 1], or in [-1, 1] for ``cosine``, which also lengthens; up to rounding. So along each
-    eigenvector, and for a parameter in one pair along each singular direction of the partner (of
-    diag(sqrt w) B for the A of ``peak``), the component keeps its sign or becomes zero, at any
-    strength.
+    Guarantee: the new value of every parameter is (I - L) times the old one, up to rounding. L is a
+    symmetric linear map, the sum of the maps of all pairs that touch the parameter. Its eigenvalues
+    lie in [0, 1], or in [-1, 1] for ``cosine``, which also lengthens. So along each eigenvector the
+    component keeps its sign or becomes zero, at any strength. For a parameter in one pair these are
+    the singular directions of the partner (of diag(sqrt w) B for the A of ``peak``).
 
-    How: side p of a pair has the largest rate r_p = learning rate x strength x largest eigenvalue
-    of its operator. The load of p is the sum of r_q over all sides q that share an entry with it.
-    Where the load is at most 1, the plain update is taken as it is. Elsewhere the eigenvalues
-    of p are cut at r_p / load, so that the cuts of sides that share an entry sum to at most 1;
-    directions below the cut keep their plain update. Derived here.
+    How: side p of a pair has the rate r_p = learning rate x strength x largest eigenvalue of its
+    operator. The load of p is the sum of r_q over all sides q that share an entry with it. If the
+    load is at most 1, the plain update is taken. Otherwise the eigenvalues of p are cut at
+    r_p / load, so that the cuts of sides that share an entry sum to at most 1. Directions below
+    the cut keep their plain update. Derived here.
 
-    Cost: nothing while (learning rate)(strength)(min(shape)) summed over shared entries is at most
-    1; beyond that, the spread of norm gains where they are partners; where that is not enough, one
-    Gram matrix of the smaller side per pair to bound the rates without a decomposition, squared
-    twice where one product is not enough, or unlikely to be; only where that bound exceeds 1,
-    eigenvalues, and a warning (once) where they do too.
+    Example: fc1 (4 h, h) is the second side of (norm2, fc1) with r = 0.3 and the first side of
+    (fc1, fc2) with r = 0.9. The load of both is 1.2, so their rates are cut at 0.25 and 0.75.
+
+    Cost, from the cheapest check to the dearest. Each check runs only if the one before cannot
+    show that all loads are at most 1.
+
+    1. Shapes: a rate is at most (learning rate)(strength)(min(shape)). Costs nothing.
+    2. Norm gains as partners: the spread of the gains bounds the rate. One synchronization.
+    3. One Gram matrix of the smaller side of each pair bounds the rate without a decomposition. It
+       is squared twice if one product is unlikely to be enough.
+    4. Eigenvalues. If they exceed 1 too, the step is limited, with a warning (once).
     """
 
     def __init__(
         self,
         pairs: Sequence[MatrixPair],
         parameters: Mapping[str, Tensor],
-        plan: Sequence[Batch],
+        batches: Sequence[PairBatch],
         rule: Penalty,
     ) -> None:
         self._pairs = pairs
-        self._plan = plan
+        self._batches = batches
         self._rule = rule
-        views = [view for pair in pairs for view in (pair.first, pair.second)]
+        views = [view for pair in pairs for view in pair.sides]
         self._sharing = overlaps(views, parameters)
         self._static = [0.0] * len(views)
         self._outputs: dict[int, int] = {}
-        for place, batch in enumerate(plan):
+        for place, batch in enumerate(batches):
             operands = batch.read(parameters)
             bounds = operands.apply(rule.static_bounds)
             for position in batch.members:
@@ -81,38 +89,41 @@ class TrustRegion:
         self._matrix: Tensor | None = None
         self._warned = False
 
-    def suspects(self, steps: Steps, parameters: Mapping[str, Tensor]) -> Suspects:
-        """Return the batches that neither shapes nor norm gains keep within.
+    def to_check(self, steps: Steps, parameters: Mapping[str, Tensor]) -> BatchesToCheck:
+        """Return the batches whose loads may exceed 1 by shapes and norm gains (checks 1 and 2).
 
-        The gains are read, with one sync, only where shapes alone are not enough.
+        The gains are read, with one synchronization, only if shapes are not enough.
         """
         heavy = self._heavy(steps, self._static, 1.0)
         beside = [i for i in heavy if i in self._outputs]
         if not beside:
-            return Suspects(tuple(heavy), tuple(self._static))
+            return BatchesToCheck(tuple(heavy), tuple(self._static))
         bounds = list(self._static)
-        found = [
-            self._rule.bound_beside_gains(self._plan[i].read_first(parameters), self._outputs[i])
+        result = [
+            self._rule.bound_beside_gains(self._batches[i].read_first(parameters), self._outputs[i])
             for i in beside
         ]
-        members = [member for i in beside for member in self._plan[i].members]
-        together = torch.cat([bound.to(found[0].device) for bound in found])
+        members = [member for i in beside for member in self._batches[i].members]
+        together = torch.cat([bound.to(result[0].device) for bound in result])
         for member, bound in zip(members, together.tolist(), strict=True):
             bounds[2 * member + 1] = bound
-        return Suspects(tuple(self._heavy(steps, bounds, ROOM)), tuple(bounds))
+        return BatchesToCheck(tuple(self._heavy(steps, bounds, ROOM)), tuple(bounds))
 
     def _heavy(self, steps: Steps, bounds: Sequence[float], most: float) -> list[int]:
-        """The batches with a side whose load may exceed ``most``, and those that it shares with."""
+        """The batches with a side whose load may exceed ``most``, and those that share with it.
+
+        Those that share count, because the load is the sum of all their rates.
+        """
         rates = [step * bound for step, bound in zip(steps, bounds, strict=True)]
         heavy: set[int] = set()
         for side, sharing in enumerate(self._sharing):
-            if not sum(rates[q] for q in sharing) <= most:  # NaN is heavy
+            if not sum(rates[q] for q in sharing) <= most:  # so written, NaN is heavy too
                 heavy.update(q // 2 for q in (side, *sharing))
-        return [i for i, batch in enumerate(self._plan) if not heavy.isdisjoint(batch.members)]
+        return [i for i, batch in enumerate(self._batches) if not heavy.isdisjoint(batch.members)]
 
     def within(
         self,
-        suspects: Suspects,
+        to_check: BatchesToCheck,
         parameters: Mapping[str, Tensor],
         steps: Steps,
         bases: Bases,
@@ -121,19 +132,19 @@ class TrustRegion:
         *,
         sharp: bool = False,
     ) -> Tensor:
-        """Return a flag on the device: do bounds keep all loads at most 1? No sync.
+        """Return a flag on the device: do bounds keep all loads at most 1 (check 3)?
 
-        Where the update is going to be computed in bfloat16, at most ``ROOM``. ``sharp``: by Gram
-        matrices squared, whether or not one product is likely to be enough.
+        Without a device synchronization. For an update in bfloat16 the limit is ``ROOM``.
+        ``sharp``: square the Gram matrices in any case.
         """
         if device is None:
             device = next(iter(parameters.values())).device
-        if not suspects.batches:
+        if not to_check.batches:
             return torch.ones((), dtype=torch.bool, device=device)
-        bounds = torch.tensor(suspects.bounds, device=device)
+        bounds = torch.tensor(to_check.bounds, device=device)
         squarings = _SQUARINGS if sharp or self._is_crowded(steps) else 0
-        for i in suspects.batches:
-            batch = self._plan[i]
+        for i in to_check.batches:
+            batch = self._batches[i]
             operands = batch.read(parameters)
             dtype = product_dtype(products, operands.A)
             rate = partial(largest_rate, dtype=dtype, squarings=squarings)
@@ -148,18 +159,21 @@ class TrustRegion:
     def _is_crowded(self, steps: Steps) -> bool:
         """Whether one product is unlikely to be enough.
 
-        Of random square matrices it gives a bound of (2 min(shape))^(1/2).
+        For random square matrices one product gives a bound of (2 min(shape))^(1/2).
         """
         rates = [step * (2 * bound) ** 0.5 for step, bound in zip(steps, self._static, strict=True)]
         return any(sum(rates[q] for q in sharing) > 1 for sharing in self._sharing)
 
     def limited(
-        self, suspects: Suspects, parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
-    ) -> list[tuple[Batch, Tensor, Tensor]] | None:
-        """Return each batch with its steps for A and B, cut where needed; None if none is."""
-        bounds = torch.tensor(suspects.bounds, dtype=torch.float64)
-        for i in suspects.batches:
-            batch = self._plan[i]
+        self, to_check: BatchesToCheck, parameters: Mapping[str, Tensor], steps: Steps, bases: Bases
+    ) -> list[tuple[PairBatch, Tensor, Tensor]] | None:
+        """Return each batch with its changes of A and B, cut where needed (check 4).
+
+        None if no load exceeds 1. The changes have the shapes of A and B and are to be subtracted.
+        """
+        bounds = torch.tensor(to_check.bounds, dtype=torch.float64)
+        for i in to_check.batches:
+            batch = self._batches[i]
             operators = batch.read(parameters).apply(partial(self._rule.operators, basis=bases[i]))
             for side, operator in enumerate(operators):
                 at = 2 * torch.tensor(batch.members) + side
@@ -170,8 +184,8 @@ class TrustRegion:
             return None
         self._warn(loads)
         cuts = torch.where(loads > 1, rates / loads, torch.inf)
-        found = []
-        for i, batch in enumerate(self._plan):
+        result = []
+        for i, batch in enumerate(self._batches):
             operands = batch.read(parameters)
             A, B = operands.A, operands.B
             dA, dB = operands.apply(partial(self._rule.directions, basis=bases[i]))
@@ -186,10 +200,11 @@ class TrustRegion:
                 step_A = _where(torch.isfinite(cut_A), cut, step_A)
                 cut = _cut_step_B(B, of_B, factors[at + 1], cut_B)
                 step_B = _where(torch.isfinite(cut_B), cut, step_B)
-            found.append((batch, step_A, step_B))
-        return found
+            result.append((batch, step_A, step_B))
+        return result
 
     def _loads(self, rates: Tensor) -> Tensor:
+        """The load of each side: its row of the 0-1 matrix of sharing sides, times all rates."""
         if self._matrix is None or self._matrix.device != rates.device:
             matrix = torch.zeros(len(self._sharing), len(self._sharing))
             for side, sharing in enumerate(self._sharing):
@@ -204,15 +219,18 @@ class TrustRegion:
         worst = int(loads.argmax())
         pair = self._pairs[worst // 2]
         warnings.warn(
-            f"learning rate x strength would shrink {(pair.first, pair.second)[worst % 2]} in "
-            f"{pair.name} by a factor of {float(loads[worst]):.3g} in one step; the step is "
-            "limited so that no direction changes sign. A lower strength is cheaper and milder.",
+            f"learning rate x strength would shrink {pair.sides[worst % 2]} in "
+            f"{pair.name} by a factor of {float(loads[worst]):.3g} in one step. The step is "
+            "limited so that no direction changes sign, which is slow. Lower the strength.",
             stacklevel=2,
         )
 
 
 def _largest(operator: Operator) -> Tensor:
-    """Largest absolute eigenvalue that matters, shape (n,): of cosine, growth counts as well."""
+    """The largest absolute eigenvalue of each operator, shape (n,).
+
+    Only those of ``cosine`` can be negative: growth counts like decay.
+    """
     gram = operator.gram
     top = gram.amax(-1) if gram.ndim == 2 else torch.linalg.eigvalsh(gram)[:, -1]
     if operator.weights is not None:
@@ -241,7 +259,7 @@ def _cut_step_B(B: Tensor, operator: Operator, step: Tensor, cut: Tensor) -> Ten
 
 
 def _decomposed(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, zero where they are rounding errors of the largest, and eigenvectors."""
+    """Eigenvalues (rounding errors of the largest one set to zero) and eigenvectors."""
     rates, basis = torch.linalg.eigh(gram)
     noise = torch.finfo(gram.dtype).eps * gram.shape[-1] * rates[:, -1:]
     return torch.where(rates < noise, 0.0, rates), basis
@@ -254,7 +272,7 @@ def _cut(rates: Tensor, shift: Tensor | None, step: Tensor, cut: Tensor) -> Tens
     return torch.minimum(torch.maximum(rates * step.view(to), -cut.view(to)), cut.view(to))
 
 
-def _times(directions: Tensor, batch: Batch, steps: Steps, side: int) -> Tensor:
+def _times(directions: Tensor, batch: PairBatch, steps: Steps, side: int) -> Tensor:
     rows = [d * steps[2 * i + side] for d, i in zip(directions, batch.members, strict=True)]
     return torch.stack(rows)
 

@@ -60,7 +60,7 @@ class Energy(Penalty):
     """
 
     name = "energy"
-    tame = True
+    stays_finite = True
 
     def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
         held_A, held_B = A.detach(), B.detach()
@@ -99,7 +99,7 @@ class Peak(Penalty):
     """
 
     name = "peak"
-    tame = True
+    stays_finite = True
 
     def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
         held_A, held_B = A.detach(), B.detach()
@@ -153,7 +153,7 @@ class Cosine(Penalty):
     """
 
     name = "cosine"
-    tame = True
+    stays_finite = True
 
     def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
         def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class Top(Penalty):
     """
 
     name = "top"
-    tame = True
+    stays_finite = True
     count: int = 8
     refresh: int = 100
 

@@ -40,12 +40,12 @@ Operators = tuple[Operator, Operator]
 class Penalty(ABC):
     """One penalty. All methods are pure and accept (A, B) as the module describes.
 
-    ``tame``: whether finite weights of ordinary size always give finite directions, so that an
-    update need not look at each of them; False asks for that look, which costs a second pass.
+    ``stays_finite``: whether finite weights of ordinary size always give finite directions. If not,
+    an update checks each direction before it writes one, which costs a second pass.
     """
 
     name: ClassVar[str]
-    tame: ClassVar[bool] = False
+    stays_finite: ClassVar[bool] = False
 
     @abstractmethod
     def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:

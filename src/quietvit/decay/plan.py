@@ -1,282 +1,237 @@
-"""How pairs are read in batches of equal shape, and which of them share entries of a weight.
+"""The plan of an update: batches of pairs, their order, and when each parameter is done.
 
-Only indices and copies; what is done with the matrices is in ``penalties`` and ``limits``, when
-each batch is written in ``update``.
+Made once, from names and shapes; no weight is read. ``update`` changes the weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quietvit.decay.batches import LARGEST_BATCH, PairBatch, batches, block_size, windows
+from quietvit.decay.limits import TrustRegion
+from quietvit.decay.penalty import Penalty
 from quietvit.pairs import MatrixPair
-from quietvit.tracing import WeightView
-from quietvit.tracing.weights import Index
+from quietvit.tensors import gathered, is_sharded, untied
+from quietvit.tracing.scales import is_scale, read_entry
 
-LARGEST_BATCH = 2**24
-Side = TypeVar("Side")
+_SAFE_LOGARITHM = 80.0
+_SAFE_REACH = 1e10
 
 
-@dataclass(frozen=True)
-class Run:
-    """Views of one parameter that lie side by side (all heads, say), read and written as one.
+class Source(Mapping[str, Tensor]):
+    """Parameters by name, whole and detached. Names of one tied parameter give one tensor.
 
-    ``view`` covers all ``count`` of them, which follow each other along ``axis`` (0: rows, 1:
-    columns); ``start`` is the position of the first in its batch.
+    A sharded parameter is gathered when it is read and kept until ``release``. All processes must
+    read it.
     """
 
-    view: WeightView
-    start: int
-    count: int = 1
-    axis: int = 0
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.parameters = {name: read_entry(model, name) for name in names}
+        self.first = untied(self.parameters)
+        self._whole: dict[str, Tensor] = {}
 
-    def read(self, whole: Tensor) -> Tensor:
-        """Return the matrices, shape (count, rows, cols), or gains, (1, h), at least float32.
+    def __getitem__(self, name: str) -> Tensor:
+        owner = self.first[name]
+        if owner not in self._whole:
+            self._whole[owner] = gathered(self.parameters[owner])
+        return self._whole[owner]
 
-        Of a float32 or float64 parameter it is a view, if the indices are ranges.
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def agree(self) -> None:
+        """Average the scales of BatchNorms over the default process group, if there is one.
+
+        Under DDP each process sees its own images, so their running variances differ, but all must
+        move weights alike. If the pairs hold such scales, all processes must call it.
         """
-        entries = wide(self.view.select(whole))
-        if self.count == 1:
-            return entries.unsqueeze(0)
-        if self.axis == 0:
-            return entries.unflatten(0, (self.count, -1))
-        return entries.unflatten(1, (self.count, -1)).transpose(0, 1)
+        import torch.distributed as dist
 
-    def add_scaled_(self, whole: Tensor, entries: Tensor, factors: Tensor) -> None:
-        """Add entries shaped like ``read``'s, each matrix times its factor (count,), into whole."""
-        factors = factors.view(-1, *([1] * (entries.ndim - 1)))
-        chosen = (self.view.rows, self.view.cols)
-        if all(index is None or isinstance(index, range) for index in chosen) and (
-            whole.ndim <= 2 or whole.is_contiguous()
-        ):
-            self.read(whole).addcmul_(entries, factors)
-        else:
-            self.scatter_add_(whole, entries * factors)
+        names = [name for name in self.parameters if is_scale(name)]
+        if not names or not (dist.is_available() and dist.is_initialized()):
+            return
+        sizes = [self.parameters[name].numel() for name in names]
+        joined = torch.cat([self.parameters[name].float() for name in names])
+        dist.all_reduce(joined)
+        parts = (joined / dist.get_world_size()).split(sizes)
+        self.parameters |= {
+            name: part.to(self.parameters[name].dtype)
+            for name, part in zip(names, parts, strict=True)
+        }
 
-    def scatter_add_(self, whole: Tensor, entries: Tensor) -> None:
-        """Add entries shaped like ``read``'s into a tensor shaped like the parameter."""
-        if self.count == 1:
-            entries = entries[0]
-        elif self.axis == 0:
-            entries = entries.flatten(0, 1)
-        else:
-            entries = entries.transpose(0, 1).flatten(1, 2)
-        self.view.scatter_add_(whole, entries)
+    def release(self, owner: str) -> None:
+        """Forget a parameter that was gathered."""
+        self._whole.pop(owner, None)
 
+    def in_parts(self, name: str) -> bool:
+        return is_sharded(self.parameters[name])
 
-@dataclass(frozen=True)
-class Operands:
-    """A: (n, h, d), or (n, h) where diagonal, B: (n, o, h), and gains of norms, (n, d) and (n, h).
+    def stand_ins(self) -> dict[str, Tensor]:
+        """Return tensors of the same shapes, dtypes and devices that take no memory."""
+        made = {
+            owner: torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
+            for owner, p in self.parameters.items()
+            if self.first[owner] == owner
+        }
+        return {name: made[owner] for name, owner in self.first.items()}
 
-    At least float32. With gains, the partner of B is diag(between) A diag(before), that of A is
-    B diag(between): see ``quietvit.pairs.MatrixPair``.
-    """
-
-    A: Tensor
-    B: Tensor
-    before: Tensor | None = None
-    between: Tensor | None = None
-
-    def apply(self, method: Callable[[Tensor, Tensor], tuple[Side, Side]]) -> tuple[Side, Side]:
-        """Return what a method of a penalty, given (A, B), says of A and of B with partners."""
-        if self.before is None and self.between is None:
-            return method(self.A, self.B)
-        A, B = self.partners()
-        return method(self.A, B)[0], method(A, self.B)[1]
-
-    def partners(self) -> tuple[Tensor, Tensor]:
-        """Return the partner of B, shaped like A, and that of A, shaped like B."""
-        A, B = self.A, self.B
-        if self.before is not None:
-            A = A * self.before[:, None, :]
-        if self.between is not None:
-            A, B = A * self.between[:, :, None], B * self.between[:, None, :]
-        return A, B
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pairs of one kind and equal shape, read together.
-
-    ``members`` are their positions in the list of pairs; ``firsts`` and ``seconds`` cover them in
-    order.
-    """
-
-    members: tuple[int, ...]
-    pairs: tuple[MatrixPair, ...]
-    firsts: tuple[Run, ...]
-    seconds: tuple[Run, ...]
-
-    def read(self, parameters: Mapping[str, Tensor]) -> Operands:
-        """Return the matrices of the members, and their gains."""
-        return Operands(
-            self.read_first(parameters),
-            _joined(self.seconds, parameters),
-            _gains([pair.before for pair in self.pairs], parameters),
-            _gains([pair.between for pair in self.pairs], parameters),
+    def signature(self) -> tuple[object, ...]:
+        return tuple(
+            (p.shape, p.dtype, p.device, self.first[name]) for name, p in self.parameters.items()
         )
 
-    def read_first(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return A alone."""
-        return _joined(self.firsts, parameters)
+    def norms(self) -> Tensor:
+        """Return an upper bound of the norm of each parameter (tied ones once), float32.
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters that its pairs move."""
-        return tuple(dict.fromkeys(r.view.parameter_name for r in (*self.firsts, *self.seconds)))
+        Without a device synchronization. It is exact up to rounding, and larger for a parameter
+        that is sharded and replicated: each copy counts.
+        """
+        owners = [name for name, owner in self.first.items() if owner == name]
+        values: list[Tensor] = []
+        meshes: dict[object, list[int]] = {}
+        for place, name in enumerate(owners):
+            parameter = self.parameters[name].detach()
+            if is_sharded(parameter):
+                meshes.setdefault(parameter.device_mesh, []).append(place)  # type: ignore[attr-defined]
+                parameter = parameter.to_local()  # type: ignore[attr-defined]
+            values.append(parameter)
+        squares = torch.stack([norm.to(values[0].device) for norm in _norms(values)]).square()
+        for mesh, places in meshes.items():
+            squares[places] = _summed(squares[places], mesh)
+        return squares.sqrt()
 
 
-def windows(
-    pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], room: int
-) -> list[list[int]]:
-    """Positions of pairs that are worked on together, in the order of the parameters.
+@dataclass(frozen=True)
+class UpdatePlan:
+    """Batches in order, grouped into windows that hold about the parameters of one block.
 
-    Pairs of the same two parameters stay together. A window holds parameters of ``room`` numbers in
-    all, or a single group of pairs.
+    Sides are numbered: 2 i is the first matrix of pair i, and 2 i + 1 the second. Example: a batch
+    of the pairs 0 and 2, then one of pair 1, give ``order`` (0, 4, 1, 5, 2, 3), and the first batch
+    has the slices 0:2 (its A) and 2:4 (its B).
+
+    Args:
+        batches: in the order of the work.
+        windows: the positions in ``batches`` of each window.
+        region: the trust region of all pairs.
+        order: the sides in the order of the batches.
+        slices: for each batch, the slices of ``order`` for its first and second matrices.
+        last_batch: for each parameter (its first name), the last batch that reads it.
+        last_window: the same for windows.
+        uses: for each batch, the parameters (first names) that it reads.
     """
-    order = {id(parameter): place for place, parameter in enumerate(parameters.values())}
-    size = {id(parameter): parameter.numel() for parameter in parameters.values()}
-    groups: dict[tuple[int, int], list[int]] = {}
-    for position, pair in enumerate(pairs):
-        one, two = (id(parameters[view.parameter_name]) for view in (pair.first, pair.second))
-        groups.setdefault((one, two), []).append(position)
-    found: list[list[int]] = []
-    held: set[int] = set()
-    for ids in sorted(groups, key=lambda ids: sorted(order[i] for i in ids)):
-        if not found or sum(size[i] for i in held | set(ids)) > room:
-            found.append([])
-            held = set()
-        found[-1] += groups[ids]
-        held |= set(ids)
-    return found
+
+    batches: tuple[PairBatch, ...]
+    windows: tuple[range, ...]
+    region: TrustRegion
+    order: tuple[int, ...]
+    slices: tuple[tuple[slice, slice], ...]
+    last_batch: dict[str, int]
+    last_window: dict[str, int]
+    uses: tuple[tuple[str, ...], ...]
+    _index: tuple[tuple[int, int, int, int], ...] = ()
+    _smaller: float = 1.0
+    _indices: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def cannot_overflow(self, norms: Tensor) -> Tensor:
+        """Whether no product of the matrices of a pair can overflow, given ``Source.norms``.
+
+        Without a device synchronization. False if a weight is NaN or infinite. The condition is
+        sufficient: every intermediate of a penalty that ``stays_finite`` is at most the cube of
+        |A| |B| |before| |between|^2. Its logarithm must be below 80; that of float32's largest
+        number is 88.
+        """
+        device = norms.device
+        if device not in self._indices:
+            self._indices[device] = torch.tensor(self._index, device=device)
+        logs = torch.cat([norms, norms.new_zeros(1)]).log1p()
+        A, B, before, between = logs[self._indices[device]].unbind(1)
+        return (3 * (A + B + before + 2 * between) < _SAFE_LOGARITHM).all()
+
+    def has_safe_steps(self, steps: Sequence[float]) -> bool:
+        """Whether the steps (learning rate x strength) are far from overflowing by themselves."""
+        return max(steps) * self._smaller < _SAFE_REACH
 
 
-def block_size(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor]) -> int:
-    """About the numbers of the largest block: 3/2 of those in the largest pair's parameters.
+def make_plan(
+    pairs: Sequence[MatrixPair], source: Source, rule: Penalty, *, divided_by: int = 1
+) -> UpdatePlan:
+    """Plan the work on all pairs, divided among ``divided_by`` processes."""
+    stand_ins = source.stand_ins()
+    devices = {p.device.type for p in stand_ins.values()}
+    room = block_size(pairs, stand_ins)
+    # A batch holds copies of its matrices, their changes and one product: 9/4 of its numbers.
+    joined = room * 4 // 9
+    if devices != {"cpu"}:
+        # On a GPU few large batches are faster, and a block is small beside the activations.
+        total = sum(p.numel() for name, p in stand_ins.items() if source.first[name] == name)
+        room = max(room, min(LARGEST_BATCH, math.ceil(total / divided_by)))
+        joined = LARGEST_BATCH
+    made: list[PairBatch] = []
+    spans: list[range] = []
+    for positions in windows(pairs, stand_ins, room):
+        start = len(made)
+        made += batches(pairs, stand_ins, positions, room=joined)
+        spans.append(range(start, len(made)))
+    order: list[int] = []
+    slices: list[tuple[slice, slice]] = []
+    for batch in made:
+        ends = [len(order), len(order) + len(batch.members), len(order) + 2 * len(batch.members)]
+        for side in (0, 1):
+            order += [2 * member + side for member in batch.members]
+        slices.append((slice(ends[0], ends[1]), slice(ends[1], ends[2])))
+    uses = [
+        tuple(dict.fromkeys(source.first[v.parameter_name] for p in batch.pairs for v in p.views))
+        for batch in made
+    ]
+    last_batch = {owner: place for place, owners in enumerate(uses) for owner in owners}
+    last_window = {
+        owner: place for place, span in enumerate(spans) for i in span for owner in uses[i]
+    }
+    places = {name: i for i, name in enumerate(n for n, o in source.first.items() if n == o)}
 
-    In a transformer block of width h, fc1 and fc2 hold 8 h^2 numbers, all four weights 12 h^2; one
-    in a hundred more is for the gains of its norms, which would else push a pair of it out.
-    """
-    largest = 0
-    for pair in pairs:
-        held = {id(w): w for w in (parameters[v.parameter_name] for v in (pair.first, pair.second))}
-        largest = max(largest, sum(parameter.numel() for parameter in held.values()))
-    return largest * 303 // 200
+    def place(view: object) -> int:
+        name = getattr(view, "parameter_name", None)
+        return len(places) if name is None else places[source.first[name]]
 
-
-def batches(
-    pairs: Sequence[MatrixPair],
-    parameters: Mapping[str, Tensor],
-    positions: Iterable[int] | None = None,
-    room: int = LARGEST_BATCH,
-) -> list[Batch]:
-    """Group pairs of equal shapes, dtype and device; a batch holds at most ``room`` numbers.
-
-    Only those at ``positions`` where given. The largest matrices come first, else the order is that
-    of the first pairs: the changes of a small batch fit in the memory that those of a large one
-    leave, while copies of shared parameters wait.
-    """
-    groups: dict[tuple[object, ...], list[int]] = {}
-    sizes: dict[tuple[object, ...], int] = {}
-    for position in range(len(pairs)) if positions is None else positions:
-        pair = pairs[position]
-        shapes = []
-        for view in (pair.first, pair.second):
-            entries = view.select(parameters[view.parameter_name])
-            shapes.append((tuple(entries.shape), entries.dtype, entries.device))
-        gains = (pair.before is None, pair.between is None)
-        key = (*shapes, pair.first.diagonal, pair.kind, *gains)
-        groups.setdefault(key, []).append(position)
-        sizes[key] = sum(math.prod(shape) for shape, _, _ in shapes)
-    found = []
-    for key, members in sorted(groups.items(), key=lambda item: -sizes[item[0]]):
-        most = max(1, min(room, LARGEST_BATCH) // max(1, sizes[key]))
-        for start in range(0, len(members), most):
-            chosen = tuple(members[start : start + most])
-            here = tuple(pairs[i] for i in chosen)
-            firsts, seconds = (_runs([getattr(p, s) for p in here]) for s in ("first", "second"))
-            found.append(Batch(chosen, here, firsts, seconds))
-    return found
-
-
-def overlaps(views: Sequence[WeightView], parameters: Mapping[str, Tensor]) -> list[list[int]]:
-    """For each view, the positions of all views (itself too) that share an entry with it.
-
-    Two names of one tied parameter are the same parameter.
-    """
-    by_parameter: dict[int, list[int]] = {}
-    for position, view in enumerate(views):
-        by_parameter.setdefault(id(parameters[view.parameter_name]), []).append(position)
-    sharing: list[list[int]] = [[] for _ in views]
-    for positions in by_parameter.values():
-        for i in positions:
-            for j in positions:
-                if _meet(views[i].rows, views[j].rows) and _meet(views[i].cols, views[j].cols):
-                    sharing[i].append(j)
-    return sharing
+    return UpdatePlan(
+        tuple(made),
+        tuple(spans),
+        TrustRegion(pairs, stand_ins, made, rule),
+        tuple(order),
+        tuple(slices),
+        last_batch,
+        last_window,
+        tuple(uses),
+        tuple((place(p.first), place(p.second), place(p.before), place(p.between)) for p in pairs),
+        max(float(max(p.shape)) for p in stand_ins.values()),
+    )
 
 
-def _runs(views: Sequence[WeightView]) -> tuple[Run, ...]:
-    runs: list[Run] = []
-    for position, view in enumerate(views):
-        longer = _extended(runs[-1], view, views[position - 1]) if runs else None
-        if longer is None:
-            runs.append(Run(view, position))
-        else:
-            runs[-1] = longer
-    return tuple(runs)
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Float32 norms of each tensor, one call for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(place)
+    result: dict[int, Tensor] = {}
+    for (_, dtype), places in groups.items():
+        low = dtype not in (torch.float32, torch.float64)
+        chosen = [tensors[place] for place in places]
+        norms = torch._foreach_norm(chosen, 2, dtype=torch.float32 if low else None)
+        result |= dict(zip(places, (norm.float() for norm in norms), strict=True))
+    return [result[place] for place in range(len(tensors))]
 
 
-def _extended(run: Run, view: WeightView, last: WeightView) -> Run | None:
-    """The run with the view at its end, or None where the view does not continue it."""
-    if view.diagonal or view.transposed or run.view.parameter_name != view.parameter_name:
-        return None
-    if (run.count == 1 or run.axis == 0) and last.cols == view.cols:
-        rows = _union(run.view.rows, last.rows, view.rows)
-        if rows is not None:
-            return Run(replace(view, rows=rows), run.start, run.count + 1, axis=0)
-    if (run.count == 1 or run.axis == 1) and last.rows == view.rows:
-        cols = _union(run.view.cols, last.cols, view.cols)
-        if cols is not None:
-            return Run(replace(view, cols=cols), run.start, run.count + 1, axis=1)
-    return None
+def _summed(values: Tensor, mesh: object) -> Tensor:
+    import torch.distributed as dist
 
-
-def _union(whole: Index | None, last: Index | None, following: Index | None) -> range | None:
-    if not (isinstance(whole, range) and isinstance(last, range) and isinstance(following, range)):
-        return None
-    beside = last.step == following.step == 1 and last.stop == following.start
-    return range(whole.start, following.stop) if beside else None
-
-
-def _joined(runs: Sequence[Run], parameters: Mapping[str, Tensor]) -> Tensor:
-    read = [run.read(parameters[run.view.parameter_name]) for run in runs]
-    return read[0] if len(read) == 1 else torch.cat(read)
-
-
-def _gains(views: Sequence[WeightView | None], parameters: Mapping[str, Tensor]) -> Tensor | None:
-    found = [view.select(parameters[view.parameter_name]) for view in views if view is not None]
-    return wide(torch.stack(found)) if found else None
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return the tensor in float64 if it is, else in float32."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """Return the widest type that the device computes in: float64, but float32 on Apple's GPUs."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _meet(one: Index | None, other: Index | None) -> bool:
-    if one is None or other is None:
-        return True
-    if isinstance(one, range) and isinstance(other, range) and one.step == other.step == 1:
-        return max(one.start, other.start) < min(one.stop, other.stop)
-    return not set(one).isdisjoint(other)
+    for dim in range(mesh.ndim):  # type: ignore[attr-defined]
+        dist.all_reduce(values, group=mesh.get_group(dim))  # type: ignore[attr-defined]
+    return values

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
+from quietvit.tensors import has_fast_bfloat16, wide_dtype
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 _BFLOAT16_ROOM = 1 + 2.0**-5
@@ -22,7 +23,7 @@ def product_dtype(products: str, like: Tensor) -> torch.dtype | None:
     """
     if products == "float32" or like.dtype == torch.float64:
         return None
-    if products == "bfloat16" or _is_fast(like.device):
+    if products == "bfloat16" or has_fast_bfloat16(like.device):
         return torch.bfloat16
     return None
 
@@ -63,12 +64,12 @@ def both_products(
         seen = mm(B, mm(A, A.mT))
         if not weighed:
             return mm(mm(B.mT, B), A), seen
-        energy = (seen.to(wider(seen)) * B).sum(-1).clamp_min(0)
+        energy = (seen.to(wide_dtype(seen)) * B).sum(-1).clamp_min(0)
         weights = shares(energy)[0].to(B.dtype)[:, :, None]
         return mm(mm(B.mT, B * weights), A), seen * weights
     BA = mm(B, A)
     if weighed:
-        weights, _ = shares(BA.to(wider(BA)).square().sum(-1))
+        weights, _ = shares(BA.to(wide_dtype(BA)).square().sum(-1))
         BA = BA * weights.to(BA.dtype)[:, :, None]
     return mm(B.mT, BA), mm(BA, A.mT)
 
@@ -137,18 +138,3 @@ def square(M: Tensor) -> Tensor:
 def smaller(M: Tensor) -> float:
     """min(shape) of each matrix; a vector stands for a diagonal one."""
     return float(M.shape[1] if M.ndim == 2 else min(M.shape[1:]))
-
-
-def wider(M: Tensor) -> torch.dtype:
-    """float64 where M is, else float32."""
-    return torch.float64 if M.dtype == torch.float64 else torch.float32
-
-
-def _is_fast(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    checks = (getattr(torch.cpu, name, None) for name in names)
-    return any(check is not None and check() for check in checks)

@@ -1,6 +1,6 @@
-"""The rate at which an optimizer really moves a parameter, where it is not ``group["lr"]`` alone.
+"""The rate at which an optimizer really moves a parameter, if it is not ``group["lr"]`` alone.
 
-What is decayed at that rate is in ``attach``; what an optimizer averages is in ``averages``.
+``attach`` uses the rate. What an optimizer averages is in ``averages``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quietvit.errors import QuietvitError
 
 Group = Mapping[str, Any]
 
-# Settings by which optimizers are known that scale each step by what they keep nowhere.
+# Settings of optimizers that scale each step by a number they do not keep.
 _NOT_KEPT = {
     "trust_coeff": "a trust ratio of each layer (LARS)",
     "trust_coefficient": "a trust ratio of each layer (LARS, LARC)",
@@ -25,10 +25,10 @@ _NOT_KEPT = {
 
 
 def refuse_unknown_rate(optimizer: Any, group: Group, owner: str) -> None:
-    """Refuse a group whose real rate cannot be known.
+    """Raise QuietvitError if the real rate of a group cannot be known.
 
-    Raises:
-        QuietvitError: the optimizer scales its steps by what it does not keep, or states no rate.
+    That is so if the optimizer has no learning rate, or scales its steps by a number that it does
+    not keep.
     """
     name = type(optimizer).__name__
     for key, scale in _NOT_KEPT.items():
@@ -36,34 +36,33 @@ def refuse_unknown_rate(optimizer: Any, group: Group, owner: str) -> None:
             raise QuietvitError(
                 f"{name} multiplies its rate (lr={group.get('lr')!r}) by {scale} and does not keep "
                 f"the product, so {owner} cannot know how fast to decay. Use an optimizer whose "
-                "rate is known (AdamW, SGD, LAMB, Prodigy), or a regularizer that is coupled."
+                "rate is known (AdamW, SGD, LAMB, Prodigy), or a coupled regularizer."
             )
     if not _computes_rates(optimizer, group):
         _learning_rate(optimizer, group, owner)
 
 
 def estimated(group: Group) -> float:
-    """Return what the optimizer multiplies ``group["lr"]`` by in the step that comes now.
+    """Return what the optimizer multiplies ``group["lr"]`` by in the next step.
 
-    Prodigy and D-Adaptation keep it as ``d``, with a bias correction where they are asked for one.
-    It is 1 for others. To be called before the step: these optimizers step by the ``d`` they had,
-    and keep a new one.
+    Prodigy and D-Adaptation keep it as ``d``, some with a bias correction. It is 1 for others. Call
+    it before the step: these optimizers step by the old ``d`` and then keep a new one.
     """
     shared = group.get("shared_d") if group.get("split_groups_mean") else None
     d = group.get("d") if shared is None else shared
     if d is None:
         return 1.0
-    found = float(d)
+    result = float(d)
     if group.get("use_bias_correction") and "k" in group:
-        found *= _correction(group)
-    return found
+        result *= _correction(group)
+    return result
 
 
 class StepRates:
     """The rates of the step that an optimizer has just made.
 
-    ``estimates`` are what ``estimated`` gave before the step, by the id of the group; for a group
-    that is not there the present value is taken. What a group has in common is read once.
+    ``estimates`` are what ``estimated`` returned before the step, by the id of the group. For other
+    groups the present value is taken. What a group shares is read once.
     """
 
     def __init__(self, optimizer: Any, estimates: Mapping[int, float], owner: str) -> None:
@@ -103,16 +102,16 @@ def _computes_rates(optimizer: Any, group: Group) -> bool:
 
 def _learning_rate(optimizer: Any, group: Group, owner: str) -> float:
     """The rate as schedule-free optimizers keep it, warm-up included, else ``group["lr"]``."""
-    found = group.get("lr")
+    result = group.get("lr")
     if "scheduled_lr" in group and group.get("k"):
-        found = group["scheduled_lr"]
+        result = group["scheduled_lr"]
     try:
-        rate = float(found)  # type: ignore[arg-type]
+        rate = float(result)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         rate = math.nan
     if not math.isfinite(rate):
         raise QuietvitError(
-            f"a group of this {type(optimizer).__name__} has lr={found!r}, so {owner} cannot know "
+            f"a group of this {type(optimizer).__name__} has lr={result!r}, so {owner} cannot know "
             "how fast to decay. Give the optimizer a learning rate, one number for each group."
         )
     return rate

@@ -1,6 +1,6 @@
 """Schedules: factors of a strength over the steps of an optimizer, and how they are saved.
 
-Who multiplies by them is ``attach``'s and each regularizer's business.
+``attach`` and each regularizer multiply by them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quietvit.decay.regularizer import number, whole_number
+from quietvit.decay.checks import number, whole_number
 from quietvit.errors import QuietvitError, nearest
 from quietvit.pairs import KINDS
 
@@ -22,13 +22,20 @@ SHAPES = ("constant", "linear", "cosine")
 class StrengthSchedule:
     """A factor of a strength, counted in optimizer steps (0, 1, ...).
 
-    0 before ``start``; then up in a straight line from 0 to 1 within ``warmup`` steps; from there
-    ``constant``, or down to ``final``, which is reached at step ``total`` and kept: in a straight
-    line (``linear``), or as half a cosine. ``total`` is needed for these two, and not looked at by
-    ``constant``.
+    It is 0 before ``start``, then rises in a straight line from 0 to 1 within ``warmup`` steps.
+    Then it stays 1 (``constant``), or falls to ``final`` at step ``total`` and stays there: in a
+    straight line (``linear``) or as half a cosine (``cosine``).
 
-    Raises QuietvitError on numbers that are negative, not finite or not whole, on an unknown shape,
-    and where the way down would have no step.
+    Args:
+        shape: ``constant``, ``linear`` or ``cosine``.
+        start: steps before the warm-up.
+        warmup: steps of the warm-up.
+        total: the step at which ``final`` is reached; ``constant`` does not need it.
+        final: the last factor, 0 or more.
+
+    Raises:
+        QuietvitError: a number is negative, not finite or not whole, the shape is unknown, or there
+            is no step between the warm-up and ``total``.
     """
 
     shape: str = "constant"
@@ -75,7 +82,7 @@ class StrengthSchedule:
 def checked_schedule(
     schedule: Schedule | Mapping[str, Schedule] | None,
 ) -> Schedule | dict[str, Schedule] | None:
-    """Return the schedule. Raises QuietvitError if it, or one of a mapping's, cannot be called."""
+    """Return the schedule, or the mapping of schedules. Raises QuietvitError if not callable."""
     if isinstance(schedule, Mapping):
         for kind, own in schedule.items():
             _checked(own, f"schedule[{kind!r}]")
@@ -86,14 +93,16 @@ def checked_schedule(
 
 
 def one_schedule(schedule: Schedule | None, owner: str) -> Schedule | None:
-    """Return the schedule. Raises QuietvitError where it is a mapping."""
+    """Return the schedule. Raises QuietvitError if it is a mapping."""
     if isinstance(schedule, Mapping):
-        raise QuietvitError(f"{owner} takes one schedule, not one for each kind of pair.")
+        raise QuietvitError(
+            f"{owner}(schedule=...) takes one function, not one for each kind of pair."
+        )
     return schedule
 
 
 def check_kinds(schedule: Mapping[str, Schedule], kinds: Collection[str]) -> None:
-    """Raise QuietvitError unless a schedule for each kind has all of ``kinds``, and known ones."""
+    """Raise QuietvitError if one of ``kinds`` has no schedule, or an unknown kind has one."""
     for kind in kinds:
         if kind not in schedule:
             raise QuietvitError(
@@ -118,13 +127,13 @@ def factor_at(schedule: Schedule | None, step: int, name: str = "schedule") -> f
     return factor
 
 
-def described(schedule: Schedule | Mapping[str, Schedule] | None) -> Any:
-    """Return what a state keeps of a schedule: of a ``StrengthSchedule`` all its numbers.
+def schedule_state(schedule: Schedule | Mapping[str, Schedule] | None) -> Any:
+    """Return what a saved state keeps of a schedule: the numbers of a ``StrengthSchedule``.
 
-    A function cannot be told from another one: of it only that it is one.
+    Two functions cannot be compared, so any function is saved as "a function".
     """
     if isinstance(schedule, Mapping):
-        return {kind: described(own) for kind, own in schedule.items()}
+        return {kind: schedule_state(own) for kind, own in schedule.items()}
     if schedule is None or isinstance(schedule, StrengthSchedule):
         return schedule and asdict(schedule)
     return "a function"
@@ -134,5 +143,5 @@ def _checked(schedule: Any, name: str) -> None:
     if not callable(schedule):
         raise QuietvitError(
             f"{name}={schedule!r}: give a function from the step (0, 1, ...) to a factor, such as "
-            "quietvit.decay.StrengthSchedule(warmup=1000)."
+            "quietvit.StrengthSchedule(warmup=1000)."
         )

@@ -1,31 +1,57 @@
 """S2D, selective spectral decay: the leading singular values of layers that they dominate.
 
-How one layer is judged is in ``dominance``; when and how a gradient is applied in ``attach``.
+How a layer is judged is in ``dominance``, how a gradient is applied in ``attach``.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from quietvit.decay.attach import PenaltyGradient, Schedule
-from quietvit.decay.choice import say_left_out
+from quietvit.decay.checks import number, refuse_unless_finite, whole_number
+from quietvit.decay.choice import warn_of_left_out
+from quietvit.decay.config import RunFacts, Share, Strength, WeightRegularizerConfig
+from quietvit.decay.decoupled import PenaltyGradient
 from quietvit.decay.dominance import Spectrum, dominances, leading
-from quietvit.decay.plan import wide
-from quietvit.decay.regularizer import number, whole_number
-from quietvit.decay.whole import all_finite, refuse_unless_finite
+from quietvit.decay.schedule import Schedule
 from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
-from quietvit.pairs import COMPUTED
+from quietvit.pairs.pair import COMPUTED
+from quietvit.tensors import all_finite, wide
 from quietvit.tracing import Site, Trace, WeightView, trace
 
 logger = logging.getLogger("quietvit")
+
+
+class SpectralConfig(WeightRegularizerConfig):
+    """S2D, ``quietvit.SpectralDecay``: the leading singular values of layers they dominate.
+
+    Source: arXiv 2602.14432, second-hand (docs/method.md).
+    """
+
+    strength: Strength = 5e-4
+    """In units of the loss's gradient (coupled) or of the learning rate. 0 is off."""
+    threshold: Share = 0.95
+    """PCDR from which on a layer takes part, 0 to 1."""
+    components: int = Field(default=3, ge=1)
+    """Largest number of singular values of a layer."""
+    refresh: int = Field(default=100, ge=1)
+    """Applied steps between two selections of layers."""
+    power: int = Field(default=2, ge=1)
+    """The gradient is the singular value to this power."""
+    coupled: bool = True
+    """Add the gradient before the optimizer's step, as published; else a decoupled update."""
+    images: int = Field(default=16, ge=1)
+    """Training images whose activations select the layers."""
+
+    def arguments(self, facts: RunFacts) -> dict[str, Any]:
+        return super().arguments(facts) | {"images": facts.images(self.images)}
 
 
 @dataclass(frozen=True)
@@ -39,23 +65,24 @@ class Layer:
 class SpectralDecay(PenaltyGradient):
     """S2D: penalize the leading singular values of the linear layers that they dominate.
 
-    PCDR_k of a neuron i and an input row x is |sum_{r<=k} s_r u_ir (v_r . x)| / |(W x)_i|, the
-    share of the activation that the k leading components make. A layer takes part with the smallest
-    k <= ``components`` whose PCDR_k is at least ``threshold``, else it is left alone. The penalty
-    is ``strength / (power + 1) sum_{r<=k} s_r^(power + 1)``, the gradient
-    ``strength sum_{r<=k} s_r^power u_r v_r^T``; power 1 is an L2 penalty of these components.
+    PCDR_k is the share of an activation that the k leading components make. For a neuron i and an
+    input row x it is |sum_{r<=k} s_r u_ir (v_r . x)| / |(W x)_i|. A layer takes part with the
+    smallest k <= ``components`` whose PCDR_k is at least ``threshold``. The penalty is
+    ``strength / (power + 1) sum_{r<=k} s_r^(power + 1)``, the gradient
+    ``strength sum_{r<=k} s_r^power u_r v_r^T``. Power 1 is an L2 penalty of these components.
 
-    Coupled (as published) the gradient enters ``.grad``, see ``PenaltyGradient``. Decoupled, the
+    Coupled (as published), the gradient enters ``.grad``, see ``PenaltyGradient``. Decoupled, the
     weight loses the learning rate times it, and no component is carried through zero.
 
-    Every ``refresh`` applied steps one forward pass of ``images`` in eval mode without gradient,
-    and the singular vectors of every layer, choose anew; between, the vectors stay, and the s_r are
-    those of now along them (u_r . W v_r). Where no layer is selected nothing is penalized; the
-    logger ``quietvit`` warns the first time, ``selected`` and ``dominance`` are of the last choice.
-    Source: arXiv 2602.14432, second-hand (docs/method.md). Derived here, not public: PCDR of a
-    layer is the mean over at most 1024 input rows, of the neuron with the largest |W x| each, bias
-    left out; k stays below the rank of W; the layer that writes the logits is left alone; singular
-    values are current between refreshes.
+    Layers are selected every ``refresh`` applied steps, by one forward pass of ``images`` in eval
+    mode without gradient and by the singular vectors of every layer. In between the vectors stay,
+    and s_r = u_r . W v_r is current. If no layer is selected, nothing is penalized, and the logger
+    ``quietvit`` warns the first time. ``selected`` and ``dominance`` tell of the last selection.
+
+    Source: arXiv 2602.14432, second-hand (docs/method.md). Derived here, because it is not public:
+    PCDR of a layer is the mean over at most 1024 input rows, each for its neuron with the largest
+    |W x|, bias left out; k stays below the rank of W; the layer that writes the logits is left
+    alone; singular values are current between selections.
 
     Args:
         model: the model whose parameters the optimizer holds, built before FSDP or compilation.
@@ -70,9 +97,11 @@ class SpectralDecay(PenaltyGradient):
         coupled, every, schedule: see ``PenaltyGradient``, ``ColinearityDecay``.
 
     Raises:
-        QuietvitError: on bad values, on a model without linear layers; while training, on weights
-            or activations that are NaN or infinite (no weight is changed then), and on steps that
-            pass without a call. One device synchronisation per step.
+        QuietvitError: bad values, or a model without linear layers. While training: weights or
+            activations are NaN or infinite (no weight is changed then), or steps pass without a
+            call.
+
+    One device synchronization per step.
     """
 
     concerns = "weights of linear layers"
@@ -105,7 +134,7 @@ class SpectralDecay(PenaltyGradient):
         self.dominance: dict[str, tuple[float, ...]] = {}
         self._trace = trace(self.model, example)
         self.layers = _layers(self.model, self._trace)
-        say_left_out(own, _left_out(self._trace))
+        warn_of_left_out(own, _left_out(self._trace))
         self._chosen: dict[str, tuple[Tensor, Tensor]] | None = None
         self._refreshed = 0
         self._warned = False
@@ -115,9 +144,9 @@ class SpectralDecay(PenaltyGradient):
         """The layers that take part since the last refresh, each with its k."""
         return {name: u.shape[1] for name, (u, _) in (self._chosen or {}).items()}
 
-    def penalty(self) -> float:
-        """Return sum over the selected layers of sum_r s_r^(power + 1) / (power + 1)."""
-        return math.fsum(self.penalties().values())
+    def figures(self) -> dict[str, float]:
+        """Return the number of selected layers, as ``layers``."""
+        return {"layers": len(self.selected)}
 
     @torch.no_grad()
     def penalties(self) -> dict[str, float]:
@@ -125,15 +154,15 @@ class SpectralDecay(PenaltyGradient):
 
         Before the first step the layers are selected for this call alone: one forward pass.
         """
-        parameters = self._parameters()
+        parameters = self.parameters()
         chosen = self._selection(parameters)[0] if self._chosen is None else self._chosen
-        found = dict.fromkeys((str(layer.view) for layer in self.layers), 0.0)
+        result = dict.fromkeys((str(layer.view) for layer in self.layers), 0.0)
         for layer in self.layers:
             if str(layer.view) in chosen:
                 _, _, s = self._components(layer, chosen, parameters)
                 total = s.abs().pow(self.power + 1).sum() / (self.power + 1)
-                found[str(layer.view)] = float(total)
-        return found
+                result[str(layer.view)] = float(total)
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step counter, the settings, and the singular vectors of selected layers."""
@@ -152,16 +181,17 @@ class SpectralDecay(PenaltyGradient):
             if name not in known:
                 raise QuietvitError(
                     f"the state has singular vectors of {name}, which is no linear layer of this "
-                    f"{type(self.model).__name__}; start without it."
+                    f"{type(self.model).__name__}. Build it for the model that was trained, or "
+                    "start without loading the state."
                 )
         self._refreshed = int(state.get("refreshed", 0))
         self._chosen = None if chosen is None else {n: (u, v) for n, (u, v) in chosen.items()}
 
-    def _names(self) -> tuple[str, ...]:
+    def parameter_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(layer.view.parameter_name for layer in self.layers))
 
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
             "penalty": "spectral",
             "layers": len(self.layers),
             "threshold": self.threshold,
@@ -170,12 +200,12 @@ class SpectralDecay(PenaltyGradient):
             "power": self.power,
         }
 
-    def _gradients(
+    def gradients(
         self, parameters: Mapping[str, Tensor], names: Collection[str]
     ) -> dict[str, Tensor]:
         return self._along(parameters, names, lambda name, s: self._slope(s))
 
-    def _deltas(
+    def changes(
         self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]
     ) -> dict[str, Tensor]:
         def shrunk(name: str, s: Tensor) -> Tensor:
@@ -193,35 +223,35 @@ class SpectralDecay(PenaltyGradient):
         names: Collection[str],
         amount: Callable[[str, Tensor], Tensor],
     ) -> dict[str, Tensor]:
-        """Sum of amount(s)_r u_r v_r^T over the selected layers, shaped like their parameters."""
+        """Sum of amount(s)_r u_r v_r^T over the leading r of selected layers, shaped like W."""
         applied = self.steps // self.every
         if self._chosen is None or applied - self._refreshed >= self.refresh:
             self._chosen, self.dominance = self._selection(parameters)
             self._refreshed = applied
             self._warn_of_none()
-        found: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         for layer in self.layers:
             name = layer.view.parameter_name
             if name not in names or str(layer.view) not in self._chosen:
                 continue
             u, v, s = self._components(layer, self._chosen, parameters)
             whole = wide(parameters[name])
-            if name not in found:
-                found[name] = torch.zeros_like(whole, memory_format=torch.contiguous_format)
-            layer.view.scatter_add_(found[name], (u * amount(name, s)) @ v.mT)
-        refuse_unless_finite(found, parameters)
-        return found
+            if name not in result:
+                result[name] = torch.zeros_like(whole, memory_format=torch.contiguous_format)
+            layer.view.scatter_add_(result[name], (u * amount(name, s)) @ v.mT)
+        refuse_unless_finite(result, parameters)
+        return result
 
     def _warn_of_none(self) -> None:
-        """Say once that no layer was selected, and how near the nearest came."""
+        """Warn once that no layer was selected, and how near the nearest came."""
         if self._chosen or self._warned:
             return
         self._warned = True
-        name, share = max(self.dominance.items(), key=lambda found: max(found[1]))
+        name, share = max(self.dominance.items(), key=lambda result: max(result[1]))
         logger.warning(
-            "SpectralDecay selects none of its %d layers and changes nothing until it does: no "
-            "PCDR reaches threshold=%g with components=%d; the largest is %.3g (%s). It looks "
-            "again every %d applied steps; a lower threshold or more components would select some.",
+            "SpectralDecay selects none of its %d layers, so it changes nothing yet: no PCDR "
+            "reaches threshold=%g with components=%d. The largest is %.3g (%s). It selects again "
+            "every %d applied steps. A lower threshold or more components would select some.",
             len(self.layers),
             self.threshold,
             self.components,
@@ -249,7 +279,7 @@ class SpectralDecay(PenaltyGradient):
             for layer in self.layers
         }
         if not all_finite(weights.values()):
-            refuse_unless_finite({n: parameters[n] for n in self._names()}, parameters)
+            refuse_unless_finite({n: parameters[n] for n in self.parameter_names()}, parameters)
         spectra = {
             name: leading(W, min(self.components, min(W.shape) - 1)) for name, W in weights.items()
         }
@@ -278,19 +308,19 @@ def _linears(traced: Trace) -> Iterator[Site]:
 
 def _layers(model: nn.Module, traced: Trace) -> tuple[Layer, ...]:
     """Weights of linear sites, each once however many sites and names it has."""
-    found: dict[object, tuple[WeightView, list[str]]] = {}
+    result: dict[object, tuple[WeightView, list[str]]] = {}
     for site in _linears(traced):
         view = site.weight
         if view is None or min(view.read(model).shape) < 2:
             continue
         key = (id(view.parameter(model)), view.rows, view.cols)
-        first, sites = found.setdefault(key, (view, []))
+        first, sites = result.setdefault(key, (view, []))
         if first.transposed == view.transposed:
             sites.append(site.name)
-    if not found:
+    if not result:
         raise QuietvitError(
-            f"{traced.model_name} has no linear layer (beside the head) whose weight is a matrix "
-            "of parameters: SpectralDecay has nothing to act on; "
-            "print(quietvit.trace(model, example)) shows what is seen."
+            f"SpectralDecay has nothing to act on: {traced.model_name} has no linear layer (beside "
+            "the head) whose weight is a matrix of parameters. "
+            "print(quietvit.trace(model, example)) shows what it has."
         )
-    return tuple(Layer(view, tuple(sites)) for view, sites in found.values())
+    return tuple(Layer(view, tuple(sites)) for view, sites in result.values())

@@ -1,6 +1,6 @@
 """TWEO: a penalty on the largest outputs of residual blocks, added to the task loss.
 
-The only regularizer here that acts on activations; those that act on weights are beside it.
+The only regularizer here that acts on activations, and not on weights.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
+from quietvit.decay.checks import number
+from quietvit.decay.config import RegularizerConfig, Strength
 from quietvit.decay.following import innermost, is_outermost, is_skipped
-from quietvit.decay.regularizer import checked_state, number, one_strength, shown
-from quietvit.decay.schedule import Schedule, checked_schedule, described, factor_at
-from quietvit.decay.whole import reshard
+from quietvit.decay.regularizer import BaseRegularizer
+from quietvit.decay.schedule import Schedule, one_schedule
 from quietvit.errors import QuietvitError
-from quietvit.tracing import plain_model, trace
+from quietvit.tensors import reshard, wide
+from quietvit.tracing import trace
 from quietvit.tracing.block_modules import first_tensor, residual_modules
 
 logger = logging.getLogger("quietvit")
@@ -31,7 +34,21 @@ _PATIENCE = 3
 _MOST_PASSES = 64
 
 
-class TWEO:
+class TweoConfig(RegularizerConfig):
+    """TWEO, ``quietvit.TWEO``: a penalty on the largest outputs of blocks, added to the loss.
+
+    Source: arXiv 2511.23225, second-hand (docs/method.md).
+    """
+
+    strength: Strength = 0.01
+    """Factor of the penalty in the loss. 0 is off."""
+    threshold: float = Field(default=3.0, gt=0)
+    """Magnitude of an output from which on it is expensive."""
+    power: float = Field(default=4.0, ge=1)
+    """An output costs (magnitude / threshold) to this power."""
+
+
+class TWEO(BaseRegularizer):
     """Penalize large block outputs: ``strength / L * sum_l mean((|A_l| / (threshold + 1e-6))^p)``.
 
     A_l is the output of residual block l after its add, p is ``power``; the mean is taken in
@@ -39,29 +56,28 @@ class TWEO:
     times the threshold as much as 10^p at the threshold. Source: arXiv 2511.23225, second-hand
     (docs/method.md); its epsilon is not public to us.
 
-    Build it before ``torch.compile``, FSDP's ``fully_shard`` and DDP, then one line in a loop::
+    Build it before ``torch.compile``, FSDP's ``fully_shard`` and DDP. Then one line is enough::
 
         criterion = quietvit.TWEO(model, x).attach(optimizer).around(criterion)
 
-    or add ``loss()`` to the task loss by hand. Forward passes in training mode with gradients
-    count, those in eval mode or under ``no_grad`` do not. Checkpointing of blocks works where it is
+    Or add ``loss()`` to the task loss by hand. Forward passes in training mode with gradients
+    count; those in eval mode or under ``no_grad`` do not. Checkpointing of blocks works if it is
     not reentrant (``use_reentrant=False``). Under DDP and FSDP each process penalizes its own
-    images. A warning says once where all blocks and what is in front of them are frozen, so that
-    there is no gradient. Copies and pickles of it, or of a model that holds it, are as after
-    ``detach()``.
+    images. If all blocks and everything before them are frozen, there is no gradient, and a warning
+    says so once. Copies and pickles of it, or of a model that holds it, are as after ``detach()``.
 
     Args:
         model: the model that is trained, as itself (not inside DDP).
         example: input for ``quietvit.trace``, by which the blocks are found.
         strength: the factor of the penalty in the loss, at least 0.
-        threshold: the magnitude from which on outputs are expensive, at least 1e-6.
+        threshold: the magnitude above which outputs are expensive, at least 1e-6.
         power: p, at least 1.
         schedule: function from the optimizer step (0, 1, ...) to a factor of the strength; needs
             ``attach``, which counts the steps.
 
     Raises:
-        QuietvitError: on bad values, on a model without residual blocks; while training, where
-            ``loss()`` finds no pass, or is not called in three optimizer steps on end.
+        QuietvitError: bad values, or a model without residual blocks. While training: ``loss()``
+            finds no forward pass, or is not called in three optimizer steps in a row.
     """
 
     def __init__(
@@ -74,45 +90,41 @@ class TWEO:
         power: float = 4.0,
         schedule: Schedule | None = None,
     ) -> None:
-        self.strength = one_strength(strength, "TWEO")
+        super().__init__(model, schedule=one_schedule(schedule, "TWEO"))
+        self.strength = number(strength, "strength", "TWEO")
         self.threshold = number(threshold, "threshold", "TWEO", least=1e-6)
         self.power = number(power, "power", "TWEO", least=1.0)
-        checked = checked_schedule(schedule)
-        if isinstance(checked, Mapping):
-            raise QuietvitError("TWEO(schedule=...) takes one function, not one for each kind.")
-        self.schedule = checked
-        self.model = plain_model(model)
-        self.steps = 0
         self.blocks: tuple[str, ...] = tuple(residual_modules(trace(self.model, example)))
         if not self.blocks:
             raise QuietvitError(
-                f"{type(self.model).__name__} has no residual block (a module below a container, "
-                "whose output is a sum with its input), so TWEO has nothing to penalize; "
-                "quietvit.trace(model, example) shows what is seen of it."
+                f"TWEO has nothing to penalize: {type(self.model).__name__} has no residual block "
+                "(a module in a container, whose output is a sum with its input). "
+                "print(quietvit.trace(model, example)) shows what it has."
             )
         self._seen: list[tuple[str, Tensor]] = []
         self._last: dict[str, Tensor] = {}
         self._used, self._unused = False, 0
         self._warned = False
         self._hooks: list[Any] = []
-        self._handles: list[Any] = []
         self._watch()
 
     def loss(self) -> Tensor:
         """Return the penalty, strength included, of the forward passes since the last call.
 
-        A float32 scalar with a graph. Of several passes (two views of one batch, say) it is the
-        mean, each pass counting the same. Raises QuietvitError where there was none.
+        A float32 scalar with a graph. After several passes (two views of one batch, say) it is
+        their mean. Raises QuietvitError if there was none.
         """
         if not self._seen:
             raise QuietvitError(
                 "TWEO.loss() found no forward pass in training mode with gradients since the last "
-                f"call. Is it this very {type(self.model).__name__} that is trained, in train() "
-                "mode, not detached, and TWEO built before torch.compile? Does checkpointing of "
-                "blocks use use_reentrant=False?"
+                f"call. Check that this {type(self.model).__name__} is the model that is trained, "
+                "in train() mode; that TWEO is not detached and was built before torch.compile; "
+                "and that checkpointing of blocks uses use_reentrant=False."
             )
         if self.schedule is not None and not self._handles:
-            raise QuietvitError("TWEO has a schedule and no optimizer counts steps; call attach().")
+            raise QuietvitError(
+                "TWEO has a schedule, but no optimizer counts the steps. Call attach(optimizer)."
+            )
         seen, self._seen = self._seen, []
         self._last = _by_block([(name, term.detach()) for name, term in seen])
         self._used, self._unused = True, 0
@@ -121,23 +133,23 @@ class TWEO:
             self._warned = True
             logger.warning(
                 "TWEO changes nothing: no output of its %d blocks depends on a parameter that "
-                "trains (requires_grad), so its penalty has no gradient. Unfreeze some, or leave "
-                "it out.",
+                "trains (requires_grad), so its penalty has no gradient. Unfreeze some, or remove "
+                "TWEO.",
                 len(self.blocks),
             )
-        return terms.mean() * (self.strength * factor_at(self.schedule, self.steps))
+        return terms.mean() * (self.strength * self._factor())
 
     def around(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a function that calls ``criterion`` and adds ``loss()`` to what it returns.
+        """Return a function that adds ``loss()`` to what ``criterion`` returns.
 
         With the model in eval mode or under ``no_grad`` it is ``criterion`` alone.
 
         As ``compute_loss_func`` of the transformers Trainer it is called with
-        ``num_items_in_batch``, which counts the labels of a whole optimizer step. Such a
-        ``criterion`` has to return a sum divided by that number, because the Trainer adds up what
-        the passes of a step return. The penalty then counts by this pass's share of the labels, so
-        that its strength does not grow with accumulation or processes. Raises QuietvitError where
-        the labels, the second argument, are no tensor to be counted.
+        ``num_items_in_batch``, the number of labels of a whole optimizer step. Such a ``criterion``
+        must return a sum divided by that number, because the Trainer adds the results of all
+        passes. The penalty is then weighted by this pass's share of the labels, so that its
+        strength does not grow with accumulation or processes. Raises QuietvitError if the labels,
+        the second argument, are not a tensor.
         """
 
         def with_penalty(*args: Any, **kwargs: Any) -> Tensor:
@@ -154,11 +166,7 @@ class TWEO:
         Raises QuietvitError if already attached, if the optimizer cannot be hooked, or if it holds
         none of the model's parameters (copies are none) while some of them train.
         """
-        if self._handles:
-            raise QuietvitError(
-                "this TWEO is already attached to an optimizer; call detach() first, or build a "
-                "second one."
-            )
+        self._refuse_if_attached()
         inner = innermost(optimizer, "attach TWEO to one that trains the model")
         if not self._is_trained_by(inner):
             raise QuietvitError(
@@ -173,14 +181,15 @@ class TWEO:
 
     def detach(self) -> None:
         """Stop following the optimizer and watching the blocks, until ``attach`` is called."""
-        for handle in (*self._handles, *self._hooks):
-            handle.remove()
-        self._handles, self._hooks, self._seen = [], [], []
+        super().detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._seen = [], []
 
     def penalty(self) -> float:
         """Return the penalty of the last passes, strength not included. One sync."""
-        found = self.penalties()
-        return math.fsum(found.values()) / len(found)
+        parts = self.penalties()
+        return math.fsum(parts.values()) / len(parts)
 
     def penalties(self) -> dict[str, float]:
         """Return the mean of (|A| / threshold)^p of each block in the last passes, by its name.
@@ -194,29 +203,16 @@ class TWEO:
         values = torch.stack([value.to(device) for value in last.values()]).tolist()
         return dict(zip(last, values, strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the step counter and the settings (numbers and strings only)."""
-        return {"steps": self.steps, "settings": self._settings()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the step counter. Raises QuietvitError where the settings saved are others."""
-        self.steps = checked_state(self, self._settings(), state)
-
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along: no hook, no pass seen, as after ``detach``."""
-        return self.__dict__ | {"_seen": [], "_hooks": [], "_handles": []}
+        return super().__getstate__() | {"_seen": [], "_hooks": []}
 
-    def __repr__(self) -> str:
-        return shown(self, self._settings(), bool(self._handles))
-
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return {
             "penalty": "tweo",
             "blocks": len(self.blocks),
             "strength": self.strength,
             "threshold": self.threshold,
             "power": self.power,
-            "schedule": described(self.schedule),
         }
 
     def _is_trained_by(self, optimizer: Optimizer) -> bool:
@@ -242,9 +238,9 @@ class TWEO:
             return  # a checkpoint computes the block again during the backward pass
         if len(self._seen) >= _MOST_PASSES * len(self.blocks):
             raise QuietvitError(
-                f"{_MOST_PASSES} forward passes in training mode were seen without a call of "
-                "TWEO.loss(), and their graphs are kept for it; add loss() to the loss, or call "
-                "detach(), or run passes that are not trained on under torch.no_grad()."
+                f"{_MOST_PASSES} forward passes in training mode ran without a call of TWEO.loss() "
+                "that frees their graphs. Add loss() to the loss, or call detach(), or "
+                "run passes that do not train under torch.no_grad()."
             )
         self._seen.append((name, term))
 
@@ -260,8 +256,8 @@ class TWEO:
         self._used = False
         if self._unused >= _PATIENCE:
             raise QuietvitError(
-                f"{self._unused} optimizer steps passed without TWEO.loss(): it is not part of the "
-                "loss. Add it, or use criterion = tweo.around(criterion), or call detach()."
+                f"{self._unused} optimizer steps passed without TWEO.loss(), so it is not part of "
+                "the loss. Add it, or use criterion = tweo.around(criterion), or call detach()."
             )
 
 
@@ -272,15 +268,13 @@ class _MeanPower(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: float, power: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.scale, ctx.power = scale, power
-        wide = x if x.dtype == torch.float64 else x.float()
-        return _power(wide.abs() / scale, power).mean()
+        return _power(wide(x).abs() / scale, power).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        wide = x if x.dtype == torch.float64 else x.float()
-        slope = _power(wide.abs() / ctx.scale, ctx.power - 1) * wide.sign()
+        slope = _power(wide(x).abs() / ctx.scale, ctx.power - 1) * wide(x).sign()
         return (slope * (grad * (ctx.power / ctx.scale / x.numel()))).to(x.dtype), None, None
 
 
@@ -333,7 +327,7 @@ def _share_of_step(
 
 
 def _by_block(terms: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {}
+    result: dict[str, list[Tensor]] = {}
     for name, term in terms:
-        found.setdefault(name, []).append(term)
-    return {name: torch.stack(values).mean() for name, values in found.items()}
+        result.setdefault(name, []).append(term)
+    return {name: torch.stack(values).mean() for name, values in result.items()}

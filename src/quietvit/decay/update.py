@@ -1,7 +1,7 @@
 """The update of all pairs, batch by batch, on one process or divided among several.
 
-Every change is computed from the values before the update. A parameter is written as soon as the
-last batch that uses it has been computed, so that the changes of about one block are held at once.
+Invariant: every change is computed from the values before the update. So a parameter is written
+only after the last batch that reads it, and the new values of about one block are held at a time.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietvit.decay.layout import Layout, Source
+from quietvit.decay.batches import AdjacentViews, Operands
 from quietvit.decay.penalty import Basis, Penalty
-from quietvit.decay.plan import Operands, Run, wide
+from quietvit.decay.plan import Source, UpdatePlan
 from quietvit.decay.products import product_dtype
-from quietvit.decay.whole import like
+from quietvit.tensors import sharded_like, wide
 
 Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 Directed = Callable[[Operands, Basis | None, torch.dtype | None, Tensor, Tensor], Factors]
 
 
 def directed(rule: Penalty, *, compiled: bool = False) -> Directed:
-    """Return the pure function that gives ((PA, fA), (PB, fB)): A changes by fA PA, B by fB PB.
+    """Return a pure function of one batch that gives ((PA, fA), (PB, fB)).
 
-    It takes the operands, the basis, the dtype of products and the steps of A and of B, both (n,):
-    tensors, so that a compiled function serves every learning rate and strength.
+    A (n, h, d) changes by fA PA and B (n, o, h) by fB PB, with factors (n,). The function takes the
+    operands, the basis, the dtype of products and the steps of A and of B. The steps are tensors
+    (n,), so that a compiled function serves every learning rate and strength.
     """
 
     def changes(
@@ -58,7 +59,7 @@ def directed(rule: Penalty, *, compiled: bool = False) -> Directed:
         given = (operands.A, operands.B, operands.before, operands.between)
         if not compiled:
             return run(*given, basis, products, step_A, step_B)
-        # One graph for each shape of pairs: Swin has more than the eight that are the default.
+        # torch compiles one graph for each shape of pairs. Swin has more than its limit of eight.
         with torch._dynamo.config.patch(recompile_limit=256):
             return run(*given, basis, products, step_A, step_B)
 
@@ -66,15 +67,19 @@ def directed(rule: Penalty, *, compiled: bool = False) -> Directed:
 
 
 class Update:
-    """One update of all pairs: ``steps`` are (learning rate)(strength)(share) of each side.
+    """One update of all pairs.
 
-    ``moving`` are the names of parameters that may change. The caller has made sure that the
-    changes are finite and within the trust region.
+    The caller has made sure that the changes are finite and within the trust region.
+
+    Args:
+        steps: (learning rate)(strength)(share) of the first and second side of each pair in turn.
+        moving: names of the parameters that may change.
+        products: precision of the matrix products, see ``ColinearityDecay``.
     """
 
     def __init__(
         self,
-        layout: Layout,
+        plan: UpdatePlan,
         source: Source,
         run: Directed,
         bases: Sequence[Basis | None],
@@ -82,27 +87,32 @@ class Update:
         moving: Mapping[str, float],
         products: str,
     ) -> None:
-        self._layout, self._source, self._run, self._bases = layout, source, run, bases
+        self._plan, self._source, self._run, self._bases = plan, source, run, bases
         self._moving = {source.first[name] for name in moving}
         self._products = products
-        self._signed = [-steps[i] for i in layout.order]
+        # In the order of the batches, so that each batch reads its steps as slices of one vector.
+        self._signed = [-steps[i] for i in plan.order]
         self._vectors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def write(self) -> None:
-        """Change the parameters, each when the last batch that uses it has been computed."""
+        """Change the parameters, each after the last batch that reads it.
+
+        Example: fc1 is in the pairs (fc1, fc2) and (norm2, fc1). The batch of (fc1, fc2) comes
+        first and writes fc2 at once. The new fc1 waits, because (norm2, fc1) must read the old one.
+        """
         waiting: dict[str, Tensor] = {}
-        for place in range(len(self._layout.plan)):
+        for place in range(len(self._plan.batches)):
             self._add(place, waiting)
-            for owner in self._layout.uses[place]:
-                if self._layout.last_batch[owner] != place:
+            for owner in self._plan.uses[place]:
+                if self._plan.last_batch[owner] != place:
                     continue
                 if owner in waiting:
                     parameter = self._source.parameters[owner]
-                    parameter.copy_(like(parameter, waiting.pop(owner).to(parameter.dtype)))
+                    parameter.copy_(sharded_like(parameter, waiting.pop(owner).to(parameter.dtype)))
                 self._source.release(owner)
 
     def _add(self, place: int, waiting: dict[str, Tensor]) -> None:
-        """Add the changes of one batch to the new values that wait, or to parameters directly."""
+        """Add the changes of one batch to new values that wait, or directly to parameters."""
         for run, matrices, factors in self._changes(place):
             owner = self._source.first[run.view.parameter_name]
             if owner not in waiting and not self._is_direct(owner, place):
@@ -112,23 +122,24 @@ class Update:
             run.add_scaled_(target, matrices, factors)
 
     def write_divided(self) -> None:
-        """As ``write``, the windows divided among the processes of the default group.
+        """Do what ``write`` does, with the windows divided among the default process group.
 
-        Each computes its own of a round of windows and broadcasts their changes; all write the
-        same numbers. Every process must call.
+        In each round process r computes window ``start + r`` and broadcasts its changes, so all
+        write the same numbers. All processes must call it, and gather sharded parameters in the
+        same order, or they would wait for each other forever.
         """
         import torch.distributed as dist
 
         rank, world = dist.get_rank(), dist.get_world_size()
         waiting: dict[str, Tensor] = {}
-        for start in range(0, len(self._layout.windows), world):
-            round_ = range(start, min(start + world, len(self._layout.windows)))
+        for start in range(0, len(self._plan.windows), world):
+            round_ = range(start, min(start + world, len(self._plan.windows)))
             mine = None
             for window in round_:
                 owners = self._owners(window)
                 for owner in owners:
                     if self._source.in_parts(owner):
-                        _ = self._source[owner]  # all take part in gathering it
+                        _ = self._source[owner]  # a collective call of all processes
                 if window - start == rank:
                     mine = self._window_changes(window)
                 for owner in owners:
@@ -142,25 +153,32 @@ class Update:
                     dist.broadcast(flat, src=window - start)
                     self._collect(window, self._split(flat, moved), waiting)
                 for owner in self._owners(window):
-                    if self._layout.last_window[owner] == window and owner in waiting:
+                    if self._plan.last_window[owner] == window and owner in waiting:
                         parameter = self._source.parameters[owner]
-                        parameter.add_(like(parameter, waiting.pop(owner)))
+                        parameter.add_(sharded_like(parameter, waiting.pop(owner)))
 
     def _collect(
         self, window: int, changes: Mapping[str, Tensor], waiting: dict[str, Tensor]
     ) -> None:
-        """Add the changes of a window to those that wait; copies where later windows add more."""
+        """Add the changes of a window to those that wait.
+
+        ``changes`` are views of one buffer for the window. Those that wait for later windows are
+        copied, so that the buffer can be freed.
+        """
         for owner, change in changes.items():
             if owner in waiting:
                 waiting[owner] += change
-            elif self._layout.last_window[owner] != window:
+            elif self._plan.last_window[owner] != window:
                 waiting[owner] = change.clone()
             else:
                 waiting[owner] = change
 
-    def _changes(self, place: int) -> list[tuple[Run, Tensor, Tensor]]:
-        """What is added by one batch: runs, their matrices and the factor of each."""
-        batch, slices = self._layout.plan[place], self._layout.slices[place]
+    def _changes(self, place: int) -> list[tuple[AdjacentViews, Tensor, Tensor]]:
+        """The changes of one batch: adjacent views, their matrices, and the factor of each matrix.
+
+        Sides with a step of 0, and frozen parameters, are left out.
+        """
+        batch, slices = self._plan.batches[place], self._plan.slices[place]
         if not any(self._signed[slices[0].start : slices[1].stop]):
             return []
         operands = batch.read(self._source)
@@ -168,7 +186,7 @@ class Update:
         dtype = product_dtype(self._products, operands.A)
         step_A, step_B = (vector[own] for own in slices)
         changes = self._run(operands, self._bases[place], dtype, step_A, step_B)
-        found = []
+        result = []
         for runs, own, (matrices, factors) in zip(
             (batch.firsts, batch.seconds), slices, changes, strict=True
         ):
@@ -177,8 +195,8 @@ class Update:
                 if self._source.first[run.view.parameter_name] in self._moving and any(
                     self._signed[own.start + run.start : own.start + run.start + run.count]
                 ):
-                    found.append((run, matrices[rows], factors[rows]))
-        return found
+                    result.append((run, matrices[rows], factors[rows]))
+        return result
 
     def _vector(self, like: Tensor) -> Tensor:
         key = (like.dtype, like.device)
@@ -187,23 +205,27 @@ class Update:
         return self._vectors[key]
 
     def _is_direct(self, owner: str, place: int) -> bool:
-        """Whether the parameter itself can be added to: used no more, and not in low precision."""
+        """Whether changes can be added to the parameter itself, without a copy.
+
+        No later batch may read it, and it must be float32 or float64, or several additions would
+        each be rounded.
+        """
         whole = self._source[owner]
         return (
-            self._layout.last_batch[owner] == place
+            self._plan.last_batch[owner] == place
             and not self._source.in_parts(owner)
             and wide(whole) is whole
         )
 
     def _owners(self, window: int) -> list[str]:
         """The parameters that the batches of a window use."""
-        places = self._layout.windows[window]
-        return list(dict.fromkeys(owner for i in places for owner in self._layout.uses[i]))
+        places = self._plan.windows[window]
+        return list(dict.fromkeys(owner for i in places for owner in self._plan.uses[i]))
 
     def _moved(self, window: int) -> list[str]:
         """The parameters that the batches of a window change."""
-        plan, first = self._layout.plan, self._source.first
-        names = (name for i in self._layout.windows[window] for name in plan[i].names)
+        batches, first = self._plan.batches, self._source.first
+        names = (name for i in self._plan.windows[window] for name in batches[i].names)
         return [o for o in dict.fromkeys(first[name] for name in names) if o in self._moving]
 
     def _window_changes(self, window: int) -> Tensor | None:
@@ -212,7 +234,7 @@ class Update:
             return None
         flat = self._flat(moved).zero_()
         wholes = self._split(flat, moved)
-        for place in self._layout.windows[window]:
+        for place in self._plan.windows[window]:
             for run, matrices, factors in self._changes(place):
                 owner = self._source.first[run.view.parameter_name]
                 run.add_scaled_(wholes[owner], matrices, factors)
@@ -232,6 +254,7 @@ class Update:
 
 
 def _factor(factor: Tensor | None, step: Tensor) -> Tensor:
+    """factor x step, cut at the largest number, because 0 x inf would be NaN."""
     if factor is None:
         return step
     largest = torch.finfo(step.dtype).max

@@ -1,32 +1,43 @@
-"""Plain weight decay of the very entries that Colinearity Decay moves: its control.
+"""Plain weight decay of the entries that Colinearity Decay moves: its control.
 
-Whatever weighs entries by a spectrum is in ``colinearity``.
+Decay that depends on the spectrum is in ``colinearity``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quietvit.decay.attach import Schedule, WholeUpdate
+from quietvit.decay.checks import refuse_unless_finite
 from quietvit.decay.choice import chosen_pairs
-from quietvit.decay.plan import wide
-from quietvit.decay.regularizer import one_strength
-from quietvit.decay.schedule import one_schedule
-from quietvit.decay.whole import refuse_unless_finite, untied
+from quietvit.decay.config import Strength, WeightRegularizerConfig
+from quietvit.decay.decoupled import WholeUpdate
+from quietvit.decay.schedule import Schedule
 from quietvit.pairs import MatrixPair
+from quietvit.tensors import untied, wide
 from quietvit.tracing import WeightView
 
 
-class PairWeightDecay(WholeUpdate):
-    """Weight decay ``W <- W (1 - lr strength)`` of the entries of matrices and gains in pairs.
+class PairWeightConfig(WeightRegularizerConfig):
+    """Plain weight decay of the matrices that Colinearity Decay acts on, ``PairWeightDecay``.
 
-    Each entry decays once a step, in however many pairs it is, and over all its names. After the
-    optimizer's step, where AdamW decays before it: the arithmetic of both is the same. Comes beside
+    Its control. Derived here.
+    """
+
+    strength: Strength = 1.0
+    """In weight-decay units. 0 is off."""
+    kinds: tuple[str, ...] | None = None
+    """Kinds of pairs; none: ``quietvit.pairs.DEFAULT_KINDS``."""
+
+
+class PairWeightDecay(WholeUpdate):
+    """Weight decay ``W <- W (1 - lr strength)`` of the matrices and gains of pairs.
+
+    Each entry decays once a step, even if it is in several pairs or has several names. It decays
+    after the optimizer's step; AdamW decays before it, with the same arithmetic. This comes beside
     the optimizer's own ``weight_decay``. ``lr strength`` is cut at 1. A control, derived here.
 
     Args:
@@ -38,9 +49,10 @@ class PairWeightDecay(WholeUpdate):
         every, schedule, pairs: as in ``ColinearityDecay``, but for one schedule only.
 
     Raises:
-        QuietvitError: on bad values, on no pairs; while training, on a weight that is NaN or
-            infinite (no weight is changed then), and on steps that pass without a call. One device
-            synchronisation per step.
+        QuietvitError: bad values, or no pairs. While training: a weight is NaN or infinite (no
+            weight is changed then), or steps pass without a call.
+
+    One device synchronization per step.
     """
 
     concerns = "parameters of the pairs"
@@ -56,59 +68,53 @@ class PairWeightDecay(WholeUpdate):
         schedule: Schedule | None = None,
         pairs: Sequence[MatrixPair] | None = None,
     ) -> None:
-        super().__init__(model, every=every, schedule=one_schedule(schedule, "PairWeightDecay"))
-        self.strength = one_strength(strength, "PairWeightDecay")
+        super().__init__(model, strength=strength, every=every, schedule=schedule)
         self.pairs = chosen_pairs(type(self).__name__, self.model, example, kinds, pairs)
         self.views: tuple[WeightView, ...] = tuple(
-            dict.fromkeys(view for pair in self.pairs for view in (pair.first, pair.second))
+            dict.fromkeys(view for pair in self.pairs for view in pair.sides)
         )
-
-    def penalty(self) -> float:
-        """Return half the sum of squares of all entries that decay, strength not included."""
-        return math.fsum(self.penalties().values())
 
     @torch.no_grad()
     def penalties(self) -> dict[str, float]:
         """Return half the sum of squares of the entries that decay, by parameter."""
-        parameters = self._parameters()
+        parameters = self.parameters()
         first = untied(parameters)
-        found = {}
+        result = {}
         for name in dict.fromkeys(first.values()):
             whole = wide(parameters[name])
             mask = self._mask(name, first, whole)
-            found[name] = float((whole if mask is None else whole * mask).square().sum()) / 2
-        return found
+            result[name] = float((whole if mask is None else whole * mask).square().sum()) / 2
+        return result
 
-    def _names(self) -> tuple[str, ...]:
+    def parameter_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(view.parameter_name for view in self.views))
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "penalty": "weight",
-            "kinds": sorted({pair.kind for pair in self.pairs}),
-            "pairs": len(self.pairs),
-            "strength": self.strength,
-            "every": self.every,
-        }
+    def settings(self) -> dict[str, Any]:
+        kinds = sorted({pair.kind for pair in self.pairs})
+        own = {"penalty": "weight", "kinds": kinds, "pairs": len(self.pairs)}
+        return super().settings() | own
 
-    def _deltas(
+    def changes(
         self, parameters: Mapping[str, Tensor], rates: Mapping[str, float]
     ) -> dict[str, Tensor]:
         first = untied(parameters)
-        found: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         for name, rate in rates.items():
             step = min(1.0, rate * self.strength)
-            if step == 0 or first[name] in found:
+            if step == 0 or first[name] in result:
                 continue
             whole = wide(parameters[name])
             change = whole * (1 - step) - whole  # exact for steps up to 1/2: added, AdamW's product
             mask = self._mask(first[name], first, whole)
-            found[first[name]] = change if mask is None else torch.where(mask, change, 0.0)
-        refuse_unless_finite(found, parameters)
-        return found
+            result[first[name]] = change if mask is None else torch.where(mask, change, 0.0)
+        refuse_unless_finite(result, parameters)
+        return result
 
     def _mask(self, name: str, first: Mapping[str, str], whole: Tensor) -> Tensor | None:
-        """Which entries of a parameter decay, under any of its names; None for all of them."""
+        """Which entries of a parameter decay under any of its names; None means all.
+
+        Example: of a fused qkv (3 h, h), pairs of V and the projection cover rows 2 h to 3 h.
+        """
         views = [view for view in self.views if first[view.parameter_name] == name]
         if any(view.rows is None and view.cols is None for view in views):
             return None

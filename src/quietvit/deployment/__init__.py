@@ -1,28 +1,38 @@
 """From a simulated quantized model to a file computed in integers, and the proof of it.
 
-What serves every target lies here; each target has a room of its own and knows no other.
+What serves every target lies here. Each target has a folder of its own, and knows no other.
 """
 
-from quietvit.deployment.checking import Check, check
+from quietvit.deployment.artifact import Artifact
+from quietvit.deployment.checked import Check
+from quietvit.deployment.checking import check
 from quietvit.deployment.embedding import Embedding
-from quietvit.deployment.exporting import Artifact, export
-from quietvit.deployment.for_torchao.file import load_torchao
-from quietvit.deployment.for_torchao.model import TorchAO, to_torchao
+from quietvit.deployment.exporting import export
+from quietvit.deployment.for_torchao.file import TorchAO, load_torchao
+from quietvit.deployment.for_torchao.model import to_torchao
 from quietvit.deployment.opening import open_runtime
 from quietvit.deployment.predicting import Prediction, predict
 from quietvit.deployment.proof import Proof
+from quietvit.deployment.runtime import Kernel, Runtime
+from quietvit.deployment.target import Export, Target
+from quietvit.deployment.targets import register_target
 
 __all__ = [
     "Artifact",
     "Check",
     "Embedding",
+    "Export",
+    "Kernel",
     "Prediction",
     "Proof",
+    "Runtime",
+    "Target",
     "TorchAO",
     "check",
     "export",
     "load_torchao",
     "open_runtime",
     "predict",
+    "register_target",
     "to_torchao",
 ]

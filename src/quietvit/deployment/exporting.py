@@ -1,69 +1,36 @@
-"""``export``: the one verb from a quantized model to a file that a runtime computes in integers.
+"""``export``: from a quantized model to a file that a runtime computes in integers.
 
-How a file is written is the business of its target's room, what ran is proven by ``check``.
+How a file is written is in its target's folder. What ran in integers is proven by ``check``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quietvit.classes import are_presumed, checked_names, names_of
-from quietvit.deployment.extras import need
-from quietvit.deployment.facts import Facts, facts_of
-from quietvit.deployment.for_onnx.file import quantized_onnx, write_onnx
+from quietvit.deployment.artifact import Artifact
+from quietvit.deployment.facts import facts_of
+from quietvit.deployment.for_onnx.file import quantized_onnx
 from quietvit.deployment.grids import Grid, grids_of, remedy, why_none
 from quietvit.deployment.model import as_float32
 from quietvit.deployment.outputs import Output, output_of, unused_products
-from quietvit.deployment.paths import data_of, parts_of, target_of
 from quietvit.deployment.preprocessing import plain_preprocessing
+from quietvit.deployment.target import Export
+from quietvit.deployment.targets import target_to_write
 from quietvit.deployment.uniform import REPLACEMENTS, Replaced, replacing_codes
 from quietvit.errors import QuietvitError
-from quietvit.files import refuse_other_bytes, refuse_unwritable
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import preprocessing_of
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.tracing import MATMUL_KINDS, plain_model
 
-NEEDS = {
-    "onnx": ("onnxscript", "onnx"),
-    "openvino": ("onnxscript", "onnx", "openvino"),
-    "torchao": ("torchao",),
-}
 PRESUMED = (
     "the classes have the names in timm's configuration of this architecture; if the head was "
     "trained on other data, give its names (labels=..., --labels)"
 )
-
-
-@dataclass(frozen=True, repr=False)
-class Artifact:
-    """An exported file, its facts, and which quantizers were replaced to export it."""
-
-    path: Path
-    facts: Facts
-    replaced: tuple[Replaced, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk, of all its files."""
-        return sum(part.stat().st_size for part in parts_of(self.path))
-
-    def __str__(self) -> str:
-        from quietvit.deployment.text import artifact_text
-
-        return artifact_text(self)
-
-    def __repr__(self) -> str:
-        return f"Artifact({str(self.path)!r}, {self.size / 1e6:.2f} MB, {self.facts!r})"
-
-    def check(self, against: Any, images: Any, **options: Any) -> Any:
-        """Prove what runs in integers; see ``quietvit.check``."""
-        from quietvit.deployment.checking import check
-
-        return check(self.path, against, images, **options)
 
 
 def export(
@@ -81,56 +48,57 @@ def export(
 ) -> Artifact:
     """Write a quantized model as a file whose products a runtime computes in integers.
 
-    ``to``: ``onnx`` (a file .onnx with QuantizeLinear and DequantizeLinear, for onnxruntime),
-    ``openvino`` (.xml and .bin) or ``torchao`` (a folder, read by ``load_torchao``, whose linears
-    alone are integers); by default what the suffix of ``path`` says. Input ``images`` (batch, C, H,
-    W), float32; the batch is dynamic, or 1 where torch.export fixes it (a note among the facts says
-    so). Weights are stored as integers, int8, or int4 where they have
-    at most 4 bits (opset 21, neither torchao nor ``signed``). Activations of fewer than 8 bits are
-    carried in 8-bit codes: the accuracy is theirs, the speed that of 8 bits. Weights of more than
-    2 GB lie in a second file, ``model.onnx.data``.
+    The file takes ``images`` (batch, C, H, W), float32. The batch is dynamic. Where torch.export
+    can only keep it at 1, a note among the facts says so. Weights are stored as integers: int8, or
+    int4 where they have at most 4 bits (opset 21, neither torchao nor ``signed``). Activations of
+    fewer than 8 bits are carried in 8-bit codes: their accuracy, the speed of 8 bits. Weights of
+    more than 2 GB lie in a second file, ``model.onnx.data``.
 
-    ``output``: which tensor of the model's output the file gives, by name (``pooler_output``,
-    ``feature_maps.1``) or place. By default ``logits``; else ``image_embeds`` or ``pooler_output``;
-    else the only tensor. An only tensor (batch, n) is taken for scores of classes, unless the model
-    has ``num_classes == 0``; ``output="embeddings"`` says that it is none.
+    Args:
+        quantized: the model, calibrated.
+        path: where to write.
+        to: the target: ``onnx`` (an .onnx for onnxruntime), ``openvino`` (.xml and .bin),
+            ``torchao`` (a folder for ``load_torchao``, whose linears alone are integers), or one
+            of ``register_target``. By default what the suffix of ``path`` says.
+        as_: replace quantizers that no integer kernel has, and say what that loses. Without it they
+            are refused. ``uniform`` replaces logarithmic and two-range codes, one scale for each
+            channel, and more than 8 bits by uniform codes of 8 bits. ``symmetric`` also replaces
+            what is not symmetric, and implies ``signed``.
+        opset: of the ONNX graph, 20 or 21.
+        signed: activations are int8 with zero point 0, as TensorRT wants them, in place of uint8.
+            The integers are the same but for the offset of 128. Where a zero point would stay, the
+            export is refused.
+        output: which tensor of the model's output the file gives, by name (``pooler_output``,
+            ``feature_maps.1``) or place. By default ``logits``; else ``image_embeds`` or
+            ``pooler_output``; else the only tensor. An only tensor (batch, n) counts as scores of
+            classes, unless the model has ``num_classes == 0``. ``output="embeddings"`` says that it
+            is none.
+        preprocessing: timm's data config, an image processor of transformers, or torchvision's
+            ``weights.transforms()``. By default the model's own.
+        labels: a name for each class. By default those of the model (``quietvit.data.names_of``).
+        force: replace an earlier export.
 
-    ``signed``: activations are int8 with zero point 0, as TensorRT wants them, in place of uint8.
-    The integers are the same but for the offset of 128; where a zero point would stay, the export
-    is refused.
-
-    ``as_="uniform"`` replaces quantizers that no integer kernel has (logarithmic, two-range, one
-    scale a channel, more than 8 bits) by uniform ones of 8 bits and says what that loses; without
-    it they are refused. ``as_="symmetric"`` also replaces those that are not symmetric, and implies
-    ``signed``.
-
-    ``preprocessing``: timm's data config, an image processor of transformers, or torchvision's
-    ``weights.transforms()``; by default the model's own. ``labels``: a name for each class, by
-    default those of the model (``quietvit.data.names_of``).
-
-    Raises QuietvitError for a model that is not quantized or not calibrated, codes without integer
-    kernels, several outputs and no choice, preprocessing that is not understood, a model torch
-    cannot export, a missing extra, or a path in use (``force`` replaces an earlier export).
+    Raises:
+        QuietvitError: a model that is not quantized or not calibrated, codes without integer
+            kernels, several outputs and no choice, preprocessing that is not understood, a setting
+            that the target does not take, a model that torch cannot export, a missing extra, or a
+            path in use.
     """
     quantized = plain_model(quantized)  # type: ignore[assignment]
     if not isinstance(quantized, QuantizedModel):
         raise QuietvitError(
-            f"a {type(quantized).__name__} is not quantized, so there are no integers to export; "
-            "make it a QuantizedModel by quietvit.quantize(model, method, images), or read one by "
+            f"a {type(quantized).__name__} is not quantized, so there are no integers to export. "
+            "Make it a QuantizedModel by quietvit.quantize(model, method, images), or read one by "
             "quietvit.load(path)."
         )
     path = Path(path)
-    target = target_of(path, to)
-    refuse_existing(path, force, target)
-    need(*NEEDS[target])
+    target = target_to_write(path, to)
+    target.refuse_path(path, force)
+    target.need()
     if as_ not in (None, *REPLACEMENTS):
         raise QuietvitError(f"as_={as_!r} is not known; choose 'uniform' or 'symmetric'.")
     signed = signed or as_ == "symmetric"
-    if signed and target == "torchao":
-        raise QuietvitError(
-            "signed codes are for ONNX and OpenVINO; torchao always multiplies int8, so leave "
-            "signed (--signed) and as_='symmetric' out."
-        )
+    target.refuse_settings(opset=opset, signed=signed)
     _refuse_uncalibrated(quantized)
     own, replaced = as_float32(quantized), list[Replaced]()
     prepared = plain_preprocessing(
@@ -141,61 +109,28 @@ def export(
         raise QuietvitError(f"labels name classes, but the output is {given}; leave labels out.")
     if as_ is not None:
         own, replaced = replacing_codes(own, as_)
-    elif target != "torchao":  # it takes linears alone, and lists what it leaves in float
+    elif not target.leaves_float:
         _refuse_simulated(own, signed)
-    grids = grids_of(own, strict=target != "torchao", signed=signed)
+    grids = grids_of(own, strict=not target.leaves_float, signed=signed)
     unused = unused_products(own, given)
-    presumed = given.of_classes and labels is None and are_presumed(own.model)
     facts = facts_of(
         own,
         grids,
         preprocessing=prepared,
         labels=_labels(own, labels) if given.of_classes else None,
         notes=[
-            *([PRESUMED] if presumed else []),
-            *_notes(own, grids, target),
-            *_of_output(given, unused),
+            *_presumed(own, given, labels),
+            *_rounding_notes(own, grids),
+            *_unused_notes(given, unused),
             *map(str, replaced),
         ],
         replaced=as_,
         output=given,
         unused=unused,
     )
-    if target == "torchao":
-        from quietvit.deployment.for_torchao.file import write_torchao
-
-        return Artifact(path, write_torchao(own, path, facts, force=force), tuple(replaced))
-    content, facts = quantized_onnx(own, grids, facts, opset, at_once=target == "onnx")
-    if target == "openvino":
-        from quietvit.deployment.for_openvino.file import write_openvino
-
-        write_openvino(content, path, facts)
-    else:
-        write_onnx(content, path)
-    return Artifact(path, facts, tuple(replaced))
-
-
-def refuse_existing(path: Path, force: bool, target: str = "onnx") -> None:
-    """Raise QuietvitError where something stands at ``path``.
-
-    With ``force`` only for a folder, and for torchao, whose artifact is one, for any but an earlier
-    export.
-    """
-    if target == "torchao":
-        from quietvit.deployment.for_torchao.file import FORMAT
-
-        FORMAT.refuse(path, force)
-        return
-    refuse_other_bytes(path)
-    for part in [path, path.with_suffix(".bin") if path.suffix == ".xml" else data_of(path)]:
-        if part.is_dir():
-            raise QuietvitError(f"{part} is a folder; name a file, such as model.onnx.")
-        if part.exists() and not force:
-            raise QuietvitError(
-                f"{part} exists already; choose another name, or pass force (--force) to replace "
-                "it."
-            )
-    refuse_unwritable(path)
+    graph = partial(quantized_onnx, own, grids, facts, opset)
+    written = target.write(Export(own, path, facts, grids, graph))
+    return Artifact(path, written, tuple(replaced))
 
 
 def _labels(quantized: QuantizedModel, given: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -206,7 +141,7 @@ def _refuse_uncalibrated(quantized: QuantizedModel) -> None:
     slots = [slot for slot in quantized.slots() if not slot.is_weight]
     if not quantized.slots():
         raise QuietvitError(
-            "the model has no quantizers at all, so there are no integers to export; quantize it "
+            "the model has no quantizers at all, so there are no integers to export. Quantize it "
             "by quietvit.quantize(model, method, images)."
         )
     untouched = [
@@ -241,24 +176,24 @@ def _refuse_simulated(quantized: QuantizedModel, signed: bool) -> None:
         )
 
 
-def _of_output(output: Output, unused: Sequence[str]) -> list[str]:
-    notes = []
-    if unused:
-        notes.append(
-            f"{len(unused)} products do not enter the output {output.name} and are not in the file "
-            f"(first {unused[0]})"
-        )
-    return notes
+def _presumed(quantized: QuantizedModel, output: Output, labels: Sequence[str] | None) -> list[str]:
+    presumed = output.of_classes and labels is None and are_presumed(quantized.model)
+    return [PRESUMED] if presumed else []
 
 
-def _notes(quantized: QuantizedModel, grids: Mapping[str, Grid], target: str) -> list[str]:
+def _unused_notes(output: Output, unused: Sequence[str]) -> list[str]:
+    if not unused:
+        return []
+    return [
+        f"{len(unused)} products do not enter the output {output.name} and are not in the file "
+        f"(first {unused[0]})"
+    ]
+
+
+def _rounding_notes(quantized: QuantizedModel, grids: Mapping[str, Grid]) -> list[str]:
+    """What a reader of the bits alone would expect of the file, and what is so instead."""
     notes = []
     slots = {slot.key: slot for slot in quantized.slots()}
-    wide = [key for key, grid in grids.items() if slots[key].is_weight and grid.bits == 8]
-    if target == "openvino" and wide:
-        from quietvit.deployment.for_openvino.file import SATURATES
-
-        notes.append(f"{len(wide)} weights have 8 bits: {SATURATES}")
     low = {grid.bits for key, grid in grids.items() if not slots[key].is_weight} - {8}
     if low:
         bits = ", ".join(map(str, sorted(low)))

@@ -1,20 +1,21 @@
-"""Packages that only some targets need, and the extra to install where one is missing."""
+"""Packages that only some targets need, and what to install where one is missing."""
 
 from __future__ import annotations
+
+import importlib
 
 from quietvit.errors import QuietvitError
 
 
-def need(*names: str) -> None:
-    """Raise QuietvitError naming the extra, unless all these packages can be imported."""
-    import importlib
+def need(*packages: str, install: str) -> None:
+    """Raise QuietvitError unless all ``packages`` can be imported.
 
-    extras = {"openvino": "openvino", "torchao": "torchao"}
-    for name in names:
+    ``install``: what pip installs to have them, such as ``quietvit[onnx]``.
+    """
+    for name in packages:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            extra = extras.get(name, "onnx")
             raise QuietvitError(
-                f"{name} cannot be imported ({error}); install it: pip install 'quietvit[{extra}]'."
+                f"{name} cannot be imported ({error}); install it: pip install '{install}'."
             ) from error

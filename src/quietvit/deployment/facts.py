@@ -24,6 +24,8 @@ from quietvit.tracing import MATMUL_KINDS
 UNCLAIMED = "written by torch in a form that is not followed, so nothing is claimed of it"
 KEY, FORMAT, VERSION = "quietvit", "quietvit exported model", 2
 READ = (1, VERSION)
+COARSEST = 1 / 4
+"""Most that ``Product.rounded`` may allow a code to be moved, in steps; coarser ones are float."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
+from quietvit.quantization.slot import Slot
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,59 @@
-"""``open_runtime``: an exported file in the runtime that it is for; what else a path may be.
-
-The runtimes themselves are in ``runtime``, and torchao's in ``for_torchao``.
-"""
+"""``open_runtime``: an exported file in its runtime, and an error that says what else a path is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from quietvit.deployment.runtime import OnnxRuntime, OpenVINO, Runtime
+from quietvit.deployment.runtime import Runtime
+from quietvit.deployment.targets import TARGETS, listed, target_of
 from quietvit.errors import QuietvitError
 from quietvit.files import refuse_other_bytes
-
-RUNTIMES = {
-    ".onnx": ("onnxruntime", "openvino"),
-    ".xml": ("openvino",),
-    ".torchao": ("torchao",),
-}
+from quietvit.quantization import storage
 
 
 def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0) -> Runtime:
-    """Load an exported file: .onnx in onnxruntime unless OpenVINO is asked for, .xml in OpenVINO.
+    """Open an exported file or folder in a runtime.
 
-    A folder that was exported for torchao runs in torch. ``threads``: 0 is the runtime's choice.
+    Args:
+        path: what ``export`` wrote.
+        runtime: ``onnxruntime`` (.onnx), ``openvino`` (.xml and .onnx), ``torchao`` (its folder),
+            or that of a target of your own. By default the one that the file was made for.
+        threads: of the processor; 0 is the runtime's choice.
 
-    Raises QuietvitError for a missing, truncated or foreign file, and a missing extra.
+    Raises:
+        QuietvitError: a missing, truncated or foreign file, a runtime that does not open it, or a
+            missing extra.
     """
     path = Path(path)
     refuse_other_bytes(path)
-    kind = exported_kind(path)
-    if kind is None:
+    target = target_of(path)
+    if target is None or not target.holds(path):
         raise QuietvitError(_why_not(path))
-    known = RUNTIMES[kind]
-    chosen = runtime or known[0]
-    if chosen not in known:
-        raise QuietvitError(f"runtime {chosen!r} does not run {path}; choose {' or '.join(known)}.")
-    if chosen == "torchao":
-        from quietvit.deployment.for_torchao.runtime import TorchRuntime
-
-        return TorchRuntime(path, threads=threads)
-    if chosen == "openvino":
-        return OpenVINO(path, threads=threads)
-    return OnnxRuntime(path, threads=threads)
-
-
-def exported_kind(path: Path) -> str | None:
-    """The suffix of the kind of exported file that ``path`` is, None where it is none."""
-    if path.is_file() and path.suffix in (".onnx", ".xml"):
-        return path.suffix
-    return ".torchao" if (path / "torchao.json").is_file() else None
+    fitting = {
+        each.runtime: each
+        for each in (target, *TARGETS.values())
+        if each is target or target.suffix in each.reads
+    }
+    chosen = runtime or target.runtime
+    if chosen not in fitting:
+        raise QuietvitError(
+            f"runtime {chosen!r} does not run {path}; choose {listed(list(fitting))}."
+        )
+    return fitting[chosen].open(path, threads)
 
 
 def _why_not(path: Path) -> str:
-    ask = "give an exported model.onnx, model.xml or torchao folder"
-    if (path / "quantization.json").is_file():
+    examples = listed([f"model{target.suffix}" for target in TARGETS.values()])
+    ask = f"Give what 'quietvit export' wrote, such as {examples}."
+    if storage.FORMAT.holds(path):
         return (
-            f"{path} is a quantized model that was not exported yet; write a file that a runtime "
-            f"takes by 'quietvit export {path}' (quietvit.export), and give that one."
+            f"{path} is a quantized model that was not exported yet. Export it by 'quietvit export "
+            f"{path}' (quietvit.export), and give the exported file."
         )
     if path.is_dir():
         what = "a training run" if (path / "result.json").is_file() else "a folder"
-        return f"{path} is {what}, not an exported file; {ask}."
+        return f"{path} is {what}, not an exported file. {ask}"
     if not path.exists():
-        return f"{path} does not exist; {ask}."
-    return f"{path} ends neither in .onnx nor in .xml; {ask}."
+        return f"{path} does not exist. {ask}"
+    suffixes = " nor in ".join(target.suffix for target in TARGETS.values())
+    return f"{path} ends neither in {suffixes}. {ask}"

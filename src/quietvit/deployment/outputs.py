@@ -5,9 +5,8 @@ What is done with the tensor is decided in ``exporting``, ``comparing`` and ``pr
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.outputs import LOGITS, tensors_of
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import Site, evaluating, intercept
 
 CLASSES, FEATURES = "classes", "features"
-LOGITS = "logits"
 EMBEDDINGS = ("image_embeds", "pooler_output", "embeddings", "embedding")
 
 
@@ -56,27 +55,6 @@ class Output:
                 "the file was exported from."
             )
         return found[path]
-
-
-def tensors_of(output: Any) -> dict[str, Tensor]:
-    """The tensors in a model's output by their path: names and places joined by dots."""
-    return dict(_walked(output, ""))
-
-
-def _walked(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    items: Any = ()
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, tuple | list):
-        items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
-    elif dataclasses.is_dataclass(value):
-        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    elif isinstance(getattr(value, LOGITS, None), Tensor):
-        items = [(LOGITS, getattr(value, LOGITS))]
-    for key, inner in items:
-        yield from _walked(inner, f"{path}.{key}" if path else str(key))
 
 
 def output_of(
@@ -117,17 +95,20 @@ def output_of(
             f"the output {path or 'of the model'} is {shape} for two images, so its first dim is "
             f"not the batch; choose another tensor (output=..., --output-tensor): {_listed(found)}."
         )
-    return _described(model, path, wanted, shape[1:], named_classes)
+    unnamed = len(found) == 1 and path in ("", "0")  # "0": a tuple or list of one tensor
+    return _described(model, path, unnamed, wanted, shape[1:], named_classes)
 
 
 def _described(
     model: nn.Module,
     path: str,
+    unnamed: bool,
     wanted: str | int | None,
     shape: tuple[int, ...],
     named_classes: bool,
 ) -> Output:
-    own = path if path or not isinstance(wanted, str) else wanted
+    asked = wanted if isinstance(wanted, str) and not wanted.isdigit() else ""
+    own = asked if unnamed else path
     without_classes = getattr(getattr(model, "model", model), "num_classes", None) == 0
     scores = named_classes or own == LOGITS or (not own and not without_classes)
     if len(shape) == 1 and scores:

@@ -7,21 +7,18 @@ the same inputs in both, and its codes and sums of products are compared.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quietvit.deployment.facts import Facts, Product
-from quietvit.deployment.for_onnx.convolutions import COARSEST
-from quietvit.deployment.for_onnx.parts import Parts
-from quietvit.deployment.for_openvino.parts import IRParts
+from quietvit.deployment.facts import COARSEST, Facts, Product
 from quietvit.deployment.grids import Grid
+from quietvit.deployment.runtime import Runtime
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.method import Slot
+from quietvit.quantization.slot import Slot
 
 TIE = 1e-3
 """How far from the middle between two codes a value may be for its rounding to go either way."""
@@ -53,12 +50,12 @@ class Agreement:
 
 
 def agreements(
-    path: Path, facts: Facts, quantized: QuantizedModel, images: Tensor
+    runtime: Runtime, facts: Facts, quantized: QuantizedModel, images: Tensor
 ) -> list[Agreement]:
-    """Compare every integer product of a file, .onnx or .xml, with the simulated model's.
+    """Compare every product that a file claims to be integer with the simulated model's.
 
-    ``images``: (N, C, H, W) as the model takes them. Raises QuietvitError where file and model are
-    not of one kind.
+    ``images``: (N, C, H, W) as the model takes them. Raises QuietvitError where file and model do
+    not belong together, or where the runtime does not run single products.
     """
     wanted = [product for product in facts.products if product.why_float is None]
     if not wanted:
@@ -69,12 +66,12 @@ def agreements(
     for product in wanted:
         if len([s for s in slots.get(product.name, []) if not s.is_output]) != 2:
             raise QuietvitError(
-                f"{path} multiplies integers in {product.name}, where this {quantized.method.name} "
-                "model has no two quantizers; give the .qvit that it was exported from."
+                f"{runtime.path} multiplies integers in {product.name}, where this "
+                f"{quantized.method.name} model has no two quantizers; give the .qvit that "
+                "it was exported from."
             )
     operands = _operands(quantized, images)
-    names = [product.name for product in wanted]
-    parts: Parts | IRParts = (IRParts if path.suffix == ".xml" else Parts).of(path, names)
+    parts = runtime.parts([product.name for product in wanted])
     given = {
         name: [
             operands[name][slot.index]
@@ -90,12 +87,12 @@ def agreements(
     for product in wanted:
         here, name = slots[product.name], product.name
         compared, sides, scale, corrected = _operand_codes(
-            product, here, quantized, operands[name], codes[name], path.suffix == ".xml"
+            product, here, quantized, operands[name], codes[name], parts.corrected
         )
         if product.rounded is None:
             count, off = _sums(product, sides, scale, sums[name], corrected)
         else:
-            count, middle, off = _rounded(path, product, slots, quantized, operands, sums[name])
+            count, middle, off = _rounded(runtime, product, slots, quantized, operands, sums[name])
             compared = (compared[0], compared[1] + middle, compared[2])
         found.append(Agreement(name, *compared, count, off))
     return found
@@ -162,7 +159,7 @@ def _operand_codes(
 
 
 def _rounded(
-    path: Path,
+    runtime: Runtime,
     product: Product,
     slots: dict[str, list[Slot]],
     quantized: QuantizedModel,
@@ -175,9 +172,9 @@ def _rounded(
     slot = next((slot for slot in slots.get(site, []) if slot.operand == operand), None)
     if slot is None:
         raise QuietvitError(
-            f"{path} quantizes the output of {product.name} as {site} ({operand}), where this "
-            f"{quantized.method.name} model has no quantizer; give the .qvit that it was exported "
-            "from."
+            f"{runtime.path} quantizes the output of {product.name} as {site} ({operand}), where "
+            f"this {quantized.method.name} model has no quantizer; give the .qvit that it was "
+            "exported from."
         )
     quantizer: Any = quantized.quantizers[slot.key]
     x = operands[site][slot.index]

@@ -43,7 +43,7 @@ def predict(
     normalized as the model was evaluated.
 
     Args:
-        model: an exported .onnx or .xml, or one already open (``open_runtime``).
+        model: what ``export`` wrote, or a runtime that is open already (``open_runtime``).
         image: a file, a PIL image of any size, or an array (height, width, 3) or (height, width)
             before any transform; or a list of these, which gives a list of results.
         top: how many classes.

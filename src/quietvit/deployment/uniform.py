@@ -14,8 +14,8 @@ from torch import Tensor
 
 from quietvit.deployment.grids import why_none
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, affine_fake
+from quietvit.quantization.slot import Slot
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
+from quietvit.inputs import ImageBatch, Images
 from quietvit.measure.colinearity import measure_pair
 from quietvit.measure.diagnosis import Diagnosis
-from quietvit.measure.images import Batch, Images, batches
+from quietvit.measure.images import batches
 from quietvit.measure.outliers import RunningStatistics, SiteStatistics
 from quietvit.measure.root_cause import CauseFinder, Peak, PeakTracker, RootCause
 from quietvit.pairs import DENSE_KINDS, MatrixPair, find_pairs
@@ -29,6 +30,7 @@ from quietvit.tracing import (
 )
 from quietvit.tracing import trace as record_trace
 
+UNREACHED = "none of the images gave it a value, as where nothing is detected: not measured"
 MASKED = "its scores hold the -inf of a mask: not measured"
 _SIDES = ("left", "right")
 
@@ -75,25 +77,25 @@ def diagnose(
             pairs = find_pairs(model, kinds=DENSE_KINDS, trace=trace)
         except QuietvitError as error:
             raise QuietvitError(f"{error} To measure the sites alone, pass pairs=().") from error
-    watch = _Watch(trace, PeakTracker(trace, pairs))
+    recorder = _Recorder(trace, PeakTracker(trace, pairs))
     with evaluating(model), torch.no_grad():
         measured = tuple(measure_pair(model, pair) for pair in pairs)
-        watch.run(model, first)
+        recorder.run(model, first)
         for batch in stream:
-            watch.run(model, batch)
-        skipped = [*watch.masked, *watch.tracker.skipped]
-        causes = _root_causes(model, trace, watch.tracker.peaks, top, skipped)
+            recorder.run(model, batch)
+        skipped = [*recorder.masked, *recorder.unreached, *recorder.tracker.skipped]
+        causes = _root_causes(model, trace, recorder.tracker.peaks, top, skipped)
     return Diagnosis(
-        sites=watch.finish(),
+        sites=recorder.finish(),
         pairs=measured,
         root_causes=tuple(causes),
         skipped=tuple(dict.fromkeys(skipped)),
-        images=watch.images,
+        images=recorder.images,
         top=top,
     )
 
 
-class _Watch:
+class _Recorder:
     """Handler for the pass over all images."""
 
     def __init__(self, trace: Trace, tracker: PeakTracker) -> None:
@@ -101,11 +103,11 @@ class _Watch:
         self.images = 0
         self.masked: dict[tuple[str, str], None] = {}
         self._trace = trace
-        self._batch: Batch | None = None
+        self._batch: ImageBatch | None = None
         self._running: dict[tuple[str, str], tuple[str, RunningStatistics]] = {}
         self._by_name = {site.name: site for site in trace.sites}
 
-    def run(self, model: nn.Module, batch: Batch) -> None:
+    def run(self, model: nn.Module, batch: ImageBatch) -> None:
         self._batch = batch
         with intercept(self._trace, self._handle, kinds=SITE_KINDS):
             batch.run(model)
@@ -115,7 +117,13 @@ class _Watch:
         return tuple(
             running.finish(site, operand, role)
             for (site, operand), (role, running) in self._running.items()
+            if running.count
         )
+
+    @property
+    def unreached(self) -> list[tuple[str, str]]:
+        """The sites without any value, with the reason."""
+        return [(key[0], UNREACHED) for key, (_, seen) in self._running.items() if not seen.count]
 
     def _handle(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
@@ -130,7 +138,8 @@ class _Watch:
                 self._measure(site, side, operand.role, operand.shape, x, axes)
             output = run(*operands)
             self._check(site, output)
-            self.tracker.update(site, output, self.images, self._batch.size, self._batch.pick)
+            if output.numel():
+                self.tracker.update(site, output, self.images, self._batch.size, self._batch.pick)
             return output
         output = run(*operands)
         if self._is_masked(site, output):
@@ -238,7 +247,7 @@ def _root_causes(
     for group in by_image.values():
         finder = CauseFinder(trace, model, group, skipped)
         inputs = group[0].inputs
-        assert isinstance(inputs, Batch)
+        assert isinstance(inputs, ImageBatch)
         with intercept(trace, finder, kinds=SITE_KINDS):
             inputs.run(model)
         causes += finder.causes

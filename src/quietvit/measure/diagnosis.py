@@ -16,6 +16,7 @@ from rich.table import Table
 from quietvit.files import finite, json_text, write_atomic
 from quietvit.measure.colinearity import PairStatistics
 from quietvit.measure.outliers import SiteStatistics
+from quietvit.measure.plots import amplification_spectra, outliers_by_depth, save, site_channels
 from quietvit.measure.root_cause import RootCause
 
 
@@ -98,9 +99,13 @@ class Diagnosis:
         ``outliers_by_depth.png``, ``worst_site_channels.png`` and, where there are pairs,
         ``amplification.png``. Returns their paths.
         """
-        from quietvit.measure.plots import draw
-
-        return draw(self, Path(folder))
+        figures = {
+            "outliers_by_depth.png": outliers_by_depth(self.sites, self.images),
+            "worst_site_channels.png": site_channels(self.worst_sites[0]),
+        }
+        if self.pairs:
+            figures["amplification.png"] = amplification_spectra(self.worst_pairs)
+        return tuple(save(figure, Path(folder) / name) for name, figure in figures.items())
 
     def _site_table(self) -> Table:
         title = f"Sites with the heaviest tails ({self.images} images, {len(self.sites)} tensors)"

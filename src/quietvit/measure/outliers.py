@@ -114,8 +114,8 @@ class RunningStatistics:
             self._energy, self._channel_max = energy, peaks
         elif self._energy.shape != energy.shape:
             raise QuietvitError(
-                f"the channel axis has {energy.numel()} entries in this batch and "
-                f"{self._energy.numel()} in those before; give images of one size."
+                f"this batch has {energy.numel()} channels, earlier ones had "
+                f"{self._energy.numel()}. Give images of one size."
             )
         else:
             self._energy += energy
@@ -125,11 +125,15 @@ class RunningStatistics:
         self._update_worst(x, magnitude, axes, images, first_image)
 
     def _update_histogram(self, magnitude: Tensor) -> None:
+        # The upper bits of a positive float, exponent and first mantissa bits, grow with its value.
+        # Read as an integer they are a bin of a logarithmic histogram, without any logarithm.
         bins = magnitude.float().contiguous().view(torch.int32).flatten() >> _SHIFT
         counts = torch.bincount(bins, minlength=_BINS)
         self._histogram = counts if self._histogram is None else self._histogram + counts
 
     def _update_moments(self, wide: Tensor) -> None:
+        # Sums of powers would cancel where the mean is large. So each batch has central moments of
+        # its own, which are merged with the earlier ones (Pébay 2008, SAND2008-6212, equation 2.1).
         n, mean = wide.numel(), wide.mean()
         centred = wide - mean
         squared = centred.square()

@@ -1,24 +1,23 @@
 """Pictures of a diagnosis, as PNG files; made without pyplot, so nothing global changes.
 
-Numbers come ready from ``diagnosis``; nothing is computed here.
+Statistics come in ready; nothing is measured here.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quietvit.files import write_atomic
+from quietvit.measure.colinearity import PairStatistics
+from quietvit.measure.outliers import SiteStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-
-    from quietvit.measure.diagnosis import Diagnosis
-    from quietvit.measure.outliers import SiteStatistics
 
 # Okabe and Ito's palette (grey for yellow), told apart with every common form of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
@@ -37,27 +36,16 @@ ROLES = {
 WORST_PAIRS = 5
 
 
-def draw(diagnosis: Diagnosis, folder: Path) -> tuple[Path, ...]:
-    """Draw all pictures into ``folder``; returns their paths."""
-    pictures: dict[str, Callable[[Diagnosis], Figure]] = {
-        "outliers_by_depth.png": outliers_by_depth,
-        "worst_site_channels.png": worst_site_channels,
-    }
-    if diagnosis.pairs:
-        pictures["amplification.png"] = amplification_spectra
-    return tuple(_save(picture(diagnosis), folder / name) for name, picture in pictures.items())
-
-
-def outliers_by_depth(diagnosis: Diagnosis) -> Figure:
+def outliers_by_depth(sites: Sequence[SiteStatistics], images: int) -> Figure:
     """Max and rms of each kind of activation, in the order of the forward pass."""
     figure = _figure(9, 4.6)
     above, below = figure.subplots(2, 1, sharex=True)
     styles = zip(ROLES, COLOURS, MARKERS, strict=True)
     for role, colour, marker in styles:
-        places = [i for i, s in enumerate(diagnosis.sites) if s.role == role]
+        places = [i for i, s in enumerate(sites) if s.role == role]
         if not places:
             continue
-        chosen = [diagnosis.sites[i] for i in places]
+        chosen = [sites[i] for i in places]
         for axes, heights in ((above, [s.max for s in chosen]), (below, [s.rms for s in chosen])):
             axes.plot(
                 places,
@@ -74,19 +62,18 @@ def outliers_by_depth(diagnosis: Diagnosis) -> Figure:
         _logarithmic(axes.yaxis)
         axes.set_ylabel(label)
         _tidy(axes)
-    ticks = _depth_ticks(diagnosis.sites)
+    ticks = _depth_ticks(sites)
     below.set_xticks([i for i, _ in ticks], [name for _, name in ticks])
     below.set_xlabel("depth (block, in the order of the forward pass)")
     handles, labels = above.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(f"Activations by depth, {diagnosis.images} images", fontsize=11)
+    figure.suptitle(f"Activations by depth, {images} images", fontsize=11)
     return figure
 
 
-def worst_site_channels(diagnosis: Diagnosis) -> Figure:
-    """Largest magnitude of each channel at the site whose max/rms is largest."""
-    site = diagnosis.worst_sites[0]
+def site_channels(site: SiteStatistics) -> Figure:
+    """Largest magnitude of each channel of one site."""
     figure = _figure(9, 3.4)
     axes = figure.subplots()
     heights = site.channel_max
@@ -112,11 +99,11 @@ def worst_site_channels(diagnosis: Diagnosis) -> Figure:
     return figure
 
 
-def amplification_spectra(diagnosis: Diagnosis) -> Figure:
-    """Amplification s_i·‖B u_i‖ of the pairs that amplify most, over the rank i."""
+def amplification_spectra(pairs: Sequence[PairStatistics]) -> Figure:
+    """Amplification s_i·‖B u_i‖ of the first ``WORST_PAIRS`` pairs, over the rank i."""
     figure = _figure(9, 3.8)
     axes = figure.subplots()
-    for n, pair in enumerate(diagnosis.worst_pairs[:WORST_PAIRS]):
+    for n, pair in enumerate(pairs[:WORST_PAIRS]):
         spectrum = [x if x > 0 else float("nan") for x in pair.amplification]
         label = pair.name.split(": ", 1)[-1].replace(" -> ", "\n→ ").replace(".weight", "")
         axes.plot(
@@ -140,7 +127,7 @@ def amplification_spectra(diagnosis: Diagnosis) -> Figure:
     return figure
 
 
-def _depth_ticks(sites: tuple[SiteStatistics, ...]) -> list[tuple[int, str]]:
+def _depth_ticks(sites: Sequence[SiteStatistics]) -> list[tuple[int, str]]:
     """Where each block begins: (position, number), thinned to at most 16."""
     ticks: list[tuple[int, str]] = []
     for i, site in enumerate(sites):
@@ -176,7 +163,8 @@ def _tidy(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, whole or not at all. Returns the path."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return write_atomic(path, buffer.getvalue())

@@ -153,7 +153,7 @@ class CauseFinder:
         output = run(*operands)
         if site.kind == "activation" and len(site.operands[0].fed_by) == 1:
             self._activations[site.operands[0].fed_by[0]] = (site.function.strip("_"), run)
-        if site.weight is None:
+        if site.weight is None or not output.numel():
             return output
         if site.weight.parameter_name in self._firsts:
             offset = run(torch.zeros_like(operands[0]), *operands[1:])

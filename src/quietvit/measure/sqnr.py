@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.measure.images import Images, batches
+from quietvit.inputs import Images
+from quietvit.measure.images import batches
 from quietvit.tracing import Site, Trace, evaluating, intercept, plain_model
 
 
@@ -28,17 +29,17 @@ def sqnr(
 ) -> dict[str, float]:
     """Return 10·log10(Σ y² / Σ (y − ŷ)²) in dB for each matrix product's output, by site name.
 
-    Outputs are compared place by place. A detector that chooses its queries by score (D-FINE,
-    RT-DETR, two-stage DETRs) may choose others, or the same in another order, after the smallest
-    change: behind that choice a low value says that queries changed places. Compare such outputs
-    query by query, matched by box or score.
+    y is the float model's output at a site, ŷ the quantized model's on the same images. Sums run
+    over all images in float64. By default each model follows its own activations, so the noise is
+    what has accumulated up to the site. The result is inf where the outputs agree exactly, nan
+    where y and the noise are 0, -inf where only y is. Both models run in eval mode and are left as
+    they were.
 
-    y is the float model's output at a site and ŷ the quantized model's on the same images; sums
-    run over all images in float64. By default each model follows its own activations, so the noise
-    is what has accumulated up to the site. inf where the outputs agree exactly, nan where y and the
-    noise are both 0, -inf where only y is. nan also where a detector proposes another number of
-    boxes when it is quantized, so that the rows of its box head are of other boxes. Both models run
-    in eval mode and are left as they were.
+    Detectors that choose queries by score (D-FINE, RT-DETR, two-stage DETRs) may choose others, or
+    another order, after the smallest change. Behind that choice a low value only says that queries
+    changed places. Compare such outputs query by query, matched by box or score.
+    Where a detector proposes another number of boxes when it is quantized, the result is nan: the
+    rows of its box head are then of other boxes.
 
     Args:
         model: the float model.

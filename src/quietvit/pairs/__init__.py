@@ -6,8 +6,6 @@ compilation and sharding. How pairs act on weights lives in ``decay``.
 
 from quietvit.pairs.find import find_pairs
 from quietvit.pairs.pair import (
-    ADAPTED,
-    COMPUTED,
     DEFAULT_KINDS,
     DENSE_KINDS,
     KINDS,
@@ -17,8 +15,6 @@ from quietvit.pairs.pair import (
 from quietvit.tracing import WeightView
 
 __all__ = [
-    "ADAPTED",
-    "COMPUTED",
     "DEFAULT_KINDS",
     "DENSE_KINDS",
     "KINDS",

@@ -88,6 +88,7 @@ def find_pairs(
     return FoundPairs(folded(pairs, trace) if fold_gains else pairs, skipped)
 
 
+ATTENTION = frozenset({"attention", "channel_attention"})
 _trace = trace  # the function, where an argument of that name hides it
 
 
@@ -149,7 +150,9 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
     if first.kind == "norm":
         return ("", "") if through else ("norm_linear", "")
     if not is_whole(first):
-        return "", ""
+        grouped = (first.weight_shape or (0, 0))[1] > 1
+        reason = "A is a convolution in groups, each output channel of which reads some inputs"
+        return "", reason if grouped and through & {*ATTENTION, "matmul"} else ""
     shaped = bool(through - {"norm", "batch_norm", "scale", "depthwise", "matmul", "branches"})
     if "scrambled" in through:
         return "", "the channels that attention puts out reach other columns at other tokens"
@@ -165,7 +168,7 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
         return "", "a norm stands between, which rescales what A makes" if shaped else ""
     if "mixing_gate" in through:
         return "", "a gate computed from what A makes stands between"
-    if through & {"attention", "channel_attention"}:
+    if through & ATTENTION:
         return "value_output", ""
     if "gate" in through and gates > 1:
         return "gated_mlp", ""

@@ -38,6 +38,17 @@ class MatrixPair:
     between: WeightView | None = None
 
     @property
+    def sides(self) -> tuple[WeightView, WeightView]:
+        """The two matrices that an update moves."""
+        return self.first, self.second
+
+    @property
+    def views(self) -> tuple[WeightView, ...]:
+        """All weights that an update reads: both matrices and the gains there are."""
+        gains = (view for view in (self.before, self.between) if view is not None)
+        return (*self.sides, *gains)
+
+    @property
     def name(self) -> str:
         head = "" if self.head is None else f" head {self.head}"
         return f"{self.kind}: {self.first.parameter_name} -> {self.second.parameter_name}{head}"

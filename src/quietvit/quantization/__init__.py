@@ -4,10 +4,12 @@ Training against outliers lives in ``decay``, their measurement in ``measure``.
 """
 
 from quietvit.quantization.apply import quantize
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.companding import TanQuantizer, TwinQuantizer
 from quietvit.quantization.coverage import Coverage
-from quietvit.quantization.listing import method_rows, methods_markdown
-from quietvit.quantization.method import Method, get_method, list_methods, register
+from quietvit.quantization.listing import method_rows
+from quietvit.quantization.method import Method, get_method, list_methods, register_method
 from quietvit.quantization.methods.adalog import AdaLog
 from quietvit.quantization.methods.brecq import BRECQ
 from quietvit.quantization.methods.dopq_vit import DopQViT
@@ -22,9 +24,10 @@ from quietvit.quantization.methods.repq_vit import RepQViT
 from quietvit.quantization.methods.rtn import RTN
 from quietvit.quantization.methods.smoothquant import SmoothQuant
 from quietvit.quantization.nonuniform import LogQuantizer
-from quietvit.quantization.quantized import QuantizedModel
+from quietvit.quantization.on_top import OnTop
+from quietvit.quantization.quantized import QuantizedModel, load
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, register_quantizer
-from quietvit.quantization.storage import load
+from quietvit.quantization.slot import Slot
 
 __all__ = [
     "BRECQ",
@@ -34,17 +37,21 @@ __all__ = [
     "RTN",
     "AdaLog",
     "AffineQuantizer",
+    "Calibrated",
+    "Calibration",
     "Coverage",
     "DopQViT",
     "FQViT",
     "LogQuantizer",
     "Method",
+    "OnTop",
     "PTQ4ViT",
     "QDrop",
     "QuantizedModel",
     "Quantizer",
     "QwT",
     "RepQViT",
+    "Slot",
     "SmoothQuant",
     "TanQuantizer",
     "TwinQuantizer",
@@ -52,8 +59,7 @@ __all__ = [
     "list_methods",
     "load",
     "method_rows",
-    "methods_markdown",
     "quantize",
-    "register",
+    "register_method",
     "register_quantizer",
 ]

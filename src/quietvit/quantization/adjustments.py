@@ -173,3 +173,8 @@ class Compensation(nn.Module):
             axis=config["axis"],
             positions=config["positions"],
         )
+
+
+def module_key(name: str) -> str:
+    """A name as a ModuleDict takes it: no dots, and none of a module's own attributes."""
+    return f"{name.replace('.', '/')}:"

@@ -16,31 +16,43 @@ from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.method import Method, list_methods
 from quietvit.quantization.outputs import with_quantized_outputs
 from quietvit.quantization.quantized import QuantizedModel
+from quietvit.quantization.settings import parse_method
 from quietvit.tracing import Trace, plain_copy
 from quietvit.tracing import trace as trace_model
 
 
 def quantize(
     model: nn.Module,
-    method: Method,
+    method: Method | str,
     calibration: Any,
     *,
+    bits: str | None = None,
     example: Any = None,
     trace: Trace | None = None,
     progress: bool = True,
 ) -> QuantizedModel:
     """Quantize a copy of ``model``; the model given is not touched, whatever happens.
 
-    ``calibration``: images (N, 3, H, W) after the model's own transform, or an iterable of batches
-    (tensors; tuples or lists beginning with them; dicts with ``pixel_values`` or ``images``), read
-    in small batches. Memory grows with their number only for methods that need all at once, and
-    their docstrings say so. ``example``: input for
-    tracing, by default the first images; ``trace``: an earlier ``quietvit.trace`` of this model.
-    The copy is in eval mode, and a note says so where the model was training. A warning says so
-    where the images are not normalized as the model's own preprocessing does it.
+    Two ways to say how: ``quantize(model, RTN(weight_bits=4), images)`` and, by name,
+    ``quantize(model, "repq-vit", images, bits="W4A4")``.
 
-    Raises QuietvitError for no images, wrong shapes, NaN, a model quantized already, or a method
-    that is none.
+    Args:
+        model: any model that ``quietvit.trace`` can trace. The copy is in eval mode.
+        method: the config of a method, or a name: ``rtn``, ``rtn-omse`` (with an activation range),
+            ``repq-vit+qwt`` (one method on top of another). ``quietvit.list_methods()`` lists them.
+        calibration: images (N, 3, H, W) after the model's own transform, or an iterable of batches:
+            tensors, tuples or lists that begin with one, dicts with ``pixel_values`` or ``images``.
+            Batches are read one after the other. Only methods whose docstring says so hold all.
+        bits: ``W4A8``, of a method given by name; None takes the method's own defaults, W8A8.
+        example: input for tracing; None takes the first image.
+        trace: an earlier ``quietvit.trace`` of this model.
+        progress: show a progress bar where calibration takes more than 3 seconds.
+
+    Notes of the result and a warning tell what is unusual, such as a model in train mode or images
+    that are not normalized as the model's own preprocessing does it.
+
+    Raises QuietvitError for no images, wrong shapes, NaN, a model quantized already, an unknown
+    method, or ``bits`` beside a config.
     """
     if not isinstance(model, nn.Module):
         raise QuietvitError(f"the model is a {type(model).__name__}, not a torch.nn.Module.")
@@ -49,12 +61,7 @@ def quantize(
             f"this {type(model).__name__} is quantized already; quantize the float model it was "
             "made from."
         )
-    if not isinstance(method, Method):
-        given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
-        raise QuietvitError(
-            f"the method is {given}; give a config such as quietvit.RTN(weight_bits=8). "
-            f"Known methods: {', '.join(list_methods())}."
-        )
+    method = _configured(method, bits)
     images = ImageStream(calibration, model)
     first = images.peek()
     warn_unless_normalized(first, model, "calibration")
@@ -77,7 +84,9 @@ def quantize(
             "to measure that"
         )
     method.check_sites(trace)
-    watched = Calibration(own, trace, images, progress)
+    watched = Calibration(
+        own, trace, images, progress, lambda slot: method.slot_bits(slot) is not None
+    )
     calibrated = method.calibrate(watched)
     notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}")
     notes += calibrated.notes
@@ -94,6 +103,24 @@ def quantize(
     if method.conv_output_bits is None:
         return quantized
     return with_quantized_outputs(quantized, watched, method.conv_output_bits)
+
+
+def _configured(method: Any, bits: str | None) -> Method:
+    """The method's config. Raises QuietvitError for what is none, or ``bits`` beside a config."""
+    if isinstance(method, str):
+        return parse_method(method, bits)
+    if not isinstance(method, Method):
+        given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise QuietvitError(
+            f"the method is {given}; give a config such as quietvit.RTN(weight_bits=8), or one of "
+            f"the names {', '.join(list_methods())}."
+        )
+    if bits is not None:
+        raise QuietvitError(
+            f"bits={bits!r} goes with the name of a method, but the method is the config "
+            f"{type(method).__name__}(...). Set weight_bits and activation_bits there instead."
+        )
+    return method
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -6,20 +6,18 @@ block is the business of ``methods``.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from quietvit.errors import QuietvitError
-from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept, refusing
 from quietvit.tracing.block_modules import lies_within, residual_modules
 from quietvit.tracing.intercept import Handler
 from quietvit.tracing.ops import FAMILIES
+from quietvit.tracing.places import STEADY, Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,25 +68,32 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
 
 
 def subtrace(trace: Trace, sites: Collection[Site]) -> Trace | None:
-    """A trace of some sites alone, if they follow each other without another of their family."""
-    moved: list[Site] = []
-    counts: Counter[str] = Counter()
-    starts: dict[str, int] = {}
-    ends: dict[str, int] = {}
+    """A trace of some sites alone, if no product or norm of another site lies between them."""
+    starts: dict[tuple[str, int], int] = {}
+    steady: dict[str, list[int]] = {family: [] for family in STEADY}
     for site in sites:
         family = FAMILIES.get(site.kind, site.kind)
-        starts.setdefault(family, site.ordinal)
-        ends[family] = site.ordinal
-        counts[family] += 1
-        moved.append(replace(site, ordinal=site.ordinal - starts[family]))
-    for family, count in counts.items():
-        if family != "add" and ends[family] - starts[family] + 1 != count:
+        starts.setdefault((family, site.place.after), site.place.ordinal)
+        if family in steady:
+            steady[family].append(site.place.ordinal)
+    for places in steady.values():
+        if places and places[-1] - places[0] + 1 != len(places):
             return None
+    products = steady["matmul"]
+    before = products[0] if products else 0
+
+    def moved(site: Site) -> Site:
+        family = FAMILIES.get(site.kind, site.kind)
+        ordinal, after = site.place
+        if family in steady or after == before:
+            ordinal -= starts[family, after]
+        return replace(site, place=Place(ordinal, 0 if family in steady else after - before))
+
     names = {site.name for site in sites}
     links = tuple(k for k in trace.links if k.source in names and k.consumer in names)
     scores = tuple(score for score in trace.scores if score.site in names)
-    whole = {family: counts[family] for family in trace.counts}
-    return Trace(trace.model_name, tuple(moved), links, scores, whole)
+    counts = {family: len(places) for family, places in steady.items()}
+    return Trace(trace.model_name, tuple(map(moved, sites)), links, scores, counts)
 
 
 def run_block(
@@ -108,16 +113,12 @@ def run_block(
         return model.get_submodule(block.name)(*args, **kwargs)
 
 
-@contextmanager
-def naming_block(name: str) -> Iterator[None]:
+def naming_block(name: str) -> AbstractContextManager[None]:
     """Turn what a block raises when it runs alone into a QuietvitError that names it."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, AssertionError, TypeError, LookupError) as error:
-        raise QuietvitError(
-            f"the block {name} does not run alone on what it is given in a whole pass "
-            f"({type(error).__name__}: {error}), so nothing can be fitted to its output; choose a "
-            "method that fits no blocks, such as quietvit.RepQViT()."
-        ) from error
+    return refusing(
+        lambda what: (
+            f"the block {name} does not run alone on what it is given in a whole pass ({what}), so "
+            "nothing can be fitted to its output; choose a method that fits no blocks, such as "
+            "quietvit.RepQViT()."
+        )
+    )

@@ -11,17 +11,22 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from quietvit.quantization.adjustments import Adjustment, ChannelAffine, Compensation
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import Quantizer
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import Site
 
 
 @dataclass
 class Calibrated:
-    """Quantizers by slot, adjustments by site name, compensations by block name, notes.
+    """All that a method decides, beside the weights that it changes in ``Calibration.model``.
 
-    Weights that a method changed lie in ``Calibration.model`` itself. It may be used while it is
-    being filled: ``handle`` runs a site with what stands so far.
+    It may be used while a method fills it: ``handle`` runs a site with what stands so far.
+
+    Attributes:
+        quantizers: by slot; operands without one stay float.
+        adjustments: changes of sites' outputs, by site name.
+        compensations: additions to blocks' outputs, by block name.
+        notes: what the method left out, and why, for the report.
     """
 
     quantizers: dict[Slot, Quantizer] = field(default_factory=dict)
@@ -37,8 +42,8 @@ class Calibrated:
 
     def quantize(self, site: Site, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A site's operands, quantized where a quantizer stands."""
-        found = [self.quantizers.get(Slot(site, index)) for index in range(len(operands))]
-        return tuple(x if q is None else q(x) for q, x in zip(found, operands, strict=True))
+        quantizers = [self.quantizers.get(Slot(site, index)) for index in range(len(operands))]
+        return tuple(x if q is None else q(x) for q, x in zip(quantizers, operands, strict=True))
 
     def adjust(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]

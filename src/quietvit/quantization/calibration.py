@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.quantization.method import Slot
-from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept
+from quietvit.inputs import image_batches
+from quietvit.quantization.slot import Slot
+from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept, refusing
 from quietvit.tracing.intercept import Handler
 
 BATCH = 8
-IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
 _SHOW_AFTER = 3.0
 
 T = TypeVar("T")
@@ -29,23 +29,12 @@ T = TypeVar("T")
 class ImageStream:
     """Iterate batches (at most ``BATCH``, C, H, W) on the model's device, in its dtype.
 
-    ``source``: a tensor (N, C, H, W); or an iterable, such as a DataLoader, of such tensors, of
-    (images, labels, ...) tuples or lists, or of dicts with one of ``IMAGE_KEYS``. Raises
-    QuietvitError for no images, other shapes, integer pixels, NaN or inf. A generator can be gone
-    through once only; what needs a second pass says so.
+    ``source``: images in any form that ``inputs.image_batches`` takes. Raises QuietvitError for no
+    images, other shapes, integer pixels, NaN or inf. A generator can be gone through once only;
+    what needs a second pass says so.
     """
 
     def __init__(self, source: Any, model: nn.Module) -> None:
-        if isinstance(source, str | bytes | Mapping) or not isinstance(source, Tensor | Iterable):
-            raise QuietvitError(
-                f"calibration is a {type(source).__name__}; give a tensor (N, 3, H, W) or an "
-                "iterable of batches, for example a DataLoader."
-            )
-        if isinstance(source, Tensor) and source.dim() != 4:
-            raise QuietvitError(
-                f"calibration has shape {tuple(source.shape)}; (N, 3, H, W) is needed"
-                + (": add the batch dimension with images[None]." if source.dim() == 3 else ".")
-            )
         self.source = source
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self.device, self.dtype = like.device, like.dtype
@@ -77,7 +66,7 @@ class ImageStream:
         """How many batches there will be, None if unknown."""
         if isinstance(self.source, Tensor):
             return -(-self.source.shape[0] // BATCH)
-        if not isinstance(self.source, Sized):
+        if isinstance(self.source, Mapping) or not isinstance(self.source, Sized):
             return None
         try:
             return len(self.source) * max(
@@ -92,65 +81,33 @@ class ImageStream:
                 "this method goes through the calibration images more than once, but they come "
                 "from a generator; give a tensor, a list of batches or a DataLoader."
             )
-        source: Any = (self.source,) if isinstance(self.source, Tensor) else self.source
-        self._spent = isinstance(source, Iterator)
+        self._spent = isinstance(self.source, Iterator)
         self.seen = 0
-        for item in source:
-            whole = self._images(item)
-            for start in range(0, whole.shape[0], BATCH):
-                batch = whole[start : start + BATCH].to(self.device, self.dtype)
-                if not bool(torch.isfinite(batch).all()):
-                    bad = ~torch.isfinite(batch).flatten(1).all(1)
-                    raise QuietvitError(
-                        f"calibration image {self.seen + int(bad.int().argmax())} holds NaN or "
-                        "inf; check how it is read and normalized."
-                    )
-                self.seen += batch.shape[0]
-                yield batch
-
-    def _images(self, item: Any) -> Tensor:
-        images = item
-        if isinstance(item, Mapping):
-            key = next((key for key in IMAGE_KEYS if key in item), None)
-            if key is None:
+        for given in image_batches(self.source, BATCH):
+            images = given.images
+            if self.shape is None:
+                self.shape = tuple(images.shape[1:])
+            elif tuple(images.shape[1:]) != self.shape:
                 raise QuietvitError(
-                    f"a calibration batch is a dict with keys {', '.join(map(str, item))}; one of "
-                    f"{', '.join(IMAGE_KEYS)} is looked for."
+                    f"a calibration batch has images of shape {tuple(images.shape[1:])}, earlier "
+                    f"ones had {self.shape}; resize all to one shape."
                 )
-            images = item[key]
-        elif isinstance(item, tuple | list) and item:
-            images = item[0]
-        if not isinstance(images, Tensor) or images.dim() != 4:
-            what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise QuietvitError(
-                f"a calibration batch is {what}; each must be a tensor (batch, 3, H, W), or a "
-                "tuple, list or dict that holds one. Stack single images with a DataLoader."
-            )
-        if not images.is_floating_point():
-            raise QuietvitError(
-                f"calibration images are {images.dtype}; apply the model's own transform (resize, "
-                "scale to floats, normalize) before quantizing."
-            )
-        if images.shape[0] == 0:
-            return images
-        if self.shape is None:
-            self.shape = tuple(images.shape[1:])
-        elif tuple(images.shape[1:]) != self.shape:
-            raise QuietvitError(
-                f"a calibration batch has images of shape {tuple(images.shape[1:])}, earlier ones "
-                f"had {self.shape}; resize all to one shape."
-            )
-        return images
+            self.seen += given.size
+            yield images.to(self.device, self.dtype)
 
 
 @dataclass
 class Calibration:
-    """What a method works on: a private copy of the model in eval mode, its trace, the images."""
+    """What a method works on: a private copy of the model in eval mode, its trace, the images.
+
+    ``chosen``: whether an operand is to be quantized, so that it needs values.
+    """
 
     model: nn.Module
     trace: Trace
     images: ImageStream
     progress: bool = True
+    chosen: Callable[[Slot], bool] = lambda slot: True
 
     def observe(
         self, handler: Handler, *, kinds: frozenset[str] = MATMUL_KINDS, label: str = "calibrating"
@@ -194,12 +151,18 @@ class Calibration:
     def watch(self, look: Callable[[Slot, Tensor], None], *, label: str = "calibrating") -> None:
         """Show each operand of each matrix multiplication to ``look``, batch by batch.
 
-        Weights come with every batch, as the tensor the operation reads.
+        Weights come with every batch, as the tensor the operation reads. An operand without values
+        is left out: a detector may find nothing in the images of a batch. Raises QuietvitError
+        where an operand that is to be quantized has no values in any batch.
         """
+        reached: dict[Slot, bool] = {}
 
         def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
             for index, tensor in enumerate(operands):
                 slot = Slot(site, index)
+                reached[slot] = reached.get(slot, False) or tensor.numel() > 0
+                if not tensor.numel():
+                    continue
                 try:
                     look(slot, tensor)
                 except QuietvitError as error:
@@ -207,6 +170,14 @@ class Calibration:
             return run(*operands)
 
         self.observe(handler, label=label)
+        missed = [s.site.name for s, found in reached.items() if not found and self.chosen(s)]
+        if missed:
+            names = list(dict.fromkeys(missed))
+            raise QuietvitError(
+                f"no calibration image gave values to {', '.join(names)}: a detector found "
+                f"nothing. Give images in which something is found, or leave {len(names)} sites in "
+                f"float: exclude={names}."
+            )
 
     def track(
         self, batches: Iterable[T], total: int | None, label: str
@@ -239,21 +210,12 @@ class Calibration:
 
 
 def run_model(model: nn.Module, batch: Tensor) -> Any:
-    """Call the model; what it raises over the batch's shape comes out as a QuietvitError."""
-    try:
-        return model(batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        RuntimeError,
-        ValueError,
-        AssertionError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ) as error:
-        raise QuietvitError(
+    """Call the model; what it raises over the batch comes out as a QuietvitError."""
+    with refusing(
+        lambda what: (
             f"{type(model).__name__} does not run on calibration images of shape "
-            f"{tuple(batch.shape)}, {batch.dtype} ({type(error).__name__}: {error}). It is called "
-            "with one batch of images; wrap a model that takes more, or takes them otherwise."
-        ) from error
+            f"{tuple(batch.shape)}, {batch.dtype} ({what}). It is called with one batch of images; "
+            "wrap a model that takes more, or takes them otherwise."
+        )
+    ):
+        return model(batch)

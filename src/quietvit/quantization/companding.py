@@ -45,8 +45,8 @@ class TwinQuantizer(LevelQuantizer):
         high_step = positive_scalar(high_step, "high_step")
         if not signed and bool(low_step > high_step):
             raise QuietvitError(
-                f"a lower range of step {low_step.item():g} above that of the upper range, "
-                f"{high_step.item():g}: the range near zero must have the finer step."
+                f"the step near zero, {low_step.item():g}, is above that of the upper range, "
+                f"{high_step.item():g}. Give the range near zero the finer step."
             )
         self.register_buffer("low_step", low_step)
         self.register_buffer("high_step", high_step)

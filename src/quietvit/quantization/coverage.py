@@ -1,12 +1,19 @@
 """``Coverage``: which share of a model's multiply-accumulates runs on quantized operands.
 
-It is computed in ``quantized``; here it is kept and shown.
+Which operands are quantized is decided by a method.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from quietvit.quantization.adjustments import Compensation
+from quietvit.quantization.method import Method
+from quietvit.quantization.slot import Slot
+from quietvit.tracing import MATMUL_KINDS, Trace
 
 
 @dataclass(frozen=True)
@@ -14,13 +21,16 @@ class Coverage:
     """Which share of the multiply-accumulates runs on quantized operands, and what does not.
 
     A product counts as quantized when both its operands are. ``untouched``: every other matrix
-    multiplication, with the reason.
+    multiplication, with the reason. ``by_bits``: multiply-accumulates of the quantized products by
+    the bits of their operands, largest first: ``W4A8`` with a weight of 4 bits and an activation of
+    8, ``A8A4`` of two activations.
     """
 
     quantized_macs: int
     total_macs: int
     untouched: tuple[tuple[str, str], ...]
     untouched_macs: tuple[int, ...]
+    by_bits: tuple[tuple[str, int], ...] = ()
 
     @property
     def fraction(self) -> float:
@@ -33,17 +43,26 @@ class Coverage:
             "quantized_macs": self.quantized_macs,
             "total_macs": self.total_macs,
             "fraction": self.fraction,
+            "by_bits": dict(self.by_bits),
             "untouched": [
                 {"site": site, "macs": macs, "reason": reason}
                 for (site, reason), macs in zip(self.untouched, self.untouched_macs, strict=True)
             ],
         }
 
+    def shares(self) -> str:
+        """``MACs: 78 % W4A4, 14 % A8A4, 8 % W8A8``; what is not quantized comes last, as float."""
+        left = self.total_macs - self.quantized_macs
+        parts = [*self.by_bits, *([("float", left)] if left else [])]
+        return "MACs: " + ", ".join(f"{_percent(n / self.total_macs)} {name}" for name, n in parts)
+
     def __str__(self) -> str:
         lines = [
             f"coverage {100 * self.fraction:.2f} %: {self.quantized_macs / 1e6:.2f} of "
             f"{self.total_macs / 1e6:.2f} MMACs an image on quantized operands"
         ]
+        if self.total_macs:
+            lines.append(self.shares())
         width = max((len(site) for site, _ in self.untouched), default=0)
         for (site, reason), macs in zip(self.untouched, self.untouched_macs, strict=True):
             lines.append(f"  float: {site:<{width}}  {macs / 1e6:>9.2f} MMACs  {reason}")
@@ -56,4 +75,53 @@ class Coverage:
         table = Table("float site", "MMACs", "reason")
         for (site, reason), macs in zip(self.untouched, self.untouched_macs, strict=True):
             table.add_row(site, f"{macs / 1e6:.2f}", reason)
-        return Group(str(self).splitlines()[0], *([table] if self.untouched else []))
+        head = str(self).splitlines()[: 2 if self.total_macs else 1]
+        return Group(*head, *([table] if self.untouched else []))
+
+
+def _percent(share: float) -> str:
+    """Whole percent, and one digit more where that would be none of it or all of it."""
+    whole = f"{100 * share:.0f}"
+    return f"{whole} %" if whole not in ("0", "100") else f"{100 * share:.3g} %"
+
+
+def coverage_of(
+    trace: Trace,
+    method: Method,
+    bits: Mapping[str, int],
+    compensations: Mapping[str, Compensation],
+) -> Coverage:
+    """Count the multiply-accumulates of one image.
+
+    ``bits``: of each quantizer, by the key of its slot. ``compensations``: by block name.
+    """
+    done, untouched, macs = Counter[str](), [], []
+    for site in trace.matmuls:
+        slots = (Slot(site, 0), Slot(site, 1))
+        if site.kind not in MATMUL_KINDS:
+            reasons = [f"inside {site.function}, which cannot be taken apart"]
+        else:
+            reasons = [_why_float(method, slot) for slot in slots if slot.key not in bits]
+        if reasons:
+            untouched.append((site.name, "; ".join(dict.fromkeys(reasons))))
+            macs.append(site.macs)
+        else:
+            done[_label(slots, bits)] += site.macs
+    extra = 0
+    for name, compensation in compensations.items():
+        extra += compensation.macs
+        untouched.append((name, "compensation of a block, float"))
+        macs.append(compensation.macs)
+    by_bits = tuple(done.most_common())
+    return Coverage(done.total(), trace.macs + extra, tuple(untouched), tuple(macs), by_bits)
+
+
+def _label(slots: tuple[Slot, Slot], bits: Mapping[str, int]) -> str:
+    first, second = (bits[slot.key] for slot in slots)
+    return f"W{second}A{first}" if slots[1].is_weight else f"A{first}A{second}"
+
+
+def _why_float(method: Method, slot: Slot) -> str:
+    if method.slot_bits(slot) is None:
+        return f"{slot.operand} float: {method.why_float(slot)}"
+    return f"{slot.operand} float: left so by {method.name}"

@@ -44,6 +44,10 @@ class FolderFormat:
     foreign: str
     outdated: str
 
+    def holds(self, path: Path) -> bool:
+        """Whether ``path`` is a folder of this kind, as far as the names of its files tell."""
+        return (path / self.facts).is_file()
+
     def refuse(self, path: Path, force: bool) -> None:
         """Raise QuietvitError where something stands; with ``force`` unless it is of this kind.
 

@@ -8,89 +8,20 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import pkgutil
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 
 from quietvit.errors import QuietvitError, nearest
+from quietvit.quantization.calibrated import Calibrated
+from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.overrides import Overrides, OverridesField
 from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS
-from quietvit.tracing import MATMUL_KINDS
-
-if TYPE_CHECKING:
-    from quietvit.quantization.calibrated import Calibrated
-    from quietvit.quantization.calibration import Calibration
-    from quietvit.tracing import Site, Trace
-
-OPERANDS = {
-    "linear": ("input", "weight"),
-    "conv": ("input", "weight"),
-    "matmul": ("left", "right"),
-    "add": ("left", "right"),
-    **dict.fromkeys(("norm", "softmax", "activation"), ("input",)),
-}
-OUTPUT = -1
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """One operand of one site: the place where a quantizer stands. Equal by site name and index.
-
-    The index ``OUTPUT`` stands for the site's output.
-    """
-
-    site: Site
-    index: int
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Slot) and self._identity == other._identity
-
-    def __hash__(self) -> int:
-        return hash(self._identity)
-
-    @property
-    def _identity(self) -> tuple[str, int]:
-        return self.site.name, self.index
-
-    @property
-    def operand(self) -> str:
-        """``input`` and ``weight`` of linear and conv, ``left`` and ``right`` of matmul and add,
-        ``input`` of norm, softmax and activation; ``output`` of each.
-        """
-        if self.is_output:
-            return "output"
-        names = OPERANDS.get(self.site.kind, ())
-        return names[self.index] if self.index < len(names) else f"operand{self.index}"
-
-    @property
-    def is_output(self) -> bool:
-        return self.index == OUTPUT
-
-    @property
-    def is_weight(self) -> bool:
-        return self.site.kind in ("linear", "conv") and self.index == 1
-
-    @property
-    def role(self) -> str:
-        """Role of the activation that enters, such as ``post_softmax``; "weight" of weights."""
-        if self.is_output:
-            return "output"
-        if self.is_weight or self.index >= len(self.site.operands):
-            return "weight"
-        return self.site.operands[self.index].role
-
-    @property
-    def key(self) -> str:
-        """Name in ``QuantizedModel.quantizers``."""
-        return slot_key(self.site.name, self.operand)
-
-
-def slot_key(site: str, operand: str) -> str:
-    """Name of a quantizer in ``QuantizedModel.quantizers``; a ModuleDict allows no dots."""
-    return f"{site.replace('.', '/')}:{operand}"
+from quietvit.quantization.slot import Slot
+from quietvit.signatures import ReadableModel
+from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 
 def _bits(value: Any) -> Any:
@@ -135,48 +66,60 @@ def between(low: float, high: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-class Method(BaseModel, ABC):
+class Method(ReadableModel):
     """Base config of all methods: frozen, no unknown fields, checked when it is built.
 
-    ``weight_bits``, ``activation_bits``: 2 to 16, or None: those operands stay float everywhere.
-    ``patch_embed_bits``, ``head_bits``: bits of both operands of the first and last layer, by role
-    in the trace: a number, None for float, or ``"same"`` for the working bits.
-    ``exclude``: fnmatch patterns of site names that stay float.
-    ``overrides``: bits of single roles or sites, in place of all the fields above but ``exclude``:
-    a mapping from a role of the trace (``post_softmax``) or an fnmatch pattern of site names to an
-    int or ``"float"`` (for each operand that is meant), or ``"W4A8"``; or the name of a preset
-    (``"attention-maps-8"``). A role of an operand means that operand, a role of a site both its
-    operands. ``exclude`` comes first, then a site's own name, then patterns, then roles.
-    ``conv_output_bits``: bits of the outputs of convolutions, behind BatchNorm and ReLU, where
-    nothing else quantizes them at once. onnxruntime has no other integer convolutions. None leaves
-    these outputs float, and so in onnxruntime the convolutions, but those of separate patches.
+    A method of your own is a subclass with ``calibrate``, decorated with
+    ``@register_method("its-name")``. Its class variables declare what the tables of methods show.
 
-    A subclass declares what it ``needs``, its ``cost``, whether it is ``deployable`` (runs on
-    standard integer kernels), the ``published`` setting, and the ``kinds`` of sites it quantizes.
-
-    Raises QuietvitError for an unknown field (with the nearest known) or a value out of range.
+    Raises QuietvitError for an unknown field (it names the nearest) or a value out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: ClassVar[str] = ""
+    """Set by ``register_method``."""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("images",)
+    """``images``, ``gradients``."""
     cost: ClassVar[str] = "seconds"
     deployable: ClassVar[bool] = True
+    """Whether standard integer kernels compute with its codes."""
     published: ClassVar[str] = ""
+    """The setting and the figures of the paper."""
     images: ClassVar[int] = 32
     """Calibration images of the published setting."""
     kinds: ClassVar[frozenset[str]] = MATMUL_KINDS
+    """Kinds of sites that it quantizes."""
 
     weight_bits: Bits = 8
+    """Bits of weights, 2 to 16; None: they stay float everywhere."""
     activation_bits: Bits = 8
+    """Bits of activations, 2 to 16; None: they stay float everywhere."""
     patch_embed_bits: EdgeBits = 8
+    """Bits of both operands of the first layer, which the trace finds by its role.
+
+    A number, None for float, or ``"same"`` for the working bits.
+    """
     head_bits: EdgeBits = 8
+    """Bits of both operands of the last layer, as ``patch_embed_bits``."""
     exclude: Patterns = ()
+    """fnmatch patterns of site names that stay float."""
     overrides: OverridesField = Overrides()
+    """Bits of single roles or sites. They replace all bits above; ``exclude`` comes first.
+
+    A mapping from a role of the trace (``post_softmax``) or an fnmatch pattern of site names to an
+    int, ``"float"`` or ``"W4A8"``; or the name of a preset (``"attention-maps-8"``). The role of an
+    operand means that operand, the role of a site both its operands. A site's own name comes before
+    patterns, and patterns before roles.
+    """
     conv_output_bits: Bits = None
+    """Bits of the outputs of convolutions, behind BatchNorm and ReLU; None: they stay float.
+
+    Only where nothing else quantizes these outputs at once. onnxruntime computes a convolution in
+    integers only if its output is quantized, or if it cuts an image into separate patches.
+    """
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -269,7 +212,7 @@ M = TypeVar("M", bound="type[Method]")
 _METHODS: dict[str, type[Method]] = {}
 
 
-def register(name: str) -> Callable[[M], M]:
+def register_method(name: str) -> Callable[[M], M]:
     """Class decorator: make a method known to ``get_method`` and ``list_methods``."""
 
     def add(cls: M) -> M:
@@ -300,7 +243,8 @@ def get_method(name: str) -> type[Method]:
     if name.lower() not in _METHODS:
         raise QuietvitError(
             f"unknown quantization method {name!r}{nearest(name.lower(), _METHODS)} "
-            f"Known: {', '.join(sorted(_METHODS))}."
+            f"Known: {', '.join(sorted(_METHODS))}. A method of your own is known once the module "
+            "with its @register_method line is imported."
         )
     return _METHODS[name.lower()]
 

@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, PlainSerializer, model_validator
 
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Method, Slot, get_method
+from quietvit.quantization.method import Method, get_method
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import Trace
 
 SHARED = (
@@ -41,13 +42,16 @@ Base = Annotated[Method, BeforeValidator(_method), PlainSerializer(_stored)]
 class OnTop(Method):
     """Base config of methods that refine what another method, ``base``, calibrated.
 
-    Bits, edge policy, exclusions and overrides are the base's; giving others beside it is refused.
-    Without a base, ``default_base`` is taken, at the bits given.
+    Bits, exclusions and overrides are the base's; giving others beside it is refused.
     """
 
     default_base: ClassVar[str] = "rtn"
 
-    base: Base
+    base: Base = None  # type: ignore[assignment]  # ``_agree`` puts ``default_base`` there
+    """Config of the method whose result is refined; its bits, exclusions and overrides count.
+
+    None: ``default_base`` at the bits given.
+    """
 
     @model_validator(mode="before")
     @classmethod

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from quietvit.quantization.calibration import Calibration, run_model
-from quietvit.quantization.method import OUTPUT, Slot
 from quietvit.quantization.quantized import QuantizedModel
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.quantization.ranges import MinMaxRange
+from quietvit.quantization.slot import OUTPUT, Slot
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 RECTIFIERS = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})

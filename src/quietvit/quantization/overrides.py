@@ -9,17 +9,14 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS
-from quietvit.tracing import MATMUL_KINDS
-
-if TYPE_CHECKING:
-    from quietvit.quantization.method import Slot
-    from quietvit.tracing import Site, Trace
+from quietvit.quantization.slot import Slot
+from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 BitPair = tuple[int | None, int | None]
 """Bits of a weight, bits of an activation; None is float."""
@@ -66,17 +63,18 @@ class Overrides(Mapping[str, BitPair]):
     def key_for(self, slot: Slot) -> str | None:
         """The key that decides this operand's bits, or None.
 
-        The most special one: the site's own name, then a pattern that matches it, then the role of
-        the operand, then that of the site. Patch embedding and head answer to their own role only.
+        The most specific one decides: the site's own name, then a pattern that matches it, then the
+        role of the operand, then that of the site. Operands of patch embedding and head have no
+        role of their own here.
         """
         if slot.site.kind not in MATMUL_KINDS:
             return None
         name = slot.site.name
         if name in self._pairs:
             return name
-        found = [key for key in self._pairs if fnmatch.fnmatchcase(name, key)]
-        found += [role for role in (slot.role, slot.site.role) if role in self._pairs]
-        return found[0] if found else None
+        matching = [key for key in self._pairs if fnmatch.fnmatchcase(name, key)]
+        matching += [role for role in (slot.role, slot.site.role) if role in self._pairs]
+        return matching[0] if matching else None
 
     def bits(self, key: str, slot: Slot) -> int | None:
         """Bits that ``key`` gives to an operand; None is float."""
@@ -101,16 +99,16 @@ class Overrides(Mapping[str, BitPair]):
                 )
             if all(any(fnmatch.fnmatchcase(s.name, p) for p in excluded) for s in touched):
                 raise QuietvitError(
-                    f"overrides: {key!r} gives bits to {touched[0].name}, but exclude keeps "
-                    "all that it names in float. Remove one of the two."
+                    f"overrides: {key!r} only gives bits to sites that exclude keeps in float, "
+                    f"such as {touched[0].name}. Remove one of the two."
                 )
         for site in sites:
             self._check_patterns(site)
 
     def _check_patterns(self, site: Site) -> None:
-        found = [key for key in self._pairs if fnmatch.fnmatchcase(site.name, key)]
-        if site.name not in self._pairs and len({self._pairs[key] for key in found}) > 1:
-            said = " and ".join(f"{key!r} ({_shown(self._pairs[key])})" for key in found)
+        matching = [key for key in self._pairs if fnmatch.fnmatchcase(site.name, key)]
+        if site.name not in self._pairs and len({self._pairs[key] for key in matching}) > 1:
+            said = " and ".join(f"{key!r} ({_shown(self._pairs[key])})" for key in matching)
             raise QuietvitError(
                 f"overrides: {said} both match {site.name}. Narrow one pattern, or give the site "
                 "by its full name, which comes first."

@@ -1,6 +1,6 @@
-"""``QuantizedModel``: a traced model whose operands are fake-quantized while it runs; its coverage.
+"""``QuantizedModel``: a traced model whose operands are fake-quantized while it runs; ``load``.
 
-Which quantizer stands where is decided by a method; files are read and written in ``storage``.
+Which quantizer stands where is decided by a method; the format of files is in ``storage``.
 """
 
 from __future__ import annotations
@@ -21,25 +21,36 @@ from quietvit.quantization.adjustments import (
     ChannelAffine,
     Compensation,
     channel_axis,
+    module_key,
 )
-from quietvit.quantization.coverage import Coverage
+from quietvit.quantization.calibration import run_model
+from quietvit.quantization.coverage import Coverage, coverage_of
 from quietvit.quantization.kept import State, state_of, unchanged
-from quietvit.quantization.method import OPERANDS, OUTPUT, Method, Slot
+from quietvit.quantization.method import Method
 from quietvit.quantization.quantizers import Quantizer
-from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept
+from quietvit.quantization.slot import OPERANDS, OUTPUT, Slot
+from quietvit.quantization.storage import FORMAT, Contents, read, write, zero_image
+from quietvit.tracing import MATMUL_KINDS, Site, Trace, evaluating, intercept
 from quietvit.tracing.block_modules import first_tensor, watching_modules, with_first_tensor
 from quietvit.tracing.intercept import Handler
 
 
 class QuantizedModel(nn.Module):
-    """A model with simulated quantization: its forward pass with every chosen operand quantized.
+    """A model with simulated quantization; it is called as the float model is.
 
-    ``model`` is an own copy with float weights, ``quantizers`` a ModuleDict from site and operand
-    (``Slot.key``) to Quantizer, ``trace`` and ``method`` what it was made from. Called as the model
-    is. Gradients go straight through the rounding, so it can be trained on. In eval mode without
-    gradient quantized weights are kept between calls; they follow every change of weights and
-    quantizers but one in place behind autograd's back (``weight.data.mul_``), which needs
+    Every operand that has a quantizer is quantized and dequantized before it is used. Gradients go
+    straight through the rounding, so the model can be trained.
+
+    Quantized weights are kept between calls in eval mode without gradient. They follow changes of
+    weights and quantizers. Only a change behind autograd's back (``weight.data.mul_``) needs
     ``refresh()``. Copies and pickles do not carry them.
+
+    Attributes:
+        model: an own copy of the model, with float weights.
+        quantizers: ModuleDict from ``Slot.key`` (site and operand) to Quantizer.
+        trace, method: what it was made from.
+        input_shape: (C, H, W) of the calibration images.
+        notes: what calibration has to tell.
     """
 
     def __init__(
@@ -64,7 +75,7 @@ class QuantizedModel(nn.Module):
         self._slots: dict[str, dict[int, Slot]] = {}
         for slot, quantizer in quantizers.items():
             if slot.key in self.quantizers:
-                raise QuietvitError(f"two sites lead to the name {slot.key}; rename one module.")
+                raise QuietvitError(f"two sites get the name {slot.key}. Rename one module.")
             self.quantizers[slot.key] = quantizer
             self._slots.setdefault(slot.site.name, {})[slot.index] = slot
         self._keys = {
@@ -112,13 +123,14 @@ class QuantizedModel(nn.Module):
     def observe(self, handler: Handler) -> Iterator[None]:
         """Show every matrix product to ``handler`` while the model runs inside ``with``.
 
-        ``handler(site, operands, run)`` gets the operands before they are quantized, activations in
-        the float model's own coordinates where a re-parametrization moved them;
-        ``run(*operands)`` quantizes them and multiplies; what it returns goes on. One at a time:
-        raises QuietvitError inside another ``observe`` of this model.
+        ``handler(site, operands, run)`` gets the operands before they are quantized. Activations
+        that a re-parametrization moved are moved back, so that they compare with the float model's.
+        ``run(*operands)`` quantizes and multiplies. What the handler returns goes on.
+
+        Raises QuietvitError inside another ``observe`` of this model.
         """
         if self._observer is not None:
-            raise QuietvitError("this quantized model is being observed already; leave that first.")
+            raise QuietvitError("this model is observed already. Leave that 'with' block first.")
         self._observer, self._moved = handler, self._moved_inputs()
         try:
             yield
@@ -129,11 +141,10 @@ class QuantizedModel(nn.Module):
     def replacing(self, replacement: Callable[[Slot, Tensor], Tensor]) -> Iterator[None]:
         """Inside ``with``, call ``replacement(slot, operand)`` in place of every quantizer.
 
-        Operands are those that the quantizer would get. One at a time: raises QuietvitError inside
-        another ``replacing`` of this model.
+        Raises QuietvitError inside another ``replacing`` of this model.
         """
         if self._replacement is not None:
-            raise QuietvitError("the quantizers of this model are replaced already; leave that.")
+            raise QuietvitError("quantizers are replaced already. Leave that 'with' block first.")
         self._replacement = replacement
         try:
             yield
@@ -177,6 +188,8 @@ class QuantizedModel(nn.Module):
         moved = self._moved.get(site.name)
         if moved is None:
             return self._observer(site, operands, lambda *given: self._handle(site, given, run))
+        # A re-parametrized norm gives x' = gain x + shift, and the reader's weight undoes that. The
+        # observer shall see x, as in the float model, so x' is moved back for it and forth again.
         forth, back = moved
 
         def quantized(x: Tensor, *rest: Tensor) -> Tensor:
@@ -194,6 +207,7 @@ class QuantizedModel(nn.Module):
         sources = (operand, *quantizer.parameters(), *quantizer.buffers())
         if any(source.is_inference() for source in sources):
             return quantizer(operand)  # type: ignore[no-any-return]
+        # Rounding all weights takes as long as a small batch's products, and weights seldom change.
         kept = self._kept.get(key)
         if kept is not None and unchanged(kept[0], sources):
             return kept[1]
@@ -252,29 +266,8 @@ class QuantizedModel(nn.Module):
     @property
     def coverage(self) -> Coverage:
         """Multiply-accumulates on quantized operands, and each matrix product left out."""
-        done, untouched, macs = 0, [], []
-        for site in self.trace.matmuls:
-            if site.kind not in MATMUL_KINDS:
-                reasons = [f"inside {site.function}, which cannot be taken apart"]
-            else:
-                slots = (Slot(site, 0), Slot(site, 1))
-                reasons = [self._reason(s) for s in slots if s.key not in self.quantizers]
-            if reasons:
-                untouched.append((site.name, "; ".join(dict.fromkeys(reasons))))
-                macs.append(site.macs)
-            else:
-                done += site.macs
-        extra = 0
-        for name, compensation in self.compensated().items():
-            extra += compensation.macs
-            untouched.append((name, "compensation of a block, float"))
-            macs.append(compensation.macs)
-        return Coverage(done, self.trace.macs + extra, tuple(untouched), tuple(macs))
-
-    def _reason(self, slot: Slot) -> str:
-        if self.method.slot_bits(slot) is None:
-            return f"{slot.operand} float: {self.method.why_float(slot)}"
-        return f"{slot.operand} float: left so by {self.method.name}"
+        bits = {key: int(quantizer.bits) for key, quantizer in self.quantizers.items()}  # type: ignore[arg-type]
+        return coverage_of(self.trace, self.method, bits, self.compensated())
 
     def report(self) -> str:
         """Bits, first- and last-layer policy, notes and coverage, as text."""
@@ -316,16 +309,65 @@ class QuantizedModel(nn.Module):
         policy = f"{self.method.name} {self.method.label}"
         return f"QuantizedModel({type(self.model).__name__}, {policy}, {share:.2f} % quantized)"
 
+    def weights_in_use(self) -> dict[str, Tensor]:
+        """The weight that each quantizer of weights gets in one pass over zeros, by site.
+
+        A model may compute a weight, for example divide it by its spectral norm. Then this is what
+        the simulated model multiplies by, and not the parameter.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def keep(slot: Slot, x: Tensor) -> Tensor:
+            if slot.is_weight:
+                seen[slot.site.name] = x.detach()
+            result: Tensor = self.quantizers[slot.key](x)
+            return result
+
+        with evaluating(self), torch.no_grad(), self.replacing(keep):
+            run_model(self, zero_image(self.model, self.input_shape))
+        return seen
+
     def save(self, path: str | Path, force: bool = False) -> Path:
-        """Write the folder ``path``; see ``storage.save``."""
-        from quietvit.quantization.storage import save
+        """Write the folder ``path``: ``model.safetensors`` and ``quantization.json``. Returns it.
 
-        return save(self, path, force)
+        The weights stored are the quantized ones. Float weights are kept only where a weight is
+        shared, computed or transposed. Codes take one byte up to 8 bits, two above. The folder
+        appears whole, under a temporary name first.
+
+        Raises QuietvitError where ``path`` exists: with ``force`` an earlier save is replaced, any
+        other file or folder is refused all the same.
+        """
+        quantizers = {slot: self.quantizers[slot.key] for slot in self.slots()}
+        contents = Contents(
+            model=self.model,
+            trace=self.trace,
+            method=self.method,
+            quantizers={s: q for s, q in quantizers.items() if isinstance(q, Quantizer)},
+            adjustments=self.adjusted(),
+            compensations=self.compensated(),
+            input_shape=self.input_shape,
+            notes=self.notes,
+        )
+        path = Path(path)
+        FORMAT.refuse(path, force)
+        write(path, contents, self.weights_in_use(), self.coverage)
+        return path
 
 
-def module_key(name: str) -> str:
-    """A name as a ModuleDict takes it: no dots, and none of a module's own attributes."""
-    return f"{name.replace('.', '/')}:"
+def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
+    """Read what ``QuantizedModel.save`` wrote; its outputs are the same bit for bit.
+
+    timm or transformers builds the architecture where it came from there. Otherwise give ``model``,
+    a float model of the same architecture with any weights; a copy of it is used. The names of the
+    classes are those in the file, where it has any.
+
+    Raises QuietvitError for a missing, truncated or foreign file, and for a model of another
+    architecture; it names the first keys that differ.
+    """
+    contents = read(Path(path), model)
+    device = next((p.device for p in contents.model.parameters()), torch.device("cpu"))
+    loaded = QuantizedModel(**vars(contents))
+    return loaded.to(device).eval()  # type: ignore[no-any-return]
 
 
 def _by_name(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:

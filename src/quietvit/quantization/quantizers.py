@@ -50,8 +50,8 @@ class Quantizer(nn.Module, ABC):
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
             raise QuietvitError(
-                f"a quantizer of {bits!r} bits was asked for; choose from {MIN_BITS} to {MAX_BITS} "
-                "bits, or None where the tensor shall stay float."
+                f"a quantizer cannot have {bits!r} bits. Choose {MIN_BITS} to {MAX_BITS}, or None "
+                "to keep the tensor in float."
             )
         self.bits = bits
 
@@ -103,8 +103,8 @@ def affine_parameters(
     low, high = minimum.detach().double(), maximum.detach().double()
     if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
         raise QuietvitError(
-            f"a range [{low.min().item():g}, {high.max().item():g}] cannot be quantized: its ends "
-            "must be finite and in order; look for NaN or inf in the weights and activations."
+            f"the range [{low.min().item():g}, {high.max().item():g}] cannot be quantized: its "
+            "ends must be finite and in order. Look for NaN or inf in the weights and activations."
         )
     if signed is None:
         signed = symmetric and bool((low < 0).any())

@@ -16,6 +16,11 @@ from quietvit.quantization.quantizers import affine_code_range, affine_fake, aff
 
 RangeName = Literal["minmax", "percentile", "omse"]
 RANGES: tuple[str, ...] = get_args(RangeName)
+EMPTY = "an empty tensor has no range; calibrate with some images."
+NOT_FINITE = (
+    "NaN or inf among the values to quantize. Check the weights and the images, and whether this "
+    "model overflows in half precision."
+)
 
 EXACT_VALUES = 1 << 15
 """Values kept as they are, over all channels, before a stream is folded into a histogram."""
@@ -24,7 +29,7 @@ _BLOCK = 1 << 16
 
 
 class RangeEstimator(ABC):
-    """Watch batches with ``update``, then ``finish`` -> (min, max), each () or (channels,).
+    """Take in batches with ``update``, then ``finish`` -> (min, max), each () or (channels,).
 
     ``axis`` None: one range for the tensor; else one for each index of that axis.
     """
@@ -39,13 +44,10 @@ class RangeEstimator(ABC):
         x = x.detach()
         x = x if x.is_floating_point() and x.dtype != torch.float64 else x.float()
         if x.numel() == 0:
-            raise QuietvitError("a range was asked of an empty tensor; calibrate with some images.")
+            raise QuietvitError(EMPTY)
         minimum, maximum = _extremes(x, self.axis)
         if not bool(torch.isfinite(minimum).all() & torch.isfinite(maximum).all()):
-            raise QuietvitError(
-                "NaN or inf among the values to be quantized; look at the weights, the images and "
-                "the half-precision overflows of this model before quantizing it."
-            )
+            raise QuietvitError(NOT_FINITE)
         if self.minimum is not None and self.minimum.shape != minimum.shape:
             raise QuietvitError(
                 f"a batch has {minimum.numel()} channels, the ones before had "
@@ -58,7 +60,7 @@ class RangeEstimator(ABC):
     def finish(self) -> tuple[Tensor, Tensor]:
         """The range, float32. Raises QuietvitError when nothing was seen."""
         if self.minimum is None or self.maximum is None:
-            raise QuietvitError("a range was asked before any value was seen; calibrate first.")
+            raise QuietvitError("there is no range before any value was seen. Calibrate first.")
         return self._finish(self.minimum, self.maximum)
 
     def _collect(self, x: Tensor) -> None:
@@ -196,6 +198,8 @@ class Stream:
         channels, bins = self.counts.shape
         absmax = torch.maximum(rows.amax(1), -rows.amin(1)).clamp(min=2.0**-100)
         wanted = torch.maximum(torch.exp2(torch.floor(torch.log2(absmax)) + 1), self.bound)
+        # Twice the range with the same number of bins: each new bin takes two old ones, and the old
+        # range fills the middle half. With 8 bins, [a b c d e f g h] -> [0 0 ab cd ef gh 0 0].
         while bool((growing := (self.bound > 0) & (self.bound < wanted)).any()):
             folded = self.counts[growing].view(-1, bins // 2, 2).sum(2)
             grown = torch.zeros_like(self.counts[growing])

@@ -40,6 +40,12 @@ def parse_bits(text: str) -> tuple[int, int]:
     return bits
 
 
+def written_bits(text: str) -> str:
+    """Return ``w4a4 + post_softmax=8`` in its one spelling, ``W4A4+post_softmax=8``."""
+    first, *kept = (part.strip() for part in text.split("+"))
+    return "+".join([first.upper(), *kept])
+
+
 def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
     """Return the overrides that ``post_softmax=8``, ``*.fc1=W4A8`` or ``head=float`` stand for.
 
@@ -49,7 +55,7 @@ def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
     Raises:
         QuietvitError: a text of another form, or a key that is given twice.
     """
-    found: dict[str, int | str] = {}
+    overrides: dict[str, int | str] = {}
     for text in texts:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not (key and value if equals else key in PRESETS):
@@ -60,27 +66,30 @@ def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
             )
         bits = int(value) if value.isdecimal() else value
         new = {key: bits} if equals else dict(PRESETS[key])
-        twice = sorted(found.keys() & new.keys())
+        twice = sorted(overrides.keys() & new.keys())
         if twice:
-            raise QuietvitError(f"{twice[0]!r} is kept at two settings; give it once.")
-        found |= new
-    return found
+            raise QuietvitError(f"{twice[0]!r} has bits twice; give it once.")
+        overrides |= new
+    return overrides
 
 
 def parse_method(
-    text: str, bits: str, options: Iterable[str] = (), keep: Iterable[str] = ()
+    text: str, bits: str | None = None, options: Iterable[str] = (), keep: Iterable[str] = ()
 ) -> Method:
-    """Return the method config that e.g. ``rtn-omse`` or ``repq-vit+qwt`` at ``W4A4`` stands for.
+    """Return the method config that ``rtn-omse`` or ``repq-vit+qwt`` at ``W4A4`` stands for.
 
-    The part behind the last hyphen is the activation range where it is one of ``RANGES``. A method
-    behind ``+`` works on top of the one before it. ``options``: ``field=value`` for the last method
-    that has the field, or for the first if it is one that all share (bits, ``exclude``); values as
-    JSON or plain text. ``keep``: bits of single roles or sites, see ``parse_keep``.
+    Args:
+        text: the name of a method. ``-omse`` or another of ``RANGES`` behind it sets its activation
+            range. A method behind ``+`` works on top of the one before it.
+        bits: ``W4A8``, see ``parse_bits``; what follows a ``+`` is as in ``keep``, such as
+            ``W4A4+attention-maps-8``. None takes the method's own defaults.
+        options: ``field=value``, the value as JSON or plain text. A field that all methods share
+            (bits, ``exclude``) goes to the first method, another one to the last that has it.
+        keep: bits of single roles or sites, see ``parse_keep``.
 
     Raises:
         QuietvitError: unknown method, range or field, or bits outside 2..16.
     """
-    weight_bits, activation_bits = parse_bits(bits)
     parts = [_parse_name(part) for part in text.split("+")]
     fields: list[dict[str, Any]] = [{} for _ in parts]
     for n, (cls, estimator) in enumerate(parts):
@@ -101,12 +110,16 @@ def parse_method(
                 f"field=value with one of {', '.join(known)}."
             )
         fields[holders[0 if key.strip() in SHARED else -1]][key.strip()] = _value(value.strip())
-    kept = parse_keep(keep)
+    working, *with_bits = (bits or "").split("+")
+    kept = parse_keep([*with_bits, *keep])
     if kept and "overrides" in fields[0]:
         raise QuietvitError(
-            "bits are kept twice, by --keep and by overrides=; give one of the two."
+            "bits of single roles are given twice, by --keep or + and by overrides=. Give one of "
+            "the two."
         )
-    shared = {"weight_bits": weight_bits, "activation_bits": activation_bits, "overrides": kept}
+    shared: dict[str, Any] = {"overrides": kept} if kept else {}
+    if bits is not None:
+        shared["weight_bits"], shared["activation_bits"] = parse_bits(working)
     fields[0] = shared | fields[0]
     method = parts[0][0](**fields[0])
     for (cls, _), own in zip(parts[1:], fields[1:], strict=True):
@@ -151,10 +164,10 @@ def _has_range(name: str) -> bool:
 
 
 def setting_names(bits: Sequence[str], methods: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of all combinations, ``W4A4 rtn-minmax``, each parsed beforehand."""
+    """Return the names of all combinations, such as ``W4A4 rtn-minmax``; each is checked."""
     for method in methods:
         for each in bits:
             parse_method(method, each)
     return tuple(
-        f"{each.strip().upper()} {method.strip().lower()}" for each in bits for method in methods
+        f"{written_bits(each)} {method.strip().lower()}" for each in bits for method in methods
     )

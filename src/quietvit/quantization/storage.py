@@ -5,6 +5,8 @@ Weights whose codes say everything are stored as int8 or int16 codes, all else a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +16,12 @@ from torch import Tensor, nn
 import quietvit
 from quietvit.classes import facts_of_names, take_names
 from quietvit.errors import QuietvitError
-from quietvit.quantization.adjustments import Compensation, build_adjustment
+from quietvit.quantization.adjustments import (
+    Adjustment,
+    Compensation,
+    build_adjustment,
+    module_key,
+)
 from quietvit.quantization.architecture import (
     all_tensors,
     architecture_of,
@@ -25,12 +32,12 @@ from quietvit.quantization.architecture import (
     set_dtypes,
     signature,
 )
-from quietvit.quantization.calibration import run_model
+from quietvit.quantization.coverage import Coverage
 from quietvit.quantization.folder import FolderFormat
-from quietvit.quantization.method import Slot, get_method
-from quietvit.quantization.quantized import QuantizedModel, module_key
+from quietvit.quantization.method import Method, get_method
 from quietvit.quantization.quantizers import Quantizer, build_quantizer
-from quietvit.tracing import Site, evaluating, plain_copy
+from quietvit.quantization.slot import Slot
+from quietvit.tracing import Site, Trace, plain_copy
 from quietvit.tracing import trace as trace_model
 
 FORMAT = FolderFormat(
@@ -44,36 +51,61 @@ FORMAT = FolderFormat(
     foreign="was not written by quietvit",
     outdated="load it with the version that wrote it",
 )
-PARTS = ("quantizers", "adjustments", "compensations")
 
 
-def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Path:
-    """Write ``path``, a folder with ``model.safetensors`` and ``quantization.json``; returns it.
+@dataclass(frozen=True)
+class Contents:
+    """What a saved model holds: the arguments of ``QuantizedModel``.
 
-    The weights stored are the quantized ones: float weights behind them are not kept, but where a
-    weight is shared, computed or transposed. Codes take one byte up to 8 bits, two above. The
-    folder appears whole, under a temporary name first.
-
-    Raises QuietvitError where ``path`` exists: with ``force`` an earlier save is replaced, any
-    other file or folder is refused all the same.
+    ``quantizers`` by slot, ``adjustments`` by site name, ``compensations`` by block name.
     """
-    path = Path(path)
-    FORMAT.refuse(path, force)
-    codes = _weight_codes(quantized)
+
+    model: nn.Module
+    trace: Trace
+    method: Method
+    quantizers: Mapping[Slot, Quantizer]
+    adjustments: Mapping[str, Adjustment]
+    compensations: Mapping[str, Compensation]
+    input_shape: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """All modules beside the model, by the prefix of their tensors in the file."""
+        return {
+            **{_quantizer_prefix(slot): q for slot, q in self.quantizers.items()},
+            **{_prefix("adjustments", name): a for name, a in self.adjustments.items()},
+            **{_prefix("compensations", name): c for name, c in self.compensations.items()},
+        }
+
+
+def _quantizer_prefix(slot: Slot) -> str:
+    return f"quantizers.{slot.key}."
+
+
+def _prefix(part: str, name: str) -> str:
+    return f"{part}.{module_key(name)}."
+
+
+def write(path: Path, contents: Contents, used: Mapping[str, Tensor], coverage: Coverage) -> None:
+    """Write the folder ``path``; see ``QuantizedModel.save``.
+
+    ``used``: the weight that each site really multiplies by, by site name.
+    """
+    model = contents.model
+    codes = _weight_codes(contents, used)
     tensors = {f"codes.{name}": stored for name, (stored, _) in codes.items()}
-    for name, tensor in quantized.model.state_dict().items():
+    for name, tensor in model.state_dict().items():
         if name not in codes:
             tensors[f"model.{name}"] = tensor
-    for part in PARTS:
-        for name, tensor in getattr(quantized, part).state_dict().items():
-            tensors[f"{part}.{name}"] = tensor
-    dtypes = {name: str(t.dtype) for name, t in all_tensors(quantized.model)}
+    for prefix, module in contents.modules().items():
+        for name, tensor in module.state_dict().items():
+            tensors[f"{prefix}{name}"] = tensor
     facts = {
-        "method": {"name": quantized.method.name, "fields": quantized.method.model_dump()},
-        "architecture": architecture_of(quantized.model, quantized.input_shape),
-        "model_class": type(quantized.model).__name__,
-        "input_shape": list(quantized.input_shape),
-        "sites": signature(quantized.trace),
+        "method": {"name": contents.method.name, "fields": contents.method.model_dump()},
+        "architecture": architecture_of(model, contents.input_shape),
+        "model_class": type(model).__name__,
+        "input_shape": list(contents.input_shape),
+        "sites": signature(contents.trace),
         "quantizers": [
             {
                 "site": slot.site.name,
@@ -81,39 +113,29 @@ def save(quantized: QuantizedModel, path: str | Path, force: bool = False) -> Pa
                 "kind": quantizer.kind,
                 "config": quantizer.config(),
             }
-            for slot, quantizer in _pairs(quantized)
+            for slot, quantizer in contents.quantizers.items()
         ],
         "adjustments": [
             {"site": name, "kind": adjustment.kind, "config": adjustment.config()}
-            for name, adjustment in quantized.adjusted().items()
+            for name, adjustment in contents.adjustments.items()
         ],
         "compensations": [
             {"block": name, "config": compensation.config()}
-            for name, compensation in quantized.compensated().items()
+            for name, compensation in contents.compensations.items()
         ],
         "coded_weights": {name: slots for name, (_, slots) in codes.items()},
-        "dtypes": dtypes,
-        "preprocessing": preprocessing_of(quantized.model),
-        **facts_of_names(quantized.model),
-        "notes": list(quantized.notes),
-        "coverage": quantized.coverage.to_dict(),
+        "dtypes": {name: str(t.dtype) for name, t in all_tensors(model)},
+        "preprocessing": preprocessing_of(model),
+        **facts_of_names(model),
+        "notes": list(contents.notes),
+        "coverage": coverage.to_dict(),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
     }
     FORMAT.write(path, facts, tensors)
-    return path
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
-    """Read what ``QuantizedModel.save`` wrote; its outputs are the same bit for bit.
-
-    The architecture is built by timm or transformers where it came from there, else give ``model``,
-    a float model of the same architecture with any weights (a copy of it is used). The names of its
-    classes are those in the file, where it has any.
-
-    Raises QuietvitError for a missing, truncated or foreign file, and for a model of another
-    architecture, naming the first keys that differ.
-    """
-    path = Path(path)
+def read(path: Path, model: nn.Module | None) -> Contents:
+    """Read the folder ``path``; see ``load``."""
     facts, tensors = FORMAT.read(path)
     try:
         method = get_method(facts["method"]["name"])(**facts["method"]["fields"])
@@ -124,18 +146,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
         state = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         coded = {n.removeprefix("codes."): t for n, t in tensors.items() if n.startswith("codes.")}
         compare_weights(path, own, state | coded)
-        trace = trace_model(own, _zeros(own, facts["input_shape"]))
+        trace = trace_model(own, zero_image(own, facts["input_shape"]))
         compare_sites(path, trace, facts["sites"])
         sites = {site.name: site for site in trace.sites}
         quantizers: dict[Slot, Quantizer] = {}
         for entry in facts["quantizers"]:
             slot = Slot(sites[entry["site"]], entry["index"])
             quantizer = build_quantizer(entry["kind"], entry["config"])
-            quantizers[slot] = _filled(quantizer, f"quantizers.{slot.key}.", tensors)
+            quantizers[slot] = _filled(quantizer, _quantizer_prefix(slot), tensors)
         adjustments = {
             entry["site"]: _filled(
                 build_adjustment(entry["kind"], entry["config"]),
-                f"adjustments.{module_key(entry['site'])}.",
+                _prefix("adjustments", entry["site"]),
                 tensors,
             )
             for entry in facts["adjustments"]
@@ -143,7 +165,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
         compensations = {
             entry["block"]: _filled(
                 Compensation.from_config(entry["config"]),
-                f"compensations.{module_key(entry['block'])}.",
+                _prefix("compensations", entry["block"]),
                 tensors,
             )
             for entry in facts["compensations"]
@@ -157,23 +179,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
                 _view(slot.site).scatter_add_(whole, values)
             state[name] = whole
         own.load_state_dict(state)
-        loaded = QuantizedModel(
-            own,
-            trace,
-            method,
-            quantizers,
-            adjustments=adjustments,
-            compensations=compensations,
-            input_shape=tuple(facts["input_shape"]),
-            notes=tuple(facts["notes"]),
-        )
+        input_shape, notes = tuple(facts["input_shape"]), tuple(facts["notes"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise QuietvitError(
             f"{path} is not consistent ({type(error).__name__}: {error}); it was changed or cut "
             "short after it was written. Save the model again."
         ) from error
-    device = next((p.device for p in own.parameters()), torch.device("cpu"))
-    return loaded.to(device).eval()  # type: ignore[no-any-return]
+    return Contents(own, trace, method, quantizers, adjustments, compensations, input_shape, notes)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -186,25 +198,21 @@ def _filled(module: M, prefix: str, tensors: dict[str, Tensor]) -> M:
     return module
 
 
-def _pairs(quantized: QuantizedModel) -> list[tuple[Slot, Quantizer]]:
-    found = [(slot, quantized.quantizers[slot.key]) for slot in quantized.slots()]
-    return [(slot, q) for slot, q in found if isinstance(q, Quantizer)]
-
-
 def _view(site: Site) -> Any:
     return site.weight
 
 
-def _weight_codes(quantized: QuantizedModel) -> dict[str, tuple[Tensor, list[tuple[str, int]]]]:
+def _weight_codes(
+    contents: Contents, used: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, list[tuple[str, int]]]]:
     """Codes shaped like the parameter, for each parameter that its sites' codes reproduce wholly.
 
     A parameter stays float where a part of it is float, where two sites disagree about an entry,
     or where what a site multiplies is not the parameter itself (a standardized weight).
     """
-    model = quantized.model
-    used = weights_in_use(quantized)
+    model = contents.model
     by_name: dict[str, list[tuple[Slot, Quantizer]]] = {}
-    for slot, quantizer in _pairs(quantized):
+    for slot, quantizer in contents.quantizers.items():
         view = slot.site.weight
         if slot.is_weight and view is not None and not view.transposed and not view.diagonal:
             by_name.setdefault(view.parameter_name, []).append((slot, quantizer))
@@ -250,25 +258,7 @@ def _middle(quantizer: Quantizer) -> int:
     return (low + high + 1) // 2
 
 
-def weights_in_use(quantized: QuantizedModel) -> dict[str, Tensor]:
-    """The weight that each quantizer of weights gets in one pass over zeros, by site.
-
-    Everything else is quantized as in every pass: a weight that the model computes, for example
-    divided by its spectral norm, is then the one that the simulated model reads.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def keep(slot: Slot, x: Tensor) -> Tensor:
-        if slot.is_weight:
-            seen[slot.site.name] = x.detach()
-        result: Tensor = quantized.quantizers[slot.key](x)
-        return result
-
-    with evaluating(quantized), torch.no_grad(), quantized.replacing(keep):
-        run_model(quantized, _zeros(quantized.model, quantized.input_shape))
-    return seen
-
-
-def _zeros(model: nn.Module, shape: Any) -> Tensor:
+def zero_image(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """A batch of one image of zeros, on the model's device and in its dtype."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)

@@ -71,8 +71,8 @@ def refuse_inference_mode() -> None:
     """Raise QuietvitError inside ``torch.inference_mode``: nothing can be fitted there."""
     if torch.is_inference_mode_enabled():
         raise QuietvitError(
-            "this method needs gradients or looks for changes in place, which torch.inference_mode "
-            "forbids; call quantize outside of it (torch.no_grad is allowed)."
+            "this method does not work inside torch.inference_mode, which forbids gradients. Call "
+            "quantize outside of it; torch.no_grad is allowed."
         )
 
 

@@ -10,10 +10,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
-from scipy.stats import t
+from pydantic import AliasChoices, ConfigDict, Field
+from scipy.special import stdtrit
 
 from quietvit.errors import QuietvitError
+from quietvit.signatures import ReadableModel
 from quietvit.tasks import Metric, task_named
 
 ARMS = ("without CD", "with CD")
@@ -21,7 +22,7 @@ FLOAT = "float"
 NO_DIFFERENCE = "no difference seen"
 
 
-class _Data(BaseModel):
+class _Data(ReadableModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -234,7 +235,8 @@ def paired_interval(
         return None, None
     mean = statistics.fmean(differences)
     deviation = max(statistics.stdev(differences), resolution)
-    half = float(t.ppf(0.975, len(differences) - 1)) * deviation / math.sqrt(len(differences))
+    t = float(stdtrit(len(differences) - 1, 0.975))
+    half = t * deviation / math.sqrt(len(differences))
     return mean - half, mean + half
 
 

@@ -30,6 +30,7 @@ from quietvit.data import (
 from quietvit.data.evaluate import count_right
 from quietvit.data.matching import matched
 from quietvit.errors import QuietvitError
+from quietvit.outputs import heads
 from quietvit.tasks.task import Batch, Metric, Task
 
 _MOST_CLASSES = 2000
@@ -141,8 +142,7 @@ class Classification(Task):
 
     def tensors(self, output: Any) -> tuple[Tensor, ...]:
         """Return the logits (B, classes) of each head: a distilled model trains two."""
-        output = getattr(output, "logits", output)
-        return output if isinstance(output, tuple) else (output,)
+        return heads(output)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
         images, targets = batch

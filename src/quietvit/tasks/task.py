@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.data.images import subset
-from quietvit.data.section import Section
+from quietvit.section import Section
 
 Batch = tuple[Any, Any]
 """What the model is called with, and the targets. For a classifier: (B, 3, H, W) and (B,)."""

@@ -3,16 +3,18 @@
 Nothing of the library above this room is imported here.
 """
 
-from quietvit.tracing.inputs import call
+from quietvit.tracing.inputs import EndOfPass, call, refusing
 from quietvit.tracing.intercept import intercept
 from quietvit.tracing.ops import MATMUL_KINDS, SITE_KINDS
-from quietvit.tracing.trace import Link, Operand, Scores, Site, Trace, evaluating, trace
+from quietvit.tracing.sites import Link, Operand, Scores, Site, Trace
+from quietvit.tracing.trace import evaluating, trace
 from quietvit.tracing.weights import WeightView
 from quietvit.tracing.wrappers import eagerly, plain_copy, plain_model
 
 __all__ = [
     "MATMUL_KINDS",
     "SITE_KINDS",
+    "EndOfPass",
     "Link",
     "Operand",
     "Scores",
@@ -25,5 +27,6 @@ __all__ = [
     "intercept",
     "plain_copy",
     "plain_model",
+    "refusing",
     "trace",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.tracing.trace import Trace
+from quietvit.tracing.sites import Trace
 
 
 def residual_modules(trace: Trace) -> list[str]:

@@ -5,10 +5,15 @@ Which images there are, and of what size, is the callers' business.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
+
+from quietvit.errors import QuietvitError
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -22,6 +27,25 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)) and not is_image_list(inputs):
         return model(*inputs)
     return model(inputs)
+
+
+class EndOfPass(BaseException):
+    """Ends a forward pass from inside; no ``except Exception`` on the way takes it for an error."""
+
+
+@contextmanager
+def refusing(complaint: Callable[[str], str]) -> Iterator[None]:
+    """Turn what a model raises over its input into a QuietvitError.
+
+    ``complaint(what)`` returns the message; ``what`` is the class and the text of the error.
+    A QuietvitError passes as it is, and so does an error of memory.
+    """
+    try:
+        yield
+    except (QuietvitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise QuietvitError(complaint(f"{type(error).__name__}: {error}")) from error
 
 
 def one_sample(example: Any) -> Any:

@@ -1,13 +1,13 @@
 """``intercept``: run a traced model again with every site's operands in reach.
 
-Sites are known by their place among the calls of their family, so the pass must go the traced way;
-where it does not, the error says at which site it left it.
+Sites are found by their place (``places``). So the pass must make the traced products and norms;
+where it does not, the error says at which site it left the traced way.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from quietvit.errors import QuietvitError
 from quietvit.tracing import ops
+from quietvit.tracing.places import STEADY, Places
+from quietvit.tracing.sites import Site, Trace
 from quietvit.tracing.standins import STANDINS
-from quietvit.tracing.trace import Site, Trace
 from quietvit.tracing.wrappers import eagerly
 
 Handler = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], Tensor]
@@ -33,9 +34,10 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
     linear and conv (weight of shape (out, in, ...)), (left, right) for matmul, einsum and add,
     (input,) for softmax, norm and activation; ``run(*operands)`` executes the call with these
     operands, bias included. Any batch size; gradients flow. Each ``with`` covers exactly one
-    forward pass, which runs uncompiled. Raises QuietvitError where the pass differs from the trace,
-    and where it would train under gradient checkpointing: what the backward pass computes again, it
-    would compute without the handler.
+    forward pass, which runs uncompiled. The pass must make the traced products and norms. A site of
+    another kind is not given to ``handler`` where the pass does not reach it. Raises QuietvitError
+    where products or norms differ from the trace, and where the pass would train under gradient
+    checkpointing: the backward pass would compute the operands again, without the handler.
     """
 
     def __init__(
@@ -47,11 +49,11 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         self._families = {ops.FAMILIES[kind] for kind in kinds}
         self._kinds = frozenset(kinds)
         self._sites = {
-            (ops.FAMILIES[site.kind], site.ordinal): site
+            (ops.FAMILIES[site.kind], site.place): site
             for site in trace.sites
             if site.kind in ops.FAMILIES and ops.FAMILIES[site.kind] in self._families
         }
-        self._counters: Counter[str] = Counter()
+        self._places = Places()
         self._depth = 0
         self._trains = False
         self._paused = False
@@ -68,7 +70,7 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
 
     def __enter__(self) -> intercept:
         if self._depth == 0:
-            self._counters.clear()
+            self._places = Places()
             self._trains = torch.is_grad_enabled()
             self._eager = eagerly()
             self._eager.__enter__()
@@ -97,35 +99,25 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         if call is None:
             return func(*args, **kwargs)
         family = ops.FAMILIES[call.kind]
+        place = self._places.next(family)
         if family not in self._families:
             return func(*args, **kwargs)
-        ordinal = self._counters[family]
-        self._counters[family] += 1
-        site = self._sites.get((family, ordinal))
+        site = self._sites.get((family, place))
         if site is None:
-            if ordinal >= self._trace.counts[family]:
-                self._refuse(f"made {family} call number {ordinal + 1} ({func.__name__})")
+            if place.ordinal >= self._trace.counts.get(family, math.inf):
+                self._refuse(f"made {family} call number {place.ordinal + 1} ({func.__name__})")
             return func(*args, **kwargs)
         if site.kind == "linear" and call.kind == "matmul":
             call = ops.weight_first(call)
-        self._check(site, call)
+        if (difference := _difference(site, call)) is not None:
+            if family in STEADY:
+                self._refuse(difference)
+            return func(*args, **kwargs)
         if site.kind not in self._kinds:
             return func(*args, **kwargs)
         if self._trains:
             self._check_not_checkpointed(site)
         return self._handler(site, call.operands, call.run)
-
-    def _check(self, site: Site, call: ops.Call) -> None:
-        shapes = [tuple(operand.shape) for operand in call.operands]
-        if site.kind != call.kind:
-            self._refuse(f"came to {site.name} with a {call.kind} of shapes {shapes}")
-        if site.weight_shape is not None and site.weight_shape != shapes[1]:
-            self._refuse(
-                f"came to {site.name} with a weight of shape {shapes[1]}, not {site.weight_shape}"
-            )
-        for operand, shape in zip(site.operands, shapes, strict=False):
-            if len(operand.shape) != len(shape):
-                self._refuse(f"came to {site.name} with shapes {shapes}, not {operand.shape}")
 
     def _check_not_checkpointed(self, site: Site) -> None:
         frame = sys._getframe() if not torch.compiler.is_compiling() else None
@@ -141,15 +133,28 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
             frame = frame.f_back
 
     def _check_complete(self) -> None:
-        for family in sorted(self._families):
-            made, traced = self._counters[family], self._trace.counts[family]
+        for family in sorted(self._families & STEADY):
+            made, traced = self._places.counts[family], self._trace.counts[family]
             if made != traced:
                 self._refuse(f"made {made} {family} calls")
 
     def _refuse(self, what: str) -> None:
-        counts = {family: self._trace.counts[family] for family in sorted(self._families)}
+        counts = {family: self._trace.counts[family] for family in sorted(self._families & STEADY)}
         raise QuietvitError(
             f"the control flow of {self._trace.model_name} changed since it was traced: this pass "
             f"{what}; the traced pass made {counts}. Trace it again with an example that takes the "
             "same way (image size, mode, arguments), and run one forward pass at a time."
         )
+
+
+def _difference(site: Site, call: ops.Call) -> str | None:
+    """How a call differs from the site that was traced in its place, None where it does not."""
+    shapes = [tuple(operand.shape) for operand in call.operands]
+    if site.kind != call.kind:
+        return f"came to {site.name} with a {call.kind} of shapes {shapes}"
+    if site.weight_shape is not None and site.weight_shape != shapes[1]:
+        return f"came to {site.name} with a weight of shape {shapes[1]}, not {site.weight_shape}"
+    for operand, shape in zip(site.operands, shapes, strict=False):
+        if len(operand.shape) != len(shape):
+            return f"came to {site.name} with shapes {shapes}, not {operand.shape}"
+    return None

@@ -206,6 +206,24 @@ def columns(labels: Tensor, channel_dim: int) -> Tensor | None:
     return None if agreed is None or bool((agreed < 0).all()) else agreed[0]
 
 
+def spread(flows: Mapping[str, Flow], channel_dim: int, output: Sequence[int]) -> dict[str, Flow]:
+    """Flows through a filter that mixes the positions of each channel and nothing else.
+
+    The dims behind ``channel_dim`` are the positions. The dims in front stay as they are: attention
+    heads folded into the batch keep their own channels. A flow is lost where one channel of the
+    filter holds several of the source.
+    """
+    spreading = {}
+    for source, flow in flows.items():
+        kept: Tensor | None = flow.labels
+        for dim in range(channel_dim % len(output) + 1, len(output)):
+            kept = None if kept is None else collapse(kept, dim)
+        wide = None if kept is None else _broadcast(kept, output)
+        if wide is not None:
+            spreading[source] = replace(flow, labels=wide)
+    return spreading
+
+
 def pool(value: Value, dims: Sequence[int], output: Sequence[int]) -> Value:
     """Value of a pooling over ``dims``: a channel stays itself where it fills these dims alone."""
     kept = reduce(value, dims, keepdim=True)

@@ -6,9 +6,8 @@ What the records mean for a user (roles, names, tables) is decided in ``trace``.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,61 +20,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quietvit.tracing import carry, labels, ops
 from quietvit.tracing.labels import CONSTANT, Flow, Value
+from quietvit.tracing.places import Place, Places
+from quietvit.tracing.raw import RawLink, Record, ScoreLink
 from quietvit.tracing.scales import has_scale
 from quietvit.tracing.standins import STANDINS
-from quietvit.tracing.weights import WeightView, view_of
+from quietvit.tracing.weights import view_of
 from quietvit.tracing.wrappers import plain_name
-
-
-@dataclass
-class Record:
-    """One call that is a site: everything the trace keeps of it, no tensors.
-
-    ``parameter`` is the name of the parameter that its weight or gain is a part of, ``weight`` the
-    view of that part, None if it is no matrix.
-    """
-
-    key: str
-    kind: str
-    function: str
-    module: str
-    ordinal: int
-    inputs: list[Value]
-    shapes: list[tuple[int, ...]]
-    output_shape: tuple[int, ...]
-    macs: int
-    parameter: str | None = None
-    weight: WeightView | None = None
-    weight_shape: tuple[int, ...] | None = None
-    feeds: set[str] = field(default_factory=set)
-    has_scale: bool = False
-
-
-@dataclass(frozen=True)
-class RawLink:
-    """Channels of ``source`` that reach the input columns of ``consumer``.
-
-    A source that arrives in several factors of a product has one link for each. ``partial``: some
-    positions carry no channel. Values of an attention carry none and pass "scrambled" where their
-    channels lie in other columns at other tokens, "added" where other channels were added to them.
-    """
-
-    source: str
-    consumer: str
-    columns: Tensor
-    through: tuple[str, ...]
-    partial: bool
-
-
-@dataclass(frozen=True)
-class ScoreLink:
-    """Output channels of two sources that meet in the scores at ``site``, head by head."""
-
-    site: str
-    query: str
-    key: str
-    heads: labels.Heads
-    through: tuple[str, ...]
 
 
 class _FlopCount(TorchDispatchMode):
@@ -104,7 +54,7 @@ class Recorder(TorchFunctionMode):
         self.records: list[Record] = []
         self.links: list[RawLink] = []
         self.scores: list[ScoreLink] = []
-        self.counters: Counter[str] = Counter()
+        self.places = Places()
         self._values = WeakTensorKeyDictionary()
         self._by_key: dict[str, Record] = {}
         self._written: dict[int, Value] = {}
@@ -159,6 +109,8 @@ class Recorder(TorchFunctionMode):
         self._stack.pop()
 
     def _keep(self, tensor: Tensor, value: Value) -> None:
+        if not tensor.numel():  # the boxes of an image without detections
+            value = replace(value, flows={}, parameter=None)
         self._values[tensor] = value
 
     def value(self, tensor: Tensor) -> Value:
@@ -206,8 +158,7 @@ class Recorder(TorchFunctionMode):
 
     def _site(self, call: ops.Call, func: Any, name: str, output: Tensor) -> Value:
         family = ops.FAMILIES[call.kind]
-        ordinal = self.counters[family]
-        self.counters[family] += 1
+        place = self.places.next(family)
         if call.kind == "matmul" and call.operands[1].ndim == 2:
             right = self.value(call.operands[1])
             if not right.depends and self.value(call.operands[0]).depends:
@@ -221,11 +172,11 @@ class Recorder(TorchFunctionMode):
             return labels.combine(values, shapes, output.shape, adding=True)
         weighted = call.kind in ("linear", "conv")
         record = Record(
-            key=f"{family}:{ordinal}",
+            key=f"{family}:{place.after}:{place.ordinal}",
             kind=call.kind,
             function=name,
             module=self._stack[-1],
-            ordinal=ordinal,
+            place=place,
             inputs=values[:1] if weighted else values,
             shapes=shapes[:1] if weighted else shapes,
             output_shape=tuple(output.shape),
@@ -272,11 +223,7 @@ class Recorder(TorchFunctionMode):
                 step = f"depthwise{labels.AT}{key}"
                 flows |= {s: f.via(step) for s, f in inputs[0].flows.items()}
                 flows = {s: f for s, f in flows.items() if f.labels.shape[dim] == channels}
-                flows = {
-                    s: Flow(self._spread(f.labels, dim, output), f.through)
-                    for s, f in flows.items()
-                    if labels.columns(f.labels, dim) is not None
-                }
+                flows = labels.spread(flows, dim, output.shape)
             if output.shape[dim] == channels:
                 flows[key] = labels.start(output.shape, dim, output.device)
         elif call.kind in ("matmul", "einsum"):
@@ -336,14 +283,6 @@ class Recorder(TorchFunctionMode):
         flows = self._through_matmul(key, a, b, (*sizes[:n], tall, wide))
         return {s: Flow(f.labels.reshape(sizes).permute(back), f.through) for s, f in flows.items()}
 
-    @staticmethod
-    def _spread(tensor: Tensor, dim: int, output: Tensor) -> Tensor:
-        agreed = labels.columns(tensor, dim)
-        assert agreed is not None
-        view = [1] * output.ndim
-        view[dim] = len(agreed)
-        return agreed.view(view).expand(output.shape)
-
     def _link(self, record: Record, value: Value, channel_dim: int) -> None:
         for source, flow in value.flows.items():
             columns, through = labels.columns(flow.labels, channel_dim), flow.through
@@ -361,7 +300,17 @@ class Recorder(TorchFunctionMode):
     def opaque(self, function: str, macs: int) -> None:
         count = sum(record.kind == "opaque" for record in self.records)
         self.records.append(
-            Record(f"opaque:{count}", "opaque", function, self._stack[-1], count, [], [], (), macs)
+            Record(
+                f"opaque:{count}",
+                "opaque",
+                function,
+                self._stack[-1],
+                Place(count),
+                [],
+                [],
+                (),
+                macs,
+            )
         )
 
     def _carry(self, func: Any, name: str, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from quietvit.tensors import gathered, wide
 from quietvit.tracing.wrappers import plain_model
 
 # An attribute that no module has: "stage.bn.channel_scale()" names the scale of "stage.bn".
@@ -61,15 +62,8 @@ def _scale(module: nn.Module) -> Tensor:
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         assert module.running_var is not None
-        variance = _whole(module.running_var)
-        return _whole(module.weight) * (variance + module.eps).rsqrt()
+        variance = wide(gathered(module.running_var))
+        return wide(gathered(module.weight)) * (variance + module.eps).rsqrt()
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return _whole(weight).flatten(1).norm(dim=1)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    whole = tensor.detach()
-    if hasattr(whole, "full_tensor"):  # FSDP2 keeps it in parts
-        whole = whole.full_tensor()
-    return whole if whole.dtype == torch.float64 else whole.float()
+    return wide(gathered(weight)).flatten(1).norm(dim=1)

@@ -1,23 +1,32 @@
-"""The whole configuration of a training run, as frozen pydantic models; extra keys are refused.
+"""The configuration of a training run, as frozen pydantic models that refuse unknown keys.
 
-Reading it from TOML, overriding it and explaining mistakes is ``recipe``'s work.
+The section of each regularizer is in its own module in ``decay``. ``recipe`` reads TOML.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
-from quietvit.data.section import Section
 from quietvit.data.transforms import Augmentation
+from quietvit.decay import RegularizerConfig, registered_regularizers
+from quietvit.decay.config import Share, StrengthScheduleConfig
+from quietvit.decay.registry import RegularizerEntry
 from quietvit.errors import QuietvitError
+from quietvit.section import Section
 from quietvit.tasks import task_named
 
-Strength = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -31,11 +40,11 @@ _NO_KWARGS = {
 
 
 class ModelConfig(Section):
-    """The model: a timm name, or ``hf:/folder`` for a transformers image classifier kept there.
+    """The model: a timm name, or ``hf:/folder`` for a transformers image classifier in a folder.
 
-    ``kwargs`` go to ``timm.create_model`` (to the transformers config), ``weights`` is a local file
-    (timm only). ``freeze`` are wildcards of parameter names that do not train; ``freeze_blocks``
-    keeps the first n blocks and what comes before them as they are.
+    ``kwargs`` go to ``timm.create_model`` (to the transformers config). ``weights`` is a local file
+    (timm only). ``freeze`` are wildcards of the names of parameters that do not train.
+    ``freeze_blocks`` freezes the first n blocks and everything before them.
     """
 
     name: str
@@ -47,14 +56,14 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The data set (see ``quietvit.data.load_dataset``), how many images of it, how they vary.
+    """The data set (see ``quietvit.data.load_dataset``), how many of its images, how they vary.
 
-    ``num_classes`` is taken from the training images where it is not given; given, a label at or
-    above it is refused. An image that cannot be decoded is replaced by another one and counted; the
-    run stops when a process met more than ``max_bad_images`` different ones, resumes included.
+    ``num_classes`` defaults to that of the training images; a label at or above it is refused.
+    An image that cannot be decoded is replaced by another one and counted. The run stops when a
+    process has met more than ``max_bad_images`` different ones, resumed runs included.
     ``repeats`` puts each image so often into an epoch, differently augmented, and takes as many
-    fewer images (DeiT's repeated augmentation). ``shuffle_window``: shards whose images are mixed
-    with each other, for data that comes in shards (None mixes all).
+    fewer images (DeiT's repeated augmentation). ``shuffle_window`` is the number of shards whose
+    images are mixed with each other (None mixes all).
     """
 
     dataset: str
@@ -70,11 +79,11 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW. ``decay_norms_and_biases`` applies the weight decay to every parameter.
 
-    ``lr_batch``: the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
-    are for; at another one all three are multiplied by the ratio (linear scaling, Goyal et al.
-    2017, arXiv 1706.02677). None: they hold as they are. ``layer_decay``: the learning rate of each
-    block is this factor of the next one's (timm). ``lr_scale``: wildcards of parameter names, and
-    the factor of their learning rate; the first that matches counts.
+    ``lr_batch`` is the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
+    are meant for. At another batch all three are multiplied by the ratio (linear scaling, Goyal et
+    al. 2017, arXiv 1706.02677). None does not scale them. ``layer_decay``: the learning rate of
+    each block is this factor of the next block's (timm). ``lr_scale`` maps wildcards of parameter names to
+    factors of their learning rates; the first wildcard that matches counts.
     """
 
     lr: float = Field(default=1e-3, gt=0)
@@ -97,7 +106,7 @@ class ScheduleConfig(Section):
 
 
 class Rates(NamedTuple):
-    """The learning rates of a run: highest, where the warm-up begins, where the cosine ends."""
+    """The learning rates of a run: the highest, that of the first step, and that of the last."""
 
     lr: float
     warmup_lr: float
@@ -118,176 +127,56 @@ class MixConfig(Section):
 
 
 class EmaConfig(Section):
-    """Moving average of the weights, taken after the decay; it is the result where present."""
+    """Moving average of the weights, taken after the decay. If it is set, it is the result."""
 
     decay: float = Field(default=0.999, gt=0, lt=1)
     warmup: bool = True
 
 
-class StrengthScheduleConfig(Section):
-    """A factor of a strength over the run, in epochs: see ``quietvit.decay.StrengthSchedule``.
-
-    0 before ``start_epoch``, then up to 1 within ``warmup_epochs``, then ``constant``, or down to
-    ``final`` at the end of the run.
-    """
-
-    shape: Literal["constant", "linear", "cosine"] = "constant"
-    start_epoch: float = Field(default=0.0, ge=0)
-    warmup_epochs: float = Field(default=0.0, ge=0)
-    final: float = Field(default=0.0, ge=0)
-
-    def late(self, epochs: int) -> str:
-        """Why nothing of it, or no way down, is left within ``epochs``; "" where all is well."""
-        if self.start_epoch >= epochs:
-            return f"start_epoch ({self.start_epoch:g}) must be below epochs ({epochs})"
-        up = self.start_epoch + self.warmup_epochs
-        if self.shape != "constant" and up >= epochs:
-            return (
-                f"start_epoch + warmup_epochs ({up:g}) must be below epochs ({epochs}), or shape "
-                f"{self.shape!r} has no way down"
-            )
-        return ""
-
-
-# Pydantic judges a value by one branch of a union, the one named here, and not by each in turn.
-# The names stand in the location of an error, where ``recipe`` takes them out.
-ONE, EACH = "<one>", "<one for each kind>"
-
-
-def _strengths(value: Any) -> str:
-    return EACH if isinstance(value, Mapping) else ONE
-
-
-def _schedules(value: Any) -> str:
-    """A table that holds tables is one of kinds; an empty one is a schedule without settings."""
-    own = isinstance(value, Mapping) and any(
-        isinstance(part, Mapping | StrengthScheduleConfig) for part in value.values()
-    )
-    return EACH if own else ONE
-
-
-Strengths = Annotated[
-    Annotated[Strength, Tag(ONE)] | Annotated[dict[str, Strength], Tag(EACH)],
-    Discriminator(_strengths),
-]
-Schedules = Annotated[
-    Annotated[StrengthScheduleConfig, Tag(ONE)]
-    | Annotated[dict[str, StrengthScheduleConfig], Tag(EACH)],
-    Discriminator(_schedules),
-]
-
-
-class RegularizerConfig(Section):
-    """What all regularizers have. A strength of 0 is off."""
-
-    strength: Strength
-    schedule: StrengthScheduleConfig | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.strength > 0
-
-
-class WeightRegularizerConfig(RegularizerConfig):
-    """What those that act on weights have: every n-th step, with n-fold strength."""
-
-    every: int = Field(default=1, ge=1)
-
-
-class ColinearityConfig(Section):
-    """Colinearity Decay; a mapping as ``strength`` gives one per kind of pair. 0 is off.
-
-    ``schedule`` may be a mapping from kind to schedule. ``fold_gains`` takes the gain of the norm
-    in front of a first matrix as part of it, ``products`` is the precision of the matrix products
-    (``auto``: bfloat16 where that is fast). ``sharded`` divides the update between the processes,
-    ``compile`` compiles it.
-    """
-
-    strength: Strengths = 1.0
-    penalty: Literal["energy", "peak", "cosine", "top"] = "energy"
-    kinds: tuple[str, ...] | None = None
-    every: int = Field(default=1, ge=1)
-    schedule: Schedules | None = None
-    fold_gains: bool = False
-    products: Literal["auto", "float32", "bfloat16"] = "auto"
-    sharded: bool = False
-    compile: bool = False
-
-    @property
-    def active(self) -> bool:
-        values = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
-        return any(value > 0 for value in values)
-
-
-class NormGainConfig(WeightRegularizerConfig):
-    """Decay of the norm gains alone, weighted by their squares. 0 is off."""
-
-    strength: Strength = 3.0
-
-
-class SpectralConfig(WeightRegularizerConfig):
-    """S2D, ``quietvit.SpectralDecay``: the leading singular values of layers they dominate.
-
-    ``coupled`` puts its gradient before the optimizer, as published; else it is a decoupled update.
-    ``images`` of the training data tell which layers those are, every ``refresh`` applied steps.
-    """
-
-    strength: Strength = 5e-4
-    threshold: Share = 0.95
-    components: int = Field(default=3, ge=1)
-    refresh: int = Field(default=100, ge=1)
-    power: int = Field(default=2, ge=1)
-    coupled: bool = True
-    images: int = Field(default=16, ge=1)
-
-
-class TweoConfig(RegularizerConfig):
-    """TWEO, ``quietvit.TWEO``: a penalty on the largest outputs of blocks, added to the loss."""
-
-    strength: Strength = 0.01
-    threshold: float = Field(default=3.0, gt=0)
-    power: float = Field(default=4.0, ge=1)
-
-
-class KurtosisConfig(WeightRegularizerConfig):
-    """KURE, ``quietvit.KurtosisRegularization``: kurtosis of weight matrices towards ``target``."""
-
-    strength: Strength = 1.0
-    target: float = Field(default=1.8, ge=1)
-    coupled: bool = True
-
-
-class PairWeightConfig(WeightRegularizerConfig):
-    """Plain weight decay of the very matrices that Colinearity Decay acts on: its control."""
-
-    strength: Strength = 1.0
-    kinds: tuple[str, ...] | None = None
-
-
 class DecayConfig(Section):
-    """Regularizers side by side; none by default. They act in the order in which they stand here.
+    """Regularizers side by side; none by default. They act in the order of their registration.
 
-    ``watch_every``: every so many logged steps, also log the largest activation of any block and
-    the largest amplification of any pair; 0 never.
+    It has one more section for each registered regularizer, see ``decay_config``.
     """
 
-    cd: ColinearityConfig | None = None
-    norm_gains: NormGainConfig | None = None
-    weight: PairWeightConfig | None = None
-    s2d: SpectralConfig | None = None
-    kure: KurtosisConfig | None = None
-    tweo: TweoConfig | None = None
     watch_every: int = Field(default=10, ge=0)
+    """Also log the largest activation of any block and the largest amplification of any pair, at
+    every n-th logged step; 0 never does."""
+
+    def sections(self) -> dict[str, RegularizerConfig]:
+        """Return the sections that are set, by name."""
+        values = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: value for name, value in values if isinstance(value, RegularizerConfig)}
 
     def schedules(self) -> Iterator[tuple[str, StrengthScheduleConfig]]:
-        """Each schedule of strengths, with its key."""
-        for name in DecayConfig.model_fields:
-            schedule = getattr(getattr(self, name), "schedule", None)
+        """Return each schedule of strengths, with its key."""
+        for name, section in self.sections().items():
+            schedule = section.schedule
             if isinstance(schedule, dict):
                 for kind, own in schedule.items():
                     yield f"decay.{name}.schedule.{kind}", own
             elif schedule is not None:
                 yield f"decay.{name}.schedule", schedule
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class of an instance is made by decay_config, and pickle finds classes by name.
+        return _parsed_decay, (self.model_dump(),)
+
+
+def decay_config() -> type[DecayConfig]:
+    """Return ``DecayConfig`` with an optional section for each regularizer registered so far."""
+    return _decay_config(registered_regularizers())
+
+
+@cache
+def _decay_config(entries: tuple[RegularizerEntry, ...]) -> type[DecayConfig]:
+    sections: dict[str, Any] = {entry.name: (entry.config | None, None) for entry in entries}
+    doc = "Regularizers side by side; none by default."
+    return create_model("DecayConfig", __base__=DecayConfig, __doc__=doc, **sections)
+
+
+def _parsed_decay(value: Any) -> DecayConfig:
+    return value if isinstance(value, DecayConfig) else decay_config().model_validate(value)
 
 
 class CheckpointConfig(Section):
@@ -302,11 +191,11 @@ class TrainConfig(Section):
 
     ``task`` is what is trained, ``task_settings`` its own keys (classification has none).
 
-    The effective batch is batch_size x accumulation x processes; the images left over at the end
-    of an epoch are left out. ``evaluate_every`` counts epochs (0: only at the end), ``log_every``
-    optimizer steps; ``device`` is ``auto`` or ``cpu``; ``threads`` are torch's on the CPU.
-    ``parallel`` is how several processes share the model: ``ddp`` keeps it whole in each,
-    ``fsdp2`` in parts. ``compile`` compiles the model.
+    The effective batch is batch_size x accumulation x processes. Images that do not fill a batch at
+    the end of an epoch are left out. ``evaluate_every`` counts epochs (0: only at the end),
+    ``log_every`` optimizer steps. ``device`` is ``auto`` or ``cpu``. ``threads`` are torch's on the
+    CPU. ``parallel`` says how several processes share the model: ``ddp`` keeps it whole in each,
+    ``fsdp2`` keeps it in parts. ``compile`` compiles the model.
     """
 
     recipe: Literal[1] = 1
@@ -318,7 +207,9 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     mix: MixConfig = MixConfig()
     ema: EmaConfig | None = None
-    decay: DecayConfig = DecayConfig()
+    decay: Annotated[SerializeAsAny[DecayConfig], BeforeValidator(_parsed_decay)] = Field(
+        default_factory=lambda: decay_config()()
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=64, ge=1)
@@ -361,7 +252,7 @@ class TrainConfig(Section):
             if self.model.kwargs.get(key, 3) != 3:
                 raise ValueError(
                     f"model.kwargs.{key} is {self.model.kwargs[key]!r}, but images are read in "
-                    "colour, of three channels (grey ones too); leave it out"
+                    "colour, with three channels (grey ones too); remove it"
                 )
         for key, owner in _NO_KWARGS.items():
             if key in self.model.kwargs:
@@ -370,8 +261,8 @@ class TrainConfig(Section):
             raise ValueError(f"mixup and cutmix need an even batch_size, not {self.batch_size}")
         if self.parallel == "fsdp2" and self.ema is not None:
             raise ValueError(
-                "ema averages whole weights, and parallel='fsdp2' keeps none whole; set parallel "
-                "to 'ddp', or ema to none"
+                "ema averages whole weights, but parallel='fsdp2' keeps them in parts; set "
+                "parallel to 'ddp', or ema to none"
             )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quietvit.decay.products import product_dtype
 from quietvit.errors import QuietvitError
+from quietvit.tensors import has_fast_bfloat16
 from quietvit.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     _check_as_asked(config, accelerator, plugin is not None)
-    slow = product_dtype("auto", torch.empty(0, device=accelerator.device)) is None
-    if config.precision == "bf16" and slow and accelerator.is_main_process:
+    slow = config.precision == "bf16" and not has_fast_bfloat16(accelerator.device)
+    if slow and accelerator.is_main_process:
         logger.warning(
             "precision 'bf16' is slower than float32 on this %s, often many times: set precision "
             "to 'no'.",

@@ -232,7 +232,7 @@ def _step_of_one_pass(training: Training, count: int, step: int) -> None:
 
 @contextmanager
 def _timed_apart(training: Training) -> Iterator[dict[str, Stopwatch]]:
-    """Inside, each regularizer has a stopwatch of its own; the empty name is the loss's of TWEO."""
+    """Inside, each regularizer has its own stopwatch; the empty name is for terms of the loss."""
     watches = {name: Stopwatch() for name in training.optim.regularizers}
     detach(training.optim.regularizers, training.observers.stopwatch)
     try:
@@ -266,10 +266,8 @@ def _stand_in(training: Training, count: int) -> Batch:
 
 def _without_schedules(decay: DecayConfig) -> DecayConfig:
     sections: dict[str, Any] = {}
-    for name in DecayConfig.model_fields:
-        section = getattr(decay, name)
-        if hasattr(section, "schedule"):
-            sections[name] = section.model_copy(update={"schedule": None})
+    for name, section in decay.sections().items():
+        sections[name] = section.model_copy(update={"schedule": None})
     return decay.model_copy(update=sections)
 
 

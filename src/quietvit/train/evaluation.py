@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from quietvit.decay.whole import read, whole_parameters
+from quietvit.tensors import all_gathered
 from quietvit.tracing import evaluating
 from quietvit.tracing.block_modules import lies_within
+from quietvit.tracing.scales import read_entry
 from quietvit.train.engine import gathered, is_sharded
 from quietvit.train.stopping import Stoppable, Termination, ignore_in_worker, refuse_if_due
 
@@ -98,12 +99,13 @@ def filled(copied: nn.Module, model: nn.Module, blocks: Sequence[str]) -> Iterat
         names[next((block for block in blocks if lies_within(name, block)), "")].append(name)
 
     def fill(block: str) -> None:
-        for name, whole in whole_parameters(model, names[block]).items():
+        parts = {name: read_entry(model, name) for name in names[block]}
+        for name, whole in all_gathered(parts).items():
             _put(copied, name, whole)
 
     def empty(block: str) -> None:
         for name in names[block]:
-            _put(copied, name, torch.empty_like(read(copied, name), device="meta"))
+            _put(copied, name, torch.empty_like(read_entry(copied, name), device="meta"))
 
     handles: list[Any] = []
     try:
@@ -114,7 +116,7 @@ def filled(copied: nn.Module, model: nn.Module, blocks: Sequence[str]) -> Iterat
                 module.register_forward_hook(lambda *_, block=block: empty(block)),
             ]
         for name, buffer in model.named_buffers(remove_duplicate=False):
-            read(copied, name).copy_(buffer)
+            read_entry(copied, name).copy_(buffer)
         fill("")
         yield
     finally:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietvit.decay.plan import widest
 from quietvit.errors import QuietvitError
+from quietvit.tensors import widest
 from quietvit.train.checkpoint import newest_whole, step_of, weights_of
 from quietvit.train.engine import gathered
 from quietvit.train.result import CHECKPOINTS

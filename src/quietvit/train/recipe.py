@@ -15,10 +15,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 import quietvit
+from quietvit.decay.config import EACH, ONE
 from quietvit.errors import QuietvitError, nearest
 from quietvit.files import not_utf8
 from quietvit.text import is_utf8
-from quietvit.train.config import EACH, ONE, TrainConfig
+from quietvit.train.config import DecayConfig, TrainConfig, decay_config
 
 VERSION = 1
 
@@ -97,6 +98,8 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
         return _sections(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return [section for part in get_args(annotation) for section in _sections(part)]
+    if annotation is DecayConfig:
+        return [decay_config()]  # with the sections of regularizers
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return [annotation] if is_section else []
 

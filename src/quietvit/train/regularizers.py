@@ -1,92 +1,59 @@
-"""The regularizers of a configuration: built in its order, attached, timed, let go.
+"""The regularizers of a run: built from the recipe, attached, timed, detached.
 
-What each does is in ``quietvit.decay``; when it is logged, in ``loop`` and ``watch``.
+What each does is in ``quietvit.decay``. ``loop`` and ``watch`` say when it is logged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quietvit.train.config import DecayConfig, StrengthScheduleConfig
+from quietvit.decay import registered_regularizers
+from quietvit.decay.config import RunFacts
+from quietvit.train.config import DecayConfig
 from quietvit.train.metrics import Stopwatch
 
 
 def build_regularizers(
-    config: DecayConfig,
-    model: nn.Module,
-    example: Tensor,
-    images: Callable[[int], Tensor],
-    steps_per_epoch: int,
-    total_steps: int,
+    config: DecayConfig, model: nn.Module, example: Tensor, facts: RunFacts
 ) -> dict[str, Any]:
-    """Build what ``config`` asks for by the names of its sections, in the order they stand there.
+    """Build the active regularizers of ``config`` by name, in the order in which they act.
 
     Args:
         example: one image (1, 3, H, W) as the model takes it.
-        images: how to get n training images (n, 3, H, W) as the model takes them.
 
     Raises:
-        QuietvitError: settings that a regularizer refuses, or a model without what it acts on.
+        QuietvitError: a regularizer refuses its settings, or the model lacks what it acts on.
     """
-    from quietvit import decay
-
-    classes = {
-        "cd": decay.ColinearityDecay,
-        "norm_gains": decay.NormGainDecay,
-        "weight": decay.PairWeightDecay,
-        "s2d": decay.SpectralDecay,
-        "kure": decay.KurtosisRegularization,
-        "tweo": decay.TWEO,
+    sections = config.sections()
+    return {
+        entry.name: entry.build(sections[entry.name], model, example, facts)
+        for entry in registered_regularizers()
+        if entry.name in sections and sections[entry.name].active
     }
-    built: dict[str, Any] = {}
-    for name in DecayConfig.model_fields:
-        section = getattr(config, name)
-        if name not in classes or section is None or not section.active:
-            continue
-        # The keys of a section are the arguments of its class.
-        options = {key: getattr(section, key) for key in type(section).model_fields}
-        options["schedule"] = _schedule(section.schedule, steps_per_epoch, total_steps)
-        if name == "s2d":
-            options["images"] = images(section.images)
-        built[name] = classes[name](model, example, **options)
-    return built
 
 
-def _schedule(
-    section: StrengthScheduleConfig | Mapping[str, StrengthScheduleConfig] | None,
-    steps_per_epoch: int,
-    total_steps: int,
-) -> Any:
-    if section is None:
-        return None
-    if isinstance(section, Mapping):
-        return {kind: _schedule(own, steps_per_epoch, total_steps) for kind, own in section.items()}
-    from quietvit.decay import StrengthSchedule
-
-    return StrengthSchedule(
-        shape=section.shape,
-        start=round(section.start_epoch * steps_per_epoch),
-        warmup=round(section.warmup_epochs * steps_per_epoch),
-        total=None if section.shape == "constant" else total_steps,
-        final=section.final,
-    )
+def loss_terms(regularizers: Mapping[str, Any]) -> list[Any]:
+    """Return those that add a term to the loss."""
+    return [each for each in regularizers.values() if hasattr(each, "loss")]
 
 
 def figures(regularizers: Mapping[str, Any]) -> dict[str, float]:
-    """Return what is logged: the penalty of each, of S2D also on how many layers it acts."""
-    found = {f"penalty_{name}": float(part.penalty()) for name, part in regularizers.items()}
-    if "s2d" in regularizers:
-        found["layers_s2d"] = len(regularizers["s2d"].selected)
-    return found
+    """Return what is logged of each: ``penalty_<name>``, and its own figures if it has some."""
+    values: dict[str, float] = {}
+    for name, each in regularizers.items():
+        values[f"penalty_{name}"] = float(each.penalty())
+        own = each.figures() if hasattr(each, "figures") else {}
+        values |= {f"{key}_{name}": float(value) for key, value in own.items()}
+    return values
 
 
 def attach(regularizers: Mapping[str, Any], optimizer: Optimizer, stopwatch: Stopwatch) -> None:
-    """Let all of them follow ``optimizer``, their time before and after its steps measured."""
+    """Attach all of them to ``optimizer``, and time their hooks before and after its steps."""
     with stopwatch.around_hooks(optimizer):
         for regularizer in regularizers.values():
             regularizer.attach(optimizer)
@@ -103,7 +70,7 @@ def detach(regularizers: Mapping[str, Any], stopwatch: Stopwatch) -> None:
 def detached(
     regularizers: Mapping[str, Any], optimizer: Optimizer, stopwatch: Stopwatch
 ) -> Iterator[None]:
-    """Let go of the optimizer inside, for steps that train nothing."""
+    """Detach them inside, for steps that train nothing."""
     detach(regularizers, stopwatch)
     try:
         yield

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from quietvit.data import data_config
+from quietvit.decay.config import RunFacts
 from quietvit.errors import QuietvitError
 from quietvit.tasks import Batch, Task, task_named
 from quietvit.tracing import evaluating
@@ -169,9 +170,11 @@ def assemble(
         config.decay,
         plain,
         example,
-        lambda count: send_to_device(some_images(plain, count), accelerator.device),
-        steps_per_epoch,
-        steps_per_epoch * config.epochs,
+        RunFacts(
+            lambda count: send_to_device(some_images(plain, count), accelerator.device),
+            steps_per_epoch,
+            steps_per_epoch * config.epochs,
+        ),
     )
     observers = Observers(Stopwatch(), Watch(plain, example))
     if not resumed:  # for a run that diverges before its first checkpoint

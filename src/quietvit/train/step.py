@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quietvit.tasks import Batch
 from quietvit.train.engine import is_sharded
+from quietvit.train.regularizers import loss_terms
 
 if TYPE_CHECKING:
     from quietvit.train.training import Training
@@ -21,8 +22,8 @@ def forward_backward(training: Training, batch: Batch, step: int) -> Tensor:
     """Run one batch. Returns the task's loss, a scalar, detached.
 
     ``step`` sets the learning rate. ``training.loss`` keeps the loss before anything can raise
-    because of it. ``training.accelerator.sync_gradients`` says whether the optimizer stepped.
-    TWEO's penalty is in the gradients and not in the loss returned.
+    because of it. ``training.accelerator.sync_gradients`` says whether the optimizer stepped. What
+    regularizers add to the loss is in the gradients and not in the loss returned.
     """
     t, clip = training, training.config.optimizer.clip_grad
     accelerator = t.accelerator
@@ -35,9 +36,9 @@ def forward_backward(training: Training, batch: Batch, step: int) -> Tensor:
     with accelerator.accumulate(t.models.wrapped):
         loss = t.task.loss(forward, batch)
         t.loss, total = loss.detach(), loss
-        if "tweo" in t.optim.regularizers:
+        for regularizer in loss_terms(t.optim.regularizers):
             with t.observers.stopwatch.running():
-                total = loss + t.optim.regularizers["tweo"].loss()
+                total = total + regularizer.loss()
         accelerator.backward(total)
         if accelerator.sync_gradients:
             if clip is not None:

@@ -98,7 +98,7 @@ class Watch:
         """Return the block with the largest output on ``images`` in eval mode, and that value."""
         if self._activations is None:
             return None
-        from quietvit.decay.whole import reshard
+        from quietvit.tensors import reshard
         from quietvit.tracing import evaluating
 
         watch = self._activations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quietvit.deployment.extras import need
+from quietvit.deployment.for_onnx.session import INSTALL
 from quietvit.deployment.model import as_float32
 from quietvit.deployment.outputs import Output
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.method import Slot
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import evaluating
 from quietvit.tracing.standins import STANDINS
 
@@ -96,7 +98,7 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int, output: Ou
             f"opset {opset} is not written; choose 21, or 20 for older runtimes (4-bit weights "
             "need 21, and 23 fuses attention, which hides its products)."
         )
-    need("onnxscript")
+    need("onnxscript", install=INSTALL)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found = _exported(model, torch.zeros(2, *input_shape, device=device), opset, output, free=True)
     if fixed_batch(found) is not None:
@@ -118,7 +120,7 @@ def _exported(model: nn.Module, example: Tensor, opset: int, output: Output, fre
     shapes = ({0: torch.export.Dim("batch")},) if free else None
     try:
         whole = OneTensor(model, output)
-        with torch.no_grad(), evaluating(whole), _quiet(), _WritableAttention():
+        with torch.no_grad(), evaluating(whole), _quiet(), _unchecked(), _WritableAttention():
             program = torch.onnx.export(
                 whole,
                 (example,),
@@ -172,6 +174,24 @@ def _register_constants(graph: Any) -> None:
             while value.name in graph.initializers:
                 value.name = f"{value.name}:again"
             graph.register_initializer(value)
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Switch off the checks of values in transformers' models, by the variable it has for this.
+
+    They compute nothing, and ONNX has no operator for them (D-FINE, RT-DETRv2).
+    """
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from quietvit.deployment.facts import COARSEST
 from quietvit.deployment.for_onnx.writer import Stored, Writer, constant_of, other_input
 
 ROUNDED = ":rounded"
 MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"})
-COARSEST = 1 / 4
-"""Most that rounding may move an output, in steps of its codes; half a step of the sums does."""
 LARGEST_SUM = 2**29
 FLOAT32 = 2.0**-21
 """Share of the largest sum that float32 may lose, in the simulated model or behind the integers."""

@@ -19,6 +19,7 @@ from quietvit.deployment.facts import KEY, Facts
 from quietvit.deployment.for_onnx.capture import captured, fixed_batch, to_ir
 from quietvit.deployment.for_onnx.convolutions import Rounded
 from quietvit.deployment.for_onnx.lower import lower, weight_codes
+from quietvit.deployment.for_onnx.session import INSTALL
 from quietvit.deployment.for_onnx.writer import Stored
 from quietvit.deployment.grids import Grid
 from quietvit.deployment.outputs import Output
@@ -26,7 +27,6 @@ from quietvit.deployment.paths import data_of, too_large
 from quietvit.errors import QuietvitError
 from quietvit.files import beside, put_in_place
 from quietvit.quantization import QuantizedModel
-from quietvit.quantization.storage import weights_in_use
 from quietvit.tracing import evaluating
 
 CONSTANT = "it does not depend on the images: it is computed when the file is written or loaded"
@@ -52,7 +52,7 @@ def quantized_onnx(
     QuietvitError where torch cannot export it.
     """
     model = captured(quantized, opset, facts.output)
-    weights = weights_in_use(quantized)
+    weights = quantized.weights_in_use()
     convolutions = lower(model, stored_of(quantized, grids, weights), at_once)
     written = {node.name for node in model.graph if node.op_type == "MatMul"}
     rounded = {name: found for name, found in convolutions.items() if isinstance(found, Rounded)}
@@ -119,7 +119,7 @@ def _with_plain_weights(model: nn.Module) -> nn.Module:
 
 def _finished(model: Any) -> Any:
     """Set the IR version that belongs to the opset, and drop torch's notes on lines of Python."""
-    need("onnx")
+    need("onnx", install=INSTALL)
     from onnx import helper
 
     for node in model.graph:
@@ -160,13 +160,6 @@ def weights_of(model: Any) -> int:
     """Bytes of the weights of an ``onnx_ir.Model``."""
     values = model.graph.initializers.values()
     return sum(v.const_value.nbytes for v in values if v.const_value is not None)
-
-
-def serialized(model: Any) -> bytes:
-    """The bytes of an ``onnx_ir.Model``, whose weights are not ``paths.too_large``."""
-    import onnx_ir as ir
-
-    return ir.to_proto(model).SerializeToString()  # type: ignore[no-any-return]
 
 
 def _checked(path: Path) -> None:

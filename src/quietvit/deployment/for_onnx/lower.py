@@ -21,7 +21,12 @@ from quietvit.deployment.for_onnx.convolutions import (
     quantized_at_once,
 )
 from quietvit.deployment.for_onnx.fold import fold_affine
-from quietvit.deployment.for_onnx.products import patches_as_product, product_of_weight, settled
+from quietvit.deployment.for_onnx.products import (
+    apart_from_limits,
+    patches_as_product,
+    product_of_weight,
+    settled,
+)
 from quietvit.deployment.for_onnx.writer import Stored, Writer
 from quietvit.deployment.grids import Grid
 
@@ -37,8 +42,9 @@ def lower(
     """Replace every mark of an ``onnx_ir.Model`` in place; ``stored`` by the key of the slot.
 
     Afterwards the graph has standard operators alone. Weights that nothing reads any more are gone.
-    With ``at_once``, as onnxruntime wants it, convolutions whose output is quantized at once are
-    written with their quantizer; with signed codes moves go in front of quantizers instead.
+    ``at_once`` is for onnxruntime: convolutions whose output is quantized at once are written with
+    their quantizer, and no Relu or Clip follows a product directly. With signed codes moves go in
+    front of quantizers instead.
 
     Returns by site what became of each convolution that is not written as a product of patches:
     ``Rounded``, or why it stays in float in onnxruntime.
@@ -78,6 +84,8 @@ def lower(
     fold_affine(writer)
     _swept(model)
     settled(writer)
+    if at_once:
+        apart_from_limits(writer)
     if signed and at_once:
         _pair_quantizers(writer)
     _named_output(writer, name)

@@ -12,15 +12,15 @@ import numpy as np
 from torch import Tensor
 
 from quietvit.deployment.for_onnx.convolutions import MOVES, ROUNDED
+from quietvit.deployment.for_onnx.session import open_session
 from quietvit.deployment.paths import too_large
-from quietvit.deployment.runtime import OnnxRuntime
 from quietvit.errors import QuietvitError
 
 GIVEN = ":given"
 
 
 @dataclass(frozen=True)
-class Parts:
+class OnnxParts:
     """The parts of an ONNX file that quantize operands and multiply them, cut out of the rest.
 
     ``inputs``, ``codes``: per product the values that are quantized, in the order of the operands,
@@ -35,9 +35,10 @@ class Parts:
     inputs: dict[str, list[str]]
     codes: dict[str, list[str]]
     outputs: dict[str, str]
+    corrected = False
 
     @classmethod
-    def of(cls, path: Path, names: list[str]) -> Parts:
+    def of(cls, path: Path, names: list[str]) -> OnnxParts:
         """Cut out the products of these names. Raises QuietvitError where one is not there."""
         import onnx
 
@@ -139,7 +140,7 @@ class Parts:
         )
 
         def run(source: bytes | Path) -> dict[str, np.ndarray]:
-            found = OnnxRuntime(source).session.run(list(outputs), fed)
+            found = open_session(source).run(list(outputs), fed)
             return dict(zip(outputs, found, strict=True))
 
         if not too_large(sum(len(entry.raw_data) for entry in graph.initializer)):

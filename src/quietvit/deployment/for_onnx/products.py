@@ -1,10 +1,11 @@
 """Matrix products laid out so that runtimes find their integer kernels.
 
-Three habits of runtimes decide the layout, each seen in their optimized graphs (docs/decisions.md):
-a product followed by the addition of a plain bias vector can become a float Gemm before
-quantization is looked at; a Gemm with a float bias is never an integer product; a convolution is
-one only where its output is quantized too. So biases get a shape that no Gemm takes, Gemm becomes
-MatMul, and a convolution of patches that do not overlap becomes the MatMul it is.
+Four habits of runtimes decide the layout. Each was seen in their optimized graphs
+(docs/decisions.md). A product followed by a plain bias vector can become a float Gemm before
+quantization is looked at, so biases get a shape that no Gemm takes. A Gemm with a float bias is
+never an integer product, so Gemm becomes MatMul. A convolution is one only where its output is
+quantized too, so a convolution of patches that do not overlap becomes the MatMul it is. A MatMul
+whose output goes straight into Relu or Clip stays in float, so another operator stands between.
 """
 
 from __future__ import annotations
@@ -138,6 +139,31 @@ def settled(writer: Writer) -> None:
             continue
         wide = writer.constant(f"{site}:bias", array.reshape(1, 1, -1))
         add.replace_input_with(1 if add.inputs[0] is node.outputs[0] else 0, wide)
+
+
+def apart_from_limits(writer: Writer) -> None:
+    """Let no Relu or Clip follow a product directly; no value changes.
+
+    onnxruntime takes such a pair for one operator whose output is quantized at once, and leaves the
+    product in float where it is not. Relu becomes Max. In front of a Clip the Max or Min of one of
+    its own limits is computed.
+    """
+    for node in [n for n in writer.graph if n.op_type in ("Relu", "Clip")]:
+        x, output = node.inputs[0], node.outputs[0]
+        made = x.producer()
+        if made is None or made.op_type != "MatMul":
+            continue
+        name = f"{made.name}:limited"
+        if node.op_type == "Relu":
+            zero = writer.constant("quietvit:zero", np.zeros((), np.float32))
+            limited = writer.node(node, "Max", [x, zero], name, output)
+            output.replace_all_uses_with(limited, replace_graph_outputs=True)
+            writer.graph.remove(node, safe=True)
+            continue
+        limits = zip(("Max", "Min"), node.inputs[1:], strict=False)
+        op, limit = next(((op, limit) for op, limit in limits if limit is not None), ("", None))
+        if limit is not None:
+            node.replace_input_with(0, writer.node(node, op, [x, limit], name, x))
 
 
 def _site_of(value: Any) -> str | None:

@@ -1,4 +1,7 @@
-"""The products of an OpenVINO IR cut out of the rest, for ``parity`` to feed and to compare."""
+"""Models read and compiled by OpenVINO: whole, and the products of an IR cut out of the rest.
+
+``parity`` feeds the products and compares them.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,27 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quietvit.deployment.extras import need
-from quietvit.deployment.runtime import SETTINGS
 from quietvit.errors import QuietvitError
 
+INSTALL = "quietvit[openvino]"
+# Where the processor can, OpenVINO would compute what is float in half precision.
+SETTINGS: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
 CLIPS = frozenset({"Minimum", "Maximum", "Clamp"})
+
+
+def read(path: Path) -> Any:
+    """An ``openvino.Model`` from an .xml or .onnx."""
+    import openvino
+
+    return openvino.Core().read_model(str(path))
+
+
+def compiled(model: Any, threads: int = 0) -> Any:
+    """The model compiled for latency; ``threads``: 0 is OpenVINO's choice."""
+    import openvino
+
+    settings = SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+    return openvino.Core().compile_model(model, "CPU", settings)
 
 
 @dataclass(frozen=True)
@@ -28,11 +47,12 @@ class IRParts:
     path: Path
     inputs: dict[str, list[str]]
     codes: dict[str, list[str]]
+    corrected = True
 
     @classmethod
     def of(cls, path: Path, names: list[str]) -> IRParts:
         """Find the products of these names. Raises QuietvitError where one is not there."""
-        made = _outputs(_read(path))
+        made = _outputs(read(path))
         inputs: dict[str, list[str]] = {}
         codes: dict[str, list[str]] = {}
         for name in names:
@@ -63,7 +83,7 @@ class IRParts:
         import openvino
         from openvino import opset13 as ops
 
-        model = _read(self.path)
+        model = read(self.path)
         named = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
         made = _outputs(model)
         parameters = []
@@ -72,16 +92,8 @@ class IRParts:
             _entrance(named[key].input(0)).replace_source_output(parameters[-1].output(0))
         values = [named[each].output(0) if quantizers else made[each] for each in wanted]
         part = openvino.Model([ops.result(value) for value in values], parameters, "part")
-        compiled = openvino.Core().compile_model(part, "CPU", SETTINGS)
-        found = compiled(list(fed.values()))
+        found = compiled(part)(list(fed.values()))
         return {name: np.array(found[n]) for n, name in enumerate(wanted)}
-
-
-def _read(path: Path) -> Any:
-    need("openvino")
-    import openvino
-
-    return openvino.Core().read_model(str(path))
 
 
 def _outputs(model: Any) -> dict[str, Any]:

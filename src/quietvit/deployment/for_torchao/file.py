@@ -1,13 +1,13 @@
-"""What ``model`` makes, on disk: safetensors and JSON in a folder, whole or not at all.
+"""A model with torchao's linears, and the folder of safetensors and JSON that keeps it.
 
-torchao's own safetensors code is a prototype and keeps no architecture; this reads back bit for
-bit.
+torchao's own safetensors code is a prototype and keeps no architecture. This reads back bit for
+bit. How such a model is made from a quantized one is in ``model``.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ import quietvit
 from quietvit.classes import name_classes
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.for_torchao.model import IntegerLinear, TorchAO, int8_tensor, to_torchao
+from quietvit.deployment.for_torchao.linear import INSTALL, IntegerLinear, int8_tensor
 from quietvit.errors import QuietvitError
-from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import build, compare_weights, set_dtypes
 from quietvit.quantization.folder import FolderFormat
 from quietvit.tracing import plain_copy
@@ -39,16 +38,58 @@ FORMAT = FolderFormat(
 PARTS = ("codes", "scale", "input_scale", "input_zero_point")
 
 
-def save_torchao(
-    made: TorchAO, path: str | Path, *, facts: Facts | None = None, force: bool = False
-) -> Path:
-    """Write ``path``, a folder with ``model.safetensors`` and ``torchao.json``; returns it.
+@dataclass(frozen=True, repr=False)
+class TorchAO:
+    """A model for torch, called as the float model is: ``made(images)``.
 
-    ``facts`` travel along. The folder appears whole. Raises QuietvitError where ``path`` exists:
-    with ``force`` an earlier export is replaced, any other file or folder is refused all the same.
+    ``model``: float but for linears with torchao's ``Int8Tensor`` as weight.
+
+    ``integer``: the sites that multiply int8 by int8, ``integer_share`` their share of all
+    multiply-accumulates. ``left_float``: every other product, and every operand whose quantizer is
+    not applied here, with the reason. ``made``: parameters the float model did not have.
+    ``architecture``: what timm builds the float model by, None for a model of other origin.
     """
-    path = Path(path)
-    FORMAT.refuse(path, force)
+
+    model: nn.Module
+    integer: tuple[str, ...]
+    integer_share: float
+    left_float: tuple[tuple[str, str], ...]
+    made: tuple[str, ...] = ()
+    architecture: dict[str, Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of ``model``, in eval mode and without gradients."""
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        share = 100 * self.integer_share
+        return f"TorchAO({type(self.model).__name__}, {share:.2f} % in integers)"
+
+    def __str__(self) -> str:
+        lines = [
+            f"{100 * self.integer_share:.2f} % of the multiply-accumulates in integers, "
+            f"{len(self.integer)} linears"
+        ]
+        return "\n".join([*lines, *(f"float: {site}, {why}" for site, why in self.left_float)])
+
+    def save(self, path: str | Path, force: bool = False) -> Path:
+        """Write the folder ``path``, for ``load_torchao``; returns it.
+
+        Raises QuietvitError where ``path`` exists. With ``force`` an earlier export is replaced;
+        any other file or folder is refused all the same.
+        """
+        path = Path(path)
+        FORMAT.refuse(path, force)
+        write_folder(self, path)
+        return path
+
+
+def write_folder(made: TorchAO, path: Path, facts: Facts | None = None) -> None:
+    """Write the folder ``path``: ``model.safetensors``, and ``torchao.json`` with the facts.
+
+    The folder appears whole, and takes the place of an earlier one.
+    """
     tensors, int8 = {}, {}
     for name, tensor in made.model.state_dict().items():
         parts = _parts(tensor)
@@ -71,24 +112,10 @@ def save_torchao(
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
     }
     FORMAT.write(path, content, tensors)
-    return path
-
-
-def write_torchao(quantized: QuantizedModel, path: Path, facts: Facts, *, force: bool) -> Facts:
-    """Convert and save a quantized model; returns its facts, with what is left in float."""
-    made = to_torchao(quantized)
-    why = dict(made.left_float)
-    products = tuple(
-        replace(product, why_float=why.get(product.name, product.why_float))
-        for product in facts.products
-    )
-    facts = replace(facts, products=products)
-    save_torchao(made, path, facts=facts, force=force)
-    return facts
 
 
 def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
-    """Read what ``save_torchao`` wrote; its outputs are the same bit for bit.
+    """Read the folder of an export or of ``TorchAO.save``; its outputs are the same bit for bit.
 
     The result is called as the float model is, with images (N, C, H, W) after its transform:
     ``load_torchao(folder)(images)``.
@@ -99,7 +126,7 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
     Raises QuietvitError for a missing extra, a missing, truncated or foreign file, and a model of
     another architecture, naming the first keys that differ.
     """
-    need("torchao")
+    need("torchao", install=INSTALL)
     path = Path(path)
     content, tensors = FORMAT.read(path)
     if model is None and content.get("architecture") is None:
@@ -144,12 +171,6 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
             f"{path} is not consistent ({type(error).__name__}: {error}); it was changed or cut "
             "short after it was written. Export it again."
         ) from error
-
-
-def facts_of_folder(path: Path) -> Facts:
-    """The facts that travel in a folder. Raises QuietvitError where there are none."""
-    content = FORMAT.read(path)[0]
-    return Facts.from_json(json.dumps(content["facts"]), path)
 
 
 def _parts(tensor: Tensor) -> dict[str, Any] | None:

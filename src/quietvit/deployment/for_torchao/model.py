@@ -1,104 +1,30 @@
 """A torch model whose linears multiply int8 by torchao, with our codes and our scales.
 
-Other products stay in float and are listed. How it is written to disk is ``file``'s.
+Other products stay in float and are listed. Writing it to disk is in ``file``.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quietvit.deployment.extras import need
+from quietvit.deployment.for_torchao.file import TorchAO
 from quietvit.deployment.for_torchao.fold import called_module, fold_adjustments
+from quietvit.deployment.for_torchao.linear import INSTALL, IntegerLinear, int8_tensor
 from quietvit.deployment.model import as_float32
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import architecture_of
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
-from quietvit.quantization.storage import weights_in_use
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import why_fixed, write_weight
 from quietvit.tracing import MATMUL_KINDS, Site, plain_model
 
 WEIGHT_ONLY = "its weight alone is quantized: int8 in memory, multiplied in float"
-
-
-@dataclass(frozen=True, repr=False)
-class TorchAO:
-    """A model for torch, called as the float model is: ``made(images)``.
-
-    ``model``: float but for linears with torchao's ``Int8Tensor`` as weight.
-
-    ``integer``: the sites that multiply int8 by int8, ``integer_share`` their share of all
-    multiply-accumulates. ``left_float``: every other product, and every operand whose quantizer is
-    not applied here, with the reason. ``made``: parameters the float model did not have.
-    ``architecture``: what timm builds the float model by, None for a model of other origin.
-    """
-
-    model: nn.Module
-    integer: tuple[str, ...]
-    integer_share: float
-    left_float: tuple[tuple[str, str], ...]
-    made: tuple[str, ...] = ()
-    architecture: dict[str, Any] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of ``model``, in eval mode and without gradients."""
-        with torch.no_grad():
-            return self.model(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        share = 100 * self.integer_share
-        return f"TorchAO({type(self.model).__name__}, {share:.2f} % in integers)"
-
-    def __str__(self) -> str:
-        lines = [
-            f"{100 * self.integer_share:.2f} % of the multiply-accumulates in integers, "
-            f"{len(self.integer)} linears"
-        ]
-        return "\n".join([*lines, *(f"float: {site}, {why}" for site, why in self.left_float)])
-
-    def save(self, path: str | Path, force: bool = False) -> Path:
-        """Write the folder ``path``; see ``file.save_torchao``."""
-        from quietvit.deployment.for_torchao.file import save_torchao
-
-        return save_torchao(self, path, force=force)
-
-
-class IntegerLinear(nn.Linear):
-    """A linear with what torchao leaves out: fewer codes than int8 has, zero points of weights.
-
-    ``low``, ``high``: ends to which the input is clipped first. ``offset`` (out,): scale times zero
-    point of the weight, which then has one row more, of ones, whose output is Σx: s (q - z) x =
-    s q x - s z Σx, all sums in integers. Each is None where it is not needed.
-    """
-
-    low: Tensor | None
-    high: Tensor | None
-    offset: Tensor | None
-
-    @classmethod
-    def in_place_of(
-        cls, linear: nn.Linear, low: Tensor | None, high: Tensor | None, offset: Tensor | None
-    ) -> None:
-        """Make ``linear`` one in place, so that whoever holds it holds it still."""
-        linear.__class__ = cls
-        for name, value in (("low", low), ("high", high), ("offset", offset)):
-            linear.register_buffer(name, value)
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = input if self.low is None else input.clamp(self.low, self.high)
-        if self.offset is None:
-            return F.linear(x, self.weight, self.bias)
-        y = F.linear(x, self.weight)
-        y = y[..., :-1] - y[..., -1:] * self.offset
-        return y if self.bias is None else y + self.bias
 
 
 def to_torchao(quantized: QuantizedModel) -> TorchAO:
@@ -114,7 +40,7 @@ def to_torchao(quantized: QuantizedModel) -> TorchAO:
     Raises QuietvitError for a missing extra, a model that is not quantized, and for adjustments
     that fit in no parameter.
     """
-    need("torchao")
+    need("torchao", install=INSTALL)
     quantized = plain_model(quantized)  # type: ignore[assignment]
     if not isinstance(quantized, QuantizedModel):
         raise QuietvitError(
@@ -127,7 +53,7 @@ def to_torchao(quantized: QuantizedModel) -> TorchAO:
     slots: dict[str, dict[int, Slot]] = {}
     for slot in own.slots():
         slots.setdefault(slot.site.name, {})[slot.index] = slot
-    used = weights_in_use(own)
+    used = own.weights_in_use()
     coverage = own.coverage
     untouched = dict(coverage.untouched)
     integer, macs, left = [], 0, []
@@ -189,33 +115,6 @@ def _converted(
     if given is None:
         return WEIGHT_ONLY
     return None
-
-
-def int8_tensor(
-    codes: Tensor, scale: Tensor, input_scale: Tensor | None, input_zero: Tensor | None
-) -> Any:
-    """torchao's weight: codes (out, in) int8, scale (out, 1), of the input (1, ..., 1) or None."""
-    from torchao.quantization.granularity import PerTensor
-    from torchao.quantization.quant_primitives import MappingType
-    from torchao.quantization.quantize_.workflows.int8.int8_tensor import (
-        Int8Tensor,
-        QuantizeTensorToInt8Kwargs,
-    )
-
-    kwargs = None
-    if input_scale is not None:
-        shifted = input_zero is not None and bool((input_zero != 0).any())
-        mapping = MappingType.ASYMMETRIC if shifted else MappingType.SYMMETRIC
-        kwargs = QuantizeTensorToInt8Kwargs(PerTensor(), mapping_type=mapping)
-    return Int8Tensor(
-        codes,
-        scale,
-        [1, codes.shape[1]],
-        torch.float32,
-        act_quant_scale=input_scale,
-        act_quant_zero_point=input_zero,
-        act_quant_kwargs=kwargs,
-    )
 
 
 def _weight_codes(quantizer: Any, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | str:

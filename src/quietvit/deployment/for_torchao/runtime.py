@@ -17,8 +17,14 @@ from quietvit.errors import QuietvitError
 class TorchRuntime(Runtime):
     """A model read by ``load_torchao``; ``threads`` are set for the whole process."""
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
-        self.path = path
+    unproven = (
+        "torch does not tell which products it computed in integers; integer_share and left_float "
+        "of load_torchao(path) say which ones the folder claims. Check the .onnx or .xml of the "
+        "same model"
+    )
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        self.path, self.threads = path, threads
         self._facts = FORMAT.read(path)[0].get("facts")
         self.made = load_torchao(path)
         self.name = f"torchao {version('torchao')}"

@@ -6,7 +6,7 @@ What is fitted to them is the methods' business; how blocks are found, that of `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from quietvit.quantization.blocks import Block, naming_block, run_block
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import ImageStream, run_model
 from quietvit.quantization.weights import weight_axis
-from quietvit.tracing import Trace, intercept
+from quietvit.tracing import EndOfPass, Trace, intercept
 from quietvit.tracing.block_modules import first_tensor, watching_modules, with_first_tensor
 
 CHUNK = 16
@@ -31,7 +31,7 @@ Leaves = list[Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """How a block is called: its arguments flat, and where those lie that hold images.
 
     ``places``: (leaf, dim, rows of one image along it), the block's first tensor first.
@@ -71,17 +71,19 @@ def by_image(x: Tensor, dim: int, rows: int) -> Tensor:
 
 def layouts(
     model: nn.Module, blocks: Sequence[Block], image: Tensor
-) -> tuple[dict[str, Layout], dict[str, str]]:
+) -> tuple[dict[str, BlockLayout], dict[str, str]]:
     """The layout of each block, and why some have none. ``image``: (1, C, H, W).
 
-    The model runs on one and on two copies of the image: what grows along a dim holds images.
+    The model runs on one and on two copies of the image. A dim that doubles holds the images, which
+    need not be the first: window attention has (images · windows, tokens, channels), where one
+    image has many rows, and nn.MultiheadAttention may have (tokens, images, channels).
     """
     one, two = (_calls(model, blocks, image.repeat(n, 1, 1, 1)) for n in (1, 2))
-    found: dict[str, Layout] = {}
+    known: dict[str, BlockLayout] = {}
     missing: dict[str, str] = {}
     before: tuple[Tensor, int] | None = None
-    for name in one.order:
-        first, second = one.seen[name], two.seen.get(name)
+    for name, first in one.items():
+        second = two.get(name)
         if len(first) != 1 or second is None or len(second) != 1:
             missing[name] = f"runs {len(first)} times in one pass"
             before = None
@@ -91,13 +93,13 @@ def layouts(
             missing[name] = layout
             before = None
             continue
-        found[name] = layout
+        known[name] = layout
         output = first_tensor(first[0].output)
         before = output, output._version
     for block in blocks:
-        if block.name not in one.seen:
+        if block.name not in one:
             missing[block.name] = "does not run as a module"
-    return found, missing
+    return known, missing
 
 
 @dataclass
@@ -109,27 +111,20 @@ class _Call:
     changed: bool = False
 
 
-@dataclass
-class _Seen:
-    order: list[str] = field(default_factory=list)
-    seen: dict[str, list[_Call]] = field(default_factory=dict)
-
-
-def _calls(model: nn.Module, blocks: Sequence[Block], images: Tensor) -> _Seen:
-    seen = _Seen()
+def _calls(model: nn.Module, blocks: Sequence[Block], images: Tensor) -> dict[str, list[_Call]]:
+    """The calls of each block in one pass; blocks in the order in which they first run."""
+    calls: dict[str, list[_Call]] = {}
     hooks = []
 
     def entered(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in seen.seen:
-                seen.order.append(name)
             call = _Call(args, kwargs, tuple(t._version for t in _tensors((args, kwargs))))
-            seen.seen.setdefault(name, []).append(call)
+            calls.setdefault(name, []).append(call)
 
         return hook
 
     def left(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call = seen.seen[name][-1]
+        call = calls[name][-1]
         call.output = output
         call.changed = call.versions != tuple(t._version for t in _tensors((args, kwargs)))
 
@@ -143,14 +138,14 @@ def _calls(model: nn.Module, blocks: Sequence[Block], images: Tensor) -> _Seen:
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return calls
 
 
 def _tensors(nested: Any) -> list[Tensor]:
     return [leaf for leaf in _tree.tree_flatten(nested)[0] if isinstance(leaf, Tensor)]
 
 
-def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> Layout | str:
+def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> BlockLayout | str:
     if one.changed:
         return "changes its input in place"
     leaves, spec = _tree.tree_flatten((one.args, one.kwargs))
@@ -172,7 +167,7 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> Layout
     if output is None or not places or leaves[places[0][0]] is not x:
         return "does not compute each image by itself"
     held = {place for place, _, _ in places}
-    return Layout(
+    return BlockLayout(
         spec=spec,
         leaves=tuple(None if i in held else leaf for i, leaf in enumerate(leaves)),
         places=tuple(places),
@@ -197,7 +192,7 @@ def _grown(one: Tensor, two: Tensor) -> tuple[int, int] | None:
     return dims[0], one.shape[dims[0]]
 
 
-def channel_dim(block: Block, layout: Layout) -> int:
+def channel_dim(block: Block, layout: BlockLayout) -> int:
     """Which dim of a block's first output runs along channels, counted from behind.
 
     The last linear's or convolution's own, unless the output has its width elsewhere only.
@@ -212,10 +207,6 @@ def channel_dim(block: Block, layout: Layout) -> int:
         return axis
     others = [d - len(sizes) for d, n in enumerate(sizes) if n == width]
     return others[0] if len(others) == 1 else -1
-
-
-class _Reached(Exception):  # noqa: N818 - it ends a pass, nothing went wrong
-    pass
 
 
 @dataclass
@@ -237,14 +228,14 @@ class BlockData:
         self.kinds = frozenset(site.kind for site in sites)
         self.block_kinds = self.kinds - {"add"}
 
-    def reach(self, name: str, layout: Layout, *, quantized: bool) -> Leaves:
+    def reach(self, name: str, layout: BlockLayout, *, quantized: bool) -> Leaves:
         """What the block is given for all images, each model run from its start to the block."""
         model = self.model if quantized else self.reference
         parts: list[Leaves] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             parts.append([leaf.clone() for leaf in layout.split(args, kwargs)])
-            raise _Reached
+            raise EndOfPass
 
         hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
         try:
@@ -252,7 +243,7 @@ class BlockData:
                 for batch in self.images:
                     try:
                         self.whole(batch) if quantized else run_model(model, batch)
-                    except _Reached:
+                    except EndOfPass:
                         continue
                     raise QuietvitError(f"the block {name} did not run; trace the model again.")
         finally:
@@ -272,7 +263,9 @@ class BlockData:
         with watching_modules(self.model, tuple(compensations), compensate), running:
             return run_model(self.model, images)
 
-    def quantized(self, block: Block, layout: Layout, given: Leaves, handler: Any = None) -> Tensor:
+    def quantized(
+        self, block: Block, layout: BlockLayout, given: Leaves, handler: Any = None
+    ) -> Tensor:
         """The quantized block's output (images, rows, ...), without its compensation."""
         args, kwargs = layout.arguments(given)
         handler = handler or self.calibrated.handle
@@ -281,7 +274,7 @@ class BlockData:
         x = first_tensor(output)
         return x.movedim(layout.output[0], 0).unflatten(0, (-1, layout.output[1]))
 
-    def float(self, block: Block, layout: Layout, given: Leaves) -> Tensor:
+    def float(self, block: Block, layout: BlockLayout, given: Leaves) -> Tensor:
         """The float block's output (images, rows, ...)."""
         args, kwargs = layout.arguments(given)
         with naming_block(block.name):

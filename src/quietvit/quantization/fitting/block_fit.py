@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,27 @@ from quietvit.quantization.blocks import Block
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.fitting.block_data import BlockData, Leaves
 from quietvit.quantization.fitting.rounding import LearnedScale, Rounding, random_keep, undecided
-from quietvit.quantization.method import Slot
 from quietvit.quantization.quantizers import AffineQuantizer
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight, why_fixed
 from quietvit.tracing import Site
 
-if TYPE_CHECKING:
-    from quietvit.quantization.fitting.reconstruct import Reconstruction
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a block is fitted.
+
+    ``rounding_rate`` and ``scale_rate``: Adam's learning rates of the roundings and of the scales.
+    ``regularizer``: factor of AdaRound's term, which is off for the share ``warm_up`` of the
+    iterations. ``keep``: probability that an entry of an activation stays float (QDrop).
+    """
+
+    rounding_rate: float
+    scale_rate: float
+    batch_size: int
+    regularizer: float
+    warm_up: float
+    keep: float
 
 
 @dataclass
@@ -38,9 +52,9 @@ class Learned:
     generator: torch.Generator | None = None
 
     @classmethod
-    def of(cls, data: BlockData, block: Block, method: Reconstruction) -> Learned:
+    def of(cls, data: BlockData, block: Block, keep: float) -> Learned:
         """Every uniform quantizer in the block; weights only where they may be changed."""
-        learned = cls(data.calibrated, keep=method.keep)
+        learned = cls(data.calibrated, keep=keep)
         for slot, quantizer in data.calibrated.quantizers.items():
             inside = any(site.name == slot.site.name for site in block.sites)
             if not inside or not isinstance(quantizer, AffineQuantizer):
@@ -107,7 +121,7 @@ class Samples:
 
 
 def fit(
-    method: Reconstruction,
+    settings: FitSettings,
     learned: Learned,
     run: Callable[[Leaves, Callable[..., Tensor]], Tensor],
     samples: Samples,
@@ -124,8 +138,8 @@ def fit(
     learned.generator = generator
     rounds = [r.v for r in learned.rounding.values()]
     groups = [
-        {"params": rounds, "lr": method.rounding_rate},
-        {"params": [s.t for s in learned.scales.values()], "lr": method.scale_rate},
+        {"params": rounds, "lr": settings.rounding_rate},
+        {"params": [s.t for s in learned.scales.values()], "lr": settings.scale_rate},
     ]
     groups = [group for group in groups if group["params"]]
     adam = torch.optim.Adam(groups, fused=True)
@@ -135,12 +149,12 @@ def fit(
         tick()
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
-        rows = torch.randperm(targets.shape[0], generator=generator)[: method.batch_size].to(
+        rows = torch.randperm(targets.shape[0], generator=generator)[: settings.batch_size].to(
             targets.device
         )
         leaves = [leaf[rows] for leaf in samples.given]
         if mixed is not None:
-            keep = random_keep(leaves[0], method.keep, generator)
+            keep = random_keep(leaves[0], settings.keep, generator)
             leaves[0] = leaves[0].lerp(mixed[rows], keep.to(leaves[0].dtype))
         ups = {slot: rounding.up() for slot, rounding in learned.rounding.items()}
         weights = {slot: learned.rounding[slot].at(up) for slot, up in ups.items()}
@@ -149,10 +163,10 @@ def fit(
         if importance is not None:
             error = error * importance[rows]
         loss = channels * error.mean()
-        beta = schedule(step, iterations, method.warm_up)
+        beta = schedule(step, iterations, settings.warm_up)
         if beta is not None:
             for up in ups.values():
-                loss = loss + method.regularizer * undecided(up, beta)
+                loss = loss + settings.regularizer * undecided(up, beta)
         adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()

@@ -17,7 +17,7 @@ from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.quantizers import AffineQuantizer, affine_fake
 from quietvit.quantization.ranges import RangeName, make_range
 from quietvit.quantization.weights import why_fixed
-from quietvit.tracing import SITE_KINDS, Site
+from quietvit.tracing import SITE_KINDS, EndOfPass, Site
 
 Look = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], None]
 
@@ -70,8 +70,8 @@ class Gram:
         """The sum, float64. Raises QuietvitError where it is not finite."""
         if self.total is None or not bool(torch.isfinite(self.total).all()):
             raise QuietvitError(
-                f"{site}: the inputs seen in calibration are none, NaN, inf or too large to be "
-                "squared; check the images and the half-precision overflows of this model."
+                f"{site}: its calibration inputs are missing, hold NaN or inf, or are too large to "
+                "be squared. Check the images, and whether this model overflows in half precision."
             )
         return self.total.double()
 
@@ -193,7 +193,7 @@ def run_to(
         if site.kind in ("linear", "conv"):
             look(site, operands, run)
             if site.name == last.name:
-                raise _EnoughError
+                raise EndOfPass  # the pass has come as far as it is needed
         return calibrated.adjust(site, operands, run)
 
     images: Iterable[Tensor] = calibration.images
@@ -203,7 +203,7 @@ def run_to(
         for batch in images:
             try:
                 calibration.run(batch, handler, kinds=SITE_KINDS)
-            except _EnoughError:
+            except EndOfPass:
                 continue
 
 
@@ -252,7 +252,3 @@ def movable(
             f"{what} left {len(left)} weights as the base rounds them: {'; '.join(left)}"
         )
     return found
-
-
-class _EnoughError(Exception):
-    """The pass has come as far as it is needed."""

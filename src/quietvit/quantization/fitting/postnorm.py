@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.quantizers import SMALLEST_SCALE, AffineQuantizer, affine_fake
+from quietvit.quantization.ranges import EMPTY, NOT_FINITE
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 """What RepQ-ViT (arXiv 2212.08254) chooses from, in its authors' code."""
@@ -34,14 +35,11 @@ def quantiles(
     """
     last = rows.shape[1] - 1
     if last < 0:
-        raise QuietvitError("a range was asked of an empty tensor; calibrate with some images.")
+        raise QuietvitError(EMPTY)
     count = min(int((1 - min(percentiles)) * last) + 2, last + 1)
     tails = [_tail(rows, count, upper) for upper in (False, True)]
     if not all(bool(torch.isfinite(tail).all()) for tail in tails):
-        raise QuietvitError(
-            "NaN or inf among the values to be quantized; look at the weights, the images and "
-            "the half-precision overflows of this model before quantizing it."
-        )
+        raise QuietvitError(NOT_FINITE)
 
     def between(tail: Tensor, p: float) -> Tensor:
         depth = (1 - p) * last

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
+from quietvit.outputs import LOGITS, tensors_of
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.fitting.layout import (
     Laid,
@@ -23,7 +24,7 @@ from quietvit.quantization.fitting.layout import (
     some_rows,
 )
 from quietvit.quantization.quantizers import AffineQuantizer
-from quietvit.quantization.ranges import OmseRange
+from quietvit.quantization.ranges import NOT_FINITE, OmseRange
 from quietvit.quantization.weights import frozen
 from quietvit.tracing import MATMUL_KINDS, Site
 from quietvit.tracing.block_modules import first_tensor
@@ -248,10 +249,10 @@ def curvature_root(result: Any, generator: torch.Generator) -> tuple[Tensor, Ten
     here: the first derivative itself is zero at z0, so that methods which weigh by it (PTQ4ViT)
     would weigh by rounding errors.
     """
-    named = result.get("logits") if isinstance(result, Mapping) else None
-    output = named if isinstance(named, Tensor) else first_tensor(result)
+    named = tensors_of(result).get(LOGITS)
+    output = first_tensor(result) if named is None else named
     noise = torch.randn(output.shape, generator=generator).to(output)
-    logits = isinstance(named, Tensor) or (isinstance(result, Tensor) and output.dim() == 2)
+    logits = named is not None or (isinstance(result, Tensor) and output.dim() == 2)
     if not logits or output.shape[-1] < 2:
         return output, noise
     share = output.detach().softmax(-1)
@@ -300,10 +301,7 @@ def _range(site: Site, x: Tensor) -> Range:
     rows = x.movedim(-3, 0).flatten(1) if by_head else x.reshape(1, -1)
     low, high = rows.aminmax(dim=1)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        raise QuietvitError(
-            f"{site.name}: NaN or inf among the values to be quantized; look at the weights, the "
-            "images and the half-precision overflows of this model before quantizing it."
-        )
+        raise QuietvitError(f"{site.name}: {NOT_FINITE}")
     return low.float(), high.float()
 
 

@@ -23,13 +23,13 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.fitting.block_data import (
     BlockData,
-    Layout,
+    BlockLayout,
     Leaves,
     channel_dim,
     each,
     layouts,
 )
-from quietvit.quantization.fitting.block_fit import Learned, Samples, fit
+from quietvit.quantization.fitting.block_fit import FitSettings, Learned, Samples, fit
 from quietvit.quantization.method import between, get_method
 from quietvit.quantization.on_top import SHARED, OnTop
 from quietvit.quantization.weights import (
@@ -56,12 +56,8 @@ class Reconstruction(OnTop):
     After that weights lie on their grid. A block that did not come nearer to the float output on
     the first 64 images stays as the base left it, and the notes say so.
 
-    ``base``: RTN with OMSE ranges unless given, calibrated on the first ``base_images`` images
-    (those of its published setting by default). ``rounding_lr`` and ``scale_lr``: 1e-3 and 4e-4 at
-    20000 iterations; for fewer, by default as much larger, up to 0.02 and 0.01 (chosen here).
-    ``dtype="bfloat16"``: matrix products of the fit under autocast; quantizers, loss and
-    everything outside the fit stay float32, and so do layers outside of blocks, whose 8 bits are
-    finer than its rounding.
+    ``base`` is RTN with OMSE ranges unless given. The larger learning rates for fewer iterations
+    are chosen here.
 
     How long all will take is measured on one iteration of each block before the first, and shown
     with the progress bar. Held in memory for all images: a block's input on the quantized and, for
@@ -81,14 +77,27 @@ class Reconstruction(OnTop):
     images: ClassVar[int] = 1024
 
     iterations: Annotated[int, Field(ge=1)] = 20000
+    """Steps of Adam for each block."""
     batch_size: Annotated[int, Field(ge=1)] = 32
+    """Images of each step."""
     rounding_lr: Annotated[float, between(0, 1)] | None = None
+    """Learning rate of V; None: 1e-3 at 20000 iterations, larger for fewer, up to 0.02."""
     scale_lr: Annotated[float, between(0, 1)] | None = None
+    """Learning rate of the scales; None: 4e-4 at 20000 iterations, larger for fewer, up to 0.01."""
     regularizer: Annotated[float, Field(ge=0)] = 0.01
+    """Factor of AdaRound's term, which pulls each rounding up or down."""
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the iterations before that term acts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16``: matrix products of the fit run under autocast.
+
+    Quantizers, loss and all outside the fit stay float32. So do layers outside of blocks, whose 8
+    bits are finer than its rounding.
+    """
     base_images: Annotated[int, Field(ge=1)] | None = None
+    """Calibration images of ``base``, the first ones; None: those of its published setting."""
     seed: int = 0
+    """Seed of the order of images and of what QDrop drops."""
 
     @model_validator(mode="before")
     @classmethod
@@ -114,7 +123,18 @@ class Reconstruction(OnTop):
         """Probability that an activation stays float while a block is fitted."""
         return 0.0
 
-    def output_weights(self, data: BlockData, block: Block, layout: Layout) -> Tensor | None:
+    def settings(self) -> FitSettings:
+        """What ``fit`` needs of this config."""
+        return FitSettings(
+            rounding_rate=self.rounding_rate,
+            scale_rate=self.scale_rate,
+            batch_size=self.batch_size,
+            regularizer=self.regularizer,
+            warm_up=self.warm_up,
+            keep=self.keep,
+        )
+
+    def output_weights(self, data: BlockData, block: Block, layout: BlockLayout) -> Tensor | None:
         """Weights of the squared output errors (images, rows, ...), None for all alike."""
         return None
 
@@ -133,7 +153,7 @@ class Reconstruction(OnTop):
             calibration.images,
         )
         with frozen(calibration.model):
-            _Run(self, calibration, data).run()
+            _BlockLoop(self, calibration, data).run()
         return calibrated
 
 
@@ -170,7 +190,7 @@ def few(calibration: Calibration, count: int) -> Calibration:
 
 
 @dataclass
-class _Run:
+class _BlockLoop:
     """One calibration: the blocks in order, each fed with what those before make of the images."""
 
     method: Reconstruction
@@ -184,7 +204,7 @@ class _Run:
         self.generator = torch.Generator().manual_seed(self.method.seed)
         self.ratios: dict[str, float] = {}
         todo = [b for b in blocks if b.name in self.layouts]
-        learning = [b for b in todo if Learned.of(self.data, b, self.method)]
+        learning = [b for b in todo if Learned.of(self.data, b, self.method.keep)]
         total = len(learning) * self.method.iterations
         label = f"{self.method.name} {self.method.label}{self._estimate(learning, first)}"
         bar = self.calibration.track(range(total), total, label)
@@ -207,7 +227,7 @@ class _Run:
             samples = Samples(given, target, given[0] if self.method.keep else None)
             for _ in range(2):  # the first one also allocates
                 start = time.monotonic()
-                learned = Learned.of(self.data, block, self.method)
+                learned = Learned.of(self.data, block, self.method.keep)
                 generator = torch.Generator().manual_seed(0)
                 self._fit(block, learned, samples, generator, lambda: None, 1)
                 spent = time.monotonic() - start
@@ -237,7 +257,7 @@ class _Run:
 
     def _block(self, block: Block, samples: Samples, tick: Callable[[], Any]) -> None:
         """Fit a block and keep what was learned if that is nearer to the float output."""
-        learned = Learned.of(self.data, block, self.method)
+        learned = Learned.of(self.data, block, self.method.keep)
         if not learned:
             return
         before = self._error(block, samples)
@@ -280,7 +300,8 @@ class _Run:
                 return self.data.quantized(block, layout, leaves, handler)
 
         with torch.enable_grad():
-            fit(self.method, learned, run, samples, channels, generator, tick, iterations)
+            settings = self.method.settings()
+            fit(settings, learned, run, samples, channels, generator, tick, iterations)
 
     def _error(self, block: Block, samples: Samples) -> float:
         """Mean squared error of the quantized block's output on the first images."""

@@ -22,6 +22,7 @@ from quietvit.quantization.quantizers import (
     Quantizer,
     affine_code_range,
 )
+from quietvit.tensors import has_fast_bfloat16
 
 Fake = tuple[Tensor, Tensor | None]
 """Values of an operand in the dtype they are multiplied in, and the scale they lack."""
@@ -37,16 +38,8 @@ def product_dtype(device: torch.device, bits: Sequence[int | None]) -> torch.dty
     Then products of such codes are exact too; only their sums are rounded, to 2^-9 of themselves,
     and so are the values of quantizers of other families before they are multiplied.
     """
-    if any(each is None or each > 8 for each in bits):
-        return torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type != "cpu":
-        return torch.float32
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    checks = (getattr(torch.cpu, name, None) for name in names)
-    fast = any(check is not None and check() for check in checks)
-    return torch.bfloat16 if fast else torch.float32
+    is_exact = all(each is not None and each <= 8 for each in bits)
+    return torch.bfloat16 if is_exact and has_fast_bfloat16(device) else torch.float32
 
 
 @dataclass(eq=False)

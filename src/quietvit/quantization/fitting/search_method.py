@@ -23,19 +23,15 @@ from quietvit.quantization.fitting.search import (
     alternate,
     product_dtype,
 )
-from quietvit.quantization.method import Bits, EdgeBits, Method, Slot
+from quietvit.quantization.method import Bits, EdgeBits, Method
 from quietvit.quantization.quantizers import Quantizer
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import Trace
 
 
 class SearchMethod(Method):
     """Base config of methods that search the operands of each product in turns.
-
-    ``patch_input_bits``: of the patch embedding's input, whose weight has ``patch_embed_bits``.
-    ``rounds``: how often both operands are searched. ``rows``: how many tokens of each site stand
-    for all, drawn at random with ``seed``; None takes all. ``hessian``: weigh errors of the output
-    by the gradient there.
 
     Candidates are multiplied in bfloat16 where the processor or GPU is fast at it and bits are at
     most 8, else in float32 (derived here): other machines may choose other, about equally good
@@ -44,12 +40,25 @@ class SearchMethod(Method):
     """
 
     patch_embed_bits: EdgeBits = "same"
+    """Bits of both operands of the first layer, which the trace finds by its role.
+
+    A number, None for float, or ``"same"`` for the working bits.
+    """
     head_bits: EdgeBits = "same"
+    """Bits of both operands of the last layer, as ``patch_embed_bits``."""
     patch_input_bits: Bits = None
+    """Bits of the patch embedding's input; its weight has ``patch_embed_bits``.
+
+    None, as in the authors' code: it stays float.
+    """
     hessian: StrictBool = False
+    """Whether errors of the output are weighed by the gradient there."""
     rounds: Annotated[StrictInt, Field(ge=1)] = 3
+    """How often both operands are searched."""
     rows: Annotated[StrictInt, Field(ge=1)] | None = 2048
+    """How many tokens of each site, drawn at random, stand for all; None takes all."""
     seed: StrictInt = 0
+    """Seed of that draw."""
 
     @abstractmethod
     def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:

@@ -1,1 +1,1 @@
-"""One file a method: its config, its pure functions, its registration (``method.register``)."""
+"""One file a method: its config, its pure functions, its registration (``register_method``)."""

@@ -17,10 +17,11 @@ from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.fitting.products import Product, has_heads
 from quietvit.quantization.fitting.search import Affine, Groups, Log, Proposals, Side, portions
 from quietvit.quantization.fitting.search_method import SearchMethod
-from quietvit.quantization.method import Slot, register
+from quietvit.quantization.method import register_method
 from quietvit.quantization.nonuniform import GELU_SHIFT
 from quietvit.quantization.quantizers import affine_parameters
 from quietvit.quantization.reparametrize import NormLink, hidden_norm_links, reparametrize
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight
 from quietvit.tracing import Trace
 
@@ -33,7 +34,7 @@ _NARROWEST = 1e-4
 Propose = Callable[[Tensor], Tensor]
 
 
-@register("adalog")
+@register_method("adalog")
 class AdaLog(SearchMethod):
     """Adaptive-logarithm quantization (Wu et al., arXiv 2407.12951).
 
@@ -65,6 +66,7 @@ class AdaLog(SearchMethod):
     published: ClassVar[str] = "32 images, 3 rounds; DeiT-T W6A6 71.38, W4A4 63.52"
 
     reparametrization: StrictBool = True
+    """Whether norms are re-parametrized first, as in RepQ-ViT."""
 
     def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:
         bits, role = self.slot_bits(slot), slot.role

@@ -13,19 +13,17 @@ from torch import Tensor, nn
 
 from quietvit.quantization.blocks import Block
 from quietvit.quantization.calibration import run_model
-from quietvit.quantization.fitting.block_data import BlockData, Layout
+from quietvit.quantization.fitting.block_data import BlockData, BlockLayout
 from quietvit.quantization.fitting.reconstruct import Reconstruction
-from quietvit.quantization.method import register
+from quietvit.quantization.method import register_method
 from quietvit.tracing.block_modules import first_tensor, with_first_tensor
 
 
-@register("brecq")
+@register_method("brecq")
 class BRECQ(Reconstruction):
     """BRECQ (Li et al., arXiv 2102.05426) on top of ``base``; see ``Reconstruction`` for the fit.
 
-    ``fisher``: weigh each squared output error by the squared gradient of KL(float ‖ quantized) at
-    that entry, scaled to mean 1, as the paper's diagonal Fisher matrix; it costs a forward and
-    backward pass of the whole model for each block and image. Off by default: plain squared error.
+    The paper weighs errors by gradients (``fisher``); here plain squared error is the default.
     """
 
     summary: ClassVar[str] = "rounding and activation scales learned block by block"
@@ -33,12 +31,17 @@ class BRECQ(Reconstruction):
     published: ClassVar[str] = "20000 iterations a block, batch 32, 1024 images"
 
     fisher: bool = False
+    """Whether squared output errors are weighed by the squared gradient there.
 
-    def output_weights(self, data: BlockData, block: Block, layout: Layout) -> Tensor | None:
+    That of KL(float ‖ quantized), scaled to mean 1: the paper's diagonal Fisher matrix. It costs a
+    forward and backward pass of the whole model for each block and image.
+    """
+
+    def output_weights(self, data: BlockData, block: Block, layout: BlockLayout) -> Tensor | None:
         return squared_gradients(data, block, layout) if self.fisher else None
 
 
-def squared_gradients(data: BlockData, block: Block, layout: Layout) -> Tensor | None:
+def squared_gradients(data: BlockData, block: Block, layout: BlockLayout) -> Tensor | None:
     """Squared gradients of KL(float ‖ quantized) at the block's output, of mean 1.
 
     (images, rows, ...), over the last dim of the model's first output. None where all vanish.

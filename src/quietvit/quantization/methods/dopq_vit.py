@@ -18,7 +18,7 @@ from quietvit.quantization.fitting.postnorm import (
     layerwise,
     quantiles,
 )
-from quietvit.quantization.method import register
+from quietvit.quantization.method import register_method
 from quietvit.quantization.methods.repq_vit import RepQViT
 from quietvit.quantization.nonuniform import squared_error
 from quietvit.quantization.quantizers import Quantizer
@@ -28,7 +28,7 @@ CURVATURES = tuple(0.4 + 0.05 * step for step in range(23))
 """0.4 to 1.5."""
 
 
-@register("dopq-vit")
+@register_method("dopq-vit")
 class DopQViT(RepQViT):
     """DopQ-ViT (Yang et al., arXiv 2408.03291) without its block reconstruction.
 
@@ -49,7 +49,9 @@ class DopQViT(RepQViT):
     published: ClassVar[str] = "DeiT-T W4A4 65.54, W6A6 71.17, with block reconstruction"
 
     mosf: bool = True
+    """Whether medians stand behind norms; else RepQ-ViT's means."""
     tanq: bool = True
+    """Whether attention maps take ``TanQuantizer``; else RepQ-ViT's log √2."""
 
     def layerwise(self, steps: ChannelSteps) -> Layerwise:
         """One quantizer for all channels: the medians of scales and zero points."""

@@ -27,10 +27,11 @@ from quietvit.quantization.fitting.least_squares import (
     run_to,
     weight_grid,
 )
-from quietvit.quantization.method import Slot, between, register
+from quietvit.quantization.method import between, register_method
 from quietvit.quantization.on_top import OnTop
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeName
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight, write_weight
 from quietvit.tracing import Site
 
@@ -39,7 +40,7 @@ BUDGET = 1 << 26
 """Entries of Gram matrices kept at once, 256 MB; a pass over the images for each such lot."""
 
 
-@register("erq")
+@register_method("erq")
 class ERQ(OnTop):
     """ERQ (Zhong et al., ICML 2024, arXiv 2407.06794), facts from the paper and the authors' code.
 
@@ -71,9 +72,13 @@ class ERQ(OnTop):
     default_base: ClassVar[str] = "repq-vit"
 
     ridge: Annotated[float, between(0.0, 1e12)] = 1000.0
+    """λ, the strength of the ridge regressions."""
     weight_range: RangeName = "omse"
+    """How the grid of a weight is chosen, as ``RTN``'s field."""
     weight_symmetric: bool = False
+    """Whether the zero point of weights is 0."""
     refine: bool = True
+    """Whether single weights are rounded the other way where that lowers the error."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """The base's passes, and one more for each lot of sums that fits into memory."""

@@ -16,10 +16,11 @@ from torch import Tensor
 from quietvit.quantization.adjustments import Adjustment, channel_axis, register_adjustment
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Bits, EdgeBits, Method, Slot, register
+from quietvit.quantization.method import Bits, EdgeBits, Method, register_method
 from quietvit.quantization.nonuniform import LogQuantizer, power_of_two_factor
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, affine_parameters
 from quietvit.quantization.ranges import MinMaxRange, Stream
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
@@ -29,20 +30,18 @@ MASKED = 80.0
 _BLOCK = 64
 
 
-@register("fq-vit")
+@register_method("fq-vit")
 class FQViT(Method):
     """FQ-ViT (Lin et al., arXiv 2111.13824): min-max ranges, and what integer-only inference needs.
 
     - Weights symmetric per output channel, activations affine per tensor, both by min-max.
-    - Post-softmax values by powers of two, ``attention_bits`` (4 in the paper, scale 1).
+    - Post-softmax values by powers of two, scale 1.
     - ``everything``: the inputs of layer norms and the residual stream too, by a power-of-two
       factor (equation 9 there): one scale s and zero point, channel j with the step 2^a_j s, a_j in
       0..3 of least squared error; the branches of residual adds and the scores before the softmax
-      per tensor; and the softmax by integers (below). Without it only matrix products are
-      quantized.
+      per tensor; and the softmax by integers (below).
 
-    ``residual_bits`` holds for norm inputs and residual adds, 8 in the paper also where the rest is
-    lower. Differences from the authors' code: the residual stream is quantized where it is read
+    Differences from the authors' code: the residual stream is quantized where it is read
     (by the norm and by the next add, each with its own factors) instead of once where it is
     written; logits are not quantized; layer norms themselves run in float on quantized inputs;
     residual adds of images whose channels are not the last dim (CNN stems) go per tensor, and
@@ -58,10 +57,24 @@ class FQViT(Method):
     kinds: ClassVar[frozenset[str]] = MATMUL_KINDS | {"norm", "softmax", "add"}
 
     head_bits: EdgeBits = "same"
+    """Bits of both operands of the last layer, as ``patch_embed_bits``."""
     patch_embed_bits: EdgeBits = "same"
+    """Bits of both operands of the first layer, which the trace finds by its role.
+
+    A number, None for float, or ``"same"`` for the working bits.
+    """
     attention_bits: Bits = 4
+    """Bits of post-softmax values, 4 in the paper; None: they stay float."""
     residual_bits: Bits = 8
+    """Bits of norm inputs and residual adds; None: they stay float.
+
+    8 in the paper, also where the rest is lower.
+    """
     everything: bool = True
+    """Whether norm inputs, the residual stream and the softmax are quantized too.
+
+    Else only matrix products are.
+    """
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """One pass over the images: extremes, and a histogram a channel for what norms read."""

@@ -26,28 +26,27 @@ from quietvit.quantization.fitting.least_squares import (
     run_to,
     weight_grid,
 )
-from quietvit.quantization.method import Slot, between, register
+from quietvit.quantization.method import between, register_method
 from quietvit.quantization.on_top import OnTop
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeName
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight, write_weight
 from quietvit.tracing import Site, Trace
 
 
-@register("gptq")
+@register_method("gptq")
 class GPTQ(OnTop):
     """GPTQ (Frantar et al., arXiv 2210.17323) with the activation quantizers of ``base``.
 
     H = 2/n Σ x xᵀ over the quantized inputs x of a linear or convolution (patches; for each group
     of channels), plus ``damp`` times its mean diagonal; then error feedback in blocks of ``block``
-    columns (algorithm 1 of the paper), ``act_order``: columns of large diag H first. The grid is
-    uniform, one range for each output channel of the float weight: ``weight_range``,
-    ``weight_symmetric``.
+    columns (algorithm 1 of the paper). The grid is uniform, one range for each output channel of
+    the float weight.
 
     Block of the model by block, as the authors do: one pass over the images up to its end, with
     all blocks before it quantized, gives H for its layers. Memory holds the H of one block, however
-    many images there are; they are gone through once per block. ``in_sequence=False``: one pass,
-    all H at once, no weight quantized while it runs.
+    many images there are; they are gone through once per block.
 
     Differs from the authors': activations are quantized too (theirs stay float); columns that see
     only zeros are rounded to nearest (they set them to zero); float64 instead of float32. Weights
@@ -60,11 +59,20 @@ class GPTQ(OnTop):
     default_base: ClassVar[str] = "rtn"
 
     weight_range: RangeName = "omse"
+    """How the grid of a weight is chosen, as ``RTN``'s field."""
     weight_symmetric: bool = False
+    """Whether the zero point of weights is 0."""
     damp: Annotated[float, between(0.0, 1.0)] = 0.01
+    """Added to the diagonal of H, as a share of its mean."""
     block: Annotated[int, Field(ge=1)] = 128
+    """Columns rounded before their error reaches all later ones."""
     act_order: bool = False
+    """Whether columns of large diag H are rounded first."""
     in_sequence: bool = True
+    """Whether the blocks of the model are done one after the other, as the authors do.
+
+    False: one pass, all H in memory at once, no weight quantized while it runs.
+    """
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """The base's passes, and one more for each block of the model."""

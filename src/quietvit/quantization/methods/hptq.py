@@ -26,8 +26,9 @@ from quietvit.quantization.fitting.thresholds import (
     search,
     without_outliers,
 )
-from quietvit.quantization.method import Method, Slot, between, register
+from quietvit.quantization.method import Method, between, register_method
 from quietvit.quantization.quantizers import AffineQuantizer
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
@@ -46,27 +47,12 @@ def _z(value: Any) -> Any:
     return float(value)
 
 
-@register("hptq")
+@register_method("hptq")
 class HPTQ(Method):
     """HPTQ (Habi et al., arXiv 2109.09113; formulas as its authors' public toolkit has them).
 
     Uniform quantizers without zero point whose threshold t is a power of two: [-t, t - t/2^(b-1)]
     signed, [0, t - t/2^b] unsigned, for what is never negative. Weights signed, per output channel.
-
-    - ``batchnorm_folding``: BatchNorms go into the weights in front of them.
-    - ``equalization``: scales min(1/sd, 1) between layers with a ReLU between them, sd from the
-      BatchNorm's own mean and standard deviation; needs the folding.
-    - ``z_threshold``: histogram bins further than that many standard deviations from the mean do
-      not count; 5 to 20 are useful.
-    - ``weight_error``, ``activation_error``: what the threshold search minimizes: ``mse``, ``mae``,
-      ``lp`` (exponent ``p``; 2 is ``mse``), ``kl``, ``noclip``; 10 thresholds for weights, 20 for
-      activations.
-    - ``shift_negative``: inputs of linears and convolutions that come from PReLU, ELU, Hardswish,
-      SiLU or GELU and reach below zero by at most ``shift_ratio`` (0.25 in the paper of 2021, 0.05
-      in the toolkit now) of their threshold become unsigned, shifted up by the smallest grid point
-      that covers their minimum. Here that is an integer zero point: the same function as adding
-      the shift, padding with it and taking it out of the next bias.
-    - ``bias_correction``: bias -= sum_j (W_q - W)_j E[x_j], E[x] per input channel from the images.
 
     Differences from the paper. Histograms have finer bins (see ``ranges.Stream``, the paper: 2048),
     since they then need not be made anew when the range grows. The threshold of a shifted input is
@@ -83,14 +69,40 @@ class HPTQ(Method):
     images: ClassVar[int] = 500
 
     batchnorm_folding: bool = True
+    """Whether BatchNorms go into the weights in front of them."""
     equalization: bool = True
+    """Whether channels are scaled by min(1/sd, 1) between layers with a ReLU between them.
+
+    sd comes from the BatchNorm's own mean and standard deviation, so it needs the folding.
+    """
     z_threshold: Annotated[float | None, BeforeValidator(_z)] = None
+    """Histogram bins further than this many standard deviations from the mean do not count.
+
+    5 to 20 are useful; None: all count.
+    """
     weight_error: ErrorName = "mse"
+    """What the search of a threshold minimizes, among 10.
+
+    ``mse``, ``mae``, ``lp`` (exponent ``p``), ``kl`` or ``noclip``.
+    """
     activation_error: ErrorName = "mse"
+    """As ``weight_error``, among 20."""
     p: Annotated[float, between(0.0, 16.0)] = 2.0
+    """Exponent of the error ``lp``; 2 is ``mse``."""
     shift_negative: bool = True
+    """Whether inputs behind PReLU, ELU, Hardswish, SiLU or GELU become unsigned.
+
+    They are shifted up by the smallest grid point that covers their minimum. Here an integer zero
+    point does that: the same function as adding the shift, padding with it and taking it out of the
+    next bias.
+    """
     shift_ratio: Annotated[float, between(0.0, 1.0)] = 0.25
+    """Largest |minimum| of a shifted input, as a share of its threshold.
+
+    0.25 in the paper of 2021, 0.05 in the toolkit now.
+    """
     bias_correction: bool = True
+    """Whether bias -= Σ_j (W_q - W)_j E[x_j], E[x] per input channel from the images."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """One pass over the images, and four at most over the first."""

@@ -24,7 +24,8 @@ from quietvit.quantization.fitting.search import (
     symmetric_start,
 )
 from quietvit.quantization.fitting.search_method import SearchMethod
-from quietvit.quantization.method import Granularity, Slot, register
+from quietvit.quantization.method import Granularity, register_method
+from quietvit.quantization.slot import Slot
 from quietvit.tracing import Site, Trace
 
 SPLITS = 20
@@ -32,7 +33,7 @@ SPLITS = 20
 _LOWEST, _HIGHEST = 0.01, 1.2
 
 
-@register("ptq4vit")
+@register_method("ptq4vit")
 class PTQ4ViT(SearchMethod):
     """Twin uniform quantization with Hessian-guided search (Yuan et al., arXiv 2111.12293).
 
@@ -68,9 +69,13 @@ class PTQ4ViT(SearchMethod):
     published: ClassVar[str] = "32 images, 100 candidates, 3 rounds; DeiT-T W6A6 69.68, W4A4 36.96"
 
     weight_granularity: Granularity = "per_tensor"
+    """As ``RTN``'s; a joint query-key-value linear has three scales even ``per_tensor``."""
     twin: StrictBool = True
+    """Whether softmax and GELU outputs have two ranges; else one."""
     hessian: StrictBool = True
+    """Whether errors of the output are weighed by the gradient there."""
     candidates: Annotated[StrictInt, Field(ge=2)] = 100
+    """Steps tried for each operand and round."""
 
     def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:
         bits, role = self.slot_bits(slot), slot.role

@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from quietvit.quantization.fitting.reconstruct import Reconstruction
-from quietvit.quantization.method import register
+from quietvit.quantization.method import register_method
 
 
-@register("qdrop")
+@register_method("qdrop")
 class QDrop(Reconstruction):
     """QDrop (Wei et al., arXiv 2203.05740) on top of ``base``; see ``Reconstruction`` for the fit.
 
@@ -31,6 +31,7 @@ class QDrop(Reconstruction):
     published: ClassVar[str] = "DeiT-T W4A4 64.95 (float 72.21), 1024 images, 20000 iterations"
 
     drop: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability that an entry of an activation stays float while a block is fitted."""
 
     @property
     def keep(self) -> float:

@@ -18,14 +18,14 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.fitting.block_data import (
     BlockData,
-    Layout,
+    BlockLayout,
     Leaves,
     channel_dim,
     each,
     layouts,
 )
 from quietvit.quantization.fitting.reconstruct import check_base, few, replayable
-from quietvit.quantization.method import register
+from quietvit.quantization.method import register_method
 from quietvit.quantization.on_top import OnTop
 from quietvit.quantization.weights import refuse_inference_mode
 
@@ -33,7 +33,7 @@ SMALLEST_SHARE = 1e-12
 """Directions of the inputs with less of the largest variance are taken as constant."""
 
 
-@register("qwt")
+@register_method("qwt")
 class QwT(OnTop):
     """QwT (Fu et al., arXiv 2411.13918): block(x) becomes block_q(x) + W x + b.
 
@@ -63,6 +63,7 @@ class QwT(OnTop):
     default_base: ClassVar[str] = "repq-vit"
 
     base_images: Annotated[int, Field(ge=1)] | None = None
+    """Calibration images of ``base``; None: those of its published setting."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """The base, then the residual blocks in order."""
@@ -99,7 +100,7 @@ class QwT(OnTop):
 
 
 def compensate(
-    data: BlockData, block: Block, layout: Layout, given: Leaves
+    data: BlockData, block: Block, layout: BlockLayout, given: Leaves
 ) -> tuple[Tensor, Compensation | None, str]:
     """The block's output for all images (images, rows, ...), compensated if that is kept.
 

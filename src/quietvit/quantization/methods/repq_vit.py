@@ -23,7 +23,7 @@ from quietvit.quantization.fitting.postnorm import (
     percentile_range,
     quantiles,
 )
-from quietvit.quantization.method import EdgeBits, Method, Slot, register
+from quietvit.quantization.method import EdgeBits, Method, register_method
 from quietvit.quantization.nonuniform import LogQuantizer, squared_error
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.quantization.reparametrize import (
@@ -32,6 +32,7 @@ from quietvit.quantization.reparametrize import (
     hidden_norm_links,
     reparametrize,
 )
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site
 from quietvit.tracing.ops import norm_channel_dim
@@ -40,7 +41,7 @@ NOMINAL_BITS = 8
 """For the re-parametrization where activations stay float."""
 
 
-@register("repq-vit")
+@register_method("repq-vit")
 class RepQViT(Method):
     """RepQ-ViT (Li et al., arXiv 2212.08254), after its paper and its authors' code.
 
@@ -69,6 +70,7 @@ class RepQViT(Method):
     deployable: ClassVar[bool] = False
 
     head_bits: EdgeBits = "same"
+    """Bits of both operands of the last layer: a number, None for float, or ``"same"``."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """One pass of all images, ranges and weights settled site by site on the way."""

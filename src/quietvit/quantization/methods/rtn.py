@@ -11,23 +11,19 @@ from torch import Tensor
 
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
-from quietvit.quantization.method import Granularity, Method, Slot, between, register
+from quietvit.quantization.method import Granularity, Method, between, register_method
 from quietvit.quantization.quantizers import AffineQuantizer
 from quietvit.quantization.ranges import RangeEstimator, RangeName, make_range
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 
 
-@register("rtn")
+@register_method("rtn")
 class RTN(Method):
     """Round to nearest (Jacob et al., arXiv 1712.05877, uniform affine quantization).
 
-    s = (max - min)/(2^b - 1), z = round(-min/s), or symmetric with z = 0. ``weight_range`` and
-    ``activation_range``: ``minmax``, ``percentile`` (quantiles 1 - p and p, ``percentile`` = p) or
-    ``omse`` (least squared error among shrunk ranges). Weights per output channel or per tensor.
-    ``activation_granularity="per_channel"``: inputs of linears per last dimension, of convolutions
-    per dimension 1; both operands of attention's matrix products stay per tensor, since their
-    channels are summed over or are tokens. Symmetric activations that were never negative get
-    unsigned codes. Weight ranges are exact; see ``ranges`` for the accuracy of streams.
+    s = (max - min)/(2^b - 1), z = round(-min/s), or symmetric with z = 0. Ranges of weights are
+    exact; see ``ranges`` for the accuracy of those of activations.
     """
 
     summary: ClassVar[str] = "round to nearest; min-max, percentile or OMSE ranges"
@@ -35,12 +31,28 @@ class RTN(Method):
     published: ClassVar[str] = "W8A8 per-channel weights, per-tensor activations"
 
     weight_range: RangeName = "minmax"
+    """``minmax``, ``percentile`` (quantiles 1 - p and p) or ``omse`` (least squared error
+    among shrunk ranges).
+    """
     activation_range: RangeName = "minmax"
+    """As ``weight_range``."""
     percentile: Annotated[float, between(0.5, 1.0)] = 0.99999
+    """p of the range ``percentile``, above 0.5."""
     weight_granularity: Granularity = "per_channel"
+    """One scale for each output channel, or one for the tensor."""
     activation_granularity: Granularity = "per_tensor"
+    """``per_channel``: inputs of linears per last dimension, of convolutions per dimension 1.
+
+    Operands of attention's matrix products always have one scale, since their channels are summed
+    over or are tokens.
+    """
     weight_symmetric: bool = True
+    """Whether the zero point of weights is 0."""
     activation_symmetric: bool = False
+    """Whether the zero point of activations is 0.
+
+    Codes are unsigned where no value below zero was seen.
+    """
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """One pass over the images; weights are read once."""

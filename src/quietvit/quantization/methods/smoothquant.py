@@ -6,7 +6,7 @@ Ranges and quantizers are those of ``rtn``; the exchange with the weights is in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 from quietvit.errors import QuietvitError
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration, ImageStream
-from quietvit.quantization.method import Slot, between, register
+from quietvit.quantization.method import between, register_method
 from quietvit.quantization.methods.rtn import RTN
+from quietvit.quantization.ranges import NOT_FINITE
 from quietvit.quantization.reparametrize import NormLink, norm_links, reparametrize
+from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import read_weight
 from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site
 from quietvit.tracing.intercept import Handler
@@ -25,7 +27,7 @@ from quietvit.tracing.intercept import Handler
 FLOOR = 1e-5
 
 
-@register("smoothquant")
+@register_method("smoothquant")
 class SmoothQuant(RTN):
     """SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4), then round to nearest.
 
@@ -44,12 +46,13 @@ class SmoothQuant(RTN):
     published: ClassVar[str] = "W8A8 of language models, alpha 0.5; no ViT"
 
     alpha: Annotated[float, between(0.0, 1.0)] = 0.5
+    """Share of the outliers that moves into the weights, the paper's migration strength."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """Two passes: largest magnitudes of the float model, then ranges of the smoothed one."""
         model = calibration.model
         images = ImageStream(calibration.everything(), model)
-        first = Calibration(model, calibration.trace, images, calibration.progress)
+        first = replace(calibration, images=images)
         found = norm_links(model, calibration.trace)
         links = [
             link
@@ -62,7 +65,7 @@ class SmoothQuant(RTN):
             reparametrize(
                 model, link, smoothed, gain=scale.reciprocal(), shift=torch.zeros_like(scale)
             )
-        second = _Adjusted(model, calibration.trace, images, calibration.progress, smoothed)
+        second = _Adjusted(**vars(first), calibrated=smoothed)
         smoothed.quantizers = super().calibrate(second).quantizers
         return smoothed
 
@@ -90,10 +93,7 @@ def largest_inputs(calibration: Calibration, links: list[NormLink]) -> list[Tens
         axis = -1 if slot.site.kind == "linear" else 1
         seen = x.abs().movedim(axis, -1).flatten(0, -2).amax(0).float()
         if not bool(seen.isfinite().all()):
-            raise QuietvitError(
-                "NaN or inf among the inputs; look at the weights and the half-precision overflows "
-                "of this model before quantizing it."
-            )
+            raise QuietvitError(NOT_FINITE)
         largest[index] = _raise(largest[index].to(x.device), channels, seen)
 
     calibration.watch(look, label="largest magnitudes")

@@ -1,37 +1,97 @@
-"""A check and an exported file as text for a terminal. Nothing is computed here."""
+"""``Check``: what a check found, as JSON and as text for a terminal. Nothing is computed here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from quietvit.deployment.checking import Check
-    from quietvit.deployment.comparing import Classes, Features
-    from quietvit.deployment.exporting import Artifact
+from quietvit.deployment.comparing import Classes, Features
+from quietvit.deployment.parity import Agreement
+from quietvit.deployment.proof import Proof
+from quietvit.deployment.speed import Speed
+from quietvit.files import json_text, write_atomic
 
 SHOWN = 12
 
 
-def artifact_text(made: Artifact) -> str:
-    """What was exported, what it takes and gives, what it claims, and its notes."""
-    facts = made.facts
-    claimed = [product for product in facts.products if product.why_float is None]
-    share = sum(product.macs for product in claimed) / (facts.total_macs or 1)
-    shape = " x ".join(map(str, facts.input_shape))
-    lines = [
-        f"{made.path} ({made.size / 1e6:.2f} MB): {facts.method}",
-        f"input      images, batch x {shape}, float32 after the preprocessing",
-        f"output     {facts.output}",
-        f"claims     {len(claimed)} of {len(facts.products)} products in integers, "
-        f"{100 * share:.2f} % of the multiply-accumulates; what a runtime makes of it, check tells",
-        f"carries    {'preprocessing' if facts.preprocessing else 'no preprocessing'}, "
-        f"{'names of classes' if facts.labels else 'no names of classes'}",
-    ]
-    notes = [f"note       {note}" for note in facts.notes]
-    shown = notes[:SHOWN]
-    if len(notes) > SHOWN:
-        shown.append(f"note       ... and {len(notes) - SHOWN} more")
-    return "\n".join(lines + shown)
+@dataclass(frozen=True, repr=False)
+class Check:
+    """What ``check`` found.
+
+    ``classes``: of a file that gives scores of classes, else None, and then ``features`` is there.
+    ``bytes`` and ``float_bytes``: size of the file and of a float one, which is made for the timing
+    only, so None without.
+    """
+
+    path: Path
+    machine: str
+    proof: Proof
+    agreements: tuple[Agreement, ...]
+    classes: Classes | None
+    features: Features | None
+    speeds: tuple[Speed, ...]
+    bytes: int
+    float_bytes: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What the file claims and does not keep, a sentence each; empty where all is kept."""
+        found = [
+            f"{ran.product} ran in float as {ran.operator}: {ran.reason}"
+            for ran in self.proof.broken
+        ]
+        found += [
+            f"{a.product}: {a.wrong} of {a.codes} codes and {a.off} of {a.sums} sums of products "
+            "are not the simulated model's"
+            for a in self.agreements
+            if not a.equal
+        ]
+        compared = self.classes or self.features
+        return (*found, *(() if compared is None else compared.failures))
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write everything as JSON."""
+        content = {
+            "path": str(self.path),
+            "machine": self.machine,
+            "runtime": self.proof.runtime,
+            "ok": self.ok,
+            "failures": list(self.failures),
+            "integer_share_of_macs": self.proof.integer_share,
+            "products": [
+                asdict(ran) | {"claimed": ran.product in self.proof.claimed}
+                for ran in self.proof.ran
+            ],
+            "agreements": [asdict(agreement) for agreement in self.agreements],
+            "classes": None
+            if self.classes is None
+            else asdict(self.classes)
+            | {
+                "agreement_percent": self.classes.agreement,
+                "steadiness_percent": self.classes.steadiness,
+                "top1": self.classes.top1,
+                "top1_simulated": self.classes.top1_simulated,
+            },
+            "features": None if self.features is None else asdict(self.features),
+            "speed": [asdict(speed) for speed in self.speeds],
+            "bytes": self.bytes,
+            "float_bytes": self.float_bytes,
+            "notes": list(self.notes),
+        }
+        return write_atomic(path, json_text(content, indent=1) + "\n")
+
+    def __repr__(self) -> str:
+        verdict = "ok" if self.ok else f"{len(self.failures)} failures"
+        share = 100 * self.proof.integer_share
+        return f"Check({str(self.path)!r}, {verdict}, {share:.2f} % in integers)"
+
+    def __str__(self) -> str:
+        return _text(self)
 
 
 def _classes_lines(classes: Classes) -> list[str]:
@@ -57,7 +117,7 @@ def _features_lines(features: Features) -> list[str]:
     ]
 
 
-def check_text(found: Check) -> str:
+def _text(found: Check) -> str:
     """The whole check: what ran, whether it is the same, size and speed, the verdict."""
     proof = found.proof
     integers = sum(ran.integer for ran in proof.ran)

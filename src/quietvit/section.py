@@ -1,6 +1,6 @@
 """The base of every part of a configuration: what all of them refuse.
 
-Which keys there are is said by each part; how mistakes are told, by ``train.recipe``.
+Each part says which keys it has. ``train.recipe`` explains mistakes.
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from quietvit.signatures import ReadableModel
 
-class Section(BaseModel):
-    """Frozen, its numbers finite, no keys beside those declared; ``true`` is no number.
 
-    Pydantic takes ``true`` for 1 where a number is asked for. Where a whole part may be left out,
-    ``false`` leaves it out, as ``none`` does.
+class Section(ReadableModel):
+    """Frozen, with finite numbers and no unknown keys.
+
+    ``true`` is refused where a number is expected; pydantic alone would take it for 1. Where a
+    whole section is optional, ``false`` leaves it out, as ``none`` does.
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
     @field_validator("*", mode="before")

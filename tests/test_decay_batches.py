@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from quietvit.decay.plan import batches
+from quietvit.decay.batches import batches
 from quietvit.pairs import MatrixPair
 from quietvit.tracing import WeightView
 
@@ -90,6 +90,6 @@ def test_heads_of_a_fused_weight_are_one_run() -> None:
 
 def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = {name: p.detach() for name, p in model().named_parameters()}
-    monkeypatch.setattr("quietvit.decay.plan.LARGEST_BATCH", 2 * (2 * 6 + 6 * 2))
+    monkeypatch.setattr("quietvit.decay.batches.LARGEST_BATCH", 2 * (2 * 6 + 6 * 2))
     found = batches([*heads(0), *heads(1)], parameters)
     assert [len(batch.members) for batch in found] == [2, 2, 2]

@@ -1,0 +1,68 @@
+"""Which operators onnxruntime made of an .onnx file, read off the optimized graph it writes.
+
+What this says about the model's products is counted in ``proof``.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from quietvit.deployment.for_onnx.session import open_session
+from quietvit.deployment.runtime import Kernel
+
+# Operators of onnxruntime whose kernels multiply integers, and those that multiply floats.
+INTEGER_OPS = frozenset(
+    {
+        *("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "DynamicQuantizeMatMul"),
+        *("QLinearConv", "ConvInteger", "QGemm", "QAttention", "DynamicQuantizeLSTM"),
+    }
+)
+WEIGHT_ONLY_OPS = frozenset({"MatMulNBits", "MatMulBnb4"})
+CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcFusedConv"})
+FLOAT_OPS = CONVOLUTIONS | {
+    *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "ConvTranspose", "Einsum"),
+    *("Attention", "MultiHeadAttention", "GroupQueryAttention"),
+}
+# onnxruntime adds it to a node that it makes again with channels last.
+LAYOUT_SUFFIX = re.compile(r"_token_\d+$")
+
+
+def kernels_of(path: Path) -> dict[str, Kernel]:
+    """The kernel of each product, by the name of its node, ``name:product``."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "optimized.onnx"
+        open_session(path, optimized=written)
+        graph = onnx.load(written, load_external_data=False).graph
+    made = {output: node for node in graph.node for output in node.output}
+    found: dict[str, Kernel] = {}
+    for node in graph.node:
+        kind = node.op_type
+        if kind in INTEGER_OPS:
+            found[LAYOUT_SUFFIX.sub("", node.name)] = Kernel(kind, True)
+        elif kind in WEIGHT_ONLY_OPS:
+            reason = "only its weight is quantized, activations are float"
+            found[node.name] = Kernel(kind, False, reason)
+        elif kind in FLOAT_OPS:
+            # A fused node has a name of its own; its output still has the product's.
+            for name in (node.name, *node.output):
+                found[name] = Kernel(kind, False, _why_float(node, made))
+    return found
+
+
+def _why_float(node: Any, made: dict[str, Any]) -> str:
+    inputs = [made[name].op_type for name in node.input[:2] if name in made]
+    if node.op_type in CONVOLUTIONS:
+        return (
+            "onnxruntime has integer convolutions only where the output is quantized at once, and "
+            "this one is no product of separate patches"
+        )
+    if node.op_type in ("Gemm", "FusedGemm"):
+        return "its bias was fused into a float Gemm before quantization was looked at"
+    if inputs.count("DequantizeLinear") < 2:
+        return "an operand comes out of another operator in float"
+    return "this onnxruntime has no integer kernel for this pattern"

@@ -1,0 +1,230 @@
+"""Images in whatever form they are given, as batches, with their labels where these are wanted.
+
+Every consumer reads images here. Where they are moved, and what they are for, is its own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.tracing import call, refusing
+from quietvit.tracing.inputs import is_image_list
+
+Images = Tensor | Iterable[Any]
+IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
+"""Where a mapping may have its images; the first that is there counts."""
+LABEL_KEYS = ("labels", "label")
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Model inputs for some images: one tensor (B, C, H, W), or several by keyword.
+
+    ``labels``: (B,), None where there are none or none were asked for.
+    """
+
+    inputs: Tensor | dict[str, Tensor]
+    labels: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of images."""
+        inputs = self.inputs
+        return len(inputs if isinstance(inputs, Tensor) else next(iter(inputs.values())))
+
+    @property
+    def images(self) -> Tensor:
+        """The images alone, (B, C, H, W). Raises QuietvitError where no key of ours holds them."""
+        if isinstance(self.inputs, Tensor):
+            return self.inputs
+        found = next((self.inputs[key] for key in IMAGE_KEYS if key in self.inputs), None)
+        if found is None or found.ndim != 4:
+            held = ", ".join(f"{key} {tuple(value.shape)}" for key, value in self.inputs.items())
+            raise QuietvitError(
+                f"a batch of images is a mapping with {held}; give (B, C, H, W) under one of "
+                f"{', '.join(IMAGE_KEYS)}."
+            )
+        return found
+
+    @property
+    def example(self) -> Tensor | dict[str, Tensor]:
+        """The first image alone, in the form ``quietvit.trace`` takes."""
+        return self.pick(0).inputs
+
+    @property
+    def shape(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+        """The shape of the tensor, or of each one by its keyword."""
+        if isinstance(self.inputs, Tensor):
+            return tuple(self.inputs.shape)
+        return {key: tuple(value.shape) for key, value in self.inputs.items()}
+
+    def pick(self, i: int) -> ImageBatch:
+        """A copy of image i alone."""
+        if isinstance(self.inputs, Tensor):
+            return ImageBatch(self.inputs[i : i + 1].clone())
+        return ImageBatch({key: value[i : i + 1].clone() for key, value in self.inputs.items()})
+
+    def run(self, model: nn.Module) -> Any:
+        """Run the model on this batch.
+
+        Raises:
+            QuietvitError: the model refuses the batch; its own message is carried along.
+        """
+        with refusing(
+            lambda what: (
+                f"the model ({type(model).__name__}) does not run on images of shape {self.shape} "
+                f"({what}). Give images as the model's own evaluation transform makes them."
+            )
+        ):
+            return call(model, self.inputs)
+
+
+def image_batches(images: Images, size: int, *, labelled: bool = False) -> Iterator[ImageBatch]:
+    """Yield batches of at most ``size`` images, in order, where and of the dtype they are.
+
+    Args:
+        images: a tensor (N, C, H, W), a mapping, or an iterable such as a DataLoader or a data set.
+            Its items may be, in any mixture: single images (C, H, W); batches (B, C, H, W); lists
+            of images; tuples or lists with one of these first, labels second; mappings of batched
+            tensors, with labels under ``labels`` or ``label``.
+        size: of a batch; larger ones are split. Single images are collected up to it.
+        labelled: whether labels are wanted. Otherwise they may be anything, and are left out.
+
+    Raises:
+        QuietvitError: another form or shape, integers, NaN or inf, or labels that are not one for
+            each image; it names the shapes or values. No images are no error here.
+    """
+    seen = 0
+    for inputs, labels in _stacked(_items(images), size):
+        given = ImageBatch(inputs)
+        numbers = _numbers(labels, given.size) if labelled and labels is not None else None
+        for start in range(0, given.size, size):
+            part = slice(start, start + size)
+            batch = ImageBatch(
+                inputs[part]
+                if isinstance(inputs, Tensor)
+                else {key: value[part] for key, value in inputs.items()},
+                None if numbers is None else numbers[part],
+            )
+            _check(batch, seen)
+            seen += batch.size
+            yield batch
+
+
+def _items(images: Any) -> Iterable[Any]:
+    if isinstance(images, Tensor):
+        if images.ndim != 4:
+            raise QuietvitError(
+                f"images have shape {tuple(images.shape)}; give (N, C, H, W). A single image gets "
+                "its batch dimension by images[None]."
+            )
+        return [images]
+    if isinstance(images, Mapping):
+        return [images]
+    try:
+        if not isinstance(images, str | bytes):
+            return iter(images)  # also of a data set, which has no __iter__
+    except TypeError:
+        pass
+    raise QuietvitError(
+        f"images are a {type(images).__name__}; give a tensor (N, C, H, W), or an iterable of "
+        "batches, for example a DataLoader."
+    )
+
+
+def _stacked(items: Iterable[Any], size: int) -> Iterator[tuple[Tensor | dict[str, Tensor], Any]]:
+    """(inputs, labels) of whole batches: single images that follow each other become one."""
+    held: list[tuple[Tensor, Any]] = []
+
+    def collected() -> tuple[Tensor, Any]:
+        images, labels = zip(*held, strict=True)
+        held.clear()
+        known = None if any(label is None for label in labels) else list(labels)
+        return torch.stack(images), known
+
+    for item in items:
+        inputs, labels = _parted(item)
+        single = isinstance(inputs, Tensor) and inputs.ndim == 3
+        if held and not (single and inputs.shape == held[0][0].shape):  # type: ignore[union-attr]
+            yield collected()
+        if not single:
+            yield inputs, labels
+            continue
+        assert isinstance(inputs, Tensor)
+        held.append((inputs, labels))
+        if len(held) == size:
+            yield collected()
+    if held:
+        yield collected()
+
+
+def _parted(item: Any) -> tuple[Tensor | dict[str, Tensor], Any]:
+    """Inputs and labels of one item; a list of images is stacked."""
+    if isinstance(item, Mapping):
+        return _tensors(item), next((item[key] for key in LABEL_KEYS if key in item), None)
+    if is_image_list(item):
+        shapes = [tuple(image.shape) for image in item]
+        if len(set(shapes)) > 1:
+            raise QuietvitError(
+                f"a batch is a list of images of shapes {shapes}; resize all to one shape, or "
+                "give them one by one."
+            )
+        return torch.stack(item), None
+    if isinstance(item, tuple | list) and item:
+        inputs, inner = _parted(item[0])
+        return inputs, item[1] if len(item) > 1 else inner
+    if not isinstance(item, Tensor):
+        raise QuietvitError(
+            f"an image is a {type(item).__name__}, not a tensor; apply the model's evaluation "
+            "transform first, which ends in a float tensor of shape (C, H, W)."
+        )
+    if item.ndim not in (3, 4):
+        raise QuietvitError(
+            f"images have shape {tuple(item.shape)}; give (N, C, H, W), or single images (C, H, W)."
+        )
+    return item, None
+
+
+def _tensors(item: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The batched tensors of a mapping; anything beside its images, such as names, is left out."""
+    inputs = {key: value for key, value in item.items() if key not in LABEL_KEYS}
+    found = {key: v for key, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
+    if not found or (len(found) < len(inputs) and not set(IMAGE_KEYS) & set(found)):
+        shown = {key: type(value).__name__ for key, value in inputs.items()}
+        raise QuietvitError(f"a batch holds {shown}; a mapping must hold batched tensors only.")
+    return found
+
+
+def _numbers(labels: Any, count: int) -> Tensor:
+    try:
+        numbers = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise QuietvitError(f"the labels are no numbers of classes ({error}).") from error
+    if numbers.shape != (count,):
+        raise QuietvitError(
+            f"{count} images have labels of shape {tuple(numbers.shape)}; give one for each."
+        )
+    return numbers
+
+
+def _check(batch: ImageBatch, seen: int) -> None:
+    """``seen``: how many images came before, so that a broken one is named by its number."""
+    alone = isinstance(batch.inputs, Tensor)
+    for x in [batch.inputs] if isinstance(batch.inputs, Tensor) else batch.inputs.values():
+        if alone and not x.is_floating_point():
+            raise QuietvitError(
+                f"images are {x.dtype}; give float tensors, scaled and normalized by the model's "
+                "own evaluation transform."
+            )
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            bad = ~x.isfinite().flatten(1).all(1)
+            raise QuietvitError(
+                f"image {seen + int(bad.int().argmax())} holds NaN or inf; check how it is read "
+                "and normalized, or leave it out."
+            )

@@ -1,0 +1,96 @@
+"""What a site is in a transformer, told by what feeds it and what it feeds.
+
+The roles are described at ``sites.Site``.
+"""
+
+from __future__ import annotations
+
+from quietvit.tracing.labels import Value
+from quietvit.tracing.raw import Record
+
+
+def _reaches_softmax(record: Record, by_key: dict[str, Record], depth: int = 4) -> bool:
+    """Whether scores lead to a softmax, perhaps through layers that mix heads."""
+    for key in record.feeds:
+        fed = by_key[key]
+        if fed.kind == "softmax":
+            return True
+        between = ("linear", "conv", "norm", "add", "activation")
+        if depth and fed.kind in between and _reaches_softmax(fed, by_key, depth - 1):
+            return True
+    return False
+
+
+def role_of(record: Record, by_key: dict[str, Record]) -> str:
+    """The role of a site; ``by_key`` holds every record of the trace."""
+    if record.kind in ("matmul", "einsum"):
+        probabilities = [value.probability is not None for value in record.inputs]
+        if not any(value.depends for value in record.inputs):
+            return "constant"
+        if any(probabilities):
+            return "attention_value"
+        flowing = all(value.depends or value.origin for value in record.inputs)
+        return "query_key" if flowing and _reaches_softmax(record, by_key) else "other"
+    if record.kind not in ("linear", "conv"):
+        return record.kind
+    if not record.inputs[0].depends:
+        return "constant"
+    if _is_head(record, by_key):
+        return "head"
+    return _input_role(record.inputs[0], by_key)
+
+
+def _is_head(record: Record, by_key: dict[str, Record]) -> bool:
+    """A weight whose output leaves the model, perhaps squashed, or summed with other such."""
+    pointwise = record.weight_shape is not None and all(n == 1 for n in record.weight_shape[2:])
+    if not pointwise or not record.inputs[0].origin:
+        return False
+    for key in record.feeds:
+        fed = by_key[key]
+        if fed.feeds or fed.kind not in ("add", "activation", "softmax"):
+            return False
+        if not all(value.origin for value in fed.inputs):
+            return False
+        others = [by_key[k] for value in fed.inputs for k in value.origin]
+        if any(other.kind != "linear" or other.feeds != {key} for other in others):
+            return False
+    return True
+
+
+def _input_role(value: Value, by_key: dict[str, Record]) -> str:
+    """What kind of activation this is, told by the sites it comes from."""
+    if not value.depends:
+        return "constant"
+    if not value.origin:
+        return "patch_embed"
+    origins = [by_key[key] for key in value.origin]
+    kinds = {origin.kind for origin in origins}
+    activations = {origin.function for origin in origins if origin.kind == "activation"}
+    if activations:
+        return "post_gelu" if activations == {"gelu"} else "post_activation"
+    if value.probability is not None:
+        return "post_softmax"
+    if "matmul" in kinds and any(
+        v.probability for origin in origins if origin.kind == "matmul" for v in origin.inputs
+    ):
+        return "attention_output"
+    return (
+        {"norm": "post_norm", "add": "residual"}.get(next(iter(kinds)), "other")
+        if (len(kinds) == 1)
+        else "other"
+    )
+
+
+def operand_roles(
+    record: Record, roles: dict[str, str], by_key: dict[str, Record]
+) -> tuple[str, ...]:
+    """The role of each activation that enters a site; ``roles`` are those of all sites."""
+    role = roles[record.key]
+    if role == "query_key":
+        return ("query", "key")
+    if role == "attention_value":
+        first = record.inputs[0].probability is not None
+        return ("post_softmax", "value") if first else ("value", "post_softmax")
+    if role in ("patch_embed", "head"):
+        return (role,)
+    return tuple(_input_role(value, by_key) for value in record.inputs)

@@ -1,0 +1,137 @@
+"""The public records of a trace: sites, their operands, and how channels flow between sites.
+
+How they are found is decided in ``record`` and ``trace``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quietvit.errors import QuietvitError, nearest
+from quietvit.tracing.ops import MATMUL_KINDS
+from quietvit.tracing.places import Place
+from quietvit.tracing.weights import WeightView
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One activation that enters a site: role, shape at batch 1, and the sites it comes from."""
+
+    role: str
+    shape: tuple[int, ...]
+    fed_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operation of a forward pass.
+
+    ``kind``: linear, conv, matmul, einsum, softmax, norm, activation, add, or opaque (a product
+    inside a function that cannot be taken apart). ``role``: what the site is in the transformer:
+    patch_embed, post_norm, post_gelu, post_activation, attention_output, residual, head, constant
+    (does not depend on the input) or other for weights; query_key, attention_value or other for
+    products of activations. ``macs`` counts multiply-accumulates at batch 1, 0 where the example
+    gives the product no rows. ``place`` is where the call is found again in every pass.
+    ``has_scale``: a BatchNorm with stored statistics, which multiplies each channel by a factor of
+    its own.
+    """
+
+    name: str
+    kind: str
+    role: str
+    module: str
+    function: str
+    place: Place
+    operands: tuple[Operand, ...]
+    output_shape: tuple[int, ...]
+    macs: int
+    weight: WeightView | None = None
+    weight_shape: tuple[int, ...] | None = None
+    feeds: tuple[str, ...] = ()
+    has_scale: bool = False
+
+
+@dataclass(frozen=True)
+class Link:
+    """Output channels of ``source`` that arrive at the input columns of ``consumer``.
+
+    ``channels[j]`` is the channel that column j carries, -1 for none; ``heads[j]`` its attention
+    head, -1 where no attention lies between. ``through`` names what stands between. ``partial``:
+    some positions carry no channel, as padding or a class token joined on the way. ``scales``: the
+    BatchNorms and depthwise convolutions between, in order.
+    """
+
+    source: str
+    consumer: str
+    channels: tuple[int, ...]
+    heads: tuple[int, ...]
+    through: tuple[str, ...]
+    partial: bool = False
+    scales: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Output channels of ``query`` and ``key`` that meet at ``site``: one (rows, rows) a head.
+
+    ``through`` names what stands between either of them and the scores.
+    """
+
+    site: str
+    query: str
+    key: str
+    heads: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    through: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All sites of one forward pass in order, and how channels flow between them.
+
+    ``counts``: how many calls each family makes in every pass. ``outputs``: the sites whose values
+    leave the model as they are, or as functions that are no sites made them.
+    """
+
+    model_name: str
+    sites: tuple[Site, ...]
+    links: tuple[Link, ...]
+    scores: tuple[Scores, ...]
+    counts: dict[str, int]
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def matmuls(self) -> tuple[Site, ...]:
+        """Every site that multiplies matrices, opaque ones included."""
+        return tuple(site for site in self.sites if site.kind in MATMUL_KINDS or site.macs > 0)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image, as torch's FlopCounterMode counts them (halved).
+
+        Products with a lone vector count nothing.
+        """
+        return sum(site.macs for site in self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        known = [site.name for site in self.sites]
+        raise QuietvitError(f"{self.model_name} has no site {name!r}{nearest(name, known)}.")
+
+    def __repr__(self) -> str:
+        sites, macs = len(self.sites), self.macs / 1e6
+        return f"Trace({self.model_name}, {sites} sites, {macs:.2f} MMACs an image)"
+
+    def __str__(self) -> str:
+        rows = [
+            (site.name, site.kind, site.role, "x".join(map(str, site.output_shape)), site.macs)
+            for site in self.sites
+        ]
+        width = max((len(row[0]) for row in rows), default=4)
+        lines = [f"{'site':<{width}}  {'kind':<10} {'role':<16} {'output':<16} {'MMACs':>9}"]
+        lines += [
+            f"{n:<{width}}  {k:<10} {r:<16} {s:<16} {m / 1e6:>9.2f}" for n, k, r, s, m in rows
+        ]
+        lines.append(f"{len(self.matmuls)} matrix products, {self.macs / 1e6:.1f} MMACs an image")
+        return "\n".join(lines)
