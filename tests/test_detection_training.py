@@ -146,3 +146,22 @@ def test_the_recipe_is_a_detectors():
     settings = Detection(found).own
     assert (settings.size, settings.channels) == ((256, 320), 128)
     assert torch.tensor(settings.size).remainder(32).eq(0).all()
+
+
+def test_commands_speak_ap_of_a_detector(trained, tmp_path, blood):
+    from typer.testing import CliRunner
+
+    from quietvit.cli import app
+
+    def run(*arguments):
+        return CliRunner().invoke(app, list(map(str, arguments)))
+
+    told = run("evaluate", trained.output, "--images", blood.split(",")[0], "--batch", 8)
+    assert told.exit_code == 0, told.output
+    assert "box AP" in told.output
+    assert "on 205 images" in told.output
+    saved = tmp_path / "mine.qvit"
+    told = run("quantize", trained.output, "--calibration", blood, "--count", 4, "-o", saved)
+    assert told.exit_code == 0, told.output
+    told = run("evaluate", saved, "--model", trained.output, "--images", "imagefolder:x")
+    assert "no data set with boxes is named" in str(told.exception)

@@ -64,9 +64,9 @@ def checked_boxes(
     """
     found = np.asarray(boxes, np.float64).reshape(-1, 4)
     bounds = np.array([*size, *size], np.float64)
-    finite = np.isfinite(found).all(axis=1)
+    finite = np.asarray(np.isfinite(found).all(axis=1))
     clipped = np.clip(np.where(finite[:, None], found, 0.0), 0.0, bounds).astype(np.float32)
-    sound = finite & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+    sound = finite & np.asarray((clipped[:, 2:] > clipped[:, :2]).all(axis=1))
     outside = np.abs(found - clipped).max(1, initial=0.0) > _ROOM
     for index, name in enumerate(names):
         shown = ", ".join(f"{value:g}" for value in found[index])

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from quietvit.data.section import Section
 from quietvit.detection.dataset import Target
 from quietvit.errors import QuietvitError
+from quietvit.section import Section
 
 Sample = tuple[Tensor, Target]
 Factor = Annotated[float, Field(gt=0, le=4)]

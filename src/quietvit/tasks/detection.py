@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from quietvit.classes import KEY
 from quietvit.data import create_model, data_config, load_weights
-from quietvit.data.section import Section
 from quietvit.data.transforms import Augmentation
 from quietvit.detection.average_precision import Judged, box_ap, predict_all
 from quietvit.detection.checks import MAX_BAD_BOXES
@@ -29,6 +28,7 @@ from quietvit.detection.loading import (
 )
 from quietvit.detection.sources import load_detection_dataset
 from quietvit.errors import QuietvitError
+from quietvit.section import Section
 from quietvit.tasks.task import Batch, Metric, Task
 
 

@@ -82,8 +82,8 @@ class OptimizerConfig(Section):
     ``lr_batch`` is the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
     are meant for. At another batch all three are multiplied by the ratio (linear scaling, Goyal et
     al. 2017, arXiv 1706.02677). None does not scale them. ``layer_decay``: the learning rate of
-    each block is this factor of the next block's (timm). ``lr_scale`` maps wildcards of parameter names to
-    factors of their learning rates; the first wildcard that matches counts.
+    each block is this factor of the next block's (timm). ``lr_scale`` maps wildcards of parameter
+    names to factors of their learning rates. The first wildcard that matches counts.
     """
 
     lr: float = Field(default=1e-3, gt=0)
