@@ -67,6 +67,14 @@ def test_predictors_keep_their_bits_by_name(model, images):
     assert {b for name, b in bits.items() if name not in kept and "patch_embed" not in name} == {4}
 
 
+def test_a_saved_detector_is_read_back_though_other_boxes_are_traced(model, images, tmp_path):
+    own = quietvit.quantize(model, METHODS[0], images, progress=False)
+    again = quietvit.load(own.save(tmp_path / "mine.qvit"), model=model)
+    with torch.no_grad():
+        expected, found = own([images[0]]), again([images[0]])
+    assert torch.equal(expected[0]["boxes"], found[0]["boxes"])
+
+
 def test_noise_is_not_told_where_other_boxes_are_proposed(model, images):
     own = quietvit.quantize(model, quietvit.RTN(weight_bits=2, activation_bits=2), images)
     found = sqnr(model, own, images)
