@@ -91,7 +91,7 @@ def test_a_wrong_task_or_setting_is_refused_with_its_key(tmp_path, own, told):
 
 
 def test_a_name_is_given_once(focal):
-    assert task_names() == ("classification", "focal")
+    assert task_names() == ("classification", "detection", "focal")
     assert register_task(focal) is focal
     with pytest.raises(QuietvitError, match="registered already"):
         register_task(type("Other", (Focal,), {}))

@@ -94,6 +94,19 @@ def test_a_layer_decay_of_one_is_none(model):
     assert all("lr_scale" not in group for group in grouped(built).values())
 
 
+def test_rates_are_scaled_by_the_first_wildcard_that_matches():
+    built = vit()
+    found = grouped(built, lr_scale={"blocks.0.*": 0.5, "blocks.*": 0.2}, layer_decay=0.5)
+    plain = grouped(built, layer_decay=0.5)
+    for name, group in found.items():
+        factor = 0.5 if ".0." in name else 0.2
+        factor = factor if name.startswith("blocks.") else 1.0
+        assert group["lr_scale"] == pytest.approx(factor * plain[name]["lr_scale"])
+        assert group["weight_decay"] == plain[name]["weight_decay"]
+    with pytest.raises(QuietvitError, match=r"lr_scale: 'block\.\*' matches no parameter"):
+        grouped(built, lr_scale={"block.*": 0.5})
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_layer_decay_changes_no_weight_decay(model):
     built = MODELS[model]()

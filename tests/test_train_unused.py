@@ -28,7 +28,7 @@ def logits(output):
 
 
 def frozen_in(model):
-    return freeze_unused(model, (EXAMPLE, TWO), logits)
+    return freeze_unused(model, (EXAMPLE, TWO), lambda forward, batch: logits(forward(batch)))
 
 
 class Odd(nn.Module):

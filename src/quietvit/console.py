@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from quietvit.errors import QuietvitError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from quietvit.data import ImageDataset
+    from quietvit.detection import DetectionDataset
 
 
 Recipe = Annotated[
@@ -186,22 +187,46 @@ def example_of(model: nn.Module) -> Tensor:
     return torch.randn(1, *data_config(model)["input_size"])
 
 
-def open_data(text: str, split: Literal["train", "test"], *, labels: bool = True) -> ImageDataset:
+def open_data(text: str, split: Literal["train", "test"], *, labels: bool = True) -> Any:
     """Open the data at a plain path: ``split`` if it has splits, else all of it.
 
-    ``labels``: as for ``load_dataset``.
+    ``labels``: as for ``load_dataset``. Without them, images with boxes will do as well.
     """
     from quietvit.data import load_dataset
     from quietvit.data.sources import has_splits, spec_of
+    from quietvit.detection import is_detection_spec
 
+    if is_detection_spec(text):
+        if labels:
+            raise QuietvitError(
+                f"{text} holds images with boxes, and a classifier needs one class for each image; "
+                "give images with classes, or a detector."
+            )
+        return open_boxes(text, split)
     spec = spec_of(text)
     return load_dataset(spec, split if has_splits(spec) else None, labels=labels)
 
 
-def draw_images(model: nn.Module, dataset: ImageDataset, count: int, seed: int) -> Tensor:
-    """Draw ``count`` images without replacement, transformed for the model."""
-    from quietvit.data import calibration_images, evaluation_transform
+def open_boxes(
+    text: str, split: Literal["train", "test"], class_names: Sequence[str] | None = None
+) -> DetectionDataset:
+    """Open images with boxes: ``split`` if there are splits. Their classes are found by name."""
+    from quietvit.detection import load_detection_dataset
+    from quietvit.detection.sources import has_splits
 
+    return load_detection_dataset(
+        text, split if has_splits(text) else None, class_names=class_names
+    )
+
+
+def draw_images(model: nn.Module, dataset: Any, count: int, seed: int) -> Tensor:
+    """Draw ``count`` images without replacement, as the model takes them."""
+    from quietvit.data import calibration_images, evaluation_transform
+    from quietvit.detection import detection_calibration, is_detector
+
+    if is_detector(model):
+        canvas: Any = model.transform
+        return detection_calibration(dataset, count, canvas.fit, seed)
     return calibration_images(dataset, count, evaluation_transform(model), seed)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quietvit.classes import names_of
 from quietvit.console import (
     Bits,
     Calibration,
@@ -30,6 +31,7 @@ from quietvit.console import (
     draw_images,
     epilog,
     moved_to,
+    open_boxes,
     open_data,
 )
 from quietvit.errors import QuietvitError
@@ -38,7 +40,6 @@ from quietvit.width import show
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from quietvit.data import ImageDataset
     from quietvit.quantization import Method
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -75,6 +76,7 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace it.")] = False,
 ) -> None:
     """Quantize a model by a method, with a few calibration images."""
+    from quietvit.detection import is_detection_spec
     from quietvit.quantization import quantize as run
     from quietvit.quantization.settings import parse_method
     from quietvit.quantization.storage import FORMAT
@@ -82,7 +84,7 @@ def quantize(
     chosen = parse_method(method, bits, options or (), keep or ())
     FORMAT.refuse(output, force)
     if images is not None:
-        open_data(images, "test")
+        open_data(images, "test", labels=not is_detection_spec(images))
     built = build_model(model, weights, classes, size)
     dataset = open_data(calibration, "train", labels=False)
     drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
@@ -124,7 +126,8 @@ def evaluate(
 ) -> None:
     """Measure top-1 of a float model, a quantized one, or an exported file in its runtime.
 
-    An exported file is given images by its own preprocessing.
+    A detector is measured by COCO's box AP, on coco:FILE.json or voc:FOLDER. An exported file is
+    given images by its own preprocessing.
     """
     kind = _kind_of(Path(model))
     if kind != "model" and (weights, classes, size) != (None, None, None):
@@ -152,7 +155,7 @@ def evaluate(
     _evaluate(built, built, images, batch, device)
 
 
-def _count_of(method: Method, dataset: ImageDataset, count: int | None) -> int:
+def _count_of(method: Method, dataset: Any, count: int | None) -> int:
     """As many images as asked for; else as the method takes, or all where there are fewer."""
     if count is None and len(dataset) < method.images:
         typer.echo(
@@ -192,8 +195,23 @@ def _evaluate(
     model: nn.Module, configured: nn.Module, images: str, batch: int, device: str
 ) -> None:
     from quietvit.data import evaluation_transform
+    from quietvit.detection import is_detector
 
+    if is_detector(configured):
+        _measure_boxes(moved_to(model, device), names_of(configured), images, batch, device)
+        return
     _measure(moved_to(model, device), evaluation_transform(configured), images, batch, device)
+
+
+def _measure_boxes(
+    model: nn.Module, names: Sequence[str] | None, images: str, batch: int, device: str
+) -> None:
+    from quietvit.detection import detection_loader, evaluate_detector
+
+    dataset = open_boxes(images, "test", names)
+    loader = detection_loader(dataset, batch)
+    found = evaluate_detector(model, loader, device, progress=sys.stderr.isatty())
+    typer.echo(f"box {found} on {len(dataset)} images of {dataset.name}")
 
 
 def _measure(

@@ -78,7 +78,7 @@ def count_right(
     """
     correct = total = 0
     numbers: Tensor | None = None
-    with evaluating(model), worker_errors(), _bar(loader, progress) as batches:
+    with evaluating(model), worker_errors(), progress_bar(loader, progress) as batches:
         for images, labels in batches:
             logits = logits_of(model(images.to(device)))
             if int(labels.min()) < 0:
@@ -158,7 +158,8 @@ def worker_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _bar(loader: Iterable[Any], progress: bool) -> Iterator[Iterable[Any]]:
+def progress_bar(loader: Iterable[Any], progress: bool) -> Iterator[Iterable[Any]]:
+    """Give the batches, with a bar on standard error where ``progress`` asks for it."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -38,6 +38,8 @@ def sqnr(
     Detectors that choose queries by score (D-FINE, RT-DETR, two-stage DETRs) may choose others, or
     another order, after the smallest change. Behind that choice a low value only says that queries
     changed places. Compare such outputs query by query, matched by box or score.
+    Where a detector proposes another number of boxes when it is quantized, the result is nan: the
+    rows of its box head are then of other boxes.
 
     Args:
         model: the float model.
@@ -88,6 +90,7 @@ class _Meter:
         self._activations = {site.name: len(site.operands) for site in trace.matmuls}
         self._signal = dict.fromkeys((s.name for s in trace.matmuls if s.kind != "opaque"), 0.0)
         self._noise = dict(self._signal)
+        self._varying: set[str] = set()  # sites with another number of rows: boxes of a detector
 
     def start(self) -> None:
         self._outputs.clear()
@@ -117,6 +120,9 @@ class _Meter:
             kept = self._operands.pop(site.name)
             operands = (*kept, *operands[len(kept) :])
         output = run(*operands)
+        if output.shape[1:] == wanted.shape[1:] and len(output) != len(wanted):
+            self._varying.add(site.name)
+            return output
         if output.shape != wanted.shape:
             raise QuietvitError(
                 f"{site.name} gives shape {tuple(output.shape)} in the quantized model and "
@@ -133,7 +139,10 @@ class _Meter:
         return output
 
     def decibels(self) -> dict[str, float]:
-        return {name: _decibels(self._signal[name], self._noise[name]) for name in self._signal}
+        return {
+            name: math.nan if name in self._varying else _decibels(signal, self._noise[name])
+            for name, signal in self._signal.items()
+        }
 
 
 def _watching(

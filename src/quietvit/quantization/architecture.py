@@ -14,14 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.tracing import Trace
+from quietvit.tracing import Site, Trace
 
 _IDLE = ("Dropout", "DropPath", "Identity")
 
 
 def signature(trace: Trace) -> list[list[Any]]:
     """Name, kind and multiply-accumulates of every matrix product."""
-    return [[site.name, site.kind, site.macs] for site in trace.matmuls]
+    return [[site.name, site.kind, _fixed_macs(site)] for site in trace.matmuls]
+
+
+def _fixed_macs(site: Site) -> int:
+    """Multiply-accumulates that do not depend on the image.
+
+    The rows of a matrix are images, or boxes that a detector proposes in one. Their number is no
+    part of the architecture, so one row counts.
+    """
+    shape = site.operands[0].shape if site.kind == "linear" and site.operands else ()
+    return site.macs if len(shape) != 2 else shape[-1] * site.output_shape[-1]
 
 
 def _modules(model: nn.Module) -> list[tuple[str, str, str]]:

@@ -4,12 +4,14 @@ The loop, checkpoints and result files are in ``quietvit.train`` and know no tas
 """
 
 from quietvit.tasks.classification import Classification
+from quietvit.tasks.detection import Detection
 from quietvit.tasks.registry import register_task, task_named, task_names
 from quietvit.tasks.task import Batch, Metric, Task
 
 __all__ = [
     "Batch",
     "Classification",
+    "Detection",
     "Metric",
     "Task",
     "register_task",

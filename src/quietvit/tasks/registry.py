@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.tasks.classification import Classification
+from quietvit.tasks.detection import Detection
 from quietvit.tasks.task import Task
 
-_TASKS: dict[str, type[Task]] = {Classification.name: Classification}
+_TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Detection)}
 
 
 def register_task(task: type[Task]) -> type[Task]:

@@ -145,9 +145,16 @@ class Task(ABC):
         The model is traced with its inputs, and a dry run is measured on it.
         """
 
+    def call(self, forward: Callable[..., Any], batch: Batch) -> Any:
+        """Call the model on a batch, as ``loss`` does: ``forward(inputs)``.
+
+        A model that computes its losses itself takes the targets too.
+        """
+        return forward(batch[0])
+
     @abstractmethod
     def tensors(self, output: Any) -> tuple[Tensor, ...]:
-        """Return the tensors of what the model returns, that the loss can reach."""
+        """Return the tensors of what ``call`` returns, that the loss can reach."""
 
     @property
     def built(self) -> str:

@@ -82,7 +82,8 @@ class OptimizerConfig(Section):
     ``lr_batch`` is the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
     are meant for. At another batch all three are multiplied by the ratio (linear scaling, Goyal et
     al. 2017, arXiv 1706.02677). None does not scale them. ``layer_decay``: the learning rate of
-    each block is this factor of the next block's (timm).
+    each block is this factor of the next block's (timm). ``lr_scale`` maps wildcards of parameter
+    names to factors of their learning rates. The first wildcard that matches counts.
     """
 
     lr: float = Field(default=1e-3, gt=0)
@@ -93,6 +94,7 @@ class OptimizerConfig(Section):
     decay_norms_and_biases: bool = False
     clip_grad: float | None = Field(default=None, gt=0)
     layer_decay: float | None = Field(default=None, gt=0, le=1)
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
 
 
 class ScheduleConfig(Section):

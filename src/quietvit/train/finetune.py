@@ -5,8 +5,8 @@ Nothing is trained here and no optimizer is built; ``setup`` does that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+import fnmatch
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,7 @@ def freeze(model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0) -> l
     parameters = dict(model.named_parameters())
     frozen: set[str] = set()
     for pattern in patterns:
-        matched = [name for name in parameters if fnmatchcase(name, pattern)]
+        matched = [name for name in parameters if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise QuietvitError(
                 f"model.freeze: {pattern!r} matches no parameter of {type(model).__name__}"
@@ -73,32 +73,61 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ``lr`` itself is not in the groups. Depths of a model with ``group_matcher`` are timm's, so that
     the scales are those of ``timm.optim.param_groups_layer_decay``; other models count their
     residual blocks: embeddings 0, blocks 1..n, what follows n + 1 (as BEiT's fine-tuning, arXiv
-    2106.08254, counts them).
+    2106.08254, counts them). Factors of ``config.lr_scale`` are multiplied to it.
+
+    Raises QuietvitError where a wildcard of ``config.lr_scale`` matches no parameter.
     """
+    groups = _groups_of_decay(model, config)
+    if config.layer_decay not in (None, 1):
+        depths = _timm_depths(model) if hasattr(model, "group_matcher") else block_depths(model)[0]
+        last = max(depths.values())
+        scales = {name: config.layer_decay ** (last - depth) for name, depth in depths.items()}
+        groups = _split(model, groups, scales)
+    return _split(model, groups, _factors(model, config.lr_scale)) if config.lr_scale else groups
+
+
+def _groups_of_decay(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
-    groups: list[dict[str, Any]]
     if config.decay_norms_and_biases:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [{"params": trainable, "weight_decay": config.weight_decay}]
-    else:
-        kept: Any = getattr(model, "no_weight_decay", set)()
-        groups = param_groups_weight_decay(
-            model, weight_decay=config.weight_decay, no_weight_decay_list=kept
-        )
-    if config.layer_decay is None or config.layer_decay == 1:
-        return groups
-    depths = _timm_depths(model) if hasattr(model, "group_matcher") else block_depths(model)[0]
-    depth_of = {id(p): depths[name] for name, p in model.named_parameters()}
-    last = max(depths.values())
+        return [{"params": trainable, "weight_decay": config.weight_decay}]
+    kept: Any = getattr(model, "no_weight_decay", set)()
+    groups: list[dict[str, Any]] = param_groups_weight_decay(
+        model, weight_decay=config.weight_decay, no_weight_decay_list=kept
+    )
+    return groups
+
+
+def _factors(model: nn.Module, lr_scale: Mapping[str, float]) -> dict[str, float]:
+    """The factor of each parameter's learning rate, 1 where no wildcard matches."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in lr_scale:
+        if not fnmatch.filter(names, pattern):
+            raise QuietvitError(
+                f"optimizer.lr_scale: {pattern!r} matches no parameter of {type(model).__name__}"
+                f"{nearest(pattern, _patterns(names))}."
+            )
+    return {
+        name: next((f for p, f in lr_scale.items() if fnmatch.fnmatchcase(name, p)), 1.0)
+        for name in names
+    }
+
+
+def _split(
+    model: nn.Module, groups: Sequence[dict[str, Any]], scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Split groups by the scale of each parameter's rate; it multiplies a scale that is there."""
+    scale_of = {id(p): scales[name] for name, p in model.named_parameters()}
     split: list[dict[str, Any]] = []
     for group in groups:
-        by_depth: dict[int, list[nn.Parameter]] = {}
+        by_scale: dict[float, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            by_depth.setdefault(depth_of[id(parameter)], []).append(parameter)
-        for depth, members in sorted(by_depth.items()):
-            scale = config.layer_decay ** (last - depth)
-            split.append({**group, "params": members, "lr_scale": scale})
+            by_scale.setdefault(scale_of[id(parameter)], []).append(parameter)
+        for scale, members in sorted(by_scale.items()):
+            split.append(
+                {**group, "params": members, "lr_scale": scale * group.get("lr_scale", 1.0)}
+            )
     return split
 
 

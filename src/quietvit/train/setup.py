@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from quietvit.data import data_config
 from quietvit.decay.config import RunFacts
 from quietvit.errors import QuietvitError
-from quietvit.tasks import Task, task_named
+from quietvit.tasks import Batch, Task, task_named
 from quietvit.tracing import evaluating
 from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
 from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
@@ -161,23 +161,22 @@ def assemble(
     freeze(plain, config.model.freeze, config.model.freeze_blocks)
     effective = effective_batch(config, accelerator.num_processes)
     rates = config.rates(effective)
-    one, two = (
-        send_to_device(task.stand_in(plain, count)[0], accelerator.device) for count in (1, 2)
-    )
-    _refuse_unfit(task, plain, one)
+    one, two = (send_to_device(task.stand_in(plain, count), accelerator.device) for count in (1, 2))
+    example = one[0]
+    _refuse_unfit(task, plain, example)
     _freeze_unused(task, plain, (one, two), accelerator)
     inner = _optimizer(config.optimizer, plain, rates.lr)
     regularizers = build_regularizers(
         config.decay,
         plain,
-        one,
+        example,
         RunFacts(
             lambda count: send_to_device(some_images(plain, count), accelerator.device),
             steps_per_epoch,
             steps_per_epoch * config.epochs,
         ),
     )
-    observers = Observers(Stopwatch(), Watch(plain, one))
+    observers = Observers(Stopwatch(), Watch(plain, example))
     if not resumed:  # for a run that diverges before its first checkpoint
         observers.watch.amplification(0)
     shard_by(accelerator, plain, observers.watch.blocks)
@@ -221,9 +220,9 @@ def _refuse_unfit(task: Task, model: nn.Module, inputs: Any) -> None:
 
 
 def _freeze_unused(
-    task: Task, model: nn.Module, batches: tuple[Any, Any], accelerator: Accelerator
+    task: Task, model: nn.Module, batches: tuple[Batch, Batch], accelerator: Accelerator
 ) -> None:
-    names = freeze_unused(model, batches, task.tensors)
+    names = freeze_unused(model, batches, lambda *given: task.tensors(task.call(*given)))
     if names and accelerator.is_main_process:
         logger.warning(
             "%d parameters take no part in the forward pass and are frozen: %s.",

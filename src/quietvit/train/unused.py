@@ -16,10 +16,10 @@ from torch.func import functional_call
 from quietvit.errors import QuietvitError
 from quietvit.train.order import generator_states, set_generator_states
 
+Outputs = Callable[[Callable[..., Any], Any], tuple[Tensor, ...]]
 
-def freeze_unused(
-    model: nn.Module, batches: Sequence[Any], tensors: Callable[[Any], tuple[Tensor, ...]]
-) -> list[str]:
+
+def freeze_unused(model: nn.Module, batches: Sequence[Any], outputs: Outputs) -> list[str]:
     """Freeze what would train without ever getting a gradient, and return those names.
 
     The mask token of a pre-trained transformers model is such a parameter. In one process it does
@@ -28,8 +28,9 @@ def freeze_unused(
 
     Args:
         model: weights, buffers, gradients and modes stay as they are, and so do all generators.
-        batches: what the model is called with: one image, and two images.
-        tensors: takes the tensors out of an output (``Task.tensors``).
+        batches: one of one image, and one of two images.
+        outputs: ``outputs(forward, batch)`` calls the model, and returns the tensors that the loss
+            is made of.
 
     Raises:
         QuietvitError: no parameter that trains takes part in the forward pass.
@@ -37,10 +38,10 @@ def freeze_unused(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     one, two = batches
     with _left_alone(model, next(model.parameters()).device):
-        used = _reached(model.eval(), one, trainable, tensors)
+        used = _reached(model.eval(), one, trainable, outputs)
         if len(used) < len(trainable):
             # Two images, because batch norms refuse a single value a channel.
-            used |= _reached(model.train(), two, trainable, tensors)
+            used |= _reached(model.train(), two, trainable, outputs)
     if not used:
         raise QuietvitError(
             f"none of the {len(trainable)} parameters of {type(model).__name__} that are to train "
@@ -55,19 +56,18 @@ def freeze_unused(
 
 @torch.enable_grad()
 def _reached(
-    model: nn.Module,
-    inputs: Any,
-    parameters: Mapping[str, Tensor],
-    tensors: Callable[[Any], tuple[Tensor, ...]],
+    model: nn.Module, batch: Any, parameters: Mapping[str, Tensor], outputs: Outputs
 ) -> set[str]:
     """Return the names that the gradient of the outputs reaches. Statistics move in copies."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    outputs = tensors(functional_call(model, buffers, (inputs,)))
-    total = torch.stack([output.sum() for output in outputs])
+    found = outputs(lambda *given: functional_call(model, buffers, given), batch)
+    total = torch.stack([output.sum() for output in found])
     if not total.requires_grad:
         return set()
-    found = torch.autograd.grad(total.sum(), list(parameters.values()), allow_unused=True)
-    return {name for name, reached in zip(parameters, found, strict=True) if reached is not None}
+    gradients = torch.autograd.grad(total.sum(), list(parameters.values()), allow_unused=True)
+    return {
+        name for name, reached in zip(parameters, gradients, strict=True) if reached is not None
+    }
 
 
 @contextmanager

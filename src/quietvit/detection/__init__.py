@@ -1,0 +1,52 @@
+"""Object detection: images with boxes, detectors on timm backbones, COCO's box AP.
+
+Training a detector is a task (``quietvit.tasks.detection``); quantizing it knows nothing of boxes.
+"""
+
+from quietvit.detection.average_precision import BoxAP, box_ap, evaluate_detector, predict_all
+from quietvit.detection.canvas import Canvas
+from quietvit.detection.coco import open_coco
+from quietvit.detection.dataset import DetectionDataset, Record, subset
+from quietvit.detection.detectors import (
+    DETECTORS,
+    faster_rcnn,
+    fcos,
+    is_detector,
+    predictors,
+    retinanet,
+)
+from quietvit.detection.loading import (
+    BoxAugmentation,
+    TrainingTransform,
+    collate,
+    detection_calibration,
+    detection_loader,
+)
+from quietvit.detection.sources import is_detection_spec, load_detection_dataset
+from quietvit.detection.voc import open_voc
+
+__all__ = [
+    "DETECTORS",
+    "BoxAP",
+    "BoxAugmentation",
+    "Canvas",
+    "DetectionDataset",
+    "Record",
+    "TrainingTransform",
+    "box_ap",
+    "collate",
+    "detection_calibration",
+    "detection_loader",
+    "evaluate_detector",
+    "faster_rcnn",
+    "fcos",
+    "is_detection_spec",
+    "is_detector",
+    "load_detection_dataset",
+    "open_coco",
+    "open_voc",
+    "predict_all",
+    "predictors",
+    "retinanet",
+    "subset",
+]

@@ -1,0 +1,69 @@
+"""The size a detector works at: images in any size are fitted to one canvas, boxes come back.
+
+It stands in the place of torchvision's transform, which gives each batch a size of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.transforms.v2 import functional as F
+
+
+class Canvas(GeneralizedRCNNTransform):
+    """Scale each image as large as fits the canvas, put it at the top left, pad with the mean.
+
+    So all batches have one shape, which position tables of vision transformers need, and traces and
+    exported files too. ViTDet (arXiv 2203.16527, appendix A.2) pads to a fixed square in the same
+    way. Scaling is bilinear and antialiased.
+
+    Args:
+        size: height and width.
+        mean: of each channel, of images in 0..1.
+        std: likewise.
+    """
+
+    def __init__(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__(min(size), max(size), list(mean), list(std))
+        self.size = (int(size[0]), int(size[1]))
+
+    def fit(self, image: Tensor) -> Tensor:
+        """Return an image (3, h, w) in 0..1 on the canvas: (3, H, W), padded with the mean."""
+        scaled = self._scaled(image)
+        mean = torch.as_tensor(self.image_mean, dtype=image.dtype, device=image.device)
+        whole = mean[:, None, None].repeat(1, *self.size)
+        whole[:, : scaled.shape[1], : scaled.shape[2]] = scaled
+        return whole
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Scale an image (3, h, w) and its boxes, if any."""
+        scaled = self._scaled(image)
+        if target is not None:
+            boxes = resize_boxes(target["boxes"], image.shape[-2:], scaled.shape[-2:])
+            target = {**target, "boxes": boxes}
+        return scaled, target
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """Return normalized images as one tensor (N, 3, H, W); 0 is the mean."""
+        batch = images[0].new_zeros(len(images), images[0].shape[0], *self.size)
+        for place, image in zip(batch, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return batch
+
+    def _scaled(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        factor = min(self.size[0] / height, self.size[1] / width)
+        size = [max(1, round(height * factor)), max(1, round(width * factor))]
+        if size == [height, width]:
+            return image
+        scaled: Any = F.resize(image, size, antialias=True)
+        return scaled
+
+    def __repr__(self) -> str:
+        return f"Canvas(size={self.size}, mean={self.image_mean}, std={self.image_std})"

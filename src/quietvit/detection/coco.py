@@ -1,0 +1,186 @@
+"""Annotations in COCO's JSON (``images``, ``annotations``, ``categories``), and its images.
+
+Boxes alone are read; keypoints, captions and masks are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quietvit.detection.checks import MAX_BAD_BOXES, Problems, checked_boxes
+from quietvit.detection.dataset import DetectionDataset, Record
+from quietvit.errors import QuietvitError, nearest
+
+_KEYS = ("images", "annotations", "categories")
+
+
+def open_coco(
+    annotations: str | Path,
+    images: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    max_bad_boxes: int = MAX_BAD_BOXES,
+) -> DetectionDataset:
+    """Open the images that a file of annotations lists, in the order of the file.
+
+    Args:
+        annotations: COCO's JSON: ``images`` with id, file_name, width and height, ``annotations``
+            with image_id, category_id, bbox (x, y, width, height in pixels of the stored image),
+            perhaps area and iscrowd, and ``categories`` with id and name.
+        images: the folder that the file names are relative to. None looks at the folder of
+            ``annotations``, and for ``images`` and a folder named as the annotations
+            (``train2017`` for ``instances_train2017.json``) in it and beside it.
+        class_names: number the classes as these; None takes the categories in order of id.
+        max_bad_boxes: see ``checks.Problems``.
+
+    Raises:
+        QuietvitError: the file is missing or is something else, no folder holds the images, more
+            wrong annotations than allowed (boxes without area or outside their image, unknown
+            categories or images, missing files).
+    """
+    path = Path(annotations).expanduser()
+    content = _read(path)
+    name = f"coco:{path}"
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    known = [str(category["name"]) for category in categories]
+    ids = [int(category["id"]) for category in categories]
+    names = tuple(known if class_names is None else class_names)
+    problems = Problems(name, max_bad_boxes)
+    number = {
+        id_: names.index(own) + 1 for id_, own in zip(ids, known, strict=True) if own in names
+    }
+    listed = content["images"]
+    folder = _folder(path, images, listed)
+    of_image = defaultdict(list)
+    own = {image["id"] for image in listed}
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in own:
+            problems.add(
+                f"annotation {annotation.get('id')} is of image {annotation['image_id']}, which is "
+                "not listed"
+            )
+        elif annotation["category_id"] not in number:
+            problems.add(_unknown_category(annotation, categories, names))
+        else:
+            of_image[annotation["image_id"]].append(annotation)
+    records = []
+    for image in listed:
+        place = folder / image["file_name"]
+        if not place.is_file():
+            problems.add(f"the image {place} (id {image['id']}) does not exist")
+            continue
+        records.append(_record(image, place, of_image[image["id"]], number, problems))
+    problems.tell()
+    id_of = {label: id_ for id_, label in number.items()}
+    free = max(ids, default=0)  # for classes that this file does not list
+    category_ids = [id_of.get(label, free + label) for label in range(1, len(names) + 1)]
+    return DetectionDataset(records, names, category_ids, name)
+
+
+def _record(
+    image: Mapping[str, Any],
+    place: Path,
+    annotations: Sequence[Mapping[str, Any]],
+    number: Mapping[int, int],
+    problems: Problems,
+) -> Record:
+    size = (int(image["width"]), int(image["height"]))
+    given = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
+    corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
+    told = [f"annotation {a.get('id')} of {place.name}" for a in annotations]
+    boxes, kept = checked_boxes(corners, size, told, problems)
+    area = [float(a.get("area", a["bbox"][2] * a["bbox"][3])) for a in annotations]
+    return Record(
+        path=str(place),
+        image_id=int(image["id"]),
+        size=size,
+        boxes=boxes[kept],
+        labels=np.array([number[a["category_id"]] for a in annotations], np.int64)[kept],
+        area=np.array(area, np.float32)[kept],
+        iscrowd=np.array([int(a.get("iscrowd", 0)) for a in annotations], np.int64)[kept],
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise QuietvitError(
+            f"the annotations {path} could not be read: {error.strerror or error}; check the path."
+        ) from error
+    except ValueError as error:
+        raise QuietvitError(
+            f"the annotations {path} are no JSON ({error}); give a file in COCO's format."
+        ) from error
+    if not isinstance(content, dict) or any(not isinstance(content.get(k), list) for k in _KEYS):
+        held = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise QuietvitError(
+            f"{path} is not in COCO's format: it needs lists under {', '.join(_KEYS)}, and holds "
+            f"{held}."
+        )
+    try:
+        _complete(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise QuietvitError(f"{path} is not in COCO's format: {error}.") from error
+    return content
+
+
+def _complete(content: Mapping[str, Any]) -> None:
+    """Raise KeyError or ValueError where an entry lacks what is needed."""
+    needed = {
+        "images": ("id", "file_name", "width", "height"),
+        "annotations": ("image_id", "category_id", "bbox"),
+        "categories": ("id", "name"),
+    }
+    for part, keys in needed.items():
+        for place, entry in enumerate(content[part]):
+            lacking = [key for key in keys if key not in entry]
+            if lacking:
+                raise ValueError(f"entry {place} of {part} has no {lacking[0]!r}")
+            if part == "annotations" and len(entry["bbox"]) != 4:
+                raise ValueError(f"entry {place} of annotations has a bbox of {entry['bbox']}")
+        ids = Counter(entry["id"] for entry in content[part] if part != "annotations")
+        twice = [id_ for id_, count in ids.items() if count > 1]
+        if twice:
+            raise ValueError(f"{part} has the id {twice[0]} more than once")
+
+
+def _unknown_category(
+    annotation: Mapping[str, Any], categories: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> str:
+    named = {category["id"]: str(category["name"]) for category in categories}
+    found = annotation["category_id"]
+    what = f"annotation {annotation.get('id')} of image {annotation['image_id']}"
+    if found not in named:
+        return f"{what} has the category {found}, which is not listed"
+    return (
+        f"{what} has the category {named[found]!r}, which the training images do not have"
+        f"{nearest(named[found], names)}"
+    )
+
+
+def _folder(path: Path, images: str | Path | None, listed: Sequence[Mapping[str, Any]]) -> Path:
+    if images is not None:
+        folder = Path(images).expanduser()
+        if not folder.is_dir():
+            raise QuietvitError(
+                f"the folder of images {folder} does not exist; check the path."
+            ) from FileNotFoundError(folder)
+        return folder
+    own = path.stem.removeprefix("instances_")
+    around = (path.parent, path.parent.parent)
+    tried = [path.parent, *(place / name for place in around for name in ("images", own))]
+    first = [str(image["file_name"]) for image in listed[:20]]
+    for folder in tried:
+        if any((folder / name).is_file() for name in first):
+            return folder
+    raise QuietvitError(
+        f"none of these folders holds the first images that {path} lists ({', '.join(first[:2])}): "
+        f"{', '.join(map(os.fspath, tried))}. Name the folder: 'coco:{path}@/folder/of/images'."
+    ) from FileNotFoundError(path.parent)

@@ -1,0 +1,191 @@
+"""Images with boxes behind one face: ``dataset[i] -> (PIL image, target)``.
+
+Where the boxes come from is decided in ``coco`` and ``voc``; what a wrong box is, in ``checks``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch.utils.data import Dataset
+from torchvision.tv_tensors import BoundingBoxes
+
+from quietvit.data.decoding import decode
+from quietvit.errors import QuietvitError
+
+Target = dict[str, Any]
+"""The objects of one image of H x W pixels:
+
+- ``boxes``: ``tv_tensors.BoundingBoxes`` (N, 4), float32, corners x1, y1, x2, y2 in pixels;
+- ``labels``: (N,), int64, 1 to the number of classes (0 is the background);
+- ``category_ids``: (N,), int64, the classes as the annotation file numbers them;
+- ``area``: (N,), float32, in pixels, as the file states it;
+- ``iscrowd``: (N,), int64, 1 for what evaluation ignores;
+- ``image_id``: an integer, ``size``: (H, W).
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image: its file, its id, its stored size (width, height), and its N boxes.
+
+    ``boxes`` (N, 4) holds corners in pixels of the stored image, float32.
+    """
+
+    path: str
+    image_id: int
+    size: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    area: np.ndarray
+    iscrowd: np.ndarray
+
+
+class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
+    """Images with boxes, decoded on access: ``dataset[i] -> (PIL image in RGB, Target)``.
+
+    The image is upright, as everywhere in this package. Annotation tools number the pixels of the
+    stored image and do not look at its EXIF orientation, so the boxes are turned with the image.
+    Where the stated width and height are those of the upright image, the boxes are of that one.
+
+    Args:
+        records: one for each image. An image without boxes is background.
+        class_names: of label 1, 2, ... in this order.
+        category_ids: numbers of these classes in the annotation file.
+        name: names the data set in error messages.
+
+    Raises:
+        QuietvitError: no images at all.
+    """
+
+    groups: np.ndarray | None = None
+    """All images can be reached alike (see ``quietvit.data.ImageDataset``)."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        class_names: Sequence[str],
+        category_ids: Sequence[int],
+        name: str,
+    ) -> None:
+        self.records = tuple(records)
+        self.class_names = tuple(class_names)
+        self.category_ids = tuple(category_ids)
+        self.name = name
+        if not self.records:
+            raise QuietvitError(f"{name} holds no images at all; check the path and its contents.")
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, without the background."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+        record = self.records[index]
+        try:
+            content = Path(record.path).read_bytes()
+        except OSError as error:
+            raise QuietvitError(
+                f"the image {record.path} could not be read: {error.strerror or error}. Restore "
+                f"the file, or remove its annotations from {self.name}."
+            ) from error
+        image = decode(content, lambda: record.path)
+        boxes = self._upright(record, content, image)
+        ids = np.asarray(self.category_ids, np.int64)[record.labels - 1]
+        return image, {
+            "boxes": BoundingBoxes(
+                torch.from_numpy(boxes), format="XYXY", canvas_size=(image.height, image.width)
+            ),
+            "labels": torch.from_numpy(record.labels),
+            "category_ids": torch.from_numpy(ids),
+            "area": torch.from_numpy(record.area),
+            "iscrowd": torch.from_numpy(record.iscrowd),
+            "image_id": record.image_id,
+            "size": (image.height, image.width),
+        }
+
+    def where(self, index: int) -> str:
+        """Return the file of image ``index``."""
+        return self.records[index].path
+
+    def checksum(self) -> str:
+        """Return a checksum of all boxes, labels and file names (folders aside)."""
+        found = hashlib.sha256()
+        for record in self.records:
+            found.update(f"{Path(record.path).name} {record.image_id}\n".encode())
+            for values in (record.boxes, record.labels, record.iscrowd):
+                found.update(np.ascontiguousarray(values).tobytes())
+        return found.hexdigest()
+
+    def chosen(self, indices: Sequence[int]) -> DetectionDataset:
+        """Return these images in this order."""
+        records = [self.records[index] for index in indices]
+        return DetectionDataset(records, self.class_names, self.category_ids, self.name)
+
+    def _upright(self, record: Record, content: bytes, image: Image.Image) -> np.ndarray:
+        """The boxes of a record in pixels of the upright image."""
+        turn = _orientation(content)
+        stored = image.size if turn < 5 else image.size[::-1]
+        if record.size == image.size != stored:
+            return record.boxes
+        if record.size != stored:
+            raise QuietvitError(
+                f"{record.path} has {stored[0]} x {stored[1]} pixels, but its annotations in "
+                f"{self.name} are of an image of {record.size[0]} x {record.size[1]}. Give the "
+                "folder of images that belongs to the annotations."
+            )
+        return turned(record.boxes, turn, stored)
+
+
+def subset(dataset: DetectionDataset, count: int | None, seed: int = 0) -> DetectionDataset:
+    """Return ``count`` images drawn without replacement (all for None), the same for every call.
+
+    Raises:
+        QuietvitError: ``count`` is below 1 or more than there are.
+    """
+    if count is None:
+        return dataset
+    if not 1 <= count <= len(dataset):
+        raise QuietvitError(
+            f"{count} images of {dataset.name} were asked for, which holds {len(dataset)}; ask "
+            f"for 1 to {len(dataset)}."
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return dataset.chosen(np.sort(order[:count]).tolist())
+
+
+def turned(boxes: np.ndarray, orientation: int, size: tuple[int, int]) -> np.ndarray:
+    """Return boxes (N, 4) of a stored image of ``size`` (width, height) in the upright image.
+
+    ``orientation`` is EXIF's, 1 to 8: 2 to 4 are flips, 5 to 8 exchange x and y as well.
+    """
+    width, height = size
+    x1, y1, x2, y2 = boxes.T
+    if orientation in (2, 3, 7, 8):  # what is left comes right, or, where x and y change, below
+        x1, x2 = width - x2, width - x1
+    if orientation in (3, 4, 6, 7):
+        y1, y2 = height - y2, height - y1
+    corners = (y1, x1, y2, x2) if orientation >= 5 else (x1, y1, x2, y2)
+    return np.stack(corners, axis=1).astype(np.float32)
+
+
+def _orientation(content: bytes) -> int:
+    """The EXIF orientation that ``decode`` applied."""
+    import io
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged EXIF block is passed over by the decoder, too
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1

@@ -1,0 +1,237 @@
+"""torchvision's detectors on timm backbones: Faster R-CNN, RetinaNet, FCOS.
+
+The feature pyramid below them is built in ``pyramid``, the images are fitted in ``canvas``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+from torch import nn
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+from quietvit.classes import name_classes
+from quietvit.data.transforms import data_config
+from quietvit.detection.canvas import Canvas
+from quietvit.detection.pyramid import Pyramid, pyramid
+from quietvit.errors import QuietvitError, nearest
+
+_RATIOS = (0.5, 1.0, 2.0)
+_OURS = ("backbone", "num_classes", "kwargs", "min_size", "max_size", "image_mean", "image_std")
+"""Arguments of torchvision's detectors that are decided here."""
+
+_ANCHOR = 8
+"""Side of an anchor in strides of its map: 32 pixels at stride 4 (arXiv 1612.03144)."""
+
+
+def faster_rcnn(
+    backbone: nn.Module,
+    num_classes: int,
+    *,
+    size: tuple[int, int] | None = None,
+    channels: int = 256,
+    scales: Sequence[float] | None = None,
+    box_channels: int = 1024,
+    class_names: Sequence[str] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a Faster R-CNN (arXiv 1506.01497) on a timm backbone, with a feature pyramid.
+
+    It is torchvision's ``FasterRCNN`` in all but the image size: every image is fitted to one
+    canvas (``quietvit.detection.canvas.Canvas``).
+
+    In eval mode it takes a list of images, each (3, h, w) with values in 0..1 and of any size, or
+    one tensor (N, 3, h, w); normalization is inside. It returns for each image a dict: ``boxes``
+    (K, 4), corners x1, y1, x2, y2 in pixels of the image given; ``labels`` (K,), 1 to
+    ``num_classes``; ``scores`` (K,) in 0..1, falling. In training mode it takes ``(images,
+    targets)``, where each target is a dict with ``boxes`` (N, 4) and ``labels`` (N,), N from 0 on,
+    and returns a dict of losses.
+
+    Args:
+        backbone: a timm model, such as ``quietvit.data.create_model(name, 0, weights,
+            img_size=size)``. Its classifier is taken off; see ``quietvit.detection.pyramid``.
+        num_classes: without the background.
+        size: height and width of the canvas, multiples of the largest stride. None takes the size
+            that the backbone was built for.
+        channels: of the pyramid's maps (256 in arXiv 1612.03144 and 2203.16527).
+        scales: see ``quietvit.detection.pyramid``.
+        box_channels: of the box head's two hidden layers.
+        class_names: of label 1, 2, ...
+        options: go to ``torchvision.models.detection.FasterRCNN``, such as
+            ``rpn_post_nms_top_n_test``, ``box_score_thresh`` or ``box_detections_per_img``.
+
+    Raises:
+        QuietvitError: a backbone without feature maps, a size that does not fit the strides,
+            options that torchvision refuses.
+    """
+    body, canvas, names = _parts(backbone, size, channels, scales)
+    pool = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
+    _fix_scales(pool, body.strides)
+    given = {
+        "rpn_anchor_generator": _anchors(body),
+        "box_roi_pool": pool,
+        "box_head": TwoMLPHead(channels * 7 * 7, box_channels),
+        "box_predictor": FastRCNNPredictor(box_channels, num_classes + 1),
+        **options,
+    }
+    return _finished(_built(FasterRCNN, body, None, given), canvas, num_classes, class_names)
+
+
+def retinanet(
+    backbone: nn.Module,
+    num_classes: int,
+    *,
+    size: tuple[int, int] | None = None,
+    channels: int = 256,
+    scales: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a RetinaNet (arXiv 1708.02002) on a timm backbone; all else is as ``faster_rcnn``."""
+    body, canvas, _ = _parts(backbone, size, channels, scales)
+    given = {"anchor_generator": _anchors(body, octave=True), **options}
+    built = _built(RetinaNet, body, num_classes + 1, given)
+    return _finished(built, canvas, num_classes, class_names)
+
+
+def fcos(
+    backbone: nn.Module,
+    num_classes: int,
+    *,
+    size: tuple[int, int] | None = None,
+    channels: int = 256,
+    scales: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build an FCOS (arXiv 1904.01355) on a timm backbone; all else is as ``faster_rcnn``."""
+    body, canvas, _ = _parts(backbone, size, channels, scales)
+    sizes = tuple((stride,) for stride in _all_strides(body))
+    given = {"anchor_generator": AnchorGenerator(sizes, ((1.0,),) * len(sizes)), **options}
+    return _finished(_built(FCOS, body, num_classes + 1, given), canvas, num_classes, class_names)
+
+
+DETECTORS: Mapping[str, Callable[..., nn.Module]] = {
+    "faster_rcnn": faster_rcnn,
+    "retinanet": retinanet,
+    "fcos": fcos,
+}
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether ``model`` was built here, so that it takes images of any size in 0..1."""
+    return isinstance(getattr(model, "transform", None), Canvas)
+
+
+def predictors(model: nn.Module) -> tuple[str, ...]:
+    """Return patterns of the sites that tell classes, objectness and boxes: a detector's last ones.
+
+    Quantizers keep the last layer of a classifier at 8 bits by the role ``head``. In a detector the
+    outputs of these layers pass on (proposals, decoding of boxes), so that the trace does not see
+    that they are last. Keep them by ``overrides={site: 8 for site in predictors(model)}``.
+    """
+    known = ("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score")
+    names = [name for name, module in model.named_modules() if name.rpartition(".")[2] in known]
+    return tuple(f"{name}*" for name in names)
+
+
+def _parts(
+    backbone: nn.Module,
+    size: tuple[int, int] | None,
+    channels: int,
+    scales: Sequence[float] | None,
+) -> tuple[Pyramid, Canvas, list[str]]:
+    config = data_config(backbone)
+    body = pyramid(backbone, channels, scales)
+    height, width = config["input_size"][1:] if size is None else size
+    step = math.lcm(*body.strides)
+    if height % step or width % step:
+        near = [max(step, round(side / step) * step) for side in (height, width)]
+        raise QuietvitError(
+            f"images of {height} x {width} pixels do not divide into the strides "
+            f"{', '.join(map(str, body.strides))} of the feature pyramid; give multiples of "
+            f"{step}, such as {near[0]} x {near[1]}."
+        )
+    canvas = Canvas((height, width), config["mean"], config["std"])
+    return body, canvas, [str(index) for index in range(len(body.strides))]
+
+
+def _built(kind: Any, body: Pyramid, classes: int | None, options: Mapping[str, Any]) -> nn.Module:
+    known = [name for name in signature(kind).parameters if name not in _OURS]
+    for name in options:
+        if name not in known:  # torchvision passes over what it does not know
+            raise QuietvitError(
+                f"{kind.__name__} of torchvision has no option {name!r}{nearest(name, known)}; it "
+                f"has {', '.join(known)}."
+            )
+    try:
+        model: nn.Module = kind(body, num_classes=classes, **options)
+    except (TypeError, ValueError) as error:
+        raise QuietvitError(
+            f"torchvision could not build a {kind.__name__}: {error}; change or leave out that "
+            "option."
+        ) from error
+    return model
+
+
+def _finished(
+    model: Any, canvas: Canvas, num_classes: int, class_names: Sequence[str] | None
+) -> nn.Module:
+    model.transform = canvas
+    model.num_classes = num_classes
+    # What the model takes: images in 0..1. It normalizes by the backbone's mean and std itself.
+    model.pretrained_cfg = {
+        "input_size": (3, *canvas.size),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "border",
+    }
+    kept: Any = getattr(model.backbone.body, "no_weight_decay", set)
+    model.no_weight_decay = _Names(f"backbone.body.{name}" for name in kept())
+    name_classes(model, class_names)
+    built: nn.Module = model
+    return built
+
+
+class _Names(frozenset[str]):
+    """Names of parameters that a call returns, as timm's ``no_weight_decay()`` does."""
+
+    def __call__(self) -> set[str]:
+        return set(self)
+
+
+def _all_strides(body: Pyramid) -> tuple[int, ...]:
+    return (*body.strides, 2 * body.strides[-1])
+
+
+def _anchors(body: Pyramid, octave: bool = False) -> AnchorGenerator:
+    """Anchors of three shapes for each map; with ``octave`` of three sizes too (RetinaNet)."""
+    parts = [2 ** (step / 3) for step in range(3)] if octave else [1.0]
+    side = _ANCHOR // 2 if octave else _ANCHOR
+    sizes = tuple(tuple(int(side * stride * p) for p in parts) for stride in _all_strides(body))
+    return AnchorGenerator(sizes, (_RATIOS,) * len(sizes))
+
+
+def _fix_scales(pool: MultiScaleRoIAlign, strides: Sequence[int]) -> None:
+    """Tell the pooling its strides.
+
+    torchvision guesses them from the first batch, as powers of two of the images before padding.
+    That is wrong for patches of 14 pixels, and for images that fill little of the canvas.
+    """
+    pool.scales = [1 / stride for stride in strides]
+    first = int(math.log2(strides[0]))
+    pool.map_levels = initLevelMapper(
+        first,
+        first + len(strides) - 1,
+        canonical_scale=pool.canonical_scale,
+        canonical_level=pool.canonical_level,
+    )

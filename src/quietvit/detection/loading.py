@@ -1,0 +1,162 @@
+"""From images with boxes to batches: random changes for training, loaders, calibration images.
+
+Images keep their size here; a detector fits them to its own canvas (``canvas``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from quietvit.detection.dataset import Target
+from quietvit.errors import QuietvitError
+from quietvit.section import Section
+
+Sample = tuple[Tensor, Target]
+Factor = Annotated[float, Field(gt=0, le=4)]
+
+
+class BoxAugmentation(Section):
+    """Random changes of training images and their boxes.
+
+    ``flip`` is the probability of a horizontal flip. ``scale`` is large-scale jitter (Ghiasi et
+    al., arXiv 2012.07177): the image is scaled to a random factor of the model's canvas, and
+    cropped or padded to it; (1, 1) leaves it out. ``color_jitter`` changes brightness, contrast and
+    saturation by up to this share.
+    """
+
+    flip: float = Field(default=0.5, ge=0, le=1)
+    scale: tuple[Factor, Factor] = (1.0, 1.0)
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
+
+    @field_validator("scale")
+    @classmethod
+    def _low_to_high(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if scale[0] > scale[1]:
+            raise ValueError(f"the lower factor comes first; write [{scale[1]:g}, {scale[0]:g}]")
+        return scale
+
+
+class TrainingTransform:
+    """Make one training sample: (image (3, H, W) in 0..1, ``Target``), at random.
+
+    Crowd boxes are left out, and so are boxes that a crop leaves less than a pixel of. Randomness
+    comes from torch's global generator.
+
+    Args:
+        canvas: height and width of the detector's input.
+        mean: colour of padding, 0..1 for each channel.
+    """
+
+    def __init__(
+        self, canvas: tuple[int, int], mean: tuple[float, ...], augmentation: BoxAugmentation
+    ) -> None:
+        steps: list[Any] = []
+        if augmentation.scale != (1.0, 1.0):
+            fill = {Image.Image: [round(255 * value) for value in mean], "others": 0}
+            steps += [
+                v2.ScaleJitter(canvas, augmentation.scale, antialias=True),
+                v2.RandomCrop(canvas, pad_if_needed=True, fill=fill),
+            ]
+        if augmentation.flip > 0:
+            steps.append(v2.RandomHorizontalFlip(augmentation.flip))
+        if augmentation.color_jitter > 0:
+            steps.append(v2.ColorJitter(*[augmentation.color_jitter] * 3))
+        steps += [
+            v2.ClampBoundingBoxes(),
+            v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_per_box),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+        self._steps = v2.Compose(steps)
+
+    def __call__(self, image: Image.Image, target: Target) -> Sample:
+        kept = target["iscrowd"] == 0
+        chosen = {key: target[key][kept] for key in _PER_BOX}
+        chosen["boxes"] = tv_tensors.wrap(target["boxes"][kept], like=target["boxes"])
+        pixels, changed = self._steps(image, {**target, **chosen})
+        return _plain(pixels), {
+            **changed,
+            "boxes": _plain(changed["boxes"]),
+            "size": tuple(pixels.shape[-2:]),
+        }
+
+
+def evaluation_sample(image: Image.Image, target: Target) -> Sample:
+    """Return the image (3, H, W) in 0..1, at its own size, and its target unchanged."""
+    pixels = v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True)
+    return _plain(pixels), {**target, "boxes": _plain(target["boxes"])}
+
+
+class DetectionSamples(Dataset[Sample]):
+    """``dataset`` with its images as tensors, without randomness."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return evaluation_sample(*self.dataset[index])
+
+
+def collate(samples: list[Sample]) -> tuple[list[Tensor], list[Target]]:
+    """Return images of any sizes as a list, and their targets as a list."""
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+def detection_loader(dataset: Any, batch_size: int = 8, num_workers: int = 0) -> DataLoader[Sample]:
+    """Return a loader in order over all of it: batches (images, targets), two lists.
+
+    Images are (3, H, W) in 0..1, of their own size; targets are ``dataset.Target``.
+    """
+    return DataLoader(
+        DetectionSamples(dataset),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        generator=torch.Generator(),
+    )
+
+
+def detection_calibration(
+    dataset: Any, count: int, fit: Callable[[Tensor], Tensor], seed: int = 0
+) -> Tensor:
+    """Return ``count`` images drawn without replacement as one tensor (count, 3, H, W) in 0..1.
+
+    ``fit`` brings an image (3, h, w) to the detector's canvas: ``model.transform.fit``.
+
+    Raises:
+        QuietvitError: ``count`` is below 1 or more than the data set holds.
+    """
+    if not 1 <= count <= len(dataset):
+        raise QuietvitError(
+            f"{count} calibration images were asked for, but {dataset.name} holds {len(dataset)}; "
+            f"ask for 1 to {len(dataset)}."
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset))[:count]
+    images = [v2.functional.to_image(dataset[int(index)][0]) for index in order]
+    return torch.stack(
+        [fit(_plain(v2.functional.to_dtype(image, torch.float32, scale=True))) for image in images]
+    )
+
+
+_PER_BOX = ("labels", "category_ids", "area", "iscrowd")
+
+
+def _per_box(sample: Any) -> tuple[Tensor, ...]:
+    return tuple(sample[1][key] for key in _PER_BOX)
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.as_subclass(Tensor)

@@ -1,0 +1,176 @@
+"""Annotations in Pascal VOC's XML, one file an image, and its images.
+
+Boxes alone are read; parts, poses and segmentations are passed over.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from quietvit.data.formats import is_readable
+from quietvit.detection.checks import MAX_BAD_BOXES, Problems, checked_boxes
+from quietvit.detection.dataset import DetectionDataset, Record
+from quietvit.errors import QuietvitError, nearest
+
+_SPLITS = {"train": ("train", "trainval"), "test": ("val", "test")}
+
+
+def open_voc(
+    root: str | Path,
+    split: str | None = None,
+    class_names: Sequence[str] | None = None,
+    max_bad_boxes: int = MAX_BAD_BOXES,
+) -> DetectionDataset:
+    """Open a folder of annotations and images, in order of file name.
+
+    A box in VOC counts its pixels from 1 and includes the last one, so 1 is subtracted from xmin
+    and ymin. ``difficult`` objects are ``iscrowd``: training leaves them out, and evaluation
+    neither asks for them nor counts them as false. That is nearest to VOC's own rule.
+
+    Args:
+        root: holds ``Annotations/*.xml`` and ``JPEGImages/``; or XML files with their images.
+        split: ``train`` or ``test`` takes the images that ``ImageSets/Main/train.txt`` (or
+            ``trainval.txt``), ``val.txt`` (or ``test.txt``) lists; None takes all of them.
+        class_names: number the classes as these; None takes the names found, in order.
+        max_bad_boxes: see ``checks.Problems``.
+
+    Raises:
+        QuietvitError: no folder, list or annotations, an XML that lacks something, more wrong
+            annotations than allowed (``checks``).
+    """
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise QuietvitError(
+            f"the folder {folder} of VOC annotations does not exist; check the path."
+        ) from FileNotFoundError(folder)
+    held = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
+    images = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else held
+    files = _listed(folder, held, split)
+    name = f"voc:{folder}" if split is None else f"voc:{folder} ({split})"
+    parsed = [(file, _parsed(file)) for file in files]
+    if class_names is None:
+        objects = (o for _, tree in parsed for o in tree.iter("object"))
+        class_names = sorted({_text(o, "name") for o in objects})
+    problems = Problems(name, max_bad_boxes)
+    records = []
+    for image_id, (file, tree) in enumerate(parsed, start=1):
+        place = _image_of(file, tree, images)
+        if place is None:
+            problems.add(f"{file} has no image in {images}")
+            continue
+        records.append(_record(file, tree, place, image_id, class_names, problems))
+    problems.tell()
+    return DetectionDataset(records, class_names, range(1, len(class_names) + 1), name)
+
+
+def _listed(folder: Path, held: Path, split: str | None) -> list[Path]:
+    if split is None:
+        found = sorted(path for path in held.glob("*.xml") if not path.name.startswith("."))
+        if not found:
+            raise QuietvitError(
+                f"{held} holds no annotations (*.xml); give the folder that holds Annotations/ "
+                "and JPEGImages/, or XML files with their images."
+            )
+        return found
+    lists = [folder / "ImageSets" / "Main" / f"{name}.txt" for name in _SPLITS[split]]
+    chosen = next((path for path in lists if path.is_file()), None)
+    if chosen is None:
+        raise QuietvitError(
+            f"{folder} has no list of images for {split!r} ({' or '.join(map(str, lists))}); add "
+            "one, or name two folders: 'voc:/train,/test'."
+        )
+    stems = [line.split()[0] for line in chosen.read_text(encoding="utf-8").splitlines() if line]
+    files = [held / f"{stem}.xml" for stem in stems]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        raise QuietvitError(
+            f"{chosen} lists {len(files)} images, and {len(missing)} have no annotations"
+            f"{f', first {missing[0]}' if missing else ''}; correct the list."
+        )
+    return files
+
+
+def _parsed(file: Path) -> ET.Element:
+    try:
+        return ET.parse(file).getroot()
+    except ET.ParseError as error:
+        raise QuietvitError(
+            f"{file} could not be read as XML ({error}); correct or remove it."
+        ) from error
+
+
+def _image_of(file: Path, tree: ET.Element, images: Path) -> Path | None:
+    """The image of an annotation: by the name it states, else by its own name."""
+    stated = images / Path(tree.findtext("filename") or file.stem).name
+    if stated.is_file():
+        return stated
+    beside = sorted(images.glob(f"{file.stem}.*"))
+    return next((path for path in beside if is_readable(str(path)) and path != file), None)
+
+
+def _record(
+    file: Path,
+    tree: ET.Element,
+    place: Path,
+    image_id: int,
+    names: Sequence[str],
+    problems: Problems,
+) -> Record:
+    size = _size(file, tree)
+    corners, labels, crowd, told = [], [], [], []
+    for index, one in enumerate(tree.iter("object"), start=1):
+        what = f"object {index} of {file.name}"
+        found = _text(one, "name", file)
+        if found not in names:
+            problems.add(f"{what} has the class {found!r}, which is unknown{nearest(found, names)}")
+            continue
+        corners.append(list(_box(one, file)))
+        labels.append(names.index(found) + 1)
+        crowd.append(int((one.findtext("difficult") or "0").strip() == "1"))
+        told.append(what)
+    boxes, kept = checked_boxes(np.array(corners), size, told, problems)
+    boxes = boxes[kept]
+    return Record(
+        path=str(place),
+        image_id=image_id,
+        size=size,
+        boxes=boxes,
+        labels=np.array(labels, np.int64)[kept],
+        area=np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float32),
+        iscrowd=np.array(crowd, np.int64)[kept],
+    )
+
+
+def _size(file: Path, tree: ET.Element) -> tuple[int, int]:
+    size = tree.find("size")
+    return _number(size, "width", file), _number(size, "height", file)
+
+
+def _box(one: ET.Element, file: Path) -> Iterator[float]:
+    box = one.find("bndbox")
+    for key, first in (("xmin", 1.0), ("ymin", 1.0), ("xmax", 0.0), ("ymax", 0.0)):
+        try:
+            yield float(_text(box, key, file)) - first
+        except ValueError as error:
+            raise QuietvitError(f"{file}: {key} of a bndbox is no number; correct it.") from error
+
+
+def _number(element: ET.Element | None, key: str, file: Path) -> int:
+    try:
+        return int(_text(element, key, file))
+    except ValueError as error:
+        raise QuietvitError(f"{file}: {key} is no integer; correct it.") from error
+
+
+def _text(element: ET.Element | None, key: str, file: Path | None = None) -> str:
+    found = None if element is None else element.findtext(key)
+    if found is None:
+        raise QuietvitError(
+            f"{file or 'an annotation'} lacks <{key}>; Pascal VOC's XML has it in <size>, <object> "
+            "or <bndbox>."
+        )
+    return found.strip()

@@ -1,0 +1,201 @@
+"""Detection: images with boxes, a detector of ``quietvit.detection``, COCO's box AP in percent.
+
+Data sets, models and AP are in ``quietvit.detection``; here is what a training run asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from quietvit.classes import KEY
+from quietvit.data import create_model, data_config, load_weights
+from quietvit.data.transforms import Augmentation
+from quietvit.detection.average_precision import Judged, box_ap, predict_all
+from quietvit.detection.checks import MAX_BAD_BOXES
+from quietvit.detection.dataset import DetectionDataset, subset
+from quietvit.detection.detectors import DETECTORS
+from quietvit.detection.loading import (
+    BoxAugmentation,
+    TrainingTransform,
+    collate,
+    detection_calibration,
+    detection_loader,
+)
+from quietvit.detection.sources import load_detection_dataset
+from quietvit.errors import QuietvitError
+from quietvit.section import Section
+from quietvit.tasks.task import Batch, Metric, Task
+
+
+class DetectionSettings(Section):
+    """The detector and its data.
+
+    ``size``: height and width that every image is fitted to; None takes the backbone's own.
+    ``channels`` and ``scales`` are of the feature pyramid, ``options`` go to the detector (see
+    ``quietvit.detection.faster_rcnn``). ``max_bad_boxes``: leave out so many wrong annotations of
+    the training images, and so many of the test images; with more the run is refused.
+    """
+
+    detector: Literal["faster_rcnn", "retinanet", "fcos"] = "faster_rcnn"
+    size: tuple[int, int] | None = None
+    channels: int = Field(default=256, ge=1)
+    scales: tuple[float, ...] | None = None
+    options: dict[str, Any] = Field(default={})
+    augmentation: BoxAugmentation = BoxAugmentation()
+    max_bad_boxes: int = Field(default=MAX_BAD_BOXES, ge=0)
+
+
+class Detection(Task):
+    """Object detection on a timm backbone. ``model.name`` and its weights are the backbone's."""
+
+    name = "detection"
+    metric = Metric("ap", "box AP", "%")
+    settings = DetectionSettings
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for key, used in (
+            ("data.augmentation", config.data.augmentation != Augmentation()),
+            ("mix", config.mix.active),
+            ("label_smoothing", config.label_smoothing > 0),
+        ):
+            if used:
+                raise QuietvitError(
+                    f"{key} belongs to classification, and the task is detection; leave it out. "
+                    "Boxes are augmented by task_settings.augmentation."
+                )
+
+    def open_data(self) -> tuple[DetectionDataset, DetectionDataset]:
+        """Open both data sets. Classes of the test images are found by name.
+
+        Raises:
+            QuietvitError: as ``load_detection_dataset``; more classes than ``data.num_classes``.
+        """
+        data, most = self.config.data, self.own.max_bad_boxes
+        train = load_detection_dataset(data.dataset, "train", max_bad_boxes=most)
+        if data.num_classes not in (None, train.num_classes):
+            raise QuietvitError(
+                f"data.num_classes is {data.num_classes}, and {train.name} has "
+                f"{train.num_classes} classes; leave data.num_classes out."
+            )
+        test = load_detection_dataset(
+            data.dataset, "test", class_names=train.class_names, max_bad_boxes=most
+        )
+        return train, subset(test, data.test_images)
+
+    def facts(self, train: DetectionDataset) -> dict[str, Any]:
+        return {
+            "images": len(train),
+            "classes": train.num_classes,
+            KEY: list(train.class_names),
+            "boxes": train.checksum(),
+        }
+
+    def training_transform(self, model: nn.Module) -> Callable[[Any, Any], tuple[Any, Any]]:
+        canvas: Any = model.transform
+        return TrainingTransform(canvas.size, tuple(canvas.image_mean), self.own.augmentation)
+
+    def subset(self, dataset: DetectionDataset, count: int | None) -> DetectionDataset:
+        return subset(dataset, count)
+
+    def collate(self) -> Callable[[list[Any]], Batch]:
+        return collate
+
+    def evaluation_loader(
+        self, model: nn.Module, dataset: Any, batch_size: int, num_workers: int
+    ) -> Any:
+        # Callers ask for a classifier's batches; a detector's images are many times as large.
+        return detection_loader(dataset, min(batch_size, 2 * self.config.batch_size), num_workers)
+
+    def calibration(self, model: nn.Module, dataset: Any, count: int, seed: int) -> Tensor:
+        """Return images (count, 3, H, W) in 0..1 on the detector's canvas."""
+        return detection_calibration(dataset, count, _fit(model), seed)
+
+    def create_model(self, train: DetectionDataset | None, *, untrained: bool) -> nn.Module:
+        chosen = self.config.model
+        classes = self.config.data.num_classes or 1 if train is None else train.num_classes
+        names = None if train is None else train.class_names
+        return self._built(classes, names, None if untrained else chosen.weights)
+
+    def rebuild(self, result: Any, weights: Any) -> nn.Module:
+        model = self._built(result.num_classes, result.class_names, None)
+        load_weights(model, weights)
+        return model
+
+    def refuse_unfit(self, model: nn.Module, output: Any) -> None:
+        if not (isinstance(output, list) and output and "boxes" in output[0]):
+            raise QuietvitError(
+                f"{self.built} gives {type(output).__name__} for one image, not its boxes, so it "
+                "cannot be trained as a detector. Change model.kwargs or task_settings."
+            )
+
+    def stand_in(self, model: nn.Module, count: int) -> Batch:
+        size = data_config(model)["input_size"]
+        images = torch.rand(count, *size, generator=torch.Generator().manual_seed(0))
+        height, width = size[1:]
+        boxes = torch.tensor([[width / 4, height / 4, width / 2, height / 2]])
+        return images, [{"boxes": boxes, "labels": torch.tensor([1])} for _ in range(count)]
+
+    def call(self, forward: Callable[..., Any], batch: Batch) -> Any:
+        """Return the losses by name in training mode, the boxes of each image in eval mode."""
+        images, targets = batch
+        # torchvision writes scaled boxes into a copy of each target, and reads these two alone.
+        return forward(images, [{key: one[key] for key in ("boxes", "labels")} for one in targets])
+
+    def tensors(self, output: Any) -> tuple[Tensor, ...]:
+        if isinstance(output, dict):
+            return tuple(output.values())
+        return tuple(one[key] for one in output for key in ("boxes", "scores"))
+
+    def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """Return the sum of the detector's own losses."""
+        return torch.stack(self.tensors(self.call(forward, batch))).sum()
+
+    def judge(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        device: str | torch.device = "cpu",
+        progress: bool = False,
+    ) -> Judged:
+        """Return what there is and what was predicted, image by image."""
+        return predict_all(model, batches, device, progress)
+
+    def score(self, judged: Sequence[Judged]) -> float:
+        """Return the AP of all images together. It is no mean over processes."""
+        return box_ap([image for part in judged for image in part]).ap
+
+    def _built(self, classes: int, names: Sequence[str] | None, weights: Any) -> nn.Module:
+        import timm
+
+        chosen, own = self.config.model, self.own
+        kwargs = dict(chosen.kwargs)
+        if chosen.name.startswith("hf:"):
+            raise QuietvitError(
+                f"model.name is {chosen.name}, and detectors are built on timm's backbones; choose "
+                "one, such as deit_tiny_patch16_224."
+            )
+        known = timm.get_pretrained_cfg(chosen.name) if timm.is_model(chosen.name) else None
+        if own.size is not None and getattr(known, "fixed_input_size", False):
+            kwargs.setdefault("img_size", own.size)
+        body = create_model(chosen.name, 0, weights, preprocessing=chosen.preprocessing, **kwargs)
+        return DETECTORS[own.detector](
+            body,
+            classes,
+            size=own.size,
+            channels=own.channels,
+            scales=own.scales,
+            class_names=names,
+            **own.options,
+        )
+
+
+def _fit(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    canvas: Any = model.transform
+    fit: Callable[[Tensor], Tensor] = canvas.fit
+    return fit

@@ -1,0 +1,83 @@
+"""Laws: a whole detector is quantized by every kind of method, and its AP is measured as before."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import quietvit
+from detection_cases import CATEGORIES, annotated, coco
+from quietvit.detection import (
+    detection_calibration,
+    detection_loader,
+    evaluate_detector,
+    open_coco,
+    predictors,
+)
+from quietvit.measure import sqnr
+from test_detection_models import small
+
+METHODS = [
+    quietvit.RTN(weight_bits=8, activation_bits=8),
+    quietvit.RepQViT(weight_bits=6, activation_bits=6),
+    quietvit.SmoothQuant(weight_bits=8, activation_bits=8),
+    quietvit.GPTQ(weight_bits=4, activation_bits=8),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small(rpn_post_nms_top_n_test=20, box_score_thresh=0.0).eval()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    boxes = [annotated(1, 1, (10, 20, 30, 15)), annotated(2, 2, (5, 5, 50, 40), 3)]
+    third = [*CATEGORIES, {"id": 9, "name": "star"}]
+    return open_coco(coco(tmp_path_factory.mktemp("boxes"), boxes, categories=third))
+
+
+@pytest.fixture(scope="module")
+def images(model, data):
+    noise = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    return torch.cat([detection_calibration(data, 2, model.transform.fit), noise])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_whole_detector_is_quantized_and_judged_by_ap(model, images, data, method):
+    pytest.importorskip("faster_coco_eval")
+    own = quietvit.quantize(model, method, images, progress=False)
+    assert own.coverage.fraction == 1
+    found = evaluate_detector(own, detection_loader(data, 2))
+    assert 0 <= found.ap <= 100
+
+
+def test_predictors_keep_their_bits_by_name(model, images):
+    """The trace sees one head at most: outputs of the other predictors go on inside."""
+    last = predictors(model)
+    method = quietvit.RTN(weight_bits=4, activation_bits=4, overrides=dict.fromkeys(last, 8))
+    own = quietvit.quantize(model, method, images, progress=False)
+    bits = {slot.site.name: own.quantizers[slot.key].bits for slot in own.slots()}
+    names = ("cls_logits", "bbox_pred", "cls_score")
+    kept = {name for name in bits if any(part in name for part in names)}
+    assert len(kept) >= 4
+    assert {bits[name] for name in kept} == {8}
+    assert {b for name, b in bits.items() if name not in kept and "patch_embed" not in name} == {4}
+
+
+def test_a_saved_detector_is_read_back_though_other_boxes_are_traced(model, images, tmp_path):
+    own = quietvit.quantize(model, METHODS[0], images, progress=False)
+    again = quietvit.load(own.save(tmp_path / "mine.qvit"), model=model)
+    with torch.no_grad():
+        expected, found = own([images[0]]), again([images[0]])
+    assert torch.equal(expected[0]["boxes"], found[0]["boxes"])
+
+
+def test_noise_is_not_told_where_other_boxes_are_proposed(model, images):
+    own = quietvit.quantize(model, quietvit.RTN(weight_bits=2, activation_bits=2), images)
+    found = sqnr(model, own, images)
+    assert all(math.isfinite(db) for name, db in found.items() if name.startswith("backbone"))
+    changed = [name for name, db in found.items() if math.isnan(db)]
+    assert all(name.startswith("roi_heads") for name in changed)
