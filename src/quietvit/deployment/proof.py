@@ -75,4 +75,4 @@ def _ran(product: Product, kernel: Kernel | None, precautions: frozenset[str]) -
     if kernel is None:
         reason = "no operator of the runtime's graph bears its name: it was fused into another"
         return Ran(product.name, product.macs, "?", False, reason)
-    return Ran(product.name, product.macs, *kernel)
+    return Ran(product.name, product.macs, kernel.operator, kernel.integer, kernel.reason)
