@@ -145,8 +145,8 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         counts = {family: self._trace.counts[family] for family in sorted(self._families & STEADY)}
         raise QuietvitError(
             f"the control flow of {self._trace.model_name} changed since it was traced: this pass "
-            f"{what}; the traced pass made {counts}. Trace the model again with an example that "
-            "takes the same path (image size, mode, arguments), and run one forward pass at a time."
+            f"{what}; the traced pass made {counts}. Trace it again with an example that takes the "
+            "same path (image size, mode, arguments), and run one forward pass at a time."
         )
 
 
