@@ -112,12 +112,12 @@ def test_without_names_unequal_numbers_are_told_and_impossible_ones_refused(capl
     caplog.set_level(logging.WARNING, "quietvit")
     given = dataset(("cat", "dog"), [0, 1])
     assert matched(given, None, 10) is given
-    assert "pictures has 2 classes, and the model tells 10 apart" in caplog.text
+    assert "pictures has 2 classes, but the model has 10" in caplog.text
     caplog.clear()
     assert matched(given, None, 2) is given
     assert matched(dataset(None, [0, 1], 2), ("cat", "dog"), 2).labels.tolist() == [0, 1]
     assert not caplog.text
-    with pytest.raises(QuietvitError, match="label 4, and the model tells only 3 classes apart"):
+    with pytest.raises(QuietvitError, match="label 4, but the model has only 3 classes"):
         matched(dataset(None, [0, 4]), ("a", "b", "c"), 3)
 
 

@@ -59,7 +59,7 @@ def test_another_number_of_classes_starts_a_new_head_and_says_so(tmp_path, famil
     model = original(family)
     caplog.set_level(logging.WARNING, "quietvit")
     loaded = create_model(saved(tmp_path, model), 3)
-    assert "the head 'classifier' tells 7 classes apart, 3 are asked for" in caplog.text
+    assert "the head 'classifier' has 7 classes, but 3 are requested" in caplog.text
     old, new = model.state_dict(), loaded.state_dict()
     assert logits(loaded).shape == (2, 3)
     assert all(torch.equal(new[key], old[key]) for key in old if not key.startswith("classifier"))

@@ -197,7 +197,7 @@ def test_a_training_class_without_images_is_refused_by_name(tmp_path):
 
 def test_splits_are_never_read_as_classes(tmp_path):
     folder(tmp_path, "val", ["ant", "bee"])
-    with pytest.raises(QuietvitError, match="splits and no classes"):
+    with pytest.raises(QuietvitError, match="splits, not classes"):
         load_dataset(f"imagefolder:{tmp_path}")
     folder(tmp_path, "train", ["ant", "bee"])
     (tmp_path / "notes").mkdir()

@@ -119,7 +119,7 @@ def test_labels_that_are_there_are_not_read_for_calibration(tmp_path):
 def test_images_outside_class_folders_are_told(tmp_path, caplog):
     root = put(tmp_path / "c", ant__a_png=png(0), b_png=png(1), c_png=png(1))
     load_dataset(f"imagefolder:{root}")
-    assert "2 images lie in no class folder" in caplog.text
+    assert "2 images are not in a class folder" in caplog.text
 
 
 def test_files_that_cannot_be_read_are_counted_by_suffix_once(tmp_path, monkeypatch, caplog):

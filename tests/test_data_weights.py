@@ -50,7 +50,7 @@ ARGUMENTS = argparse.Namespace(model=NAME, lr=1e-3)
           "pytorch-lightning_version": "2.5", "callbacks": {}}, 1.0,
          "below 'model.' are taken; left out: loss.weight"),
         ({"state_dict": under("net.", LAST) | under("ema_model.module.", AVERAGE)}, 2.0,
-         "below 'ema_model.module.' are taken"),
+         "below 'ema_model.module.' are used"),
         # wrappers of torch.compile, DDP and FSDP, also inside
         (under("_orig_mod.module.", LAST), 1.0, ""),
         ({k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in LAST.items()}, 1.0, ""),
@@ -62,7 +62,7 @@ ARGUMENTS = argparse.Namespace(model=NAME, lr=1e-3)
           "teacher": under("backbone.", BACKBONE) | {"head.mlp.0.weight": torch.ones(2, 2)}},
          2.0, "under 'teacher' are taken; left out: student"),
         ({"model": under("student.backbone.", LAST) | under("teacher.backbone.", BACKBONE)},
-         2.0, "below 'teacher.backbone.' are taken"),
+         2.0, "below 'teacher.backbone.' are used"),
     ],
 )  # fmt: skip
 def test_the_weights_that_are_meant_are_taken_and_named(tmp_path, caplog, content, taken, told):
@@ -100,7 +100,7 @@ class Marked:
         ({"epoch": 3, "args": ARGUMENTS}, r"no tensors by name, but 'epoch' \(int\), 'args'"),
         ({"norm.weight": torch.ones(3), "epoch": 3}, "holds int under 'epoch' where a tensor"),
         ({"state_dict": LAST, "hyper_parameters": {"path": pathlib.Path("x"), "b": Marked}},
-         r"it holds objects that are no tensors: .*Marked.*; it must be safetensors"),
+         r"it holds objects that are not tensors: .*Marked.*; it must be safetensors"),
         ({"state_dict": under("model.", state(1.0, embed_dim=32))},
          r"below 'model\.' weights of another .* is \(1, 1, 32\) in the file and \(1, 1, 16\) in"),
         ({"vit.embeddings.patch_embeddings.projection.weight": torch.ones(3)},
