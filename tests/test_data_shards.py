@@ -311,7 +311,7 @@ def test_where_nothing_can_be_written_the_index_goes_to_the_cache(three, monkeyp
     assert not caplog.text
     monkeypatch.setenv("XDG_CACHE_HOME", str(three / "elsewhere"))
     load_dataset(f"shards:{three / 'train-00.tar'}")
-    assert "could not be kept" in caplog.text
+    assert "could not be stored" in caplog.text
 
 
 def test_processes_index_their_own_shards_first_and_then_all(monkeypatch):
