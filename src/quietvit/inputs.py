@@ -71,11 +71,7 @@ class ImageBatch:
         return ImageBatch({key: value[i : i + 1].clone() for key, value in self.inputs.items()})
 
     def run(self, model: nn.Module) -> Any:
-        """Run the model on this batch.
-
-        Raises:
-            QuietvitError: the model raises an exception; the message includes it.
-        """
+        """Run the model on this batch. Raises QuietvitError if the model raises an exception."""
         with refusing(
             lambda what: (
                 f"the model ({type(model).__name__}) does not run on images of shape {self.shape} "

@@ -58,7 +58,7 @@ def warn_unless_normalized(images: Any, model: nn.Module, what: str) -> bool:
     elif low < -0.5 and least >= -1e-3 and least < 0.1 and 0.8 < most <= 1 + 1e-3:
         guess = "They look as if scaled to 0..1, but not normalized."
     elif high > 20 and least >= -1e-3 and 0.5 < most <= 1 + 1e-3:
-        guess = "They look as if scaled to 0..1, where the model takes 0 to 255."
+        guess = "They look as if scaled to 0..1, but the model takes 0 to 255."
     elif low < -1.5 and high > 1.5 and abs(least + 1) < 0.01 and abs(most - 1) < 0.01:
         guess = "They look as if normalized with mean 0.5 and std 0.5."
     if not guess:

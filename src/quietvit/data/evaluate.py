@@ -71,10 +71,7 @@ def count_right(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> tuple[int, int]:
-    """Return the number of correctly classified images, and the number of images.
-
-    Arguments and errors: see ``evaluate``, but no images at all give (0, 0).
-    """
+    """Return (correct images, all images). Like ``evaluate``, but no images give (0, 0)."""
     correct = total = 0
     numbers: Tensor | None = None
     with evaluating(model), worker_errors(), _bar(loader, progress) as batches:
@@ -136,10 +133,7 @@ def calibration_images(
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Restore the plain message of a QuietvitError from a loader's worker process.
-
-    A killed worker becomes a QuietvitError, too.
-    """
+    """Restore the plain message of a worker's QuietvitError; turn a killed worker into one."""
     try:
         yield
     except QuietvitError as error:

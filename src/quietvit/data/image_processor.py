@@ -101,10 +101,8 @@ def _crop_pct(final: int, resized: int) -> float:
 def check_translation(processor: Any, config: Mapping[str, Any], source: str) -> None:
     """Process two test images with the processor and with timm's transform, and compare.
 
-    Some processors do not follow their settings: LeViT's and PoolFormer's resize to more than
-    their ``size``.
-
-    Raises QuietvitError if sizes differ, or if values differ by more than interpolation explains.
+    Some processors resize to more than their ``size`` (LeViT's and PoolFormer's). Raises
+    QuietvitError if sizes differ, or if values differ by more than interpolation explains.
     """
     import torch
     from timm.data.transforms_factory import create_transform

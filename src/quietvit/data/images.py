@@ -90,9 +90,7 @@ class ImageDataset(Dataset[Sample]):
     def labels(self) -> np.ndarray:
         """The labels (N,), int64. Raises NoLabelsError if there are none."""
         if not self.labelled:
-            raise NoLabelsError(
-                f"{self.name} was opened without labels; open it with labels=True to read them."
-            )
+            raise NoLabelsError(f"{self.name} was opened without labels; open it with labels=True.")
         return self._labels
 
     def __len__(self) -> int:

@@ -26,10 +26,7 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 
 def mend(transform: Any) -> Any:
-    """Replace timm's posterize by the one above in all steps of ``transform``, and return it.
-
-    Only this transform changes, not timm itself.
-    """
+    """Replace timm's posterize in all steps of ``transform`` (not in timm) and return it."""
     from timm.data import auto_augment
 
     for operation in _operations(transform):

@@ -80,9 +80,7 @@ def read_index(path: Path) -> TarIndex:
 
     The file is ``NAME.quietvit-index`` beside the tar. If that is not writable, it is below
     ``$XDG_CACHE_HOME`` or ``~/.cache``. It is outdated if the tar's size or time of change differs.
-
-    Raises:
-        QuietvitError: see ``build_index``.
+    Errors: see ``build_index``.
     """
     try:
         status = path.stat()

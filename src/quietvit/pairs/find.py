@@ -186,11 +186,11 @@ def _rotated(scores: Scores) -> str:
 def _pairs(
     link: Link, first: Site, second: Site, kind: str, scale: WeightView | None
 ) -> Iterator[MatrixPair]:
-    """Yield one pair for each head, or one in all without attention.
+    """Yield one pair for each head, or a single one without attention.
 
     Example: V -> proj with 2 heads of 64 channels gives 2 pairs of 64 rows and 64 columns. If two
-    query heads share one V head (grouped heads), each reading of its channels is a pair.
-    ``scale``: the diagonal map between, one factor for each column of the second.
+    query heads share a V head (grouped heads), each makes a pair with it. ``scale``: the diagonal
+    map between, one factor for each column of the second matrix.
     """
     # (head, how often the channel was read before) -> (channel of A, column of B)
     groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)

@@ -16,10 +16,9 @@ REORDERED = (
 
 
 def between_of(link: Link, trace: Trace) -> WeightView | str | None:
-    """Return the scale between two matrices, with one entry for each column of the second.
+    """Return the scale between two matrices, with one entry for every column of the second.
 
-    None if no BatchNorm stands between; the reason (str) if there is no single scale. Columns that
-    carry no channel of the first matrix have an entry, too.
+    None if no BatchNorm stands between; the reason (str) if there is no single scale.
     """
     if "batch_norm" not in link.through:
         return None

@@ -47,10 +47,7 @@ def watching_modules(
     names: Collection[str],
     look: Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any],
 ) -> Iterator[None]:
-    """Call ``look(name, args, kwargs, output)`` after each call of the named modules.
-
-    If ``look`` returns a value other than None, it replaces the output.
-    """
+    """Call ``look(name, args, kwargs, output)`` after each module; a result replaces the output."""
     hooks = []
     for name in names:
 

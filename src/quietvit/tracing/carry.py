@@ -123,10 +123,7 @@ _WINDOWS = {F.unfold: _unfold, F.fold: _fold}  # torch's own do not accept integ
 def _moved(
     func: Any, args: Any, kwargs: Any, tensor: Tensor, value: Value, outputs: list[Tensor]
 ) -> list[Value] | None:
-    """Run a function that moves entries on the labels; None if the result is not usable.
-
-    Example: for ``x.permute(0, 2, 1)`` permute the labels of x in the same way.
-    """
+    """Run a function that moves entries on the labels; None if the result is not usable."""
     func = _WINDOWS.get(func, func)
 
     def replay(moving: Tensor) -> Any:
@@ -163,5 +160,5 @@ def _reduced(name: str, args: Any, kwargs: Any, value: Value, output: Tensor) ->
 
 
 def base(source: str) -> str:
-    """Return the site of a source: "linear:0|1" (see ``labels.combine``) gives "linear:0"."""
+    """Return the site of a source: "matmul:0:3|1" (see ``labels.combine``) gives "matmul:0:3"."""
     return source.partition("|")[0]

@@ -207,10 +207,7 @@ def collapse(labels: Tensor, dim: int) -> Tensor | None:
 
 
 def columns(labels: Tensor, channel_dim: int) -> Tensor | None:
-    """Return the label of each channel, (channels,), if all positions agree, else None.
-
-    Example: labels (B, N, C) and ``channel_dim`` -1 give (C,) if all B * N tokens agree.
-    """
+    """Return the label of each channel, (channels,), if all other positions agree, else None."""
     flat = labels.movedim(channel_dim, -1).reshape(-1, labels.shape[channel_dim])
     agreed = collapse(flat, 0)
     return None if agreed is None or bool((agreed < 0).all()) else agreed[0]

@@ -174,10 +174,7 @@ class Call:
 
 
 def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """Lay out a call of a known function; None for other functions or operands.
-
-    A matrix-vector product gives None: it has no output channels.
-    """
+    """Lay out a call of a known function; None for others and for matrix-vector products."""
     form = FORMS.get(func)
     if form is None:
         return None

@@ -127,10 +127,7 @@ class Recorder(TorchFunctionMode):
         return known
 
     def _write(self, tensor: Tensor, value: Value) -> None:
-        """Note an in-place write: all tensors that share this memory now depend on ``value``.
-
-        Example: ``out = torch.zeros(...)``, ``window = out[:, :4]``, ``window += x``, then ``out``.
-        """
+        """Note an in-place write: all tensors that share this memory now depend on the input."""
         if value.depends and not self.value(tensor).depends:
             self._written[tensor.untyped_storage().data_ptr()] = labels.merge([value])
             self._shared.append(tensor)  # alive, so that no other tensor gets this address

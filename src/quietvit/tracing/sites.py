@@ -72,10 +72,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Scores:
-    """Output channels of ``query`` and ``key`` that multiply at ``site``.
+    """Channels of ``query`` and ``key`` that multiply at ``site``: a pair of tuples for each head.
 
-    ``heads``: (query channels, key channels) for each head. ``through``: the steps between either
-    source and the scores.
+    ``through``: the steps between either source and the scores.
     """
 
     site: str
@@ -107,10 +106,7 @@ class Trace:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one image: half of what torch's FlopCounterMode counts.
-
-        Matrix-vector products count 0.
-        """
+        """Half of torch's FlopCounterMode count for one image; matrix-vector products count 0."""
         return sum(site.macs for site in self.sites)
 
     def __getitem__(self, name: str) -> Site:

@@ -178,10 +178,7 @@ def _mask(
     extra: int,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Combine both masks into one additive mask that broadcasts to (B, H, N, S).
-
-    The ``extra`` sources at the end are never masked.
-    """
+    """Combine both masks into an additive one for (B, H, N, S); the last ``extra`` sources pass."""
     masks = []
     for mask, shape in ((attn_mask, None), (key_padding_mask, (batch, 1, 1, -1))):
         if mask is None:

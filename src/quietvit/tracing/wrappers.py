@@ -41,10 +41,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a module or parameter without the parts that wrapped blocks add.
-
-    ``get_submodule`` accepts this name too, because these wrappers forward attributes.
-    """
+    """Return a name without the parts that wrapped blocks add; ``get_submodule`` accepts it."""
     return ".".join(part for part in name.split(".") if part not in _INNER)
 
 
