@@ -60,7 +60,7 @@ def open_hub(
 
 
 def has_splits(rest: str) -> bool:
-    """Whether a data set has splits: always on the hub; a folder's files tell."""
+    """Whether a data set has splits: True on the hub; in a folder, if it holds a DatasetDict."""
     folder = Path(rest).expanduser()
     return (folder / "dataset_dict.json").exists() if folder.is_dir() else True
 

@@ -1,4 +1,4 @@
-"""Computed diagonal maps: the factor of each channel of BatchNorms, addressed by name like weights.
+"""Computed diagonal maps: the channel factors of BatchNorms and depthwise convolutions, by name.
 
 Each read computes it from the model's present state. ``record`` finds the links that pass them.
 """

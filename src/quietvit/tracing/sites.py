@@ -28,9 +28,9 @@ class Site:
 
     - ``kind``: linear, conv, matmul, einsum, softmax, norm, activation, add, or opaque (a product
       inside a function that the trace cannot open).
-    - ``role``, for weights: patch_embed, post_norm, post_gelu, post_activation, attention_output,
-      residual, head, constant (does not depend on the input) or other. For products of
-      activations: query_key, attention_value or other. For the rest: the kind.
+    - ``role``, for weights: patch_embed, post_norm, post_gelu, post_activation, post_softmax,
+      attention_output, residual, head, constant (does not depend on the input) or other. For
+      products of activations: query_key, attention_value, constant or other. Else the kind.
     - ``macs``: multiply-accumulates at batch 1; 0 if the example gives the product no rows.
     - ``place``: identifies the call in every pass.
     - ``has_scale``: a BatchNorm with stored statistics, so a fixed factor for each channel.
