@@ -89,7 +89,7 @@ def test_a_class_is_found_by_its_name(own, names, expected, caplog):
     found = matched(dataset(own, [0, 1, 1]), names, len(names))
     assert found.labels.tolist() == [expected[0], expected[1], expected[1]]
     assert (found.num_classes, found.class_names) == (len(names), names)
-    assert ("found by name" in caplog.text) == (expected != [0, 1])
+    assert ("matched by name" in caplog.text) == (expected != [0, 1])
 
 
 def test_wordnet_ids_are_shown_in_words():
@@ -104,7 +104,7 @@ def test_classes_that_the_model_does_not_know_are_named():
     assert "tabby" not in str(caught.value), "of it there is no image"
     with pytest.raises(QuietvitError, match="'crane'"):
         matched(dataset(("crane", "tench"), [0, 1]), WORDS, 1000)
-    with pytest.raises(QuietvitError, match=r"several classes that all are 'cat'"):
+    with pytest.raises(QuietvitError, match=r"several classes that all match 'cat'"):
         matched(dataset(("CAT", "Cat"), [0, 1]), ("cat", "dog"), 2)
 
 
@@ -112,12 +112,12 @@ def test_without_names_unequal_numbers_are_told_and_impossible_ones_refused(capl
     caplog.set_level(logging.WARNING, "quietvit")
     given = dataset(("cat", "dog"), [0, 1])
     assert matched(given, None, 10) is given
-    assert "pictures has 2 classes, and the model tells 10 apart" in caplog.text
+    assert "pictures has 2 classes, but the model has 10" in caplog.text
     caplog.clear()
     assert matched(given, None, 2) is given
     assert matched(dataset(None, [0, 1], 2), ("cat", "dog"), 2).labels.tolist() == [0, 1]
     assert not caplog.text
-    with pytest.raises(QuietvitError, match="label 4, and the model tells only 3 classes apart"):
+    with pytest.raises(QuietvitError, match="label 4, but the model has only 3 classes"):
         matched(dataset(None, [0, 4]), ("a", "b", "c"), 3)
 
 
@@ -180,7 +180,7 @@ def test_tables_tell_names_in_three_ways(tmp_path, caplog):
     assert not caplog.text
     spec = written(tmp_path / "two.parquet", [0, 0], label_name=["cat", "dog"])
     assert load_dataset(spec).class_names is None
-    assert "label 0 two names, 'cat' and 'dog'" in caplog.text
+    assert "two names for the class of label 0, 'cat' and 'dog'" in caplog.text
     assert load_dataset(written(tmp_path / "none.parquet", [0, 1])).class_names is None
 
 

@@ -59,7 +59,7 @@ def test_another_number_of_classes_starts_a_new_head_and_says_so(tmp_path, famil
     model = original(family)
     caplog.set_level(logging.WARNING, "quietvit")
     loaded = create_model(saved(tmp_path, model), 3)
-    assert "the head 'classifier' tells 7 classes apart, 3 are asked for" in caplog.text
+    assert "the head 'classifier' has 7 classes, but 3 are requested" in caplog.text
     old, new = model.state_dict(), loaded.state_dict()
     assert logits(loaded).shape == (2, 3)
     assert all(torch.equal(new[key], old[key]) for key in old if not key.startswith("classifier"))
@@ -177,7 +177,7 @@ def test_only_a_config_is_a_random_start_and_says_so(tmp_path, caplog):
     original("ViT").config.save_pretrained(tmp_path)
     torch.manual_seed(5)
     first = create_model(f"hf:{tmp_path}", 4)
-    assert "holds no weights: the model starts from random" in caplog.text
+    assert "holds no weights: the model's weights are random" in caplog.text
     assert "holds no preprocessor_config.json" in caplog.text
     torch.manual_seed(5)
     assert torch.equal(logits(first), logits(create_model(f"hf:{tmp_path}", 4)))
@@ -289,7 +289,7 @@ def test_overrides_go_into_the_data_config(tmp_path):
     ("settings", "message"),
     [
         ({"image_sise": 64}, "no key 'image_sise'; did you mean 'image_size'"),
-        ({"num_labels": 3}, r"num_labels is not taken; set data\.num_classes"),
+        ({"num_labels": 3}, r"num_labels is not allowed; set data\.num_classes"),
         ({"hidden_size": 64}, "cannot be loaded into ViTForImageClassification"),
         ({"num_attention_heads": 5}, "cannot be loaded into|is not a multiple of"),
         ({"preprocessing": {"crop_pc": 1.0}}, "did you mean 'crop_pct'"),
@@ -355,7 +355,7 @@ def test_a_name_goes_to_the_hub_and_says_what_to_do_without_one(monkeypatch):
         raise OSError(f"no connection while looking for {name}\nmore")
 
     monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", refuse)
-    with pytest.raises(QuietvitError, match=r"'some/vit' is no folder here.*hf:/path") as caught:
+    with pytest.raises(QuietvitError, match=r"'some/vit' is not a folder here.*hf:/path") as caught:
         create_model("hf:some/vit")
     assert "no connection while looking for some/vit" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -47,7 +47,7 @@ def test_weights_come_back_exactly(weights, suffix):
 def test_another_number_of_classes_starts_a_new_head_and_says_so(weights, caplog):
     caplog.set_level(logging.WARNING, "quietvit")
     model = tiny(num_classes=3, weights=weights)
-    assert "the head 'head' tells 10 classes apart, 3 are asked for" in caplog.text
+    assert "the head 'head' has 10 classes, but 3 are requested" in caplog.text
     old = tiny(weights=weights).state_dict()
     new = model.state_dict()
     assert new["head.weight"].shape == (3, 32)
@@ -178,13 +178,13 @@ def test_top1_is_the_share_of_right_answers_in_percent():
     assert evaluate(model, loader) == pytest.approx(100 * (dataset.labels == 1).mean())
     assert model.training
     assert not model.inner.training
-    with pytest.raises(QuietvitError, match="label 9, and the model tells only 5"):
+    with pytest.raises(QuietvitError, match="label 9, but the model has only 5 classes"):
         evaluate(Answers(5), loader)
     with pytest.raises(QuietvitError, match="not one image"):
         evaluate(model, [])
     broken = tiny()
     torch.nn.init.constant_(broken.norm.weight, float("nan"))
-    with pytest.raises(QuietvitError, match="not numbers"):
+    with pytest.raises(QuietvitError, match="logits are NaN"):
         evaluate(broken, loader)
 
 

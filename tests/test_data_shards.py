@@ -160,7 +160,7 @@ def test_cls_goes_before_json_wherever_it_stands(tmp_path):
     [
         ([("k.png", b"x")], r"sample 'k' of .*a\.tar has no label \(it holds \.png\)"),
         ([("k.cls", b"1")], r"sample 'k' of .* has no image \(it holds \.cls\)"),
-        ([("k.png", b"x"), ("l.png", b"x"), ("k.cls", b"1")], "'k' .*has no image.*side by side"),
+        ([("k.png", b"x"), ("l.png", b"x"), ("k.cls", b"1")], "'k' .*has no image.*be consecutive"),
         ([("k.png", b"x"), ("k.cls", b"cat")], r"k\.cls of .* holds b'cat'.*integer"),
         ([("k.png", b"x"), ("k.json", b'{"label": "cat"}')], r"no label \(it holds \.png, \.json"),
         ([("k.png", b"x"), ("k.json", b"{")], "no label"),
@@ -311,7 +311,7 @@ def test_where_nothing_can_be_written_the_index_goes_to_the_cache(three, monkeyp
     assert not caplog.text
     monkeypatch.setenv("XDG_CACHE_HOME", str(three / "elsewhere"))
     load_dataset(f"shards:{three / 'train-00.tar'}")
-    assert "could not be kept" in caplog.text
+    assert "could not be stored" in caplog.text
 
 
 def test_processes_index_their_own_shards_first_and_then_all(monkeypatch):

@@ -197,7 +197,7 @@ def test_a_training_class_without_images_is_refused_by_name(tmp_path):
 
 def test_splits_are_never_read_as_classes(tmp_path):
     folder(tmp_path, "val", ["ant", "bee"])
-    with pytest.raises(QuietvitError, match="splits and no classes"):
+    with pytest.raises(QuietvitError, match="splits, not classes"):
         load_dataset(f"imagefolder:{tmp_path}")
     folder(tmp_path, "train", ["ant", "bee"])
     (tmp_path / "notes").mkdir()
@@ -227,7 +227,7 @@ def test_a_folder_of_test_images_alone_brings_its_own_classes(tmp_path):
         ("digits", "write 'embedded:digits'"),
         ("table:", "no data set is named"),
         ("hub:owner/name", r"'hf:owner/name\[:configuration\]' \(from the hub over the network"),
-        ("table:a,b,c", "one or two files, not 3"),
+        ("table:a,b,c", "one or two names, not 3"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest_known(spec, message):

@@ -119,7 +119,7 @@ def test_labels_that_are_there_are_not_read_for_calibration(tmp_path):
 def test_images_outside_class_folders_are_told(tmp_path, caplog):
     root = put(tmp_path / "c", ant__a_png=png(0), b_png=png(1), c_png=png(1))
     load_dataset(f"imagefolder:{root}")
-    assert "2 images lie in no class folder" in caplog.text
+    assert "2 images are not in a class folder" in caplog.text
 
 
 def test_files_that_cannot_be_read_are_counted_by_suffix_once(tmp_path, monkeypatch, caplog):
@@ -134,7 +134,7 @@ def test_files_that_cannot_be_read_are_counted_by_suffix_once(tmp_path, monkeypa
             assert len(load_dataset(spec, labels=labels)) == 1
         warned, calm = caplog.records
         assert (warned.levelname, calm.levelname) == ("WARNING", "INFO")
-        assert "4 of 5 files are passed over" in warned.message
+        assert "4 of 5 files are skipped" in warned.message
         assert "2 .heic (pip install pillow-heif), 1 .nef, 1 without a suffix" in warned.message
         assert "3 files beside" in calm.message
         assert "2 .txt, 1 thumbs.db" in calm.message
@@ -144,7 +144,7 @@ def test_files_that_cannot_be_read_are_counted_by_suffix_once(tmp_path, monkeypa
     for _ in range(2):  # the second time from the kept index
         caplog.clear()
         assert len(load_dataset(f"shards:{path}")) == 1
-        assert "passed over" in caplog.text
+        assert "files are skipped" in caplog.text
         assert "1 .heic (pip install pillow-heif)" in caplog.text
         assert "1 .nef" in caplog.text
         assert ".txt" not in caplog.text

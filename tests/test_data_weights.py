@@ -39,18 +39,18 @@ ARGUMENTS = argparse.Namespace(model=NAME, lr=1e-3)
     [
         # timm's and DeiT's trainers, arguments beside the weights
         ({"state_dict": LAST, "state_dict_ema": AVERAGE, "args": ARGUMENTS, "epoch": 3}, 2.0,
-         "under 'state_dict_ema', the moving average, are taken; left out: state_dict"),
+         "under 'state_dict_ema', the moving average, are used; left out: state_dict"),
         ({"model": LAST, "model_ema": AVERAGE, "optimizer": {"state": {0: LAST}}}, 2.0,
-         "under 'model_ema', the moving average, are taken; left out: model"),
+         "under 'model_ema', the moving average, are used; left out: model"),
         ({"state_dict": LAST, "state_dict_ema": None}, 1.0, ""),
         ({"model_state_dict": LAST}, 1.0, ""),
         ({"state_dict": {"model": under("module.", LAST)}}, 1.0, ""),
         # Lightning, with a metric and a loss beside the model
         ({"state_dict": under("model.", LAST) | {"loss.weight": torch.ones(5)},
           "pytorch-lightning_version": "2.5", "callbacks": {}}, 1.0,
-         "below 'model.' are taken; left out: loss.weight"),
+         "below 'model.' are used; left out: loss.weight"),
         ({"state_dict": under("net.", LAST) | under("ema_model.module.", AVERAGE)}, 2.0,
-         "below 'ema_model.module.' are taken"),
+         "below 'ema_model.module.' are used"),
         # wrappers of torch.compile, DDP and FSDP, also inside
         (under("_orig_mod.module.", LAST), 1.0, ""),
         ({k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in LAST.items()}, 1.0, ""),
@@ -60,9 +60,9 @@ ARGUMENTS = argparse.Namespace(model=NAME, lr=1e-3)
          2.0, "it has no head 'head': it starts anew"),
         ({"student": under("module.backbone.", LAST),
           "teacher": under("backbone.", BACKBONE) | {"head.mlp.0.weight": torch.ones(2, 2)}},
-         2.0, "under 'teacher' are taken; left out: student"),
+         2.0, "under 'teacher' are used; left out: student"),
         ({"model": under("student.backbone.", LAST) | under("teacher.backbone.", BACKBONE)},
-         2.0, "below 'teacher.backbone.' are taken"),
+         2.0, "below 'teacher.backbone.' are used"),
     ],
 )  # fmt: skip
 def test_the_weights_that_are_meant_are_taken_and_named(tmp_path, caplog, content, taken, told):
@@ -100,7 +100,7 @@ class Marked:
         ({"epoch": 3, "args": ARGUMENTS}, r"no tensors by name, but 'epoch' \(int\), 'args'"),
         ({"norm.weight": torch.ones(3), "epoch": 3}, "holds int under 'epoch' where a tensor"),
         ({"state_dict": LAST, "hyper_parameters": {"path": pathlib.Path("x"), "b": Marked}},
-         r"it holds objects that are no tensors: .*Marked.*; it must be safetensors"),
+         r"it holds objects that are not tensors: .*Marked.*; it must be safetensors"),
         ({"state_dict": under("model.", state(1.0, embed_dim=32))},
          r"below 'model\.' weights of another .* is \(1, 1, 32\) in the file and \(1, 1, 16\) in"),
         ({"vit.embeddings.patch_embeddings.projection.weight": torch.ones(3)},

@@ -101,7 +101,7 @@ def test_images_in_every_form_for_every_consumer(
         ([X[:5], X[5:] / 0], "image 5 holds NaN or inf"),
         ([{"x": X[:2] * torch.nan}], "image 0 holds NaN"),
         ([(X, Y[:3])], r"7 images have labels of shape \(3,\); give one for each"),
-        ([(X, NAMES)], "labels are no numbers"),
+        ([(X, NAMES)], "labels are not class numbers"),
     ],
 )
 def test_what_are_no_images(images: Any, match: str) -> None:

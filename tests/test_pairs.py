@@ -431,7 +431,7 @@ class LocalBeside(Branches):
 
 def test_a_depthwise_convolution_beside_its_input_has_no_scale():
     x = torch.randn(1, 4, 5, 5)
-    with pytest.raises(QuietvitError, match="what goes beside it"):
+    with pytest.raises(QuietvitError, match="plus a parallel path"):
         find_pairs(LocalBeside(norm_last=True).eval(), x, kinds=["mlp"])
     (pair,) = find_pairs(LocalBeside(norm_last=False).eval(), x, kinds=["mlp"])
     assert pair.between is not None
@@ -516,7 +516,7 @@ def test_a_depthwise_convolution_beside_or_before_attention_keeps_the_pair(besid
     [
         ("queries", "qkv -> proj: other channels of A are added"),
         ("nothing", "qkv -> proj: a product of activations without softmax"),
-        ("grouped", "grouped -> proj: A is a convolution in groups"),
+        ("grouped", "grouped -> proj: A is a grouped convolution"),
     ],
 )
 def test_what_stands_between_values_and_projection_is_named(beside, reason):
@@ -604,7 +604,7 @@ def test_depthwise_and_grouped_convolutions_are_no_first_matrix():
 def test_squeeze_and_excitation_mixes_what_it_scales():
     pairs = find_pairs(Inverted(nn.Identity(), excited=True), torch.randn(1, 4, 6, 6))
     assert names(pairs) == {("up", "squeeze"), ("squeeze", "excite")}
-    assert "up -> down: a gate computed from what A makes" in str(pairs)
+    assert "up -> down: a gate computed from the output of A" in str(pairs)
 
 
 def test_packed_gates_make_two_pairs():

@@ -1,6 +1,6 @@
-"""Images in whatever form they are given, as batches, with their labels where these are wanted.
+"""Read images in any supported form as batches, with their labels if wanted.
 
-Every consumer reads images here. Where they are moved, and what they are for, is its own business.
+All consumers read images here. They choose the device and the use themselves.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from quietvit.tracing.inputs import is_image_list
 
 Images = Tensor | Iterable[Any]
 IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
-"""Where a mapping may have its images; the first that is there counts."""
+"""Keys under which a mapping may hold its images; the first one present is used."""
 LABEL_KEYS = ("labels", "label")
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Model inputs for some images: one tensor (B, C, H, W), or several by keyword.
+    """A batch: ``inputs`` is one tensor (B, C, H, W), or several tensors by keyword.
 
-    ``labels``: (B,), None where there are none or none were asked for.
+    ``labels``: (B,), or None if absent or not wanted.
     """
 
     inputs: Tensor | dict[str, Tensor]
@@ -40,65 +40,61 @@ class ImageBatch:
 
     @property
     def images(self) -> Tensor:
-        """The images alone, (B, C, H, W). Raises QuietvitError where no key of ours holds them."""
+        """The images (B, C, H, W). Raises QuietvitError if no key of ``IMAGE_KEYS`` holds them."""
         if isinstance(self.inputs, Tensor):
             return self.inputs
         found = next((self.inputs[key] for key in IMAGE_KEYS if key in self.inputs), None)
         if found is None or found.ndim != 4:
             held = ", ".join(f"{key} {tuple(value.shape)}" for key, value in self.inputs.items())
             raise QuietvitError(
-                f"a batch of images is a mapping with {held}; give (B, C, H, W) under one of "
-                f"{', '.join(IMAGE_KEYS)}."
+                f"a batch of images is a mapping with {held}. Give images (B, C, H, W) under one "
+                f"of the keys {', '.join(IMAGE_KEYS)}."
             )
         return found
 
     @property
     def example(self) -> Tensor | dict[str, Tensor]:
-        """The first image alone, in the form ``quietvit.trace`` takes."""
+        """The first image, in a form that ``quietvit.trace`` accepts."""
         return self.pick(0).inputs
 
     @property
     def shape(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-        """The shape of the tensor, or of each one by its keyword."""
+        """The shape of the tensor, or of each tensor by keyword."""
         if isinstance(self.inputs, Tensor):
             return tuple(self.inputs.shape)
         return {key: tuple(value.shape) for key, value in self.inputs.items()}
 
     def pick(self, i: int) -> ImageBatch:
-        """A copy of image i alone."""
+        """Return a copy of image i as a batch of one."""
         if isinstance(self.inputs, Tensor):
             return ImageBatch(self.inputs[i : i + 1].clone())
         return ImageBatch({key: value[i : i + 1].clone() for key, value in self.inputs.items()})
 
     def run(self, model: nn.Module) -> Any:
-        """Run the model on this batch.
-
-        Raises:
-            QuietvitError: the model refuses the batch; its own message is carried along.
-        """
+        """Run the model on this batch. Raises QuietvitError if the model raises an exception."""
         with refusing(
             lambda what: (
                 f"the model ({type(model).__name__}) does not run on images of shape {self.shape} "
-                f"({what}). Give images as the model's own evaluation transform makes them."
+                f"({what}). Give images that the model's own evaluation transform returns."
             )
         ):
             return call(model, self.inputs)
 
 
 def image_batches(images: Images, size: int, *, labelled: bool = False) -> Iterator[ImageBatch]:
-    """Yield batches of at most ``size`` images, in order, where and of the dtype they are.
+    """Yield batches of at most ``size`` images in order, with their device and dtype unchanged.
 
     Args:
         images: a tensor (N, C, H, W), a mapping, or an iterable such as a DataLoader or a data set.
             Its items may be, in any mixture: single images (C, H, W); batches (B, C, H, W); lists
-            of images; tuples or lists with one of these first, labels second; mappings of batched
-            tensors, with labels under ``labels`` or ``label``.
-        size: of a batch; larger ones are split. Single images are collected up to it.
-        labelled: whether labels are wanted. Otherwise they may be anything, and are left out.
+            of images; tuples or lists of one of these and labels; mappings of batched tensors, with
+            labels under ``labels`` or ``label``.
+        size: larger batches are split, and single images are collected.
+        labelled: whether labels are wanted. Otherwise they are ignored, whatever they are.
 
     Raises:
-        QuietvitError: another form or shape, integers, NaN or inf, or labels that are not one for
-            each image; it names the shapes or values. No images are no error here.
+        QuietvitError: another form or shape, integer images, NaN or inf, or not one label for each
+            image. No images at all are not an error.
     """
     seen = 0
     for inputs, labels in _stacked(_items(images), size):
@@ -121,15 +117,15 @@ def _items(images: Any) -> Iterable[Any]:
     if isinstance(images, Tensor):
         if images.ndim != 4:
             raise QuietvitError(
-                f"images have shape {tuple(images.shape)}; give (N, C, H, W). A single image gets "
-                "its batch dimension by images[None]."
+                f"images have shape {tuple(images.shape)}; give (N, C, H, W). For a single image, "
+                "add the batch dimension: images[None]."
             )
         return [images]
     if isinstance(images, Mapping):
         return [images]
     try:
         if not isinstance(images, str | bytes):
-            return iter(images)  # also of a data set, which has no __iter__
+            return iter(images)  # works for a data set without __iter__, too
     except TypeError:
         pass
     raise QuietvitError(
@@ -139,7 +135,7 @@ def _items(images: Any) -> Iterable[Any]:
 
 
 def _stacked(items: Iterable[Any], size: int) -> Iterator[tuple[Tensor | dict[str, Tensor], Any]]:
-    """(inputs, labels) of whole batches: single images that follow each other become one."""
+    """Yield (inputs, labels) of batches: consecutive single images of one shape are stacked."""
     held: list[tuple[Tensor, Any]] = []
 
     def collected() -> tuple[Tensor, Any]:
@@ -165,15 +161,15 @@ def _stacked(items: Iterable[Any], size: int) -> Iterator[tuple[Tensor | dict[st
 
 
 def _parted(item: Any) -> tuple[Tensor | dict[str, Tensor], Any]:
-    """Inputs and labels of one item; a list of images is stacked."""
+    """Split one item into inputs and labels; stack a list of images."""
     if isinstance(item, Mapping):
         return _tensors(item), next((item[key] for key in LABEL_KEYS if key in item), None)
     if is_image_list(item):
         shapes = [tuple(image.shape) for image in item]
         if len(set(shapes)) > 1:
             raise QuietvitError(
-                f"a batch is a list of images of shapes {shapes}; resize all to one shape, or "
-                "give them one by one."
+                f"a batch is a list of images of shapes {shapes}. Resize all to one shape, or give "
+                "them one by one."
             )
         return torch.stack(item), None
     if isinstance(item, tuple | list) and item:
@@ -181,8 +177,8 @@ def _parted(item: Any) -> tuple[Tensor | dict[str, Tensor], Any]:
         return inputs, item[1] if len(item) > 1 else inner
     if not isinstance(item, Tensor):
         raise QuietvitError(
-            f"an image is a {type(item).__name__}, not a tensor; apply the model's evaluation "
-            "transform first, which ends in a float tensor of shape (C, H, W)."
+            f"an image is a {type(item).__name__}, not a tensor. Apply the model's evaluation "
+            "transform first; it returns a float tensor of shape (C, H, W)."
         )
     if item.ndim not in (3, 4):
         raise QuietvitError(
@@ -192,7 +188,7 @@ def _parted(item: Any) -> tuple[Tensor | dict[str, Tensor], Any]:
 
 
 def _tensors(item: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The batched tensors of a mapping; anything beside its images, such as names, is left out."""
+    """Return the batched tensors of a mapping; leave out other entries, such as names."""
     inputs = {key: value for key, value in item.items() if key not in LABEL_KEYS}
     found = {key: v for key, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
     if not found or (len(found) < len(inputs) and not set(IMAGE_KEYS) & set(found)):
@@ -205,7 +201,7 @@ def _numbers(labels: Any, count: int) -> Tensor:
     try:
         numbers = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise QuietvitError(f"the labels are no numbers of classes ({error}).") from error
+        raise QuietvitError(f"the labels are not class numbers ({error}).") from error
     if numbers.shape != (count,):
         raise QuietvitError(
             f"{count} images have labels of shape {tuple(numbers.shape)}; give one for each."
@@ -214,7 +210,7 @@ def _numbers(labels: Any, count: int) -> Tensor:
 
 
 def _check(batch: ImageBatch, seen: int) -> None:
-    """``seen``: how many images came before, so that a broken one is named by its number."""
+    """Check the images of a batch; ``seen`` images came before, so errors can number them."""
     alone = isinstance(batch.inputs, Tensor)
     for x in [batch.inputs] if isinstance(batch.inputs, Tensor) else batch.inputs.values():
         if alone and not x.is_floating_point():

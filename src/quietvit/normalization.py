@@ -1,6 +1,6 @@
-"""A warning where image tensors were not normalized as the model's own preprocessing does it.
+"""Warn about image tensors that the model's own preprocessing did not normalize.
 
-Only values are looked at. How images are normalized is decided in ``data.transforms``.
+Only values are checked; ``data.transforms`` normalizes images.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ _OUTSIDE = 0.35
 
 
 def warn_unless_normalized(images: Any, model: nn.Module, what: str) -> bool:
-    """Log a warning where ``images`` cannot come from the model's preprocessing; say if it was.
+    """Log a warning if ``images`` cannot come from the model's preprocessing; return if it did.
 
-    The mean and std are those of the model's ``pretrained_cfg`` (timm's, and what ``create_model``
-    sets). A model without one is never warned about, and neither are images without contrast. With
-    mean m and std s, pixels become values from -m/s to (1-m)/s. A warning tells that the images
+    The mean m and std s come from the model's ``pretrained_cfg`` (set by timm and by
+    ``create_model``); a model without one gives no warning. Preprocessing maps pixels to values
+    from -m/s to (1-m)/s. There is a warning if the images
 
-    - lie in 0..1 and span it, though the model's values go below -0.5 or above 20, or
-    - reach -1 and 1 exactly, though the model's go beyond -1.5 and 1.5 (another mean and std), or
-    - have a third of their values outside what the model's preprocessing gives, or single values
-      8 times as large as it gives (0..255, or normalized twice).
+    - span 0..1, but the model's values go below -0.5 or above 20;
+    - reach -1 and 1 exactly, but the model's go beyond -1.5 and 1.5 (another mean and std);
+    - have over 35 % of their values outside the model's range, or a value 8 times too large
+      (0..255, or normalized twice).
 
-    The bounds are chosen here so that real and grey images stay silent, and so does Gaussian noise
-    for the usual means and stds.
+    The bounds are derived here. Real images, images without contrast, and Gaussian noise for the
+    usual means and stds give no warning.
 
     Args:
-        images: (N, C, H, W), or a mapping that holds such a tensor, such as ``pixel_values``; all
-            else is passed over.
-        model: its preprocessing is the measure; wrappers of torch are seen through.
+        images: (N, C, H, W), or a mapping with such a tensor; other objects are ignored.
+        model: its preprocessing is the reference; torch's wrappers are removed.
         what: names the images in the message, such as ``calibration``.
     """
     pixels = _pixels(images)
@@ -59,15 +58,15 @@ def warn_unless_normalized(images: Any, model: nn.Module, what: str) -> bool:
     elif low < -0.5 and least >= -1e-3 and least < 0.1 and 0.8 < most <= 1 + 1e-3:
         guess = "They look as if scaled to 0..1, but not normalized."
     elif high > 20 and least >= -1e-3 and 0.5 < most <= 1 + 1e-3:
-        guess = "They look as if scaled to 0..1, where the model takes 0 to 255."
+        guess = "They look as if scaled to 0..1, but the model takes 0 to 255."
     elif low < -1.5 and high > 1.5 and abs(least + 1) < 0.01 and abs(most - 1) < 0.01:
         guess = "They look as if normalized with mean 0.5 and std 0.5."
     if not guess:
         return False
     logger.warning(
         "the %s images have values from %.3g to %.3g (mean %.3g, std %.3g), but the preprocessing "
-        "of the model gives %.3g to %.3g (mean %s, std %s). %s Results are then wrong. Use "
-        "quietvit.data.evaluation_transform(model); if the model was trained on such images, set "
+        "of the model gives %.3g to %.3g (mean %s, std %s). %s The results will be wrong. Use "
+        "quietvit.data.evaluation_transform(model). If the model was trained on such images, set "
         "mean and std in model.pretrained_cfg.",
         what, least, most, float(x.mean()), float(x.std(correction=0)), low, high,
         _shown(mean), _shown(std), guess,

@@ -1,6 +1,6 @@
-"""What a model returned: its tensors by name and place, and the logits of a classifier.
+"""Read a model's output: its tensors by path, and the logits of a classifier.
 
-Which tensor is exported is decided in ``deployment``; what is done with logits the callers decide.
+``deployment`` decides which tensor is exported, and callers decide what to do with logits.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ LOGITS = "logits"
 
 
 def tensors_of(output: Any) -> dict[str, Tensor]:
-    """The tensors in a model's output by their path: names and places joined by dots.
+    """Return the tensors in a model's output by path: names and indices joined by dots.
 
-    The path of a tensor that is the whole output is empty.
+    Example: ``{"boxes": [x, y]}`` gives "boxes.0" and "boxes.1". A lone tensor has the path "".
     """
     return dict(_walked(output, ""))
 
 
 def heads(output: Any) -> tuple[Tensor, ...]:
-    """The logits (B, classes) of each head of a classifier.
+    """Return the logits (B, classes) of each head of a classifier; shapes are not checked.
 
-    They are what the output has under the name ``logits``, as a mapping or as an object. Otherwise
-    they are the output itself: one tensor, or a tuple or list with one for each head, as a
-    distilled DeiT returns in training. Their shapes are not checked.
+    They are the entry or attribute ``logits`` of the output. Otherwise they are the output itself:
+    one tensor, or a tuple or list with one for each head (a distilled DeiT in training).
 
     Raises:
-        QuietvitError: the output has neither.
+        QuietvitError: the output has neither form.
     """
     found = tensors_of(output)
     named = [x for path, x in found.items() if path.partition(".")[0] == LOGITS]
@@ -44,24 +43,24 @@ def heads(output: Any) -> tuple[Tensor, ...]:
         return tuple(output)
     names = f" with {', '.join(found)}" if found else ""
     raise QuietvitError(
-        f"the model returned {type(output).__name__}{names}, not logits of shape (batch, classes); "
-        "wrap it so that it returns one tensor, or name one 'logits'."
+        f"the model returned {type(output).__name__}{names}, not logits of shape (batch, classes). "
+        "Wrap it so that it returns one tensor, or name one 'logits'."
     )
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits (B, classes) of a classifier of one head, in any form that ``heads`` takes.
+    """Return the logits (B, classes) of a classifier with one head, in any form of ``heads``.
 
     Raises:
-        QuietvitError: there are several heads, or the shape is another.
+        QuietvitError: there are several heads, or the logits are not 2-D.
     """
     found = heads(output)
     if len(found) == 1 and found[0].ndim == 2:
         return found[0]
     shown = ", ".join(str(tuple(x.shape)) for x in found)
     raise QuietvitError(
-        f"the model returned {shown}, not logits of shape (batch, classes) of one head; a "
-        "classifier is needed."
+        f"the model returned {shown}, not logits of shape (batch, classes) of one head. Give a "
+        "classifier."
     )
 
 

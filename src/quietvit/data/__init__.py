@@ -1,6 +1,6 @@
-"""Labelled images in, tensors and top-1 out: data, transforms, models with weights, evaluation.
+"""Data sets, transforms, models with weights, and top-1 evaluation.
 
-No training and no quantization lives here.
+Training and quantization live elsewhere.
 """
 
 from quietvit.classes import name_classes, names_of

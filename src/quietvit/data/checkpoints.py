@@ -1,6 +1,6 @@
-"""Weights out of checkpoint files of many kinds: tensors by name, nothing else, no pickled code.
+"""Read weights from checkpoint files of many kinds: tensors by name, and no pickled code.
 
-Which state dict of a file is taken is decided here; whether it fits a model, in ``weights``.
+This module selects the state dict in a file; ``weights`` checks whether it fits a model.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from quietvit.files import refuse_other_bytes
 
 logger = logging.getLogger("quietvit")
 
-# timm's own loader takes the first that is there; the others are those of other trainers.
+# In order of preference. timm's loader uses the first two; the others come from other trainers.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict")
 _CONTAINERS = (*_AVERAGES, "state_dict", "model", "model_state_dict", "teacher", "module")
-# torch puts these into the names of a compiled, sharded or checkpointed module.
+# torch inserts these into the names of a compiled, sharded or checkpointed module.
 _INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict, name -> tensor, from safetensors or ``torch.load(weights_only=True)``.
 
-    Of a checkpoint that holds several the moving average is taken, as timm's loader does
-    (``state_dict_ema``, then ``model_ema``), else ``state_dict``, ``model``, DINO's ``teacher`` and
-    the like; a log line says which wherever there is a choice. Wrappers of torch.compile and FSDP
-    are taken off the names.
+    If a checkpoint holds several, the moving average is used, as in timm's loader
+    (``state_dict_ema``, then ``model_ema``); otherwise ``state_dict``, ``model``, DINO's
+    ``teacher`` and the like. A log line reports each choice. Names lose the parts that
+    torch.compile and FSDP insert.
 
     Raises:
         QuietvitError: the file is missing, damaged, or holds anything but tensors by name.
@@ -51,7 +51,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if others or key in _AVERAGES:
             why = ", the moving average," if key in _AVERAGES else ""
             besides = f"; left out: {', '.join(others)}" if others else ""
-            logger.warning("%s: the weights under '%s'%s are taken%s.", path, key, why, besides)
+            logger.warning("%s: the weights under '%s'%s are used%s.", path, key, why, besides)
         taken.append(key)
         content = content[key]
     if not isinstance(content, Mapping) or not content:
@@ -66,7 +66,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def class_names_in(path: str | Path) -> dict[str, Any]:
-    """Return what a weights file of ours says of class names (``classes.KEY``), else nothing."""
+    """Return the class names (``classes.KEY``) in a weights file of quietvit, or {}."""
     path = Path(path).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
@@ -80,15 +80,15 @@ def _check_kind(path: Path) -> None:
     refuse_other_bytes(path)
     if path.is_dir():
         raise QuietvitError(
-            f"the weights {path} are a folder; name the file in it, such as model.safetensors. A "
-            f"transformers model is given as a whole: 'hf:{path}' in place of the model's name."
+            f"the weights {path} are a folder; name the file in it, such as model.safetensors. For "
+            f"a transformers model, give the folder as the model's name: 'hf:{path}'."
         )
     if not path.is_file():
         raise QuietvitError(f"the weights {path} do not exist; check the path.")
     if path.name.endswith(".index.json"):
         raise QuietvitError(
-            f"{path} lists the parts of weights that are stored in several files; load the model "
-            "with the library that wrote it, and save its state_dict() as one safetensors file."
+            f"{path} is an index of weights that are stored in several files. Load the model with "
+            "the library that wrote it, and save its state_dict() as one safetensors file."
         )
 
 
@@ -102,23 +102,23 @@ def _loaded(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        # timm's and DeiT's trainers keep their arguments beside the weights; they are mere values.
+        # timm's and DeiT's trainers store their arguments beside the weights, as plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         objects = _foreign_objects(path)
-        reason = f"it holds objects that are no tensors: {objects}" if objects else _first(error)
+        reason = f"it holds objects that are not tensors: {objects}" if objects else _first(error)
         raise QuietvitError(f"{path} could not be read as weights ({reason}); {remedy}.") from error
 
 
 def _foreign_objects(path: Path) -> str:
-    """Name the first classes and functions that a file would make torch run."""
+    """Name the first classes and functions that loading the file would run."""
     if path.suffix == ".safetensors":
         return ""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # it is no file of torch at all
+    except Exception:  # not a torch file
         return ""
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
@@ -129,7 +129,7 @@ def _first(error: Exception) -> str:
 
 
 def _is_state(content: Mapping[Any, Any]) -> bool:
-    """Whether there are tensors by name, and none of the known entries that hold more."""
+    """Whether a mapping holds tensors by name, and no known container of other tensors."""
     return any(isinstance(value, Tensor) for value in content.values()) and not any(
         _holds_tensors(content.get(key)) for key in _CONTAINERS
     )
@@ -149,10 +149,8 @@ def _unknown(
 ) -> QuietvitError:
     inside = "".join(f" under '{key}'" for key in taken)
     if held:
-        what = f"state dicts under {', '.join(map(repr, held[:5]))}, none of which is known as the"
-        return QuietvitError(
-            f"{path} holds{inside} {what} model's; save the one that is, alone, as safetensors."
-        )
+        what = f"state dicts under {', '.join(map(repr, held[:5]))}, none of which is a known name"
+        return QuietvitError(f"{path} holds{inside} {what}; save the model's state_dict() alone.")
     entries = ", ".join(f"{key!r} ({type(v).__name__})" for key, v in list(content.items())[:5])
     return QuietvitError(
         f"{path} holds no tensors by name{inside}, but {entries or 'nothing'}; save the model's "

@@ -1,6 +1,6 @@
-"""The one decoder: encoded bytes, a PIL image or an array in, an upright 8-bit RGB image out.
+"""Decode encoded bytes, a PIL image or an array into an upright 8-bit RGB image.
 
-Every data set and ``predict`` use it. Which files are images is decided in ``formats``.
+All data sets and ``predict`` use this decoder. ``formats`` decides which files are images.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_16_BIT_FORMATS = ("PNG", "PPM")  # Pillow may open their 16-bit grey as 32-bit "I"
+_16_BIT_FORMATS = ("PNG", "PPM")  # Pillow may open their 16-bit grey images as 32-bit "I"
 
 
 class _UnclearError(Exception):
-    """The values of an image do not tell which of them is white."""
+    """The range of an image's values does not show which value is white."""
 
 
 def decode(content: bytes | Image.Image | np.ndarray, where: Callable[[], str]) -> Image.Image:
-    """Return the image upright, as 8-bit RGB. The image given is not changed.
+    """Return the image upright, as 8-bit RGB. The input is not changed.
 
-    - The EXIF orientation (1 to 8) is applied, in every format that has one.
-    - Of several frames (GIF, TIFF, APNG, WebP) the first is taken, of a PIL image the current one.
-    - Transparent pixels are laid on white (``BACKGROUND``): RGBA, LA, PA, a palette or a colour
-      that is transparent.
-    - 16-bit values are divided by 257, so that 65535 becomes 255.
-    - 32-bit integers: 0..255 stay, up to 65535 they count as 16-bit values.
-    - Floats: 0..1 are multiplied by 255; where the largest is 2..255 they are only rounded.
-    - CMYK, YCbCr, HSV and LAB are converted by Pillow; colour profiles are not applied.
+    - The EXIF orientation (1 to 8) is applied in every format that has one.
+    - The first of several frames (GIF, TIFF, APNG, WebP) is used; the current one of a PIL image.
+    - Transparent pixels become white (``BACKGROUND``): RGBA, LA, PA, transparent palettes and
+      colours.
+    - 16-bit values are divided by 257, so 65535 becomes 255.
+    - 32-bit integers in 0..255 stay; values up to 65535 count as 16-bit values.
+    - Floats in 0..1 are multiplied by 255. If the largest is in 2..255, they are only rounded.
+    - Pillow converts CMYK, YCbCr, HSV and LAB; colour profiles are not applied.
 
     Args:
         content: an encoded image, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or
-            (H, W, 4) of integers or floats; the rules above hold for its values.
-        where: names the image in errors; called only when there is one.
+            (H, W, 4) of integers or floats.
+        where: returns the image's name for errors; called only if there is an error.
 
     Raises:
         QuietvitError: the image is empty, truncated, damaged or of an unknown format, an array of
-            another shape, or values outside the ranges above (the message tells them).
+            another shape, or values outside the ranges above.
     """
     register_plugins()
     try:
@@ -65,7 +65,7 @@ def decode(content: bytes | Image.Image | np.ndarray, where: Callable[[], str]) 
             return colours if turn is None else colours.transpose(turn)
     except _UnclearError as error:
         raise QuietvitError(f"the image at {where()} {error}") from error
-    except Exception as error:  # damaged files raise anything, AVIF's decoder a RuntimeError
+    except Exception as error:  # damaged files raise any exception
         raise QuietvitError(
             f"the image at {where()} could not be decoded: {_reason(content, error)}; replace it "
             "or leave it out."
@@ -89,7 +89,7 @@ def _opened(content: bytes | Image.Image | np.ndarray) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged EXIF block; the pixels are good, and viewers show them as stored
+    except Exception:  # a damaged EXIF block: the pixels are good, and viewers ignore it, too
         return 1
     return found if isinstance(found, int) else 1
 
@@ -110,7 +110,7 @@ def _in_colours(image: Image.Image) -> Image.Image:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """A grey image of more than 8 bits as RGB."""
+    """Convert a grey image of more than 8 bits to RGB."""
     values = np.asarray(image)
     if image.mode == "I" and image.format in _16_BIT_FORMATS:
         values = values.astype(np.uint16)
@@ -125,7 +125,7 @@ def _grey(image: Image.Image) -> Image.Image:
 def _on_background(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
-        image = image.copy()  # of a 16-bit PNG: Pillow keeps the high byte of the pixels alone
+        image = image.copy()  # a 16-bit PNG: Pillow keeps only the high byte of its pixels
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.mode == "La":
         image = image.convert("LA")
@@ -135,7 +135,7 @@ def _on_background(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Scale values to 0..255, uint8, by the ranges that ``decode`` states."""
+    """Scale values to uint8, 0..255, by the rules of ``decode``."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
@@ -152,8 +152,8 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     else:
         known = "0 to 1 or 0 to 255" if values.dtype.kind == "f" else "0 to 255 or 0 to 65535"
         raise _UnclearError(
-            f"holds values from {low:g} to {high:g} ({values.dtype}), so which of them is white is "
-            f"unknown: values must lie in {known}. Scale them, and save the image with 8 bits."
+            f"holds values from {low:g} to {high:g} ({values.dtype}), so it is unknown which value "
+            f"is white: values must lie in {known}. Scale them, and save the image with 8 bits."
         )
     return np.clip(np.rint(exact * scale), 0, 255).astype(np.uint8)
 
@@ -175,7 +175,7 @@ def _reason(content: bytes | Image.Image | np.ndarray, error: Exception) -> str:
 
 
 def _suffix_of(content: bytes) -> str:
-    """The suffix of a format that needs a plugin, by its first bytes; else nothing."""
+    """Return the suffix of a format that needs a plugin, given its first bytes; else ""."""
     brand: Any = bytes(content[8:12]) if content[4:8] == b"ftyp" else b""
     if brand in (b"avif", b"avis"):
         return ".avif"

@@ -1,6 +1,6 @@
-"""Where the weights of a file and those of a model differ, in words.
+"""Describe how the weights of a file and of a model differ.
 
-Loading itself is in ``weights`` and ``huggingface``.
+``weights`` and ``huggingface`` load weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _FILE_LACKS, _MODEL_LACKS = "the file lacks", "the model lacks"
 
 
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """Say where a file's ``state`` and a model's ``own`` have other keys or shapes."""
+    """Return a text for each key or shape that differs between ``state`` (file) and ``own``."""
     found = [
         f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
         for key in own
@@ -27,7 +27,7 @@ def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[
 
 
 def shown(problems: list[str], count: int = 4) -> str:
-    """Return the first ``count`` of ``differences``, of both sides where both have some."""
+    """Return the first ``count`` of ``differences``, taking turns between their kinds."""
     kinds: list[list[str]] = [[], [], []]
     for problem in problems:
         lacks = [problem.startswith(begin) for begin in (_FILE_LACKS, _MODEL_LACKS)]

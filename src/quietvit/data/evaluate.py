@@ -1,6 +1,6 @@
-"""Top-1 of a model on labelled images, and images drawn for calibration.
+"""Top-1 accuracy of a model on labelled images, and random calibration images.
 
-The transform is always given by the caller, from ``transforms.evaluation_transform``.
+Callers pass the transform, usually ``transforms.evaluation_transform``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def evaluation_loader(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> DataLoader[Any]:
-    """Return a loader in order over all of it: batches (images (B, 3, H, W), labels (B,))."""
+    """Return a loader over the whole data set in order: (images (B, 3, H, W), labels (B,))."""
     return DataLoader(
         Transformed(dataset, transform),
         batch_size=batch_size,
@@ -44,20 +44,19 @@ def evaluate(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> float:
-    """Return the top-1 accuracy in percent. The model is run in eval mode and its mode restored.
+    """Return the top-1 accuracy in percent. The model runs in eval mode; its mode is restored.
 
     Args:
         model: images (B, 3, H, W) -> logits (B, classes), in any form that ``outputs.logits_of``
-            takes.
-        loader: batches of (images, labels), as from ``evaluation_loader``. Where the names of the
-            classes are known of its data set and of the model, classes are matched by name: see
-            ``matching``.
-        device: where the model is and the batches are sent.
-        progress: show a bar on standard error.
+            accepts.
+        loader: batches of (images, labels), as from ``evaluation_loader``. If both the data set
+            and the model have class names, classes are matched by name, see ``matching``.
+        device: the model's device.
+        progress: show a progress bar on standard error.
 
     Raises:
-        QuietvitError: no images, labels beyond the model's classes, classes whose names the model
-            does not know, or logits that are not numbers.
+        QuietvitError: no images, labels beyond the model's classes, class names that the model
+            does not know, or NaN in the logits.
     """
     correct, total = count_right(model, loader, device, progress)
     if total == 0:
@@ -72,10 +71,7 @@ def count_right(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> tuple[int, int]:
-    """Return how many images a classifier gets right, and how many there are.
-
-    Arguments and errors are those of ``evaluate``; no images at all give (0, 0).
-    """
+    """Return (correct images, all images). Like ``evaluate``, but no images give (0, 0)."""
     correct = total = 0
     numbers: Tensor | None = None
     with evaluating(model), worker_errors(), progress_bar(loader, progress) as batches:
@@ -83,21 +79,21 @@ def count_right(
             logits = logits_of(model(images.to(device)))
             if int(labels.min()) < 0:
                 raise QuietvitError(
-                    f"the data has label {int(labels.min())}, so images without labels; top-1 "
-                    "needs the class of each image, counted from 0."
+                    f"the data has label {int(labels.min())}: images without labels; top-1 needs "
+                    "the class of each image, counted from 0."
                 )
             if total == 0:
                 numbers = class_numbers(loader, model, logits.shape[-1])
             labels = (labels if numbers is None else numbers[labels.cpu()]).to(logits.device)
             if int(labels.max()) >= logits.shape[-1]:
                 raise QuietvitError(
-                    f"the data has label {int(labels.max())}, but the model tells only "
-                    f"{logits.shape[-1]} classes apart; evaluate it on its own data."
+                    f"the data has label {int(labels.max())}, but the model has only "
+                    f"{logits.shape[-1]} classes; evaluate it on its own data."
                 )
             if bool(logits.isnan().any()):
                 raise QuietvitError(
-                    f"the model's logits are not numbers after {total} images; find the first "
-                    "site with NaN by quietvit.diagnose(model, images)."
+                    f"the model's logits are NaN after {total} images; find the first site with "
+                    "NaN by quietvit.diagnose(model, images)."
                 )
             correct += int((logits.argmax(-1) == labels).sum())
             total += len(labels)
@@ -105,9 +101,9 @@ def count_right(
 
 
 def class_numbers(loader: Any, model: nn.Module, count: int) -> Tensor | None:
-    """Return what to index by a loader's labels to get numbers of the model's ``count`` classes.
+    """Return the table (classes,) from a loader's labels to the model's ``count`` class numbers.
 
-    None where the labels are these numbers. Raises as ``matching.matched`` does.
+    None if the labels are these numbers already. Errors: see ``matching.matched``.
     """
     names = names_of(model)
     return label_numbers(loader, None if names is None or len(names) != count else names, count)
@@ -123,13 +119,13 @@ def calibration_images(
     """
     if n < 1:
         raise QuietvitError(
-            f"{n} calibration images were asked for; the ranges of activations need at least one "
-            "(32 is usual)."
+            f"{n} calibration images were requested, but the ranges of activations need at least "
+            "one (32 is usual)."
         )
     if n > len(dataset):
         raise QuietvitError(
-            f"{n} calibration images were asked for, but {dataset.name} holds {len(dataset)}; ask "
-            "for fewer."
+            f"{n} calibration images were requested, but {dataset.name} holds {len(dataset)}; "
+            "request fewer."
         )
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:n]
     return torch.stack([transform(dataset[int(index)][0]) for index in chosen])
@@ -137,10 +133,7 @@ def calibration_images(
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Give a QuietvitError raised in a loader's worker process its plain message back.
-
-    A worker that was killed becomes a QuietvitError, too.
-    """
+    """Restore the plain message of a worker's QuietvitError; turn a killed worker into one."""
     try:
         yield
     except QuietvitError as error:
@@ -152,8 +145,8 @@ def worker_errors() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise QuietvitError(
-            f"a process that loads images ended unexpectedly ({error}). If nobody ended it, there "
-            "was too little memory (Killed) or room in /dev/shm (Bus error): lower num_workers."
+            f"a process that loads images ended unexpectedly ({error}). If nobody stopped it, "
+            "memory (Killed) or space in /dev/shm (Bus error) ran out: lower num_workers."
         ) from error
 
 

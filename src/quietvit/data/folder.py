@@ -1,7 +1,7 @@
-"""Image folders: one folder a class, or images in any folders. Files are found, not opened.
+"""Image folders: one folder for each class, or images in any folders. Files are not opened.
 
-Which files are images is decided in ``formats``. Names are kept as one
-array of bytes, so that a million of them take no Python objects.
+``formats`` decides which files are images. Names are one array of bytes: a million Python strings
+would cost much memory.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ _SPLITS = {"train", "val", "test"}
 def open_folder(
     root: Path, split: str | None, num_classes: int | None, labels: bool = True
 ) -> ImageDataset:
-    """Open ``split`` of an image folder; for None the folder itself is one folder a class.
+    """Open ``split`` of an image folder; for None, ``root`` itself holds the class folders.
 
-    Hidden files and folders are passed over, links are followed. Files that cannot be read as
-    images are passed over, too, and a log line counts them by suffix.
+    Hidden files and folders are skipped, and links are followed. Files that cannot be read as
+    images are skipped, too, and a log line counts them by suffix.
 
     Args:
         root: the folder; without ``labels`` also a single image, or a pattern such as ``*.jpg``.
         split: ``train``, ``test`` or None.
-        num_classes: refuse labels at or above it; None takes the number of class folders.
-        labels: False takes all images below the folder, in whatever folders they lie.
+        num_classes: labels at or above it are an error; None uses the number of class folders.
+        labels: False uses all images at any depth below the folder.
 
     Raises:
-        NoLabelsError: labels are needed, and the images lie in no class folders.
+        NoLabelsError: labels are needed, but the images are not in class folders.
         QuietvitError: a folder is missing, holds no images, or has a class that training lacks; a
-            class of ``train/`` has no images. Caused by FileNotFoundError where ``root`` is none.
+            class of ``train/`` has no images. Caused by FileNotFoundError if ``root`` is missing.
     """
     if not root.is_dir():
         return _open_files(root, labels)
     if split is None and holds_splits(root):
         held = sorted(entry.name for entry in root.iterdir() if entry.name in _SPLITS)
         raise QuietvitError(
-            f"{root} holds {' and '.join(map(repr, held))}, which are splits and no classes; ask "
-            f"for the split 'train' or 'test', or open one of them: 'imagefolder:{root / held[0]}'."
+            f"{root} holds {' and '.join(map(repr, held))}, which are splits, not classes; request "
+            f"the split 'train' or 'test', or open one of them: 'imagefolder:{root / held[0]}'."
         )
     folder = root if split is None else _split_folder(root, split)
     around = frozenset(map(_identity, folder.absolute().parents))
@@ -84,26 +84,26 @@ def open_folder(
     if not files and (outside := _count_images(folder)):
         raise NoLabelsError(
             f"{folder} holds {outside} images but no class folders, so they have no labels. "
-            "Training and evaluation need one folder a class: move the images to "
-            f"{folder}/<class>/. Calibration (quantize, diagnose) takes them as they are."
+            "Training and evaluation need one folder for each class: move the images to "
+            f"{folder}/<class>/. Calibration (quantize, diagnose) needs no labels."
         )
     if files and (outside := _count_images(folder)):
         logger.warning(
-            "%s: %d images lie in no class folder, so they have no label and are not used.",
+            "%s: %d images are not in a class folder, so they have no label and are not used.",
             folder, outside,
         )  # fmt: skip
     return _dataset(root, folder, files, passed, numbers, classes, num_classes)
 
 
 def image_files(text: str) -> tuple[list[str], PassedOver]:
-    """Return the images that ``text`` names, by name: a file, a folder (not those in it), a glob.
+    """Return the images that ``text`` names, sorted: a file, a folder or a glob.
 
-    A file that is named itself is returned whatever its suffix. Hidden files are passed over
-    silently; ``PassedOver`` counts the others that cannot be read as images.
+    Folders inside the folder are not searched. A single file is returned whatever its suffix.
+    Hidden files are skipped silently; ``PassedOver`` counts others that are not readable images.
 
     Raises:
         QuietvitError: there is no such file, or no image in the folder or among the matches.
-            Caused by FileNotFoundError where nothing is at a path.
+            Caused by FileNotFoundError if the path does not exist.
     """
     path = Path(text).expanduser()
     passed = PassedOver()
@@ -131,7 +131,7 @@ def image_files(text: str) -> tuple[list[str], PassedOver]:
 
 
 def _open_files(path: Path, labels: bool) -> ImageDataset:
-    """A single image, or those that a pattern matches; neither has labels."""
+    """Open a single image, or those that a pattern matches. They have no labels."""
     if not path.exists() and not glob.has_magic(str(path)):
         raise QuietvitError(
             f"the folder {path} of the data set does not exist; check the path."
@@ -140,8 +140,8 @@ def _open_files(path: Path, labels: bool) -> ImageDataset:
     if labels:
         raise NoLabelsError(
             f"{path} names images without class folders, so they have no labels. Training and "
-            "evaluation need a folder with one folder a class; calibration (quantize, diagnose) "
-            "takes these as they are."
+            "evaluation need a folder with one folder for each class. Calibration (quantize, "
+            "diagnose) needs no labels."
         )
     passed.tell(f"imagefolder:{path}", len(files))
     names = np.array([os.fsencode(name) for name in files])
@@ -183,13 +183,13 @@ def _without_images(place: str, passed: PassedOver) -> str:
     held = f" It holds {passed}." if str(passed) else ""
     return (
         f"{place} holds no images that can be read here.{held} Give a folder with files such as "
-        ".jpg and .png; for training and evaluation, one folder a class. Tables and shards are "
-        "named 'table:...' and 'shards:...'."
+        ".jpg and .png; for training and evaluation, one folder for each class. For tables and "
+        "shards write 'table:...' and 'shards:...'."
     )
 
 
 def _images_in(folder: Path, paths: Iterable[str], passed: PassedOver) -> list[bytes]:
-    """The images among ``paths`` in order of name, relative to ``folder``."""
+    """Return the images among ``paths``, sorted by name and relative to ``folder``."""
     found = []
     for path in paths:
         if is_readable(path):
@@ -205,7 +205,7 @@ def _count_images(folder: Path) -> int:
 
 
 def holds_splits(root: Path) -> bool:
-    """Tell splits from classes: train/ beside val/ or test/, or no folder but these."""
+    """Whether a folder holds splits: train/ and val/ or test/, or no other folders than these."""
     if not root.is_dir():
         return False
     held = set(_folders_in(root))
@@ -232,9 +232,10 @@ def _split_folder(root: Path, split: str) -> Path:
 
 
 def _files_below(folder: str | Path, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Files in ``folder`` and in all its folders, links followed; ``above`` are those around it.
+    """Yield all files below ``folder``, following links; ``above`` holds its parent folders.
 
-    A link to one of these is passed over. A link to nothing is a file, and missed when it is read.
+    A link to a parent is skipped, because it would never end. A broken link counts as a file, and
+    reading it raises.
     """
     own = _identity(folder)
     if own in above:
@@ -258,7 +259,7 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # a link that points to itself
         return False
 
 
@@ -268,7 +269,7 @@ def _read_file(folder: Path, names: np.ndarray, index: int) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise QuietvitError(
-            f"the image {path} could not be read: {error.strerror or error}; restore the file or "
+            f"the image {path} could not be read: {error.strerror or error}. Restore the file, or "
             "open the data set again without it."
         ) from error
 

@@ -1,6 +1,6 @@
-"""Data sets of Hugging Face: a folder written by ``save_to_disk``, or a name on the hub.
+"""Hugging Face data sets: a folder written by ``save_to_disk``, or a name on the hub.
 
-Needs the package ``datasets``; what it holds in memory is an arrow table mapped from disk.
+Needs the package ``datasets``, which maps its arrow tables from disk.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ def open_hub(
 ) -> ImageDataset:
     """Open ``hf:/folder`` or ``hf:owner/name[:configuration]``.
 
-    The images are the column of type ``Image``, the labels the one of type ``ClassLabel``; where
-    there are several, those called image or img, and label or fine_label. Names of classes are
+    Images are the column of type ``Image``, labels the column of type ``ClassLabel``. Of several
+    columns, those called image or img, and label, labels or fine_label are used. Class names are
     kept. The test images are the split ``validation`` (or val, valid), else ``test``. Without
-    ``labels`` no column of labels is needed, and none is read.
+    ``labels`` no label column is needed or read.
 
     Raises:
-        NoLabelsError: labels are needed, and there is no column of them.
-        QuietvitError: ``datasets`` is missing, the folder or name cannot be opened, there is no
-            such split or no such column.
+        NoLabelsError: labels are needed, but there is no label column.
+        QuietvitError: ``datasets`` is missing, the folder or name cannot be opened, or the split or
+            column is missing.
     """
     found = _loaded(rest)
     data = _split_of(found, split, rest)
@@ -60,7 +60,7 @@ def open_hub(
 
 
 def has_splits(rest: str) -> bool:
-    """Whether a data set has splits: one on the hub does, a folder says so in its files."""
+    """Whether a data set has splits: True on the hub; in a folder, if it holds a DatasetDict."""
     folder = Path(rest).expanduser()
     return (folder / "dataset_dict.json").exists() if folder.is_dir() else True
 
@@ -84,7 +84,7 @@ def _loaded(rest: str) -> Any:
         remedy = (
             "it must be a folder written by datasets' save_to_disk"
             if local
-            else "check the name and the connection to the hub, or save it elsewhere by "
+            else "check the name and the connection to the hub, or save it on another machine with "
             "save_to_disk and give that folder as 'hf:/folder'"
         )
         raise QuietvitError(f"hf:{rest} could not be opened ({reason}); {remedy}.") from error
@@ -135,7 +135,7 @@ def _label_column(features: Any, rest: str) -> str:
         if labels:
             raise
         raise NoLabelsError(
-            f"{error} Training and evaluation need labels, calibration does not."
+            f"{error} Training and evaluation need labels; calibration does not."
         ) from error
 
 
@@ -146,7 +146,7 @@ def _one(found: list[str], usual: tuple[str, ...], what: str, features: Any, res
         raise QuietvitError(
             f"hf:{rest} has {len(found) or 'no'} columns of {what}{' to choose from' * bool(found)}"
             f": it has {held}. Cast or rename the columns to 'image' and 'label', or remove the "
-            "others, and save it again."
+            "others; then save it again."
         )
     return chosen[0]
 

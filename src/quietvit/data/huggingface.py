@@ -1,6 +1,6 @@
-"""transformers image classifiers out of a local folder, as the rest of the library wants them.
+"""Create transformers image classifiers from a local folder.
 
-How their preprocessing is translated is in ``image_processor``; models of timm are in ``weights``.
+``image_processor`` translates their preprocessing; ``weights`` creates timm models.
 """
 
 from __future__ import annotations
@@ -42,25 +42,24 @@ def create_hf_model(
 ) -> nn.Module:
     """Build a transformers image classifier from ``config.json``, with the folder's safetensors.
 
-    The weights are float32. No pickle is read and no code of the folder is run. Without a weights
-    file the model starts from random, and a log line says so. ``preprocessor_config.json`` becomes
-    the model's data config (``quietvit.data.data_config``); the image size is the one it makes.
+    The weights are float32. No pickle is read, and no code of the folder runs. Without a weights
+    file the weights are random, and a log line says so. ``preprocessor_config.json`` becomes the
+    model's data config (``quietvit.data.data_config``) and sets the image size.
 
     Args:
-        folder: local folder; what is no path is taken as a name on the Hugging Face hub.
-        num_classes: classes of the head; None takes the config's. Another number than there
-            starts the head anew, and a log line says so.
-        kwargs: override the config, as ``image_size`` (``img_size`` is the same). Position tables
-            of another size are resampled bicubically, as transformers does, and a log line says so.
+        folder: a local folder; anything that is not a path is a name on the Hugging Face hub.
+        num_classes: classes of the head; None uses the config's. With another number the head is
+            random, and a log line says so.
+        kwargs: changes to the config, such as ``image_size`` (or ``img_size``). For another size,
+            position tables are resampled bicubically, as in transformers, and a log line says so.
         preprocessing: overrides in the data config: mean, std, interpolation, crop_pct, crop_mode.
-        weights: name -> tensor, loaded strictly in place of the folder's.
-        untrained: with no ``weights``, start from random and do not look whether the folder has
-            weights.
+        weights: name -> tensor, loaded strictly instead of the folder's.
+        untrained: without ``weights``, use random ones and ignore the folder's.
 
     Raises:
-        QuietvitError: transformers is missing, no such folder, a hub out of reach, no image
-            classifier, no safetensors, unknown keys, weights of other shapes, or preprocessing
-            that cannot be translated.
+        QuietvitError: transformers or the folder is missing, the hub is unreachable, the model is
+            not an image classifier, there are no safetensors, keys are unknown, weights have other
+            shapes, or the preprocessing cannot be translated.
     """
     transformers = _transformers()
     source = _source(folder)
@@ -77,7 +76,7 @@ def create_hf_model(
     if weights is not None:
         _load(model, unwrapped(model.state_dict(), weights, "the weights")[0], "the weights")
     elif not untrained and _without_weights(source):
-        logger.warning("%s holds no weights: the model starts from random.", source)
+        logger.warning("%s holds no weights: the model's weights are random.", source)
     elif not untrained:
         state = _pretrained(transformers, source, plain)
         _load(model, _adapted(state, model, plain, config, source), source)
@@ -130,7 +129,7 @@ def _configs(transformers: Any, source: str, changes: Mapping[str, Any]) -> tupl
     except Exception as error:
         given = ", ".join(f"{key}={value!r}" for key, value in changes.items())
         if given:
-            problem = f"{source} cannot be built with {given}: {_first(error)}; change or leave out"
+            problem = f"{source} cannot be built with {given}: {_first(error)}; change or remove"
             raise QuietvitError(f"{problem} that argument.") from error
         raise QuietvitError(f"{_unreadable(source, 'config.json', error)}") from error
     return raw, config
@@ -139,13 +138,13 @@ def _configs(transformers: Any, source: str, changes: Mapping[str, Any]) -> tupl
 def _unreadable(source: str, what: str, error: Exception) -> str:
     if Path(source).is_dir():
         return (
-            f"{what} in {source} could not be read as that of a transformers model that needs no "
-            f"code of its own: {_first(error)}; save it again with save_pretrained()."
+            f"{what} in {source} could not be read for a transformers model that needs no code of "
+            f"its own: {_first(error)}; save it again with save_pretrained()."
         )
     return (
-        f"{source!r} is no folder here, and {what} could not be had from the Hugging Face hub: "
-        f"{_first(error)}; check the name and the connection, or download it elsewhere and give "
-        "the folder: hf:/path/to/folder."
+        f"{source!r} is not a folder here, and loading {what} from the Hugging Face hub failed: "
+        f"{_first(error)}; check the name and the connection, or download it on another machine "
+        "and give the folder: hf:/path/to/folder."
     )
 
 
@@ -158,7 +157,7 @@ def _check(changes: Mapping[str, Any], raw: Mapping[str, Any], config: Any, sour
     known = {*raw, *config.to_dict(), "image_size"} - set(_OWNED)
     for key in changes:
         if key in _OWNED:
-            raise QuietvitError(f"model.kwargs.{key} is not taken; set {_OWNED[key]} in its place.")
+            raise QuietvitError(f"model.kwargs.{key} is not allowed; set {_OWNED[key]} instead.")
         if key not in known:
             raise QuietvitError(
                 f"the config of {source} has no key {key!r}{nearest(key, known)}; model.kwargs of "
@@ -173,14 +172,14 @@ def _built(transformers: Any, source: str, config: Any) -> nn.Module:
         )
     except Exception as error:
         raise QuietvitError(
-            f"{source} is no image classifier that transformers builds from its config: "
+            f"{source} is not an image classifier that transformers can build from its config: "
             f"{_first(error)}; give the folder of a ViT, DeiT, DINOv2, Swin or the like."
         ) from error
     return model
 
 
 def _without_weights(source: str) -> bool:
-    """Whether a folder holds no weights at all. Raises QuietvitError for pickled ones alone."""
+    """Whether a folder holds no weights. Raises QuietvitError if it holds only pickled ones."""
     path = Path(source)
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return False
@@ -196,7 +195,7 @@ def _without_weights(source: str) -> bool:
 
 
 def _pretrained(transformers: Any, source: str, config: Any) -> dict[str, Tensor]:
-    """Read the weights by the names of this transformers, at the size and classes they have."""
+    """Read the weights under this transformers' names, with the size and classes of ``config``."""
     try:
         model, info = transformers.AutoModelForImageClassification.from_pretrained(
             source,
@@ -219,7 +218,7 @@ def _pretrained(transformers: Any, source: str, config: Any) -> dict[str, Tensor
         logger.warning("%s has no head: '%s' starts anew.", source, missing[0].rpartition(".")[0])
     if info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
-        logger.warning("%s: %d weights have no use here (first %s).", source, len(extra), extra[0])
+        logger.warning("%s: %d weights are not used (first %s).", source, len(extra), extra[0])
     state: dict[str, Tensor] = model.state_dict()
     return state
 
@@ -231,7 +230,7 @@ def _of_head(key: str) -> bool:
 def _adapted(
     state: dict[str, Tensor], model: nn.Module, before: Any, after: Any, source: str
 ) -> dict[str, Tensor]:
-    """Put a new head and resampled position tables where only classes or sizes differ."""
+    """Replace the head and resample position tables where only classes or sizes differ."""
     own = model.state_dict()
     resampled: list[str] = []
     for key in [key for key in own if key in state]:
@@ -246,7 +245,7 @@ def _adapted(
         elif (len(old), len(new)) == labels and old.shape[1:] == new.shape[1:]:
             if key.endswith(".weight"):
                 logger.warning(
-                    "%s: the head '%s' tells %d classes apart, %d are asked for: it starts anew.",
+                    "%s: the head '%s' has %d classes, but %d are requested: it starts anew.",
                     source, key.removesuffix(".weight"), *labels,
                 )  # fmt: skip
             state[key] = new
@@ -258,10 +257,9 @@ def _adapted(
 
 
 def _table(key: str, old: Tensor, shape: torch.Size, before: Any, after: Any) -> Tensor | None:
-    """A position table by the name of ``key`` as the new config has it; None for all else.
+    """Return the position table ``key`` at the size of the new config; None for other weights.
 
-    Also None where the grids of the configs are not those of the tables: what is loaded strictly
-    then names the key.
+    Also None if a config's grid does not match its table; strict loading then names the key.
     """
     if old.shape[-1:] != shape[-1:]:
         return None
@@ -285,9 +283,10 @@ def _resampled(
     *,
     extra_last: bool = False,
 ) -> Tensor | None:
-    """Resample a table (extra + h w, D) to a new grid (h, w); its extra rows stay, first or last.
+    """Resample a table (extra + h w, D) to a new grid (h, w); keep its extra rows, first or last.
 
-    None where the grid is the same, or is not that of the table.
+    None if the grid stays or does not match the table. Example: DeiT's class token is 1 extra row:
+    (1 + 14 * 14, D) becomes (1 + 16 * 16, D) for 256 pixels.
     """
     if old is None or new is None or old == new:
         return None
@@ -297,7 +296,7 @@ def _resampled(
     from timm.layers.pos_embed import resample_abs_pos_embed
 
     if extra_last:
-        table = table.roll(extra, 0)  # timm keeps extra rows in front
+        table = table.roll(extra, 0)  # timm expects extra rows in front
     resized: Tensor = resample_abs_pos_embed(
         table[None], list(new), list(old), num_prefix_tokens=extra, antialias=False
     )[0]
@@ -310,7 +309,7 @@ def _sides(value: Any) -> tuple[int, int]:
 
 
 def _grid(config: Any) -> tuple[int, int] | None:
-    """Patches an image is cut into, rows and columns; None where the config does not say."""
+    """Return the number of patches, (down, across); None if the config does not state it."""
     if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
         return None
     size, patch = _sides(config.image_size), _sides(config.patch_size)
@@ -318,7 +317,7 @@ def _grid(config: Any) -> tuple[int, int] | None:
 
 
 def _displacements(config: Any) -> tuple[int, int] | None:
-    """Displacements within a window (where there is none, the whole grid), down and across."""
+    """Return the number of displacements, (down, across), in a window or else the whole grid."""
     window = getattr(config, "window_size", None)
     sides = _grid(config) if window is None else _sides(window)
     return None if sides is None else (2 * sides[0] - 1, 2 * sides[1] - 1)
@@ -333,8 +332,8 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     if problems:
         raise QuietvitError(
             f"{source} cannot be loaded into {type(model).__name__} as built here: "
-            f"{shown(problems)}. Give the folder, arguments and transformers version "
-            "the weights were made with."
+            f"{shown(problems)}. Give the folder, arguments and transformers version that saved "
+            "the weights."
         )
     model.load_state_dict(state, strict=True)
 
@@ -344,8 +343,8 @@ def _preprocessing(transformers: Any, source: str, config: Any) -> dict[str, Any
     path = Path(source)
     if path.is_dir() and not (path / "preprocessor_config.json").is_file():
         logger.warning(
-            "%s holds no preprocessor_config.json: images are resized whole and normalized by "
-            "ImageNet's mean and std; set model.preprocessing if that is wrong.",
+            "%s holds no preprocessor_config.json: images are resized without a crop and "
+            "normalized by ImageNet's mean and std; set model.preprocessing if that is wrong.",
             source,
         )
         return {

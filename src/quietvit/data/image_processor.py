@@ -1,7 +1,6 @@
-"""Preprocessing as transformers states it -> timm's data config.
+"""Translate the preprocessing settings of transformers to timm's data config.
 
-Dictionaries in, dictionaries out, and a trial of them on two pictures. What is done with images is
-decided in ``transforms``.
+The translation is checked on two test images. ``transforms`` processes real images.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from quietvit.errors import QuietvitError
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _BY_HAND = (
-    "Take preprocessor_config.json out of a copy of the folder, and set model.preprocessing (mean, "
+    "Remove preprocessor_config.json from a copy of the folder, and set model.preprocessing (mean, "
     "std, interpolation, crop_pct, crop_mode) yourself."
 )
 
@@ -25,18 +24,18 @@ _BY_HAND = (
 def translated_preprocessing(
     settings: Mapping[str, Any], built_for: tuple[int, int, int], source: str = "the folder"
 ) -> dict[str, Any]:
-    """Return timm's data config of an image processor's settings.
+    """Return timm's data config for the settings of an image processor.
 
     Args:
-        settings: of transformers: size, crop_size, do_*, resample, image_mean, image_std, ...
-        built_for: (channels, height, width) of the model, for a processor that does not resize.
+        settings: transformers' size, crop_size, do_*, resample, image_mean, image_std, ...
+        built_for: the model's (channels, height, width), used if the processor does not resize.
 
-    Raises QuietvitError for steps that timm's evaluation transform does not have.
+    Raises QuietvitError for steps that timm's evaluation transform lacks.
     """
     if settings.get("do_flip_channel_order"):
         raise QuietvitError(
-            f"{source} wants images with blue first (do_flip_channel_order), which the transforms "
-            "here do not do; give another model."
+            f"{source} needs images in the order blue, green, red (do_flip_channel_order), which "
+            "the transforms here do not support; give another model."
         )
     factor = float(settings.get("rescale_factor") or 1 / 255) if settings.get("do_rescale") else 1.0
     scale = round(255.0 * factor, 9)
@@ -68,7 +67,7 @@ def _sizes(
     if "shortest_edge" in size:
         edge = int(size["shortest_edge"])
         crop_pct = settings.get("crop_pct")
-        if final is None and crop_pct is not None:  # as ConvNeXt: no crop from 384 pixels on
+        if final is None and crop_pct is not None:  # ConvNeXt: no crop for 384 pixels or more
             whole = edge >= 384
             return (
                 (edge, edge),
@@ -79,7 +78,7 @@ def _sizes(
     sides = _named_sides(size)
     if sides is None:
         raise QuietvitError(
-            f"{source} resizes images to {dict(size)}, which is neither a height and width nor a "
+            f"{source} resizes images to {dict(size)}, which is neither height and width nor "
             "shortest edge; give a model with one image size."
         )
     return final or sides, sides[0], "squash"
@@ -94,18 +93,16 @@ def _named_sides(size: Any) -> tuple[int, int] | None:
 
 
 def _crop_pct(final: int, resized: int) -> float:
-    """Return final / resized, so that timm's floor(final / crop_pct) is ``resized`` again."""
+    """Return final / resized, adjusted so that timm's floor(final / crop_pct) is ``resized``."""
     share = final / resized
     return share if math.floor(final / share) == resized else final / (resized + 0.5)
 
 
 def check_translation(processor: Any, config: Mapping[str, Any], source: str) -> None:
-    """Make two pictures by the processor and by timm's transform of ``config``, and compare.
+    """Process two test images with the processor and with timm's transform, and compare.
 
-    Some processors of transformers do what their settings do not say (LeViT's and PoolFormer's
-    resize to more than their ``size``).
-
-    Raises QuietvitError where sizes differ, or values by more than interpolation explains.
+    Some processors resize to more than their ``size`` (LeViT's and PoolFormer's). Raises
+    QuietvitError if sizes differ, or if values differ by more than interpolation explains.
     """
     import torch
     from timm.data.transforms_factory import create_transform
@@ -118,19 +115,19 @@ def check_translation(processor: Any, config: Mapping[str, Any], source: str) ->
             theirs = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])[0]
         except Exception as error:
             raise QuietvitError(
-                f"the preprocessing of {source} ({type(processor).__name__}) made no pixel_values "
-                f"of a picture ({error}). {_BY_HAND}"
+                f"the preprocessing of {source} ({type(processor).__name__}) returned no "
+                f"pixel_values for a test image ({error}). {_BY_HAND}"
             ) from error
         ours: Any = transform(picture)
         if theirs.shape != ours.shape and theirs.shape[-2] != theirs.shape[-1]:
-            continue  # it leaves the sides of an image unequal, which no batch of images allows
+            continue  # it keeps the aspect ratio, so its images cannot be batched
         apart = math.inf
         if theirs.shape == ours.shape:
             apart = float((theirs - ours).abs().mean() / theirs.std())
         if apart > 0.05:
             raise QuietvitError(
                 f"the preprocessing of {source} ({type(processor).__name__}) does more than its "
-                f"settings say: a picture of {sides[0]} x {sides[1]} becomes another one here "
-                f"(sizes {tuple(theirs.shape)} and {tuple(ours.shape)}, difference {apart:.2g} of "
-                f"its spread). {_BY_HAND}"
+                f"settings say: for an image of {sides[0]} x {sides[1]} its result differs from "
+                f"timm's (shapes {tuple(theirs.shape)} and {tuple(ours.shape)}, mean difference "
+                f"{apart:.2g} standard deviations). {_BY_HAND}"
             )

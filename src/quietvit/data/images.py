@@ -1,6 +1,6 @@
-"""Images behind one face: ``dataset[i] -> (PIL image in RGB, label)``, and parts of it.
+"""``ImageDataset``: ``dataset[i] -> (PIL image in RGB, label)``, and its subsets.
 
-Where the encoded bytes come from is decided in ``folder``, ``table``, ``shards`` and ``hub``.
+``folder``, ``table``, ``shards`` and ``hub`` provide the encoded bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNLABELLED = -1
 
 
 class NoLabelsError(QuietvitError):
-    """A data set is opened with its labels, but none of its images has one."""
+    """Labels are needed, but no image of the data set has one."""
 
 
 class ImageDataset(Dataset[Sample]):
@@ -37,15 +37,14 @@ class ImageDataset(Dataset[Sample]):
         labels: one integer in 0..num_classes-1 per image; None for images without labels, whose
             label is then ``UNLABELLED``.
         read: index -> the encoded bytes, or a PIL image.
-        where: index -> a few words naming the image in error messages.
-        num_classes: number of classes; None takes the largest label plus one.
+        where: index -> a few words that name the image in error messages.
+        num_classes: number of classes; None uses the largest label plus one.
         name: names the data set in error messages.
-        class_names: of the classes in their order, where they are known. The attribute has one for
-            each of ``num_classes``: names that lack are ``class 7`` and the like.
-        groups: one integer per image, equal for images that lie together on disk (a shard of a
-            WebDataset, a row group of a table): what ``shuffle_window`` counts. None if all can be
-            reached alike.
-        count: number of images, where ``labels`` is None.
+        class_names: names in the order of the classes, or None. The attribute has ``num_classes``
+            names; missing ones are ``class 7`` and the like.
+        groups: one integer per image, equal for images that are stored together (a shard, or a row
+            group of a table). ``shuffle_window`` counts groups. None if random access is fast.
+        count: number of images if ``labels`` is None.
 
     Raises:
         QuietvitError: no images at all, or a label outside 0..num_classes-1.
@@ -83,27 +82,27 @@ class ImageDataset(Dataset[Sample]):
             first = int(outside[0])
             raise QuietvitError(
                 f"{name}: the label of {where(first)} is {int(self.labels[first])}, outside "
-                f"0..{self.num_classes - 1} ({len(outside)} such labels); labels count from 0, so "
-                "correct them or state the right number of classes."
+                f"0..{self.num_classes - 1} ({len(outside)} such labels). Labels count from 0: "
+                "correct them, or give the right number of classes."
             )
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels (N,), int64. Raises NoLabelsError where there are none."""
+        """The labels (N,), int64. Raises NoLabelsError if there are none."""
         if not self.labelled:
-            raise NoLabelsError(f"{self.name} was opened without labels, so it has none to give.")
+            raise NoLabelsError(f"{self.name} was opened without labels; open it with labels=True.")
         return self._labels
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> Sample:
-        # Where it lies may take a search through its shard, so it is asked for only when it is bad.
+        # _where may search a whole shard, so it runs only for an error message.
         image = decode(self._read(index), lambda: f"{self._where(index)} of {self.name}")
         return image, int(self._labels[index])
 
     def checksum(self, index: int) -> str:
-        """Return a checksum of the stored image ``index``; empty where it cannot be read."""
+        """Return a checksum of the stored image ``index``; "" if it cannot be read."""
         try:
             content = self._read(index)
         except QuietvitError:
@@ -117,7 +116,7 @@ class ImageDataset(Dataset[Sample]):
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
-    """``dataset`` with its images transformed: samples are (tensor (3, H, W), label)."""
+    """``dataset`` with transformed images: samples are (tensor (3, H, W), label)."""
 
     def __init__(self, dataset: Dataset[Sample], transform: Callable[[Image.Image], Tensor]):
         self.dataset, self.transform = dataset, transform
@@ -131,17 +130,17 @@ class Transformed(Dataset[tuple[Tensor, int]]):
 
 
 def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageDataset:
-    """Return ``count`` images drawn without replacement (all for None), the same for every call.
+    """Return ``count`` images drawn without replacement (all for None); ``seed`` fixes them.
 
     Raises:
-        QuietvitError: ``count`` is below 1 or more than there are.
+        QuietvitError: ``count`` is below 1 or exceeds the number of images.
     """
     if count is None:
         return dataset
     if not 1 <= count <= len(dataset):
         raise QuietvitError(
-            f"{count} images of {dataset.name} were asked for, which holds {len(dataset)}; ask "
-            f"for 1 to {len(dataset)}."
+            f"{count} images of {dataset.name} were requested, but it holds {len(dataset)}; "
+            f"request 1 to {len(dataset)}."
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])
     return ImageDataset(
@@ -157,7 +156,7 @@ def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageData
 
 
 def relabelled(dataset: ImageDataset, labels: np.ndarray, names: Sequence[str]) -> ImageDataset:
-    """Return the same images with other labels (N,), which count the classes called ``names``."""
+    """Return the same images with other labels (N,), which index ``names``."""
     return ImageDataset(
         labels,
         dataset._read,

@@ -1,6 +1,6 @@
-"""Names of classes where labels are numbers: in a table's columns and metadata, in samples' JSON.
+"""Find class names beside numeric labels: in a table's columns and metadata, in samples' JSON.
 
-Rows and images are read in ``table`` and ``shards``.
+``table`` and ``shards`` read rows and images.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 logger = logging.getLogger("quietvit")
 
 COLUMNS = ("label_name", "class_name", "label_text")
-"""Columns, and keys in the JSON of a shard, in which the name of an image's class may stand."""
+"""Table columns, and JSON keys in a shard, that may hold the name of an image's class."""
 
 
 class NamesByLabel:
-    """Names that images give their labels one by one, kept as long as each label has one name."""
+    """Collects label -> name from single images, and detects labels with two names."""
 
     def __init__(self, found: Iterable[tuple[int, str]] = ()) -> None:
         self.names: dict[int, str] = {}
@@ -28,16 +28,16 @@ class NamesByLabel:
             self.add(label, name)
 
     def add(self, label: int, name: str) -> None:
-        """Note that an image with this label says that its class has this name."""
+        """Add one image's label and class name."""
         if self.names.setdefault(label, name) != name and self.conflict is None:
             self.conflict = label, self.names[label], name
 
     def tuple(self, where: str) -> tuple[str, ...] | None:
-        """Return the names in order of the labels; None for none, or for two of one label."""
+        """Return the names in order of the labels; None if there are none or they conflict."""
         if self.conflict is not None:
             label, one, other = self.conflict
             logger.warning(
-                "%s gives the class of label %d two names, %r and %r: its names are not used.",
+                "%s has two names for the class of label %d, %r and %r: its names are not used.",
                 where, label, one, other,
             )  # fmt: skip
             return None
@@ -47,13 +47,13 @@ class NamesByLabel:
 
 
 class DictionaryLabels:
-    """Numbers of labels stored as a dictionary of names, the same over all files of a table."""
+    """Numbers labels that are stored as dictionaries of names, equally in all files of a table."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
     def numbers(self, column: Any) -> np.ndarray:
-        """Return the labels (N,) of a column without nulls; a new name gets the next number."""
+        """Return the labels (N,) of a column without nulls; each new name gets the next number."""
         parts = [np.zeros(0, np.int64)]
         for chunk in column.chunks:
             own = [str(name) for name in chunk.dictionary.to_pylist()]
@@ -71,7 +71,7 @@ def is_dictionary(kind: Any) -> bool:
 
 
 def names_in_metadata(schema: Any) -> tuple[str, ...] | None:
-    """Return the names of the ``ClassLabel`` that Hugging Face's datasets notes in a file."""
+    """Return the names of the ``ClassLabel`` that Hugging Face's datasets stores in a file."""
     try:
         noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = noted["info"]["features"]["label"]
@@ -82,12 +82,12 @@ def names_in_metadata(schema: Any) -> tuple[str, ...] | None:
 
 
 def names_column(schema: Any) -> str | None:
-    """Return the column of text that may give the classes their names."""
+    """Return the text column that may hold the class names, or None."""
     return next((n for n in COLUMNS if n in schema.names and _is_text(schema.field(n).type)), None)
 
 
 def pairs_of(labels: Any, names: Any) -> list[tuple[int, str]]:
-    """Return each pair of label and name that occurs in two columns, once."""
+    """Return the distinct (label, name) pairs of two columns, sorted."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(names.type):
@@ -98,7 +98,7 @@ def pairs_of(labels: Any, names: Any) -> list[tuple[int, str]]:
 
 
 def name_in_json(found: Mapping[str, Any]) -> str | None:
-    """Return the name of the class in the JSON of a sample, or None."""
+    """Return the class name in the JSON of a sample, or None."""
     values = [found.get(key) for key in COLUMNS]
     return next((value for value in values if isinstance(value, str)), None)
 

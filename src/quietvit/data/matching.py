@@ -1,6 +1,6 @@
-"""The classes of a data set as the numbers a model gives them, found by their names.
+"""Map a data set's classes to a model's class numbers by their names.
 
-Where the names come from is in ``folder``, ``table``, ``shards`` and ``hub``, and in ``classes``.
+The names come from ``folder``, ``table``, ``shards`` and ``hub``, and from ``classes``.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 def matched(
     dataset: ImageDataset, names: Sequence[str] | None, count: int, owner: str = "the model"
 ) -> ImageDataset:
-    """Return ``dataset`` with labels that are the numbers of ``owner``'s ``count`` classes.
+    """Return ``dataset`` with labels that are ``owner``'s class numbers.
 
-    Where both sides have names, a class is found by its name, and a log line says so unless both
-    have the same names in the same order. Names of ImageNet are found by their WordNet id as well.
-    Where one side has no names, labels stay; a warning then tells of unequal numbers of classes.
+    If both sides have names, classes are matched by name, and a log line says so unless the names
+    are equal. ImageNet's classes match by WordNet id, too. If one side has no names, labels stay,
+    and a warning reports different numbers of classes.
 
     Args:
-        names: of the classes of ``owner``, in the order of its logits; None if unknown.
-        count: how many classes ``owner`` tells apart.
+        names: the names of ``owner``'s classes in the order of its logits; None if unknown.
+        count: the number of ``owner``'s classes.
 
     Raises:
         QuietvitError: images of a class that ``owner`` does not know, or a label beyond its
@@ -52,11 +52,10 @@ def matched(
 
 
 def label_numbers(loader: Any, names: Sequence[str] | None, count: int) -> Tensor | None:
-    """Return what to index by the labels of a loader's batches to get a model's class numbers.
+    """Return the table (classes,) from a loader's labels to a model's class numbers.
 
-    None: labels are these numbers already, as far as can be known. The data set is the
-    ``loader.dataset``, in any wrapping; ``classes`` of torchvision's data sets count as names.
-    ``names``, ``count`` and errors: see ``matched``.
+    None if the labels stay. The data set is the innermost ``loader.dataset``; torchvision's
+    ``classes`` count as names. ``names``, ``count`` and errors: see ``matched``.
     """
     data: Any = getattr(loader, "dataset", None)
     while hasattr(data, "dataset"):
@@ -74,7 +73,7 @@ def label_numbers(loader: Any, names: Sequence[str] | None, count: int) -> Tenso
 
 
 def in_words(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names as people read them: WordNet ids of ImageNet-1k in words, others as is."""
+    """Return the names with ImageNet-1k's WordNet ids replaced by words."""
     if not any(_WORDNET_ID.fullmatch(name) for name in names):
         return tuple(names)
     ids = _wordnet()[0]
@@ -90,9 +89,9 @@ def _numbers(
     data: str,
     owner: str,
 ) -> np.ndarray | None:
-    """The number with ``owner`` of each of the ``total`` classes, -1 where it has none, (total,).
+    """Return ``owner``'s number of each of the ``total`` classes, (total,), -1 for none.
 
-    None where each class has its own number there. ``present``: the labels that occur.
+    None if the numbers of all classes in ``present`` (the labels that occur) stay.
     """
     if own is None or names is None:
         _compare_counts(total, present, count, data, owner)
@@ -106,21 +105,21 @@ def _numbers(
         more = f"; and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise QuietvitError(
             f"{data} has images of {len(missing)} classes that {owner} does not know by these "
-            f"names: {told}{more}. It knows {count}: {_listed(names)}. Give the classes the names "
-            "that are used there (rename the folders), or leave their images out."
+            f"names: {told}{more}. It knows {count}: {_listed(names)}. Rename the classes (their "
+            "folders) to these names, or leave their images out."
         )
     used = found[present]
     if len(np.unique(used)) < len(used):
         first = next(int(place) for place in used if (used == place).sum() > 1)
         both = [own[label] for label in present if found[label] == first]
         raise QuietvitError(
-            f"{data} has several classes that all are {names[first]!r} with {owner}: "
+            f"{data} has several classes that all match {names[first]!r} of {owner}: "
             f"{_listed(both)}. Put their images into one class."
         )
     if np.array_equal(found[present], present):
         return None
     logger.warning(
-        "%s: its classes are found by name: images of %d of the %d classes of %s.",
+        "%s: classes are matched by name; it has images of %d of the %d classes of %s.",
         data, len(present), count, owner,
     )  # fmt: skip
     return found
@@ -130,20 +129,20 @@ def _compare_counts(total: int, present: np.ndarray, count: int, data: str, owne
     beyond = present[present >= count]
     if len(beyond):
         raise QuietvitError(
-            f"{data} has the label {int(beyond[-1])}, and {owner} tells only {count} classes apart "
-            f"(0..{count - 1}). Names to match the classes by are not known on both sides. Take "
-            "data of the classes it was trained on."
+            f"{data} has the label {int(beyond[-1])}, but {owner} has only {count} classes "
+            f"(0..{count - 1}). The classes cannot be matched, because one side has no class "
+            "names. Use data of the classes it was trained on."
         )
     if total != count:
         logger.warning(
-            "%s has %d classes, and %s tells %d apart. Names to match them by are not known on "
-            "both sides, so label 0 is taken for its class 0, label 1 for its class 1, and so on. "
-            "If that is wrong, so is the accuracy.", data, total, owner, count,
+            "%s has %d classes, but %s has %d. One side has no class names, so label 0 counts as "
+            "class 0, label 1 as class 1, and so on. If this is wrong, the accuracy is wrong, too.",
+            data, total, owner, count,
         )  # fmt: skip
 
 
 def _found(own: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """The place of each of ``own`` among ``names``, -1 where it is not found or not unique."""
+    """Return the index of each of ``own`` in ``names``; -1 if it is missing or ambiguous."""
     found = np.full(len(own), -1, np.int64)
     for spelling in (_exact, _alike, _imagenet):
         places: dict[str, int] = {}
@@ -164,12 +163,12 @@ def _exact(names: Sequence[str]) -> list[list[str]]:
 
 
 def _alike(names: Sequence[str]) -> list[list[str]]:
-    """Upper and lower case, blanks, hyphens and underlines make no difference."""
+    """Ignore case, and treat spaces, hyphens and underscores alike."""
     return [[_plain(name)] for name in names]
 
 
 def _imagenet(names: Sequence[str]) -> list[list[str]]:
-    """The WordNet id of each name of ImageNet-1k: of an id, of all its words, of one synonym."""
+    """Return the WordNet id of each ImageNet-1k name: an id, a full description or a synonym."""
     ids, words, synonyms = _wordnet()
     if tuple(names) == tuple(ids.values()):  # two classes are called "crane"
         return [[wnid] for wnid in ids]
@@ -183,7 +182,7 @@ def _imagenet(names: Sequence[str]) -> list[list[str]]:
 
 @cache
 def _wordnet() -> tuple[dict[str, str], dict[str, list[str]], dict[str, list[str]]]:
-    """ImageNet-1k's words by WordNet id; the ids of all words of a class, and of each synonym."""
+    """Return ImageNet-1k's id -> description, full description -> ids, and synonym -> ids."""
     from timm.data.imagenet_info import ImageNetInfo
 
     ids: Any = ImageNetInfo("imagenet-1k").label_descriptions(as_dict=True)

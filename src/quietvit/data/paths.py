@@ -1,6 +1,6 @@
-"""Files that a data set is spread over: parts for train and test, brace ranges, globs, folders.
+"""The files of a data set: parts for train and test, brace ranges, globs, folders.
 
-And ``Recent``, which keeps a bounded number of them open. What is in the files is not known here.
+``Recent`` keeps a bounded number of them open. Other modules read their contents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def split_parts(text: str) -> list[str]:
-    """Split at the commas that stand outside braces; blanks around the parts go."""
+    """Split at the commas outside braces, and strip the parts."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter == "{") - (letter == "}")
@@ -37,16 +37,16 @@ def part_for(parts: Sequence[str], split: str | None, form: str, example: str) -
     """Return the part of ``split``: the first for train or None, the second for test.
 
     Raises:
-        QuietvitError: no part or more than two, or test is asked for and only one part is named.
+        QuietvitError: there are no parts or more than two, or there is no second part for test.
     """
     if len(parts) > 2 or not parts:
         raise QuietvitError(
-            f"a data set of {form} names one or two files, not {len(parts)} (each may be "
-            f"a pattern or a folder): {example}."
+            f"a data set of {form} needs one or two names, not {len(parts)}. Each may be a file, a "
+            f"pattern or a folder: {example}."
         )
     if split == "test" and len(parts) == 1:
         raise QuietvitError(
-            f"the data set names no test {form} beside {parts[0]}; write both, as in {example}."
+            f"the data set names no test {form}, only {parts[0]}; write both, as in {example}."
         )
     return parts[1] if split == "test" else parts[0]
 
@@ -54,13 +54,12 @@ def part_for(parts: Sequence[str], split: str | None, form: str, example: str) -
 def expand(part: str, suffixes: tuple[str, ...], what: str) -> list[Path]:
     """Return the files that ``part`` names: a file, a brace range or list, a glob, a folder.
 
-    Braces give their files in the order written, globs and folders in order of name. Globs and
-    folders pass over hidden files, and over names that do not end in ``suffixes``.
+    Braces keep the written order; globs and folders are sorted by name. Globs and folders skip
+    hidden files, and names that do not end in ``suffixes``.
 
     Raises:
-        QuietvitError: a file is missing, or a pattern or folder (of files ending in ``suffixes``)
-            holds none; the message calls them ``what``. Caused by FileNotFoundError where nothing
-            is at a path.
+        QuietvitError: a file is missing, or a pattern or folder gives no file; the message calls
+            files ``what``. Caused by FileNotFoundError if a path does not exist.
     """
     found: list[Path] = []
     for text in _expand_braces(part):
@@ -112,8 +111,8 @@ def _expand_braces(text: str) -> list[str]:
         choices = inside.split(",") if "," in inside else []
     if not choices:
         raise QuietvitError(
-            f"the braces {match[0]} in {text} name nothing; write a range from low to high such as "
-            "{0000..1023}, or a list such as {a,b}."
+            f"the braces {match[0]} in {text} name nothing. Write a range from low to high such "
+            "as {0000..1023}, or a list such as {a,b}."
         )
     return [
         whole
@@ -123,9 +122,9 @@ def _expand_braces(text: str) -> list[str]:
 
 
 class Recent(Generic[V]):
-    """The values used last, by number, up to ``limit`` of total ``cost``; at least one is kept.
+    """A cache of the most recently used values, up to a total ``cost`` of ``limit``, at least one.
 
-    Pickling leaves them behind, and so does a forked process: each makes its own when needed.
+    It is empty after pickling and in a forked process, which makes its own values.
     """
 
     def __init__(self, limit: int, cost: Callable[[V], int] | None = None) -> None:
@@ -135,7 +134,7 @@ class Recent(Generic[V]):
         self.made = self.dropped = self.total = 0
 
     def get(self, key: int, make: Callable[[int], V]) -> V:
-        """Return the value of ``key``, made by ``make(key)`` if it is not kept."""
+        """Return the value of ``key``; call ``make(key)`` if it is not cached."""
         if self._process != os.getpid():
             self._forget()
         if key in self._kept:

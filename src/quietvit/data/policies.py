@@ -1,6 +1,6 @@
-"""timm's auto-augment policies, such as ``rand-m9-mstd0.5-inc1``, so that every Pillow runs them.
+"""Repair timm's auto-augment policies, such as ``rand-m9-mstd0.5-inc1``, for every Pillow version.
 
-Which policy is used, and what comes before and after it, is decided in ``transforms``.
+``transforms`` chooses the policy and the steps around it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from PIL import Image
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """Keep the highest ``bits_to_keep`` bits of every value; with 0 or fewer the image is black.
+    """Keep the highest ``bits_to_keep`` bits of every value; 0 or fewer give a black image.
 
-    timm's levels reach 0 bits (``PosterizeIncreasing`` at magnitude 10, ``Posterize`` below 2.5)
-    and -8 (at ``mmax30``). Pillow made a black image of them up to 12, and refuses them since 13.
+    timm uses 0 bits (``PosterizeIncreasing`` at magnitude 10, ``Posterize`` below 2.5) and down to
+    -8 bits (``mmax30``). Pillow up to 12 returned a black image for them; since 13 it raises.
     """
     from timm.data import auto_augment
 
@@ -26,10 +26,7 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 
 def mend(transform: Any) -> Any:
-    """Give every posterizing step inside ``transform`` the one above; returns ``transform``.
-
-    timm and torchvision keep steps in lists, which are followed; nothing outside is changed.
-    """
+    """Replace timm's posterize in all steps of ``transform`` (not in timm) and return it."""
     from timm.data import auto_augment
 
     for operation in _operations(transform):
@@ -39,7 +36,7 @@ def mend(transform: Any) -> Any:
 
 
 def _operations(part: Any) -> Iterator[Any]:
-    """Every operation of a policy in ``part``: a list, or what keeps lists in its attributes."""
+    """Yield the policy operations in ``part``: a list, or an object with lists as attributes."""
     from timm.data.auto_augment import AugmentOp
 
     if isinstance(part, AugmentOp):

@@ -1,6 +1,6 @@
-"""Prefixes that a wrapper puts before all names of a model's weights, found by what fits the model.
+"""Remove the prefix that a wrapper adds to all weight names, by comparing them with the model's.
 
-Lightning writes ``model.``, DDP ``module.``, DINO ``backbone.``; any other is found the same way.
+Lightning adds ``model.``, DDP ``module.``, DINO ``backbone.``. Other prefixes are found, too.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from quietvit.errors import QuietvitError
 
 logger = logging.getLogger("quietvit")
 
-# Of two copies of a model in one file this is the one to use: an average over the steps.
+# If a file holds two copies of a model, one of these prefixes marks the average over the steps.
 _AVERAGE = {"ema", "ema_model", "model_ema", "teacher", "teacher_model", "swa_model"}
 
 
 def unwrapped(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], str]:
-    """Return ``state`` under the names of the model's ``own`` weights, and the prefix taken off.
+    """Return ``state`` under the names of the model's ``own`` weights, and the removed prefix.
 
-    A prefix is taken off where half of the names of the smaller side agree below it, and fewer do
-    without. What does not lie below it is left out, and a log line says so. Where the names of the
-    model have a prefix that those of the file lack, it is put before them. Shapes are not compared.
+    A prefix is removed if at least half of the names (of the smaller side) match only without it.
+    Weights without the prefix are left out, and a log line says so. If the model's names have a
+    prefix that the file lacks, it is added. Shapes are not compared.
 
     Raises:
-        QuietvitError: the file holds several copies of the model, and none is an average.
+        QuietvitError: the file holds several copies of the model, and not exactly one average.
     """
     least = min(len(own), len(state)) / 2
     if sum(key in own for key in state) >= least:
@@ -39,7 +39,7 @@ def unwrapped(
     if len(found) > 1 and len(averages) != 1:
         raise QuietvitError(
             f"{source} holds several copies of the model, below {', '.join(map(repr, found))}; "
-            "save the weights of one of them alone."
+            "save the weights of only one of them."
         )
     if found:
         prefix = (averages or found)[0]
@@ -47,7 +47,7 @@ def unwrapped(
         rest = [key for key in state if not key.startswith(prefix)]
         if rest:
             logger.warning(
-                "%s: the weights below '%s' are taken; left out: %s%s.", source, prefix,
+                "%s: the weights below '%s' are used; left out: %s%s.", source, prefix,
                 ", ".join(rest[:3]), f" and {len(rest) - 3} more" * (len(rest) > 3),
             )  # fmt: skip
         return below, prefix
@@ -58,7 +58,7 @@ def unwrapped(
 
 
 def _fitting(inner: Mapping[str, Tensor], outer: Mapping[str, Tensor], least: float) -> list[str]:
-    """Prefixes in ``outer`` below which at least so many names of ``inner`` lie."""
+    """Return the prefixes in ``outer`` below which at least ``least`` names of ``inner`` lie."""
     counts: Counter[str] = Counter()
     for key in outer:
         for place in (place for place, letter in enumerate(key) if letter == "."):

@@ -1,6 +1,6 @@
-"""WebDataset shards: tars of images and labels, read by seek, so that any order can be exact.
+"""WebDataset shards: tars of images and labels with random access, so any order is exact.
 
-What a tar holds is found out in ``tars``; in which order images come is decided in training.
+``tars`` indexes a tar; training chooses the order of images.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ _EXAMPLE = "'shards:/train-{0000..1023}.tar,/val-{0000..0049}.tar'"
 def open_shards(
     rest: str, split: str | None, num_classes: int | None, labels: bool = True
 ) -> ImageDataset:
-    """Open ``/train-{0000..1023}.tar[,/val-{0000..0049}.tar]``; globs and folders of tars too.
+    """Open ``/train-{0000..1023}.tar[,/val-{0000..0049}.tar]``, or globs or folders of tars.
 
-    The shards are local files: WebDataset's own iterators stream from anywhere, but cannot go on
-    exactly where a run stopped. Each shard is a group of ``ImageDataset.groups``. Samples whose
-    image cannot be read here (``.heic`` without its plugin) are passed over, and a log line counts
-    them. Names of classes are those in the samples' JSON, see ``tars.build_index``. Without
-    ``labels`` no sample needs one.
+    Shards must be local files, because WebDataset's streaming iterators cannot resume a run
+    exactly. Each shard is a group of ``ImageDataset.groups``. Samples whose image cannot be read
+    here (``.heic`` without its plugin) are skipped, and a log line counts them. Class names come
+    from the samples' JSON, see ``tars.build_index``. Without ``labels`` no sample needs a label.
 
     Raises:
-        NoLabelsError: labels are needed, and no sample has one.
-        QuietvitError: a shard is missing, compressed, truncated, or holds a sample without image
-            or label; no samples at all.
+        NoLabelsError: labels are needed, but no sample has one.
+        QuietvitError: a shard is missing, compressed or truncated, a sample lacks its image or
+            label, or there are no samples.
     """
     parts = split_parts(rest)
     chosen = part_for(parts, split, "shards", _EXAMPLE)
@@ -66,7 +65,7 @@ def open_shards(
 
 
 def _check_labels(chosen: str, paths: list[Path], indexes: list[TarIndex]) -> None:
-    """Raise QuietvitError for a sample without a label, NoLabelsError where no sample has one."""
+    """Raise QuietvitError if a sample lacks a label, or NoLabelsError if all samples do."""
     lacking = [bool((index.labels == MISSING).any()) for index in indexes]
     if not any(lacking):
         return
@@ -76,13 +75,13 @@ def _check_labels(chosen: str, paths: list[Path], indexes: list[TarIndex]) -> No
         if any((index.labels != MISSING).any() for index in indexes):
             raise
         raise NoLabelsError(
-            f"{error} No sample of shards {chosen} has a label: training and evaluation need "
-            "labels, calibration does not."
+            f"{error} No sample of shards {chosen} has a label. Training and evaluation need "
+            "labels; calibration does not."
         ) from error
 
 
 def _readable(name: str, indexes: list[TarIndex]) -> list[TarIndex]:
-    """Leave out samples whose image cannot be read here, and say what is passed over."""
+    """Leave out samples whose image cannot be read here, and log the skipped files."""
     passed = PassedOver()
     found = []
     for index in indexes:
@@ -97,7 +96,7 @@ def _readable(name: str, indexes: list[TarIndex]) -> list[TarIndex]:
 
 
 class ShardReader:
-    """Images of several tars by number. Up to ``OPEN_SHARDS`` are open at once in a process."""
+    """Reads images of several tars by number; a process keeps up to ``OPEN_SHARDS`` tars open."""
 
     def __init__(self, paths: list[Path], indexes: list[TarIndex]) -> None:
         self.paths = paths
@@ -121,12 +120,12 @@ class ShardReader:
         if len(content) < size:
             raise QuietvitError(
                 f"the shard {path} is shorter than when it was opened, and lacks "
-                f"{self.where(index)}; leave data sets alone while they are in use."
+                f"{self.where(index)}; do not change data sets while they are in use."
             )
         return content
 
     def where(self, index: int) -> str:
-        """Return the sample's member and its shard; the tar is looked through for it."""
+        """Return the names of the image's member and shard; this searches the whole tar."""
         path = self.paths[self._shard(index)]
         return f"{name_at(path, int(self.offsets[index]))} in {path}"
 
@@ -140,8 +139,8 @@ class ShardReader:
 def _indexed(part: str) -> tuple[list[Path], list[TarIndex]]:
     if part.startswith("pipe:") or "://" in part:
         raise QuietvitError(
-            f"shards are read from local files, and {part} is none; copy them here first (an exact "
-            "resume needs to reach any image at any time)."
+            f"shards are read from local files, but {part} is not one; copy them here first (an "
+            "exact resume needs random access to all images)."
         )
     paths = expand(part, _SUFFIXES, "shard")
     indexes = {path: read_index(path) for path in _own_first(paths)}
@@ -149,11 +148,11 @@ def _indexed(part: str) -> tuple[list[Path], list[TarIndex]]:
 
 
 def _own_first(paths: list[Path]) -> list[Path]:
-    """The paths, this process's share of them first, the others after it in an order of its own.
+    """Return the paths with this process's share first, then the others in an order by rank.
 
-    So processes that open the same shards at once index each about once: indexes are kept, and
-    when a process comes to the others' shares, these are done, or are met at different places.
-    Nobody waits, so that a process may also open shards alone.
+    Processes that open the same shards at once then index each shard about once, because indexes
+    are stored. Example: of 4 shards and 2 ranks, rank 1 starts with shards 1 and 3. No process
+    waits for another, so one may also open shards alone.
     """
     import torch.distributed as dist
 

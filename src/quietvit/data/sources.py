@@ -1,6 +1,6 @@
 """Data sets by name: embedded digits, image folders, tables, WebDataset shards, Hugging Face.
 
-Each form is opened in a module of its own; here is which, and the digits that come along.
+This module selects the form and opens the digits; the other forms have their own modules.
 """
 
 from __future__ import annotations
@@ -49,30 +49,32 @@ _WRITTEN = (
 def load_dataset(
     spec: str, split: Split = None, *, num_classes: int | None = None, labels: bool = True
 ) -> ImageDataset:
-    """Open the data set that ``spec`` names. Images are decoded when asked for.
+    """Open the data set that ``spec`` names. Images are decoded on access.
 
     Args:
-        spec: ``embedded:digits`` (1797 handwritten digits of 8 x 8 pixels shipped with
-            scikit-learn: 1198 for training, 599 for testing, stratified, always the same ones),
-            ``imagefolder:/path`` with ``train/`` and ``val/`` or ``test/`` inside, one folder a
-            class (the classes are those of ``train/`` where there is one),
-            ``table:/train.parquet,/test.parquet`` with columns ``image`` (encoded bytes, or a
-            struct with ``bytes``) and ``label`` (integer), arrow and feather files too,
-            ``shards:/train-{0000..1023}.tar,/val-{0000..0049}.tar``, local WebDataset shards with
-            ``.jpg`` (or another image) and ``.cls`` (or ``.json`` with ``label``), or
-            ``hf:/folder`` as ``datasets`` saves it to disk, ``hf:owner/name[:configuration]`` from
-            the hub. Tables and shards may be brace ranges, globs or folders of files.
-        split: ``train``, ``test``, or None for everything: all digits, the folder itself as one
-            folder a class (refused where its folders are splits), the first table or shards.
-        num_classes: refuse labels at or above it; None takes it from the training split.
-        labels: False where images alone are needed, as for calibration: labels are then neither
-            asked for nor read. A folder may then be flat or nested in any way, and
-            ``imagefolder:`` may name a single image or a pattern such as ``photos/*.jpg``.
+        spec: one of these forms; tables and shards may be brace ranges, globs or folders.
+
+            - ``embedded:digits``: 1797 handwritten digits of 8 x 8 pixels from scikit-learn, with a
+              fixed stratified split (1198 for training, 599 for testing);
+            - ``imagefolder:/path`` with ``train/`` and ``val/`` or ``test/``, each with one folder
+              for each class (``train/``, if present, defines the classes);
+            - ``table:/train.parquet,/test.parquet`` with the columns ``image`` (encoded bytes, or a
+              struct with ``bytes``) and ``label`` (integer); also arrow and feather files;
+            - ``shards:/train-{0000..1023}.tar,/val-{0000..0049}.tar``: local WebDataset shards with
+              ``.jpg`` (or another image) and ``.cls`` (or ``.json`` with ``label``);
+            - ``hf:/folder``, saved by ``datasets``, or ``hf:owner/name[:configuration]``, from the
+              hub.
+        split: ``train``, ``test``, or None for everything: all digits, the folder itself as class
+            folders (an error if they are splits), the first table or shards.
+        num_classes: labels at or above it are an error; None uses the training split's.
+        labels: False if only images are needed, as for calibration. Labels are then not read, a
+            folder may have any structure, and ``imagefolder:`` may name a single image or a
+            pattern such as ``photos/*.jpg``.
 
     Raises:
-        NoLabelsError: labels are needed, and the data set has none at all.
+        NoLabelsError: labels are needed, but the data set has none at all.
         QuietvitError: unknown form, missing path or column, zero images, label out of range. A
-            missing or truncated image raises when it is read, naming file, row or sample.
+            missing or truncated image raises when it is read, and names its file, row or sample.
     """
     form, _, rest = spec.partition(":")
     if split not in ("train", "test", None):
@@ -88,7 +90,7 @@ def load_dataset(
 
 
 def spec_of(text: str) -> str:
-    """Return ``text`` as ``form:rest``; a plain path is a table, shards, or images in a folder."""
+    """Return ``text`` as ``form:rest``; a path's suffix selects table, shards or imagefolder."""
     form, colon, _ = text.partition(":")
     if colon and form in FORMS:
         return text
@@ -98,7 +100,7 @@ def spec_of(text: str) -> str:
 
 
 def has_splits(spec: str) -> bool:
-    """Whether the data set tells training from test images."""
+    """Whether the data set separates training from test images."""
     form, _, rest = spec.partition(":")
     if form == "imagefolder":
         return holds_splits(Path(rest).expanduser())

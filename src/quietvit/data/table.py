@@ -1,7 +1,7 @@
-"""Tables of encoded images: parquet, and arrow or feather files; one file or many.
+"""Tables of encoded images: one or more parquet, arrow or feather files.
 
-Labels are read alone. Images are read by row group (parquet) or record batch (arrow), a few of
-which are kept; a table need not fit into memory.
+Images are read by row group (parquet) or record batch (arrow), and a few of these stay in memory.
+So a table may be larger than memory. Labels are read separately.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _EXAMPLE = "'table:/train.parquet,/test.parquet'"
 def open_table(
     rest: str, split: str | None, num_classes: int | None, labels: bool = True
 ) -> ImageDataset:
-    """Open ``/train.parquet[,/test.parquet]``, where each may be a glob, a brace range, a folder.
+    """Open ``/train.parquet[,/test.parquet]``; each may also be a glob, a brace range or a folder.
 
-    Without ``labels`` the column ``label`` is neither needed nor read.
+    Without ``labels`` the column ``label`` is not needed or read.
 
     Each process keeps up to ``KEPT_BYTES`` of decoded row groups. A larger table with large row
-    groups is slow in random order (a log line says so): set ``shuffle_window``, or write it with
-    a small ``row_group_size``. Uncompressed arrow files are mapped, not read.
+    groups is slow in random order, and a log line says so: set ``shuffle_window``, or write it with
+    a small ``row_group_size``. Uncompressed arrow files are memory-mapped.
 
-    Names of classes are those of a ``label`` column that is a dictionary of strings, of the
-    ``ClassLabel`` in the metadata of Hugging Face's datasets, or of a column ``label_name``,
-    ``class_name`` or ``label_text`` beside it.
+    Class names come from a ``label`` column that is a dictionary of strings, from the
+    ``ClassLabel`` in the metadata of Hugging Face's datasets, or from a column ``label_name``,
+    ``class_name`` or ``label_text``.
 
     Raises:
-        NoLabelsError: labels are needed, and there is no column ``label``.
+        NoLabelsError: labels are needed, but there is no column ``label``.
         QuietvitError: a missing file or column, a column of another type, a row without label.
     """
     parts = split_parts(rest)
@@ -81,12 +81,14 @@ def open_table(
 
 
 class TableReader:
-    """Rows of several files by number, over chunks: row groups or record batches.
+    """Reads rows of several files by number. A chunk is a row group or record batch.
 
-    ``rows`` counts those of each chunk, ``owner`` is its file and ``number`` its number there.
+    For each chunk, ``rows`` is its number of rows, ``owner`` its file, and ``number`` its index
+    there. Example: files with row groups (10, 10) and (5,) have rows [10, 10, 5], owner [0, 0, 1],
+    number [0, 1, 0].
 
     Raises:
-        QuietvitError: a file cannot be read, or lacks one of ``columns``, or has no bytes in it.
+        QuietvitError: a file cannot be read, lacks one of ``columns``, or has one of another type.
     """
 
     def __init__(self, paths: list[Path], columns: list[str]) -> None:
@@ -110,7 +112,7 @@ class TableReader:
         self.ends = np.cumsum(self.rows)
 
     def labels(self) -> np.ndarray:
-        """Return the labels of all rows (N,), int64; nothing else is read."""
+        """Read only the labels of all rows, (N,), int64."""
         columns = []
         for index, path in enumerate(self.paths):
             column = _guarded(path, partial(self._file(index).column, "label"))
@@ -118,7 +120,7 @@ class TableReader:
         return np.concatenate(columns)
 
     def class_names(self) -> tuple[str, ...] | None:
-        """Return the names of the classes, where the files tell them. Call ``labels`` before."""
+        """Return the class names, or None if the files hold none. Call ``labels`` first."""
         if self._coded.names:
             return tuple(self._coded.names)
         noted = names_in_metadata(self._file(0).schema)
@@ -151,7 +153,7 @@ class TableReader:
         return bytes(value)
 
     def where(self, index: int) -> str:
-        """Return ``row 3``, with its file where there are several."""
+        """Return ``row 3``, with its file if there are several."""
         chunk, row = self._place(index)
         row += self._first_row(chunk)
         return f"row {row}" if len(self.paths) == 1 else f"row {row} of {self._path(chunk)}"
@@ -178,9 +180,9 @@ class TableReader:
         if wasted and not self._told:
             self._told = True
             logger.warning(
-                "%s does not fit into the %d MiB kept of it, and its row groups hold %d images: in "
-                "random order each image costs one of them. Set data.shuffle_window, or write the "
-                "table with row_group_size=64.",
+                "%s does not fit into the cache of %d MiB, and its row groups hold %d images. In "
+                "random order, each image needs to read a row group. Set data.shuffle_window, or "
+                "write the table with row_group_size=64.",
                 self.paths[0].parent, KEPT_BYTES >> 20, self.rows[chunk],
             )  # fmt: skip
         return images
@@ -206,7 +208,7 @@ class _Parquet:
 
 
 class _Arrow:
-    """An IPC file (feather), read batch by batch, or a stream, mapped as a whole."""
+    """An IPC file (feather), read batch by batch, or an IPC stream, mapped as a whole."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -279,7 +281,7 @@ def _check_columns(path: Path, schema: Any, columns: list[str]) -> None:
                 f"{path} has no column {column!r}; it has {', '.join(map(repr, schema.names))}"
                 f"{nearest(column, schema.names)}. Rename the columns to 'image' and 'label'"
                 + (
-                    " (training and evaluation need labels, calibration does not)."
+                    " (training and evaluation need labels; calibration does not)."
                     if column == "label"
                     else "."
                 )
@@ -290,7 +292,7 @@ def _check_columns(path: Path, schema: Any, columns: list[str]) -> None:
     if not pa.types.is_integer(kind) and not is_dictionary(kind):
         raise QuietvitError(
             f"the column 'label' of {path} is of type {kind}; it needs integers from 0, or a "
-            "dictionary of strings (dictionary_encode() of pyarrow makes it one)."
+            "dictionary of strings (see pyarrow's dictionary_encode())."
         )
     if "image" not in columns:
         return

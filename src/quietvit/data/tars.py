@@ -1,6 +1,6 @@
-"""What is in a tar of samples: where each image begins, how long it is, its label.
+"""Index a tar of samples: the offset, size and label of each image.
 
-Headers alone are read, once; the outcome is kept in a small file. Images are not touched here.
+Headers and labels are read once, and the index is stored in a small file. ``shards`` reads images.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from quietvit.files import write_atomic
 logger = logging.getLogger("quietvit")
 
 PREFERRED = ("jpg", "jpeg", "png", "webp")
-"""Images that are taken before others of the same sample."""
+"""Image formats that are preferred to others in the same sample."""
 MISSING = np.iinfo(np.int64).min
-"""Stands for the label of a sample without one."""
+"""The label of a sample without a label."""
 _VERSION = 4
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -35,11 +35,11 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 @dataclass(frozen=True)
 class TarIndex:
-    """What is in a tar.
+    """The index of a tar.
 
-    Per sample: where its image begins (bytes), its size (bytes), its label (``MISSING`` for none)
-    and the image's suffix, each (N,). ``passed`` holds the names of members that belong to no image
-    and no label. ``names``: pairs of a label and a name of its class in the samples' JSON.
+    For each sample: the image's offset and size (bytes), its label (``MISSING`` for none) and the
+    image's suffix, each (N,). ``passed``: names of members that are neither image nor label.
+    ``names``: (label, class name) pairs from the samples' JSON.
     """
 
     offsets: np.ndarray
@@ -50,7 +50,7 @@ class TarIndex:
     names: tuple[tuple[int, str], ...] = ()
 
     def chosen(self, which: np.ndarray) -> TarIndex:
-        """The samples ``which`` alone, a mask (N,)."""
+        """Return the index with only the samples in the mask ``which`` (N,)."""
         return TarIndex(
             self.offsets[which],
             self.sizes[which],
@@ -76,13 +76,11 @@ class _Sample:
 
 
 def read_index(path: Path) -> TarIndex:
-    """Return the kept index of a tar, or build and keep it; a damaged or outdated one is rebuilt.
+    """Return the stored index of a tar; build and store it if it is missing, damaged or outdated.
 
-    It is kept beside the tar (``NAME.quietvit-index``), or, where that cannot be written, below
-    ``$XDG_CACHE_HOME`` or ``~/.cache``. It is valid for the tar's size and time of change.
-
-    Raises:
-        QuietvitError: see ``build_index``.
+    The file is ``NAME.quietvit-index`` beside the tar. If that is not writable, it is below
+    ``$XDG_CACHE_HOME`` or ``~/.cache``. It is outdated if the tar's size or time of change differs.
+    Errors: see ``build_index``.
     """
     try:
         status = path.stat()
@@ -106,28 +104,27 @@ def read_index(path: Path) -> TarIndex:
         except QuietvitError as error:
             failed = error
     logger.warning(
-        "the index of %s could not be kept, so the next run reads it again: %s", path, failed
+        "the index of %s could not be stored, so the next run builds it again: %s", path, failed
     )
     return index
 
 
 def build_index(path: Path, labels: bool = False) -> TarIndex:
-    """Read the headers of a tar, and its labels.
+    """Read the headers and labels of a tar.
 
-    A sample is a run of members whose names are equal up to the first dot of the file name, as
-    WebDataset has it: one image, and ``.cls`` (an integer as text) or ``.json`` (its ``label``, and
-    ``label_name``, ``class_name`` or ``label_text`` as the name of the class). Where there are
-    several images, the one ``PREFERRED`` image is taken. Other members are passed over, and so is
-    what is named, or lies in a folder named, ``__...__`` (WebDataset's own, for facts about the
-    shard).
+    As in WebDataset, a sample is a run of members whose names are equal up to the first dot of the
+    file name. It holds one image, and ``.cls`` (an integer as text) or ``.json`` (``label``, and
+    the class name as ``label_name``, ``class_name`` or ``label_text``). Example: ``a/1.jpg`` and
+    ``a/1.cls``. Of several images, the one ``PREFERRED`` image is used. Other members are skipped,
+    and so are files or folders named ``__...__`` (WebDataset's metadata of a shard).
 
     Args:
         path: the tar.
-        labels: refuse a sample without a label; else it is ``MISSING``.
+        labels: whether a sample without a label is an error. Otherwise its label is ``MISSING``.
 
     Raises:
-        QuietvitError: the tar is compressed, truncated or no tar, or a sample has a label and no
-            image, or two images, or lacks its label; shard and sample are named.
+        QuietvitError: the tar is compressed, truncated or not a tar, or a sample has a label but no
+            image, or two images, or lacks a label. The message names shard and sample.
     """
     samples: list[tuple[int, int, int]] = []
     suffixes: list[str] = []
@@ -209,8 +206,8 @@ def _add(
         ranks = [name in PREFERRED for name in (extension, sample.suffix)]
         if sample.image is not None and ranks[0] == ranks[1]:
             raise QuietvitError(
-                f"the sample {sample.key!r} of {path} has two images (it holds {sample}); keep one "
-                "image a sample, and give each sample a name of its own."
+                f"the sample {sample.key!r} of {path} has two images (it holds {sample}). Keep one "
+                "image in each sample, and give each sample its own name."
             )
         if sample.image is not None and ranks[1]:
             return
@@ -229,15 +226,15 @@ def _add(
         sample.name = name or sample.name
         if label is None and extension == "cls" and labels:
             raise QuietvitError(
-                f"{member.name} of {path} holds {content[:20]!r}, which is no label; it needs an "
-                "integer from 0 as text."
+                f"{member.name} of {path} holds {content[:20]!r}, which is not a label; it needs "
+                "an integer from 0 as text."
             )
         if label is not None and (extension == "cls" or sample.labelled_by != "cls"):
             sample.label, sample.labelled_by = label, extension
 
 
 def _label_in(content: bytes, extension: str) -> tuple[int | None, str | None]:
-    """The label and the name of its class, each None where there is none."""
+    """Return the label and the class name, each None if missing."""
     try:
         if extension == "cls":
             return int(content), None
@@ -259,9 +256,9 @@ def _check_sample(sample: _Sample, path: Path, labels: bool) -> None:
         lacks, needs = "image", "an image, such as .jpg or .png"
     if lacks:
         raise QuietvitError(
-            f"the sample {sample.key!r} of {path} has no {lacks} (it holds {sample}); it needs "
-            f"{needs}, and the members of a sample must stand side by side: write the shard again, "
-            "or take the sample out."
+            f"the sample {sample.key!r} of {path} has no {lacks} (it holds {sample}). It needs "
+            f"{needs}, and the members of a sample must be consecutive: write the shard again, or "
+            "remove the sample."
         )
 
 
@@ -272,8 +269,8 @@ def _opened(path: Path) -> tarfile.TarFile:
         for magic, kind in _COMPRESSED.items():
             if begin.startswith(magic):
                 raise QuietvitError(
-                    f"the shard {path} is compressed ({kind}), so its images cannot be reached one "
-                    "by one; uncompress it (images gain next to nothing from it) and name the .tar."
+                    f"the shard {path} is compressed ({kind}), so random access to its images is "
+                    "not possible; uncompress it (images hardly shrink) and name the .tar."
                 )
         return tarfile.open(path, "r:")
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -284,7 +281,7 @@ def _opened(path: Path) -> tarfile.TarFile:
 
 
 def _check_end(path: Path, tar: tarfile.TarFile) -> None:
-    """A whole tar ends with a block of zeros, and nothing comes after it."""
+    """Raise unless the tar ends with a block of zeros and nothing else behind it."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     end = tar.fileobj.read(tarfile.BLOCKSIZE)
@@ -293,7 +290,7 @@ def _check_end(path: Path, tar: tarfile.TarFile) -> None:
     while rest := tar.fileobj.read(2**20):
         if any(rest):
             raise QuietvitError(
-                f"the shard {path} goes on after its end mark at byte {tar.offset}, as tars do "
+                f"the shard {path} continues after its end mark at byte {tar.offset}, like tars "
                 "that were joined by cat; keep them as separate shards."
             )
 
@@ -321,7 +318,7 @@ def _load(place: Path, stamp: np.ndarray) -> TarIndex | None:
             index = TarIndex(**arrays)
     except FileNotFoundError:
         return None
-    except Exception as error:  # what a damaged zip raises depends on the byte
+    except Exception as error:  # a damaged zip raises any exception
         logger.warning("the index %s is damaged (%s); it is built again.", place, error)
         return None
     parts = (index.offsets, index.sizes, index.labels, index.suffixes)

@@ -1,6 +1,6 @@
-"""Images to tensors. The model's own data config decides size, mean, spread and interpolation.
+"""Transforms from images to tensors, with the size, mean, std and interpolation of the model.
 
-Evaluation, calibration and training all take them from ``data_config``, so they cannot differ.
+Evaluation, calibration and training all use ``data_config``, so they cannot differ.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Area = Annotated[float, Field(gt=0, le=1)]
 class Augmentation(Section):
     """Random changes of training images.
 
-    ``crop``: ``none`` resizes the whole image; ``shift`` resizes it and moves it by up to
-    ``shift`` of its size, edges padded; ``resized`` is timm's random resized crop, of an area
-    between the two shares of the image in ``scale``. ``auto_augment`` is a timm policy such as
-    ``rand-m9-mstd0.5-inc1``; ``erasing`` is the probability of random erasing. ``color_jitter``
-    acts beside ``auto_augment`` too, where timm's own scripts leave it out.
+    ``crop``: ``none`` resizes the whole image. ``shift`` resizes it and moves it by up to
+    ``shift`` of its size, with padded edges. ``resized`` is timm's random resized crop of an area
+    between the two shares in ``scale``. ``auto_augment`` is a timm policy such as
+    ``rand-m9-mstd0.5-inc1``. ``erasing`` is the probability of random erasing. ``color_jitter``
+    also acts together with ``auto_augment``, unlike in timm's scripts.
     """
 
     crop: Literal["none", "shift", "resized"] = "shift"
@@ -41,7 +41,7 @@ class Augmentation(Section):
     @field_validator("crop", mode="before")
     @classmethod
     def _none_is_a_crop(cls, crop: Any) -> Any:
-        """A recipe's ``none``, which unsets other keys."""
+        """Read a recipe's ``none``, which means "unset" for other keys, as a crop."""
         return "none" if crop is None else crop
 
     @field_validator("scale")
@@ -52,7 +52,7 @@ class Augmentation(Section):
         return scale
 
     def idle(self) -> list[str]:
-        """Say which settings belong to another crop, and so do nothing."""
+        """Return a text for each setting that has no effect with this crop."""
         found = []
         for key, crop in (("shift", "shift"), ("scale", "resized")):
             value, default = getattr(self, key), type(self).model_fields[key].default
@@ -67,8 +67,8 @@ class Augmentation(Section):
 def data_config(model: nn.Module) -> dict[str, Any]:
     """Return the model's data config: input_size (C, H, W), mean, std, interpolation, crop_pct.
 
-    It is timm's ``resolve_model_data_config``; the size is the one the model was really built for
-    (its patch embedding's, where it says one), because timm keeps the size of the weights.
+    It is timm's ``resolve_model_data_config``, except that the size comes from the patch embedding
+    if it states one. timm keeps the size of the pretrained weights.
     """
     from timm.data.config import resolve_model_data_config
 
@@ -90,10 +90,10 @@ def evaluation_transform(model: nn.Module) -> Transform:
 def training_transform(model: nn.Module, augmentation: Augmentation | None = None) -> Transform:
     """Return a training transform for ``model``: PIL RGB -> tensor (3, H, W).
 
-    Its randomness comes from the generators of ``random``, ``numpy`` and ``torch`` on the CPU.
+    It draws from the CPU generators of ``random``, ``numpy`` and ``torch``.
 
     Raises:
-        QuietvitError: ``auto_augment`` is not a policy timm knows.
+        QuietvitError: timm does not know the policy ``auto_augment``.
     """
     augmentation = augmentation or Augmentation()
     config = data_config(model)

@@ -1,6 +1,6 @@
-"""Models with weights from local files, strict; another head or image size is said aloud.
+"""Create models with weights from local files, strictly; a new head or image size is logged.
 
-How a file is read is the matter of ``checkpoints``; nothing is downloaded.
+``checkpoints`` reads the files. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quietvit.errors import QuietvitError, nearest
 
 logger = logging.getLogger("quietvit")
 
-# Parts of a pre-training that no classifier has: MAE's decoder, the heads of DINO and iBOT.
+# Parts that only pre-training uses: MAE's decoder, the heads of DINO and iBOT.
 _PRETRAINING = (
     "decoder", "mask_token", "dino_head", "ibot_head", "projection_head", "projector", "predictor",
 )  # fmt: skip
@@ -40,25 +40,24 @@ def create_model(
 ) -> nn.Module:
     """Build a timm model, with the weights of a local file if one is given.
 
-    ``hf:/folder`` builds the transformers image classifier of that folder with the weights there,
-    and ``kwargs`` are keys of its config: see ``huggingface.create_hf_model``.
+    ``hf:/folder`` builds the transformers image classifier of that folder with its weights;
+    ``kwargs`` are then keys of its config, see ``huggingface.create_hf_model``.
 
     Args:
         name: a timm model, such as ``deit_tiny_patch16_224``, or ``hf:`` and a folder.
-        num_classes: classes of the head; None takes the number in the weights, or timm's. Where the
-            weights have another number or no head, it starts anew and a log line says so.
+        num_classes: classes of the head; None uses the number in the weights, or timm's. If the
+            weights have another number or no head, the head is random and a log line says so.
         weights: ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads; see
-            ``checkpoints.read_weights``. Names of classes come along from files of a training run.
+            ``checkpoints.read_weights``. Weights of a quietvit run also bring class names.
         preprocessing: overrides in the model's data config: mean, std, interpolation, crop_pct,
             crop_mode.
-        untrained: start from random weights also where an ``hf:`` folder has some, which are not
-            looked at then.
-        kwargs: go to timm. With another ``img_size`` than the weights', the position table is
-            resampled by timm's own filter, and a log line says so.
+        untrained: use random weights and ignore those in an ``hf:`` folder.
+        kwargs: passed to timm. For another ``img_size``, timm's own filter resamples the position
+            table, and a log line says so.
 
     Raises:
-        QuietvitError: unknown model, arguments timm refuses, weights missing or of another
-            architecture (the first differing keys and shapes are named).
+        QuietvitError: unknown model, arguments that timm refuses, or weights that are missing or
+            of another architecture (the message names the first differing keys and shapes).
     """
     import timm
 
@@ -93,7 +92,7 @@ def create_model(
 
 
 def _built(name: str, kwargs: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> nn.Module:
-    """Let timm build the model, from random; its data config is that of these arguments."""
+    """Build a timm model with random weights and the data config of these arguments."""
     import timm
 
     try:
@@ -104,8 +103,8 @@ def _built(name: str, kwargs: Mapping[str, Any], preprocessing: Mapping[str, Any
     ) as error:  # fmt: skip
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
         raise QuietvitError(
-            f"timm could not build {name} with {given or 'its defaults'}: {error}; change or leave "
-            "out that argument."
+            f"timm could not build {name} with {given or 'its defaults'}: {error}; change or "
+            "remove that argument."
         ) from error
     config: dict[str, Any] = {**getattr(model, "pretrained_cfg", {}), **preprocessing}
     if kwargs.get("img_size") is not None:
@@ -120,15 +119,15 @@ def _built(name: str, kwargs: Mapping[str, Any], preprocessing: Mapping[str, Any
 def load_weights(
     model: nn.Module, weights: str | Path | Mapping[str, Tensor], source: str = "the weights"
 ) -> None:
-    """Load weights into ``model`` in place, strictly but for what a log line tells.
+    """Load weights into ``model`` in place, strictly apart from four exceptions.
 
-    That is a head of another size or none (the model's own stays), another grid of positions, a
-    prefix that wraps all names (``model.``, ``module.``, ``backbone.``), and what only pre-training
-    uses (MAE's decoder, DINO's head).
+    These are a head of another size or no head (the model's own stays), another grid of positions,
+    a prefix of all names (``model.``, ``module.``, ``backbone.``), and parts that only pre-training
+    uses (MAE's decoder, DINO's head). Log lines report what is changed or left out.
 
     Raises:
         QuietvitError: the file is missing or damaged, or belongs to another architecture. The
-            model is then as it was.
+            model is then unchanged.
     """
     if isinstance(weights, Mapping):
         _load(model, weights, source, {})
@@ -178,9 +177,9 @@ def _classes_in(state: Mapping[str, Tensor], config: Any) -> int | None:
 def _fitted(
     model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str], bool]:
-    """``given`` with the model's own head where it has another, without what only trains.
+    """Return ``given`` adapted to the model, the log messages, and whether a head is new.
 
-    Also what is to be said of it, and whether a head is new.
+    The model keeps its own head if the given one differs; parts of pre-training are left out.
     """
     state, told, new_head = dict(given), list[str](), False
     heads = _heads(getattr(model, "pretrained_cfg", {}))
@@ -192,8 +191,8 @@ def _fitted(
             told.append(f"it has no head '{head}': it starts anew")
         elif own[key].shape[1:] == state[key].shape[1:] and len(own[key]) != len(state[key]):
             told.append(
-                f"the head '{head}' tells {len(state[key])} classes apart, {len(own[key])} are "
-                "asked for: it starts anew"
+                f"the head '{head}' has {len(state[key])} classes, but {len(own[key])} are "
+                "requested: it starts anew"
             )
         else:
             continue
@@ -211,7 +210,7 @@ def _fitted(
 
 
 def _filtered(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Let timm's own filter adapt names and position tables; unchanged where it cannot."""
+    """Adapt names and position tables with timm's own filter; unchanged if it fails."""
     adapt: Any = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is None:
         from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -229,12 +228,12 @@ def _filtered(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _remedy(state: Iterable[str]) -> str:
     if any("embeddings.patch_embeddings" in key or "encoder.layer." in key for key in state):
         return (
-            "These are names of transformers, which timm's models do not have: give the folder "
-            "with its config.json as the model, 'hf:/path/to/folder'."
+            "These are weight names of transformers, not of timm: give the folder with its "
+            "config.json as the model, 'hf:/path/to/folder'."
         )
     first = {key.partition(".")[0] for key in state}
     wrapped = f"All names in the file begin with '{first.pop()}.'. " if len(first) == 1 else ""
-    return f"{wrapped}Give the timm name and arguments the weights were made with."
+    return f"{wrapped}Give the timm name and arguments of the model that has these weights."
 
 
 def _named(keys: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""Ordered matrix pairs: which weight acts first, which second, and through what.
+"""Ordered matrix pairs: which weight acts first, which second, and what stands between.
 
-Pairs hold names, never tensors, so that they survive ``.to()``, ``load_state_dict(assign=True)``,
-compilation and sharding. How pairs act on weights lives in ``decay``.
+Pairs hold names, not tensors, so they survive ``.to()``, ``load_state_dict(assign=True)``,
+compilation and sharding. ``decay`` applies pairs to weights.
 """
 
 from quietvit.pairs.find import find_pairs

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside a map, as LoRA adds them."""
+"""Detect low-rank adapters such as LoRA's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _MAPS = ("linear", "conv")
 
 
 def adapters_of(trace: Trace) -> tuple[list[str], frozenset[str]]:
-    """Maps W to whose output that of an adapter is added, and the two maps of each adapter.
+    """Return the names of adapted maps W, and the names of all adapter maps A and B.
 
-    An adapter, as LoRA has it, is B (A x) beside W x: of the same input, with nothing but a factor
-    between, and of a lower rank than W may have. Several may be added one after another.
+    An adapter (LoRA) computes W x + B A x. A and W read the same input, only a factor stands
+    between A and B, and A is narrow. Several adapters may be added to one W.
     """
     sites = {site.name: site for site in trace.sites}
     adapted: dict[str, None] = {}

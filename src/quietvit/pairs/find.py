@@ -1,4 +1,4 @@
-"""Finding the pairs of a model: following channels from one matrix to the next."""
+"""Find the pairs of a model: follow channels from one matrix to the next."""
 
 from __future__ import annotations
 
@@ -37,47 +37,47 @@ def find_pairs(
 ) -> FoundPairs:
     """Find the ordered matrix pairs of ``model`` by following channels through one forward pass.
 
-    ``example``: what the model takes, for example images of shape (1, 3, 224, 224); not needed if a
-    ``trace`` of this model is given. ``kinds``, with A the first and B the second matrix:
+    ``example``: an input of the model, for example images of shape (1, 3, 224, 224). It is not
+    needed if a ``trace`` of this model is given. ``kinds``, with A the first and B the second
+    matrix:
 
-    - ``mlp``: fc1 -> fc2, an activation (or an elementwise self-gate) between;
-    - ``value_output``: one pair a head, the rows of V -> the columns of the output projection that
-      read this head. Exact: attention only averages over tokens. With grouped key/value heads the
-      rows of V take part in one pair for each query head. Where attention averages over channels
-      (XCA), it mixes those of a head and no others: the pair of the head is still one;
+    - ``mlp``: fc1 -> fc2, with an activation (or an elementwise self-gate) between;
+    - ``value_output``: for each head, the rows of V -> the columns of the output projection that
+      read this head. This is exact, because attention only averages over tokens. With grouped
+      key/value heads, the rows of V form one pair for each query head. Attention over channels
+      (XCA) mixes only the channels of a head, so each head is still one pair;
     - ``gated_mlp``: up -> down and gate -> down;
     - ``norm_linear``: the gain of a norm, as a diagonal matrix -> the linear that reads it;
     - ``residual``: what writes the residual stream (proj, fc2) -> what reads it next through a norm
-      (fc1, qkv), the norm's gain between;
+      (fc1, qkv), with the norm's gain between;
     - ``query_key``: per head, A = W_K, B = W_Qᵀ.
 
-    A BatchNorm between A and B is a diagonal map in eval mode, gamma / sqrt(running_var + eps). The
-    pair holds it (``between``), and each update reads it anew, in train mode too: it is then the
-    running variance that counts, not the batch's. A depthwise convolution that the BatchNorm reads
-    counts as the root of the summed squares of its kernels. BatchNorms in parallel branches, and
-    those without stored statistics, make no pair.
+    A BatchNorm between A and B is the diagonal map gamma / sqrt(running_var + eps). The pair holds
+    its name (``between``), and each update reads its present value. This is the running variance
+    also in train mode. A depthwise convolution before the BatchNorm counts as the Euclidean norm of
+    each kernel. BatchNorms in parallel branches or without stored statistics make no pair.
 
-    With ``fold_gains`` the gain of the norm that A reads becomes part of A (``before``) in the
+    With ``fold_gains`` the gain of the norm that A reads becomes part of A (``before``), in the
     kinds mlp, value_output and gated_mlp.
 
-    The two maps of an adapter (``W x + B A x``, as LoRA adds them) are in no pair: neither is the
-    whole map. W is, where it is the second matrix, and ``skipped`` names it.
+    The two maps of an adapter (LoRA's ``W x + B A x``) are in no pair, since neither is the whole
+    map. W can be the second matrix of a pair; ``skipped`` names it. The head, which writes the
+    logits, is never the second matrix.
 
-    What writes the logits (the head) is never the second of a pair. Raises QuietvitError for an
-    unknown kind, and where no pair is found (saying what was seen instead). The kinds ``mlp`` and
-    ``value_output`` are the paper's (arXiv 2605.01330, abstract: pairs within Transformer blocks);
-    the others, and the way they are found, are derived here.
+    Raises QuietvitError for an unknown kind, or if no pair is found. Source: ``mlp`` and
+    ``value_output`` are the paper's kinds (arXiv 2605.01330, abstract: pairs within Transformer
+    blocks). The other kinds, and the search, are derived here.
     """
     for kind in kinds:
         if kind not in KINDS:
             raise QuietvitError(
-                f"unknown kind of pair {kind!r}{nearest(kind, KINDS)}; known: {KINDS}."
+                f"unknown kind of pair {kind!r}{nearest(kind, KINDS)}; choose from {KINDS}."
             )
     if trace is None:
         if example is None:
             raise QuietvitError(
-                "find_pairs needs an example input to follow the data flow: give images as the "
-                "model takes them, for example torch.randn(1, 3, 224, 224)."
+                "find_pairs needs an example input to follow the data flow. Give an input of the "
+                "model, for example torch.randn(1, 3, 224, 224)."
             )
         trace = _trace(model, example)
     findings = dict.fromkeys(_findings(trace, kinds))
@@ -89,7 +89,7 @@ def find_pairs(
 
 
 ATTENTION = frozenset({"attention", "channel_attention"})
-_trace = trace  # the function, where an argument of that name hides it
+_trace = trace  # find_pairs has an argument called trace
 
 
 def _findings(trace: Trace, kinds: Collection[str]) -> Iterator[Finding]:
@@ -106,7 +106,7 @@ def _findings(trace: Trace, kinds: Collection[str]) -> Iterator[Finding]:
 
 
 def _linked(trace: Trace, kinds: Collection[str], adapters: Set[str]) -> Iterator[Finding]:
-    """Pairs whose channels flow from the one to the other."""
+    """Yield the pairs that links of the trace connect."""
     gated = Counter(
         link.consumer
         for link in trace.links
@@ -131,7 +131,7 @@ def _linked(trace: Trace, kinds: Collection[str], adapters: Set[str]) -> Iterato
 
 
 def _kind(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
-    """The kind of pair a link makes, "" for none, and why a likely one is none."""
+    """Return the kind of pair of a link ("" for none), and why a likely pair is not one."""
     kind, reason = _kind_of_maps(link, first, second, gates)
     return kind, _computed(first, second) if kind else reason
 
@@ -141,7 +141,7 @@ def _computed(first: Site, second: Site) -> str:
 
 
 def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[str, str]:
-    """As ``_kind``, whether or not the weights are parameters."""
+    """Like ``_kind``, without the check that both weights are parameters."""
     through = set(link.through)
     if "constant" in (first.role, second.role) or second.role == "head":
         return "", ""
@@ -151,13 +151,13 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
         return ("", "") if through else ("norm_linear", "")
     if not is_whole(first):
         grouped = (first.weight_shape or (0, 0))[1] > 1
-        reason = "A is a convolution in groups, each output channel of which reads some inputs"
+        reason = "A is a grouped convolution: each of its output channels reads only some inputs"
         return "", reason if grouped and through & {*ATTENTION, "matmul"} else ""
     shaped = bool(through - {"norm", "batch_norm", "scale", "depthwise", "matmul", "branches"})
     if "scrambled" in through:
-        return "", "the channels that attention puts out reach other columns at other tokens"
+        return "", "the output channels of attention reach other columns at other tokens"
     if "added" in through:
-        return "", "other channels of A are added to what attention puts out"
+        return "", "other channels of A are added to the output of attention"
     if "mixed_heads" in through:
         return "", "attention heads are mixed between V and the output projection"
     if "matmul" in through and first.operands[0].role != "post_softmax":
@@ -165,9 +165,9 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
     if "pooled" in through:
         return "", ""
     if through & {"norm", "matmul"}:
-        return "", "a norm stands between, which rescales what A makes" if shaped else ""
+        return "", "a norm stands between and rescales the output of A" if shaped else ""
     if "mixing_gate" in through:
-        return "", "a gate computed from what A makes stands between"
+        return "", "a gate computed from the output of A stands between"
     if through & ATTENTION:
         return "value_output", ""
     if "gate" in through and gates > 1:
@@ -176,7 +176,7 @@ def _kind_of_maps(link: Link, first: Site, second: Site, gates: int) -> tuple[st
 
 
 def _rotated(scores: Scores) -> str:
-    """Why the scores are no product of the two weights alone, "" where they are."""
+    """Return why the scores depend on more than the two weights; "" if they do not."""
     between = set(shaping(scores.through)) - {"scale"}
     if between & {"norm", "batch_norm"}:
         return "a norm stands between a weight and the scores"
@@ -186,10 +186,13 @@ def _rotated(scores: Scores) -> str:
 def _pairs(
     link: Link, first: Site, second: Site, kind: str, scale: WeightView | None
 ) -> Iterator[MatrixPair]:
-    """One pair a head; a channel read several times (grouped heads) makes one for each reading.
+    """Yield one pair for each head, or a single one without attention.
 
-    ``scale``: what stands between, a factor for each column of the second.
+    Example: V -> proj with 2 heads of 64 channels gives 2 pairs of 64 rows and 64 columns. If two
+    query heads share a V head (grouped heads), each makes a pair with it. ``scale``: the diagonal
+    map between, one factor for each column of the second matrix.
     """
+    # (head, how often the channel was read before) -> (channel of A, column of B)
     groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     readings: Counter[tuple[int, int]] = Counter()
     for column, (channel, head) in enumerate(zip(link.channels, link.heads, strict=True)):
@@ -228,6 +231,6 @@ def _no_pairs(
     return QuietvitError(
         f"{trace.model_name} has no matrix pair of the kinds {tuple(kinds)}. Seen instead: {seen}. "
         + (f"Left out: {left_out}. " if left_out else "")
-        + "Is this a transformer? If it is, choose other kinds, or give the pairs yourself: "
+        + "If this is a transformer, choose other kinds, or give the pairs yourself: "
         "pairs=[MatrixPair(WeightView('blocks.0.mlp.fc1'), WeightView('blocks.0.mlp.fc2'), 'mlp')]."
     )

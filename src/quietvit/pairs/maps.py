@@ -1,4 +1,4 @@
-"""What the maps of a trace are, told by the shapes of their weights, and what stands between."""
+"""Classify the maps of a trace by their weight shapes, and the steps between two maps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from quietvit.tracing.ops import norm_channel_dim
 
 
 def is_matrix(site: Site) -> bool:
-    """Whether a site multiplies channels by a plain matrix: a linear, or a 1x1 convolution."""
+    """Whether a site multiplies channels by a matrix: a linear or a 1x1 convolution."""
     shape = site.weight_shape or ()
     if site.kind == "linear":
         return len(shape) == 2
@@ -15,7 +15,7 @@ def is_matrix(site: Site) -> bool:
 
 
 def is_whole(site: Site) -> bool:
-    """Whether every output channel of a site sees every input channel: no convolution in groups."""
+    """Whether every output channel reads every input channel; False for grouped convolutions."""
     shape = site.weight_shape or ()
     if site.kind != "conv":
         return True
@@ -23,12 +23,12 @@ def is_whole(site: Site) -> bool:
 
 
 def inputs(site: Site) -> int:
-    """Number of input channels of a matrix, 0 of what has no weight."""
+    """Return the number of input channels of a matrix; 0 for a site without a weight."""
     return (site.weight_shape or (0, 0))[1]
 
 
 def outputs(site: Site) -> int:
-    """Number of output channels of a site with a weight."""
+    """Return the number of output channels of a site with a weight."""
     if site.kind == "norm":
         return site.output_shape[norm_channel_dim(site.function)]
     assert site.weight_shape is not None
@@ -36,12 +36,12 @@ def outputs(site: Site) -> int:
 
 
 def is_narrow(down: Site, up: Site) -> bool:
-    """Whether a map makes fewer channels than it reads, and than the map behind it makes."""
+    """Whether ``down`` makes fewer channels than it reads and than ``up`` makes."""
     one, other = down.weight_shape or (), up.weight_shape or ()
     return len(one) >= 2 and one[0] < min(one[1], other[0])
 
 
 def shaping(through: tuple[str, ...]) -> tuple[str, ...]:
-    """What stands between, but for what leaves the alignment of two matrices alone."""
+    """Return the steps that affect the alignment of the two matrices."""
     neutral = ("offset", "factor", "summed", "beside")
     return tuple(step for step in through if step not in neutral)

@@ -1,4 +1,4 @@
-"""An ordered pair of matrices, and the pairs of a model: plain data that names weights."""
+"""``MatrixPair`` and ``FoundPairs``: plain data that names weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ KINDS = ("mlp", "value_output", "gated_mlp", "norm_linear", "residual", "query_k
 DENSE_KINDS = ("mlp", "value_output", "gated_mlp")
 DEFAULT_KINDS = (*DENSE_KINDS, "norm_linear")
 
-# Why a weight is not, or only in part, in pairs.
-COMPUTED = "a weight is computed in the forward pass and is no parameter"
-ADAPTED = "an adapter adds to its output: pairs know its own weight alone, and none follows the sum"
+# Reasons for a missing pair.
+COMPUTED = "a weight is computed in the forward pass and is not a parameter"
+ADAPTED = "an adapter adds to its output: only its own weight is paired, and only as second matrix"
 
 
 @dataclass(frozen=True)
 class MatrixPair:
     """An ordered pair: ``first`` (A) acts before ``second`` (B), and B A is defined.
 
-    ``kind`` is one of ``KINDS``, see ``find_pairs``. ``head`` counts attention heads, ``through``
-    names what stands between the two. ``before`` and ``between`` are gains of norms, as diagonal
-    matrices, in front of A and between A and B: the map is then B diag(between) A diag(before).
-    They are read by an update, not moved.
+    ``kind``: one of ``KINDS``, see ``find_pairs``. ``head``: the number of the attention head.
+    ``through``: the steps between A and B. ``before`` and ``between`` are gains of norms as
+    diagonal matrices: the map is B diag(between) A diag(before). An update only reads them.
     """
 
     first: WeightView
@@ -39,12 +38,12 @@ class MatrixPair:
 
     @property
     def sides(self) -> tuple[WeightView, WeightView]:
-        """The two matrices that an update moves."""
+        """The two matrices that an update changes."""
         return self.first, self.second
 
     @property
     def views(self) -> tuple[WeightView, ...]:
-        """All weights that an update reads: both matrices and the gains there are."""
+        """All weights that an update reads: both matrices, and the gains if any."""
         gains = (view for view in (self.before, self.between) if view is not None)
         return (*self.sides, *gains)
 
@@ -54,12 +53,12 @@ class MatrixPair:
         return f"{self.kind}: {self.first.parameter_name} -> {self.second.parameter_name}{head}"
 
 
-Finding = MatrixPair | tuple[str, str]  # a pair, or the name of what is none and the reason
+Finding = MatrixPair | tuple[str, str]  # a pair, or (name, reason) of a skipped one
 
 
 @dataclass(frozen=True)
 class FoundPairs(Sequence[MatrixPair]):
-    """The pairs of a model, and those that look like one but are not, each with the reason."""
+    """The pairs of a model. ``skipped``: (name, reason) of what looks like a pair but is not."""
 
     pairs: tuple[MatrixPair, ...]
     skipped: tuple[tuple[str, str], ...] = ()

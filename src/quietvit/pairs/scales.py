@@ -1,6 +1,6 @@
-"""Diagonal maps between the matrices of a pair, and in front: BatchNorms in eval mode.
+"""Diagonal maps before or between the matrices of a pair: BatchNorms in eval mode.
 
-How a scale is computed from a module lives in ``tracing.scales``.
+``tracing.scales`` computes the scale of a module.
 """
 
 from __future__ import annotations
@@ -8,18 +8,17 @@ from __future__ import annotations
 from quietvit.tracing import Link, Site, Trace, WeightView
 from quietvit.tracing.weights import scale_view
 
-BRANCHES = "BatchNorms in parallel branches stand between, whose outputs are added"
-BESIDE = "a BatchNorm stands between that reads a depthwise convolution and what goes beside it"
+BRANCHES = "BatchNorms in parallel branches stand between, and their outputs are added"
+BESIDE = "a BatchNorm stands between and reads a depthwise convolution plus a parallel path"
 REORDERED = (
-    "BatchNorms stand between that count the channels in different orders, or read some of them"
+    "BatchNorms stand between and see the channels in different orders, or only some of them"
 )
 
 
 def between_of(link: Link, trace: Trace) -> WeightView | str | None:
-    """The scale between two matrices, an entry for each column of the second.
+    """Return the scale between two matrices, with one entry for every column of the second.
 
-    None where no BatchNorm stands between, and the reason where there is no such scale. Columns
-    that carry no channel of the first have an entry all the same.
+    None if no BatchNorm stands between; the reason (str) if there is no single scale.
     """
     if "batch_norm" not in link.through:
         return None
@@ -44,14 +43,14 @@ def between_of(link: Link, trace: Trace) -> WeightView | str | None:
 
 
 def gain_of(norm: Site, channels: tuple[int, ...]) -> WeightView | None:
-    """The scale of a BatchNorm at the channels given, None for what is no BatchNorm."""
+    """Return the scale of a BatchNorm at the given channels; None for other norms."""
     if not norm.has_scale or norm.weight is None:
         return None
     return scale_view([norm.weight.module], channels, norm.output_shape[1])
 
 
 def _channels(site: Site, link: Link, trace: Trace) -> tuple[int, ...] | None:
-    """Which channel of ``site`` each column of the link's consumer carries."""
+    """Return the channel of ``site`` that each column of the link's consumer carries."""
     found = [
         other.channels
         for other in trace.links

@@ -1,4 +1,4 @@
-"""Norms and the residual stream: who reads a norm's gains, who wrote what the norm reads."""
+"""Norms and the residual stream: what reads a norm's gains, and what wrote the norm's input."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from quietvit.tracing.weights import select_rows
 
 
 def norm_readers(trace: Trace) -> Iterator[tuple[Site, Site, WeightView, tuple[int, ...]]]:
-    """Each norm with gains, a linear that reads it, the gains it reads, and their channels.
+    """Yield (norm, linear that reads it, gains that it reads, their channels).
 
-    The gains of a BatchNorm with stored statistics are its whole factors in eval mode.
+    The gains of a BatchNorm with stored statistics are its full factors in eval mode.
     """
     for link in trace.links:
         norm, reader = trace[link.source], trace[link.consumer]
@@ -31,7 +31,7 @@ def norm_readers(trace: Trace) -> Iterator[tuple[Site, Site, WeightView, tuple[i
 
 
 def residual(trace: Trace, adapters: Set[str]) -> Iterator[Finding]:
-    """What writes the stream in front of each norm -> what reads that norm."""
+    """Yield pairs of what writes the stream before a norm -> what reads that norm."""
     sites = {site.name: site for site in trace.sites}
     for norm, reader, gains, channels in norm_readers(trace):
         for writer in (sites[name] for name in _writers(norm, sites)):
@@ -50,7 +50,11 @@ def residual(trace: Trace, adapters: Set[str]) -> Iterator[Finding]:
 
 
 def _writers(norm: Site, sites: Mapping[str, Site]) -> Iterator[str]:
-    """The linears that wrote to the residual stream since something read it last."""
+    """Yield the sites that wrote to the residual stream since its last reader before ``norm``.
+
+    Example: x1 = x0 + proj(norm1(x0)), then ``norm`` reads x1. Only proj is yielded: x0 feeds
+    norm1, so norm1 already saw what wrote x0.
+    """
 
     def fed(name: str) -> set[str]:
         return {sites[to].kind for to in sites[name].feeds}
@@ -69,7 +73,7 @@ def _writers(norm: Site, sites: Mapping[str, Site]) -> Iterator[str]:
 
 
 def folded(pairs: tuple[MatrixPair, ...], trace: Trace) -> tuple[MatrixPair, ...]:
-    """The pairs with the gain in front of their first matrix, where a norm is read by it."""
+    """Return the pairs with the gain of the norm that the first matrix reads as ``before``."""
     gains = {
         reader.weight.parameter_name: found
         for _, reader, found, _ in norm_readers(trace)

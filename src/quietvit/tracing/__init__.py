@@ -1,6 +1,6 @@
-"""The trace: one recorded forward pass, from which every method takes what it knows of a model.
+"""The trace: one recorded forward pass that tells every method what a model computes.
 
-Nothing of the library above this room is imported here.
+This package imports nothing from the layers above it.
 """
 
 from quietvit.tracing.inputs import EndOfPass, call, refusing

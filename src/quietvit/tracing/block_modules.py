@@ -1,7 +1,6 @@
-"""Residual blocks as modules: which they are, and what goes in and comes out of them.
+"""Find residual blocks as modules, and observe their inputs and outputs.
 
-Found from the trace, so that timm, transformers and torchvision are alike. What is fitted in a
-block is the business of ``quantization.blocks``.
+Uses the trace, so it works for timm, transformers and torchvision. ``quantization.blocks`` fits.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from quietvit.tracing.sites import Trace
 
 
 def residual_modules(trace: Trace) -> list[str]:
-    """Paths of the residual blocks of a model in order of execution.
+    """Return the paths of a model's residual blocks in order of execution.
 
-    A residual block is the outermost module below a container of several like it: the largest
-    module that holds a residual add and no add of another such module beside its own. Derived here
-    (BRECQ, arXiv 2102.05426, takes the blocks of a ResNet by name).
+    A block is a module that contains a residual add. Its path is cut behind the last number, and
+    blocks inside another block are dropped. Derived here (BRECQ, arXiv 2102.05426, selects the
+    blocks of a ResNet by name).
     """
     adds = [site for site in trace.sites if site.kind == "add" and site.module]
     paths = list(dict.fromkeys(site.module for site in adds))
-    # The add of an attention's relative position is no residual of the block that holds it.
+    # "blocks.0.attn" also has an add if it adds relative positions: cut it to "blocks.0".
     numbered: dict[str, None] = {}
     for path in paths:
         parts = path.split(".")
@@ -38,7 +37,7 @@ def residual_modules(trace: Trace) -> list[str]:
 
 
 def lies_within(module: str, outer: str) -> bool:
-    """Whether one module path is another, or below it."""
+    """Whether a module path equals ``outer`` or lies below it."""
     return module == outer or module.startswith(outer + ".")
 
 
@@ -48,10 +47,7 @@ def watching_modules(
     names: Collection[str],
     look: Callable[[str, tuple[Any, ...], dict[str, Any], Any], Any],
 ) -> Iterator[None]:
-    """Show the arguments and output of modules to ``look(name, args, kwargs, output)``.
-
-    What ``look`` returns, unless None, takes the place of the output.
-    """
+    """Call ``look(name, args, kwargs, output)`` after each module; a result replaces the output."""
     hooks = []
     for name in names:
 
@@ -73,7 +69,7 @@ def watching_modules(
 
 
 def first_tensor(nested: Any) -> Tensor:
-    """The first floating-point tensor in a module's input or output."""
+    """Return the first floating-point tensor in a module's input or output."""
     for leaf in torch.utils._pytree.tree_flatten(nested)[0]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf
@@ -81,7 +77,7 @@ def first_tensor(nested: Any) -> Tensor:
 
 
 def with_first_tensor(nested: Any, tensor: Tensor) -> Any:
-    """``nested`` with its first floating-point tensor replaced."""
+    """Return ``nested`` with its first floating-point tensor replaced."""
     leaves, spec = torch.utils._pytree.tree_flatten(nested)
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

@@ -1,6 +1,6 @@
-"""What a call that is no site hands on: how the channels of its inputs reach its outputs.
+"""Propagate channel labels through calls that are not sites, such as ``reshape`` or ``cat``.
 
-Pure functions of values; what is a site, and what becomes of it, is ``record``'s business.
+Pure functions of values. ``record`` decides which calls are sites and handles them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ def carried(
     values: list[Value],
     descends: Descends,
 ) -> list[Value]:
-    """Values of the outputs of a call, from its tensors and what is known of each.
+    """Return the values of a call's outputs, given its input tensors and their values.
 
-    ``descends(origin, source)`` says whether one of the sites ``origin`` is computed from the site
-    ``source``.
+    ``descends(origin, source)``: whether one of the sites ``origin`` is computed from ``source``.
     """
     if name in ops.FRESH:
         return [labels.CONSTANT] * len(outputs)
@@ -42,6 +41,7 @@ def carried(
         return rest
     if name in ops.MOVING or func in ops.MOVING_PROPERTIES:
         moved = _moved(func, args, kwargs, tensors[0], values[0], outputs)
+        # table[index]: the entries are constant, but the input selects them.
         chosen = name in ops.CHOOSING and not values[0].depends and rest[0].depends
         if moved is None or chosen:
             return rest
@@ -76,7 +76,7 @@ def carried(
         else:
             combined = labels.combine(kept, shapes, outputs[0].shape, adding)
         bent = [name.strip("_")] if name in ops.BENDING else []
-        if len(floating) == 1 and not bent:  # the other side is a number, or a mask
+        if len(floating) == 1 and not bent:  # the other operand is a number or a mask
             bent = ["offset" if adding else "factor"]
         flows = {}
         for source, flow in combined.flows.items():
@@ -90,7 +90,7 @@ def carried(
 def _mixing_gate(
     source: str, factors: Sequence[Value], adding: bool, descends: Descends
 ) -> list[str]:
-    """Whether channels of ``source`` meet a factor that was computed from all of them."""
+    """Return ["mixing_gate"] if a factor of the product is computed from all of ``source``."""
     own = base(source)
     others = [v for v in factors if v.depends and own not in {*map(base, v.flows)}]
     mixing = not adding and any(descends(value.origin, own) for value in others)
@@ -98,12 +98,13 @@ def _mixing_gate(
 
 
 def _unfold(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``F.unfold`` of labels; what the padding adds carries no channel."""
+    """Run ``F.unfold`` on labels; padding gets the label NONE."""
+    # unfold pads with 0: shift the labels so that 0 means NONE.
     return F.unfold((input - labels.NONE).double(), *args, **kwargs).long() + labels.NONE
 
 
 def _fold(input: Tensor, output_size: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """``F.fold`` of labels: windows that overlap are added, and agree or are mixed."""
+    """Run ``F.fold`` on labels: overlapping windows keep equal labels, others become MIXED."""
     entries = input.double()
 
     def fold(x: Tensor) -> Tensor:
@@ -116,13 +117,13 @@ def _fold(input: Tensor, output_size: Any, *args: Any, **kwargs: Any) -> Tensor:
     return torch.where(counts == 0, labels.NONE, agreed)
 
 
-_WINDOWS = {F.unfold: _unfold, F.fold: _fold}  # torch has neither for integers
+_WINDOWS = {F.unfold: _unfold, F.fold: _fold}  # torch's own do not accept integers
 
 
 def _moved(
     func: Any, args: Any, kwargs: Any, tensor: Tensor, value: Value, outputs: list[Tensor]
 ) -> list[Value] | None:
-    """Replay a function that moves entries on the labels; None where it has no such form."""
+    """Run a function that moves entries on the labels; None if the result is not usable."""
     func = _WINDOWS.get(func, func)
 
     def replay(moving: Tensor) -> Any:
@@ -159,5 +160,5 @@ def _reduced(name: str, args: Any, kwargs: Any, value: Value, output: Tensor) ->
 
 
 def base(source: str) -> str:
-    """The site of a source, without the number of the factor it arrives in."""
+    """Return the site of a source: "matmul:0:3|1" (see ``labels.combine``) gives "matmul:0:3"."""
     return source.partition("|")[0]

@@ -1,6 +1,6 @@
-"""What a model is called with: one tensor, several arguments, named ones, or a list of images.
+"""Call a model with one tensor, several arguments, keyword arguments, or a list of images.
 
-Which images there are, and of what size, is the callers' business.
+Callers choose the images and their size.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from quietvit.errors import QuietvitError
 def call(model: nn.Module, inputs: Any) -> Any:
     """Call a model on a tensor, a tuple of arguments, or a dict of keyword arguments.
 
-    A list is a tuple of arguments too, but for a list of images (C, H, W), as detectors take them:
-    that is one argument.
+    A list holds arguments too. A list of images (C, H, W), as for detectors, is one argument.
     """
     if isinstance(inputs, dict):
         return model(**inputs)
@@ -30,15 +29,15 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 class EndOfPass(BaseException):
-    """Ends a forward pass from inside; no ``except Exception`` on the way takes it for an error."""
+    """Raised to end a forward pass from inside; ``except Exception`` does not catch it."""
 
 
 @contextmanager
 def refusing(complaint: Callable[[str], str]) -> Iterator[None]:
-    """Turn what a model raises over its input into a QuietvitError.
+    """Turn an exception that a model raises into a QuietvitError.
 
-    ``complaint(what)`` returns the message; ``what`` is the class and the text of the error.
-    A QuietvitError passes as it is, and so does an error of memory.
+    ``complaint(what)`` returns the message; ``what`` is the class and text of the exception.
+    QuietvitError and out-of-memory errors pass unchanged.
     """
     try:
         yield
@@ -49,9 +48,9 @@ def refusing(complaint: Callable[[str], str]) -> Iterator[None]:
 
 
 def one_sample(example: Any) -> Any:
-    """Return the first sample of a batch: the first entry of each tensor with the batch as dim 0.
+    """Return the first sample of a batch: entry 0 of each tensor whose dim 0 is the batch.
 
-    Of a list of images it is the first image, with all its channels.
+    For a list of images return a list with the first image.
     """
     if is_image_list(example):
         return example[:1]
@@ -67,7 +66,7 @@ def one_sample(example: Any) -> Any:
 
 
 def is_image_list(inputs: Any) -> bool:
-    """Whether this is a list of images, each (C, H, W) of at most 4 channels."""
+    """Whether this is a list of images (C, H, W) with at most 4 channels each."""
     return isinstance(inputs, list) and bool(inputs) and all(map(_is_image, inputs))
 
 

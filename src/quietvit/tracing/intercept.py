@@ -1,7 +1,7 @@
-"""``intercept``: run a traced model again with every site's operands in reach.
+"""``intercept``: run a traced model again and pass each site's operands to a handler.
 
-Sites are found by their place (``places``). So the pass must make the traced products and norms;
-where it does not, the error says at which site it left the traced way.
+Sites are recognized by their place (``places``), so the pass must make the traced products and
+norms. Otherwise the error names the site at which the pass differs.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ Handler = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], Tensor]
 
 
 class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like a function
-    """Give every site of the chosen kinds to ``handler`` while a traced model runs inside ``with``.
+    """Call ``handler`` for every site of the chosen kinds while a traced model runs in ``with``.
 
-    ``handler(site, operands, run)`` returns the site's output. Operands are (input, weight) for
-    linear and conv (weight of shape (out, in, ...)), (left, right) for matmul, einsum and add,
-    (input,) for softmax, norm and activation; ``run(*operands)`` executes the call with these
-    operands, bias included. Any batch size; gradients flow. Each ``with`` covers exactly one
-    forward pass, which runs uncompiled. The pass must make the traced products and norms. A site of
-    another kind is not given to ``handler`` where the pass does not reach it. Raises QuietvitError
-    where products or norms differ from the trace, and where the pass would train under gradient
-    checkpointing: the backward pass would compute the operands again, without the handler.
+    ``handler(site, operands, run)`` returns the site's output. The operands are:
+
+    - (input, weight) for linear and conv, with a weight of shape (out, in, ...);
+    - (left, right) for matmul, einsum and add;
+    - (input,) for softmax, norm and activation.
+
+    ``run(*operands)`` executes the call with these operands, bias included. The batch size is free,
+    and gradients flow. Each ``with`` covers exactly one forward pass, which runs uncompiled. The
+    pass may leave out sites that are neither products nor norms.
+
+    Raises QuietvitError if products or norms differ from the trace, and for a pass with gradients
+    under gradient checkpointing: its backward pass would recompute without the handler.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let calls pass that are not the traced model's own, such as those of a hook."""
+        """Ignore calls inside ``with`` that do not belong to the traced model, such as a hook's."""
         self._paused = True
         try:
             yield
@@ -125,10 +129,9 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
             if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
                 raise QuietvitError(
                     f"{site.name} of {self._trace.model_name} runs under gradient checkpointing. "
-                    "The backward pass would compute it again without the handler, and the "
-                    "gradients would be those of another model. Switch checkpointing off "
-                    "(set_grad_checkpointing(False), gradient_checkpointing_disable()), or run "
-                    "under torch.no_grad()."
+                    "The backward pass would recompute it without the handler, so the gradients "
+                    "would be wrong. Switch checkpointing off (set_grad_checkpointing(False), "
+                    "gradient_checkpointing_disable()), or run under torch.no_grad()."
                 )
             frame = frame.f_back
 
@@ -143,12 +146,12 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         raise QuietvitError(
             f"the control flow of {self._trace.model_name} changed since it was traced: this pass "
             f"{what}; the traced pass made {counts}. Trace it again with an example that takes the "
-            "same way (image size, mode, arguments), and run one forward pass at a time."
+            "same path (image size, mode, arguments), and run one forward pass at a time."
         )
 
 
 def _difference(site: Site, call: ops.Call) -> str | None:
-    """How a call differs from the site that was traced in its place, None where it does not."""
+    """Describe how a call differs from the site traced at its place; None if it matches."""
     shapes = [tuple(operand.shape) for operand in call.operands]
     if site.kind != call.kind:
         return f"came to {site.name} with a {call.kind} of shapes {shapes}"

@@ -1,7 +1,9 @@
 """Channel labels: which output channel of which site each entry of a tensor carries.
 
-Labels follow tensors through a forward pass: functions that move entries about are replayed on the
-labels with the same arguments, so no layout needs to be known by name. Pure functions; no models.
+A call that moves entries is replayed on the labels with the same arguments, so no layout is known
+by name. Example: q, k, v = qkv(x).reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0) gives v
+of shape (B, H, N, D). Its labels have the same shape, and entry (b, h, n, d) is 2 H D + h D + d,
+the row of the qkv weight that computed it. Pure functions of labels; models are in ``record``.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NONE = -1  # an entry that carries no channel, as a class token beside patches
-MIXED = -2  # an entry in which channels of the source were added up, as by a rotary embedding
-AT = "@"  # a step "batch_norm@site" says at which site it was taken
-HEAD = 1 << 32  # a label is channel + HEAD * (head + 1) once heads are known
+NONE = -1  # the entry carries no channel, for example a class token beside patches
+MIXED = -2  # the entry is a sum of several channels, for example after a rotary embedding
+AT = "@"  # the step "batch_norm@site" names the site where it happened
+HEAD = 1 << 32  # behind attention a label is channel + HEAD * (head + 1); before it, channel alone
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Labels of one source in one tensor (same shape), and what they passed through on the way."""
+    """Labels of one source in one tensor (same shape), and the steps between the two."""
 
     labels: Tensor
     through: tuple[str, ...] = ()
@@ -33,10 +35,10 @@ class Flow:
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of a tensor beside its numbers.
+    """What the trace knows about a tensor.
 
-    ``depends``: on the model's input. ``origin``: the sites it comes from, the last on each way.
-    ``parameter``: (name, entries) if it is part of a parameter, entries being flat indices.
+    ``depends``: whether it depends on the model's input. ``origin``: the last sites before it.
+    ``flows``: source -> labels. ``parameter``: (name, flat indices) if it is part of a parameter.
     ``probability``: "pure" behind a softmax, "mixed" if a matrix has acted since.
     """
 
@@ -51,7 +53,7 @@ CONSTANT = Value()
 
 
 def start(shape: Sequence[int], channel_dim: int, device: torch.device) -> Flow:
-    """Labels of a fresh source: channel i is labelled i along ``channel_dim``."""
+    """Return the labels of a new source: i for channel i along ``channel_dim``."""
     view = [1] * len(shape)
     view[channel_dim] = shape[channel_dim]
     channels = torch.arange(shape[channel_dim], device=device).view(view)
@@ -59,7 +61,7 @@ def start(shape: Sequence[int], channel_dim: int, device: torch.device) -> Flow:
 
 
 def merge(values: Sequence[Value]) -> Value:
-    """Everything but flows and parameter: what an output inherits from all its inputs."""
+    """Return what an output inherits from all its inputs: all but flows and parameter."""
     kinds = {value.probability for value in values if value.depends}
     probability = "mixed" if "mixed" in kinds else ("pure" if "pure" in kinds else None)
     return Value(
@@ -70,7 +72,7 @@ def merge(values: Sequence[Value]) -> Value:
 
 
 def move(value: Value, replay: Callable[[Tensor], Any]) -> list[Value]:
-    """Values of the outputs of a function that moves entries; ``replay`` runs it on labels."""
+    """Return the outputs of a function that moves entries; ``replay`` runs it on labels."""
     moved = {source: _as_list(replay(flow.labels)) for source, flow in value.flows.items()}
     entries = _as_list(replay(value.parameter[1])) if value.parameter else None
     count = max((len(parts) for parts in [*moved.values(), entries or []]), default=0)
@@ -83,7 +85,7 @@ def move(value: Value, replay: Callable[[Tensor], Any]) -> list[Value]:
 
 
 def join(values: Sequence[Value], tensors: Sequence[Tensor], replay: Callable[[Any], Any]) -> Value:
-    """Value of a concatenation or stack; parts without a source's labels carry none of it."""
+    """Return the value of a concatenation or stack; parts without a source get NONE."""
     flows = {}
     for source in dict.fromkeys(s for value in values for s in value.flows):
         parts = [
@@ -101,16 +103,20 @@ def join(values: Sequence[Value], tensors: Sequence[Tensor], replay: Callable[[A
 def combine(
     values: Sequence[Value], shapes: Sequence[Sequence[int]], output: Sequence[int], adding: bool
 ) -> Value:
-    """Value of an elementwise function of several tensors.
+    """Return the value of an elementwise function of several tensors.
 
-    A product keeps the channels of every factor; a sum only those that all its terms carry, since
-    two different channels added are neither. A source whose channels meet other channels of its own
-    in a product (a packed gated MLP) is kept once for each factor, as "source", "source|1", ...
-    What reaches a sum through different BatchNorms passes "branches", through different depthwise
-    convolutions "beside".
-    A factor that had to be broadcast (the gate of a squeeze-and-excitation) passes "pooled". What a
-    constant is added to passes "offset"; what it multiplies, "scale" for a parameter, else
-    "factor".
+    A product keeps the channels of every factor. A sum keeps a channel only if all terms carry it.
+    If both factors carry different channels of one source (a packed gated MLP), the source is kept
+    once for each factor, as "source", "source|1", ...
+
+    Steps that are added to ``through``:
+
+    - "gate": a product of two tensors that depend on the input;
+    - "pooled": a factor of such a product that is broadcast (the gate of squeeze-and-excitation);
+    - "offset": a constant is added;
+    - "scale": a parameter is a factor; "factor": another constant is;
+    - "branches": the terms of a sum passed different BatchNorms;
+    - "beside": the terms of a sum passed different depthwise convolutions.
     """
     dependent = [value for value in values if value.depends]
     flows: dict[str, Flow] = {}
@@ -139,6 +145,7 @@ def combine(
                 both = Flow(torch.maximum(twin.labels, labels), steps)
                 distinct = [both if f is twin else f for f in distinct]
         if adding and (len(distinct) > 1 or any(labels is None for labels in wide)):
+            # Channel 0 + channel 32 (rotary embedding) is neither of the two.
             mixed = torch.full((1,) * len(output), MIXED, device=carriers[0].labels.device)
             flows[source] = Flow(mixed.expand(tuple(output)), _all_steps(carriers))
             continue
@@ -155,8 +162,8 @@ def combine(
 def _same_channels(one: Tensor, other: Tensor, adding: bool) -> bool:
     """Whether two tensors carry the same channels.
 
-    In a sum, one of them may know the attention heads and the other not: values that an attention
-    averaged, and the same values that went another way (a depthwise convolution beside it).
+    In a sum, only one of them may have head numbers. Example: V behind attention, plus V behind a
+    depthwise convolution beside the attention.
     """
     if torch.equal(one, other):
         return True
@@ -179,7 +186,7 @@ def _taken(flow: Flow, kind: str) -> set[str]:
 
 
 def reduce(value: Value, dims: Sequence[int], keepdim: bool) -> Value:
-    """Value of a mean or sum over ``dims``: channels survive if no two of them are mixed."""
+    """Return the value of a mean or sum over ``dims``; drop flows whose channels it mixes."""
     flows = {}
     for source, flow in value.flows.items():
         labels = flow.labels
@@ -194,24 +201,24 @@ def reduce(value: Value, dims: Sequence[int], keepdim: bool) -> Value:
 
 
 def collapse(labels: Tensor, dim: int) -> Tensor | None:
-    """The labels along ``dim`` if they agree (NONE agrees with any), size 1 there; else None."""
+    """Return labels with ``dim`` of size 1 if all along it agree (or are NONE), else None."""
     top = labels.amax(dim, keepdim=True)
     return top if bool(((labels == top) | (labels == NONE)).all()) else None
 
 
 def columns(labels: Tensor, channel_dim: int) -> Tensor | None:
-    """The label of each channel, shape (channels,), if all other positions agree; else None."""
+    """Return the label of each channel, (channels,), if all other positions agree, else None."""
     flat = labels.movedim(channel_dim, -1).reshape(-1, labels.shape[channel_dim])
     agreed = collapse(flat, 0)
     return None if agreed is None or bool((agreed < 0).all()) else agreed[0]
 
 
 def spread(flows: Mapping[str, Flow], channel_dim: int, output: Sequence[int]) -> dict[str, Flow]:
-    """Flows through a filter that mixes the positions of each channel and nothing else.
+    """Return the flows through a depthwise filter, which mixes positions within each channel.
 
-    The dims behind ``channel_dim`` are the positions. The dims in front stay as they are: attention
-    heads folded into the batch keep their own channels. A flow is lost where one channel of the
-    filter holds several of the source.
+    The dims behind ``channel_dim`` are positions: labels (B, C, H, W) become constant along H and
+    W. The dims in front stay, because heads may be folded into the batch. A flow is dropped if one
+    channel of the filter holds several channels of the source.
     """
     spreading = {}
     for source, flow in flows.items():
@@ -225,7 +232,7 @@ def spread(flows: Mapping[str, Flow], channel_dim: int, output: Sequence[int]) -
 
 
 def pool(value: Value, dims: Sequence[int], output: Sequence[int]) -> Value:
-    """Value of a pooling over ``dims``: a channel stays itself where it fills these dims alone."""
+    """Return the value of a pooling over ``dims``; drop flows whose channels it mixes."""
     kept = reduce(value, dims, keepdim=True)
     wide = {source: _broadcast(flow.labels, output) for source, flow in kept.flows.items()}
     flows = {s: replace(kept.flows[s], labels=w) for s, w in wide.items() if w is not None}
@@ -233,9 +240,10 @@ def pool(value: Value, dims: Sequence[int], output: Sequence[int]) -> Value:
 
 
 def arrange(value: Value, own: str, groups: Sequence[str]) -> Value:
-    """A value with its dims, named by the letters ``own``, permuted and each group merged to one.
+    """Permute and merge the dims of a value, which ``own`` names by one letter each.
 
-    Letters of the first group stay dims of their own: they are the batch of a matrix product.
+    Letters of the first group stay separate dims (the batch of a matrix product). Each other group
+    becomes one dim. Example: "bnhd" with groups ("bh", "n", "d") becomes (b, h, n, d).
     """
     order = [own.index(letter) for group in groups for letter in group]
     flows = {}
@@ -251,9 +259,11 @@ def arrange(value: Value, own: str, groups: Sequence[str]) -> Value:
 
 
 def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str, Flow]:
-    """Flows of left @ right: the columns of right and the rows of left, where tokens are summed.
+    """Return the flows of left @ right: the columns of ``right`` and the rows of ``left``.
 
-    A source that reaches both (keys and values of one packed map) is kept once for each.
+    A flow survives if its labels are constant along the contracted dim. Example: probabilities
+    (B, H, N, N) times V (B, H, N, D) average over tokens, so the channels of V survive. Their
+    labels then hold the head h too. A source that reaches both sides is kept once for each.
     """
     flows: dict[str, Flow] = {}
     for value, other, contracted, batch_first in (
@@ -275,6 +285,7 @@ def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str
             heads = _broadcast(_heads(constant[(..., *batch_first)]), output, batch_first)
             if heads is None:
                 continue
+            # Channel 70 in head 1 becomes 70 + HEAD * 2: the 1 is added because 0 means no head.
             named = torch.where(wide < 0, wide, wide % HEAD + HEAD * (heads + 1))
             steps = ("mixed_heads",) if other.probability == "mixed" else ()
             flows[name] = Flow(named, (*flow.through, *steps, "attention"))
@@ -284,11 +295,12 @@ def through_matmul(left: Value, right: Value, output: Sequence[int]) -> dict[str
 def _through_channels(
     flow: Flow, contracted: int, output: Sequence[int], probability: str
 ) -> Flow | None:
-    """Values whose channels, not tokens, an attention averages (XCA), None where they are not.
+    """Return the flow of values whose channels attention averages (XCA); None for other values.
 
-    Each output channel is a mean of the head's channels; it is labelled as the one in its place.
+    Example: probabilities (B, H, D, D) times V (B, H, D, N). Each output channel is a mean of its
+    head's channels and keeps the label of the channel at its place.
     """
-    tokens = -3 - contracted
+    tokens = -3 - contracted  # the other one of the last two dims
     channels = collapse(flow.labels, tokens)
     if channels is None or flow.labels.shape != tuple(output) or bool((channels < 0).any()):
         return None
@@ -302,9 +314,10 @@ Heads = list[tuple[Tensor, Tensor]]
 
 
 def score_channels(left: Value, right: Value) -> list[tuple[str, str, Heads, tuple[str, ...]]]:
-    """Channels that meet in a product of queries and keys, head by head, for each two sources.
+    """Return (query source, key source, heads, steps) for each two sources that meet in Q @ Kᵀ.
 
-    The last entry is what the two passed through on their ways.
+    ``heads`` holds, for each head, the channels of Q and of K that multiply, each (D,). ``steps``
+    are those between either source and the product.
     """
     found = []
     for query, q_flow in left.flows.items():
@@ -316,14 +329,14 @@ def score_channels(left: Value, right: Value) -> list[tuple[str, str, Heads, tup
             if bool((q < 0).any()) or bool((k < 0).any()):
                 continue
             both = torch.stack([q % HEAD, k % HEAD], dim=-2).reshape(-1, 2, q.shape[-1])
-            heads = torch.unique(both, dim=0)
+            heads = torch.unique(both, dim=0)  # images and windows repeat the same heads
             through = tuple(dict.fromkeys((*q_flow.through, *k_flow.through)))
             found.append((query, key, [(head[0], head[1]) for head in heads], through))
     return found
 
 
 def _heads(labels: Tensor) -> Tensor:
-    """Number batch positions by the first channel they carry: equal channel, equal head."""
+    """Number the heads of labels (..., D): positions with the same first channel are one head."""
     first = labels[..., 0]
     _, inverse = torch.unique(first, return_inverse=True)
     return inverse

@@ -1,6 +1,6 @@
 """Which torch functions the trace knows, and how to lay out their operands.
 
-Only classification lives here: what is recorded about a call is ``record``'s business.
+This module only classifies calls. ``record`` decides what is stored about them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from torch import Tensor
 MATMUL_KINDS = frozenset({"linear", "conv", "matmul", "einsum"})
 SITE_KINDS = MATMUL_KINDS | {"softmax", "norm", "activation", "add"}
 
-# A family is counted with one counter, so that a call is known by its place among its like: the
-# n-th matrix multiplication of a forward pass is the same site in every pass.
+# Each family has one counter. The n-th matrix multiplication of a forward pass is the same site in
+# every pass.
 FAMILIES = {kind: "matmul" if kind in MATMUL_KINDS else kind for kind in SITE_KINDS}
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a torch function takes its operands: ``kind``, and the names of its first arguments."""
+    """How a torch function takes its operands.
+
+    ``names``: its positional arguments in order. ``operands``: those that the trace records.
+    """
 
     kind: str
     names: tuple[str, ...]
@@ -102,8 +105,8 @@ _ACTIVATIONS = (
 )
 FORMS |= dict.fromkeys(_ACTIVATIONS, Form("activation", _UNARY, _UNARY))
 
-# Elementwise functions that keep channels apart, by name, beside those above; those that bend
-# values stand between two matrices as an activation does.
+# Names of more elementwise functions, which keep channels apart. BENDING ones are nonlinear: like
+# an activation, they separate two matrices.
 SCALING = {"mul", "mul_", "div", "div_", "true_divide", "multiply", "divide"} | {
     f"__{i}{name}__" for name in ("mul", "truediv") for i in ("", "r", "i")
 }
@@ -121,17 +124,17 @@ ELEMENTWISE = (
     | BENDING
     | {"nan_to_num", "neg", "__neg__", "masked_fill", "masked_fill_", "where"}
 )
-# Functions whose output is their first argument, up to precision, place and dropped entries.
+# Functions that return their first argument, apart from dtype, device and dropped entries.
 CASTING = {
     *("to", "type", "type_as", "float", "half", "double", "bfloat16", "cpu", "cuda", "clone"),
     *("contiguous", "detach", "requires_grad_", "alias", "positive"),
     *("dropout", "dropout_", "alpha_dropout", "feature_dropout"),
 }
-# Functions that take no numbers from their argument, only its shape, type and place.
+# Functions that use only the shape, dtype and device of their argument, not its values.
 FRESH = {f"new_{what}" for what in ("zeros", "ones", "full", "empty", "tensor")} | {
     f"{what}_like" for what in ("zeros", "ones", "full", "empty", "rand", "randn")
 }
-# Functions that only move entries about: replayed on labels with the very same arguments.
+# Functions that only move entries. They are replayed on the labels with the same arguments.
 MOVING = {
     *("view", "reshape", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"),
     *("flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "t"),
@@ -141,14 +144,14 @@ MOVING = {
     *("pixel_shuffle", "pixel_unshuffle", "adjoint", "diagonal", "unsafe_chunk", "ravel"),
 }
 JOINING = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
-# Functions that pool over so many last dims, each channel by itself.
+# Functions that pool each channel by itself -> the number of last dims that they pool over.
 POOLING = {
     **dict.fromkeys(("avg_pool1d", "adaptive_avg_pool1d", "max_pool1d"), 1),
     **dict.fromkeys(("avg_pool2d", "adaptive_avg_pool2d", "max_pool2d"), 2),
     "adaptive_max_pool2d": 2,
 }
 REDUCING = {"mean", "sum", "amax", *POOLING}
-# Functions that move the entries which another tensor chooses.
+# Functions in which another tensor can select the entries to move.
 CHOOSING = {"__getitem__", "index_select", "gather", "take_along_dim"}
 CASTING_PROPERTIES = {Tensor.data.__get__}  # type: ignore[attr-defined]
 MOVING_PROPERTIES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}  # type: ignore[attr-defined]
@@ -156,11 +159,11 @@ MOVING_PROPERTIES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tens
 
 @dataclass
 class Call:
-    """One call of a known function, its operands laid out, ready to run with others in their place.
+    """One call of a known function; ``run`` repeats it with other operands.
 
-    ``operands`` of linear and conv are (input, weight), of norm, softmax and activation (input,),
-    of matmul, einsum and add both sides. ``letters`` name the dims of both sides and the output of
-    an einsum, one letter each.
+    ``operands``: (input, weight) of linear and conv; (input,) of norm, softmax and activation; both
+    sides of matmul, einsum and add. ``letters``: one letter for each dim of the left side, right
+    side and output of an einsum.
     """
 
     kind: str
@@ -171,10 +174,7 @@ class Call:
 
 
 def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """Lay out a call of a known function; None where the function or its operands are not ours.
-
-    A product with a lone vector is none of ours: it has no output channels.
-    """
+    """Lay out a call of a known function; None for others and for matrix-vector products."""
     form = FORMS.get(func)
     if form is None:
         return None
@@ -195,7 +195,7 @@ def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call |
     if not all(isinstance(operand, Tensor) for operand in operands):
         return None
     if form.kind in ("linear", "matmul") and operands[1].ndim == 1:
-        return None  # a weighted sum over the last dim: torch counts no flops of it either
+        return None  # a weighted sum over the last dim, for which torch counts no flops
 
     def run(*replaced: Tensor) -> Tensor:
         new_args, new_kwargs = list(args), dict(kwargs)
@@ -218,7 +218,7 @@ def _einsum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | 
         return None
     left, right, output = _letters(equation, tensors[0].ndim, tensors[1].ndim)
     if not set(left) & set(right) - set(output):
-        return None  # nothing is summed over both: a product entry by entry
+        return None  # no dim is contracted: an elementwise product
     return Call(
         "einsum",
         tensors,
@@ -228,7 +228,10 @@ def _einsum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | 
 
 
 def _letters(equation: str, left: int, right: int) -> tuple[str, str, str]:
-    """An equation's terms with the ellipsis written out (right-aligned Greek letters)."""
+    """Return an einsum's terms with each ellipsis replaced by right-aligned Greek letters.
+
+    Example: "...ij,...jk" of two 3-d tensors gives ("αij", "αjk", "αik").
+    """
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     first, second = inputs.split(",")
     wide = []
@@ -244,7 +247,7 @@ def _letters(equation: str, left: int, right: int) -> tuple[str, str, str]:
 
 
 def norm_channel_dim(function: str) -> int:
-    """Which dim of a norm's output its gain runs along, told by the name of the function."""
+    """Return the dim of a norm's output that its gain scales, given the function's name."""
     return -1 if function in ("layer_norm", "rms_norm") else 1
 
 
@@ -256,7 +259,7 @@ def weight_first(call: Call) -> Call:
 
 
 def macs(call: Call, func: Any, output: Tensor) -> int:
-    """Multiply-accumulates of a matrix multiplication, biases not counted; 0 for other kinds."""
+    """Return the multiply-accumulates of a product without its bias; 0 for other kinds."""
     if call.kind not in MATMUL_KINDS:
         return 0
     left, right = call.operands
@@ -270,7 +273,7 @@ def macs(call: Call, func: Any, output: Tensor) -> int:
 
 
 def _einsum_macs(letters: tuple[str, str, str], left: Tensor, right: Tensor) -> int:
-    """A letter of one side that the output lacks is summed before, and multiplies nothing."""
+    """Count without letters of one side that the output lacks: they are summed beforehand."""
     first, second, output = letters
     sizes: dict[str, int] = {}
     for own, other, tensor in ((first, second, left), (second, first, right)):

@@ -1,6 +1,6 @@
-"""The place of a call in a forward pass, by which it is found again in the next pass.
+"""The place of a call in a forward pass, which identifies it in the next pass.
 
-Which calls are counted is decided in ``ops``; what is recorded about them in ``record``.
+``ops`` decides which calls are counted, and ``record`` what is stored about them.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-# Families whose calls must be the same in every pass. How many calls of the others a pass makes may
-# depend on the images: a detector adds offsets to each box, and squashes the scores of each image.
+# Families whose calls must be the same in every pass. The number of other calls may depend on the
+# images: a detector adds offsets to each box, and applies a sigmoid to the scores of each image.
 STEADY = frozenset({"matmul", "norm"})
 
 
 class Place(NamedTuple):
-    """``ordinal``: how many calls of the same family came before.
+    """``ordinal``: the number of earlier calls of the same family; ``after`` is 0.
 
-    In families that are not ``STEADY`` only calls since the last product count, and ``after`` is
-    the number of products so far. It is 0 in the others.
+    In families that are not ``STEADY``, ``ordinal`` restarts at each product, and ``after`` is the
+    number of products so far. Example: the second add behind the fifth product is Place(1, 5).
     """
 
     ordinal: int
@@ -25,14 +25,14 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Gives each call of a pass its place."""
+    """Counts the calls of a pass and gives each its place."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._since: Counter[str] = Counter()
 
     def next(self, family: str) -> Place:
-        """The place of the next call of a family."""
+        """Count a call of ``family`` and return its place."""
         if family == "matmul":
             self._since.clear()
         if family in STEADY:

@@ -1,6 +1,6 @@
-"""What the recorder notes of a pass, before roles and names are known.
+"""What the recorder stores about a pass, before roles and names are known.
 
-What the notes mean for a user is decided in ``trace``.
+``trace`` turns these records into the public ones of ``sites``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from quietvit.tracing.weights import WeightView
 
 @dataclass
 class Record:
-    """One call that is a site: everything the trace keeps of it, no tensors.
+    """One call that is a site, without its tensors.
 
-    ``parameter`` is the name of the parameter that its weight or gain is a part of, ``weight`` the
-    view of that part, None if it is no matrix.
+    ``key``: "family:after:ordinal", from its place. ``parameter``: the name of the parameter that
+    contains its weight or gain. ``weight``: the view of that part; None if it is not a matrix.
     """
 
     key: str
@@ -43,8 +43,9 @@ class RawLink:
     """Channels of ``source`` that reach the input columns of ``consumer``.
 
     A source that arrives in several factors of a product has one link for each. ``partial``: some
-    positions carry no channel. Values of an attention carry none and pass "scrambled" where their
-    channels lie in other columns at other tokens, "added" where other channels were added to them.
+    positions carry no channel. An attention output whose columns have no single channel gets NONE
+    for all, and an extra step: "scrambled" if the channels differ between tokens, "added" if other
+    channels were added.
     """
 
     source: str
@@ -56,7 +57,7 @@ class RawLink:
 
 @dataclass(frozen=True)
 class ScoreLink:
-    """Output channels of two sources that meet in the scores at ``site``, head by head."""
+    """Output channels of two sources that multiply in the scores at ``site``, for each head."""
 
     site: str
     query: str

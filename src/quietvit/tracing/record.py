@@ -1,6 +1,6 @@
-"""The recording mode: one forward pass, watched call by call, becomes raw sites and links.
+"""Record the calls of one forward pass as raw sites and links.
 
-What the records mean for a user (roles, names, tables) is decided in ``trace``.
+``trace`` derives what a user sees: roles, names and tables.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from quietvit.tracing.wrappers import plain_name
 
 
 class _FlopCount(TorchDispatchMode):
-    """Counts the flops of every matrix product that is dispatched, by torch's own table."""
+    """Counts the flops of all dispatched matrix products with torch's own formulas."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Recorder(TorchFunctionMode):
         self._parameters = {plain_name(name): p for name, p in model.named_parameters()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         for module in model.modules():
-            for held in tree_flatten(vars(module))[0]:  # buffers, and what forward passes cached
+            for held in tree_flatten(vars(module))[0]:  # buffers and cached tensors
                 if isinstance(held, Tensor):
                     self._keep(held, CONSTANT)
 
@@ -96,7 +96,7 @@ class Recorder(TorchFunctionMode):
         return self
 
     def finish(self) -> int:
-        """Remove the hooks; return the flops of matrix products that no call accounts for."""
+        """Remove the hooks; return the flops of matrix products that no recorded call made."""
         for hook in self._hooks:
             hook.remove()
         self._flops.__exit__(None, None, None)
@@ -109,12 +109,12 @@ class Recorder(TorchFunctionMode):
         self._stack.pop()
 
     def _keep(self, tensor: Tensor, value: Value) -> None:
-        if not tensor.numel():  # the boxes of an image without detections
+        if not tensor.numel():  # for example the boxes of an image without detections
             value = replace(value, flows={}, parameter=None)
         self._values[tensor] = value
 
     def value(self, tensor: Tensor) -> Value:
-        """What is known of a tensor; one of unknown origin is taken to depend on the input."""
+        """Return what is known of a tensor; an unknown one counts as depending on the input."""
         name = self._names.get(id(tensor))
         if name is not None:
             entries = torch.arange(tensor.numel(), device=tensor.device)
@@ -127,10 +127,10 @@ class Recorder(TorchFunctionMode):
         return known
 
     def _write(self, tensor: Tensor, value: Value) -> None:
-        """Note a write in place: every other tensor of this memory now depends on it."""
+        """Note an in-place write: all tensors that share this memory now depend on the input."""
         if value.depends and not self.value(tensor).depends:
             self._written[tensor.untyped_storage().data_ptr()] = labels.merge([value])
-            self._shared.append(tensor)
+            self._shared.append(tensor)  # alive, so that no other tensor gets this address
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -160,6 +160,7 @@ class Recorder(TorchFunctionMode):
         family = ops.FAMILIES[call.kind]
         place = self.places.next(family)
         if call.kind == "matmul" and call.operands[1].ndim == 2:
+            # x @ W with a constant W (in, out) is recorded as a linear with the weight (out, in).
             right = self.value(call.operands[1])
             if not right.depends and self.value(call.operands[0]).depends:
                 if right.parameter is not None:
@@ -195,7 +196,7 @@ class Recorder(TorchFunctionMode):
         return value
 
     def _has_scale(self, record: Record) -> bool:
-        """Whether a norm multiplies each channel by a stored factor alone, beside an offset."""
+        """Whether a norm only multiplies each channel by a stored factor and adds an offset."""
         view = record.weight
         if record.function != "batch_norm" or view is None or view.rows is not None:
             return False
@@ -214,8 +215,9 @@ class Recorder(TorchFunctionMode):
         flows: dict[str, Flow] = {}
         probability = "mixed" if merged.probability else None
         if call.kind in ("linear", "conv"):
+            # Channels: last dim of a linear's output, dim 1 of (B, C, H, W), dim 0 of (C, H, W).
             dim = -1 if call.kind == "linear" else 1 - (output.ndim == call.operands[1].ndim - 1)
-            if "transpose" in record.function:  # weights of shape (in, out, ...): never of a pair
+            if "transpose" in record.function:  # weight (in, out, ...): no pairs are made of it
                 return Value(depends, frozenset({key} if depends else ()), {}, None, probability)
             self._link(record, inputs[0], dim)
             channels = call.operands[1].shape[0]
@@ -265,7 +267,11 @@ class Recorder(TorchFunctionMode):
     def _through_einsum(
         self, key: str, call: ops.Call, inputs: Sequence[Value], output: Tensor
     ) -> dict[str, Flow]:
-        """An einsum as the matrix product it is, where every letter has its place in one."""
+        """Return the flows of an einsum that is a batched matrix product; else none.
+
+        Example: "bnhd,bmhd->bhnm" has batch b, h; rows n; columns m; summed d. Both sides become
+        (b, h, n, d) and (b, h, d, m), and the flows of the product are permuted back.
+        """
         left, right, out = call.letters
         batch = [c for c in out if c in left and c in right]
         summed = [c for c in left if c in right and c not in out]
@@ -287,6 +293,7 @@ class Recorder(TorchFunctionMode):
         for source, flow in value.flows.items():
             columns, through = labels.columns(flow.labels, channel_dim), flow.through
             if columns is None and {"attention", "channel_attention"} & set(through):
+                # Link it without channels, so that ``pairs`` can say why V and proj are no pair.
                 lost = "scrambled" if bool((flow.labels >= 0).any()) else "added"
                 if lost == "scrambled" or bool((flow.labels == labels.MIXED).any()):
                     columns = torch.full((flow.labels.shape[channel_dim],), labels.NONE)
@@ -314,7 +321,7 @@ class Recorder(TorchFunctionMode):
         )
 
     def _carry(self, func: Any, name: str, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
-        """Give the outputs of a call that is no site what its inputs carried."""
+        """Give the outputs of a call that is not a site what its inputs carried."""
         if name == "__setitem__":
             target, _, source = args
             values = [self.value(target)]
@@ -334,7 +341,7 @@ class Recorder(TorchFunctionMode):
             self._keep(output, result)
 
     def _descends(self, origin: frozenset[str], source: str) -> bool:
-        """Whether one of the sites in ``origin`` is computed from the site ``source``."""
+        """Whether one of the sites ``origin`` is computed from the site ``source``."""
         waiting, seen = list(origin), set(origin)
         while waiting:
             key = waiting.pop()

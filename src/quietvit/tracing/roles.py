@@ -1,6 +1,6 @@
-"""What a site is in a transformer, told by what feeds it and what it feeds.
+"""Derive a site's role in the transformer from the sites before and behind it.
 
-The roles are described at ``sites.Site``.
+``sites.Site`` describes the roles.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from quietvit.tracing.raw import Record
 
 
 def _reaches_softmax(record: Record, by_key: dict[str, Record], depth: int = 4) -> bool:
-    """Whether scores lead to a softmax, perhaps through layers that mix heads."""
+    """Whether scores lead to a softmax, directly or through layers that mix heads."""
     for key in record.feeds:
         fed = by_key[key]
         if fed.kind == "softmax":
@@ -22,7 +22,7 @@ def _reaches_softmax(record: Record, by_key: dict[str, Record], depth: int = 4) 
 
 
 def role_of(record: Record, by_key: dict[str, Record]) -> str:
-    """The role of a site; ``by_key`` holds every record of the trace."""
+    """Return the role of a site; ``by_key`` holds all records of the trace."""
     if record.kind in ("matmul", "einsum"):
         probabilities = [value.probability is not None for value in record.inputs]
         if not any(value.depends for value in record.inputs):
@@ -41,7 +41,7 @@ def role_of(record: Record, by_key: dict[str, Record]) -> str:
 
 
 def _is_head(record: Record, by_key: dict[str, Record]) -> bool:
-    """A weight whose output leaves the model, perhaps squashed, or summed with other such."""
+    """Whether the output of a matrix leaves the model: directly, activated, or summed."""
     pointwise = record.weight_shape is not None and all(n == 1 for n in record.weight_shape[2:])
     if not pointwise or not record.inputs[0].origin:
         return False
@@ -58,7 +58,7 @@ def _is_head(record: Record, by_key: dict[str, Record]) -> bool:
 
 
 def _input_role(value: Value, by_key: dict[str, Record]) -> str:
-    """What kind of activation this is, told by the sites it comes from."""
+    """Return the kind of an activation, given the sites that it comes from."""
     if not value.depends:
         return "constant"
     if not value.origin:
@@ -84,7 +84,7 @@ def _input_role(value: Value, by_key: dict[str, Record]) -> str:
 def operand_roles(
     record: Record, roles: dict[str, str], by_key: dict[str, Record]
 ) -> tuple[str, ...]:
-    """The role of each activation that enters a site; ``roles`` are those of all sites."""
+    """Return the role of each activation that enters a site; ``roles``: of all sites, by key."""
     role = roles[record.key]
     if role == "query_key":
         return ("query", "key")

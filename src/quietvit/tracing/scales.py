@@ -1,6 +1,6 @@
-"""Diagonal maps that are computed: what BatchNorms multiply each channel by, by name as weights.
+"""Computed diagonal maps: the channel factors of BatchNorms and depthwise convolutions, by name.
 
-A name of this kind is read from the model anew each time. Which links pass them is ``record``'s.
+Each read computes it from the model's present state. ``record`` finds the links that pass them.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from quietvit.tensors import gathered, wide
 from quietvit.tracing.wrappers import plain_model
 
-# An attribute that no module has: "stage.bn.channel_scale()" names the scale of "stage.bn".
+# "stage.bn.channel_scale()" names the scale of "stage.bn". No module has such an attribute.
 SCALE = "channel_scale()"
 _TIMES = " * "
 
 
 def scale_name(modules: Sequence[str]) -> tuple[str, str]:
-    """Return the module and attribute that name the product of the scales of some modules."""
+    """Return the module and attribute that name the product of the scales of ``modules``."""
     return f".{SCALE}{_TIMES}".join(modules), SCALE
 
 
 def is_scale(name: str) -> bool:
-    """Whether a parameter's name is that of a computed scale."""
+    """Whether a name stands for a computed scale."""
     return name.endswith(f".{SCALE}")
 
 
 def read_entry(model: nn.Module, name: str) -> Tensor:
-    """Return the parameter of this name, or the scale that the name stands for, as it is now.
+    """Return the present value of the parameter or computed scale of this name.
 
-    Raises AttributeError where the model has no such module or parameter.
+    Raises AttributeError if the model has no such module or parameter.
     """
     model = plain_model(model)
     if not is_scale(name):
@@ -45,7 +45,7 @@ def read_entry(model: nn.Module, name: str) -> Tensor:
 
 
 def has_scale(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm that uses stored statistics when it evaluates."""
+    """Whether a module is a BatchNorm that uses stored statistics in eval mode."""
     module = plain_model(module)
     return (
         isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -55,10 +55,10 @@ def has_scale(module: nn.Module) -> bool:
 
 
 def _scale(module: nn.Module) -> Tensor:
-    """The factor of each channel, shape (channels,), detached, at least float32.
+    """Return the factor of each channel, (channels,), detached, at least float32.
 
-    BatchNorm: gamma / sqrt(running_var + eps), as in eval mode. Depthwise convolution: the root of
-    the summed squares of each kernel, its gain for white input.
+    BatchNorm: gamma / sqrt(running_var + eps), as in eval mode. Depthwise convolution: the
+    Euclidean norm of each kernel, which is its gain for white input.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         assert module.running_var is not None

@@ -1,6 +1,6 @@
 """The public records of a trace: sites, their operands, and how channels flow between sites.
 
-How they are found is decided in ``record`` and ``trace``.
+``record`` and ``trace`` create them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quietvit.tracing.weights import WeightView
 
 @dataclass(frozen=True)
 class Operand:
-    """One activation that enters a site: role, shape at batch 1, and the sites it comes from."""
+    """One activation that enters a site: its role, shape at batch 1, and source sites."""
 
     role: str
     shape: tuple[int, ...]
@@ -26,14 +26,14 @@ class Operand:
 class Site:
     """One operation of a forward pass.
 
-    ``kind``: linear, conv, matmul, einsum, softmax, norm, activation, add, or opaque (a product
-    inside a function that cannot be taken apart). ``role``: what the site is in the transformer:
-    patch_embed, post_norm, post_gelu, post_activation, attention_output, residual, head, constant
-    (does not depend on the input) or other for weights; query_key, attention_value or other for
-    products of activations. ``macs`` counts multiply-accumulates at batch 1, 0 where the example
-    gives the product no rows. ``place`` is where the call is found again in every pass.
-    ``has_scale``: a BatchNorm with stored statistics, which multiplies each channel by a factor of
-    its own.
+    - ``kind``: linear, conv, matmul, einsum, softmax, norm, activation, add, or opaque (a product
+      inside a function that the trace cannot open).
+    - ``role``, for weights: patch_embed, post_norm, post_gelu, post_activation, post_softmax,
+      attention_output, residual, head, constant (does not depend on the input) or other. For
+      products of activations: query_key, attention_value, constant or other. Else the kind.
+    - ``macs``: multiply-accumulates at batch 1; 0 if the example gives the product no rows.
+    - ``place``: identifies the call in every pass.
+    - ``has_scale``: a BatchNorm with stored statistics, so a fixed factor for each channel.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Site:
 class Link:
     """Output channels of ``source`` that arrive at the input columns of ``consumer``.
 
-    ``channels[j]`` is the channel that column j carries, -1 for none; ``heads[j]`` its attention
-    head, -1 where no attention lies between. ``through`` names what stands between. ``partial``:
-    some positions carry no channel, as padding or a class token joined on the way. ``scales``: the
-    BatchNorms and depthwise convolutions between, in order.
+    ``channels[j]``: the channel that column j carries, -1 for none. ``heads[j]``: its attention
+    head, -1 without attention between. ``through``: the steps between. ``partial``: some positions
+    carry no channel, such as padding or a class token. ``scales``: the BatchNorms and depthwise
+    convolutions between, in order.
     """
 
     source: str
@@ -72,9 +72,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Scores:
-    """Output channels of ``query`` and ``key`` that meet at ``site``: one (rows, rows) a head.
+    """Channels of ``query`` and ``key`` that multiply at ``site``: a pair of tuples for each head.
 
-    ``through`` names what stands between either of them and the scores.
+    ``through``: the steps between either source and the scores.
     """
 
     site: str
@@ -88,8 +88,8 @@ class Scores:
 class Trace:
     """All sites of one forward pass in order, and how channels flow between them.
 
-    ``counts``: how many calls each family makes in every pass. ``outputs``: the sites whose values
-    leave the model as they are, or as functions that are no sites made them.
+    ``counts``: the number of products and of norms in every pass. ``outputs``: the last sites
+    before the model's output.
     """
 
     model_name: str
@@ -101,15 +101,12 @@ class Trace:
 
     @property
     def matmuls(self) -> tuple[Site, ...]:
-        """Every site that multiplies matrices, opaque ones included."""
+        """All sites that multiply matrices, including opaque ones."""
         return tuple(site for site in self.sites if site.kind in MATMUL_KINDS or site.macs > 0)
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one image, as torch's FlopCounterMode counts them (halved).
-
-        Products with a lone vector count nothing.
-        """
+        """Half of torch's FlopCounterMode count for one image; matrix-vector products count 0."""
         return sum(site.macs for site in self.sites)
 
     def __getitem__(self, name: str) -> Site:

@@ -1,7 +1,7 @@
-"""Explicit equals of torch's composite attention calls, written in matrix multiplications.
+"""Torch's composite attention functions, rewritten with explicit matrix multiplications.
 
-The trace runs these instead of the composites, so that every product is seen. Nothing is recorded
-here. Shape suffixes: B batch, H heads, N target tokens, S source tokens, D head size, E width.
+The trace runs these in place of the composites to see every product; ``record`` records them.
+Shape suffixes: B batch, H heads, N target tokens, S source tokens, D head size, E width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Equal of ``F.scaled_dot_product_attention``: softmax(Q Kᵀ · scale + mask) V.
+    """Compute ``F.scaled_dot_product_attention``: softmax(Q Kᵀ · scale + mask) V.
 
     Shapes: query (..., H, N, D), key and value (..., H or fewer, S, D); returns (..., H, N, D).
     """
@@ -77,11 +77,11 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Equal of ``F.multi_head_attention_forward``, the function inside ``nn.MultiheadAttention``.
+    """Compute ``F.multi_head_attention_forward``, the function inside ``nn.MultiheadAttention``.
 
-    Shapes: query (N, B, E) or (N, E), key and value (S, B, E) or (S, E); returns the output, shaped
-    like query, and the attention weights if asked for. ``static_k`` and ``static_v`` have shape
-    (B * H, S, D).
+    Shapes: query (N, B, E) or (N, E), key and value (S, B, E) or (S, E), ``static_k`` and
+    ``static_v`` (B * H, S, D). Returns the output, shaped like query, and the attention weights,
+    None unless ``need_weights``.
     """
     del embed_dim_to_check
     batched = query.ndim == 3
@@ -161,7 +161,7 @@ def multi_head_attention(
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over sources, zero for a target whose every source is masked, as torch has it."""
+    """Softmax over sources; as in torch, 0 for a target whose sources are all masked."""
     masked = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return F.softmax(scores.masked_fill(masked, 0.0), dim=-1).masked_fill(masked, 0.0)
 
@@ -178,7 +178,7 @@ def _mask(
     extra: int,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """Both masks as one additive mask that broadcasts to (B, H, N, S), new sources never masked."""
+    """Combine both masks into an additive one for (B, H, N, S); the last ``extra`` sources pass."""
     masks = []
     for mask, shape in ((attn_mask, None), (key_padding_mask, (batch, 1, 1, -1))):
         if mask is None:

@@ -1,6 +1,6 @@
-"""``trace``: what a model multiplies, in which roles, and what feeds what.
+"""``trace``: a model's operations, their roles, and what feeds what.
 
-The records live in ``sites``; how calls are watched is ``record``'s business.
+``sites`` holds the public records; ``record`` observes the calls.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from quietvit.tracing.wrappers import eagerly, plain_model
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
-    """Record every matrix multiplication of a forward pass and what stands between them.
+    """Record every matrix multiplication of a forward pass and the operations between them.
 
-    ``example``: images of shape (B, C, H, W), or a tuple or dict of tensors as the model takes
-    them, or a list of images (C, H, W) for a model that takes such a list, as detectors do. Only
-    the first sample is run. The model runs in eval mode without gradients and is left
-    as it was. It runs twice, and the second pass is recorded: a model that computes a table in its
-    first pass and keeps it goes another way from then on. ``scaled_dot_product_attention`` and
-    ``nn.MultiheadAttention`` are replaced by explicit equals while recording, so that their
-    products are sites too.
+    ``example``: images (B, C, H, W); a tuple or dict of the model's arguments; or a list of images
+    (C, H, W) for a detector. Only the first sample is run.
 
-    Raises QuietvitError where the model does not run on the example.
+    The model runs in eval mode without gradients and is left unchanged. It runs twice, and the
+    second pass is recorded, because some models compute and keep a table in their first pass.
+    ``scaled_dot_product_attention`` and ``nn.MultiheadAttention`` are replaced by explicit products
+    while recording, so that each product is a site.
+
+    Raises QuietvitError if the model does not run on the example.
     """
     model = plain_model(model)
     inputs = one_sample(example)
@@ -56,24 +56,23 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
 
 def _complaint(model: nn.Module, example: Any, what: str) -> str:
-    """What to say where the model raises over an example."""
+    """Return the message for a model that raises ``what`` on the example."""
     if "Expected gradient function" in what:
         what += (
             " (torch's FlopCounterMode raises this without gradients; trace outside of it, the "
             "trace counts by itself)"
         )
     return (
-        f"{type(model).__name__} does not run on the example given (shapes "
-        f"{[tuple(x.shape) for x in _tensors(example)]}, the first sample of it): {what}. Give "
-        "images as the model takes them, for example torch.randn(1, 3, 224, 224); several "
-        "arguments as a tuple, named ones as a dict; a list of images (C, H, W) where the model "
-        "takes one."
+        f"{type(model).__name__} does not run on the first sample of the example (shapes "
+        f"{[tuple(x.shape) for x in _tensors(example)]}): {what}. Give images that the model "
+        "accepts, for example torch.randn(1, 3, 224, 224). Give several arguments as a tuple, "
+        "keyword arguments as a dict, and a detector's images as a list of (C, H, W)."
     )
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and afterwards every module back into the mode it was in."""
+    """Put a model into eval mode inside ``with``; afterwards restore the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -169,7 +168,7 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
 
 
 def _steps(through: tuple[str, ...]) -> tuple[str, ...]:
-    """What stands between, without the sites that say where."""
+    """Return the steps without their sites: "batch_norm@norm:0:3" gives "batch_norm"."""
     return tuple(dict.fromkeys(step.partition(labels.AT)[0] for step in through))
 
 

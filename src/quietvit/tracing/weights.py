@@ -1,6 +1,6 @@
-"""Weight views: which matrix inside which parameter. Held by name, so no tensor outlives a reload.
+"""Weight views: a matrix inside a parameter, held by name so that it stays valid after a reload.
 
-How views are found from recorded entries lives here; pairs of them live in ``pairs``.
+``view_of`` finds the view for recorded entries. Pairs of views live in ``pairs``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ Index = range | tuple[int, ...]
 
 @dataclass(frozen=True)
 class WeightView:
-    """A matrix inside a parameter: ``module.attribute``, seen as 2-D, some rows, some columns.
+    """A matrix inside a parameter: the chosen rows and columns of ``module.attribute``.
 
-    A parameter of shape (out, in, ...) is read as the matrix (out, in * ...). With ``diagonal`` the
-    parameter is a vector of gains g, shape (h,), and stands for diag(g). With ``transposed`` the
-    matrix that acts is the transpose of the rows and columns chosen.
+    A parameter of shape (out, in, ...) is read as the matrix (out, in * ...); None selects all rows
+    or columns. With ``transposed`` the matrix is the transpose of this selection. With ``diagonal``
+    the parameter is a vector of gains g, shape (h,), and stands for diag(g).
 
-    The parameter may also be a computed scale (``tracing.scales``), which can be read and not
-    written.
+    The parameter may be a computed scale (``tracing.scales``), which is read-only.
     """
 
     module: str
@@ -41,21 +40,21 @@ class WeightView:
         return f"{self.module}.{self.attribute}" if self.module else self.attribute
 
     def parameter(self, model: nn.Module) -> Tensor:
-        """Return the whole parameter as it is now. Raises QuietvitError where it is missing."""
+        """Return the whole present parameter. Raises QuietvitError if it is missing."""
         try:
             return read_entry(model, self.parameter_name)
         except AttributeError as error:
             raise QuietvitError(
-                f"the pair names {self.parameter_name}, which this {type(model).__name__} does not "
-                "have; find the pairs again on this model with quietvit.find_pairs(model, example)."
+                f"a pair names {self.parameter_name}, but this {type(model).__name__} does not "
+                "have it. Find the pairs again on this model: quietvit.find_pairs(model, example)."
             ) from error
 
     def read(self, model: nn.Module) -> Tensor:
-        """Return the matrix, shape (rows, cols), or the vector of gains, shape (h,) if diagonal."""
+        """Return the matrix (rows, cols), or the vector of gains (h,) if diagonal."""
         return self.select(self.parameter(model))
 
     def select(self, parameter: Tensor) -> Tensor:
-        """Choose this view's entries out of a tensor shaped like the whole parameter."""
+        """Select this view's entries from a tensor shaped like the whole parameter."""
         if self.diagonal:
             return parameter if self.rows is None else parameter[_index(self.rows)]
         matrix = parameter.flatten(1)
@@ -70,14 +69,14 @@ class WeightView:
         self.scatter_(whole, self.select(whole) + entries)
 
     def scatter_(self, whole: Tensor, entries: Tensor) -> None:
-        """Put ``entries`` (shaped like ``read``'s result) into ``whole`` (like the parameter)."""
+        """Write ``entries`` (shaped like ``read``'s result) into ``whole`` (like the parameter)."""
         rows = _index(self.rows) if self.rows is not None else slice(None)
         if self.diagonal:
             whole[rows] = entries
             return
         if self.transposed:
             entries = entries.mT
-        matrix = whole.flatten(1)  # a copy where the memory format is not row by row
+        matrix = whole.flatten(1)  # a copy if the memory is not row-major, e.g. channels_last
         cols = _index(self.cols) if self.cols is not None else slice(None)
         if isinstance(rows, list) and isinstance(cols, list):
             matrix[torch.tensor(rows)[:, None], torch.tensor(cols)] = entries
@@ -97,9 +96,10 @@ class WeightView:
 def view_of(
     part: tuple[str, Tensor], parameters: Mapping[str, Tensor], *, gain: bool = False
 ) -> WeightView | None:
-    """The view that selects ``part`` = (parameter name, flat indices), or None if it is no matrix.
+    """Return the view that selects ``part``, or None if its entries are not a matrix.
 
-    Indices of shape (out, in, ...); or (h,) with ``gain``.
+    ``part``: (parameter name, flat indices into it), the indices of shape (out, in, ...), or (h,)
+    with ``gain``. Example: rows 384 to 575 of a weight (576, 192) have the indices 73728 to 110591.
     """
     name, entries = part
     module, _, attribute = name.rpartition(".")
@@ -128,18 +128,18 @@ def view_of(
 
 
 def scale_view(modules: Sequence[str], rows: Sequence[int], size: int) -> WeightView:
-    """The product of the scales of some modules, of ``size`` channels each, at the chosen rows."""
+    """Return the view of the product of the scales of ``modules``, (``size``,), at ``rows``."""
     whole = WeightView(*scale_name(modules), diagonal=True)
     return replace(whole, rows=_chosen(None, rows, size))
 
 
 def _compress(index: Tensor) -> Index:
-    """A range where the indices are evenly spaced upwards, else the tuple of them."""
+    """Return the indices as a range if they rise evenly, else as a tuple."""
     return compress(tuple(index.tolist()))
 
 
 def compress(index: tuple[int, ...]) -> Index:
-    """A range where the indices are evenly spaced upwards, else the tuple itself."""
+    """Return the indices as a range if they rise evenly, else unchanged."""
     step = index[1] - index[0] if len(index) > 1 else 1
     if step > 0 and index == tuple(range(index[0], index[-1] + 1, step)):
         return range(index[0], index[-1] + 1, step)
@@ -147,14 +147,14 @@ def compress(index: tuple[int, ...]) -> Index:
 
 
 def select_rows(view: WeightView, rows: Sequence[int], height: int) -> WeightView:
-    """Some rows of the matrix that ``view`` shows, which has ``height`` of them."""
+    """Return the view of the given rows of ``view``'s matrix, which has ``height`` rows."""
     if view.transposed:
         return replace(view, cols=_chosen(view.cols, rows, height))
     return replace(view, rows=_chosen(view.rows, rows, height))
 
 
 def select_cols(view: WeightView, cols: Sequence[int], width: int) -> WeightView:
-    """Some columns of the matrix that ``view`` shows, which has ``width`` of them."""
+    """Return the view of the given columns of ``view``'s matrix, which has ``width`` columns."""
     if view.transposed:
         return replace(view, rows=_chosen(view.rows, cols, width))
     return replace(view, cols=_chosen(view.cols, cols, width))

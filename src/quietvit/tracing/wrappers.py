@@ -1,6 +1,6 @@
-"""Wrappers that stand around a model or its blocks and do not change what it computes.
+"""Unwrap models: ``torch.compile``, DistributedDataParallel, FSDP and the like.
 
-``torch.compile``, DistributedDataParallel, FSDP and the like. Names never show them.
+These wrap a model or its blocks and do not change its result. Their names never appear in ours.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# Attributes of wrappers that pass every other attribute on to the module inside.
+# Wrappers that forward unknown attributes keep the inner model under one of these names.
 _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# Wrappers that do not, by the module of their class; all of them call the inner model ``module``.
+# (Python module, class) of wrappers that do not; all of them keep the inner model as ``module``.
 _PARALLEL = (
     ("torch.nn.parallel", "DataParallel"),
     ("torch.nn.parallel", "DistributedDataParallel"),
@@ -30,11 +30,10 @@ _PARALLEL = (
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers around it, however many there are.
+    """Return the model inside all its wrappers.
 
-    Seen through are ``torch.compile``, DataParallel, DistributedDataParallel, FSDP, the activation
-    checkpoint wrapper, and torch's and timm's averaged models. What is no module is returned as it
-    is.
+    Removes ``torch.compile``, DataParallel, DistributedDataParallel, FSDP, the activation
+    checkpoint wrapper, and torch's and timm's averaged models. Other objects pass unchanged.
     """
     while (inner := _inside(model)) is not None:
         model = inner
@@ -42,18 +41,15 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a module or parameter as it would be without compiled blocks.
-
-    Modules are found by this name too, because those wrappers pass attributes on.
-    """
+    """Return a name without the parts that wrapped blocks add; ``get_submodule`` accepts it."""
     return ".".join(part for part in name.split(".") if part not in _INNER)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """Return a deep copy of the model without wrappers, compiled blocks and compiled methods.
 
-    A deep copy alone would be wrong: a compiled method of the copy still runs the original model.
-    Functions that the class itself compiles stay; ``eagerly`` runs them without compilation.
+    A plain deep copy is wrong: its compiled methods still run the original model. Functions that
+    the class itself compiles stay; ``eagerly`` runs them uncompiled.
     """
     memo: dict[int, Any] = {}
     copied = plain_model(copy.deepcopy(plain_model(model), memo))
@@ -76,9 +72,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Run what is compiled in its plain form inside ``with``; it is compiled again afterwards.
+    """Run compiled code eagerly inside ``with``; afterwards it runs compiled again.
 
-    Does nothing while torch itself compiles: what is compiled inside is then part of the whole.
+    Does nothing while torch itself compiles, because inner compiled code then joins the outer.
     """
     if torch.compiler.is_compiling():
         yield
@@ -89,7 +85,7 @@ def eagerly() -> Iterator[None]:
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
-    """The module inside the outermost wrapper, None where there is no wrapper."""
+    """Return the module inside the outermost wrapper; None without a wrapper."""
     found = _passes_on(model)
     if found is not None:
         return found
@@ -101,7 +97,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def _passes_on(model: nn.Module) -> nn.Module | None:
-    """The module inside a wrapper that passes attributes on, None for any other module."""
+    """Return the module inside a wrapper that forwards attributes; None for other modules."""
     children = getattr(model, "_modules", {})
     return next((_module(children[name]) for name in _INNER if name in children), None)
 
