@@ -165,9 +165,9 @@ def test_check_refuses_before_an_image_runs(
         raise AssertionError("more images were asked for")
 
     for options, match in (
-        ({"seconds": float("nan")}, "no time"),
-        ({"seconds": -1.0}, "no time"),
-        ({"batches": (0,)}, "no batch sizes"),
+        ({"seconds": float("nan")}, "must be finite and not negative"),
+        ({"seconds": -1.0}, "must be finite and not negative"),
+        ({"batches": (0,)}, "must be batch sizes"),
     ):
         with pytest.raises(QuietvitError, match=match):
             quietvit.check(path, own, images(), **options)

@@ -115,7 +115,7 @@ def test_a_new_target_is_written_opened_and_checked(kind: Any, tmp_path: Path) -
     assert found.classes.agreement == 100
     assert (found.proof.integer_share, found.agreements, found.speeds) == (0, (), ())
     assert any("none is compared" in note for note in found.notes)
-    with pytest.raises(QuietvitError, match="is open already"):
+    with pytest.raises(QuietvitError, match="is already open"):
         quietvit.check(runtime, own, x, threads=1)
 
 
