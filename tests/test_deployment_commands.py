@@ -251,7 +251,7 @@ def test_names_and_paths_of_other_kinds(qvit: Path, table: Path, photo: Path) ->
     ):
         assert "was not exported yet" in refused(run(*command))
     assert "does not exist" in refused(run("predict", folder / "nope.onnx", photo))
-    assert "ends neither in" in refused(run("predict", photo, photo))
+    assert "does not end in" in refused(run("predict", photo, photo))
     assert "not an exported file" in refused(run("predict", folder, photo))
     assert "no embedding" in refused(run("predict", exported("vit").path, photo, "--npy", "x.npy"))
     wrong = ("check", exported("vit").path, "--against", qvit, "--images", table, "--json", folder)

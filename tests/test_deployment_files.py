@@ -237,7 +237,7 @@ def test_configs_of_timm_and_processors_of_transformers() -> None:
         (PRESET, r"\(3, 224, 224\), but the model was quantized with images of \(3, 32, 32\)"),
         ({"mean": [0.5] * 3}, "no std"),
         ({"mean": [0.5] * 3, "std": [0.5] * 3, "crop": 1}, "unknown key 'crop'; did you mean"),
-        ({"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": object()}, "neither number"),
+        ({"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": object()}, "not a number, text or list"),
         ("bicubic", "str is not understood"),
     ],
 )

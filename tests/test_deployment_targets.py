@@ -173,7 +173,7 @@ def test_what_every_target_keeps(tmp_path: Path) -> None:
         with pytest.raises(QuietvitError, match="exists already"):
             quietvit.export(own, path)
         if not target.settings:
-            with pytest.raises(QuietvitError, match=r"leave opset \(--opset\) out"):
+            with pytest.raises(QuietvitError, match=r"leave out opset \(--opset\)"):
                 quietvit.export(own, path, opset=20, force=True)
     with pytest.raises(QuietvitError, match="cannot be checked"):
         quietvit.check(tmp_path / "model.torchao", own, x)
