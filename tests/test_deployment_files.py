@@ -82,7 +82,7 @@ def test_asymmetric_codes_are_made_symmetric_only_on_request(tmp_path: Path) -> 
     assert prove(open_runtime(artifact.path), artifact.facts).integer_share == 1
     found = artifact.check(own, x, seconds=0)  # against the replaced quantizers
     assert all(agreement.equal for agreement in found.agreements)
-    with pytest.raises(QuietvitError, match="leave signed"):
+    with pytest.raises(QuietvitError, match="leave out signed"):
         quietvit.export(own, tmp_path / "folder", to="torchao", signed=True)
 
 

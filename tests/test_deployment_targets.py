@@ -143,8 +143,8 @@ def test_the_commands_take_a_new_target(
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"suffix": ".onnx"}, "onnx has the suffix '.onnx' already"),
-        ({"name": "torchao"}, "torchao has the name 'torchao' already"),
+        ({"suffix": ".onnx"}, "onnx already has the suffix '.onnx'"),
+        ({"name": "torchao"}, "torchao already has the name 'torchao'"),
         ({"runtime": "onnxruntime"}, "give numpy another runtime"),
         ({"suffix": "npz"}, "must begin with a dot"),
         ({"settings": frozenset({"batch"})}, "choose among opset, signed"),
