@@ -1,7 +1,4 @@
-"""The commands for exported files: ``export``, ``check``, ``predict``.
-
-They parse options and print. ``quietvit.deployment`` does the work.
-"""
+"""The commands ``export``, ``check`` and ``predict``. ``quietvit.deployment`` does the work."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A saved .qvit.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write.", show_default="beside the .qvit"),
+        typer.Option("--output", "-o", help="File to write.", show_default="next to the .qvit"),
     ] = None,
     to: Annotated[
         str | None,
@@ -251,6 +248,4 @@ def _lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise QuietvitError(
-            f"cannot read the labels {path}: {error}. Give a UTF-8 text file."
-        ) from error
+        raise QuietvitError(f"cannot read the labels {path} as UTF-8 text: {error}.") from error

@@ -1,7 +1,4 @@
-"""The commands ``quantize``, ``evaluate`` and ``methods``.
-
-They parse options and print. ``quietvit.quantization`` and ``quietvit.data`` do the work.
-"""
+"""The commands ``quantize``, ``evaluate`` and ``methods``. Other packages do the work."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from quietvit.tracing.scales import read_entry
 def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, float]:
     """Return max_k |A^T b_k| of each pair by name (the largest of pairs with the same name).
 
-    It is the standard deviation of the worst output channel for white input of unit variance, with
-    nothing between the matrices but the gains. Gains ``before`` and ``between`` count. NaN and
+    It is the standard deviation of the worst output channel for white input of unit variance. Of
+    all operators between the matrices only the gains ``before`` and ``between`` count. NaN and
     infinity give ``inf``. One device synchronization. Under FSDP2 all processes must call it.
     Raises QuietvitError if there are no pairs. Derived here (docs/method.md).
     """

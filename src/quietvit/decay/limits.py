@@ -50,8 +50,8 @@ class TrustRegion:
     Method: side p of a pair has the rate r_p = learning rate x strength x largest eigenvalue of its
     operator. The load of p is the sum of r_q over all sides q that share an entry with it, p
     included. If the load is at most 1, p takes the plain update. Otherwise its eigenvalues are cut
-    at r_p / load, so that the cuts of sides that share an entry sum to at most 1. Directions below
-    the cut keep their plain update. Derived here.
+    at r_p / load. So the cuts of sides that share an entry sum to at most 1. Directions below the
+    cut keep their plain update. Derived here.
 
     Example: fc1 (4 h, h) is the second side of (norm2, fc1) with r = 0.3 and the first side of
     (fc1, fc2) with r = 0.9. The load of both is 1.2, so their rates are cut at 0.25 and 0.75.

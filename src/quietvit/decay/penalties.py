@@ -187,7 +187,6 @@ class Top(Penalty):
 
     u_i are the leading left singular vectors of A, v_j the leading right singular vectors of B.
     Both are recomputed every ``refresh`` applied steps; |A^T u_i| and |B v_j| are always current.
-    Directions:
     dB = sum_i |A^T u_i|^2 B u_i u_i^T / nu(A), dA = sum_j |B v_j|^2 v_j v_j^T A / nu(B).
     Stated penalty, u and v constants: ``sum_i |sg(A)^T u_i|^2 |B u_i|^2 / (2 nu(A)) +
     sum_j |sg(B) v_j|^2 |A^T v_j|^2 / (2 nu(B))``.

@@ -1,7 +1,6 @@
-"""Compare the outputs of a file and the simulated model, and test if chance explains differences.
+"""Compare outputs of a file and the simulated model: classes, or values of other outputs.
 
-Class scores are compared by class, embeddings and feature maps by value. ``parity`` compares the
-integers inside.
+``parity`` compares the integers inside.
 """
 
 from __future__ import annotations
@@ -77,8 +76,8 @@ class Classes:
         if self.agreement < least:
             found.append(
                 f"the class agrees with the simulated model on {self.agreement:.2f} % of {n} "
-                f"images, less than the required {least:.2f} % (the simulated model keeps its own "
-                f"class on {self.steadiness:.2f} % of images perturbed by {DISTURBANCE:g})"
+                f"images, less than {least:.2f} %. That model keeps its own class on "
+                f"{self.steadiness:.2f} % of images perturbed by {DISTURBANCE:g}"
             )
         if self.right is not None and self.simulated_right is not None:
             apart = abs(self.right - self.simulated_right)
@@ -95,10 +94,10 @@ class Classes:
 class Features:
     """How far the file's output is from the simulated model's, per image.
 
-    ``error`` and ``largest_error`` are the mean and maximum over images of
-    |file - simulated| / |simulated|, L2 norms over all values of an image. ``own`` is the mean
-    error of the simulated model itself for images perturbed by 1e-6. It measures the effect of
-    rounding alone. ``cosine`` and ``smallest_cosine`` compare file and simulated model.
+    The error of an image is |file - simulated| / |simulated|, with L2 norms over all its values.
+    ``error`` is the mean over images, ``largest_error`` the maximum. ``own`` is the mean error of
+    the simulated model itself for images perturbed by 1e-6. It measures the effect of rounding
+    alone. ``cosine`` and ``smallest_cosine`` compare file and simulated model.
     """
 
     images: int
@@ -116,9 +115,8 @@ class Features:
             return ()
         return (
             f"the output is {100 * self.error:.2f} % (relative L2, mean of {self.images} images) "
-            f"from the simulated model's, more than {100 * allowed:.2f} % (1 %, or twice the "
-            f"{100 * self.own:.2f} % that it moves by itself if images are perturbed by "
-            f"{DISTURBANCE:g})",
+            f"from the simulated model's, more than {100 * allowed:.2f} %. That output moves by "
+            f"{100 * self.own:.2f} % if images are perturbed by {DISTURBANCE:g}",
         )
 
 
@@ -185,10 +183,7 @@ def compare_features(
 def _outputs(
     loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], output: Output
 ) -> Iterator[tuple[Labelled, tuple[Tensor, Tensor, Tensor]]]:
-    """Yield each batch with three outputs: file, simulated model, and the latter on noisy images.
-
-    Raises QuietvitError if file and simulated model give different shapes.
-    """
+    """Yield each batch with the outputs of file, simulated model, and that on noisy images."""
     noise = torch.Generator().manual_seed(0)
     for x, labels in given:
         loaded.check_images(tuple(x.shape))

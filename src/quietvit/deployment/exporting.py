@@ -61,8 +61,8 @@ def export(
             ``torchao`` (a folder for ``load_torchao``, only its linears are integers), or one of
             ``register_target``. By default the suffix of ``path`` decides.
         as_: replace quantizers that have no integer kernel, and report the loss. By default they
-            are refused. ``uniform`` replaces logarithmic codes, two-range codes, activations with a
-            scale per channel, and more than 8 bits by uniform codes of at most 8 bits.
+            are refused: logarithmic and two-range codes, activations with a scale per channel, and
+            more than 8 bits. ``uniform`` puts uniform codes of at most 8 bits in their place.
             ``symmetric`` also replaces asymmetric codes, and implies ``signed``.
         opset: of the ONNX graph, 20 or 21.
         signed: store activations as int8 with zero point 0, as TensorRT needs, instead of uint8.

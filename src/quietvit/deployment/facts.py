@@ -110,8 +110,7 @@ class Facts:
     ) -> Facts:
         """Return the facts with integers claimed only for the products in ``names``.
 
-        ``reasons`` says by name why others are float. ``rounded`` gives ``Product.rounded`` by
-        name.
+        ``reasons`` tells by name why others are float. ``rounded`` is ``Product.rounded`` by name.
         """
 
         def held_to(product: Product) -> Product:

@@ -67,11 +67,11 @@ def output_of(
 
     ``wanted`` is its path or index among the tensors. None takes ``logits``; else ``image_embeds``
     or ``pooler_output``; else the only tensor. An unnamed tensor gets the name ``wanted``.
-    A tensor of two dims holds class scores if it is called ``logits``, if class names are given
-    (``named_classes``), or if it is unnamed and the model does not have ``num_classes == 0``.
+    A tensor of two dims holds class scores if it is called ``logits`` or if ``named_classes``.
+    An unnamed one also does, unless the model has ``num_classes == 0``.
 
-    Raises QuietvitError for several tensors and no choice, an unknown name or index, a tensor whose
-    first dim is not the batch, and a model that needs more than images.
+    Raises QuietvitError if the choice is unclear or unknown, if the tensor's first dim is not the
+    batch, or if the model needs more than images.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(2, *input_shape, device=device)

@@ -212,7 +212,7 @@ def _sums(
     """Return how many scaled sums of products there are, and how many are off.
 
     A ``corrected`` sum is a difference of two large float32 numbers. So its tolerance is relative
-    to the sum of |code| * (|weight code| + 128), not to the sum itself.
+    to the sum of |left| * (|right| + 128) over the two sides' integers, not to the sum itself.
     """
     left, right = (side.astype(np.float64) for side in sides)  # exact: all stay below 2^53
 

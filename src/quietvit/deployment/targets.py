@@ -17,8 +17,8 @@ TARGETS = {target.name: target for target in (ONNX, OPENVINO, TORCHAO)}
 def register_target(target: Target) -> None:
     """Add your own target to ``export``, ``open_runtime`` and the commands.
 
-    Raises QuietvitError if another target has its name, suffix or runtime, if the suffix does not
-    begin with a dot, or if it takes a setting that export does not have.
+    Raises QuietvitError if its name, suffix or runtime is taken, its suffix has no dot, or its
+    settings are unknown.
     """
     for other in TARGETS.values():
         if other is target:

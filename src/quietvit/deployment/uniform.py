@@ -50,14 +50,13 @@ def replacing_codes(
 ) -> tuple[QuantizedModel, list[Replaced]]:
     """Return a copy with uniform quantizers of at most 8 bits, and the list of replacements.
 
-    ``by`` is one of ``REPLACEMENTS``. ``symmetric`` also requires signed codes without zero points,
-    as TensorRT needs.
+    ``by`` is one of ``REPLACEMENTS``. ``symmetric`` means signed codes without zero points, which
+    TensorRT needs.
 
     Derived here: unequal steps become affine codes of ``bits`` from the smallest to the largest
     level. Scales per channel of an activation become one scale over all their ranges. More than 8
     bits become ``bits``. Weights keep the range of each channel. A symmetric quantizer spans minus
-    to plus the largest old magnitude, and affine codes keep at most their bits. So half of its
-    levels are lost if no value is negative.
+    to plus the largest old magnitude. So half of its levels are lost if no value is negative.
     """
     signed = by == "symmetric"
     own = copy.deepcopy(quantized)
@@ -125,10 +124,7 @@ def _loss(slot: Slot, old: Quantizer, new: AffineQuantizer) -> Replaced:
 
 
 def _loss_of_channels(old: AffineQuantizer, new: AffineQuantizer) -> tuple[int, int, float]:
-    """Return how many levels all channels have, how many stay distinct, and the largest error.
-
-    The error is relative to the channel's range.
-    """
+    """Return (levels of all channels, those still distinct, largest error / channel range)."""
     first, last = old.code_range
     codes = torch.arange(first, last + 1, dtype=torch.int32, device=old.scale.device)
     levels = (codes - old.zero_point[:, None]) * old.scale[:, None]

@@ -162,8 +162,8 @@ def _named_once(model: Any, name: str) -> Any:
 def _register_constants(graph: Any) -> None:
     """Register every constant that a node reads as an initializer, with a unique name.
 
-    torch's exporter merges equal initializers. In some graphs nodes still read a merged one that
-    the graph no longer has (seen with the clamps of gemma4_vit, onnxscript 0.7.2).
+    torch's exporter merges equal initializers. Then some nodes read one that the graph no longer
+    has. Seen with the clamps of gemma4_vit, onnxscript 0.7.2.
     """
     for node in graph.all_nodes():
         for value in node.inputs:

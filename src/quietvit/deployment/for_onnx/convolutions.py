@@ -188,11 +188,10 @@ def _constant(value: Any) -> np.ndarray:
 def _integers(stored: Stored, behind: Behind, step: float) -> Integers | str:
     """Fold ``behind`` into the weight, or return why 8 bits cannot hold it.
 
-    The unit of the int32 sums is scale * |gain| * step. A finer unit rounds the bias less. So the
-    codes of a channel are multiplied by the largest integer that keeps them within 8 bits, and its
-    scale is divided by it. Example: 4-bit codes up to 7 become up to 126, with ``finer`` = 18.
-    If a channel's bias is huge beside its sums, the unit grows until the bias fits in int32, and
-    the channel's codes are rounded.
+    The unit of the int32 sums is scale * |gain| * step. A finer unit rounds the bias less. So a
+    channel's codes are multiplied by the largest integer ``finer`` that keeps them within 8 bits,
+    and its scale is divided by it. Example: codes up to 7 become codes up to 126 with ``finer`` 18.
+    If a bias does not fit in int32, the channel's unit grows, and its codes are rounded.
     Error bound in units: 255 times the codes' rounding (inputs are up to 255 from their zero
     point), 0.5 for the bias, and ``FLOAT32`` times the largest sum.
     """

@@ -164,10 +164,7 @@ def _quantizer_of(value: str, made: dict[str, Any]) -> Any:
 
 
 def _cut_behind_rounded(graph: Any) -> None:
-    """Give readers of a convolution's codes a quantizer of their own with the same grid.
-
-    In the file a reader uses the convolution's codes. A part of its own needs its own input.
-    """
+    """Give readers of a convolution's codes their own quantizer, so that each part has an input."""
     from onnx import helper
 
     made = {output: node for node in graph.node for output in node.output}

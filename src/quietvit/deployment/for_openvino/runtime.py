@@ -95,7 +95,5 @@ def _onnx_metadata(path: Path) -> str | None:
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:
-        raise QuietvitError(
-            f"{path} is not an ONNX file or is truncated ({error}). Export it again."
-        ) from error
+        raise QuietvitError(f"{path} is not a whole ONNX file ({error}); export it.") from error
     return next((entry.value for entry in model.metadata_props if entry.key == KEY), None)

@@ -30,11 +30,12 @@ WEIGHT_ONLY = "only its weight is quantized: int8 in memory, multiplied in float
 def to_torchao(quantized: QuantizedModel) -> TorchAO:
     """Return a copy of the model whose linears compute the simulated model's integers.
 
-    A linear with quantized input and weight gets int8 weight codes with a scale per output channel,
-    and one static scale and zero point for the input. Unsigned input codes shift by 128. Its sums
-    of products equal the simulated model's. A linear with only its weight quantized stores int8 and
-    multiplies in float. Convolutions, products of two activations, and linears that torchao cannot
-    take stay in float, with quantized weight values. Adjustments of norms and biases are folded.
+    A linear with quantized input and weight gets int8 weight codes. Its weight has a scale per
+    output channel, its input one static scale and zero point. Unsigned input codes shift by 128.
+    Its sums of products equal the simulated model's. A linear with only its weight quantized stores
+    int8 and multiplies in float. Everything else stays in float with quantized weight values:
+    convolutions, products of two activations, and linears that torchao cannot take. Adjustments of
+    norms and biases are folded.
 
     Raises QuietvitError for a missing extra, a model that is not quantized, and adjustments that no
     parameter can hold.
