@@ -60,7 +60,7 @@ endef
 # One pip command solves torch, torchvision and timm together, so that they match each other.
 $(STAMP): pyproject.toml
 	$(call environment,$(PYTHON),$(VENV))
-	"$(BIN)/python" -m pip install --editable '.[dev,transformers,datasets,lightning,onnx,openvino,torchao]'
+	"$(BIN)/python" -m pip install --editable '.[dev,transformers,datasets,lightning,onnx,openvino,torchao,detection]'
 	"$(BIN)/python" -m pip check
 	@touch "$@"
 

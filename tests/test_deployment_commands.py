@@ -200,9 +200,9 @@ def test_exported_files_are_evaluated_in_their_runtime(qvit: Path, table: Path) 
         assert f"in {'onnxruntime' if to == 'onnx' else to} " in done.output
     file = qvit.with_suffix(".onnx")
     for arguments, match in (
-        ((file, "--classes", 2), "leave --weights, --classes and --size out"),
-        ((file, "--model", MODEL), "--model belongs to a .qvit"),
-        ((qvit, "--threads", 2), "belong to exported files"),
+        ((file, "--classes", 2), "leave out --weights, --classes and --size"),
+        ((file, "--model", MODEL), "--model is only for a .qvit"),
+        ((qvit, "--threads", 2), "only for exported files"),
         ((file, "--device", "cuda"), "on the CPU"),
         ((file, "--runtime", "tensorrt"), "choose onnxruntime or openvino"),
         ((qvit.with_suffix(".xml"),), "does not exist"),
@@ -251,7 +251,7 @@ def test_names_and_paths_of_other_kinds(qvit: Path, table: Path, photo: Path) ->
     ):
         assert "was not exported yet" in refused(run(*command))
     assert "does not exist" in refused(run("predict", folder / "nope.onnx", photo))
-    assert "ends neither in" in refused(run("predict", photo, photo))
+    assert "does not end in" in refused(run("predict", photo, photo))
     assert "not an exported file" in refused(run("predict", folder, photo))
     assert "no embedding" in refused(run("predict", exported("vit").path, photo, "--npy", "x.npy"))
     wrong = ("check", exported("vit").path, "--against", qvit, "--images", table, "--json", folder)

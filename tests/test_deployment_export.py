@@ -205,7 +205,7 @@ def test_simulated_codes_are_refused_and_made_uniform_on_request() -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"weight_bits": 12}, "8 bits at most"),
+        ({"weight_bits": 12}, "at most 8 bits"),
         ({"activation_granularity": "per_channel"}, "one scale for the tensor"),
     ],
 )

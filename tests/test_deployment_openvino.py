@@ -300,11 +300,11 @@ def test_a_failed_write_leaves_the_earlier_files(
 
 def _damaged(xml: bytes, binary: bytes) -> dict[str, tuple[bytes, bytes | None, str]]:
     return {
-        "cut": (xml[: len(xml) // 2], binary, "cannot load .*cut short"),
-        "no bin": (xml, None, r"needs its own model\.bin beside it"),
-        "short bin": (xml, binary[: len(binary) // 2], "cannot load .*cut short"),
-        "foreign": (b"<html><body/></html>", b"", "no OpenVINO IR"),
-        "empty": (b"", b"", "no OpenVINO IR"),
+        "cut": (xml[: len(xml) // 2], binary, "cannot load .*truncated"),
+        "no bin": (xml, None, r"needs its own model\.bin next to it"),
+        "short bin": (xml, binary[: len(binary) // 2], "cannot load .*truncated"),
+        "foreign": (b"<html><body/></html>", b"", "not an OpenVINO IR"),
+        "empty": (b"", b"", "not an OpenVINO IR"),
         "not ours": (xml.replace(b"quietvit value", b"other value"), binary, "not exported by"),
     }
 

@@ -115,7 +115,7 @@ def test_a_new_target_is_written_opened_and_checked(kind: Any, tmp_path: Path) -
     assert found.classes.agreement == 100
     assert (found.proof.integer_share, found.agreements, found.speeds) == (0, (), ())
     assert any("none is compared" in note for note in found.notes)
-    with pytest.raises(QuietvitError, match="is open already"):
+    with pytest.raises(QuietvitError, match="is already open"):
         quietvit.check(runtime, own, x, threads=1)
 
 
@@ -143,8 +143,8 @@ def test_the_commands_take_a_new_target(
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"suffix": ".onnx"}, "onnx has the suffix '.onnx' already"),
-        ({"name": "torchao"}, "torchao has the name 'torchao' already"),
+        ({"suffix": ".onnx"}, "onnx already has the suffix '.onnx'"),
+        ({"name": "torchao"}, "torchao already has the name 'torchao'"),
         ({"runtime": "onnxruntime"}, "give numpy another runtime"),
         ({"suffix": "npz"}, "must begin with a dot"),
         ({"settings": frozenset({"batch"})}, "choose among opset, signed"),
@@ -173,7 +173,7 @@ def test_what_every_target_keeps(tmp_path: Path) -> None:
         with pytest.raises(QuietvitError, match="exists already"):
             quietvit.export(own, path)
         if not target.settings:
-            with pytest.raises(QuietvitError, match=r"leave opset \(--opset\) out"):
+            with pytest.raises(QuietvitError, match=r"leave out opset \(--opset\)"):
                 quietvit.export(own, path, opset=20, force=True)
     with pytest.raises(QuietvitError, match="cannot be checked"):
         quietvit.check(tmp_path / "model.torchao", own, x)

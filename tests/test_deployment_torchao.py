@@ -173,7 +173,7 @@ def test_weights_alone_are_int8_and_not_called_integer() -> None:
     made = to_torchao(quantized)
     assert made.integer == ()
     assert made.integer_share == 0
-    assert "weight alone" in dict(made.left_float)["head"]
+    assert "only its weight" in dict(made.left_float)["head"]
     assert made.model.head.weight.qdata.dtype == torch.int8
     torch.testing.assert_close(made.model(images()), quantized(images()), rtol=1e-4, atol=1e-5)
 

@@ -81,7 +81,7 @@ def start(tmp_path, *jobs):
 def launch(tmp_path, *jobs):
     """Run the jobs one after the other in the same two processes, started by torchrun."""
     process = start(tmp_path, *jobs)
-    told, _ = process.communicate(timeout=300)
+    told, _ = process.communicate(timeout=900)
     assert process.returncode == 0, told
     return told
 

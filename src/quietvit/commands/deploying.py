@@ -1,4 +1,4 @@
-"""The commands on exported files: ``export``, ``check``, ``predict``."""
+"""The commands ``export``, ``check`` and ``predict``. ``quietvit.deployment`` does the work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Deploy"
 Exported = Annotated[
     Path,
-    typer.Argument(metavar="FILE", help="What export wrote: model.onnx, model.xml, model.torchao."),
+    typer.Argument(metavar="FILE", help="A file from export: model.onnx, .xml or .torchao."),
 ]
 
 
@@ -32,40 +32,40 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A saved .qvit.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write.", show_default="beside the .qvit"),
+        typer.Option("--output", "-o", help="File to write.", show_default="next to the .qvit"),
     ] = None,
     to: Annotated[
         str | None,
         typer.Option(
             "--to",
-            help="Target: onnx, openvino, torchao, or one of your own.",
-            show_default="what the suffix of the output says, else onnx",
+            help="Target: onnx, openvino, torchao, or your own.",
+            show_default="by the suffix of --output, else onnx",
         ),
     ] = None,
     as_: Annotated[
         str | None,
         typer.Option(
             "--as",
-            help="uniform: replace codes that no integer kernel has by uniform ones. symmetric: "
-            "replace zero points, too.",
+            help="uniform: replace codes without an integer kernel by uniform ones. symmetric: "
+            "also remove zero points.",
         ),
     ] = None,
     signed: Annotated[
         bool,
-        typer.Option("--signed", help="Activations as int8 with zero point 0, as TensorRT wants."),
+        typer.Option("--signed", help="Activations as int8 with zero point 0, for TensorRT."),
     ] = False,
     tensor: Annotated[
         str | None,
         typer.Option(
             "--output-tensor",
-            help="The tensor to export, by name or place, if the model returns several.",
+            help="The tensor to export, by name or index, if the model returns several.",
             show_default="logits, else pooler_output, else the only one",
         ),
     ] = None,
     opset: Annotated[int, typer.Option(help="ONNX opset, 20 or 21.")] = 21,
     labels: Annotated[
         Path | None,
-        typer.Option("--labels", help="Text file with the name of one class a line."),
+        typer.Option("--labels", help="Text file with one class name per line."),
     ] = None,
     model: FloatModel = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
@@ -104,9 +104,7 @@ def export(
 )
 def check(
     file: Exported,
-    against: Annotated[
-        Path, typer.Option("--against", help="The .qvit that it was exported from.")
-    ],
+    against: Annotated[Path, typer.Option("--against", help="The .qvit that was exported.")],
     images: Annotated[
         str,
         typer.Option("--images", metavar="DATA", help="Images to compare on; labels add top-1."),
@@ -119,15 +117,15 @@ def check(
     runtime: Runtime = None,
     threads: Threads = 0,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Time each batch size for so long; 0: not at all.")
+        float, typer.Option(min=0, help="Seconds to time each batch size; 0 disables timing.")
     ] = 10.0,
     json: Annotated[
         Path | None, typer.Option("--json", help="Also write everything to this file.")
     ] = None,
 ) -> None:
-    """Prove what an exported file computes in integers, that it computes the same, and how fast.
+    """Prove that an exported file computes in integers and agrees with its model, and time it.
 
-    The exit code is 1 if the file does not keep what it claims.
+    The exit code is 1 if the file does not keep its claims.
     """
     from quietvit.data import evaluation_loader, evaluation_transform
     from quietvit.data.images import NoLabelsError, subset
@@ -171,7 +169,7 @@ def predict(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE...", help="Image files, folders (the images right in them), or patterns."
+            metavar="IMAGE...", help="Image files, folders (without subfolders), or patterns."
         ),
     ],
     top: Annotated[int, typer.Option(min=1, help="How many classes.")] = 5,
@@ -185,10 +183,10 @@ def predict(
         typer.Option("--npy", help="Write embeddings, (images, ...), to this file."),
     ] = None,
 ) -> None:
-    """Print the most probable classes of images, or their embedding.
+    """Print the most probable classes of images, or their embeddings.
 
-    Images are prepared by the preprocessing in the file. An image that cannot be read is reported
-    and passed over; the exit code is then 1.
+    The preprocessing in the file prepares the images. An unreadable image is reported and skipped;
+    the exit code is then 1.
     """
     from quietvit.data.folder import image_files
     from quietvit.deployment import Embedding, open_runtime
@@ -199,7 +197,7 @@ def predict(
     loaded = open_runtime(file, runtime, threads)
     if npy is not None and loaded.facts.output.of_classes:
         raise QuietvitError(
-            f"{file} gives scores of classes, no embedding, so there is nothing for --npy. Use "
+            f"{file} gives class scores and no embedding, so --npy has nothing to write. Use "
             "--json."
         )
     for path in (json, npy):
@@ -250,4 +248,4 @@ def _lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise QuietvitError(f"the labels {path} cannot be read: {error}.") from error
+        raise QuietvitError(f"cannot read the labels {path} as UTF-8 text: {error}.") from error

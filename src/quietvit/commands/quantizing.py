@@ -1,4 +1,4 @@
-"""The commands that quantize: ``quantize``, ``evaluate``, ``methods``."""
+"""The commands ``quantize``, ``evaluate`` and ``methods``. Other packages do the work."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def quantize(
     seed: Seed = 0,
     images: Annotated[
         str | None,
-        typer.Option("--images", metavar="DATA", help="Evaluate the result on these, too."),
+        typer.Option("--images", metavar="DATA", help="Also evaluate the result on these images."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
 ) -> None:
-    """Quantize a model by a method, with a few calibration images."""
+    """Quantize a model with a method and a few calibration images."""
     from quietvit.detection import is_detection_spec
     from quietvit.quantization import quantize as run
     from quietvit.quantization.settings import parse_method
@@ -110,36 +110,37 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL|FILE",
-            help="Name of a timm model, hf:FOLDER, folder of a training run, a saved .qvit, or "
-            "what export wrote.",
+            help="Name of a timm model, hf:FOLDER, folder of a training run, a saved .qvit, or a "
+            "file from export.",
         ),
     ],
     images: Images,
     weights: Weights = None,
     classes: Classes = None,
     size: Size = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
     device: Device = "cpu",
     float_model: FloatModel = None,
     runtime: Runtime = None,
     threads: Threads = 0,
 ) -> None:
-    """Measure top-1 of a float model, a quantized one, or an exported file in its runtime.
+    """Measure top-1 of a float model, a quantized model, or an exported file in its runtime.
 
-    A detector is measured by COCO's box AP, on coco:FILE.json or voc:FOLDER. An exported file is
-    given images by its own preprocessing.
+    A detector is measured by COCO's box AP, on coco:FILE.json or voc:FOLDER. An exported file uses
+    its own preprocessing.
     """
     kind = _kind_of(Path(model))
     if kind != "model" and (weights, classes, size) != (None, None, None):
         raise QuietvitError(
-            f"{model} has its weights, classes and size; leave --weights, --classes and --size out."
+            f"{model} has its own weights, classes and size; leave out --weights, --classes and "
+            "--size."
         )
     if kind != "qvit" and float_model is not None:
-        raise QuietvitError(f"--model belongs to a .qvit, and {model} is none; leave it out.")
+        raise QuietvitError(f"--model is only for a .qvit, which {model} is not; leave it out.")
     if kind != "exported" and (runtime, threads) != (None, 0):
         raise QuietvitError(
-            f"--runtime and --threads belong to exported files, and {model} is none; leave them "
-            "out."
+            f"--runtime and --threads are only for exported files, and {model} is not one; leave "
+            "them out."
         )
     if kind == "exported":
         _evaluate_file(Path(model), images, batch, device, runtime, threads)
@@ -156,17 +157,18 @@ def evaluate(
 
 
 def _count_of(method: Method, dataset: Any, count: int | None) -> int:
-    """As many images as asked for; else as the method takes, or all where there are fewer."""
+    """Return ``count``, or by default the method's number of images, limited by the data set."""
     if count is None and len(dataset) < method.images:
         typer.echo(
-            f"note: {method.name} takes {method.images} images, {dataset.name} has {len(dataset)}.",
+            f"note: {method.name} uses {method.images} images, but {dataset.name} has only "
+            f"{len(dataset)}.",
             err=True,
         )
     return count if count is not None else min(method.images, len(dataset))
 
 
 def _kind_of(path: Path) -> str:
-    """What ``evaluate`` is given: ``qvit``, an ``exported`` file, or the name of a ``model``."""
+    """Return what ``evaluate`` got: a ``qvit``, an ``exported`` file, or a ``model`` name."""
     from quietvit.deployment.targets import target_of
     from quietvit.quantization.storage import FORMAT
 
@@ -183,8 +185,8 @@ def _evaluate_file(
 
     if device != "cpu":
         raise QuietvitError(
-            f"exported files are evaluated on the CPU; leave --device {device} out, or evaluate "
-            "the .qvit there."
+            f"exported files run only on the CPU; leave out --device {device}, or evaluate the "
+            ".qvit on that device."
         )
     loaded = open_runtime(path, runtime, threads)
     _measure(FileModel(loaded), file_transform(loaded), images, batch, device)
@@ -228,10 +230,10 @@ def _measure(
 
 @app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit methods 'rtn*'"))
 def methods(
-    pattern: Annotated[str, typer.Argument(help="Wildcard of names.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Wildcard for names.")] = "*",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """List the quantization methods: what each needs, costs and claims."""
+    """List the quantization methods with their needs, costs and claims."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -1,6 +1,6 @@
 """The largest output of any block while a model trains or evaluates: a number for logs.
 
-``tweo`` penalizes it. What hurts quantization is in ``measure``.
+``tweo`` penalizes it. ``measure`` finds what hurts quantization.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from quietvit.tracing.block_modules import first_tensor, residual_modules
 
 
 class ActivationWatch:
-    """The largest |output| of each residual block, over forward passes while the watch is on.
+    """Record the largest |output| of each residual block over all forward passes.
 
-    It is on between ``start()`` and ``stop()``, or inside ``with watch:``. What it saw stays until
-    ``reset()``. It reads each block's output once, and no value leaves the device before
-    ``largest()``. All passes count, in any mode. A compiled model does not call hooks that were
-    added later, so run the watched pass under ``torch.compiler.set_stance("force_eager")``. Under
-    DDP each process sees its own images.
+    The watch is on between ``start()`` and ``stop()``, or inside ``with watch:``. It keeps its
+    values until ``reset()``. Passes in train and eval mode count. It reads each block's output
+    once, and does not synchronize before ``largest()`` or ``peaks()``. A compiled model does not
+    call hooks added later, so run the watched pass under
+    ``torch.compiler.set_stance("force_eager")``. Under DDP each process sees its own images.
 
-    ``traced`` is ``quietvit.trace`` of the model. Raises QuietvitError for a model without residual
-    blocks.
+    ``traced`` is ``quietvit.trace`` of the model. Raises QuietvitError if the model has no residual
+    block.
     """
 
     def __init__(self, model: nn.Module, traced: Trace) -> None:
@@ -34,14 +34,14 @@ class ActivationWatch:
         self.blocks: tuple[str, ...] = tuple(residual_modules(traced))
         if not self.blocks:
             raise QuietvitError(
-                f"{traced.model_name} has no residual block (a module below a container, whose "
-                "output is a sum with its input), so there is no output to watch."
+                f"{traced.model_name} has no residual block to watch (a module in a container "
+                "whose output is a sum with its input)."
             )
         self._peaks: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
     def start(self) -> Self:
-        """Watch from now on. Does nothing where it is on already."""
+        """Start watching. Does nothing if the watch is on already."""
         if not self._handles:
             for name in self.blocks:
                 module = self.model.get_submodule(name)
@@ -49,13 +49,13 @@ class ActivationWatch:
         return self
 
     def stop(self) -> None:
-        """Watch no longer; what was seen stays."""
+        """Stop watching and keep the values."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget all values."""
         self._peaks = {}
 
     def __enter__(self) -> Self:
@@ -70,9 +70,9 @@ class ActivationWatch:
         self.stop()
 
     def largest(self) -> tuple[str, float]:
-        """Return the block with the largest output and its magnitude; NaN counts as largest.
+        """Return the block with the largest |output|, and that value. NaN counts as largest.
 
-        One sync. Raises QuietvitError where no pass was seen.
+        One synchronization. Raises QuietvitError if no forward pass was seen.
         """
         peaks = self.peaks()
         name = max(
@@ -81,11 +81,11 @@ class ActivationWatch:
         return name, peaks[name]
 
     def peaks(self) -> dict[str, float]:
-        """Return the largest |output| of each block by its name. One sync."""
+        """Return the largest |output| by block name. Synchronizes and raises like ``largest``."""
         if not self._peaks:
             raise QuietvitError(
-                f"no forward pass of this {type(self.model).__name__} was seen: it has to run "
-                "between start() and stop(), and not compiled."
+                f"no forward pass of this {type(self.model).__name__} was seen. Run it uncompiled, "
+                "between start() and stop()."
             )
         device = next(iter(self._peaks.values())).device
         values = torch.stack([peak.to(device) for peak in self._peaks.values()]).tolist()
@@ -106,10 +106,10 @@ class ActivationWatch:
 def largest_activation(
     model: nn.Module, example: Any, traced: Trace | None = None
 ) -> tuple[str, float]:
-    """Return the block with the largest output on ``example``, and that magnitude.
+    """Return the block with the largest |output| on ``example``, and that value.
 
-    ``example``: images (N, 3, H, W) or what else the model takes; run once in eval mode, the model
-    is left as it was. ``traced`` saves tracing it again. NaN counts as largest.
+    ``example`` is images (N, 3, H, W) or another input of the model. The model runs once in eval
+    mode and gets its mode back. ``traced`` saves a second trace. NaN counts as largest.
     """
     watch = ActivationWatch(model, traced if traced is not None else trace(model, example))
     with evaluating(watch.model), eagerly(), watch:

@@ -1,6 +1,6 @@
-"""How far each pair amplifies its worst output channel: a number to watch while training.
+"""How much each pair amplifies its worst output channel: a number to watch while training.
 
-Only reads weights; nothing is changed or penalized here.
+It only reads weights. ``penalties`` changes them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from quietvit.tracing.scales import read_entry
 
 @torch.no_grad()
 def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, float]:
-    """Return max_k |A^T b_k| of each pair by its name (the largest where names are equal).
+    """Return max_k |A^T b_k| of each pair by name (the largest of pairs with the same name).
 
-    That is the standard deviation of the pair's worst output channel if its input is white, of unit
-    variance, and nothing stands between the two matrices. Gains ``before`` and ``between`` count.
-    NaN and infinity give ``inf``. One device synchronization. Under FSDP2 all processes must call
-    it. Raises QuietvitError if there are no pairs. Derived here (docs/method.md).
+    It is the standard deviation of the worst output channel for white input of unit variance. Of
+    all operators between the matrices only the gains ``before`` and ``between`` count. NaN and
+    infinity give ``inf``. One device synchronization. Under FSDP2 all processes must call it.
+    Raises QuietvitError if there are no pairs. Derived here (docs/method.md).
     """
     if not pairs:
         raise QuietvitError("amplifications: give at least one pair.")
@@ -40,9 +40,9 @@ def amplifications(model: nn.Module, pairs: Sequence[MatrixPair]) -> dict[str, f
 def amplifications_of(
     parameters: Mapping[str, Tensor], pairs: Sequence[MatrixPair]
 ) -> dict[str, float]:
-    """As ``amplifications``, of whole weights by their names, such as a checkpoint holds.
+    """Return ``amplifications`` from whole weights by name, such as a checkpoint's.
 
-    Raises KeyError where a weight of a pair is missing.
+    Raises KeyError if a weight of a pair is missing.
     """
     device = next(iter(parameters.values())).device
 
@@ -60,7 +60,7 @@ def amplifications_of(
 
 
 def worst_amplification(model: nn.Module, pairs: Sequence[MatrixPair]) -> tuple[str, float]:
-    """Return the name of the pair with the largest ``amplifications``, and the value."""
+    """Return the name and value of the pair with the largest amplification."""
     result = amplifications(model, pairs)
     name = max(result, key=result.__getitem__)
     return name, result[name]

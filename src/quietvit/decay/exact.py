@@ -1,6 +1,6 @@
-"""The careful update: every change is computed and checked before a weight is written.
+"""The careful update: compute and check every change before any weight is written.
 
-For weights that are infinite or huge, and for steps that the trust region must limit.
+It serves infinite or huge weights, and steps that the trust region must limit.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def exact_changes(
 ) -> dict[str, Tensor]:
     """Return the change of each parameter in ``moving``, limited by the trust region.
 
-    Products are in float32 (float64 for such weights). Raises QuietvitError, naming the pair, if a
-    weight or a change is not finite.
+    Products run in float32, or float64 for float64 weights. Raises QuietvitError if a weight or a
+    change is not finite.
     """
     whole = _Whole(parameters, moving)
     for position, batch in enumerate(plan.batches):
@@ -59,15 +59,15 @@ def exact_changes(
 def raise_not_finite(
     pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor], rule: Penalty
 ) -> NoReturn:
-    """Raise, naming the first pair that is not finite."""
+    """Raise QuietvitError with the name of the first pair that is not finite."""
     for pair in pairs:
         for view in pair.views:
             bad = int((~view.select(parameters[view.parameter_name]).isfinite()).sum())
             if bad:
                 raise QuietvitError(
                     f"{pair.name}: {bad} values of {view} are NaN or infinite; no weight was "
-                    "changed. Training diverged before this step: lower the learning rate, "
-                    "clip gradients, and resume from an earlier checkpoint or start anew."
+                    "changed. Training diverged before this step. Lower the learning rate or clip "
+                    "gradients, then resume from an earlier checkpoint or start anew."
                 )
     for pair in pairs:
         operands = batches([pair], parameters)[0].read(parameters)
@@ -75,17 +75,20 @@ def raise_not_finite(
             raise QuietvitError(
                 f"{pair.name}: its {rule.name} update overflows (largest weights "
                 f"{float(operands.A.abs().max()):.3g} and {float(operands.B.abs().max()):.3g}); no "
-                "weight was changed. Lower the learning rate, and resume from an earlier "
+                "weight was changed. Lower the learning rate, then resume from an earlier "
                 "checkpoint or start anew."
             )
     raise QuietvitError(
-        "the update of the pairs overflows, though every pair is finite: the learning rate times "
-        "the strength is too large. No weight was changed. Lower one of them."
+        "the summed update overflows, although every pair is finite: learning rate x strength is "
+        "too large. No weight was changed. Lower one of them."
     )
 
 
 class _Whole:
-    """Full-size changes of the parameters that move, summed over all pairs."""
+    """The full-size change of each parameter that moves, summed over all pairs."""
+
+    # A pair may own a part of a parameter: v is rows 2 d to 3 d of a fused qkv weight (3 d, d).
+    # The changes of all parts add up in one tensor of the parameter's shape.
 
     def __init__(self, parameters: Mapping[str, Tensor], moving: Mapping[str, float]) -> None:
         owner = untied({name: parameters[name] for name in moving})
@@ -96,7 +99,7 @@ class _Whole:
         self._of = {name: self.changes[first] for name, first in owner.items()}
 
     def add(self, batch: PairBatch, dA: Tensor, dB: Tensor, steps: Sequence[float] | None) -> None:
-        """Subtract each pair's direction times its step (1 where ``steps`` is None)."""
+        """Subtract each pair's direction times its step (times 1 if ``steps`` is None)."""
         for side, runs, d in ((0, batch.firsts, dA), (1, batch.seconds, dB)):
             for run in runs:
                 whole = self._of.get(run.view.parameter_name)
@@ -111,6 +114,6 @@ class _Whole:
                 run.scatter_add_(whole, scaled(d[rows], -factors))
 
     def finite(self) -> Tensor:
-        """Return one flag on one device: is every change finite?"""
+        """Return one flag on one device: whether every change is finite."""
         flags = [delta.isfinite().all() for delta in self.changes.values()]
         return torch.stack([flag.to(flags[0].device) for flag in flags]).all()

@@ -1,6 +1,6 @@
-"""Which optimizer really steps, and whether training goes on without it.
+"""Find the optimizer that really steps, and notice training that bypasses it.
 
-``attach`` says what is done at its steps.
+``attach`` decides what happens at its steps.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from quietvit.errors import QuietvitError
 
 _WRAPPED = ("optimizer", "_base_optimizer", "base_optimizer", "_optimizer", "inner_optimizer")
 _PATIENCE = 3
-# What torch wraps around each step; every wrapper has this code.
+# torch wraps each ``step`` in a closure. All these wrappers share this code object.
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer that really steps, from inside wrappers such as accelerate's.
+    """Return the optimizer that really steps, without wrappers such as accelerate's.
 
-    Wrappers may be nested, or refer to themselves: each is visited once.
+    Wrappers may be nested or refer to themselves. Each is visited once.
     """
     seen: set[int] = set()
     while id(optimizer) not in seen:
@@ -38,10 +38,9 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def innermost(optimizer: Any, several: str = "build and attach one for each of them") -> Optimizer:
-    """Return ``unwrapped(optimizer)``. ``several`` is the remedy for a list of optimizers.
+    """Return ``unwrapped(optimizer)``. ``several`` is the remedy if it is a list of optimizers.
 
-    Raises:
-        QuietvitError: step hooks registered on it would never run, or it is a list.
+    Raises QuietvitError for a list, or for an optimizer that would never call our step hooks.
     """
     if isinstance(optimizer, (list, tuple)):
         raise QuietvitError(
@@ -52,25 +51,25 @@ def innermost(optimizer: Any, several: str = "build and attach one for each of t
     hooked = getattr(type(optimizer).step, "hooked", False) if hasattr(optimizer, "step") else False
     if not isinstance(optimizer, Optimizer) or not hooked:
         raise QuietvitError(
-            f"{type(optimizer).__name__} does not call step hooks: it is no torch.optim.Optimizer "
-            "whose __init__ ran, and holds none that is known. Attach to the torch optimizer "
-            "inside it, or call .step(optimizer) after each of its steps (before each if the "
-            "regularizer is coupled)."
+            f"{type(optimizer).__name__} does not call step hooks. It is not a torch.optim."
+            "Optimizer whose __init__ ran, nor a known wrapper of one. Attach to the torch "
+            "optimizer inside it, or call .step(optimizer) after each of its steps (before each if "
+            "the regularizer is coupled)."
         )
     return optimizer
 
 
 @torch.compiler.disable
 def is_outermost(optimizer: Optimizer) -> bool:
-    """Whether the hook that runs now is called by the outermost ``step`` of this optimizer.
+    """Return whether the outermost ``step`` of this optimizer called the current hook.
 
-    torch wraps ``step`` once for each class. If the step of a subclass calls the step of a base
-    that is wrapped too, both call the hooks, and a regularizer would act twice::
+    torch wraps ``step`` once per class. If a subclass calls the wrapped step of its base, both
+    wrappers call the hooks, and a regularizer would act twice::
 
         Nested.step (wrapped: hooks) -> super().step() = AdamW.step (wrapped: hooks again)
 
-    We count the wrappers on the stack. A counter of calls before and after would be wrong for good
-    once a step raised.
+    So we count the wrappers on the stack. A counter in pre and post hooks would stay wrong after a
+    step that raised.
     """
     own = (vars(base).get("step") for base in type(optimizer).__mro__)
     if sum(bool(getattr(step, "hooked", False)) for step in own) < 2:
@@ -84,21 +83,21 @@ def is_outermost(optimizer: Optimizer) -> bool:
 
 
 def is_skipped(optimizer: Optimizer) -> bool:
-    """Whether this step changes nothing: the optimizer unscales by itself, and found inf."""
+    """Return whether an optimizer that unscales by itself found inf, and so skips this step."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and float(found_inf) > 0
 
 
 class Follower(Protocol):
-    """What a ``MissedStepHook`` asks of its regularizer."""
+    """The part of a regularizer that ``MissedStepHook`` reads."""
 
     in_step: bool
 
 
 class WatchedParameter:
-    """A parameter, and the version it had after the last optimizer step that called our hooks.
+    """A parameter, and its version after the last optimizer step that called our hooks.
 
-    torch counts a tensor's version up at each change in place.
+    torch increments a tensor's version at each in-place change.
     """
 
     def __init__(self, name: str, parameter: Tensor) -> None:
@@ -113,17 +112,17 @@ class WatchedParameter:
         return result
 
     def reset(self) -> None:
-        """Remember the version that the parameter has now."""
+        """Remember the parameter's current version."""
         result = self._parameter()
         self.version = result._version if result is not None else -1
         self.unseen = 0
 
 
 class MissedStepHook:
-    """A gradient hook that counts changes of a weight by steps that did not call our hooks.
+    """A gradient hook that counts weight changes by steps that did not call our hooks.
 
-    One such change may be a legitimate one: ``load_state_dict``, or clipping of weights. Three
-    changes between backward passes in a row are the steps of another optimizer.
+    One such change can be legitimate, such as ``load_state_dict`` or weight clipping. Three in a
+    row between backward passes mean that another optimizer steps.
     """
 
     def __init__(self, follower: Follower, watched: WatchedParameter) -> None:
@@ -140,7 +139,7 @@ class MissedStepHook:
         if watched.unseen >= _PATIENCE:
             raise QuietvitError(
                 f"{watched.name} changed {watched.unseen} times between backward passes without a "
-                f"call of {type(self._follower).__name__}: another optimizer trains it than the "
-                "one it is attached to. Call detach(), then attach() to the optimizer that trains "
-                "the model, or call .step(optimizer) with each step."
+                f"call of {type(self._follower).__name__}, so another optimizer than the attached "
+                "one trains it. Call detach(), then attach() to the optimizer that trains the "
+                "model, or call .step(optimizer) with each step."
             )

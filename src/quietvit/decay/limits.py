@@ -1,6 +1,6 @@
-"""The trust region of a decay: no singular direction of a pair is carried through zero.
+"""The trust region of a decay: no singular direction of a pair changes sign.
 
-Works on the rates and operators of ``penalties``. Knows no optimizer.
+It works on the rates and operators of ``penalties``, and knows no optimizer.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from quietvit.pairs import MatrixPair
 
 Steps = Sequence[float]
 Bases = Sequence[Basis | None]
-# The largest load of an update in bfloat16: its rounding must not carry a direction through zero.
+# The largest load of an update in bfloat16: rounding must not flip the sign of a direction.
 ROOM = 1 - 2.0**-6
-# With two squarings a bound is at most (smaller side)^(1/8) times the truth: 2.3 at 768.
+# With two squarings a bound is at most (smaller side)^(1/8) times the true value: 2.3 at 768.
 _SQUARINGS = 2
 
 
 @dataclass(frozen=True)
 class BatchesToCheck:
-    """Batches whose loads may exceed 1 by what is known so far.
+    """Batches whose loads may still exceed 1 after the checks so far.
 
-    ``batches`` are their positions, ``bounds`` the upper bounds of the rates of all sides so far.
+    ``batches`` holds their positions. ``bounds`` holds the upper bounds of the eigenvalues of all
+    sides so far: entry 2 i is A of pair i, entry 2 i + 1 is B of pair i.
     """
 
     batches: tuple[int, ...]
@@ -40,29 +41,29 @@ class BatchesToCheck:
 class TrustRegion:
     """Limits the summed update of every parameter so that no direction changes sign.
 
-    Guarantee: the new value of every parameter is (I - L) times the old one, up to rounding. L is a
-    symmetric linear map, the sum of the maps of all pairs that touch the parameter. Its eigenvalues
-    lie in [0, 1], or in [-1, 1] for ``cosine``, which also lengthens. So along each eigenvector the
-    component keeps its sign or becomes zero, at any strength. For a parameter in one pair these are
-    the singular directions of the partner (of diag(sqrt w) B for the A of ``peak``).
+    Guarantee: the new value of every parameter is (I - L) times the old one, up to rounding. L is
+    the sum of the symmetric linear maps of all pairs that touch the parameter. Its eigenvalues lie
+    in [0, 1], or in [-1, 1] for ``cosine``, which also lengthens. So each eigenvector's component
+    keeps its sign or becomes zero, at any strength. For a parameter in one pair the eigenvectors
+    are the singular directions of the partner (of diag(sqrt w) B for the A of ``peak``).
 
-    How: side p of a pair has the rate r_p = learning rate x strength x largest eigenvalue of its
-    operator. The load of p is the sum of r_q over all sides q that share an entry with it. If the
-    load is at most 1, the plain update is taken. Otherwise the eigenvalues of p are cut at
-    r_p / load, so that the cuts of sides that share an entry sum to at most 1. Directions below
-    the cut keep their plain update. Derived here.
+    Method: side p of a pair has the rate r_p = learning rate x strength x largest eigenvalue of its
+    operator. The load of p is the sum of r_q over all sides q that share an entry with it, p
+    included. If the load is at most 1, p takes the plain update. Otherwise its eigenvalues are cut
+    at r_p / load. So the cuts of sides that share an entry sum to at most 1. Directions below the
+    cut keep their plain update. Derived here.
 
     Example: fc1 (4 h, h) is the second side of (norm2, fc1) with r = 0.3 and the first side of
     (fc1, fc2) with r = 0.9. The load of both is 1.2, so their rates are cut at 0.25 and 0.75.
 
-    Cost, from the cheapest check to the dearest. Each check runs only if the one before cannot
-    show that all loads are at most 1.
+    Checks, from the cheapest to the most expensive. Each runs only if the one before cannot show
+    that all loads are at most 1.
 
     1. Shapes: a rate is at most (learning rate)(strength)(min(shape)). Costs nothing.
     2. Norm gains as partners: the spread of the gains bounds the rate. One synchronization.
-    3. One Gram matrix of the smaller side of each pair bounds the rate without a decomposition. It
+    3. A Gram matrix of the smaller side of each matrix bounds the rate without a decomposition. It
        is squared twice if one product is unlikely to be enough.
-    4. Eigenvalues. If they exceed 1 too, the step is limited, with a warning (once).
+    4. Eigenvalues. If a load still exceeds 1, the step is limited, with one warning per region.
     """
 
     def __init__(
@@ -90,9 +91,9 @@ class TrustRegion:
         self._warned = False
 
     def to_check(self, steps: Steps, parameters: Mapping[str, Tensor]) -> BatchesToCheck:
-        """Return the batches whose loads may exceed 1 by shapes and norm gains (checks 1 and 2).
+        """Return the batches that shapes and norm gains cannot clear (checks 1 and 2).
 
-        The gains are read, with one synchronization, only if shapes are not enough.
+        Reads the gains, with one synchronization, only if shapes are not enough.
         """
         heavy = self._heavy(steps, self._static, 1.0)
         beside = [i for i in heavy if i in self._outputs]
@@ -110,14 +111,14 @@ class TrustRegion:
         return BatchesToCheck(tuple(self._heavy(steps, bounds, ROOM)), tuple(bounds))
 
     def _heavy(self, steps: Steps, bounds: Sequence[float], most: float) -> list[int]:
-        """The batches with a side whose load may exceed ``most``, and those that share with it.
+        """Return the batches with a side whose load may exceed ``most``, and those sharing with it.
 
-        Those that share count, because the load is the sum of all their rates.
+        Batches that share an entry are included, because the load sums all their rates.
         """
         rates = [step * bound for step, bound in zip(steps, bounds, strict=True)]
         heavy: set[int] = set()
         for side, sharing in enumerate(self._sharing):
-            if not sum(rates[q] for q in sharing) <= most:  # so written, NaN is heavy too
+            if not sum(rates[q] for q in sharing) <= most:  # not "> most": NaN is heavy too
                 heavy.update(q // 2 for q in (side, *sharing))
         return [i for i, batch in enumerate(self._batches) if not heavy.isdisjoint(batch.members)]
 
@@ -132,10 +133,10 @@ class TrustRegion:
         *,
         sharp: bool = False,
     ) -> Tensor:
-        """Return a flag on the device: do bounds keep all loads at most 1 (check 3)?
+        """Return a flag on the device: whether bounds keep all loads at most 1 (check 3).
 
-        Without a device synchronization. For an update in bfloat16 the limit is ``ROOM``.
-        ``sharp``: square the Gram matrices in any case.
+        It needs no device synchronization. The limit is ``ROOM`` for products other than float32.
+        ``sharp`` squares the Gram matrices always, not only if one product is unlikely to do.
         """
         if device is None:
             device = next(iter(parameters.values())).device
@@ -157,9 +158,9 @@ class TrustRegion:
         return (self._loads(rates) <= (1 if products == "float32" else ROOM)).all()
 
     def _is_crowded(self, steps: Steps) -> bool:
-        """Whether one product is unlikely to be enough.
+        """Return whether one product is unlikely to be enough.
 
-        For random square matrices one product gives a bound of (2 min(shape))^(1/2).
+        For a random square matrix one product gives a bound of about (2 min(shape))^(1/2).
         """
         rates = [step * (2 * bound) ** 0.5 for step, bound in zip(steps, self._static, strict=True)]
         return any(sum(rates[q] for q in sharing) > 1 for sharing in self._sharing)
@@ -169,7 +170,7 @@ class TrustRegion:
     ) -> list[tuple[PairBatch, Tensor, Tensor]] | None:
         """Return each batch with its changes of A and B, cut where needed (check 4).
 
-        None if no load exceeds 1. The changes have the shapes of A and B and are to be subtracted.
+        Returns None if no load exceeds 1. The caller subtracts the changes, shaped like A and B.
         """
         bounds = torch.tensor(to_check.bounds, dtype=torch.float64)
         for i in to_check.batches:
@@ -204,7 +205,7 @@ class TrustRegion:
         return result
 
     def _loads(self, rates: Tensor) -> Tensor:
-        """The load of each side: its row of the 0-1 matrix of sharing sides, times all rates."""
+        """Return the load of each side: the 0-1 matrix of sharing sides times all rates."""
         if self._matrix is None or self._matrix.device != rates.device:
             matrix = torch.zeros(len(self._sharing), len(self._sharing))
             for side, sharing in enumerate(self._sharing):
@@ -227,9 +228,9 @@ class TrustRegion:
 
 
 def _largest(operator: Operator) -> Tensor:
-    """The largest absolute eigenvalue of each operator, shape (n,).
+    """Return the largest absolute eigenvalue of each operator, shape (n,).
 
-    Only those of ``cosine`` can be negative: growth counts like decay.
+    Only ``cosine`` has negative ones (``shift``). There growth counts like decay.
     """
     gram = operator.gram
     top = gram.amax(-1) if gram.ndim == 2 else torch.linalg.eigvalsh(gram)[:, -1]
@@ -259,7 +260,7 @@ def _cut_step_B(B: Tensor, operator: Operator, step: Tensor, cut: Tensor) -> Ten
 
 
 def _decomposed(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (rounding errors of the largest one set to zero) and eigenvectors."""
+    """Return eigenvalues and eigenvectors. Eigenvalues at rounding level become zero."""
     rates, basis = torch.linalg.eigh(gram)
     noise = torch.finfo(gram.dtype).eps * gram.shape[-1] * rates[:, -1:]
     return torch.where(rates < noise, 0.0, rates), basis

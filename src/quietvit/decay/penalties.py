@@ -1,16 +1,16 @@
-"""The penalties of an ordered pair, their update directions, and how fast each direction shrinks.
+"""The penalties of ordered pairs: their values, update directions and decay rates.
 
-Pure functions of batched matrices, no strength, no optimizer. Limits live in ``limits``.
+Pure functions of batched matrices, without strength or optimizer. Limits live in ``limits``.
 
-Shapes: n pairs at once, A: (n, h, d) acts first, B: (n, o, h) acts second. Where A is a vector of
-norm gains, A: (n, h) stands for diag(A) and is never written out as a matrix.
-Units: nu(M) = |M|^2 / min(shape) is the mean squared singular value. Every direction has the units
-of the weight it belongs to, so that (learning rate) x (strength) x direction is a decoupled update
-and strength is in weight-decay units.
+Shapes: n pairs at once. A: (n, h, d) acts first, B: (n, o, h) acts second. If A holds norm gains,
+A: (n, h) stands for diag(A), which is never built as a matrix.
+Units: nu(M) = |M|^2 / min(shape) is the mean squared singular value. A direction has the units of
+its weight. So learning rate x strength x direction is a decoupled update, and the strength has
+weight-decay units.
 
-A normaliser is a constant of the update, not a thing to minimise: in each stated penalty, ``sg``
-(stop gradient, ``detach``) marks what counts as constant, and autograd of exactly that scalar is
-the direction. All forms here are derived; the formula of arXiv 2605.01330 is not public to us.
+Normalisers are constants of the update: ``sg`` (stop gradient, ``detach``) marks them in each
+stated penalty. The direction is the autograd gradient of exactly that scalar. All forms are derived
+here, because the formula of arXiv 2605.01330 is not public to us.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ __all__ = [
 
 
 class Energy(Penalty):
-    """Amplification of white input: R = |B A|^2 / 2.
+    """Penalize the amplification of white input: R = |B A|^2 / 2.
 
     Stated penalty: ``|B sg(A)|^2 / (2 nu(sg A)) + |sg(B) A|^2 / (2 nu(sg B))``.
     Directions: dB = B A A^T / nu(A), dA = B^T B A / nu(B).
-    Laws: (i) A with orthogonal rows of equal length gives dB = B, plain weight decay; (ii)
-    components of B orthogonal to range(A) stay; (iv) zero at A = 0 or B = 0; (v) the same in any
-    orthogonal basis of the hidden dimension (any order of it, where A is diagonal).
-    Cost: three products of (o, h) x (h, d), or four with an h x h matrix where that is cheaper.
+    Laws: (i) if A has orthogonal rows of equal length, dB = B, which is plain weight decay; (ii)
+    components of B orthogonal to range(A) do not change; (iv) zero at A = 0 or B = 0; (v) invariant
+    to orthogonal maps of the hidden dimension (to permutations, if A is diagonal).
+    Cost: three products of (o, h) x (h, d), or four with an h x h matrix if that is cheaper.
     Source: derived here (docs/method.md).
     """
 
@@ -83,15 +83,15 @@ class Energy(Penalty):
 
 
 class Peak(Penalty):
-    """Extreme output channels weigh more: sum_k a_k^2 / 4 with a_k = |A^T b_k|^2, that is p = 4.
+    """Penalize extreme output channels most: sum_k a_k^2 / 4 with a_k = |A^T b_k|^2 (p = 4).
 
-    With the share w_k = a_k / c, c = sum(a^2) / sum(a) (the mean of a weighted by a itself):
-    dB = diag(w) B A A^T / nu(A) and dA = B^T diag(w) B A / nu(B).
-    Normalisation: sum_k w_k a_k = sum_k a_k, so the total pull <B, dB> and <A, dA> is that of
-    ``energy``, only moved to the extreme channels; the strength keeps its weight-decay units.
-    No share exceeds (1 + sqrt o) / 2; channels of equal amplification give exactly ``energy``.
-    (Shares that average to 1 over channels would not keep the units: where one channel holds most
-    of the energy, as in the last fc2 of DeiT-Tiny, it alone would decay about 150 times as fast.)
+    The share of channel k is w_k = a_k / c with c = sum(a^2) / sum(a).
+    Directions: dB = diag(w) B A A^T / nu(A), dA = B^T diag(w) B A / nu(B).
+    Normalisation: sum_k w_k a_k = sum_k a_k, so <B, dB> and <A, dA> equal those of ``energy``.
+    The decay only moves to the extreme channels, and the strength keeps its weight-decay units.
+    No share exceeds (1 + sqrt o) / 2. Channels of equal amplification give exactly ``energy``.
+    (Shares that average to 1 over channels would not keep the units. In the last fc2 of DeiT-Tiny
+    one channel holds most of the energy, and it would decay about 150 times as fast.)
     Stated penalty: ``sum_k |sg(A)^T b_k|^4 / (4 c nu(A)) + sum_k |A^T sg(b_k)|^4 / (4 c nu(B))``,
     c and nu constants.
     Laws: (i) needs output channels of equal amplification too; (ii), (iv), (v) as ``energy``.
@@ -140,15 +140,16 @@ class Peak(Penalty):
 
 
 class Cosine(Penalty):
-    """Scale-free alignment: C = |B A|^2 / (|A|^2 |B|^2).
+    """Penalize alignment without regard to scale: C = |B A|^2 / (|A|^2 |B|^2).
 
-    Its gradient has no component along the weight, so it turns weights and does not shrink them:
-    dB = B A A^T / nu(A) - kB B with kB = C min(shape A), and dA = B^T B A / nu(B) - kA A with
-    kA = C min(shape B): the direction of ``energy`` less its part along the weight itself.
+    Its gradient has no component along the weight, so it rotates weights and does not shrink them.
+    Directions: those of ``energy`` minus their projection on the weight:
+    dB = B A A^T / nu(A) - kB B with kB = C min(shape A), and
+    dA = B^T B A / nu(B) - kA A with kA = C min(shape B).
     Stated penalty: ``sg(|B|^2 min(shape A)) C(sg A, B) / 2 + sg(|A|^2 min(shape B)) C(A, sg B)/2``.
-    Laws: (i) becomes "no update" (nothing to turn); (ii) does not hold: what is orthogonal to
-    range(A) grows by the factor 1 + (learning rate)(strength) kB; (iv), (v) as ``energy``. A finite
-    step lengthens a weight in second order; weight decay of the optimizer balances that.
+    Laws: (i) becomes "no update"; (ii) does not hold, because components of B orthogonal to
+    range(A) grow by the factor 1 + (learning rate)(strength) kB; (iv), (v) as ``energy``. A finite
+    step lengthens a weight in second order. The optimizer's weight decay balances that.
     Source: derived here (docs/method.md).
     """
 
@@ -182,15 +183,15 @@ class Cosine(Penalty):
 
 @dataclass(frozen=True)
 class Top(Penalty):
-    """``energy`` of the ``count`` largest singular directions only.
+    """Apply ``energy`` to the ``count`` largest singular directions only.
 
-    u_i are the leading left singular vectors of A, v_j the leading right ones of B; both are taken
-    anew every ``refresh`` applied steps and kept between; the singular values are current:
+    u_i are the leading left singular vectors of A, v_j the leading right singular vectors of B.
+    Both are recomputed every ``refresh`` applied steps; |A^T u_i| and |B v_j| are always current.
     dB = sum_i |A^T u_i|^2 B u_i u_i^T / nu(A), dA = sum_j |B v_j|^2 v_j v_j^T A / nu(B).
     Stated penalty, u and v constants: ``sum_i |sg(A)^T u_i|^2 |B u_i|^2 / (2 nu(A)) +
     sum_j |sg(B) v_j|^2 |A^T v_j|^2 / (2 nu(B))``.
-    Laws: (i) on the span of the chosen directions; (ii), (iv), (v) as ``energy`` (singular values
-    that are equal leave the choice of directions open). Cost: h count (o + d), plus the SVDs.
+    Laws: (i) on the span of the chosen directions; (ii), (iv), (v) as ``energy`` (equal singular
+    values leave the choice of directions open). Cost: h count (o + d), plus the SVDs.
     Source: derived here (docs/method.md).
     """
 
@@ -262,7 +263,7 @@ PENALTIES: dict[str, type[Penalty]] = {kind.name: kind for kind in (Energy, Peak
 
 
 def penalty_named(penalty: str | Penalty) -> Penalty:
-    """Return the penalty, made by its name. Raises QuietvitError for a name that is unknown."""
+    """Return the penalty of this name, or ``penalty`` itself. Unknown names raise QuietvitError."""
     if isinstance(penalty, Penalty):
         return penalty
     if penalty not in PENALTIES:

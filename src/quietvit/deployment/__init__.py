@@ -1,6 +1,6 @@
-"""From a simulated quantized model to a file computed in integers, and the proof of it.
+"""Export a simulated quantized model to a file computed in integers, and prove that it is.
 
-What serves every target lies here. Each target has a folder of its own, and knows no other.
+Code for all targets lives here. Each target has its own folder and does not know the others.
 """
 
 from quietvit.deployment.artifact import Artifact

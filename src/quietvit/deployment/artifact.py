@@ -1,4 +1,4 @@
-"""``Artifact``: an exported file, and what it says of itself as text for a terminal."""
+"""``Artifact``: an exported file with its facts, printed for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 12
 
 @dataclass(frozen=True, repr=False)
 class Artifact:
-    """An exported file, its facts as the file has them, and the quantizers that were replaced."""
+    """An exported file, the facts stored in it, and the quantizers that export replaced."""
 
     path: Path
     facts: Facts
@@ -24,18 +24,18 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """Bytes on disk, of all its files."""
+        """Bytes on disk of all its files."""
         return sum(file.stat().st_size for file in files_of(self.path))
 
     def check(self, against: Any, images: Any, **options: Any) -> Any:
-        """Prove what runs in integers; see ``quietvit.check``."""
+        """Prove what runs in integers, as ``quietvit.check`` does."""
         return check(self.path, against, images, **options)
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r}, {self.size / 1e6:.2f} MB, {self.facts!r})"
 
     def __str__(self) -> str:
-        """What was exported, what it takes and gives, what it claims, and its notes."""
+        """List the method, input, output, claims and notes of the file."""
         facts = self.facts
         claimed = [product for product in facts.products if product.why_float is None]
         share = sum(product.macs for product in claimed) / (facts.total_macs or 1)
@@ -45,10 +45,10 @@ class Artifact:
             f"input      images, batch x {shape}, float32 after the preprocessing",
             f"output     {facts.output}",
             f"claims     {len(claimed)} of {len(facts.products)} products in integers, "
-            f"{100 * share:.2f} % of the multiply-accumulates; what a runtime makes of it, check "
-            "tells",
+            f"{100 * share:.2f} % of the multiply-accumulates; 'quietvit check' proves it in a "
+            "runtime",
             f"carries    {'preprocessing' if facts.preprocessing else 'no preprocessing'}, "
-            f"{'names of classes' if facts.labels else 'no names of classes'}",
+            f"{'class names' if facts.labels else 'no class names'}",
         ]
         notes = [f"note       {note}" for note in facts.notes]
         shown = notes[:SHOWN]

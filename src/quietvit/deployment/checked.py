@@ -1,4 +1,4 @@
-"""``Check``: what a check found, as JSON and as text for a terminal. Nothing is computed here."""
+"""``Check``: the result of a check, as JSON and as text. ``checking`` computes it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ SHOWN = 12
 
 @dataclass(frozen=True, repr=False)
 class Check:
-    """What ``check`` found.
+    """The result of ``check``.
 
-    ``classes``: of a file that gives scores of classes, else None, and then ``features`` is there.
-    ``bytes`` and ``float_bytes``: size of the file and of a float one, which is made for the timing
-    only, so None without.
+    ``classes`` is set if the file gives class scores, else ``features`` is. ``bytes`` is the size
+    of the file. ``float_bytes`` is that of the float file, or None if nothing was timed.
     """
 
     path: Path
@@ -36,14 +35,14 @@ class Check:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What the file claims and does not keep, a sentence each; empty where all is kept."""
+        """One sentence for each claim that the file does not keep."""
         found = [
             f"{ran.product} ran in float as {ran.operator}: {ran.reason}"
             for ran in self.proof.broken
         ]
         found += [
             f"{a.product}: {a.wrong} of {a.codes} codes and {a.off} of {a.sums} sums of products "
-            "are not the simulated model's"
+            "differ from the simulated model"
             for a in self.agreements
             if not a.equal
         ]
@@ -55,7 +54,7 @@ class Check:
         return not self.failures
 
     def to_json(self, path: str | Path) -> Path:
-        """Write everything as JSON."""
+        """Write everything as JSON to ``path`` and return it."""
         content = {
             "path": str(self.path),
             "machine": self.machine,
@@ -96,9 +95,10 @@ class Check:
 
 def _classes_lines(classes: Classes) -> list[str]:
     lines = [
-        f"           class of the simulated model on {classes.agreement:.2f} % of {classes.images} "
-        "images;",
-        f"           it keeps {classes.steadiness:.2f} % of its own when they are moved by 1e-6",
+        f"           same class as the simulated model on {classes.agreement:.2f} % of "
+        f"{classes.images} images;",
+        f"           that model keeps its own class on {classes.steadiness:.2f} % of images "
+        "perturbed by 1e-6",
     ]
     if classes.top1 is not None:
         lines.append(
@@ -112,13 +112,13 @@ def _features_lines(features: Features) -> list[str]:
         f"           output {100 * features.error:.3f} % from the simulated model's on "
         f"{features.images} images (relative L2; largest {100 * features.largest_error:.3f} %),",
         f"           cosine {features.cosine:.6f} (smallest {features.smallest_cosine:.6f});",
-        f"           the simulated model moves by {100 * features.own:.3f} % when they are moved "
-        "by 1e-6",
+        f"           the simulated output moves by {100 * features.own:.3f} % if images are "
+        "perturbed by 1e-6",
     ]
 
 
 def _text(found: Check) -> str:
-    """The whole check: what ran, whether it is the same, size and speed, the verdict."""
+    """Format the check: what ran in integers, what agrees, size, speed and verdict."""
     proof = found.proof
     integers = sum(ran.integer for ran in proof.ran)
     lines = [
@@ -167,5 +167,5 @@ def _text(found: Check) -> str:
     if len(failures) > SHOWN:
         lines.append(f"FAILED     ... and {len(failures) - SHOWN} more")
     if not failures:
-        lines.append("ok         what the file says of itself was kept")
+        lines.append("ok         the file keeps all its claims")
     return "\n".join(lines)

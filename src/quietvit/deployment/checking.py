@@ -1,7 +1,7 @@
-"""``check``: an exported file against the simulated model it came from, on real images.
+"""``check``: compare an exported file with the simulated model it came from, on real images.
 
-Three questions, each with files of its own: what ran in integers (``proof``), whether it computes
-the same (``parity``, ``comparing``), and how fast it is (``speed``). The answer is a ``Check``.
+``proof`` tells what ran in integers, ``parity`` and ``comparing`` whether the results agree, and
+``speed`` how fast it is. The result is a ``Check``.
 """
 
 from __future__ import annotations
@@ -48,36 +48,35 @@ def check(
     seconds: float = 10.0,
     batches: tuple[int, ...] = (1, 8),
 ) -> Check:
-    """Prove what an exported file computes in integers, that it computes the same, and how fast.
+    """Prove that an exported file computes in integers and agrees with its model, and time it.
 
     A check is ok if all of this holds:
 
-    - Every product that the file says is integer ran so, as the runtime's optimized graph tells.
-    - On the first two images every code and every sum of products is the simulated model's, but for
-      ties.
-    - Classes and top-1 are the simulated model's as far as ``Classes.failures`` says; values of an
-      embedding or a feature map as far as ``Features.failures`` says.
+    - Every product that the file claims is integer ran in integers in the runtime's own graph.
+    - On the first two images all codes and all sums of products equal the simulated model's, except
+      for ties.
+    - Classes and top-1 agree within ``Classes.failures``. Embeddings and feature maps agree within
+      ``Features.failures``.
 
-    Logits are not compared. Where one rounding falls the other way, others follow. After a few
-    blocks two correct computations differ by as much as quantization itself (measured, see the lab
-    log).
+    Logits are not compared. One value that rounds the other way changes later roundings. After a
+    few blocks two correct computations differ as much as quantization itself (see the lab log).
 
     Args:
-        path: an exported file, or one that is open already (``open_runtime``).
-        against: the quantized model that it was exported from, or its .qvit.
-        images: after the model's own transform: a tensor (N, C, H, W), or a DataLoader or any other
-            form that ``inputs.image_batches`` takes. Labels add top-1. Their classes are matched by
-            name as ``quietvit.data.evaluate`` does.
-        runtime: ``onnxruntime``, ``openvino``, or that of a target of your own. By default what the
-            suffix says.
-        threads: of the processor; 0 is the runtime's choice.
-        seconds: how long each batch size is timed, 0 for not at all. The float model is exported
-            from ``against`` and runs in the same runtime, in turn.
+        path: an exported file, or an open runtime (``open_runtime``).
+        against: the quantized model that was exported, or its .qvit.
+        images: after the model's own transform: a tensor (N, C, H, W), a DataLoader, or another
+            form that ``inputs.image_batches`` takes. Labels add top-1. Classes are matched by name
+            like in ``quietvit.data.evaluate``.
+        runtime: ``onnxruntime``, ``openvino``, or that of your own target. By default the suffix
+            decides.
+        threads: number of CPU threads; 0 lets the runtime choose.
+        seconds: how long to time each batch size; 0 disables timing. The float model is exported
+            from ``against`` and runs alternately in the same runtime.
         batches: the batch sizes to time.
 
     Raises:
-        QuietvitError: a file that is truncated, foreign, of another image size or another model, a
-            target whose runtime proves nothing (torchao), or a missing extra.
+        QuietvitError: a truncated or foreign file, another image size or model, a runtime that
+            cannot prove anything (torchao), or a missing extra.
     """
     _refuse_settings(seconds, batches)
     loaded = _opened(path, runtime, threads)
@@ -91,7 +90,7 @@ def check(
     loaded.check_images(tuple(first[0].shape))
     notes = [*facts.notes, *loaded.notes]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        # The float model first: where it cannot be exported, no time is lost on the images.
+        # Export the float model first: if that fails, no time is lost on the images.
         floating, float_bytes = None, None
         if seconds > 0 and loaded.opens_float_onnx:
             floating = Path(folder) / "float.onnx"
@@ -104,8 +103,8 @@ def check(
             classes = compare_classes(loaded, quantized, everything, facts.output, images)
             if classes.images < FEW:
                 notes.append(
-                    f"{classes.images} images are few: whether classes agree shows from about "
-                    f"{FEW} on"
+                    f"{classes.images} images are few; use about {FEW} or more to judge whether "
+                    "classes agree"
                 )
         else:
             features = compare_features(loaded, quantized, everything, facts.output)
@@ -129,24 +128,24 @@ def _opened(path: str | Path | Runtime, runtime: str | None, threads: int) -> Ru
         return open_runtime(path, runtime, threads)
     if runtime is not None or threads:
         raise QuietvitError(
-            f"{path.path} is open already, in {path.name}; leave runtime and threads out, or give "
+            f"{path.path} is already open in {path.name}; leave out runtime and threads, or give "
             "the path of the file."
         )
     return path
 
 
 def _refuse_settings(seconds: float, batches: tuple[int, ...]) -> None:
-    """Raise QuietvitError for settings that would be refused only after the images ran."""
+    """Refuse bad settings before the images run. Raises QuietvitError."""
     if not 0 <= seconds < float("inf"):
-        raise QuietvitError(f"seconds={seconds} is no time; give 0 for none, or more.")
+        raise QuietvitError(f"seconds={seconds} must be finite and not negative; 0 times nothing.")
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batches):
-        raise QuietvitError(f"batches={batches} are no batch sizes; give whole numbers from 1 on.")
+        raise QuietvitError(f"batches={batches} must be batch sizes: integers of 1 or more.")
 
 
 def _compared(
     loaded: Runtime, facts: Facts, quantized: QuantizedModel, images: Tensor, notes: list[str]
 ) -> tuple[Agreement, ...]:
-    """Compare the products on a few images; add to ``notes`` what is not compared."""
+    """Compare the products on a few images. Adds a note for products that are not compared."""
     compared: tuple[Agreement, ...] = ()
     if loaded.uncompared is None:
         compared = tuple(agreements(loaded, facts, quantized, images))
@@ -154,7 +153,7 @@ def _compared(
         notes.append(loaded.uncompared)
     left = sum(p.why_float is not None for p in facts.products)
     if left:
-        notes.append(f"{left} products that the file does not claim to be integer are not compared")
+        notes.append(f"{left} products are not compared, because the file claims no integers there")
     return compared
 
 
@@ -162,19 +161,19 @@ def _simulated(against: QuantizedModel | str | Path, facts: Facts) -> QuantizedM
     against = plain_model(against)  # type: ignore[assignment, arg-type]
     if not isinstance(against, QuantizedModel | str | Path):
         raise QuietvitError(
-            f"a {type(against).__name__} is not quantized; give the quantized model that the file "
-            "was exported from, or its .qvit."
+            f"a {type(against).__name__} is not quantized; give the quantized model that was "
+            "exported, or its .qvit."
         )
     if not isinstance(against, QuantizedModel):
         against = load(against)
     own = as_float32(against)
     if own.training or any(p.device.type != "cpu" for p in own.parameters()):
-        own = copy.deepcopy(own).cpu().eval()  # the one given stays where and as it is
+        own = copy.deepcopy(own).cpu().eval()  # the caller's model keeps its device and mode
     return own if facts.replaced is None else replacing_codes(own, facts.replaced)[0]
 
 
 def _same_model(path: Path, facts: Facts, quantized: QuantizedModel) -> None:
-    """Raise QuietvitError unless both make the same products of images of one shape."""
+    """Raise QuietvitError unless both have the same products and the same image shape."""
     unused = set(facts.unused)
     sites = [site for site in quantized.trace.matmuls if site.name not in unused]
     own = [(site.name, site.macs) for site in sites]
@@ -192,12 +191,12 @@ def _same_model(path: Path, facts: Facts, quantized: QuantizedModel) -> None:
 
 
 def _batches(images: Any) -> Iterator[Labelled]:
-    """Images (B, C, H, W), float32 on the CPU, with their labels (B,), if there are any."""
+    """Yield images (B, C, H, W), float32 on the CPU, with labels (B,) or None."""
     batch = None
     for batch in image_batches(images, BATCH, labelled=True):
         yield batch.images.detach().float().cpu().contiguous(), batch.labels
     if batch is None:
-        raise QuietvitError("there are no images to check on; give at least one.")
+        raise QuietvitError("there are no images to check; give at least one.")
 
 
 def _speeds(

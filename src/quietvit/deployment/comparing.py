@@ -1,7 +1,6 @@
-"""What a file and the simulated model say about the same images, and whether chance explains it.
+"""Compare outputs of a file and the simulated model: classes, or values of other outputs.
 
-For scores of classes the classes are compared, for embeddings and feature maps the values. The
-integers in between are ``parity``'s business.
+``parity`` compares the integers inside.
 """
 
 from __future__ import annotations
@@ -22,18 +21,19 @@ from quietvit.quantization import QuantizedModel
 
 AGREEMENT, DIFFERENCE, DISTURBANCE = 99.0, 0.3, 1e-6
 LEAST_ERROR, TIMES_OWN = 0.01, 2.0
-"""Relative error that is always allowed, and in multiples of what the simulated model moves."""
+"""The relative error that is always allowed, and the allowed multiple of ``Features.own``."""
 
 Labelled = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What file and simulated model say about the same images, counted.
+    """How often the file and the simulated model choose the same class.
 
-    ``same``: both the same class. ``steady``: the simulated model's own class with images moved by
-    one part in a million, the measure of how far its roundings alone move it. Of labelled images
-    ``right`` and ``simulated_right``, and how many only one of them has right; None without labels.
+    ``same`` counts images with the same class in both. ``steady`` counts images whose class the
+    simulated model keeps if they are perturbed by 1e-6. It measures the effect of rounding alone.
+    ``right`` and ``simulated_right`` count correct classes, ``only_one_right`` the images that only
+    one of the two classifies correctly. These are None without labels.
     """
 
     images: int
@@ -50,7 +50,7 @@ class Classes:
 
     @property
     def steadiness(self) -> float:
-        """Percent of images whose class the simulated model keeps when they are hardly moved."""
+        """Percent of images whose class the simulated model keeps if they are perturbed by 1e-6."""
         return 100 * self.steady / self.images
 
     @property
@@ -63,12 +63,11 @@ class Classes:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Where file and simulated model are further apart than chance puts them.
+        """One sentence for each difference that chance does not explain.
 
-        The class agrees on 99 % of the images, or as often as the simulated model agrees with
-        itself, but for three standard errors of that difference; top-1 is within 0.3 points, or
-        within two standard errors of the paired difference (the root of the number of images that
-        only one of them has right).
+        Agreement must reach 99 %, or ``steadiness`` minus three standard errors of the difference.
+        Top-1 must agree within 0.3 points, or within two standard errors of the paired difference
+        (one is the square root of ``only_one_right``).
         """
         found = []
         n, p = self.images, self.steadiness / 100
@@ -76,29 +75,29 @@ class Classes:
         least = min(AGREEMENT, self.steadiness - chance)
         if self.agreement < least:
             found.append(
-                f"the class is the simulated model's on {self.agreement:.2f} % of {n} images, less "
-                f"than {least:.2f} % (99 %, or what the simulated model keeps of its own classes "
-                f"when its images are moved by {DISTURBANCE:g}, {self.steadiness:.2f} %)"
+                f"the class agrees with the simulated model on {self.agreement:.2f} % of {n} "
+                f"images, less than {least:.2f} %. That model keeps its own class on "
+                f"{self.steadiness:.2f} % of images perturbed by {DISTURBANCE:g}"
             )
         if self.right is not None and self.simulated_right is not None:
             apart = abs(self.right - self.simulated_right)
             room = max(DIFFERENCE * n / 100, 2 * math.sqrt(self.only_one_right or 0))
             if apart > room:
                 found.append(
-                    f"top-1 is {self.top1:.2f} % where the simulated model has "
-                    f"{self.top1_simulated:.2f} %: {apart} of {n} images, more than {room:.1f}"
+                    f"top-1 is {self.top1:.2f} %, but {self.top1_simulated:.2f} % in the simulated "
+                    f"model: a difference of {apart} of {n} images, more than {room:.1f}"
                 )
         return tuple(found)
 
 
 @dataclass(frozen=True)
 class Features:
-    """How far the output of the file is from the simulated model's, image by image.
+    """How far the file's output is from the simulated model's, per image.
 
-    ``error``: |file - simulated| / |simulated|, L2 norms over all values of an image, mean and
-    largest over the images. ``own``: the same for the simulated model and its output for images
-    moved by one part in a million, the measure of how far its roundings alone move it.
-    ``cosine``: between file and simulated model, mean and smallest.
+    The error of an image is |file - simulated| / |simulated|, with L2 norms over all its values.
+    ``error`` is the mean over images, ``largest_error`` the maximum. ``own`` is the mean error of
+    the simulated model itself for images perturbed by 1e-6. It measures the effect of rounding
+    alone. ``cosine`` and ``smallest_cosine`` compare file and simulated model.
     """
 
     images: int
@@ -110,15 +109,14 @@ class Features:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """The mean error is at most 1 %, or twice what the simulated model moves by itself."""
+        """One sentence if the mean error exceeds both 1 % and twice ``own``."""
         allowed = max(LEAST_ERROR, TIMES_OWN * self.own)
         if self.error <= allowed:
             return ()
         return (
             f"the output is {100 * self.error:.2f} % (relative L2, mean of {self.images} images) "
-            f"from the simulated model's, more than {100 * allowed:.2f} % (1 %, or twice the "
-            f"{100 * self.own:.2f} % that it moves by itself when its images are moved by "
-            f"{DISTURBANCE:g})",
+            f"from the simulated model's, more than {100 * allowed:.2f} %. That output moves by "
+            f"{100 * self.own:.2f} % if images are perturbed by {DISTURBANCE:g}",
         )
 
 
@@ -129,10 +127,10 @@ def compare_classes(
     output: Output,
     loader: Any = None,
 ) -> Classes:
-    """Count classes of images (B, C, H, W) with labels (B,) or None.
+    """Compare the classes of images (B, C, H, W) with labels (B,) or None.
 
-    ``loader`` is where the batches come from: classes are matched by the names that its data set
-    has, as ``quietvit.data.evaluate`` does it.
+    ``loader`` is the source of the batches. Its data set's class names match labels to outputs,
+    like in ``quietvit.data.evaluate``. Raises QuietvitError for labels the model does not have.
     """
     count = same = steady = right = simulated_right = only_one = 0
     labelled, numbers = True, None
@@ -145,7 +143,7 @@ def compare_classes(
         if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < own.shape[-1]:
             raise QuietvitError(
                 f"the images have labels from {int(labels.min())} to {int(labels.max())}, but the "
-                f"model tells only {own.shape[-1]} classes apart; check it on its own data."
+                f"model has only {own.shape[-1]} classes; check it on its own data."
             )
         theirs, own, again = theirs.argmax(-1), own.argmax(-1), again.argmax(-1)
         count, same = count + len(x), same + int((theirs == own).sum())
@@ -163,7 +161,7 @@ def compare_classes(
 def compare_features(
     loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], output: Output
 ) -> Features:
-    """Measure errors and cosines on images (B, C, H, W); labels are not looked at."""
+    """Measure errors and cosines on images (B, C, H, W), ignoring labels."""
     errors, moved, cosines = [], [], []
     for _, outputs in _outputs(loaded, quantized, given, output):
         theirs, own, again = (x.double().flatten(1) for x in outputs)
@@ -185,7 +183,7 @@ def compare_features(
 def _outputs(
     loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], output: Output
 ) -> Iterator[tuple[Labelled, tuple[Tensor, Tensor, Tensor]]]:
-    """Of each batch: what the file says, the simulated model, and that on images hardly moved."""
+    """Yield each batch with the outputs of file, simulated model, and that on noisy images."""
     noise = torch.Generator().manual_seed(0)
     for x, labels in given:
         loaded.check_images(tuple(x.shape))
@@ -195,7 +193,7 @@ def _outputs(
         theirs = torch.from_numpy(loaded(x.numpy()))
         if theirs.shape != own.shape:
             raise QuietvitError(
-                f"{loaded.path} gives {tuple(theirs.shape)} for {len(x)} images, the simulated "
-                f"model {tuple(own.shape)}; give the .qvit that it was exported from."
+                f"{loaded.path} gives {tuple(theirs.shape)} for {len(x)} images, but the simulated "
+                f"model gives {tuple(own.shape)}; give the .qvit that it was exported from."
             )
         yield (x, labels), (theirs, own, again)

@@ -1,4 +1,4 @@
-"""``Embedding``: what an exported encoder or backbone gives for one image."""
+"""``Embedding``: the output of an exported encoder or backbone for one image."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from quietvit.files import write_atomic
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """The output of a file that gives no scores of classes: an embedding, or a feature map.
+    """The output of a file without class scores: an embedding or a feature map.
 
-    ``name``: what the output is called. ``values``: float32, without the batch, as (dim,) for an
-    embedding.
+    ``name`` is the output's name. ``values`` is float32 without the batch, (dim,) for an embedding.
     """
 
     name: str
@@ -32,13 +31,13 @@ class Embedding:
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: name, shape, and the values as nested lists."""
+        """Return name, shape and values (nested lists) for JSON."""
         shape = list(self.values.shape)
         return {"output": self.name, "shape": shape, "values": self.values.tolist()}
 
 
 def save_embeddings(path: str | Path, embeddings: list[Embedding]) -> Path:
-    """Write a .npy file with all values, (images, ...), for ``numpy.load``."""
+    """Write all values, (images, ...), to a .npy file for ``numpy.load``."""
     content = io.BytesIO()
     np.save(content, np.stack([embedding.values for embedding in embeddings]), allow_pickle=False)
     return write_atomic(path, content.getvalue())

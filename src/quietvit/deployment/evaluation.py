@@ -1,4 +1,4 @@
-"""An exported file as ``quietvit.data.evaluate`` measures it, with its own preprocessing."""
+"""Wrap an exported file as a model that ``quietvit.data.evaluate`` can measure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from quietvit.errors import QuietvitError
 
 
 class FileModel(nn.Module):
-    """A file in its runtime, called as a model is: images (B, C, H, W) -> logits (B, classes).
+    """A file in its runtime as a module: images (B, C, H, W) -> logits (B, classes).
 
-    Raises QuietvitError where the file gives no scores of classes.
+    Raises QuietvitError if the file gives no class scores.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -26,8 +26,8 @@ class FileModel(nn.Module):
         output = runtime.facts.output
         if not output.of_classes:
             raise QuietvitError(
-                f"{runtime.path} gives {output}, no scores of classes, so it has no top-1; "
-                "'quietvit predict' prints what it gives, 'quietvit check' compares it."
+                f"{runtime.path} gives {output} and no class scores, so it has no top-1. Use "
+                "'quietvit predict' to print its output, or 'quietvit check' to compare it."
             )
         self.runtime = runtime
         name_classes(self, runtime.facts.labels)
@@ -38,5 +38,5 @@ class FileModel(nn.Module):
 
 
 def file_transform(runtime: Runtime) -> Callable[[Image.Image], Tensor]:
-    """The preprocessing that travels in the file: PIL RGB -> (C, H, W)."""
+    """Return the preprocessing stored in the file: PIL RGB -> (C, H, W)."""
     return transform_of(runtime.facts.preprocessing, Path(runtime.path))

@@ -1,6 +1,6 @@
-"""``export``: from a quantized model to a file that a runtime computes in integers.
+"""``export``: write a quantized model as a file that a runtime computes in integers.
 
-How a file is written is in its target's folder. What ran in integers is proven by ``check``.
+Each target's folder writes its own files. ``check`` proves what ran in integers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.tracing import MATMUL_KINDS, plain_model
 
 PRESUMED = (
-    "the classes have the names in timm's configuration of this architecture; if the head was "
-    "trained on other data, give its names (labels=..., --labels)"
+    "the class names come from timm's configuration of this architecture; if the head was trained "
+    "on other data, give its names (labels=..., --labels)"
 )
 
 
@@ -48,55 +48,53 @@ def export(
 ) -> Artifact:
     """Write a quantized model as a file whose products a runtime computes in integers.
 
-    The file takes ``images`` (batch, C, H, W), float32. The batch is dynamic. Where torch.export
-    can only keep it at 1, a note among the facts says so. Weights are stored as integers: int8, or
-    int4 where they have at most 4 bits (opset 21, neither torchao nor ``signed``). Activations of
-    fewer than 8 bits are carried in 8-bit codes: their accuracy, the speed of 8 bits. Weights of
-    more than 2 GB lie in a second file, ``model.onnx.data``.
+    The file takes ``images`` (batch, C, H, W), float32. The batch is dynamic; if torch.export can
+    only keep it at 1, a note in the facts says so. Weights are stored as int8, or as int4 if they
+    have at most 4 bits (opset 21, not for torchao or ``signed``). Activations of fewer than 8 bits
+    use 8-bit codes: accuracy is that of their bits, speed that of 8 bits. Weights above 2 GB go to
+    a second file, ``model.onnx.data``.
 
     Args:
-        quantized: the model, calibrated.
+        quantized: the calibrated model.
         path: where to write.
         to: the target: ``onnx`` (an .onnx for onnxruntime), ``openvino`` (.xml and .bin),
-            ``torchao`` (a folder for ``load_torchao``, whose linears alone are integers), or one
-            of ``register_target``. By default what the suffix of ``path`` says.
-        as_: replace quantizers that no integer kernel has, and say what that loses. Without it they
-            are refused. ``uniform`` replaces logarithmic and two-range codes, one scale for each
-            channel, and more than 8 bits by uniform codes of 8 bits. ``symmetric`` also replaces
-            what is not symmetric, and implies ``signed``.
+            ``torchao`` (a folder for ``load_torchao``, only its linears are integers), or one of
+            ``register_target``. By default the suffix of ``path`` decides.
+        as_: replace quantizers that have no integer kernel, and report the loss. By default they
+            are refused: logarithmic and two-range codes, activations with a scale per channel, and
+            more than 8 bits. ``uniform`` puts uniform codes of at most 8 bits in their place.
+            ``symmetric`` also replaces asymmetric codes, and implies ``signed``.
         opset: of the ONNX graph, 20 or 21.
-        signed: activations are int8 with zero point 0, as TensorRT wants them, in place of uint8.
-            The integers are the same but for the offset of 128. Where a zero point would stay, the
-            export is refused.
-        output: which tensor of the model's output the file gives, by name (``pooler_output``,
-            ``feature_maps.1``) or place. By default ``logits``; else ``image_embeds`` or
-            ``pooler_output``; else the only tensor. An only tensor (batch, n) counts as scores of
-            classes, unless the model has ``num_classes == 0``. ``output="embeddings"`` says that it
-            is none.
+        signed: store activations as int8 with zero point 0, as TensorRT needs, instead of uint8.
+            The integers only shift by 128. The export is refused if a zero point would remain.
+        output: the tensor of the model's output to export, by name (``pooler_output``,
+            ``feature_maps.1``) or index. By default ``logits``; else ``image_embeds`` or
+            ``pooler_output``; else the only tensor. An only tensor (batch, n) counts as class
+            scores, unless the model has ``num_classes == 0``. ``output="embeddings"`` marks it as
+            an embedding.
         preprocessing: timm's data config, an image processor of transformers, or torchvision's
             ``weights.transforms()``. By default the model's own.
-        labels: a name for each class. By default those of the model (``quietvit.data.names_of``).
+        labels: a name for each class. By default the model's (``quietvit.data.names_of``).
         force: replace an earlier export.
 
     Raises:
-        QuietvitError: a model that is not quantized or not calibrated, codes without integer
-            kernels, several outputs and no choice, preprocessing that is not understood, a setting
-            that the target does not take, a model that torch cannot export, a missing extra, or a
-            path in use.
+        QuietvitError: a model that is not quantized or not calibrated, codes without an integer
+            kernel, several outputs and no choice, unknown preprocessing, a setting that the target
+            does not take, a model that torch cannot export, a missing extra, or a path in use.
     """
     quantized = plain_model(quantized)  # type: ignore[assignment]
     if not isinstance(quantized, QuantizedModel):
         raise QuietvitError(
             f"a {type(quantized).__name__} is not quantized, so there are no integers to export. "
-            "Make it a QuantizedModel by quietvit.quantize(model, method, images), or read one by "
-            "quietvit.load(path)."
+            "Quantize it with quietvit.quantize(model, method, images), or read a QuantizedModel "
+            "with quietvit.load(path)."
         )
     path = Path(path)
     target = target_to_write(path, to)
     target.refuse_path(path, force)
     target.need()
     if as_ not in (None, *REPLACEMENTS):
-        raise QuietvitError(f"as_={as_!r} is not known; choose 'uniform' or 'symmetric'.")
+        raise QuietvitError(f"as_={as_!r} is unknown; choose 'uniform' or 'symmetric'.")
     signed = signed or as_ == "symmetric"
     target.refuse_settings(opset=opset, signed=signed)
     _refuse_uncalibrated(quantized)
@@ -106,7 +104,7 @@ def export(
     )
     given = output_of(own, own.input_shape, output, named_classes=labels is not None)
     if labels is not None and not given.of_classes:
-        raise QuietvitError(f"labels name classes, but the output is {given}; leave labels out.")
+        raise QuietvitError(f"labels name classes, but the output is {given}; leave out labels.")
     if as_ is not None:
         own, replaced = replacing_codes(own, as_)
     elif not target.leaves_float:
@@ -141,8 +139,8 @@ def _refuse_uncalibrated(quantized: QuantizedModel) -> None:
     slots = [slot for slot in quantized.slots() if not slot.is_weight]
     if not quantized.slots():
         raise QuietvitError(
-            "the model has no quantizers at all, so there are no integers to export. Quantize it "
-            "by quietvit.quantize(model, method, images)."
+            "the model has no quantizers, so there are no integers to export. Quantize it with "
+            "quietvit.quantize(model, method, images)."
         )
     untouched = [
         slot
@@ -154,7 +152,7 @@ def _refuse_uncalibrated(quantized: QuantizedModel) -> None:
     if slots and len(untouched) == len(slots):
         raise QuietvitError(
             f"the quantizers were never calibrated: all {len(slots)} activations have scale 1 and "
-            f"zero point 0, the first {slots[0].site.name}. Quantize with calibration images "
+            f"zero point 0 (first {slots[0].site.name}). Quantize with calibration images "
             "(quietvit.quantize), or load the finished .qvit."
         )
 
@@ -169,7 +167,7 @@ def _refuse_simulated(quantized: QuantizedModel, signed: bool) -> None:
             reasons.append(f"{slot.site.name} ({slot.operand}): {why}")
     if reasons:
         more = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
-        kernel = "integer kernel with signed codes alone" if signed else "integer kernel"
+        kernel = "integer kernel with signed codes" if signed else "integer kernel"
         raise QuietvitError(
             f"{len(reasons)} operands of this {quantized.method.name} model have no {kernel}: "
             f"{'; '.join(reasons[:2])}{more}. {remedy(signed)}"
@@ -191,17 +189,17 @@ def _unused_notes(output: Output, unused: Sequence[str]) -> list[str]:
 
 
 def _rounding_notes(quantized: QuantizedModel, grids: Mapping[str, Grid]) -> list[str]:
-    """What a reader of the bits alone would expect of the file, and what is so instead."""
+    """Say where the file computes otherwise than its bit widths suggest."""
     notes = []
     slots = {slot.key: slot for slot in quantized.slots()}
     low = {grid.bits for key, grid in grids.items() if not slots[key].is_weight} - {8}
     if low:
         bits = ", ".join(map(str, sorted(low)))
         notes.append(
-            f"activations of {bits} bits are carried in 8-bit codes: the accuracy is theirs, the "
-            "speed that of 8 bits"
+            f"activations of {bits} bits use 8-bit codes: accuracy is that of {bits} bits, speed "
+            "that of 8 bits"
         )
     kinds = {slot.site.kind for slot in slots.values() if not slot.is_output}
     if not kinds <= MATMUL_KINDS:
-        notes.append("operands of norms, softmax or additions are rounded, and computed in float")
+        notes.append("operands of norms, softmax or additions are rounded, but computed in float")
     return notes

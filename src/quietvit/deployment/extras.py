@@ -1,4 +1,4 @@
-"""Packages that only some targets need, and what to install where one is missing."""
+"""Import checks for packages that only some targets need, with the command to install them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quietvit.errors import QuietvitError
 def need(*packages: str, install: str) -> None:
     """Raise QuietvitError unless all ``packages`` can be imported.
 
-    ``install``: what pip installs to have them, such as ``quietvit[onnx]``.
+    ``install`` is the pip requirement that provides them, such as ``quietvit[onnx]``.
     """
     for name in packages:
         try:

@@ -1,6 +1,6 @@
-"""What travels inside an exported file: sites, grids, preprocessing, labels, where it came from.
+"""The facts stored in an exported file: products, grids, preprocessing, labels and origin.
 
-JSON in the file's own metadata, under the key ``quietvit``; data, never code.
+They are JSON in the file's own metadata, under the key ``quietvit``. They contain no code.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from quietvit.files import json_text
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import MATMUL_KINDS
 
-UNCLAIMED = "written by torch in a form that is not followed, so nothing is claimed of it"
+UNCLAIMED = "torch wrote it in a form that quietvit does not recognize, so the file claims nothing"
 KEY, FORMAT, VERSION = "quietvit", "quietvit exported model", 2
 READ = (1, VERSION)
 COARSEST = 1 / 4
-"""Most that ``Product.rounded`` may allow a code to be moved, in steps; coarser ones are float."""
+"""The largest rounding (steps) in ``Product.rounded``. A coarser convolution stays in float."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product of the model: its share of the work, and the grids of its operands.
+    """One matrix product of the model, with its multiply-accumulates and its operands' grids.
 
-    ``operands``: name -> ``Grid.facts``, empty where the product is in float, and ``why_float``
-    then says why. ``rounded``: of a convolution that gives codes, the ``slot`` (``site:operand``)
-    whose codes these are, and by how much of their step ``rounding`` may move them.
+    ``operands`` maps names to ``Grid.facts``. ``why_float`` is the reason if the file does not
+    claim integers. ``rounded`` is set for a convolution that outputs codes: ``slot``
+    (``site:operand``) names whose codes they are, and ``rounding`` bounds their error in steps.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything ``quietvit check`` and ``quietvit predict`` need beside the graph.
+    """Everything that ``quietvit check`` and ``quietvit predict`` need besides the graph.
 
-    ``replaced``: quantizers were replaced to export it, by ``uniform`` or by ``symmetric`` ones.
-    ``output``: what the file gives. ``unused``: products of the model that do not enter it.
+    ``replaced`` is the replacement that export applied to quantizers, ``uniform`` or ``symmetric``.
+    ``output`` is the file's output. ``unused`` lists products that do not enter the output.
     """
 
     method: str
@@ -77,19 +77,19 @@ class Facts:
 
     @classmethod
     def from_json(cls, text: str | None, path: Path) -> Facts:
-        """Raises QuietvitError where the text is not what ``to_json`` wrote."""
+        """Read what ``to_json`` wrote. Raises QuietvitError for any other text."""
         try:
             content = json.loads(text or "")
             known = content.pop("format"), content.pop("version")
         except (ValueError, KeyError, AttributeError) as error:
             raise QuietvitError(
                 f"{path} was not exported by quietvit: its metadata has no entry {KEY!r} "
-                f"({type(error).__name__}). Export it from its .qvit by 'quietvit export'."
+                f"({type(error).__name__}). Export it from its .qvit with 'quietvit export'."
             ) from error
         if known[0] != FORMAT or known[1] not in READ:
             raise QuietvitError(
-                f"{path} is {known[0]!r} of version {known[1]!r}, this quietvit reads {FORMAT!r} "
-                f"of versions {READ[0]} to {VERSION}; export it again from its .qvit."
+                f"{path} is {known[0]!r} of version {known[1]!r}, but this quietvit reads "
+                f"{FORMAT!r} of versions {READ[0]} to {VERSION}; export it again from its .qvit."
             )
         if known[1] == 1:
             content["replaced"] = "uniform" if content.pop("uniform") else None
@@ -108,9 +108,9 @@ class Facts:
         reasons: Mapping[str, str],
         rounded: Mapping[str, dict[str, Any]],
     ) -> Facts:
-        """The facts with no product claimed to be integer but those named.
+        """Return the facts with integers claimed only for the products in ``names``.
 
-        ``reasons``: why another one is float, by name; ``rounded``: ``Product.rounded``, by name.
+        ``reasons`` tells by name why others are float. ``rounded`` is ``Product.rounded`` by name.
         """
 
         def held_to(product: Product) -> Product:
@@ -137,9 +137,9 @@ def facts_of(
     output: Output | None = None,
     unused: Collection[str] = (),
 ) -> Facts:
-    """Collect the facts of a quantized model; ``grids`` by key, of the slots that have one.
+    """Collect the facts of a quantized model. ``grids`` holds the existing grids by slot key.
 
-    ``unused``: sites whose products do not enter the output; they do not count.
+    Sites in ``unused`` do not enter the output and do not count.
     """
     keys: dict[str, dict[str, str]] = {}
     for slot in quantized.slots():
@@ -155,7 +155,7 @@ def facts_of(
         operands = {name: grids[key].facts for name, key in own if key in grids}
         for operand in operands.values():
             if isinstance(operand["scale"], list):
-                operand["scale"] = operand["zero_point"] = None  # long, and in the graph
+                operand["scale"] = operand["zero_point"] = None  # one per channel: see the graph
         why = reasons.get(site.name)
         products.append(Product(site.name, site.kind, site.macs, operands, why))
     known = {p.name for p in products} | set(unused)

@@ -1,7 +1,6 @@
-"""``Grid``: the integers of a quantizer as a runtime holds them, 8 bits wide, and their scales.
+"""``Grid``: a quantizer's integers in the 8-bit form that runtimes store, with their scales.
 
-Which operand stands on which grid is the quantized model's business; nodes are written in
-``for_onnx``.
+The quantized model decides which operand has which grid. ``for_onnx`` writes the nodes.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from quietvit.quantization.slot import Slot
 
 @dataclass(frozen=True)
 class Grid:
-    """value = scale * (code - zero_point), codes from ``low`` to ``high``.
+    """An affine grid: value = scale * (code - zero_point), with codes from ``low`` to ``high``.
 
-    Derived here: the codes of the quantizer moved by a whole number, ``moved``, and the zero point
-    with them, so that activations are unsigned (0 to 2^b - 1) and weights signed (-2^(b-1) to
-    2^(b-1) - 1), which is what integer kernels take; no value changes. In files with signed codes
-    activations are signed, too. ``scale`` float32 and ``zero_point`` are () or (channels,) along
-    ``axis``.
+    Integer kernels take unsigned activations (0 to 2^b - 1) and signed weights (-2^(b-1) to
+    2^(b-1) - 1). So the quantizer's codes and zero point are shifted by the integer ``moved``,
+    which changes no value. Example: signed 8-bit activations get ``moved`` = 128. In files with
+    signed codes, activations are signed too. ``scale`` (float32) and ``zero_point`` have shape ()
+    or (channels,) along ``axis``. Derived here.
     """
 
     bits: int
@@ -38,11 +37,11 @@ class Grid:
 
     @classmethod
     def of(cls, slot: Slot, quantizer: Quantizer, signed: bool = False) -> Grid:
-        """The grid of a slot's quantizer; with ``signed`` its codes are signed, zero points zero.
+        """Return the grid of a slot's quantizer. ``signed`` needs signed codes, zero point 0.
 
-        Raises QuietvitError, naming the site, where no integer kernel has it: more than 8 bits,
-        unequal steps, or activations with a scale for each channel. With ``signed`` also where the
-        same integers have no zero point of zero.
+        Raises QuietvitError with the site's name if no integer kernel takes the codes: more than 8
+        bits, unequal steps, or activations with a scale per channel. With ``signed`` a zero point
+        that the shift does not make 0 is refused too.
         """
         reason = why_none(slot, quantizer, signed)
         if reason is not None:
@@ -77,7 +76,7 @@ class Grid:
 
     @property
     def ends(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Smallest and largest value, where the codes are fewer than the 8-bit type holds."""
+        """Smallest and largest value if there are fewer codes than the 8-bit type holds."""
         if self.bits == 8:
             return None
         low = (self.low - self.zero_point) * self.scale.astype(np.float64)
@@ -85,14 +84,14 @@ class Grid:
         return low.astype(np.float32), high.astype(np.float32)
 
     def codes(self, quantizer: Quantizer, x: Tensor) -> np.ndarray:
-        """Codes of x on this grid, as the 8-bit type, shape of x."""
+        """Return the codes of x on this grid in the 8-bit type, with the shape of x."""
         found = quantizer.codes(x).cpu().numpy().astype(np.int64) + self.moved
         assert found.size == 0 or (found.min() >= self.low and found.max() <= self.high)
         return found.astype(self.dtype)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """JSON-able; scales as they are, since float32 survives JSON."""
+        """The grid for JSON. Scales are exact, because float32 survives JSON."""
         return {
             "bits": self.bits,
             "moved": self.moved,
@@ -105,9 +104,9 @@ class Grid:
 def grids_of(
     quantized: QuantizedModel, strict: bool = True, signed: bool = False
 ) -> dict[str, Grid]:
-    """The grid of every slot, by its key, with ``signed`` codes or with unsigned activations.
+    """Return the grid of every slot by key. ``signed`` makes activations signed too.
 
-    Where a slot has none it is left out, or with ``strict`` QuietvitError is raised.
+    A slot without a grid is left out, or raises QuietvitError if ``strict``.
     """
     found = {}
     for slot in quantized.slots():
@@ -119,33 +118,33 @@ def grids_of(
 
 
 def remedy(signed: bool) -> str:
-    """What to do about codes that no integer kernel has, or that are not signed."""
+    """Return the remedy for codes that have no integer kernel, or that are not signed."""
     if signed:
         return (
-            'as_="symmetric" (--as symmetric) puts symmetric quantizers in their place and says '
-            "what is lost; activation_symmetric=True and weight_symmetric=True of the method make "
-            "most of them symmetric from the start."
+            'as_="symmetric" (--as symmetric) replaces them by symmetric quantizers and reports '
+            "the loss. activation_symmetric=True and weight_symmetric=True of the method make most "
+            "of them symmetric from the start."
         )
     return (
-        'as_="uniform" (--as uniform) puts uniform quantizers of 8 bits at most in their place and '
-        "says what is lost."
+        'as_="uniform" (--as uniform) replaces them by uniform quantizers of at most 8 bits and '
+        "reports the loss."
     )
 
 
 def why_none(slot: Slot, quantizer: Quantizer, signed: bool = False) -> str | None:
-    """Why no integer kernel computes with the codes of a quantizer; None where one does.
+    """Return why no integer kernel takes a quantizer's codes, or None if one does.
 
-    With ``signed``: one that takes signed codes without zero points alone.
+    ``signed`` asks for a kernel that takes only signed codes without zero points.
     """
     if not isinstance(quantizer, AffineQuantizer):
         return f"its {quantizer.kind} codes are not evenly spaced, and no integer kernel takes them"
     if quantizer.bits > 8:
-        return f"integer kernels multiply 8 bits at most, it has {quantizer.bits}"
+        return f"integer kernels multiply at most 8 bits, but it has {quantizer.bits}"
     if not slot.is_weight and quantizer.axis is not None:
-        return "activations need one scale for the tensor, it has one for each channel"
+        return "activations need one scale for the tensor, but it has one for each channel"
     middle = 0 if quantizer.signed else 1 << (quantizer.bits - 1)
     if signed and bool((quantizer.zero_point != middle).any()):
         if not quantizer.signed and not bool(quantizer.zero_point.any()):
-            return "its codes are unsigned, none of its values is negative"
+            return "its codes are unsigned, because none of its values is negative"
         return "its values have a zero point"
     return None

@@ -1,4 +1,4 @@
-"""A model as every target and every comparison takes it: with float32 weights."""
+"""Convert a model to float32 weights, which all targets and comparisons need."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from quietvit.quantization import QuantizedModel
 
 
 def as_float32(quantized: QuantizedModel) -> QuantizedModel:
-    """The model itself where its weights are float32, else a copy in float32."""
+    """Return the model itself if its weights are float32, else a float32 copy."""
     floats = {p.dtype for p in quantized.parameters() if p.is_floating_point()}
     return quantized if floats <= {torch.float32} else copy.deepcopy(quantized).float()

@@ -1,4 +1,4 @@
-"""``open_runtime``: an exported file in its runtime, and an error that says what else a path is."""
+"""``open_runtime``: open an exported file in its runtime, or explain what the path is instead."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0)
     """Open an exported file or folder in a runtime.
 
     Args:
-        path: what ``export`` wrote.
+        path: a file or folder that ``export`` wrote.
         runtime: ``onnxruntime`` (.onnx), ``openvino`` (.xml and .onnx), ``torchao`` (its folder),
-            or that of a target of your own. By default the one that the file was made for.
-        threads: of the processor; 0 is the runtime's choice.
+            or that of your own target. By default the one that the file was made for.
+        threads: number of CPU threads; 0 lets the runtime choose.
 
-    Raises:
-        QuietvitError: a missing, truncated or foreign file, a runtime that does not open it, or a
-            missing extra.
+    Raises QuietvitError for a missing, truncated or foreign file, a runtime that does not open it,
+    or a missing extra.
     """
     path = Path(path)
     refuse_other_bytes(path)
@@ -44,16 +43,16 @@ def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0)
 
 def _why_not(path: Path) -> str:
     examples = listed([f"model{target.suffix}" for target in TARGETS.values()])
-    ask = f"Give what 'quietvit export' wrote, such as {examples}."
+    ask = f"Give a file that 'quietvit export' wrote, such as {examples}."
     if storage.FORMAT.holds(path):
         return (
-            f"{path} is a quantized model that was not exported yet. Export it by 'quietvit export "
-            f"{path}' (quietvit.export), and give the exported file."
+            f"{path} is a quantized model that was not exported yet. Export it with 'quietvit "
+            f"export {path}' (quietvit.export), and give the exported file."
         )
     if path.is_dir():
         what = "a training run" if (path / "result.json").is_file() else "a folder"
         return f"{path} is {what}, not an exported file. {ask}"
     if not path.exists():
         return f"{path} does not exist. {ask}"
-    suffixes = " nor in ".join(target.suffix for target in TARGETS.values())
-    return f"{path} ends neither in {suffixes}. {ask}"
+    suffixes = " or ".join(target.suffix for target in TARGETS.values())
+    return f"{path} does not end in {suffixes}. {ask}"

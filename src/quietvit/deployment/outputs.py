@@ -1,6 +1,6 @@
-"""Which tensor of a model's output is exported and compared: logits, an embedding, a feature map.
+"""Choose the tensor of a model's output to export: logits, an embedding or a feature map.
 
-What is done with the tensor is decided in ``exporting``, ``comparing`` and ``predicting``.
+``exporting``, ``comparing`` and ``predicting`` use the tensor.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ EMBEDDINGS = ("image_embeds", "pooler_output", "embeddings", "embedding")
 class Output:
     """The one tensor that an exported file gives.
 
-    ``name``: its name in the file. ``path``: where the model's own output holds it, such as
-    ``pooler_output`` or ``feature_maps.1``; empty where the model returns nothing else; None, as in
-    files of version 1, for the default choice. ``kind``: ``classes`` for scores of classes
-    (batch, classes), ``features`` for anything else. ``shape``: without the batch.
+    ``name`` is its name in the file. ``path`` locates it in the model's output, such as
+    ``pooler_output`` or ``feature_maps.1``. It is empty if the model returns a bare tensor, and
+    None (files of version 1) for the default choice. ``kind`` is ``classes`` for class scores
+    (batch, classes), else ``features``. ``shape`` excludes the batch.
     """
 
     name: str = LOGITS
@@ -46,13 +46,13 @@ class Output:
         return f"{self.name}{shape}, {self.kind}"
 
     def of(self, output: Any) -> Tensor:
-        """This tensor of a model's output. Raises QuietvitError where it is not there."""
+        """Return this tensor from a model's output. Raises QuietvitError if it is missing."""
         found = tensors_of(output)
         path = _default(found) if self.path is None else self.path
         if path not in found:
             raise QuietvitError(
                 f"the model gives no tensor {path!r}, but {_listed(found)}; give the model that "
-                "the file was exported from."
+                "was exported."
             )
         return found[path]
 
@@ -63,16 +63,15 @@ def output_of(
     wanted: str | int | None = None,
     named_classes: bool = False,
 ) -> Output:
-    """Choose the tensor to export, by one pass over two black images (2, C, H, W).
+    """Choose the tensor to export after one pass over two black images (2, C, H, W).
 
-    ``wanted``: its path or its place among the tensors. None takes ``logits``; else
-    ``image_embeds`` or ``pooler_output``; else the only tensor. A tensor without a name of its own
-    gets the name ``wanted``. The tensor is of classes where it has two dims and is called
-    ``logits``, or has no name at all and the model does not say ``num_classes == 0``, or has names
-    of classes (``named_classes``).
+    ``wanted`` is its path or index among the tensors. None takes ``logits``; else ``image_embeds``
+    or ``pooler_output``; else the only tensor. An unnamed tensor gets the name ``wanted``.
+    A tensor of two dims holds class scores if it is called ``logits`` or if ``named_classes``.
+    An unnamed one also does, unless the model has ``num_classes == 0``.
 
-    Raises QuietvitError for several tensors and no choice, an unknown name or place, and a tensor
-    whose first dim is not the batch, and a model that takes more than images.
+    Raises QuietvitError if the choice is unclear or unknown, if the tensor's first dim is not the
+    batch, or if the model needs more than images.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(2, *input_shape, device=device)
@@ -82,12 +81,12 @@ def output_of(
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise QuietvitError(
-            f"the model could not be run on two images {tuple(images.shape)} to see what it gives "
+            f"the model could not run on two images {tuple(images.shape)} "
             f"({type(error).__name__}: {reason}); "
-            "export takes models of one input, images, that run at any batch size."
+            "export needs a model whose only input is images, with any batch size."
         ) from error
     if not found:
-        raise QuietvitError("the model gives no tensor at all; wrap it so that it returns one.")
+        raise QuietvitError("the model returns no tensor; wrap it so that it returns one.")
     path = _default(found) if wanted is None else _chosen(found, wanted)
     shape = tuple(found[path].shape)
     if len(shape) < 2 or shape[0] != 2:
@@ -117,9 +116,9 @@ def _described(
 
 
 def unused_products(quantized: QuantizedModel, output: Output) -> tuple[str, ...]:
-    """Names of the products that do not enter the output: those behind a feature map, for example.
+    """Return the products that do not enter the output, such as those after a feature map.
 
-    They are those that no gradient of the output reaches. Empty where the model returns one tensor.
+    The output's gradient does not reach them. Empty if the model returns a bare tensor.
     """
     if output.path in ("", None):
         return ()
@@ -150,7 +149,7 @@ def _default(found: Mapping[str, Tensor]) -> str:
         return next(iter(found))
     raise QuietvitError(
         f"the model gives {len(found)} tensors, and none is called logits or pooler_output: "
-        f"{_listed(found)}. Choose one by its name or place: output=... (--output-tensor)."
+        f"{_listed(found)}. Choose one by name or index: output=... (--output-tensor)."
     )
 
 
@@ -165,13 +164,13 @@ def _chosen(found: Mapping[str, Tensor], wanted: str | int) -> str:
     if isinstance(place, int) and not isinstance(place, bool) and 0 <= place < len(paths):
         return paths[place]
     raise QuietvitError(
-        f"the model has no output {wanted!r}; choose one of its tensors by name or place: "
+        f"the model has no output {wanted!r}; choose one of its tensors by name or index: "
         f"{_listed(found)}."
     )
 
 
 def _listed(found: Mapping[str, Tensor]) -> str:
-    """Place, name and shape of each tensor; ``B`` is the batch."""
+    """List index, name and shape of each tensor. ``B`` is the batch."""
     shown = [
         f"{place}: {path or 'the only tensor'} ({', '.join(['B', *map(str, x.shape[1:])])})"
         for place, (path, x) in enumerate(found.items())

@@ -1,7 +1,7 @@
-"""Whether an exported file computes what the simulated model computes, integer by integer.
+"""Compare an exported file with the simulated model, integer by integer.
 
-Logits are no test: one rounding that falls the other way moves them all. So every product is given
-the same inputs in both, and its codes and sums of products are compared.
+Logits cannot show this, because one value that rounds the other way changes all of them. So each
+product gets the same inputs in both, and its codes and sums of products are compared.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from quietvit.quantization import QuantizedModel
 from quietvit.quantization.slot import Slot
 
 TIE = 1e-3
-"""How far from the middle between two codes a value may be for its rounding to go either way."""
+"""A value this close to the midpoint of two codes (in steps) is a tie: both codes are right."""
 ROUNDING = 2.0**-21
-"""Share by which float32 arithmetic may move a sum of products on its way out of the integers."""
+"""The relative float32 error allowed when integer sums of products are scaled to floats."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """One product on given inputs.
+    """How far the file and the simulated model agree on one product.
 
-    ``codes``: how many integers went in; ``ties``: how many of them differ by one where the value
-    lies in the middle between both; ``wrong``: how many differ otherwise. ``sums``: how many sums
-    of products came out; ``off``: how many of them are not those of the codes. Of a convolution
-    that gives codes, ``sums`` are these, compared as those that went in are; the middle is then as
-    wide as its bias is rounded.
+    ``codes`` counts the input integers, ``ties`` those that differ by one at a midpoint, ``wrong``
+    those that differ otherwise. ``sums`` counts the output sums of products, ``off`` those that do
+    not follow from the codes. For a convolution that outputs codes, ``sums`` counts these codes.
+    They are compared like the inputs, with a tie width that also covers ``Product.rounded``.
     """
 
     product: str
@@ -52,10 +51,10 @@ class Agreement:
 def agreements(
     runtime: Runtime, facts: Facts, quantized: QuantizedModel, images: Tensor
 ) -> list[Agreement]:
-    """Compare every product that a file claims to be integer with the simulated model's.
+    """Compare every product that the file claims to be integer with the simulated model's.
 
-    ``images``: (N, C, H, W) as the model takes them. Raises QuietvitError where file and model do
-    not belong together, or where the runtime does not run single products.
+    ``images`` are (N, C, H, W) after the model's transform. Raises QuietvitError if file and model
+    do not belong together, or if the runtime cannot run single products.
     """
     wanted = [product for product in facts.products if product.why_float is None]
     if not wanted:
@@ -66,9 +65,9 @@ def agreements(
     for product in wanted:
         if len([s for s in slots.get(product.name, []) if not s.is_output]) != 2:
             raise QuietvitError(
-                f"{runtime.path} multiplies integers in {product.name}, where this "
-                f"{quantized.method.name} model has no two quantizers; give the .qvit that "
-                "it was exported from."
+                f"{runtime.path} multiplies integers in {product.name}, but this "
+                f"{quantized.method.name} model does not have two quantizers there; give the .qvit "
+                "that it was exported from."
             )
     operands = _operands(quantized, images)
     parts = runtime.parts([product.name for product in wanted])
@@ -99,7 +98,7 @@ def agreements(
 
 
 def _operands(quantized: QuantizedModel, images: Tensor) -> dict[str, dict[int, Tensor]]:
-    """Every operand as its quantizer gets it, in one pass of the simulated model."""
+    """Return every operand as its quantizer receives it: site -> operand index -> tensor."""
     kept: dict[str, dict[int, Tensor]] = {}
 
     def keep(slot: Slot, x: Tensor) -> Tensor:
@@ -113,10 +112,10 @@ def _operands(quantized: QuantizedModel, images: Tensor) -> dict[str, dict[int, 
 
 
 def _settled(x: Tensor, quantizer: Any) -> Tensor:
-    """The values, but those in the middle between two codes as the simulated model rounds them.
+    """Return x with ties replaced by the simulated model's rounded values.
 
-    A file may round these the other way. A convolution that gives codes would carry that step to
-    its output, where only its own rounding is allowed for.
+    The file may round ties the other way. A convolution that outputs codes would pass that
+    difference on to its output, whose tolerance covers only the convolution's own rounding.
     """
     steps = x.double() / float(quantizer.scale)
     middle = (steps - steps.floor() - 0.5).abs() < TIE
@@ -131,9 +130,10 @@ def _operand_codes(
     theirs: list[np.ndarray],
     corrected: bool,
 ) -> tuple[tuple[int, int, int], list[np.ndarray], Any, bool]:
-    """(codes, ties, wrong) of both operands; the integers multiplied; their scale.
+    """Return (codes, ties, wrong), both sides' integers without zero point, scale, corrected.
 
-    ``corrected``: the file takes a weight's zero points out and corrects the sums in float.
+    ``corrected`` in: the file takes zero points out of weights and corrects the sums in float.
+    ``corrected`` out: this also happens in this product.
     """
     codes, ties, wrong = 0, 0, 0
     sides: list[np.ndarray] = []
@@ -166,15 +166,15 @@ def _rounded(
     operands: dict[str, dict[int, Tensor]],
     theirs: np.ndarray,
 ) -> tuple[int, int, int]:
-    """(codes, ties, others that differ) of a convolution that gives the codes of its reader."""
+    """Return (codes, ties, wrong) for a convolution that outputs the codes of its reader."""
     assert product.rounded is not None
     site, _, operand = product.rounded["slot"].rpartition(":")
     slot = next((slot for slot in slots.get(site, []) if slot.operand == operand), None)
     if slot is None:
         raise QuietvitError(
-            f"{runtime.path} quantizes the output of {product.name} as {site} ({operand}), where "
-            f"this {quantized.method.name} model has no quantizer; give the .qvit that it was "
-            "exported from."
+            f"{runtime.path} quantizes the output of {product.name} as {site} ({operand}), but "
+            f"this {quantized.method.name} model has no quantizer there; give the .qvit that it "
+            "was exported from."
         )
     quantizer: Any = quantized.quantizers[slot.key]
     x = operands[site][slot.index]
@@ -188,7 +188,7 @@ def _rounded(
 def _differing(
     own: np.ndarray, theirs: np.ndarray, x: Tensor, quantizer: Any, tie: Any = TIE
 ) -> tuple[int, int]:
-    """(ties, others) among codes that differ; ``tie`` is how far from the middle one may be."""
+    """Return (ties, wrong) among differing codes. ``tie`` is the distance from a midpoint."""
     apart = own != theirs
     if not apart.any():
         return 0, 0
@@ -209,10 +209,10 @@ def _along(values: np.ndarray, axis: int | None, ndim: int) -> np.ndarray:
 def _sums(
     product: Product, sides: list[np.ndarray], scale: np.ndarray, found: np.ndarray, corrected: bool
 ) -> tuple[int, int]:
-    """(how many, how many differ) of scale times the sums of products of the integers.
+    """Return how many scaled sums of products there are, and how many are off.
 
-    Where sums are ``corrected`` two large float32 numbers may have left a small one: the rounding
-    is then in shares of the sum of absolute products and of 128 for each code.
+    A ``corrected`` sum is a difference of two large float32 numbers. So its tolerance is relative
+    to the sum of |left| * (|right| + 128) over the two sides' integers, not to the sum itself.
     """
     left, right = (side.astype(np.float64) for side in sides)  # exact: all stay below 2^53
 
@@ -230,7 +230,7 @@ def _sums(
 
 
 def _patch_product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """A convolution of patches as (B, L, out), as the file has it."""
+    """Return a convolution of patches as the product (B, L, out) that the file contains."""
     out, channels, kh, kw = weight.shape
     batch, _, height, width = x.shape
     h, w = height // kh, width // kw

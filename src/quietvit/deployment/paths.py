@@ -1,4 +1,4 @@
-"""Where the weights of an ONNX graph lie: in its file, or beside it where they are too large."""
+"""Decide whether the weights of an ONNX graph need a file of their own, and name it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 DATA = ".data"
 LIMIT = 2_000_000_000
-"""Bytes of weights up to which one ONNX file holds them: a protobuf message ends at 2 GiB."""
+"""The most bytes of weights in one ONNX file. A protobuf message ends at 2 GiB."""
 
 
 def too_large(weights: int) -> bool:
-    """Whether so many bytes of weights need a file of their own beside an ONNX graph."""
+    """Return whether this many bytes of weights need a file of their own."""
     return weights > LIMIT
 
 
 def data_of(path: Path) -> Path:
-    """Where the weights of an ONNX file lie that is too large to hold them."""
+    """Return the path of the weights' own file, next to the ONNX file ``path``."""
     return path.with_name(path.name + DATA)

@@ -1,4 +1,4 @@
-"""``predict``: an exported file on an image, with the preprocessing that travels in the file."""
+"""``predict``: run an exported file on an image with the preprocessing stored in the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quietvit.errors import QuietvitError
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class by its index and name, and its probability, the softmax of the logits."""
+    """A class with its index, name and probability (softmax of the logits)."""
 
     index: int
     label: str
@@ -37,20 +37,18 @@ def predict(
 ) -> Any:
     """Return the ``top`` most probable classes of an image, the most probable first.
 
-    That is a list of ``Prediction``. A file that gives no scores of classes, but an embedding or a
-    feature map, returns an ``Embedding``. A list of images gives a list of results. The image is
-    decoded as in every data set (``quietvit.data.decoding.decode``), then resized, cropped and
-    normalized as the model was evaluated.
+    The result is a list of ``Prediction``. If the file gives an embedding or a feature map, it is
+    an ``Embedding``. The image is decoded like in every data set (``quietvit.data.decoding``), then
+    resized, cropped and normalized like in the model's evaluation.
 
     Args:
-        model: what ``export`` wrote, or a runtime that is open already (``open_runtime``).
+        model: a file that ``export`` wrote, or an open runtime (``open_runtime``).
         image: a file, a PIL image of any size, or an array (height, width, 3) or (height, width)
-            before any transform; or a list of these, which gives a list of results.
+            before any transform. A list of these gives a list of results.
         top: how many classes.
 
-    Raises:
-        QuietvitError: a file that cannot be read, something else than an image, an artifact of ours
-            without preprocessing, or a foreign one.
+    Raises QuietvitError for an unreadable image file, an argument that is not an image, and a model
+    file that is foreign or has no preprocessing.
     """
     runtime = model if isinstance(model, Runtime) else open_runtime(model)
     if isinstance(image, list | tuple):
@@ -77,20 +75,20 @@ def predict(
 
 
 def preprocess(facts: Facts, image: Source, path: Path) -> np.ndarray:
-    """The image as the model takes it, (1, C, H, W) float32."""
+    """Return the image as model input, (1, C, H, W) float32."""
     transform = transform_of(facts.preprocessing, path)
     return np.asarray(transform(read_image(image)).unsqueeze(0).numpy())
 
 
 def read_image(image: Source) -> Image.Image:
-    """Decode an image to RGB. Raises QuietvitError naming the file, or what is no image."""
+    """Decode an image to RGB. Raises QuietvitError with the file or type if that fails."""
     if isinstance(image, Image.Image | np.ndarray):
         return decode(image, lambda: "the argument 'image'")
     if not isinstance(image, str | Path):
         more = ""
         if isinstance(image, Tensor):
             more = (
-                "; a tensor that is transformed already goes into the model itself: "
+                "; pass a transformed tensor to the model directly: "
                 "quietvit.deployment.open_runtime(path)(images.numpy())"
             )
         raise QuietvitError(

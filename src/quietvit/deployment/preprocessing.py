@@ -1,7 +1,7 @@
-"""Preprocessing in the forms in which people have it -> timm's data config, as files carry it.
+"""Convert preprocessing to timm's data config, the form stored in exported files.
 
-Known are timm's own configs, transformers' image processors, torchvision's ``weights.transforms()``
-and a Compose of resize, centre crop and normalization.
+It reads timm's configs, transformers' image processors, torchvision's ``weights.transforms()`` and
+a Compose of resize, centre crop and normalization.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ASK = (
 
 
 def plain_preprocessing(given: Any, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """Return timm's data config of ``given`` for images of ``shape`` (C, H, W); None for None.
+    """Return ``given`` as timm's data config for images of ``shape`` (C, H, W); None for None.
 
-    A dict gets the size ``shape``, as timm does it for a model built for another size. Anything
-    else has to make images of that size. What is translated is tried on two pictures first.
+    A timm config gets the size ``shape``, like in timm for a model built at another size. Any other
+    form must produce images of that size. Transforms are compared with timm's on two pictures.
 
-    Raises QuietvitError for what is not understood, values that JSON does not have, another size,
-    and steps that timm's evaluation transform does not have.
+    Raises QuietvitError for an unknown form, values that JSON cannot hold, another image size, and
+    steps that timm's evaluation transform does not have.
     """
     if given is None:
         return None
@@ -59,14 +59,14 @@ def plain_preprocessing(given: Any, shape: tuple[int, ...]) -> dict[str, Any] | 
 
 
 def transform_of(config: Mapping[str, Any] | None, path: Path) -> Callable[[Image.Image], Tensor]:
-    """timm's evaluation transform of a file's preprocessing: PIL RGB -> (C, H, W).
+    """Return timm's evaluation transform for a file's preprocessing: PIL RGB -> (C, H, W).
 
-    Raises QuietvitError where the file carries none.
+    Raises QuietvitError if the file at ``path`` has no preprocessing (``config`` is None).
     """
     if config is None:
         raise QuietvitError(
-            f"{path} carries no preprocessing, so an image cannot be prepared for it; export it "
-            f"with preprocessing=... {ASK}"
+            f"{path} carries no preprocessing, so images cannot be prepared for it; export it with "
+            f"preprocessing=... {ASK}"
         )
     from timm.data.transforms_factory import create_transform
 
@@ -77,16 +77,16 @@ def transform_of(config: Mapping[str, Any] | None, path: Path) -> Callable[[Imag
 
 
 def _tried(processor: Any, found: Mapping[str, Any]) -> None:
-    """Raise QuietvitError where timm's transform of ``found`` makes other images."""
+    """Raise QuietvitError if timm's transform of ``found`` and ``processor`` differ on images."""
     try:
         check_translation(processor, found, "the preprocessing")
-    except QuietvitError as error:  # its remedy is for folders of transformers
+    except QuietvitError as error:  # replace its remedy, which is for transformers folders
         told = str(error).partition(" Take preprocessor_config.json")[0]
         raise QuietvitError(f"{told} {ASK}") from error
 
 
 def _of_timm(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a data config; a whole ``pretrained_cfg`` has others beside them."""
+    """Return the ``KEYS`` of a data config. A whole ``pretrained_cfg`` may have more keys."""
     from timm.models import PretrainedCfg
 
     known = {*KEYS, *PretrainedCfg.__dataclass_fields__}
@@ -107,7 +107,7 @@ def _json(content: Mapping[str, Any]) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(json.dumps(dict(content)))
     except TypeError as error:
         raise QuietvitError(
-            f"the preprocessing {dict(content)} holds what is neither number, text nor list "
+            f"the preprocessing {dict(content)} has a value that is not a number, text or list "
             f"({error}); give plain values, such as interpolation='bicubic'."
         ) from error
     return plain
@@ -169,13 +169,13 @@ def _sides(size: Any) -> tuple[int, ...]:
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    """Numbers of a list or of a float32 tensor, as they were written down."""
+    """Return the numbers of a list or float32 tensor, rounded to the decimals people wrote."""
     flat = values.flatten().tolist() if hasattr(values, "flatten") else values
     return tuple(round(float(value), 6) for value in flat)
 
 
 def _as_processor(transform: Callable[[Any], Any]) -> Any:
-    """The transform with the call of a processor of transformers, for the trial."""
+    """Wrap a transform so that it is called like a transformers processor, for ``_tried``."""
 
     def processor(picture: Any, return_tensors: str) -> dict[str, Any]:
         return {"pixel_values": transform(picture)[None]}

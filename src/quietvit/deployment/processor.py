@@ -1,4 +1,4 @@
-"""What the processor can do with 8-bit integers. What follows is each runtime's business."""
+"""Detect whether the CPU has 8-bit dot products. Each runtime decides what to do about it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 
 
 def vnni() -> bool | None:
-    """Whether the processor has an instruction for 8-bit dot products.
+    """Return whether the processor has an instruction for 8-bit dot products.
 
-    True with VNNI, AMX or Arm's dot products; False on x86-64 without; None where it cannot be
-    told.
+    True with VNNI, AMX or Arm's dot products, False without, None if it is unknown.
     """
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return True
@@ -24,6 +23,6 @@ def vnni() -> bool | None:
 
 
 def described() -> str:
-    """A few words about the machine."""
+    """Return a short description of the machine."""
     known = {True: "with 8-bit dot products (VNNI or like)", False: "without VNNI", None: ""}
     return f"{platform.machine()} {known[vnni()]}".strip()

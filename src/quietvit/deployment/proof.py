@@ -1,6 +1,6 @@
-"""Which matrix products ran in integers, as the runtime's own graph tells.
+"""Find which matrix products ran in integers, from the runtime's own graph.
 
-A file that says int8 proves nothing: a runtime may compute all of it in float and not say so.
+A file that says int8 proves nothing, because a runtime may silently compute it in float.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from quietvit.deployment.runtime import Kernel, Runtime
 
 @dataclass(frozen=True)
 class Ran:
-    """How one matrix product ran: the runtime's operator, whether in integers, and why not."""
+    """How one matrix product ran: the runtime's operator, integer or not, and the reason if not."""
 
     product: str
     macs: int
@@ -24,7 +24,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Proof:
-    """How every product ran. ``claimed``: those that the file says are integers."""
+    """How every product ran. ``claimed`` names those that the file says are integers."""
 
     runtime: str
     ran: tuple[Ran, ...]
@@ -39,12 +39,12 @@ class Proof:
 
     @property
     def broken(self) -> tuple[Ran, ...]:
-        """Products that the file claims are integers and that ran in float."""
+        """Products that ran in float although the file claims integers."""
         return tuple(ran for ran in self.ran if ran.product in self.claimed and not ran.integer)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many products each operator of the runtime computed."""
+        """The number of products by operator of the runtime, largest first."""
         found: dict[str, int] = {}
         for ran in self.ran:
             found[ran.operator] = found.get(ran.operator, 0) + 1
@@ -52,9 +52,9 @@ class Proof:
 
 
 def prove(runtime: Runtime, facts: Facts) -> Proof:
-    """Read off the runtime's graph how each product of ``facts`` runs.
+    """Read from the runtime's graph how each product of ``facts`` runs.
 
-    Raises QuietvitError where the runtime does not tell.
+    Raises QuietvitError if the runtime does not tell.
     """
     facts = runtime.claims(facts)
     kernels = runtime.kernels(facts)
@@ -70,9 +70,9 @@ def _ran(product: Product, kernel: Kernel | None, precautions: frozenset[str]) -
     why = product.why_float
     if why is not None and (kernel is None or not kernel.integer):
         if kernel is not None and kernel.reason is not None and why in precautions:
-            why = kernel.reason  # what was seen says more than what was to be feared
+            why = kernel.reason  # the kernel seen here is more precise than the precaution
         return Ran(product.name, product.macs, kernel.operator if kernel else "float", False, why)
     if kernel is None:
-        reason = "no operator of the runtime's graph bears its name: it was fused into another"
+        reason = "no operator of the runtime's graph has its name, so it was fused into another"
         return Ran(product.name, product.macs, "?", False, reason)
     return Ran(product.name, product.macs, kernel.operator, kernel.integer, kernel.reason)

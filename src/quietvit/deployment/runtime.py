@@ -1,6 +1,6 @@
-"""``Runtime``: a model loaded by a runtime, what it computes, and what it tells about its kernels.
+"""``Runtime``: the interface of a model loaded by a runtime, and of its kernels and products.
 
-The runtimes themselves lie with their targets (``for_onnx``, ...); ``opening`` chooses one.
+Each target's folder (``for_onnx``, ...) has its runtime. ``opening`` chooses one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quietvit.errors import QuietvitError
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a runtime computes one product: its operator, whether in integers, and why not."""
+    """How a runtime computes one product: its operator, integer or not, and the reason if not."""
 
     operator: str
     integer: bool
@@ -28,11 +28,11 @@ class Kernel:
 
 
 class Parts(Protocol):
-    """The products of a file, cut out of it, so that each one runs on given operands."""
+    """The products of a file, cut out so that each one runs on given operands."""
 
     @property
     def codes(self) -> Mapping[str, list[str]]:
-        """Names of the quantized operands of each product, by the name of the product."""
+        """Names of the quantized operands by product name."""
 
     @property
     def corrected(self) -> bool:
@@ -41,20 +41,19 @@ class Parts(Protocol):
     def run(
         self, given: dict[str, list[Tensor]]
     ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
-        """(codes of the operands, output) of each product, for these values of its operands."""
+        """Return codes of the operands, and the output, by product name for given operands."""
 
 
 class Runtime(ABC):
-    """A model loaded by a runtime. ``runtime(images)`` is its output; both are numpy arrays.
+    """A model loaded by a runtime. ``runtime(images)`` maps numpy images to numpy outputs.
 
-    It takes any number of images. Where the file takes a fixed number at once, the images are run
-    in parts.
+    It takes any number of images. If the file has a fixed batch, the images run in parts.
 
-    A runtime of an own target defines ``_run``, ``metadata`` and ``input_shape``. ``kernels`` and
-    ``parts`` are needed for ``check`` alone.
+    A runtime for your own target defines ``_run``, ``metadata`` and ``input_shape``. Only ``check``
+    needs ``kernels`` and ``parts``.
 
-    ``path``: the file. ``name``: the runtime and its version. ``threads``: 0 is its own choice.
-    ``notes``: what a check should say about how the file was opened.
+    ``path`` is the file, ``name`` the runtime and its version. ``threads`` is the number of CPU
+    threads; 0 lets the runtime choose. A check prints ``notes`` about how the file was opened.
     """
 
     path: Path
@@ -63,18 +62,19 @@ class Runtime(ABC):
     notes: tuple[str, ...] = ()
     opens_float_onnx: bool = False
     """Whether ``type(runtime)(path, threads)`` opens a float .onnx, which ``check`` times."""
-    uncompared: str | None = "this runtime does not run products one by one: none is compared"
-    """Why ``parts`` is not there; None where it is."""
+    uncompared: str | None = "this runtime cannot run single products, so none is compared"
+    """Why ``parts`` is missing, or None if it exists."""
     unproven: str = "its runtime does not tell which products it computes in integers"
-    """Why ``kernels`` is not there."""
+    """Why ``kernels`` is missing."""
     precautions: frozenset[str] = frozenset()
-    """Reasons in a file for not claiming a product that the kernel seen here may correct."""
+    """Values of ``Product.why_float`` that are precautions; the kernel seen here is more exact."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         fixed = self.input_shape[0]
         if fixed is None or fixed == len(images):
             return self._run(images)
-        # The last part is filled up with the first images; what they give is cut off again.
+        # The last part is padded with the first images, and the padding's outputs are cut off.
+        # Example: 5 images in a fixed batch of 2 run as (0, 1), (2, 3), (4, 0).
         places = np.arange(-(-len(images) // fixed) * fixed) % len(images)
         parts = [self._run(images[part]) for part in places.reshape(-1, fixed)]
         return np.concatenate(parts)[: len(images)]
@@ -84,31 +84,31 @@ class Runtime(ABC):
 
     @abstractmethod
     def _run(self, images: np.ndarray) -> np.ndarray:
-        """The output for as many images (batch, C, H, W), float32, as the file takes at once."""
+        """Return the output for one batch (batch, C, H, W), float32, of a size the file takes."""
 
     @property
     @abstractmethod
     def metadata(self) -> str | None:
-        """The text that ``Facts.to_json`` made when the file was written; None without."""
+        """The text of ``Facts.to_json`` stored in the file, or None."""
 
     @property
     @abstractmethod
     def input_shape(self) -> tuple[int | None, ...]:
-        """(batch, C, H, W), None where any number fits."""
+        """(batch, C, H, W), with None for a free dimension."""
 
     @property
     def facts(self) -> Facts:
-        """What travels in the file. Raises QuietvitError where quietvit did not write it."""
+        """The facts in the file. Raises QuietvitError if quietvit did not write it."""
         return Facts.from_json(self.metadata, self.path)
 
     def claims(self, facts: Facts) -> Facts:
-        """The facts, without claims that this runtime does not keep on every processor."""
+        """Return the facts without claims that this runtime does not keep on every processor."""
         return facts
 
     def kernels(self, facts: Facts) -> Mapping[str, Kernel]:
-        """How each product runs, by ``name:product``, read off the runtime's own graph.
+        """Return how each product (``name:product``) runs, read from the runtime's own graph.
 
-        Raises QuietvitError where the runtime does not tell.
+        Raises QuietvitError if the runtime does not tell.
         """
         raise QuietvitError(
             f"{self.path} cannot be checked: {self.unproven}. 'quietvit evaluate' measures its "
@@ -116,7 +116,7 @@ class Runtime(ABC):
         )
 
     def parts(self, names: list[str]) -> Parts:
-        """The products of these names. Raises QuietvitError where one is not in the file."""
+        """Return the products of these names. Raises QuietvitError if one is not in the file."""
         raise QuietvitError(f"{self.path}: {self.uncompared}.")
 
     def check_images(self, shape: tuple[int, ...]) -> None:

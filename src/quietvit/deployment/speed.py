@@ -1,6 +1,6 @@
-"""How fast an exported model is, against the float model in the same runtime, in turn.
+"""Time an exported model and its float model alternately in the same runtime.
 
-Ratios of one run, since machines are noisy; nothing is concluded from absolute times.
+Only paired ratios are compared, because absolute times are noisy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WARM_UP, LEAST, MOST = 2, 5, 100
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds of one call, medians, and float over integer: the median of paired ratios."""
+    """Median milliseconds per call, and the median and quartiles of float / integer ratios."""
 
     batch: int
     integer_ms: float
@@ -36,7 +36,7 @@ class Speed:
 def measure(
     integer: Runtime, floating: Runtime, images: np.ndarray, seconds: float = 10.0
 ) -> Speed:
-    """Time one call of each in turn, on the same images (batch, C, H, W), for about so long."""
+    """Time alternating calls of both on images (batch, C, H, W) for about ``seconds``."""
     spent: dict[str, list[float]] = {"integer": [], "float": []}
     for _ in range(WARM_UP):
         integer(images)

@@ -1,6 +1,6 @@
-"""``Target``: all that quietvit knows about one kind of exported file, and what it is given.
+"""``Target``: the description of one kind of exported file, and ``Export``, its input.
 
-The targets lie in ``for_onnx``, ``for_openvino`` and ``for_torchao``; ``targets`` lists them.
+``for_onnx``, ``for_openvino`` and ``for_torchao`` define targets. ``targets`` lists them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _GIVEN = {"opset": "opset (--opset)", "signed": "signed (--signed) and as_='symm
 
 @dataclass(frozen=True)
 class Export:
-    """One export, as ``Target.write`` gets it.
+    """The input of ``Target.write``.
 
-    ``quantized``: the model in float32, on the CPU or not. ``facts``: what must travel in the file
-    as ``facts.to_json()``. ``grids``: the integers of each quantizer, by the key of its slot.
-    ``onnx_graph(at_once)``: the model as an ``onnx_ir.Model`` with its facts, for targets that are
-    made from ONNX. ``at_once``: the runtime has integer convolutions where the output is quantized.
+    ``quantized`` is the model in float32 on any device. The file must store ``facts.to_json()``.
+    ``grids`` holds the integers of each quantizer by slot key. ``onnx_graph(at_once)`` returns an
+    ``onnx_ir.Model`` and its facts, for targets made from ONNX. Set ``at_once`` if the runtime has
+    integer convolutions with a quantized output.
     """
 
     quantized: QuantizedModel
@@ -46,21 +46,21 @@ class Target:
     """One kind of exported file. ``register_target`` makes it known to every command.
 
     Args:
-        name: what ``export(to=...)`` and ``--to`` call it.
-        suffix: how its paths end, such as ``.onnx``.
-        runtime: what ``open_runtime(runtime=...)`` and ``--runtime`` call its runtime.
-        write: writes ``export.path`` whole, and returns the facts as they are in the file.
-        open: opens a path, with a number of threads (0: the runtime's choice). Raises
-            QuietvitError for a file that is cut short or foreign.
-        needs: packages that must be there to write it.
-        install: what pip installs to have them.
-        files: all files that an export to a path may write; None for the path alone. Not all of
-            them need to be there.
-        folder: the format of a target that is a folder; None for a file.
-        settings: which of ``SETTINGS`` it takes; others are refused.
-        leaves_float: it leaves products in float that have no integer kernel, and says so in the
-            facts. Otherwise export refuses quantizers without an integer kernel.
-        reads: suffixes of other targets that its runtime opens, too.
+        name: its name in ``export(to=...)`` and ``--to``.
+        suffix: the suffix of its paths, such as ``.onnx``.
+        runtime: its runtime's name in ``open_runtime(runtime=...)`` and ``--runtime``.
+        write: writes the whole ``export.path`` and returns the facts stored in the file.
+        open: opens a path with a number of threads (0: the runtime's choice). Raises QuietvitError
+            for a truncated or foreign file.
+        needs: packages that ``write`` imports.
+        install: the pip requirement that provides them.
+        files: all files that an export to a path may write, None for the path alone. Some may be
+            missing.
+        folder: the format if the target is a folder, None if it is a file.
+        settings: the keys of ``SETTINGS`` that it takes. Others are refused.
+        leaves_float: True if products without an integer kernel stay in float and the facts say so.
+            If False, export refuses quantizers without an integer kernel.
+        reads: suffixes of other targets that its runtime also opens.
     """
 
     name: str
@@ -81,23 +81,23 @@ class Target:
         return [path] if self.files is None else self.files(path)
 
     def holds(self, path: Path) -> bool:
-        """Whether ``path`` is there, and is an export of this target as far as names tell."""
+        """Return whether ``path`` exists and looks like an export of this target."""
         if self.folder is not None:
             return self.folder.holds(path)
         return path.is_file() and path.suffix == self.suffix
 
     def refuse_settings(self, **given: Any) -> None:
-        """Raise QuietvitError where one of ``given`` is changed and the target does not take it."""
+        """Raise QuietvitError if ``given`` changes a setting that the target does not take."""
         for name, value in given.items():
             if value != SETTINGS[name] and name not in self.settings:
                 raise QuietvitError(
-                    f"{name}={value!r} has no meaning for {self.name}; leave {_GIVEN[name]} out."
+                    f"{name}={value!r} has no meaning for {self.name}; leave out {_GIVEN[name]}."
                 )
 
     def refuse_path(self, path: Path, force: bool) -> None:
-        """Raise QuietvitError where ``path`` cannot be written, or something is there already.
+        """Raise QuietvitError if ``path`` exists or cannot be written.
 
-        With ``force`` an earlier export is replaced. A folder is replaced only if it is one.
+        ``force`` allows replacing an existing file, or a folder that is an earlier export.
         """
         if self.folder is not None:
             self.folder.refuse(path, force)
@@ -114,5 +114,5 @@ class Target:
         refuse_unwritable(path)
 
     def need(self) -> None:
-        """Raise QuietvitError, saying what to install, where a package is missing."""
+        """Raise QuietvitError with the install command if a package is missing."""
         need(*self.needs, install=self.install)

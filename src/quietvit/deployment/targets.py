@@ -1,4 +1,4 @@
-"""The targets that ``export`` can write: one row each. What a target is says ``target``."""
+"""The list of targets that ``export`` can write. ``target`` defines what a target is."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TARGETS = {target.name: target for target in (ONNX, OPENVINO, TORCHAO)}
 
 
 def register_target(target: Target) -> None:
-    """Make a target of your own known to ``export``, ``open_runtime`` and the commands.
+    """Add your own target to ``export``, ``open_runtime`` and the commands.
 
-    Raises QuietvitError where another target has its name, suffix or runtime, or where the suffix
-    does not begin with a dot.
+    Raises QuietvitError if its name, suffix or runtime is taken, its suffix has no dot, or its
+    settings are unknown.
     """
     for other in TARGETS.values():
         if other is target:
@@ -26,7 +26,7 @@ def register_target(target: Target) -> None:
         for field in ("name", "suffix", "runtime"):
             if getattr(other, field) == getattr(target, field):
                 raise QuietvitError(
-                    f"the target {other.name} has the {field} {getattr(target, field)!r} already; "
+                    f"the target {other.name} already has the {field} {getattr(target, field)!r}; "
                     f"give {target.name} another {field}."
                 )
     if not target.suffix.startswith(".") or len(target.suffix) < 2:
@@ -44,7 +44,7 @@ def register_target(target: Target) -> None:
 
 
 def target_named(name: str) -> Target:
-    """The target of this name. Raises QuietvitError where there is none."""
+    """Return the target of this name. Raises QuietvitError for an unknown name."""
     if name not in TARGETS:
         known = listed(list(TARGETS))
         raise QuietvitError(f"there is no target {name!r}{nearest(name, TARGETS)}; choose {known}.")
@@ -52,10 +52,10 @@ def target_named(name: str) -> Target:
 
 
 def target_to_write(path: Path, to: str | None) -> Target:
-    """The target that ``to`` names, else the suffix of ``path``.
+    """Return the target named by ``to``, or else by the suffix of ``path``.
 
-    Raises QuietvitError where there is none, and where the suffix is not the target's. A folder may
-    have any name but one with another target's suffix.
+    Raises QuietvitError if there is none, or if the suffix belongs to another target. A file must
+    have its target's suffix, a folder need not.
     """
     by_suffix = _by_suffix(path)
     target = by_suffix if to is None else TARGETS.get(to)
@@ -64,22 +64,22 @@ def target_to_write(path: Path, to: str | None) -> Target:
         raise QuietvitError(f"{path} with to={to!r} fits no target; choose {choices}.")
     if by_suffix is None and target.folder is None:
         raise QuietvitError(
-            f"{path} does not end in {target.suffix}, as files for {target.name} do; name it so."
+            f"{path} does not end in {target.suffix}, which {target.name} needs; rename it."
         )
     return target
 
 
 def target_of(path: Path) -> Target | None:
-    """The target that wrote ``path``, judged by its content if a folder, else by its suffix.
+    """Return the target of ``path``, from the content of a folder or else from the suffix.
 
-    ``path`` need not be there. None where it fits no target.
+    ``path`` need not exist. Returns None if no target fits.
     """
     found = next((target for target in TARGETS.values() if target.holds(path)), None)
     return found or _by_suffix(path)
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that an export wrote at ``path``."""
+    """Return the files that an export wrote at ``path``."""
     if path.is_dir():
         return sorted(path.iterdir())
     target = target_of(path)
@@ -87,7 +87,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def listed(names: list[str]) -> str:
-    """``a, b or c``."""
+    """Join names like ``a, b or c``."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 

@@ -1,6 +1,6 @@
-"""Uniform or symmetric quantizers in place of codes that a kernel lacks, and what that loses.
+"""Replace quantizers without an integer kernel by uniform or symmetric ones, and measure the loss.
 
-The replacement is chosen from the quantizer alone; whoever has images calibrates anew.
+The replacement depends on the quantizer alone. Calibrating on images is the better way.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from quietvit.quantization.slot import Slot
 
 @dataclass(frozen=True)
 class Replaced:
-    """One quantizer that was replaced: where, what it was, and the largest error this adds.
+    """One replaced quantizer: its site, its old kind, and the loss.
 
-    ``error`` is the largest distance between a level of the old quantizer and the nearest of the
-    new one, in shares of the range; ``lost`` how many of its distinct levels fall together.
+    ``error`` is the largest change of a level of the old quantizer, relative to the range. ``lost``
+    counts the distinct levels that the new quantizer merges, out of ``levels``.
     """
 
     site: str
@@ -48,16 +48,15 @@ REPLACEMENTS = ("uniform", "symmetric")
 def replacing_codes(
     quantized: QuantizedModel, by: str, bits: int = 8
 ) -> tuple[QuantizedModel, list[Replaced]]:
-    """Return a copy whose quantizers are all uniform, of 8 bits at most, and what was replaced.
+    """Return a copy with uniform quantizers of at most 8 bits, and the list of replacements.
 
-    ``by``: one of ``REPLACEMENTS``; with ``symmetric`` they all have signed codes and no zero
-    points, too, as TensorRT wants them.
+    ``by`` is one of ``REPLACEMENTS``. ``symmetric`` means signed codes without zero points, which
+    TensorRT needs.
 
-    Derived here: a quantizer of unequal steps becomes an affine one of ``bits`` from its smallest
-    to its largest level; a scale for each channel becomes one for the tensor over all their ranges;
-    more than 8 bits become 8. Weights keep their codes' range channel by channel. A symmetric one
-    goes from minus to plus the largest value of the old one, on as many bits: where nothing is
-    negative, half of its levels are lost.
+    Derived here: unequal steps become affine codes of ``bits`` from the smallest to the largest
+    level. Scales per channel of an activation become one scale over all their ranges. More than 8
+    bits become ``bits``. Weights keep the range of each channel. A symmetric quantizer spans minus
+    to plus the largest old magnitude. So half of its levels are lost if no value is negative.
     """
     signed = by == "symmetric"
     own = copy.deepcopy(quantized)
@@ -98,7 +97,7 @@ def _ends(old: Quantizer) -> tuple[Tensor, Tensor]:
 
 
 def _levels(old: Quantizer) -> Tensor:
-    """Every value a quantizer with one scale gives; of one with a scale a channel the channels'."""
+    """Return all values that a quantizer can give, of all channels if it has a scale for each."""
     first, last = old.code_range
     codes = torch.arange(first, last + 1, dtype=torch.int32)
     if isinstance(old, AffineQuantizer):
@@ -125,7 +124,7 @@ def _loss(slot: Slot, old: Quantizer, new: AffineQuantizer) -> Replaced:
 
 
 def _loss_of_channels(old: AffineQuantizer, new: AffineQuantizer) -> tuple[int, int, float]:
-    """(levels of all channels, those still apart, largest error in shares of a channel's range)."""
+    """Return (levels of all channels, those still distinct, largest error / channel range)."""
     first, last = old.code_range
     codes = torch.arange(first, last + 1, dtype=torch.int32, device=old.scale.device)
     levels = (codes - old.zero_point[:, None]) * old.scale[:, None]

@@ -1,1 +1,1 @@
-"""ONNX: a marked graph, lowered to integers, as bytes; and its products cut out again."""
+"""ONNX: capture a marked graph, lower it to integers, write it, and run its products singly."""

@@ -1,6 +1,6 @@
-"""A quantized model as an ONNX graph in float, its quantized operands marked by name.
+"""Capture a quantized model as a float ONNX graph with marks at its quantized operands.
 
-torch's exporter writes the graph; what becomes of the marks is decided in ``lower``.
+torch's exporter writes the graph. ``lower`` replaces the marks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPSETS = (20, 21)
 
 
 class OneTensor(nn.Module):
-    """A model that returns the tensor ``output`` of what ``model`` returns, and nothing else."""
+    """A model that returns only the tensor ``output`` of ``model``'s output."""
 
     def __init__(self, model: nn.Module, output: Output) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class OneTensor(nn.Module):
 
 
 class _WritableAttention(TorchFunctionMode):
-    """Replace the attention that torch cannot write to ONNX by the explicit products it stands for.
+    """Replace attention that torch cannot write to ONNX by its explicit matrix products.
 
-    torch writes queries of four dims only, and no keys that several queries share.
+    torch only writes queries of four dims, and no keys shared by several queries (GQA).
     """
 
     def __torch_function__(
@@ -63,11 +63,11 @@ class _WritableAttention(TorchFunctionMode):
 
 
 def captured(quantized: QuantizedModel, opset: int, output: Output) -> Any:
-    """Return an ``onnx_ir.Model`` of the quantized model, batch dynamic, operands marked.
+    """Return an ``onnx_ir.Model`` of the quantized model with marked operands.
 
-    A quantized activation goes through a node ``quietvit::Operand``, a quantized weight is the
-    output of a node ``quietvit::Weight`` without inputs; both have the attribute ``slot``, the key
-    of the slot. Raises QuietvitError where torch cannot export the model.
+    A quantized activation passes through a node ``quietvit::Operand``. A quantized weight is the
+    output of a node ``quietvit::Weight`` without inputs. The attribute ``slot`` of both holds the
+    slot's key. Raises QuietvitError if torch cannot export the model.
     """
 
     def marked(slot: Slot, x: Tensor) -> Tensor:
@@ -88,15 +88,15 @@ def captured(quantized: QuantizedModel, opset: int, output: Output) -> Any:
 
 
 def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int, output: Output) -> Any:
-    """Return an ``onnx_ir.Model`` that gives one tensor of a model of images, the batch dynamic.
+    """Return an ``onnx_ir.Model`` from images (batch, C, H, W) to the tensor ``output``.
 
-    The batch is fixed at 1 where torch.export finds that the model's code depends on it;
-    ``fixed_batch`` tells.
+    The batch is dynamic. It is fixed at 1 if torch.export finds that the model's code depends on
+    it (``fixed_batch``). Raises QuietvitError if torch cannot export the model.
     """
     if opset not in OPSETS:
         raise QuietvitError(
-            f"opset {opset} is not written; choose 21, or 20 for older runtimes (4-bit weights "
-            "need 21, and 23 fuses attention, which hides its products)."
+            f"opset {opset} is not supported; choose 21, or 20 for older runtimes. 4-bit weights "
+            "need 21. Opset 23 fuses attention, which hides its products."
         )
     need("onnxscript", install=INSTALL)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -110,13 +110,13 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int, output: Ou
 
 
 def fixed_batch(model: Any) -> int | None:
-    """The number of images that an ``onnx_ir.Model`` takes at once; None for any number."""
+    """Return the fixed batch of an ``onnx_ir.Model``, or None if the batch is dynamic."""
     shape = model.graph.inputs[0].shape
     return shape[0] if shape is not None and isinstance(shape[0], int) else None
 
 
 def _exported(model: nn.Module, example: Tensor, opset: int, output: Output, free: bool) -> Any:
-    """What torch's exporter makes of a model, its batch ``free`` or that of the example."""
+    """Run torch's exporter with a dynamic batch if ``free``, else with the example's batch."""
     shapes = ({0: torch.export.Dim("batch")},) if free else None
     try:
         whole = OneTensor(model, output)
@@ -133,7 +133,7 @@ def _exported(model: nn.Module, example: Tensor, opset: int, output: Output, fre
             )
     except QuietvitError:
         raise
-    except Exception as error:  # the exporter raises whatever its many parts raise
+    except Exception as error:  # the exporter passes on exceptions of any type
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -141,15 +141,15 @@ def _exported(model: nn.Module, example: Tensor, opset: int, output: Output, fre
             raise cause from None
         name = type(getattr(model, "model", model)).__name__
         raise QuietvitError(
-            f"torch could not export {name} to ONNX: {type(cause).__name__}: {cause}. A model "
-            "whose Python code decides by the values of tensors cannot be exported."
+            f"torch could not export {name} to ONNX: {type(cause).__name__}: {cause}. Remove "
+            "Python branches on tensor values from the model; they cannot be exported."
         ) from error
     assert program is not None
     return _named_once(program.model, output.name)
 
 
 def _named_once(model: Any, name: str) -> Any:
-    """Leave ``name`` to the output alone: torch may have called a value inside the graph so."""
+    """Reserve ``name`` for the output. torch may also have used it inside the graph."""
     given = model.graph.outputs[0]
     for node in model.graph:
         for value in node.outputs:
@@ -160,10 +160,10 @@ def _named_once(model: Any, name: str) -> Any:
 
 
 def _register_constants(graph: Any) -> None:
-    """Make every constant that a node reads an initializer; give it a new name where one has it.
+    """Register every constant that a node reads as an initializer, with a unique name.
 
-    torch's exporter merges equal initializers, and in some graphs leaves a merged one to its
-    readers but not to the graph (seen with the clamps of gemma4_vit, onnxscript 0.7.2).
+    torch's exporter merges equal initializers. Then some nodes read one that the graph no longer
+    has. Seen with the clamps of gemma4_vit, onnxscript 0.7.2.
     """
     for node in graph.all_nodes():
         for value in node.inputs:
@@ -178,9 +178,9 @@ def _register_constants(graph: Any) -> None:
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """Switch off the checks of values in transformers' models, by the variable it has for this.
+    """Switch off value checks in transformers' models with its environment variable.
 
-    They compute nothing, and ONNX has no operator for them (D-FINE, RT-DETRv2).
+    They do not change the output, and ONNX has no operator for them (D-FINE, RT-DETRv2).
     """
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)

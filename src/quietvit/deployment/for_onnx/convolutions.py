@@ -1,6 +1,6 @@
-"""Convolutions whose output is quantized at once, written as onnxruntime's integer convolution.
+"""Write convolutions with a quantized output as onnxruntime's integer convolution.
 
-onnxruntime has no other integer convolution. All other products are written in ``products``.
+onnxruntime has no other integer convolution. ``products`` writes all other products.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ ROUNDED = ":rounded"
 MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"})
 LARGEST_SUM = 2**29
 FLOAT32 = 2.0**-21
-"""Share of the largest sum that float32 may lose, in the simulated model or behind the integers."""
+"""The float32 error of a sum, relative to the largest sum, in either model."""
 UNROUNDED = (
-    "onnxruntime has integer convolutions only where the output is quantized at once, and this one "
-    "is read in float; conv_output_bits=8 of the method quantizes it"
+    "onnxruntime has integer convolutions only with a quantized output, but this output is read in "
+    "float; conv_output_bits=8 of the method quantizes it"
 )
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A convolution that gives codes: those of ``slot`` (``site:operand``), which reads it.
+    """A convolution that outputs the codes of its reader ``slot`` (``site:operand``).
 
-    ``rounding``: by how much of a step of these codes they may be moved, for each channel (dim 1),
-    or one number for all: half a step of the sums, as the bias is rounded to whole ones, and what
-    float32 loses of the sums.
+    ``rounding`` bounds the error of the output in steps of these codes, per channel (dim 1) or one
+    number for all. It covers the rounding of bias and codes, and the float32 error.
     """
 
     slot: str
@@ -39,10 +38,9 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Integers:
-    """A weight as the convolution multiplies it: (code - zero) * factor, and its int32 bias.
+    """The integers of a convolution: weight (code - zero) * factor with ``scale``, int32 bias.
 
-    ``zero``, ``factor``, ``scale``, ``bias``, and what the rounding may change in steps of the
-    output's codes: one for each output channel.
+    ``rounding`` bounds the output's error in steps of its codes. All have shape (out channels,).
     """
 
     zero: np.ndarray
@@ -54,11 +52,11 @@ class Integers:
 
 @dataclass
 class Behind:
-    """What stands between a convolution and the quantizer of its output.
+    """The operators between a convolution and the quantizer of its output.
 
-    The values quantized are min(max(gain * sums + offset, low), high), gain and offset for each
-    channel; ``moves`` only move entries about. ``terms``: sum of the absolute values that float32
-    adds up to ``offset``, such as BatchNorm's bias and mean, which may nearly cancel.
+    The quantizer gets min(max(gain * sums + offset, low), high), with gain and offset per channel.
+    ``moves`` only rearrange entries. ``terms`` is the sum of the absolute values that float32 adds
+    up to ``offset``. These may nearly cancel, such as BatchNorm's bias and mean.
     """
 
     quantizer: Any
@@ -71,7 +69,7 @@ class Behind:
 
 
 def convolution_of(mark: Any) -> Any:
-    """The convolution of images that alone reads a marked weight; None for any other operator."""
+    """Return the convolution that is the only reader of a marked weight, else None."""
     users = list(mark.outputs[0].uses())
     if len(users) != 1 or users[0].node.op_type != "Conv" or users[0].idx != 1:
         return None
@@ -79,18 +77,18 @@ def convolution_of(mark: Any) -> Any:
 
 
 def quantized_at_once(writer: Writer, conv: Any, stored: Stored) -> str | Rounded:
-    """Rewrite a convolution so that a runtime computes codes of its output from codes.
+    """Rewrite a convolution so that a runtime computes its output's codes from its input's codes.
 
-    BatchNorm and biases go into the scales of the weight and an int32 bias; ReLU and the like go
-    into the range of the output's codes. The values are those of the simulated model, but the bias
-    is rounded to whole steps of the sums; no output moves by more than ``COARSEST`` of its step.
+    BatchNorm and biases are folded into the weight's scales and an int32 bias. ReLU and Clip limit
+    the output's codes. Values equal the simulated model's except for rounding, because the bias
+    becomes a whole number of sum steps. No output moves by more than ``COARSEST`` of its step.
 
-    Returns why nothing was changed, or what was written.
+    Returns what was written, or the reason why nothing was changed.
     """
     codes, given = stored.codes, conv.inputs[0].producer()
     assert codes is not None
     if codes.ndim != 4:
-        return "onnxruntime has integer convolutions of images only"
+        return "onnxruntime has integer convolutions only for images (2-D)"
     if given is None or given.op_type != "DequantizeLinear":
         return "its input is float"
     behind = _behind(conv, len(codes))
@@ -109,7 +107,7 @@ def quantized_at_once(writer: Writer, conv: Any, stored: Stored) -> str | Rounde
 
 
 def _behind(conv: Any, channels: int) -> Behind | None:
-    """Follow the convolution's output to the one quantizer that reads it; None for any other."""
+    """Follow the convolution's output to its only reader, a quantizer; None if there is another."""
     bias = constant_of(conv.inputs[2]) if len(conv.inputs) > 2 else np.zeros(channels)
     if bias is None:
         return None
@@ -142,7 +140,7 @@ def _behind(conv: Any, channels: int) -> Behind | None:
 def _affine(
     node: Any, value: Any, channels: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Gain, offset and its terms (see ``Behind``) of a node that scales and shifts each channel."""
+    """Return gain, offset and terms (see ``Behind``) of a node that is affine per channel."""
     if node.op_type == "BatchNormalization" and node.inputs[0] is value:
         arrays = [constant_of(given) for given in node.inputs[1:5]]
         if any(array is None for array in arrays):
@@ -188,13 +186,14 @@ def _constant(value: Any) -> np.ndarray:
 
 
 def _integers(stored: Stored, behind: Behind, step: float) -> Integers | str:
-    """The weight with what stands behind it folded in, or why 8 bits do not hold it.
+    """Fold ``behind`` into the weight, or return why 8 bits cannot hold it.
 
-    A channel's codes are multiplied by the largest whole number that leaves them in 8 bits, and its
-    scale is divided by it: that makes the sums, and the bias among them, finer. A channel that
-    hardly matters beside its bias gets sums so coarse that 32 bits hold the bias, and its codes are
-    rounded. By how much an output may then be off, in sums: 255 times the rounding of the codes
-    (inputs are 0 to 255 from their zero point), half a sum for the bias, and float32's share.
+    The unit of the int32 sums is scale * |gain| * step. A finer unit rounds the bias less. So a
+    channel's codes are multiplied by the largest integer ``finer`` that keeps them within 8 bits,
+    and its scale is divided by it. Example: codes up to 7 become codes up to 126 with ``finer`` 18.
+    If a bias does not fit in int32, the channel's unit grows, and its codes are rounded.
+    Error bound in units: 255 times the codes' rounding (inputs are up to 255 from their zero
+    point), 0.5 for the bias, and ``FLOAT32`` times the largest sum.
     """
     grid, codes = stored.grid, stored.codes
     assert codes is not None
@@ -205,7 +204,7 @@ def _integers(stored: Stored, behind: Behind, step: float) -> Integers | str:
     whole = np.abs(codes.astype(np.int64) - zero.reshape(-1, 1, 1, 1)).reshape(channels, -1)
     if whole.max() > 127:
         return (
-            "its weight has zero points, and without them its codes do not fit 8 bits; use "
+            "its weight has zero points, and its codes minus zero point do not fit 8 bits; use "
             "weight_symmetric=True, or 7 bits"
         )
     finer = 127 // np.maximum(whole.max(axis=1), 1)
@@ -222,8 +221,8 @@ def _integers(stored: Stored, behind: Behind, step: float) -> Integers | str:
     if rounding.max() > COARSEST:
         worst = int(rounding.argmax())
         return (
-            f"in integers its output would be off by up to {rounding[worst]:.2g} steps of the "
-            f"output's codes (channel {worst}), since the bias is rounded to whole sums"
+            f"in integers its output would be off by up to {rounding[worst]:.2g} steps of its "
+            f"codes (channel {worst}), because its bias is rounded to an integer"
         )
     return Integers(zero, factor, (unit / step).astype(np.float32), bias.astype(np.int32), rounding)
 
@@ -257,7 +256,7 @@ def _write(
 
 
 def _weight(writer: Writer, conv: Any, stored: Stored, weight: Integers) -> Any:
-    """The weight's values; codes of 4 bits stay such in the file, and are spread at loading."""
+    """Return the weight's values. 4-bit codes stay 4-bit in the file and are scaled at loading."""
     import onnx_ir as ir
 
     assert stored.codes is not None
@@ -273,7 +272,7 @@ def _weight(writer: Writer, conv: Any, stored: Stored, weight: Integers) -> Any:
             row = writer.constant(f"{name}:{op.lower()}", row.astype(np.int32))
             codes = writer.node(conv, op, [codes, row], f"{name}:{op}")
         codes = writer.node(conv, "Cast", [codes], f"{name}:spread", to=int(ir.DataType.INT8))
-    none = np.zeros(len(weight.scale), np.int8)  # kernels of other runtimes look for it
+    none = np.zeros(len(weight.scale), np.int8)  # kernels of other runtimes need a zero point
     rest = [
         writer.constant(f"{stored.name}:scale", weight.scale),
         writer.constant(f"{stored.name}:zero_point", none),
@@ -282,7 +281,7 @@ def _weight(writer: Writer, conv: Any, stored: Stored, weight: Integers) -> Any:
 
 
 def _clipped(writer: Writer, before: Any, site: str, behind: Behind, codes: Any) -> Any:
-    """The codes within those of the smallest and largest value, if 8 bits hold any others."""
+    """Clip the codes to those of ``behind.low`` and ``behind.high``, if 8 bits hold others."""
     scale = np.float32(1) / _constant(behind.quantizer.inputs[1])
     zero = _constant(behind.quantizer.inputs[2])
     held = np.iinfo(zero.dtype)

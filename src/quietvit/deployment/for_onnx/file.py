@@ -1,6 +1,6 @@
-"""ONNX with QuantizeLinear and DequantizeLinear: a quantized model, or a float one, and its file.
+"""Make ONNX graphs of quantized and float models, and write them as files.
 
-What a file says about itself is ``facts``'; its name is ``exporting``'s business.
+``facts`` describes the file. ``exporting`` chooses its name.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from quietvit.files import beside, put_in_place
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import evaluating
 
-CONSTANT = "it does not depend on the images: it is computed when the file is written or loaded"
+CONSTANT = "it does not depend on the images, so it is computed when the file is written or loaded"
 FIXED_BATCH = (
-    "the file takes one image at a time: torch.export cannot keep the batch of this model free, "
-    "since its code depends on it"
+    "the file takes one image at a time: torch.export cannot make the batch dynamic, because the "
+    "model's code depends on it"
 )
 
 
@@ -45,11 +45,10 @@ def quantized_onnx(
 ) -> tuple[Any, Facts]:
     """Return an ``onnx_ir.Model`` of the quantized model, and the facts in its metadata.
 
-    Products that are written neither as a MatMul of two quantized operands nor as a convolution
-    whose output is quantized ``at_once`` are no longer claimed there.
-    Input ``images`` (batch, C, H, W) float32, output as ``facts.output`` says. Weights are int8, at
-    opset 21 those of at most 4 bits int4, unless the codes of activations are signed. Raises
-    QuietvitError where torch cannot export it.
+    Its input is ``images`` (batch, C, H, W) float32, its output ``facts.output``. Weights are int8.
+    At opset 21 weights of at most 4 bits are int4, unless activations have signed codes. The facts
+    claim integers for MatMuls of two quantized operands, and with ``at_once`` for convolutions with
+    a quantized output. Raises QuietvitError if torch cannot export the model.
     """
     model = captured(quantized, opset, facts.output)
     weights = quantized.weights_in_use()
@@ -72,7 +71,7 @@ def quantized_onnx(
 def stored_of(
     quantized: QuantizedModel, grids: Mapping[str, Grid], weights: Mapping[str, Tensor]
 ) -> dict[str, Stored]:
-    """What stands at each slot, by its key; ``weights`` by site as the sites read them."""
+    """Return each slot's ``Stored`` by key. ``weights`` are by site, as the sites read them."""
     stored = {}
     for slot in quantized.slots():
         grid, codes = grids[slot.key], None
@@ -83,7 +82,7 @@ def stored_of(
 
 
 def _apart(module: nn.Module) -> None:
-    """Give a copied parametrized module a class of its own.
+    """Give a copied parametrized module its own class.
 
     torch keeps the computed weight as a property of the class, which a copy shares with the
     original. Removing it from the copy would remove it from the original too.
@@ -98,7 +97,7 @@ def float_onnx(
 ) -> Any:
     """Return an ``onnx_ir.Model`` of a float model of images, for comparison.
 
-    Weights that are parametrized (``torch.nn.utils.parametrize``) are computed once, and stored.
+    Parametrized weights (``torch.nn.utils.parametrize``) are computed once and stored.
     """
     plain = _with_plain_weights(model)
     return _finished(to_ir(plain, input_shape, opset, output or Output()))
@@ -118,7 +117,7 @@ def _with_plain_weights(model: nn.Module) -> nn.Module:
 
 
 def _finished(model: Any) -> Any:
-    """Set the IR version that belongs to the opset, and drop torch's notes on lines of Python."""
+    """Set the opset's IR version, and drop torch's notes about Python source lines."""
     need("onnx", install=INSTALL)
     from onnx import helper
 
@@ -131,12 +130,12 @@ def _finished(model: Any) -> Any:
 
 
 def write_onnx(model: Any, path: Path) -> int:
-    """Write an ``onnx_ir.Model`` to ``path``, checked by onnx itself; return how many bytes.
+    """Write an ``onnx_ir.Model`` to ``path``, let onnx check it, and return its size in bytes.
 
-    Weights of more than ``paths.LIMIT`` bytes go to ``paths.data_of(path)`` beside it. Both files
-    appear when both are whole. A file of weights of an earlier export goes.
+    Weights of more than ``paths.LIMIT`` bytes go to ``paths.data_of(path)``. Both files appear only
+    when both are complete. The data file of an earlier export is deleted if it is not needed.
 
-    Raises QuietvitError where the graph is not valid ONNX, or the place cannot be written.
+    Raises QuietvitError if the graph is not valid ONNX, or the path cannot be written.
     """
     import onnx_ir as ir
 
@@ -157,7 +156,7 @@ def write_onnx(model: Any, path: Path) -> int:
 
 
 def weights_of(model: Any) -> int:
-    """Bytes of the weights of an ``onnx_ir.Model``."""
+    """Return the bytes of all weights of an ``onnx_ir.Model``."""
     values = model.graph.initializers.values()
     return sum(v.const_value.nbytes for v in values if v.const_value is not None)
 
@@ -169,6 +168,6 @@ def _checked(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
         raise QuietvitError(
-            f"the exported graph is not valid ONNX ({str(error).strip()}); this is a fault of "
-            "quietvit: please report it with the model."
+            f"the exported graph is not valid ONNX ({str(error).strip()}). This is a bug in "
+            "quietvit; please report it with the model."
         ) from error

@@ -1,7 +1,7 @@
-"""Affine maps of channels folded into the norms and biases before them.
+"""Fold affine maps of channels into the norms and biases before them.
 
-Re-parametrization moves a norm's output, bias correction a linear's; in the exported graph neither
-is to cost an operation.
+Re-parametrization adjusts a norm's output, and bias correction a linear's. Folding makes both free
+in the exported graph.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from quietvit.deployment.for_onnx.writer import Writer, constant_of, only_user, 
 
 
 def fold_affine(writer: Writer) -> None:
-    """Fold Mul and Add of constants behind LayerNormalization, and behind a bias, in place.
+    """Fold constant Mul and Add after LayerNormalization, and after a bias, in place.
 
-    Exact but for the rounding of float32: g·(γ x̂ + β) + b = (g γ) x̂ + (g β + b), and
+    Exact except for float32 rounding: g·(γ x̂ + β) + b = (g γ) x̂ + (g β + b), and
     1·(y + b) + c = y + (b + c).
     """
     for node in [n for n in writer.graph if n.op_type == "Mul"]:
@@ -40,9 +40,9 @@ def _drop_ones(writer: Writer, mul: Any) -> None:
 
 
 def _affine_behind(value: Any) -> tuple[np.ndarray, np.ndarray, Any] | None:
-    """(gain, bias, node of the Add) of ``value * gain + bias``, each one number or (channels,).
+    """Return (gain, bias, Add node) of ``value * gain + bias``, or None for another reader.
 
-    The gain is 1 where only a bias is added.
+    Gain and bias have shape (1,) or (channels,). Without a Mul the gain is 1.
     """
     mul = only_user(value, "Mul")
     add = only_user(value if mul is None else mul.outputs[0], "Add")
@@ -56,9 +56,9 @@ def _affine_behind(value: Any) -> tuple[np.ndarray, np.ndarray, Any] | None:
 
 
 def _vector(array: np.ndarray | None, rank: int | None) -> np.ndarray | None:
-    """A constant along the last axis alone as a vector, a number as a vector of one.
+    """Return a float32 constant along the last axis as a vector; a scalar has shape (1,).
 
-    None for any other, and for one of more dims than the ``rank`` of what it meets.
+    None for any other constant, or one with more dims than ``rank``, its partner's rank.
     """
     if array is None or rank is None or array.ndim > rank or array.dtype != np.float32:
         return None

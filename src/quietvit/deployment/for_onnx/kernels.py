@@ -1,6 +1,6 @@
-"""Which operators onnxruntime made of an .onnx file, read off the optimized graph it writes.
+"""Read which operators onnxruntime uses for an .onnx file, from the optimized graph it writes.
 
-What this says about the model's products is counted in ``proof``.
+``proof`` counts what this means for the model's products.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ FLOAT_OPS = CONVOLUTIONS | {
     *("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "ConvTranspose", "Einsum"),
     *("Attention", "MultiHeadAttention", "GroupQueryAttention"),
 }
-# onnxruntime adds it to a node that it makes again with channels last.
+# onnxruntime adds this suffix to a node that it rebuilds with channels last.
 LAYOUT_SUFFIX = re.compile(r"_token_\d+$")
 
 
 def kernels_of(path: Path) -> dict[str, Kernel]:
-    """The kernel of each product, by the name of its node, ``name:product``."""
+    """Return the kernel of each product by its node's name, ``name:product``."""
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -45,10 +45,10 @@ def kernels_of(path: Path) -> dict[str, Kernel]:
         if kind in INTEGER_OPS:
             found[LAYOUT_SUFFIX.sub("", node.name)] = Kernel(kind, True)
         elif kind in WEIGHT_ONLY_OPS:
-            reason = "only its weight is quantized, activations are float"
+            reason = "only its weight is quantized, its activations are float"
             found[node.name] = Kernel(kind, False, reason)
         elif kind in FLOAT_OPS:
-            # A fused node has a name of its own; its output still has the product's.
+            # A fused node has another name, but its output keeps the product's name.
             for name in (node.name, *node.output):
                 found[name] = Kernel(kind, False, _why_float(node, made))
     return found
@@ -58,11 +58,11 @@ def _why_float(node: Any, made: dict[str, Any]) -> str:
     inputs = [made[name].op_type for name in node.input[:2] if name in made]
     if node.op_type in CONVOLUTIONS:
         return (
-            "onnxruntime has integer convolutions only where the output is quantized at once, and "
-            "this one is no product of separate patches"
+            "onnxruntime has integer convolutions only with a quantized output, and this one is "
+            "not a product of separate patches"
         )
     if node.op_type in ("Gemm", "FusedGemm"):
-        return "its bias was fused into a float Gemm before quantization was looked at"
+        return "onnxruntime fused its bias into a float Gemm before it handled quantization"
     if inputs.count("DequantizeLinear") < 2:
-        return "an operand comes out of another operator in float"
+        return "an operand comes from another operator in float"
     return "this onnxruntime has no integer kernel for this pattern"

@@ -1,7 +1,7 @@
-"""From marks to QuantizeLinear and DequantizeLinear, laid out as integer kernels want them.
+"""Replace marks by QuantizeLinear and DequantizeLinear in the layout that integer kernels need.
 
-The marked graph comes from ``capture``; products are rearranged in ``products``. Values and nodes
-are named after their sites, so that a runtime's own graph can be read back.
+``capture`` makes the marked graph, and ``products`` rearranges products. Values and nodes are named
+after their sites, so that ``proof`` finds them in a runtime's own graph.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from quietvit.deployment.for_onnx.writer import Stored, Writer
 from quietvit.deployment.grids import Grid
 
 SIGNED = (
-    "a file of signed codes leaves convolutions as its other consumers want them, and onnxruntime "
-    "computes these in float"
+    "a file with signed codes keeps convolutions in the form for TensorRT, which onnxruntime "
+    "computes in float"
 )
 
 
 def lower(
     model: Any, stored: Mapping[str, Stored], at_once: bool = True
 ) -> dict[str, Rounded | str]:
-    """Replace every mark of an ``onnx_ir.Model`` in place; ``stored`` by the key of the slot.
+    """Replace every mark of an ``onnx_ir.Model`` in place. ``stored`` is by slot key.
 
-    Afterwards the graph has standard operators alone. Weights that nothing reads any more are gone.
-    ``at_once`` is for onnxruntime: convolutions whose output is quantized at once are written with
-    their quantizer, and no Relu or Clip follows a product directly. With signed codes moves go in
-    front of quantizers instead.
+    Afterwards the graph has only standard operators, and no unused weights. ``at_once`` is for
+    onnxruntime: a convolution with a quantized output is written with its quantizer, and no Relu or
+    Clip follows a product directly. With signed codes, convolutions stay as they are, and moves
+    (``MOVES``) go before quantizers.
 
-    Returns by site what became of each convolution that is not written as a product of patches:
-    ``Rounded``, or why it stays in float in onnxruntime.
+    Returns by site the result for each convolution that is not a product of patches: ``Rounded``,
+    or the reason why it stays in float in onnxruntime.
     """
     convolutions: dict[str, Rounded | str] = {}
     graph = model.graph
     name = graph.outputs[0].name
-    # Who needs signed activations (TensorRT) has no Cast from int4.
+    # Signed activations are for TensorRT, which has no Cast from int4.
     signed = any(entry.codes is None and entry.grid.signed for entry in stored.values())
     writer = Writer(graph, packed=not signed)
     marks = [node for node in graph if node.domain == DOMAIN]
@@ -70,7 +70,7 @@ def lower(
         written = quantized_at_once(writer, conv, entry) if rounds else None
         if isinstance(written, Rounded):
             convolutions[entry.name.rpartition(":")[0]] = written
-            continue  # nothing reads the old convolution any more
+            continue  # the old convolution has no reader now, and _swept removes it
         if patches_as_product(writer, node, entry) or product_of_weight(writer, node, entry):
             graph.remove(node, safe=True)
             continue
@@ -96,10 +96,10 @@ def lower(
 
 
 def _pair_quantizers(writer: Writer) -> None:
-    """Let DequantizeLinear follow QuantizeLinear directly: moves go in front of both.
+    """Let DequantizeLinear follow QuantizeLinear directly, with moves before both.
 
-    On x86-64 onnxruntime has no kernel for int8 activations. It makes such a pair uint8, and leaves
-    the product in float where a Reshape or Transpose stands inside the pair.
+    On x86-64 onnxruntime has no kernel for int8 activations, so it converts such pairs to uint8.
+    It leaves the product in float if a Reshape or Transpose stands inside the pair.
     """
     for values in [node for node in writer.graph if node.op_type == "DequantizeLinear"]:
         codes, moves = values.inputs[0], list[Any]()
@@ -127,7 +127,7 @@ def _replace(graph: Any, node: Any, values: Any, output: Any) -> None:
 
 
 def _named_output(writer: Writer, name: str) -> None:
-    """Call the graph's output ``name``; a product keeps its name, and its copy is called so."""
+    """Name the graph's output ``name``. A product keeps its own name, so it gets an Identity."""
     graph = writer.graph
     output = graph.outputs[0]
     node = output.producer()
@@ -149,5 +149,5 @@ def _swept(model: Any) -> None:
 
 
 def weight_codes(grid: Grid, quantizer: Any, weight: Tensor) -> np.ndarray:
-    """Codes of a weight as the site reads it, (out, in, ...)."""
+    """Return the codes of a weight in the layout that its site reads, (out, in, ...)."""
     return grid.codes(quantizer, weight.detach())

@@ -1,4 +1,4 @@
-"""The products of an ONNX file cut out of the rest, for ``parity`` to feed and to compare."""
+"""Cut the products out of an ONNX file, so that ``parity`` can feed and compare each one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ GIVEN = ":given"
 
 @dataclass(frozen=True)
 class OnnxParts:
-    """The parts of an ONNX file that quantize operands and multiply them, cut out of the rest.
+    """The parts of an ONNX file that quantize operands and multiply them.
 
-    ``inputs``, ``codes``: per product the values that are quantized, in the order of the operands,
-    and their codes. ``outputs``: per product what comes out: its sums, or, of a convolution that
-    gives codes, these. ``model`` computes the outputs, ``quantizers`` are the nodes that compute
-    the codes. Each run in a session of its own: onnxruntime has no integer kernel behind int8 codes
-    that a graph also gives out.
+    ``inputs`` and ``codes`` name the quantized values and their codes by product, in operand order.
+    ``outputs`` names each product's sums, or its codes if a convolution outputs codes. ``model``
+    computes the outputs, and the nodes ``quantizers`` compute the codes. These run in two sessions,
+    because onnxruntime has no integer kernel after int8 codes that are also graph outputs.
     """
 
     model: Any
@@ -39,7 +38,7 @@ class OnnxParts:
 
     @classmethod
     def of(cls, path: Path, names: list[str]) -> OnnxParts:
-        """Cut out the products of these names. Raises QuietvitError where one is not there."""
+        """Cut out the products of these names. Raises QuietvitError if one is missing."""
         import onnx
 
         model = onnx.load(path)
@@ -68,7 +67,7 @@ class OnnxParts:
             if clip is not None:
                 kept[clip.name] = quantizers[clip.name] = first = clip
             given = first.input[0].removesuffix(GIVEN)
-            first.input[0] = f"{given}{GIVEN}"  # apart from the product of another part
+            first.input[0] = f"{given}{GIVEN}"  # fed, even if another part computes this value
             inputs[name].append(first.input[0])
             codes[name].append(node.output[0])
             alone = copy.deepcopy(node)
@@ -81,7 +80,7 @@ class OnnxParts:
             if product not in made:
                 raise QuietvitError(f"{path} has no product named {name}; export it again.")
             outputs[name] = value = f"{name}{ROUNDED}" if f"{name}{ROUNDED}" in made else product
-            while value != product:  # from the codes through what only moves or limits them
+            while value != product:  # from a convolution's codes back through moves and Clip
                 node = made[value]
                 kept[node.name], value = node, node.input[0]
             back(product, name)
@@ -97,7 +96,7 @@ class OnnxParts:
     def run(
         self, given: dict[str, list[Tensor]]
     ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
-        """Codes of the operands and the product, by the name of the product, for given operands."""
+        """Return codes of the operands, and the output, by product name for given operands."""
         from onnx import TensorProto
 
         fed: dict[str, np.ndarray] = {}
@@ -122,7 +121,7 @@ class OnnxParts:
     def _computed(
         self, nodes: list[Any], outputs: dict[str, int], fed: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """The outputs of these types, by name, that the nodes compute of what is fed."""
+        """Run the nodes on ``fed``. Returns ``outputs`` (name -> ONNX type) by name."""
         import onnx
         from onnx import TensorProto, helper
 
@@ -152,12 +151,12 @@ class OnnxParts:
 
 
 def _of(product: str, node: Any) -> bool:
-    """Whether a node was written for this product."""
+    """Return whether a node was written for this product."""
     return bool(node.name.startswith(f"{product}:"))
 
 
 def _quantizer_of(value: str, made: dict[str, Any]) -> Any:
-    """The QuantizeLinear whose codes are ``value``, or from which they are moved or limited."""
+    """Return the QuantizeLinear that computes ``value``, perhaps followed by moves or Clip."""
     node = made[value]
     while node.op_type != "QuantizeLinear":
         node = made[node.input[0]]
@@ -165,7 +164,7 @@ def _quantizer_of(value: str, made: dict[str, Any]) -> Any:
 
 
 def _cut_behind_rounded(graph: Any) -> None:
-    """Let readers of a convolution's codes quantize values of their own, to the same codes."""
+    """Give readers of a convolution's codes their own quantizer, so that each part has an input."""
     from onnx import helper
 
     made = {output: node for node in graph.node for output in node.output}

@@ -1,11 +1,11 @@
-"""Matrix products laid out so that runtimes find their integer kernels.
+"""Lay out matrix products so that runtimes use their integer kernels.
 
-Four habits of runtimes decide the layout. Each was seen in their optimized graphs
-(docs/decisions.md). A product followed by a plain bias vector can become a float Gemm before
-quantization is looked at, so biases get a shape that no Gemm takes. A Gemm with a float bias is
-never an integer product, so Gemm becomes MatMul. A convolution is one only where its output is
-quantized too, so a convolution of patches that do not overlap becomes the MatMul it is. A MatMul
-whose output goes straight into Relu or Clip stays in float, so another operator stands between.
+Runtimes compute four patterns in float, as their optimized graphs show (docs/decisions.md):
+
+- A product with a plain bias vector can become a float Gemm. So biases get shape (1, 1, N).
+- A Gemm with a float bias. So it becomes a MatMul.
+- A convolution with a float output. So one with separate patches becomes a MatMul.
+- A MatMul with Relu or Clip as reader. So another operator is put between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quietvit.deployment.for_onnx.writer import Stored, Writer, constant_of, onl
 
 
 def product_of_weight(writer: Writer, mark: Any, stored: Stored) -> bool:
-    """Rewrite ``x Wᵀ + b`` for a marked W, as MatMul or Gemm; False where it is neither."""
+    """Rewrite ``x Wᵀ + b`` of a marked W, a MatMul or Gemm. Returns False for other readers."""
     users = list(mark.outputs[0].uses())
     if len(users) != 1:
         return False
@@ -43,7 +43,7 @@ def product_of_weight(writer: Writer, mark: Any, stored: Stored) -> bool:
 
 
 def _gemm(writer: Writer, node: Any, stored: Stored) -> bool:
-    """Gemm(x, W, b) with x (B, in) becomes MatMul of x (B, 1, in), which no fusion makes Gemm."""
+    """Rewrite Gemm(x, W, b), x (B, in), as MatMul of (B, 1, in), which no fusion makes a Gemm."""
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     plain = attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
     if not plain or attributes.get("transA", 0) or not attributes.get("transB", 0):
@@ -72,7 +72,11 @@ def _gemm(writer: Writer, node: Any, stored: Stored) -> bool:
 
 
 def patches_as_product(writer: Writer, mark: Any, stored: Stored) -> bool:
-    """A convolution whose kernel is its stride, unpadded: patches (B, L, C·k·k) times Wᵀ."""
+    """Rewrite an unpadded convolution with stride = kernel: patches (B, L, C·k·k) times Wᵀ.
+
+    Example: ViT's patch embedding of images (B, 3, 224, 224) with k = 16 and 192 channels becomes
+    (B, 196, 768) times (768, 192). Returns False for any other convolution.
+    """
     users = list(mark.outputs[0].uses())
     if len(users) != 1 or users[0].node.op_type != "Conv" or users[0].idx != 1:
         return False
@@ -124,7 +128,7 @@ def patches_as_product(writer: Writer, mark: Any, stored: Stored) -> bool:
 
 
 def settled(writer: Writer) -> None:
-    """Name products after their sites, and give biases behind them the shape (1, 1, N)."""
+    """Name products after their sites, and give their biases the shape (1, 1, N)."""
     for node in [n for n in writer.graph if n.op_type in ("MatMul", "Conv")]:
         sites = {_site_of(value) for value in node.inputs[:2]} - {None}
         if len(sites) != 1:
@@ -142,11 +146,10 @@ def settled(writer: Writer) -> None:
 
 
 def apart_from_limits(writer: Writer) -> None:
-    """Let no Relu or Clip follow a product directly; no value changes.
+    """Put another operator between a product and a Relu or Clip. No value changes.
 
-    onnxruntime takes such a pair for one operator whose output is quantized at once, and leaves the
-    product in float where it is not. Relu becomes Max. In front of a Clip the Max or Min of one of
-    its own limits is computed.
+    onnxruntime merges such a pair into one operator, and computes it in float unless its output is
+    quantized. Relu becomes Max. Before a Clip goes a Max or Min with one of its own limits.
     """
     for node in [n for n in writer.graph if n.op_type in ("Relu", "Clip")]:
         x, output = node.inputs[0], node.outputs[0]
@@ -167,7 +170,7 @@ def apart_from_limits(writer: Writer) -> None:
 
 
 def _site_of(value: Any) -> str | None:
-    """The site whose operand a value is, None where it was not quantized."""
+    """Return the site of which a value is an operand, or None if it is not quantized."""
     producer = value.producer() if value is not None else None
     if producer is None or producer.op_type != "DequantizeLinear":
         return None

@@ -1,4 +1,4 @@
-"""An .onnx file in onnxruntime. How its session is made is in ``session``."""
+"""Run an .onnx file in onnxruntime. ``session`` makes the session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quietvit.errors import QuietvitError
 
 
 class OnnxRuntime(Runtime):
-    """A file in a session of onnxruntime; ``exact`` as ``open_session`` takes it."""
+    """A file in a session of onnxruntime. ``exact`` is passed to ``open_session``."""
 
     opens_float_onnx = True
     uncompared = None

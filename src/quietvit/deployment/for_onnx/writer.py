@@ -1,6 +1,6 @@
-"""Adds integers, scales and nodes to an ONNX graph, under names that tell whose they are.
+"""Add integers, scales and nodes to an ONNX graph, under the names of their sites.
 
-Where they go is decided in ``lower``, ``products`` and ``fold``.
+``lower``, ``products`` and ``fold`` decide where they go.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quietvit.deployment.grids import Grid
 
 @dataclass
 class Stored:
-    """What stands at a slot: its grid, and for a weight its codes in the model's own layout."""
+    """The grid of a slot, and for a weight its codes in the model's own layout."""
 
     name: str
     grid: Grid
@@ -24,9 +24,9 @@ class Stored:
 
 @dataclass
 class Writer:
-    """Adds nodes and initializers to a graph under the names it is given.
+    """Adds named nodes and initializers to a graph.
 
-    ``packed``: 4-bit weights take half a byte, where the opset has int4.
+    ``packed`` stores weights of at most 4 bits as int4, if the opset has it.
     """
 
     graph: Any
@@ -34,7 +34,7 @@ class Writer:
     _shared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def constant(self, name: str, array: np.ndarray) -> Any:
-        """An initializer; one of the same name is the same."""
+        """Return the initializer ``name``; it is added with ``array`` if it does not exist."""
         import onnx_ir as ir
 
         if name in self.graph.initializers:
@@ -58,7 +58,7 @@ class Writer:
         like: Any = None,
         **attributes: Any,
     ) -> Any:
-        """A node in front of ``before``; its output, called ``name`` and shaped like ``like``."""
+        """Insert a node before ``before``. Returns its output ``name``, shaped like ``like``."""
         import onnx_ir as ir
 
         node = ir.node(op, inputs, attributes or None, name=name)
@@ -69,7 +69,7 @@ class Writer:
         return node.outputs[0]
 
     def quantized(self, before: Any, x: Any, stored: Stored) -> Any:
-        """x as 8-bit codes: clipped where the codes are fewer, then QuantizeLinear."""
+        """Return x as 8-bit codes by QuantizeLinear, after a Clip for grids below 8 bits."""
         import onnx_ir as ir
 
         grid = stored.grid
@@ -94,7 +94,7 @@ class Writer:
         return codes
 
     def _codes_of(self, x: Any, stored: Stored) -> Any:
-        """The 8-bit codes that x was made from, where they stand for the same values here."""
+        """Return the 8-bit codes that x was dequantized from, if their grid is the same."""
         made = x.producer()
         if made is None or made.op_type != "DequantizeLinear" or stored.grid.bits != 8:
             return None
@@ -107,16 +107,16 @@ class Writer:
         return made.inputs[0] if same else None
 
     def dequantized(self, before: Any, codes: Any, stored: Stored, axis: int | None = None) -> Any:
-        """DequantizeLinear, along ``axis`` where there is a scale for each channel."""
+        """Return the values of codes by DequantizeLinear, along ``axis`` for scales per channel."""
         extra = {} if stored.grid.scale.ndim == 0 else {"axis": axis}
         given = [codes, *self.scale(stored)]
         return self.node(before, "DequantizeLinear", given, f"{stored.name}:values", **extra)
 
     def scale(self, stored: Stored) -> list[Any]:
-        """Scale and zero point, the latter also where it is zero.
+        """Return scale and zero point, even if the zero point is 0.
 
-        Where it is left out, onnxruntime writes one itself. Before 1.30 its exact sessions
-        (``session.x64quantprecision``) crash instead.
+        Without one, exact sessions (``session.x64quantprecision``) of onnxruntime before 1.30
+        crash. Later versions add it themselves.
         """
         grid = stored.grid
         zero = grid.zero_point.astype(grid.dtype)
@@ -126,7 +126,7 @@ class Writer:
         ]
 
     def weight(self, before: Any, stored: Stored, codes: np.ndarray) -> Any:
-        """The codes of a weight in the layout given; 4-bit ones take half a byte in the file."""
+        """Return the codes of a weight. At most 4 bits are stored as int4 and cast to int8."""
         import onnx_ir as ir
 
         if stored.grid.bits > 4 or not self._packs():
@@ -140,10 +140,11 @@ class Writer:
         return self.packed and self.graph.opset_imports.get("", 0) >= 21
 
     def in_blocks(self, before: Any, stored: Stored) -> Any:
-        """A 4-bit weight that multiplies float activations, (in, out) in blocks along its inputs.
+        """Return a 4-bit weight (in, out) for float activations, in blocks along its inputs.
 
-        Weight-only kernels want a scale for each block of 16 to 128 inputs; each channel's own is
-        repeated, so no value changes. None where no such block divides the inputs.
+        Weight-only kernels need a scale for each block of 16 to 128 inputs. Each channel's scale is
+        repeated, so no value changes. Example: (192, 768) has blocks of 64, scales (3, 768). None
+        if no block size divides the inputs.
         """
         import ml_dtypes
 
@@ -168,7 +169,7 @@ class Writer:
 
 
 def constant_of(value: Any) -> np.ndarray | None:
-    """The array of an initializer or Constant; None where the value is computed."""
+    """Return the array of an initializer or Constant, or None if the value is computed."""
     import onnx_ir as ir
 
     found = ir.convenience.get_const_tensor(value) if value is not None else None
@@ -176,7 +177,7 @@ def constant_of(value: Any) -> np.ndarray | None:
 
 
 def only_user(value: Any, op: str) -> Any:
-    """The node that alone reads a value, if it is an ``op``."""
+    """Return the node that is the only reader of a value, if it is an ``op``, else None."""
     users = list(value.uses())
     if len(users) != 1 or value.is_graph_output():
         return None
@@ -184,5 +185,5 @@ def only_user(value: Any, op: str) -> Any:
 
 
 def other_input(node: Any, value: Any) -> Any:
-    """The second input of a node of two, whichever place ``value`` has."""
+    """Return the input of a two-input node that is not ``value``."""
     return node.inputs[1] if node.inputs[0] is value else node.inputs[0]

@@ -1,1 +1,1 @@
-"""OpenVINO: an IR out of the ONNX bytes, what it can be held to, its products cut out again."""
+"""OpenVINO: convert ONNX to an IR, read its kernels, and run its products singly."""

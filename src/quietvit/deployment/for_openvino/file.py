@@ -1,6 +1,6 @@
-"""An OpenVINO IR, .xml and .bin, converted from the ONNX graph.
+"""Convert the ONNX graph to an OpenVINO IR (.xml and .bin) and write it.
 
-Which nodes the graph has is decided in ``for_onnx``; which kernels run them is read in ``kernels``.
+``for_onnx`` decides which nodes the graph has. ``kernels`` reads which kernels run them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from quietvit.files import beside, put_in_place
 
 
 def write_openvino(content: Any, path: Path, facts: Facts) -> Facts:
-    """Convert an ``onnx_ir.Model`` of ours to the IR ``path`` (.xml) and its .bin of the same stem.
+    """Convert our ``onnx_ir.Model`` to the IR ``path`` (.xml) and its .bin with the same stem.
 
-    Weights stay the integers they are, int4 too; nothing is rounded to half precision. The facts
-    are the entry ``quietvit`` of the model's rt_info. They are returned as they are there: with
-    the claims that ``kept_by_openvino`` leaves. Both files are written in a folder beside ``path``
-    and renamed when both are whole. Earlier ones of these names are replaced, and put back where
-    that fails.
+    Weights stay integers (int4 too), and nothing becomes half precision. The facts are stored in
+    the model's rt_info under ``quietvit``. They are returned with only the claims that
+    ``kept_by_openvino`` leaves. Both files are written to a folder next to ``path`` and renamed
+    together. If that fails, the earlier files are restored.
 
-    Raises QuietvitError for a graph that OpenVINO does not read, and a place that it cannot write.
+    Raises QuietvitError if OpenVINO cannot read the graph, or ``path`` cannot be written.
     """
     import onnx_ir as ir
     import openvino
 
     source = ir.to_proto(content)
-    del source.metadata_props[:]  # openvino would keep them in the .xml, a second time
+    del source.metadata_props[:]  # openvino would copy these facts to the .xml a second time
     facts = kept_by_openvino(facts, without_zero_points(source))
     with beside(path, RuntimeError) as folder:
         model = _read(source, folder)
@@ -42,7 +41,7 @@ def write_openvino(content: Any, path: Path, facts: Facts) -> Facts:
 
 
 def _read(source: Any, folder: Path) -> Any:
-    """Let OpenVINO read an ``onnx.ModelProto``, one too large for a message out of ``folder``."""
+    """Let OpenVINO read an ``onnx.ModelProto``, through ``folder`` if it is above 2 GB."""
     import onnx
     import openvino
 
@@ -54,6 +53,6 @@ def _read(source: Any, folder: Path) -> Any:
         return openvino.Core().read_model(str(graph))
     except RuntimeError as error:
         raise QuietvitError(
-            f"openvino {openvino.__version__} does not read the exported graph "
+            f"openvino {openvino.__version__} cannot read the exported graph "
             f"({str(error).strip().splitlines()[-1]}); export to onnx, or install a newer openvino."
         ) from error

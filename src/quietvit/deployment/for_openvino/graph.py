@@ -1,7 +1,6 @@
-"""The ONNX graph as OpenVINO multiplies it in integers: weights without zero points.
+"""Remove the weights' zero points from an ONNX graph, before ``file`` converts it.
 
-OpenVINO computes a product in float wherever its weight has a zero point (seen in its runtime
-model). What becomes of the graph afterwards is ``file``'s business.
+OpenVINO computes a product in float if its weight has a zero point (seen in its runtime model).
 """
 
 from __future__ import annotations
@@ -14,15 +13,13 @@ SUFFIX = ":weight:zero_point"
 
 
 def without_zero_points(model: Any) -> frozenset[str]:
-    """Rewrite an ``onnx.ModelProto`` of ours in place; return the sites whose zero points stay.
+    """Rewrite our ``onnx.ModelProto`` in place. Returns the sites whose zero points remain.
 
-    Zero points that are zero are left out. The rest is derived here.
-
-    Where code minus zero point fits into int8 (weights of at most 7 bits always do), that is the
-    new code: no value changes. Else s (q - z) x = s q x - s z Σx for a MatMul: one more product, of
-    the input with ones (OpenVINO's ReduceSum over 8-bit codes gave wrong sums). A convolution of
-    8-bit weights keeps its zero points. 4-bit weights stay so in the file, the zero point is
-    subtracted at loading.
+    Zero points of 0 are deleted. If code minus zero point fits in int8, it becomes the new code,
+    and no value changes. This holds for all weights of at most 7 bits. 4-bit weights stay int4 in
+    the file, and the zero point is subtracted at loading. For other MatMuls
+    s (q - z) x = s q x - s z Σx, and Σx is the input times ones. (OpenVINO's ReduceSum of 8-bit
+    codes gave wrong sums.) Other convolutions keep their zero points. Derived here.
     """
     from onnx import numpy_helper
 
@@ -40,7 +37,7 @@ def without_zero_points(model: Any) -> frozenset[str]:
             continue
         readers = [user for user in graph.node if node.output[0] in user.input]
         if any(not _quantized(made.get(reader.input[0])) for reader in readers):
-            continue  # its input is float, and so is the product
+            continue  # a float input: the product is float anyway
         site = node.input[2].removesuffix(SUFFIX)
         if not _moved(graph, node, stored, made) and not _corrected(graph, node, stored):
             kept.add(site)
@@ -52,7 +49,7 @@ def _quantized(node: Any) -> bool:
 
 
 def _moved(graph: Any, node: Any, stored: dict[str, Any], made: dict[str, Any]) -> bool:
-    """Take the zero point off the codes; False where they would leave int8."""
+    """Subtract the zero point from the codes. Returns False if int8 cannot hold the result."""
     from onnx import helper, numpy_helper
 
     cast = made.get(node.input[0])
@@ -76,7 +73,7 @@ def _moved(graph: Any, node: Any, stored: dict[str, Any], made: dict[str, Any]) 
 
 
 def _corrected(graph: Any, node: Any, stored: dict[str, Any]) -> bool:
-    """Multiply by the codes as they are, take s z Σx off the product; False for a convolution."""
+    """Multiply by the codes, then subtract s z Σx. Returns False if it is not one MatMul."""
     from onnx import helper, numpy_helper
 
     readers = [user for user in graph.node if node.output[0] in user.input]
@@ -116,7 +113,7 @@ def _axis(node: Any) -> int | None:
 
 
 def _along(values: np.ndarray, axis: int | None, ndim: int) -> np.ndarray:
-    """Values of channels in a shape that broadcasts along ``axis``; one value as it is."""
+    """Reshape values per channel to broadcast along ``axis``; a scalar gets shape ()."""
     wide = values.astype(np.int16)
     if wide.ndim == 0 or axis is None:
         return wide.reshape(())

@@ -1,6 +1,6 @@
-"""Which kernels OpenVINO chose, read off its runtime model, and what it can be held to.
+"""Read which kernels OpenVINO chose, and limit the claims to what it always keeps.
 
-What this says about the model's products is counted in ``proof``.
+``proof`` counts what this means for the model's products.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ ATTENTION = (
 )
 ZERO_POINTS = "openvino multiplies integers only where the weight has no zero points"
 SATURATES = (
-    "on processors without VNNI openvino adds pairs of 8-bit products in 16 bits, and what does "
-    "not fit is cut off: weights of 7 bits, patch embedding and head too, are safe there"
+    "on processors without VNNI openvino adds pairs of 8-bit products in 16 bits, which can "
+    "saturate. Use 7-bit weights there, also in patch embedding and head"
 )
 
 
 def kept_by_openvino(facts: Facts, zero: Collection[str] = ()) -> Facts:
-    """The facts without the claims that OpenVINO does not keep on every processor.
+    """Return the facts without claims that OpenVINO does not keep on every processor.
 
-    Products of two activations are not claimed, nor the sites in ``zero``, whose weights have zero
-    points. Where one of them runs in integers all the same, ``proof`` counts it.
+    These are products of two activations, and the sites in ``zero``, whose weights have zero
+    points. ``proof`` still counts them if they run in integers.
     """
 
     def kept(product: Product) -> Product:
@@ -42,13 +42,13 @@ def kept_by_openvino(facts: Facts, zero: Collection[str] = ()) -> Facts:
 
 
 def kernels_of(compiled: Any, facts: Facts) -> dict[str, Kernel]:
-    """The kernel of each product, by ``name:product``, of a compiled model that has run once.
+    """Return the kernel of each product (``name:product``) of a compiled model that ran once.
 
-    OpenVINO chooses a kernel at the first call. A layer whose precision is i8 may still multiply
-    floats (weights decompressed), so only the kernel's own name tells.
+    OpenVINO chooses kernels at the first call. A layer with precision i8 may still decompress
+    weights and multiply floats, so the kernel's name must say i8 too.
     """
     products = {f"{product.name}:product": product for product in facts.products}
-    # A product with its bias in one layer bears the name of the addition.
+    # A layer that fuses a product with its bias has the name of the addition.
     products |= {f"{product.name}:biased": product for product in facts.products}
     found: dict[str, Kernel] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
@@ -71,17 +71,17 @@ def kernels_of(compiled: Any, facts: Facts) -> dict[str, Kernel]:
 def _why_float(product: Product, layer: str, kernel: str) -> str:
     if layer not in LAYERS:
         return (
-            f"openvino fused it with its neighbours into one {layer} ({kernel}), and does not say "
-            "that this multiplies integers"
+            f"openvino fused it with its neighbours into one {layer} ({kernel}), and does not "
+            "report whether this multiplies integers"
         )
     if product.kind in ("linear", "conv"):
         return (
-            f"openvino chose {kernel}, a float kernel, as it does where a weight has zero points; "
-            "'quietvit export --to openvino' takes those out"
+            f"openvino chose {kernel}, a float kernel, as it does if a weight has zero points; "
+            "'quietvit export --to openvino' removes them"
         )
     zeros = [operand.get("zero_point") for operand in product.operands.values()]
     return (
         f"openvino chose {kernel}, a float kernel: it multiplies two activations in integers only "
-        f"where neither has a zero point (here {' and '.join(map(str, zeros))}), nor a signed one "
-        "is on the left"
+        f"if both zero points are 0 (here {' and '.join(map(str, zeros))}) and the left one is "
+        "unsigned"
     )

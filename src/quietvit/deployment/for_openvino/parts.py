@@ -1,4 +1,4 @@
-"""Models read and compiled by OpenVINO: whole, and the products of an IR cut out of the rest.
+"""Read and compile models with OpenVINO, and cut the products out of an IR.
 
 ``parity`` feeds the products and compares them.
 """
@@ -16,20 +16,20 @@ from torch import Tensor
 from quietvit.errors import QuietvitError
 
 INSTALL = "quietvit[openvino]"
-# Where the processor can, OpenVINO would compute what is float in half precision.
+# Without f32 OpenVINO computes float operators in half precision on processors that can.
 SETTINGS: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
 CLIPS = frozenset({"Minimum", "Maximum", "Clamp"})
 
 
 def read(path: Path) -> Any:
-    """An ``openvino.Model`` from an .xml or .onnx."""
+    """Read an ``openvino.Model`` from an .xml or .onnx."""
     import openvino
 
     return openvino.Core().read_model(str(path))
 
 
 def compiled(model: Any, threads: int = 0) -> Any:
-    """The model compiled for latency; ``threads``: 0 is OpenVINO's choice."""
+    """Compile a model for latency on the CPU. With 0 ``threads`` OpenVINO chooses."""
     import openvino
 
     settings = SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
@@ -38,9 +38,9 @@ def compiled(model: Any, threads: int = 0) -> Any:
 
 @dataclass(frozen=True)
 class IRParts:
-    """The same as ``for_onnx``'s ``Parts`` for an IR: per product the names of what is quantized.
+    """The products of an IR. ``inputs`` and ``codes`` name the quantizers of each product.
 
-    Codes and sums are computed by two models: a model that also gives its codes away might not
+    Two models compute codes and sums, because a model that also outputs its codes might not
     multiply them as integers.
     """
 
@@ -51,7 +51,7 @@ class IRParts:
 
     @classmethod
     def of(cls, path: Path, names: list[str]) -> IRParts:
-        """Find the products of these names. Raises QuietvitError where one is not there."""
+        """Find the products of these names. Raises QuietvitError if one is missing."""
         made = _outputs(read(path))
         inputs: dict[str, list[str]] = {}
         codes: dict[str, list[str]] = {}
@@ -65,7 +65,7 @@ class IRParts:
     def run(
         self, given: dict[str, list[Tensor]]
     ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
-        """Codes of the operands and the product, by the name of the product, for given operands."""
+        """Return codes of the operands, and the sums, by product name for given operands."""
         fed = {
             key: x.cpu().numpy()
             for name, keys in self.inputs.items()
@@ -79,7 +79,7 @@ class IRParts:
     def _computed(
         self, fed: dict[str, np.ndarray], wanted: list[str], quantizers: bool
     ) -> dict[str, np.ndarray]:
-        """Outputs of FakeQuantize, or tensors, by name, in a model that gets what is quantized."""
+        """Run the IR on values for its quantizers. Returns the outputs ``wanted`` by name."""
         import openvino
         from openvino import opset13 as ops
 
@@ -106,7 +106,7 @@ def _outputs(model: Any) -> dict[str, Any]:
 
 
 def _entrance(given: Any) -> Any:
-    """Where a value enters the clipping in front of its quantizer, if there is some."""
+    """Return the input where a value enters its quantizer, or the clipping before it."""
     node = given.get_source_output().get_node()
     if node.get_type_name() not in CLIPS:
         return given
@@ -119,7 +119,7 @@ def _entrance(given: Any) -> Any:
 
 
 def _quantizers(node: Any) -> Iterator[str]:
-    """Names of the FakeQuantize that a product's operands come from, the first operand's first."""
+    """Yield the names of the FakeQuantize nodes of a product's operands, in operand order."""
     if node.get_type_name() == "FakeQuantize":
         yield node.get_friendly_name()
         return

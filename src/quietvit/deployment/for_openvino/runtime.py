@@ -1,4 +1,4 @@
-"""An .xml or .onnx file in OpenVINO. How it is compiled is in ``parts``."""
+"""Run an .xml or .onnx file in OpenVINO. ``parts`` compiles it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quietvit.errors import QuietvitError
 
 
 class OpenVINO(Runtime):
-    """A file compiled by OpenVINO for the CPU, for latency."""
+    """A file compiled by OpenVINO for low latency on the CPU."""
 
     opens_float_onnx = True
     precautions = frozenset({ATTENTION, ZERO_POINTS})
@@ -38,17 +38,17 @@ class OpenVINO(Runtime):
             _refuse_foreign(path)
         else:
             self.uncompared = (
-                "of an .onnx in openvino no product is compared: export it to openvino for that"
+                "products of an .onnx are not compared in openvino; export to openvino to compare"
             )
         try:
             self.model = read(path)
             self.compiled = compiled(self.model, threads)
         except Exception as error:
             binary = path.with_suffix(".bin").name
-            beside = f"; an IR needs its own {binary} beside it" if self._is_ir else ""
+            beside = f"; an IR needs its own {binary} next to it" if self._is_ir else ""
             reason = str(error).strip().splitlines()[-1].rstrip(".!")
             raise QuietvitError(
-                f"openvino cannot load {path}: {reason}. The file is cut short or "
+                f"openvino cannot load {path}: {reason}. The file is truncated or "
                 f"foreign{beside}. Export it again."
             ) from error
 
@@ -80,20 +80,20 @@ class OpenVINO(Runtime):
 def _refuse_foreign(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(1000)
-    if b"<net" not in start:  # openvino would try its other readers, down to TensorFlow's
+    if b"<net" not in start:  # openvino would try all its other readers, such as TensorFlow's
         raise QuietvitError(
-            f"{path} is no OpenVINO IR: it does not begin with <net>. Give the .xml that "
+            f"{path} is not an OpenVINO IR: it does not begin with <net>. Give the .xml that "
             "'quietvit export --to openvino' wrote."
         )
 
 
 def _onnx_metadata(path: Path) -> str | None:
-    """The entry of ours in an ONNX file's metadata, which OpenVINO does not read."""
+    """Return our entry in an ONNX file's metadata, which OpenVINO does not read."""
     need("onnx", install=INSTALL)
     import onnx
 
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:
-        raise QuietvitError(f"{path} is no ONNX file, or cut short ({error}).") from error
+        raise QuietvitError(f"{path} is not a whole ONNX file ({error}); export it.") from error
     return next((entry.value for entry in model.metadata_props if entry.key == KEY), None)

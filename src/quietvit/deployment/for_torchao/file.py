@@ -1,7 +1,7 @@
-"""A model with torchao's linears, and the folder of safetensors and JSON that keeps it.
+"""``TorchAO``: a model with torchao's linears, saved as a folder of safetensors and JSON.
 
-torchao's own safetensors code is a prototype and keeps no architecture. This reads back bit for
-bit. How such a model is made from a quantized one is in ``model``.
+It loads bit for bit. torchao's own safetensors code is a prototype and stores no architecture.
+``model`` converts a quantized model.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ PARTS = ("codes", "scale", "input_scale", "input_zero_point")
 
 @dataclass(frozen=True, repr=False)
 class TorchAO:
-    """A model for torch, called as the float model is: ``made(images)``.
+    """A torch model with integer linears, called like the float model: ``made(images)``.
 
-    ``model``: float but for linears with torchao's ``Int8Tensor`` as weight.
-
-    ``integer``: the sites that multiply int8 by int8, ``integer_share`` their share of all
-    multiply-accumulates. ``left_float``: every other product, and every operand whose quantizer is
-    not applied here, with the reason. ``made``: parameters the float model did not have.
-    ``architecture``: what timm builds the float model by, None for a model of other origin.
+    ``model`` is float except for linears whose weight is torchao's ``Int8Tensor``. ``integer``
+    lists the sites that multiply int8 by int8, ``integer_share`` their share of all
+    multiply-accumulates. ``left_float`` lists with reasons all other products, and operands whose
+    quantizer is not applied here. ``made`` lists parameters that the float model does not have.
+    ``architecture`` tells how timm or transformers builds the float model; None if neither does.
     """
 
     model: nn.Module
@@ -58,7 +57,7 @@ class TorchAO:
     architecture: dict[str, Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of ``model``, in eval mode and without gradients."""
+        """Return the output of ``model`` without gradients."""
         with torch.no_grad():
             return self.model(*args, **kwargs)
 
@@ -74,10 +73,10 @@ class TorchAO:
         return "\n".join([*lines, *(f"float: {site}, {why}" for site, why in self.left_float)])
 
     def save(self, path: str | Path, force: bool = False) -> Path:
-        """Write the folder ``path``, for ``load_torchao``; returns it.
+        """Write the folder ``path`` for ``load_torchao`` and return it.
 
-        Raises QuietvitError where ``path`` exists. With ``force`` an earlier export is replaced;
-        any other file or folder is refused all the same.
+        Raises QuietvitError if ``path`` exists. ``force`` replaces an earlier export, but no other
+        file or folder.
         """
         path = Path(path)
         FORMAT.refuse(path, force)
@@ -86,9 +85,9 @@ class TorchAO:
 
 
 def write_folder(made: TorchAO, path: Path, facts: Facts | None = None) -> None:
-    """Write the folder ``path``: ``model.safetensors``, and ``torchao.json`` with the facts.
+    """Write ``model.safetensors`` and ``torchao.json`` (with the facts) to the folder ``path``.
 
-    The folder appears whole, and takes the place of an earlier one.
+    The folder appears only when it is complete, and replaces an earlier one.
     """
     tensors, int8 = {}, {}
     for name, tensor in made.model.state_dict().items():
@@ -115,24 +114,24 @@ def write_folder(made: TorchAO, path: Path, facts: Facts | None = None) -> None:
 
 
 def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
-    """Read the folder of an export or of ``TorchAO.save``; its outputs are the same bit for bit.
+    """Read a folder written by an export or ``TorchAO.save``. Outputs are equal bit for bit.
 
-    The result is called as the float model is, with images (N, C, H, W) after its transform:
+    Call the result like the float model, with transformed images (N, C, H, W):
     ``load_torchao(folder)(images)``.
 
-    The architecture is built by timm or transformers where it came from there, else give ``model``,
-    a float model of the same architecture with any weights (a copy of it is used).
+    timm or transformers builds the architecture if it comes from there. Otherwise give ``model``,
+    a float model of the same architecture with any weights. It is copied.
 
-    Raises QuietvitError for a missing extra, a missing, truncated or foreign file, and a model of
-    another architecture, naming the first keys that differ.
+    Raises QuietvitError for a missing extra, a missing, truncated or foreign file, or another
+    architecture (with the first keys that differ).
     """
     need("torchao", install=INSTALL)
     path = Path(path)
     content, tensors = FORMAT.read(path)
     if model is None and content.get("architecture") is None:
         raise QuietvitError(
-            f"{path} holds a {content.get('model_class')} that neither timm nor transformers build "
-            "by name; build the architecture yourself and give it: "
+            f"{path} holds a {content.get('model_class')}, which neither timm nor transformers "
+            "builds by name. Build the float model yourself and give it: "
             "load_torchao(path, model=my_model)."
         )
     try:
@@ -168,13 +167,13 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
         return TorchAO(own, integer, share, left, made, architecture)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise QuietvitError(
-            f"{path} is not consistent ({type(error).__name__}: {error}); it was changed or cut "
-            "short after it was written. Export it again."
+            f"{path} is not consistent ({type(error).__name__}: {error}); it was changed or "
+            "truncated after it was written. Export it again."
         ) from error
 
 
 def _parts(tensor: Tensor) -> dict[str, Any] | None:
-    """The tensors inside an Int8Tensor, by ``PARTS``; None for a plain tensor."""
+    """Return the tensors inside an Int8Tensor by ``PARTS``, or None for a plain tensor."""
     codes = getattr(tensor, "qdata", None)
     if codes is None:
         return None

@@ -1,6 +1,6 @@
-"""Adjustments of outputs folded into the parameters of the float modules that make them.
+"""Fold adjustments of outputs into the parameters of the float modules that compute them.
 
-Which modules compute in integers is ``model``'s business.
+``model`` decides which modules compute in integers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm
 
 
 def fold_adjustments(model: nn.Module, quantized: QuantizedModel) -> tuple[str, ...]:
-    """Write every adjustment of ``quantized`` into ``model``, a copy of its model, in place.
+    """Fold every adjustment of ``quantized`` into ``model``, a copy of its model, in place.
 
-    g (γ x̂ + β) + b = (g γ) x̂ + (g β + b) for norms, (W x + c) + b = W x + (c + b) for linears and
-    convolutions; exact but for the rounding of float32. Returns the names of parameters that were
-    not there before.
+    Exact except for float32 rounding: g (γ x̂ + β) + b = (g γ) x̂ + (g β + b) for norms,
+    (W x + c) + b = W x + (c + b) for linears and convolutions. Returns the names of new parameters.
 
-    Raises QuietvitError, naming the site, for what no parameter can hold: compensations of blocks,
-    learnt adjustments, norms and linears that are no modules of torch's own or run several times.
+    Raises QuietvitError with the site's name for adjustments that no parameter can hold:
+    compensations of blocks, learnt adjustments, and modules that are not torch's or run twice.
     """
     for name in quantized.compensated():
         _refuse(name, "its block is compensated in float beside it")
@@ -43,7 +42,7 @@ def fold_adjustments(model: nn.Module, quantized: QuantizedModel) -> tuple[str, 
 
 
 def called_module(model: nn.Module, trace: Trace, site: Site) -> nn.Module | None:
-    """The module whose call is this site and no other; None where there is none."""
+    """Return the module whose only call is this site, or None."""
     module = model.get_submodule(site.module)
     inside = [other for other in trace.sites if other.module == site.module]
     return module if len(inside) == 1 else None
@@ -52,7 +51,7 @@ def called_module(model: nn.Module, trace: Trace, site: Site) -> nn.Module | Non
 def _into_norm(model: nn.Module, trace: Trace, site: Site, by: ChannelAffine) -> list[str]:
     module = called_module(model, trace, site)
     if not isinstance(module, NORMS):
-        _refuse(site.name, "it is no norm of torch.nn that is called once in a pass")
+        _refuse(site.name, "it is not a torch.nn norm that is called once in a pass")
     centred = not isinstance(module, nn.RMSNorm)
     if not centred and bool((by.bias != 0).any()):
         _refuse(site.name, "it was shifted, and an RMSNorm has no bias")
@@ -70,9 +69,9 @@ def _into_bias(model: nn.Module, trace: Trace, site: Site, by: ChannelAffine) ->
     module = called_module(model, trace, site)
     own = site.weight is not None and site.weight.module == site.module
     if not own or not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        _refuse(site.name, "its bias was moved, and it is no module of torch.nn called once")
+        _refuse(site.name, "its bias was moved, and it is not a torch.nn module called once")
     if bool((by.gain != 1).any()):
-        _refuse(site.name, "its output is scaled channel by channel")
+        _refuse(site.name, "its output is scaled per channel")
     bias = _value(module, "bias", by.bias, 0.0) + by.bias.double()
     return _put(site.module, module, "bias", bias)
 
@@ -85,7 +84,7 @@ def _value(module: nn.Module, name: str, like: Tensor, default: float) -> Tensor
 
 
 def _put(where: str, module: Any, name: str, value: Tensor) -> list[str]:
-    """Set a parameter; its name where the module had none."""
+    """Set a parameter. Returns its name in a list if it is new, else an empty list."""
     before = getattr(module, name, None)
     dtype = torch.float32 if before is None else before.dtype
     setattr(module, name, nn.Parameter(value.to(dtype), requires_grad=False))
@@ -95,5 +94,5 @@ def _put(where: str, module: Any, name: str, value: Tensor) -> list[str]:
 def _refuse(name: str, why: str) -> NoReturn:
     raise QuietvitError(
         f"{name} cannot be expressed with torchao: {why}. Export to onnx, which keeps it, or "
-        "quantize by a method without such adjustments."
+        "quantize with a method without such adjustments."
     )

@@ -1,4 +1,4 @@
-"""The linear that multiplies int8 by torchao, and its weight. ``model`` decides which ones do."""
+"""A linear that multiplies int8 with torchao, and its weight. ``model`` chooses the linears."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ INSTALL = "quietvit[torchao]"
 
 
 class IntegerLinear(nn.Linear):
-    """A linear with what torchao leaves out: fewer codes than int8 has, zero points of weights.
+    """A linear with what torchao lacks: fewer than 256 input codes, and weight zero points.
 
-    ``low``, ``high``: ends to which the input is clipped first. ``offset`` (out,): scale times zero
-    point of the weight, which then has one row more, of ones, whose output is Σx: s (q - z) x =
-    s q x - s z Σx, all sums in integers. Each is None where it is not needed.
+    ``low`` and ``high`` clip the input first. ``offset`` (out,) is scale times zero point of the
+    weight. Then the weight has one more row, of ones, whose output is Σx:
+    s (q - z) x = s q x - s z Σx. Example: (768, 192) is stored as (769, 192), and forward drops the
+    last output. All sums are integers. Each of the three is None if it is not needed.
     """
 
     low: Tensor | None
@@ -27,7 +28,7 @@ class IntegerLinear(nn.Linear):
     def in_place_of(
         cls, linear: nn.Linear, low: Tensor | None, high: Tensor | None, offset: Tensor | None
     ) -> None:
-        """Make ``linear`` one in place, so that whoever holds it holds it still."""
+        """Convert ``linear`` in place, so that existing references to it stay valid."""
         linear.__class__ = cls
         for name, value in (("low", low), ("high", high), ("offset", offset)):
             linear.register_buffer(name, value)
@@ -44,7 +45,7 @@ class IntegerLinear(nn.Linear):
 def int8_tensor(
     codes: Tensor, scale: Tensor, input_scale: Tensor | None, input_zero: Tensor | None
 ) -> Any:
-    """torchao's weight: codes (out, in) int8, scale (out, 1), of the input (1, ..., 1) or None."""
+    """Return torchao's weight: int8 codes (out, in), scale (out, 1), input scale (1, ..., 1)."""
     from torchao.quantization.granularity import PerTensor
     from torchao.quantization.quant_primitives import MappingType
     from torchao.quantization.quantize_.workflows.int8.int8_tensor import (

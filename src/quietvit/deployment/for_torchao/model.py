@@ -1,6 +1,6 @@
-"""A torch model whose linears multiply int8 by torchao, with our codes and our scales.
+"""Convert a quantized model to a torch model whose linears multiply our int8 codes with torchao.
 
-Other products stay in float and are listed. Writing it to disk is in ``file``.
+Other products stay in float and are listed. ``file`` writes the model to disk.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import why_fixed, write_weight
 from quietvit.tracing import MATMUL_KINDS, Site, plain_model
 
-WEIGHT_ONLY = "its weight alone is quantized: int8 in memory, multiplied in float"
+WEIGHT_ONLY = "only its weight is quantized: int8 in memory, multiplied in float"
 
 
 def to_torchao(quantized: QuantizedModel) -> TorchAO:
-    """Return a copy of the model whose linears compute the integers of the simulated model.
+    """Return a copy of the model whose linears compute the simulated model's integers.
 
-    A linear with quantized input and weight gets its weight as int8 codes with a scale for each
-    output channel, and one static scale and zero point for the input; unsigned codes are moved by
-    128. Its sums of products are those of the simulated model. A linear whose weight alone is
-    quantized holds int8 and multiplies float. Convolutions, products of two activations, and
-    linears that torchao cannot take stay in float, with the values of the quantized weight where
-    there is one. Adjustments of norms and biases are folded.
+    A linear with quantized input and weight gets int8 weight codes. Its weight has a scale per
+    output channel, its input one static scale and zero point. Unsigned input codes shift by 128.
+    Its sums of products equal the simulated model's. A linear with only its weight quantized stores
+    int8 and multiplies in float. Everything else stays in float with quantized weight values:
+    convolutions, products of two activations, and linears that torchao cannot take. Adjustments of
+    norms and biases are folded.
 
-    Raises QuietvitError for a missing extra, a model that is not quantized, and for adjustments
-    that fit in no parameter.
+    Raises QuietvitError for a missing extra, a model that is not quantized, and adjustments that no
+    parameter can hold.
     """
     need("torchao", install=INSTALL)
     quantized = plain_model(quantized)  # type: ignore[assignment]
     if not isinstance(quantized, QuantizedModel):
         raise QuietvitError(
-            f"a {type(quantized).__name__} is not quantized; make it a QuantizedModel by "
-            "quietvit.quantize(model, method, images), or read one by quietvit.load(path)."
+            f"a {type(quantized).__name__} is not quantized; quantize it with "
+            "quietvit.quantize(model, method, images), or read one with quietvit.load(path)."
         )
     own = as_float32(quantized)
     model = copy.deepcopy(own.model).eval()
@@ -81,16 +81,16 @@ def to_torchao(quantized: QuantizedModel) -> TorchAO:
 def _converted(
     model: nn.Module, own: QuantizedModel, site: Site, here: dict[int, Slot], used: Tensor | None
 ) -> str | None:
-    """Give the site's module an Int8Tensor; None if it now multiplies integers, else why not."""
+    """Give the site's module an Int8Tensor. Returns why it multiplies no integers, or None."""
     if site.kind != "linear":
         what = "convolution" if site.kind == "conv" else "product of two activations"
-        return f"torchao has no integer {what}: it is computed in float, its operands unrounded"
+        return f"torchao has no integer {what}, so it runs in float with unrounded operands"
     if 1 not in here:
         return "its weight is not quantized"
     module = called_module(model, own.trace, site)
     own_call = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     if not own_call or site.weight is None or site.weight.module != site.module:
-        return "it is not the call of an nn.Linear, so torchao does not see it"
+        return "it is not the call of an nn.Linear, so torchao cannot replace it"
     whole = site.weight.rows is None and site.weight.cols is None and not site.weight.transposed
     reason = why_fixed(model, own.trace, site)
     if reason is not None or not whole:
@@ -118,15 +118,15 @@ def _converted(
 
 
 def _weight_codes(quantizer: Any, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | str:
-    """(codes int8 (out, in), scale (out, 1), offset), or why there are none.
+    """Return (int8 codes (out, in), scale (out, 1), offset), or the reason why not.
 
-    Codes have no zero point where they fit into int8 without; else one row of ones is added, and
-    the offset (out,) is that of ``IntegerLinear``.
+    If codes minus zero point fit in int8, the offset is None. Otherwise codes and scale get a row
+    of ones, and ``offset`` (out,) is that of ``IntegerLinear``.
     """
     if not isinstance(quantizer, AffineQuantizer) or quantizer.bits > 8:
-        return f"its weight is {quantizer.kind} of {quantizer.bits} bits, torchao takes affine int8"
+        return f"its weight is {quantizer.kind} of {quantizer.bits} bits, torchao needs affine int8"
     if quantizer.axis not in (None, 0, -2):
-        return f"its weight has scales along axis {quantizer.axis}, torchao takes output channels"
+        return f"its weight has scales along axis {quantizer.axis}, torchao needs output channels"
     scale, zero = quantizer._broadcast(weight)
     scale = scale.detach().reshape(-1, 1).expand(weight.shape[0], 1).clone()
     codes = quantizer.codes(weight.detach())
@@ -142,14 +142,14 @@ def _weight_codes(quantizer: Any, weight: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _why_no_input(quantizer: Any) -> str | None:
     if not isinstance(quantizer, AffineQuantizer) or quantizer.bits > 8:
-        return f"its input is {quantizer.kind} of {quantizer.bits} bits, torchao takes affine int8"
+        return f"its input is {quantizer.kind} of {quantizer.bits} bits, torchao needs affine int8"
     if quantizer.axis is not None:
-        return "its input has a scale for each channel, torchao takes one for the tensor"
+        return "its input has a scale for each channel, torchao needs one for the tensor"
     return None
 
 
 def _input_grid(quantizer: Any, rank: int) -> tuple[Tensor, Tensor]:
-    """(scale float32, zero point int8), both (1, ..., 1); unsigned 8-bit codes are moved by 128."""
+    """Return (float32 scale, int8 zero point), (1, ..., 1). Unsigned 8-bit codes shift by 128."""
     zero = quantizer.zero_point
     if not quantizer.signed and quantizer.bits == 8:
         zero = zero - 128
@@ -158,7 +158,7 @@ def _input_grid(quantizer: Any, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _ends(quantizer: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Smallest and largest value where the codes are fewer than int8 holds."""
+    """Return the smallest and largest value if there are fewer codes than int8 holds."""
     if quantizer.bits == 8:
         return None, None
     low, high = ((end - quantizer.zero_point) * quantizer.scale for end in quantizer.code_range)
@@ -166,7 +166,7 @@ def _ends(quantizer: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _round_weight(model: nn.Module, own: QuantizedModel, site: Site, here: dict[int, Slot]) -> None:
-    """Leave in float what the quantized weight stands for, so that a .qvit gives the same model."""
+    """Write the quantized weight's values to the float weight, as a loaded .qvit has them."""
     from torchao.utils import TorchAOBaseTensor
 
     if 1 not in here or not here[1].is_weight or site.weight is None:

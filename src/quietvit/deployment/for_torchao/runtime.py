@@ -1,4 +1,4 @@
-"""A torchao folder behind the face of a runtime, for ``predict`` and ``evaluate``."""
+"""Wrap a torchao folder as a ``Runtime`` for ``predict`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from quietvit.errors import QuietvitError
 
 
 class TorchRuntime(Runtime):
-    """A model read by ``load_torchao``; ``threads`` are set for the whole process."""
+    """A model read by ``load_torchao``. ``threads`` applies to the whole process."""
 
     unproven = (
-        "torch does not tell which products it computed in integers; integer_share and left_float "
-        "of load_torchao(path) say which ones the folder claims. Check the .onnx or .xml of the "
-        "same model"
+        "torch does not report which products it computed in integers; integer_share and "
+        "left_float of load_torchao(path) tell what the folder claims. Check the .onnx or .xml of "
+        "the same model"
     )
 
     def __init__(self, path: Path, threads: int = 0) -> None:
