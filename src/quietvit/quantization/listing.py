@@ -1,4 +1,4 @@
-"""The table of methods, as the command line prints it and the docs show it."""
+"""The table of methods that the command line prints and the docs show."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ COLUMNS = ("method", "summary", "needs", "images", "cost", "kernels")
 
 
 def method_rows(pattern: str = "*") -> list[dict[str, str]]:
-    """One row a method for the tables of command line and docs: what it needs, costs and claims.
+    """Return one row per method: what it needs, what it costs and what it claims.
 
-    ``kernels``: deployable where standard integer kernels compute with the codes, else simulated.
+    ``kernels`` is ``deployable`` if standard integer kernels compute with the codes, else
+    ``simulated``.
     """
     rows = []
     for name in list_methods(pattern):
@@ -38,7 +39,7 @@ def _kernels(cls: type[Method]) -> str:
 
 
 def methods_markdown(pattern: str = "*") -> str:
-    """The same as a Markdown table, and below it the source and published setting of each."""
+    """Return the rows as a Markdown table, then each method's source and published setting."""
     rows = method_rows(pattern)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(row[key] for key in COLUMNS) + " |" for row in rows]
