@@ -42,7 +42,7 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
     """Find the blocks of a model in order of execution.
 
     Residual blocks come from ``quietvit.tracing.block_modules.residual_modules``. Every other
-    linear or convolution is a block of its own.
+    module with one linear or convolution is a block of its own.
     """
     residual = residual_modules(trace)
     blocks: list[tuple[int, Block]] = []
