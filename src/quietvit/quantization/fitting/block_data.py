@@ -177,7 +177,7 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> BlockL
         chained=len(places) == 1
         and before is not None
         and before[0] is x
-        # ``before`` is the last block's output and its version. An in-place change raises the version.
+        # ``before`` is the last block's output and its version, which in-place changes raise.
         and before[1] == one.versions[0],
         shape=tuple(x.shape),
         output_shape=tuple(y.shape),
