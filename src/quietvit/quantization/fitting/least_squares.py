@@ -26,8 +26,8 @@ def rows(x: Tensor, weight: Tensor, run: Callable[..., Tensor]) -> Iterator[Tens
     """Yield what a weight of a linear or convolution multiplies: (groups, rows, features).
 
     The dtype is float32. A linear gives its input, as one group. A convolution gives its patches,
-    image by image, with the features of weight[0]. It runs on one-hot kernels, so stride, padding, dilation and groups
-    are its own (derived here). Example: a 3 x 3 kernel on 64 channels has 576 features.
+    image by image, with the features of weight[0]. It runs on one-hot kernels, so stride, padding,
+    dilation and groups are its own (derived here). A 3 x 3 kernel on 64 channels has 576 features.
     """
     spatial = weight.dim() - 2
     if spatial == 0:

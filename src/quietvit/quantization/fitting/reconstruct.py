@@ -111,7 +111,7 @@ class Reconstruction(OnTop):
 
     @property
     def rounding_rate(self) -> float:
-        """Learning rate of V: given, or such that V can move as far with any number of iterations."""
+        """Learning rate of V: given, or such that V can move equally far for any ``iterations``."""
         return self.rounding_lr or min(0.02, 1e-3 * 20000 / self.iterations)
 
     @property

@@ -283,7 +283,7 @@ def portions(table: Tensor, entries: int) -> tuple[Tensor, ...]:
 def better(
     table: Tensor, errors: Tensor, standing: Tensor, standing_errors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return each group's best candidate, (groups, n), and its error; ``standing`` if not beaten."""
+    """Return each group's best of candidates and ``standing``, (groups, n), and its error."""
     least, place = errors.min(0)
     wins = least < standing_errors
     chosen = table[place, torch.arange(table.shape[1], device=table.device)]
