@@ -98,10 +98,7 @@ class Method(ReadableModel):
     activation_bits: Bits = 8
     """Bits of activations, 2 to 16; None keeps them all in float."""
     patch_embed_bits: EdgeBits = 8
-    """Bits of both operands of the first layer, found by its role in the trace.
-
-    A number, None for float, or ``"same"`` for the bits of all other layers.
-    """
+    """Bits of both operands of the first layer: a number, None for float, or ``"same"``."""
     head_bits: EdgeBits = 8
     """Bits of both operands of the last layer, like ``patch_embed_bits``."""
     exclude: Patterns = ()

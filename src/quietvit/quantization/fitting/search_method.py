@@ -39,10 +39,7 @@ class SearchMethod(Method):
     """
 
     patch_embed_bits: EdgeBits = "same"
-    """Bits of both operands of the first layer, found by its role in the trace.
-
-    A number, None for float, or ``"same"`` for the bits of all other layers.
-    """
+    """Bits of both operands of the first layer: a number, None for float, or ``"same"``."""
     head_bits: EdgeBits = "same"
     """Bits of both operands of the last layer, like ``patch_embed_bits``."""
     patch_input_bits: Bits = None
