@@ -55,10 +55,7 @@ class Decomposition:
 
 
 def decompose(first: Tensor) -> Decomposition:
-    """Decompose A, shape (h, d). A vector γ, shape (h,), stands for diag(γ).
-
-    Computed in float64 on the CPU.
-    """
+    """Decompose A, shape (h, d), in float64 on the CPU. A vector γ, shape (h,), means diag(γ)."""
     wide = first.detach().to("cpu", torch.float64)
     if wide.ndim == 1:
         values, order = wide.abs().sort(descending=True)
@@ -194,11 +191,7 @@ def measure_pair(
 
 
 def read_first(model: nn.Module, pair: MatrixPair) -> Decomposition:
-    """Decompose the pair's first matrix, multiplied by the gains before and after it, if any.
-
-    Raises:
-        QuietvitError: it holds NaN or inf.
-    """
+    """Decompose the pair's first matrix with its gains. Raises QuietvitError for NaN or inf."""
     first = pair.first.read(model)
     if pair.before is not None:
         first = first * pair.before.read(model)

@@ -77,10 +77,7 @@ class Diagnosis:
         return capture.get()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists, numbers and strings; nan and inf become None.
-
-        Only the ``top`` worst sites keep their channel profile ``channel_max``.
-        """
+        """Return plain data with None for nan and inf; only ``top`` sites keep ``channel_max``."""
         kept = {s.name for s in self.worst_sites[: self.top]}
         whole = asdict(self)
         for entry, site in zip(whole["sites"], self.sites, strict=True):

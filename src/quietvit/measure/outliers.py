@@ -200,11 +200,7 @@ class RunningStatistics:
         return float((low + high) / 2)
 
     def finish(self, site: str, operand: str, role: str) -> SiteStatistics:
-        """Return the statistics so far.
-
-        Raises:
-            QuietvitError: no value was seen yet.
-        """
+        """Return the statistics so far. Raises QuietvitError if no value was seen."""
         if self._energy is None or self._channel_max is None:
             raise QuietvitError(f"nothing reached {operand} of site {site}; give images.")
         energy = self._energy

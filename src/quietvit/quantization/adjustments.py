@@ -161,7 +161,6 @@ class Compensation(nn.Module):
         return y + extra.movedim(-1, self.axis).to(y.dtype)
 
     def config(self) -> dict[str, Any]:
-        """JSON-able arguments of ``from_config``."""
         return {"shape": list(self.weight.shape), "axis": self.axis, "positions": self.positions}
 
     @classmethod

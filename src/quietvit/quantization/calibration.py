@@ -130,10 +130,7 @@ class Calibration:
         kinds: frozenset[str] = SITE_KINDS,
         label: str | None = None,
     ) -> Any:
-        """Run one forward pass under ``handler``. The caller decides about gradients.
-
-        With a ``label``, show progress site by site.
-        """
+        """Run one pass under ``handler``, gradients as outside; ``label`` shows its progress."""
         if label is None:
             with intercept(self.trace, handler, kinds=kinds):
                 return run_model(self.model, images)

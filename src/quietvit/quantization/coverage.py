@@ -37,7 +37,6 @@ class Coverage:
         return self.quantized_macs / self.total_macs if self.total_macs else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict."""
         return {
             "quantized_macs": self.quantized_macs,
             "total_macs": self.total_macs,
@@ -90,10 +89,7 @@ def coverage_of(
     bits: Mapping[str, int],
     compensations: Mapping[str, Compensation],
 ) -> Coverage:
-    """Count the multiply-accumulates of one image.
-
-    ``bits``: bits of each quantizer, by ``Slot.key``. ``compensations``: by block name.
-    """
+    """Count one image's MACs; ``bits`` by ``Slot.key``, ``compensations`` by block name."""
     done, untouched, macs = Counter[str](), [], []
     for site in trace.matmuls:
         slots = (Slot(site, 0), Slot(site, 1))

@@ -9,11 +9,7 @@ COLUMNS = ("method", "summary", "needs", "images", "cost", "kernels")
 
 
 def method_rows(pattern: str = "*") -> list[dict[str, str]]:
-    """Return one row per method: what it needs, what it costs and what it claims.
-
-    ``kernels`` is ``deployable`` if standard integer kernels compute with the codes, else
-    ``simulated``.
-    """
+    """Return a row per method; ``kernels`` tells if standard integer kernels compute its codes."""
     rows = []
     for name in list_methods(pattern):
         cls = get_method(name)

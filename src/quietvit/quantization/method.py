@@ -155,11 +155,7 @@ class Method(ReadableModel):
         return next((p for p in self.exclude if fnmatch.fnmatchcase(site.name, p)), None)
 
     def check_sites(self, trace: Trace) -> None:
-        """Raise QuietvitError if ``exclude`` or ``overrides`` does not fit the model.
-
-        A pattern or role must match something. Overrides must not contradict each other or
-        ``exclude``.
-        """
+        """Raise QuietvitError for conflicts, or if ``exclude`` or ``overrides`` matches nothing."""
         names = [site.name for site in trace.sites if site.kind in self.kinds]
         for pattern in self.exclude:
             if not fnmatch.filter(names, pattern):
@@ -178,7 +174,6 @@ class Method(ReadableModel):
         return self.why_working_float(slot) if key is None else f"float by overrides[{key!r}]"
 
     def why_working_float(self, slot: Slot) -> str:
-        """Why ``working_bits`` leaves this operand float."""
         side = "weight_bits" if slot.is_weight else "activation_bits"
         if getattr(self, side) is None:
             return f"{side}=None"

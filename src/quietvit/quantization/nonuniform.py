@@ -211,10 +211,7 @@ class LogQuantizer(LevelQuantizer):
     def adalog(
         cls, scale: Tensor, q: int, *, bits: int, shift: float = 0.0, zero: ZeroCode = "extra"
     ) -> LogQuantizer:
-        """Base 2^(-q/37), as in AdaLog. ``shift`` is ``GELU_SHIFT`` for post-GELU values.
-
-        The scale then belongs to x + shift.
-        """
+        """Base 2^(-q/37), as in AdaLog: ``scale`` is that of x + shift; GELU has ``GELU_SHIFT``."""
         return cls(scale, q, ADALOG_DENOMINATOR, bits=bits, shift=shift, zero=zero)
 
     @property

@@ -48,10 +48,7 @@ class OnTop(Method):
     default_base: ClassVar[str] = "rtn"
 
     base: Base = None  # type: ignore[assignment]  # ``_agree`` puts ``default_base`` there
-    """Config of the method to refine. Its bits, exclusions and overrides apply.
-
-    None takes ``default_base`` at the given bits.
-    """
+    """Config of the method to refine; None takes ``default_base`` at the given bits."""
 
     @model_validator(mode="before")
     @classmethod
@@ -76,7 +73,6 @@ class OnTop(Method):
         return fields | {name: getattr(base, name) for name in SHARED} | {"base": base}
 
     def calibrate_base(self, calibration: Calibration) -> Calibrated:
-        """Return what the base decides on the same images."""
         return self.base.calibrate(calibration)
 
     def slot_bits(self, slot: Slot) -> int | None:

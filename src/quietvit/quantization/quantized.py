@@ -248,16 +248,13 @@ class QuantizedModel(nn.Module):
         return found_quantizer if isinstance(found_quantizer, Quantizer) else None
 
     def slots(self) -> list[Slot]:
-        """Every slot that has a quantizer."""
         return [slot for slots in self._slots.values() for slot in slots.values()]
 
     def adjusted(self) -> dict[str, Adjustment]:
-        """Adjustments of sites' outputs, by site name."""
         found = {name: self.adjustments[key] for name, key in self._adjusted.items()}
         return {name: a for name, a in found.items() if isinstance(a, Adjustment)}
 
     def compensated(self) -> dict[str, Compensation]:
-        """Compensations of blocks' outputs, by block name."""
         found = {name: self.compensations[module_key(name)] for name in self._blocks}
         return {name: c for name, c in found.items() if isinstance(c, Compensation)}
 

@@ -20,10 +20,7 @@ from quietvit.tracing.ops import norm_channel_dim
 
 @dataclass(frozen=True, eq=False)
 class NormLink:
-    """A norm and all the linears that read it.
-
-    ``columns[i][j]`` is the channel of the norm that column j of consumer i reads.
-    """
+    """A norm and all its readers; column j of reader i reads channel ``columns[i][j]``."""
 
     norm: Site
     consumers: tuple[Site, ...]

@@ -20,11 +20,7 @@ _BITS = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
 
 
 def parse_bits(text: str) -> tuple[int, int]:
-    """Return (weight bits, activation bits) of ``W4A8``.
-
-    Raises:
-        QuietvitError: not of this form, or bits outside 2..16.
-    """
+    """Return (weight bits, activation bits) of ``W4A8``. Raises QuietvitError for other texts."""
     match = _BITS.fullmatch(text.strip())
     if match is None:
         raise QuietvitError(

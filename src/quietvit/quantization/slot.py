@@ -21,10 +21,7 @@ OUTPUT = -1
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One operand of one site: the place of a quantizer. Equal by site name and index.
-
-    The index ``OUTPUT`` means the site's output.
-    """
+    """One operand of a site, or its output (``OUTPUT``). Equal by site name and index."""
 
     site: Site
     index: int

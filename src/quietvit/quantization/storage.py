@@ -55,10 +55,7 @@ FORMAT = FolderFormat(
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a saved model: the arguments of ``QuantizedModel``.
-
-    ``quantizers`` by slot, ``adjustments`` by site name, ``compensations`` by block name.
-    """
+    """A saved model: quantizers by slot, adjustments by site, compensations by block."""
 
     model: nn.Module
     trace: Trace
@@ -87,10 +84,7 @@ def _prefix(part: str, name: str) -> str:
 
 
 def write(path: Path, contents: Contents, used: Mapping[str, Tensor], coverage: Coverage) -> None:
-    """Write the folder ``path``; see ``QuantizedModel.save``.
-
-    ``used``: the weight that each site really multiplies by, by site name.
-    """
+    """Write ``path``, see ``QuantizedModel.save``; ``used``: each site's actual weight, by name."""
     model = contents.model
     codes = _weight_codes(contents, used)
     tensors = {f"codes.{name}": stored for name, (stored, _) in codes.items()}

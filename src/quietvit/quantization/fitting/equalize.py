@@ -29,10 +29,7 @@ _WATCHED = frozenset({"linear", "conv", "norm"})
 
 @dataclass(frozen=True, eq=False)
 class Between:
-    """A folded BatchNorm, and the layers that read it through a ReLU.
-
-    ``columns[i][j]`` is the BatchNorm's channel that input channel j of consumer i reads.
-    """
+    """A folded BatchNorm and the layers behind its ReLU; ``columns`` as in ``NormLink``."""
 
     folded: Folded
     consumers: tuple[Site, ...]
@@ -47,7 +44,6 @@ class Equalized:
     skipped: tuple[tuple[str, str], ...]
 
     def notes(self, what: str) -> list[str]:
-        """Return lines for the report."""
         done = [f"{what} equalized the channels of {len(self.scales)} layers"]
         left = skipped_note(f"{what} did not equalize", "layers", self.skipped)
         return (done if self.scales else []) + left

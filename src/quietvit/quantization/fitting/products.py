@@ -96,8 +96,6 @@ class _Stack:
 
 @dataclass(eq=False)
 class _Kept:
-    """The kept rows and gradients of one site."""
-
     left: _Stack
     right: _Stack
     gradient: _Stack
@@ -171,7 +169,6 @@ class Recorder:
                 kept.gradient.put(some, images / of)
 
     def products(self) -> dict[str, Product]:
-        """Return the recorded products, by site name in order of execution."""
         found = {}
         for name, site in self.sites.items():
             if name in self.loose:

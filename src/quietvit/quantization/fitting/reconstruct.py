@@ -125,7 +125,6 @@ class Reconstruction(OnTop):
         return 0.0
 
     def settings(self) -> FitSettings:
-        """Return the part of this config that ``fit`` needs."""
         return FitSettings(
             rounding_rate=self.rounding_rate,
             scale_rate=self.scale_rate,

@@ -51,7 +51,6 @@ class Rounding(nn.Module):
         return (torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def at(self, up: Tensor) -> Tensor:
-        """Return the weight with ``up`` as h(V)."""
         steps = (self.down + up).clamp(self.low, self.high)
         return (steps * self.scale).to(self.dtype)
 
@@ -95,12 +94,10 @@ class LearnedScale(nn.Module):
         return LearnedStep.apply(x, scale.view(shape), *ends, keep)  # type: ignore[no-any-return, no-untyped-call]
 
     def write(self) -> None:
-        """Write the learned scale to the quantizer."""
         with torch.no_grad():
             self.quantizer.scale.copy_(self.scale())
 
     def undo(self) -> None:
-        """Write the initial scale to the quantizer."""
         with torch.no_grad():
             self.quantizer.scale.copy_(self.start)
 

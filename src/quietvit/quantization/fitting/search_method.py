@@ -43,10 +43,7 @@ class SearchMethod(Method):
     head_bits: EdgeBits = "same"
     """Bits of both operands of the last layer, like ``patch_embed_bits``."""
     patch_input_bits: Bits = None
-    """Bits of the patch embedding's input; its weight has ``patch_embed_bits``.
-
-    None keeps it in float, as in the authors' code.
-    """
+    """Bits of the patch embedding's input; None keeps it in float, as in the authors' code."""
     hessian: StrictBool = False
     """Whether to weigh errors of the output by the gradient there."""
     rounds: Annotated[StrictInt, Field(ge=1)] = 3
@@ -107,7 +104,6 @@ class SearchMethod(Method):
         return calibrated
 
     def _search(self, product: Product, trace: Trace) -> dict[Slot, Quantizer]:
-        """Return the quantizers of one product's operands."""
         slots = (Slot(product.site, 0), Slot(product.site, 1))
         bits = (self.slot_bits(slots[0]), self.slot_bits(slots[1]))
         if product.left is None or product.right is None:

@@ -54,7 +54,7 @@ class AdaLog(SearchMethod):
     - The search is simpler than the paper's six stages of 128 candidates (derived here). It tries a
       grid of both ends of the range, from the 10 % quantiles to the extremes, then ever closer
       neighbours of the best.
-    - q runs from 1 to 128 instead of 10 to 137, since the authors' smallest is too coarse at 8 bits.
+    - q runs from 1 to 128, not from 10 to 137: the authors' smallest is too coarse at 8 bits.
     - ``rows`` random tokens of each site represent all (derived here; None takes all).
     - Levels are not rounded to the authors' table of 2^(b+1) - 2 values.
     - The shift of 0.16997 is not folded into the bias, which would change no value.
@@ -102,7 +102,6 @@ class AdaLog(SearchMethod):
     def prepare(
         self, calibration: Calibration, products: dict[str, Product], calibrated: Calibrated
     ) -> None:
-        """Re-parametrize norms."""
         if not self.reparametrization:
             return
         found = hidden_norm_links(calibration.model, calibration.trace)

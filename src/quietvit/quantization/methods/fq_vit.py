@@ -65,15 +65,9 @@ class FQViT(Method):
     attention_bits: Bits = 4
     """Bits of post-softmax values, 4 in the paper; None keeps them in float."""
     residual_bits: Bits = 8
-    """Bits of norm inputs and residual adds; None keeps them in float.
-
-    The paper has 8, even if the other bits are lower.
-    """
+    """Bits of norm inputs and residual adds, 8 in the paper; None keeps them in float."""
     everything: bool = True
-    """Whether to quantize norm inputs, the residual stream and the softmax, too.
-
-    False quantizes matrix products only.
-    """
+    """Whether to quantize norm inputs, residual stream and softmax, or only matrix products."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """Run one pass: extremes, and a histogram per channel of the inputs of norms."""

@@ -109,7 +109,6 @@ class GPTQ(OnTop):
         return grams
 
     def _round(self, model: nn.Module, site: Site, gram: Gram) -> AffineQuantizer:
-        """Write the rounded weight and return its grid."""
         bits = self.slot_bits(Slot(site, 1))
         assert bits is not None
         weight = read_weight(model, site)

@@ -77,15 +77,9 @@ class HPTQ(Method):
     sd comes from the BatchNorm's own mean and standard deviation, so it needs the folding.
     """
     z_threshold: Annotated[float | None, BeforeValidator(_z)] = None
-    """Ignore histogram bins further than this many standard deviations from the mean.
-
-    5 to 20 are useful; None ignores none.
-    """
+    """Ignore histogram bins more than this many (5 to 20) standard deviations off; None: none."""
     weight_error: ErrorName = "mse"
-    """The error that the search minimizes among 10 thresholds.
-
-    ``mse``, ``mae``, ``lp`` (exponent ``p``), ``kl`` or ``noclip``.
-    """
+    """Error for the choice among 10 thresholds: ``mse``, ``mae``, ``lp``, ``kl`` or ``noclip``."""
     activation_error: ErrorName = "mse"
     """Like ``weight_error``, among 20 thresholds."""
     p: Annotated[float, between(0.0, 16.0)] = 2.0
@@ -97,10 +91,7 @@ class HPTQ(Method):
     point does that. It equals adding the shift, padding with it and removing it from the next bias.
     """
     shift_ratio: Annotated[float, between(0.0, 1.0)] = 0.25
-    """Largest |minimum| of a shifted input, as a share of its threshold.
-
-    0.25 in the paper of 2021, 0.05 in the toolkit now.
-    """
+    """Largest |minimum| / threshold of a shifted input: 0.25 in the paper, 0.05 in the toolkit."""
     bias_correction: bool = True
     """Whether bias -= Σ_j (W_q - W)_j E[x_j], with E[x] per input channel from the images."""
 

@@ -103,7 +103,6 @@ class PTQ4ViT(SearchMethod):
         return symmetric_start(largest, side.bits)
 
     def proposals(self, side: Side, start: Tensor) -> Proposals:
-        """Return the same candidates for every round."""
         if isinstance(side, TwinSoftmax):
             return fixed(torch.exp2(-torch.arange(SPLITS)).view(-1, 1, 1).to(start.device))
         steps = factors(self.candidates, _LOWEST, _HIGHEST).to(start.device)

@@ -101,10 +101,7 @@ class QwT(OnTop):
 def compensate(
     data: BlockData, block: Block, layout: BlockLayout, given: Leaves
 ) -> tuple[Tensor, Compensation | None, str]:
-    """Return the block's output for all images (images, rows, ...), with any compensation.
-
-    Also return the compensation, or None and the reason.
-    """
+    """Return the block's output (compensated if kept), the compensation or None, and why not."""
     same = layout.shape == layout.output_shape
     axis = channel_dim(block, layout)
     sums = LinearFit()
@@ -142,7 +139,6 @@ class LinearFit:
         self.shift: tuple[Tensor, Tensor] | None = None
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add x (rows, p) and y (rows, q)."""
         if self.shift is None:
             self.shift = x.mean(0), y.mean(0)
         x, y = x - self.shift[0], y - self.shift[1]

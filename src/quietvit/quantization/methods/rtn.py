@@ -49,10 +49,7 @@ class RTN(Method):
     weight_symmetric: bool = True
     """Whether the zero point of weights is 0."""
     activation_symmetric: bool = False
-    """Whether the zero point of activations is 0.
-
-    Codes are unsigned if no value below zero was seen.
-    """
+    """Whether the zero point of activations is 0; codes are unsigned if no value is negative."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """Run one pass over the images; weights are read once."""
