@@ -30,8 +30,8 @@ from quietvit.tracing import (
 )
 from quietvit.tracing import trace as record_trace
 
-UNREACHED = "none of the images gave it a value, as where nothing is detected: not measured"
-MASKED = "its scores hold the -inf of a mask: not measured"
+UNREACHED = "not measured: no image gave it a value, for example because nothing was detected"
+MASKED = "not measured: its scores hold the -inf of a mask"
 _SIDES = ("left", "right")
 
 

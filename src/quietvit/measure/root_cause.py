@@ -231,7 +231,7 @@ class CauseFinder:
             return None
         if inputs.shape[:-1] != leading:
             was = tuple(inputs.shape[:-1])
-            reason = f"tokens {was} are rearranged to {tuple(leading)} on the way"
+            reason = f"its tokens {was} become {tuple(leading)} between its matrices"
             self._skipped.append((pair.name, reason))
             return None
         vector, columns = inputs[place], _inputs(pair.first)

@@ -73,7 +73,7 @@ def quantize(
         trace = trace_model(own, first[:1] if example is None else example)
     if not trace.matmuls:
         raise QuietvitError(
-            f"{type(model).__name__} multiplies no matrices in its trace; nothing to quantize."
+            f"{type(model).__name__} has no matrix products in its trace; nothing to quantize."
         )
     fixed = [site.name for site in trace.matmuls if site.role == "constant"]
     if fixed:

@@ -78,7 +78,7 @@ class ImageStream:
     def _batches(self) -> Iterator[Tensor]:
         if self._spent:
             raise QuietvitError(
-                "this method needs several passes over the calibration images, but they come "
+                "this method goes through the calibration images more than once, but they come "
                 "from a generator; give a tensor, a list of batches or a DataLoader."
             )
         self._spent = isinstance(self.source, Iterator)

@@ -119,4 +119,4 @@ def _label(slots: tuple[Slot, Slot], bits: Mapping[str, int]) -> str:
 def _why_float(method: Method, slot: Slot) -> str:
     if method.slot_bits(slot) is None:
         return f"{slot.operand} float: {method.why_float(slot)}"
-    return f"{slot.operand} float: left so by {method.name}"
+    return f"{slot.operand} float: {method.name} chose no quantizer"

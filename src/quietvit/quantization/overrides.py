@@ -92,7 +92,7 @@ class Overrides(Mapping[str, BitPair]):
             if not touched:
                 known = sorted({role for site in sites for role in _roles(site)})
                 raise QuietvitError(
-                    f"overrides: {key!r} is no role of this model and matches none of its "
+                    f"overrides: {key!r} is not a role of this model and matches none of its "
                     f"{len(sites)} matrix products"
                     f"{nearest(key, [*known, *(site.name for site in sites)])}. "
                     f"Roles here: {', '.join(known)}."
@@ -135,7 +135,7 @@ def _overrides(value: Any) -> Overrides:
     pairs: dict[str, BitPair] = {}
     for key, bits in value.items():
         if not isinstance(key, str) or not key:
-            raise ValueError(f"{key!r} is no role and no pattern of site names")
+            raise ValueError(f"{key!r} is neither a role nor a pattern of site names")
         pairs[key] = _pair(key, bits)
     return Overrides(pairs)
 

@@ -128,7 +128,7 @@ def _pair(model: nn.Module, trace: Trace, norm: Site) -> tuple[Site, nn.Module] 
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return f"its statistics are in a {type(module).__name__}, which is not a known BatchNorm"
     if module.running_mean is None or module.running_var is None:
-        return "it normalizes by the statistics of the batch"
+        return "it normalizes by the batch's own statistics"
     fed_by = norm.operands[0].fed_by
     if len(fed_by) != 1:
         many = "several sites" if fed_by else "the input"

@@ -153,13 +153,13 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> BlockL
     leaves, spec = _tree.tree_flatten((one.args, one.kwargs))
     doubled, _ = _tree.tree_flatten((two.args, two.kwargs))
     if len(leaves) != len(doubled):
-        return "is given more tensors for more images"
+        return "gets more tensors for more images"
     x, y = first_tensor((one.args, one.kwargs)), first_tensor(one.output)
     places = []
     for place, (leaf, other) in enumerate(zip(leaves, doubled, strict=True)):
         if not isinstance(leaf, Tensor):
             if isinstance(leaf, int | float | str | bool) and leaf != other:
-                return "is given a number that depends on how many images there are"
+                return "gets a number that depends on the number of images"
             continue
         grown = _grown(leaf, other)
         if grown is not None:

@@ -89,7 +89,7 @@ def equalize(
     for between in found:
         name = between.folded.norm.name
         if name not in kept:
-            skipped.append((name, "what lies behind its activation does not keep scales apart"))
+            skipped.append((name, "an operation after its activation does not pass the scales on"))
             continue
         spread = std_after_relu(between.folded.mean, between.folded.std)
         scales[name] = 1 / spread.clamp(min=1.0)
@@ -109,7 +109,7 @@ def _between(model: nn.Module, trace: Trace, folded: Folded) -> Between | str | 
         return None
     activation = fed[0]
     if len(fed) != 1 or folded.norm.name in trace.outputs:
-        return "more than its activation reads it"
+        return "other sites read it beside its activation"
     if activation.function.strip("_") not in HOMOGENEOUS:
         return f"{activation.function.strip('_')} is not positively homogeneous"
     consumers = [sites[name] for name in activation.feeds]
@@ -130,7 +130,7 @@ def _between(model: nn.Module, trace: Trace, folded: Folded) -> Between | str | 
         ]
         width = site.operands[0].shape[channel_axis(site)]
         if len(links) != 1 or len(links[0].channels) != width or min(links[0].channels) < 0:
-            return "its channels do not arrive one by one behind the activation"
+            return "its channels do not pass the activation one by one"
         columns.append(links[0].channels)
     return Between(folded, tuple(consumers), tuple(columns))
 

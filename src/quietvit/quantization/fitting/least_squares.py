@@ -251,6 +251,6 @@ def movable(
             found.append(site)
     if left:
         calibrated.notes.append(
-            f"{what} left {len(left)} weights as the base rounds them: {'; '.join(left)}"
+            f"{what} kept the base's rounding of {len(left)} weights: {'; '.join(left)}"
         )
     return found

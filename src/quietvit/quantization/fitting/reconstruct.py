@@ -321,13 +321,15 @@ class _BlockLoop:
             )
         kept = [block for block, ratio in self.ratios.items() if not ratio < 1]
         if kept:
-            notes.append(f"not better after reconstruction, left as by {name}: {', '.join(kept)}")
+            notes.append(
+                f"not better after reconstruction, kept as {name} left it: {', '.join(kept)}"
+            )
         for block, why in missing.items():
-            notes.append(f"{block} is left as by {name}: it {why}")
+            notes.append(f"{block} stays as {name} left it: it {why}")
         inside = {site.name for block in blocks for site in block.sites}
         outside = [site.name for site in self.data.trace.matmuls if site.name not in inside]
         if outside:
-            notes.append(f"in no block, left as by {name}: {', '.join(outside)}")
+            notes.append(f"in no block, kept as {name} left it: {', '.join(outside)}")
         weights = [slot.site for slot in self.data.calibrated.quantizers if slot.is_weight]
         reasons = [why_fixed(self.data.model, self.data.trace, site) for site in weights]
         fixed = [why for why in reasons if why is not None]

@@ -128,7 +128,7 @@ class AdaLog(SearchMethod):
         bits = self.slot_bits(Slot(site, 0))
         x = product.left
         if x is None or bits is None or sorted(columns) != list(range(link.channels)):
-            why = "its channels do not reach a linear once each"
+            why = "its channels do not each reach a linear exactly once"
             calibrated.notes.append(f"{self.name} did not re-parametrize {link.norm.name}: {why}")
             return
         values = x.new_empty(link.channels, x.shape[1] * x.shape[2])

@@ -257,6 +257,6 @@ def _notes(calibrated: Calibrated, left: dict[str, str]) -> list[str]:
     kinds = Counter(slot.site.kind for slot in calibrated.quantizers)
     others = {"norm": "norm inputs", "softmax": "softmaxes", "add": "operands of residual adds"}
     counted = [f"{kinds[kind]} {name}" for kind, name in others.items() if kinds[kind]]
-    notes = [f"quantized beside matrix products: {', '.join(counted)}"] if counted else []
+    notes = [f"quantized besides matrix products: {', '.join(counted)}"] if counted else []
     reasons = Counter(left.values())
     return notes + [f"{n} softmaxes stay float: {reason}" for reason, n in reasons.items()]

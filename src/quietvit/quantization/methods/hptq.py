@@ -164,7 +164,7 @@ class HPTQ(Method):
         if refused:
             shown = ", ".join(refused[:3]) + (", ..." if len(refused) > 3 else "")
             calibrated.notes.append(
-                f"{self.name} left {len(refused)} inputs signed whose negative part is above "
+                f"{self.name} kept {len(refused)} inputs signed: their negative part is above "
                 f"{self.shift_ratio:g} of the threshold: {shown}"
             )
 

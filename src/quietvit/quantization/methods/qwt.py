@@ -92,7 +92,7 @@ class QwT(OnTop):
                     calibrated.compensations[block.name] = compensation
                 way = [output]
         for name, why in without.items():
-            calibrated.notes.append(f"no compensation behind {name}: it {why}")
+            calibrated.notes.append(f"no compensation after {name}: it {why}")
         if not blocks:
             calibrated.notes.append("no residual blocks in this model, so no compensation")
         return calibrated
@@ -115,7 +115,11 @@ def compensate(
 
     output = each(given, run)
     if not same:
-        return output, None, f"makes {layout.output_shape} of {layout.shape}"
+        return (
+            output,
+            None,
+            f"has output shape {layout.output_shape} for input shape {layout.shape}",
+        )
     weight, bias, r2 = sums.finish()
     if not r2 > 0:
         return output, None, f"has an error that x does not explain (adjusted R² {r2:.2g})"
