@@ -25,8 +25,8 @@ class Diagnosis:
     """Outliers of a model, and what in its weights makes them.
 
     Attributes:
-        sites: statistics of every operand of every matrix multiplication, and of every output of a
-            norm, activation function and residual add, in the order of the forward pass.
+        sites: statistics in the order of the forward pass: operands of all matrix products, and
+            outputs of all norms, activation functions and residual adds.
         pairs: amplification of every pair, in the given order.
         root_causes: what makes the largest output values of the pairs, largest first.
         skipped: (pair, reason) for pairs whose peak was not explained, and (site, reason) for

@@ -48,8 +48,8 @@ def quantize(
         trace: an earlier ``quietvit.trace`` of this model.
         progress: show a progress bar if calibration takes more than 3 seconds.
 
-    The result's notes tell what is unusual, such as a model in train mode. A warning says if the
-    images are not normalized like the model's own preprocessing.
+    The result's notes name anything unusual, such as a model in train mode. A warning appears if
+    the images are not normalized like the model's own preprocessing.
 
     Raises QuietvitError for no images, wrong shapes, NaN, a model that is quantized already, an
     unknown method, or ``bits`` together with a config.

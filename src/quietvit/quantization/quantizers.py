@@ -92,7 +92,7 @@ def affine_parameters(
 ) -> tuple[Tensor, Tensor, bool]:
     """Return scale, zero point and signedness of a uniform quantizer for [minimum, maximum].
 
-    Affine: the range is extended to contain zero, s = (max - min)/(2^b - 1), z = round(-min/s), and
+    Affine: the range is extended to contain zero. s = (max - min)/(2^b - 1), z = round(-min/s), and
     codes are in [0, 2^b - 1]. Symmetric: z = 0 and s = max(|min|, |max|)/hi. Codes are signed, or
     unsigned if no value is negative; ``signed`` overrides that. Both represent zero exactly. A step
     below 2^-100 becomes 1, because float32 arithmetic treats such a tensor as all zeros.

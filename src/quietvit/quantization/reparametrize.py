@@ -47,13 +47,10 @@ class NormLinks:
 def norm_links(model: nn.Module, trace: Trace) -> NormLinks:
     """Find every norm whose output reaches only linears, channel by channel and unchanged.
 
-    Convolutions of kernel size 1 count as linears. A norm is skipped, with the reason, if:
-
-    - it also feeds a residual or leaves the model,
-    - something stands between it and the linear (padding, a class token, pooling, a gate), or
-    - a consumer's weight is shared or computed.
-
-    Found from the trace; derived here.
+    Convolutions of kernel size 1 count as linears. A norm is skipped, with the reason, if it also
+    feeds a residual or leaves the model. It is also skipped if something stands between it and the
+    linear (padding, a class token, pooling, a gate), or if a consumer's weight is shared or
+    computed. Found from the trace; derived here.
     """
     links, skipped = [], []
     sites = {site.name: site for site in trace.sites}

@@ -72,8 +72,8 @@ def fold_batchnorms(calibration: Calibration, calibrated: Calibrated, image: Ten
     kernel, 1/a cancels with the BatchNorm's own a, which leaves a W x + offset. A channel with
     abs(a) < 2^-30 keeps its weight.
 
-    A BatchNorm is folded if it reads the unchanged output of one linear or convolution, nothing
-    else reads that output, and the weight belongs to that site alone. ``image`` (1, C, H, W) runs
+    A BatchNorm is folded if it reads the unchanged output of one linear or convolution. It must be
+    the only reader, and the weight must belong to that site alone. ``image`` (1, C, H, W) runs
     once, to check this and to find the bias.
     """
     model, trace = calibration.model, calibration.trace

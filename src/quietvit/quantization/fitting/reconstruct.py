@@ -48,9 +48,9 @@ class Reconstruction(OnTop):
     """Base of BRECQ and QDrop: fit blocks in order, rounding and scales together.
 
     Blocks are the residual blocks of the trace, and each linear and convolution outside of them
-    (``blocks.find_blocks``). For each one, Adam minimizes the squared error between the output of
-    the quantized block and that of the float block, Σ over channels, mean over the rest. The
-    quantized block gets its input from the quantized model, the float block from the float model.
+    (``blocks.find_blocks``). For each one, Adam minimizes the squared error between the outputs of
+    the quantized and the float block: Σ over channels, mean over the rest. The quantized block gets
+    its input from the quantized model, the float block from the float model.
     Added is ``regularizer``·Σ(1 - |2h - 1|^β), with β from 20 to 2 after the ``warm_up``.
 
     Learned are AdaRound's V of each weight and the scale of each activation with a uniform

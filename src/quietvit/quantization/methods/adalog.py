@@ -43,8 +43,8 @@ class AdaLog(SearchMethod):
     point: weights per output channel, activations per tensor, attention's other operands per head.
     Steps are searched for each product, on operands of the float model. Weight and input (or both
     operands of attention) are searched in turns, ``rounds`` times, by the squared error of the
-    output. Norms that only linears read, except the head's, are first re-parametrized, so that one
-    step fits all their channels, as in RepQ-ViT (arXiv 2212.08254).
+    output. Before that, norms that only linears read are re-parametrized, so that one step fits all
+    their channels, as in RepQ-ViT (arXiv 2212.08254). The head's norm is not.
 
     As in the authors' code: the patch embedding's weights have the working bits, its input is float
     (``patch_input_bits``), the head has the working bits, and there are 32 images.

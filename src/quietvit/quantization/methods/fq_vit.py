@@ -43,8 +43,8 @@ class FQViT(Method):
 
     Differences from the authors' code:
 
-    - The residual stream is quantized where it is read (by the norm and by the next add, each with
-      its own factors), not once where it is written.
+    - The residual stream is quantized where it is read, not once where it is written. The norm and
+      the next add have their own factors.
     - Logits are not quantized. Layer norms run in float on quantized inputs.
     - Residual adds of images whose channels are not the last dim (CNN stems) are per tensor.
     - Attention maps outside 0..1 (mixed heads) get a uniform quantizer. A note says so.
