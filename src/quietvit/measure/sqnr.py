@@ -35,9 +35,9 @@ def sqnr(
     y and the noise are both 0, and -inf if only y is 0. Both models run in eval mode. Afterwards
     they are in the mode they had before.
 
-    Some detectors choose queries by score (D-FINE, RT-DETR, two-stage DETRs). A tiny change can
-    change the choice or its order. A low value behind that choice only means that queries changed
-    places. Compare such outputs query by query, matched by box or score.
+    Detectors that choose queries by score (D-FINE, RT-DETR, two-stage DETRs) may choose others, or
+    another order, after the smallest change. Behind that choice a low value only says that queries
+    changed places. Compare such outputs query by query, matched by box or score.
 
     Args:
         model: the float model.

@@ -100,7 +100,7 @@ class ImageStream:
 class Calibration:
     """What a method works on: a private copy of the model in eval mode, its trace, the images.
 
-    ``chosen``: whether an operand will be quantized, and thus needs values.
+    ``chosen``: whether an operand is to be quantized, so that it needs values.
     """
 
     model: nn.Module
