@@ -269,7 +269,7 @@ def test_blocks_that_run_twice_and_sites_in_no_block_are_named():
     images = torch.randn(6, 3, 4, 4)
     report = quantize(Twice().eval(), QDrop(**QUICK | {"iterations": 2}), images).report()
     assert "blocks.0" in report
-    assert "left as by rtn" in report
+    assert "as rtn left it" in report
     assert "in no block" in report
     assert "free" in report
 

@@ -103,8 +103,8 @@ def test_shared_weights_are_left_alone_and_named(name):
     model, images = small(Mixer)
     quantized = quietvit.quantize(model, method(name), images, progress=False)
     assert torch.equal(quantized.model.shared.weight, model.shared.weight)
-    note = next(note for note in quantized.notes if "as the base rounds them" in note)
-    assert "left 2 weights" in note
+    note = next(note for note in quantized.notes if "kept the base's rounding" in note)
+    assert "of 2 weights" in note
     assert "shared" in note
 
 

@@ -86,9 +86,9 @@ def test_blocks_without_a_compensation_are_named():
     model, images = built("timm-vit", 1)  # 17 tokens of 32 channels
     quantized = quantize(model, QwT(weight_bits=4, activation_bits=4), images)
     assert not quantized.compensated()
-    assert "no compensation behind blocks.0" in quantized.report()
+    assert "no compensation after blocks.0" in quantized.report()
     report = quantize(Narrowing().eval(), QwT(weight_bits=4), torch.randn(4, 3, 8, 8)).report()
-    assert "no compensation behind blocks.0: it makes (1, 8, 4, 4) of (1, 4, 8, 8)" in report
+    assert "after blocks.0: it has output shape (1, 8, 4, 4) for input shape (1, 4, 8, 8)" in report
 
 
 def test_channels_of_convolutions_are_compensated_along_their_dim():

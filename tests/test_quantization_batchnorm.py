@@ -233,8 +233,11 @@ SKIPPED = {
     "its weight is read twice": (shares_weight, "is shared by"),
     "a residual in front": (lambda p, x: p["bn"](p["a"](x) + p["b"](x)), "kind add"),
     "nothing in front": (lambda p, x: p["a"](p["bn"](x)), "fed by the input"),
-    "scaled on the way": (lambda p, x: p["bn"](p["a"](x) * 2), "as it is"),
-    "turned on the way": (lambda p, x: p["bn"](p["a"](x).transpose(1, 2)), "as it is"),
+    "scaled on the way": (lambda p, x: p["bn"](p["a"](x) * 2), "not the unchanged output"),
+    "turned on the way": (
+        lambda p, x: p["bn"](p["a"](x).transpose(1, 2)),
+        "not the unchanged output",
+    ),
 }
 
 

@@ -427,7 +427,7 @@ def test_wrong_models_and_methods_are_refused() -> None:
         quantize(model, RTN, x)  # type: ignore[arg-type]
     with pytest.raises(QuietvitError, match="Module"):
         quantize("vit", RTN(), x)  # type: ignore[arg-type]
-    with pytest.raises(QuietvitError, match="no matrices"):
+    with pytest.raises(QuietvitError, match="no matrix products"):
         quantize(nn.ReLU(), RTN(), x)
     with pytest.raises(QuietvitError, match="operands left, right"):
         quantized.quantizer("blocks.0.attn.query_key", "weight")

@@ -1,6 +1,6 @@
-"""How strongly an ordered pair of weights amplifies, by singular direction and by output channel.
+"""How strongly an ordered pair of weights amplifies, per singular direction and output channel.
 
-Only weights are looked at; what activations do with them is in ``root_cause``.
+This module looks only at weights; ``root_cause`` adds the activations.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ WORST_CHANNELS = 4
 
 @dataclass(frozen=True)
 class Decomposition:
-    """SVD of the first matrix A = Σ s_i u_i v_iᵀ, without building anything for a diagonal A.
+    """SVD of the first matrix A = Σ s_i u_i v_iᵀ. A diagonal A needs no matrices.
 
-    ``values``: s, shape (r,), descending. ``left``: u as columns, shape (h, r); ``right``: v as
-    rows, shape (r, d). For A = diag(γ): s = |γ| sorted, u_i = e_j with j = ``order[i]``,
+    ``values``: s, shape (r,), descending. ``left``: u as columns, shape (h, r). ``right``: v as
+    rows, shape (r, d). For A = diag(γ), s is |γ| sorted, u_i = e_j with j = ``order[i]``,
     v_i = sign(γ_j) e_j, and ``left`` and ``right`` are None.
     """
 
@@ -55,10 +55,7 @@ class Decomposition:
 
 
 def decompose(first: Tensor) -> Decomposition:
-    """Decompose A, shape (h, d), or a vector of gains γ, shape (h,), standing for diag(γ).
-
-    Computed in float64 on the CPU.
-    """
+    """Decompose A, shape (h, d), in float64 on the CPU. A vector γ, shape (h,), means diag(γ)."""
     wide = first.detach().to("cpu", torch.float64)
     if wide.ndim == 1:
         values, order = wide.abs().sort(descending=True)
@@ -69,15 +66,14 @@ def decompose(first: Tensor) -> Decomposition:
 
 @dataclass(frozen=True)
 class ChannelColinearity:
-    """How colinear an output channel's row b_k of B is with the strong directions of A.
+    """How colinear row b_k of B is with the strong directions of A.
 
     Attributes:
         channel: row k of B.
-        gain: ``‖Aᵀ b_k‖``, the root mean square of the channel under white input.
-        colinearity: ``‖Aᵀ b_k‖ / (s_1 ‖b_k‖) = √Σ_i (s_i/s_1)² cos²(b_k, u_i)``, in [0, 1]; 1
-            exactly where b_k lies in the span of the directions as strong as the first. Derived
-            here.
-        direction: the i that carries most of the gain, of largest ``s_i |b_kᵀ u_i|``.
+        gain: ``‖Aᵀ b_k‖``, the root mean square of the channel for white input.
+        colinearity: ``‖Aᵀ b_k‖ / (s_1 ‖b_k‖) = √Σ_i (s_i/s_1)² cos²(b_k, u_i)``, in [0, 1]. It is
+            1 exactly if b_k lies in the span of the directions with s_i = s_1. Derived here.
+        direction: the i that carries most of the gain: the largest ``s_i |b_kᵀ u_i|``.
         cosine: ``|cos(b_k, u_i)|`` of that direction.
     """
 
@@ -90,7 +86,7 @@ class ChannelColinearity:
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """Amplification of one pair (A first, B second), A of shape (h, d), B of shape (o, h).
+    """Amplification of one pair: A of shape (h, d) acts first, B of shape (o, h) second.
 
     Attributes:
         name, kind, head: of the pair.
@@ -99,14 +95,14 @@ class PairStatistics:
         singular_values: s_i, descending.
         amplification: ``s_i ‖B u_i‖``, in the order of s_i; ``Σ amplification² = ‖BA‖²_F``.
         product_norm: ``‖BA‖_F``.
-        alignment: ``h ‖BA‖² / (‖A‖² ‖B‖²)``; its mean over random rotations of the hidden axis is
-            exactly 1, more means that B listens where A is strong. 0 where A or B is 0. Derived
-            here.
-        worst_channels: the rows of B of largest gain.
+        alignment: ``h ‖BA‖² / (‖A‖² ‖B‖²)``. Its mean over random rotations of the hidden axis is
+            exactly 1. A larger value means that B reads the directions where A is strong. 0 if A
+            or B is 0. Derived here.
+        worst_channels: the rows of B with the largest gain.
         expected_colinearity: root mean square of the colinearity of one random direction,
             ``‖A‖_F / (s_1 √h)``.
         expected_worst: mean of the largest colinearity among o random directions (8 draws with a
-            fixed seed): what the first of ``worst_channels`` is to be compared with.
+            fixed seed). Compare the first of ``worst_channels`` with it.
     """
 
     name: str
@@ -125,7 +121,7 @@ class PairStatistics:
 
 
 def amplification(decomposition: Decomposition, second: Tensor) -> Tensor:
-    """Return ``s_i ‖B u_i‖`` for B of shape (o, h): shape (r,). Its squares sum to ‖BA‖²."""
+    """Return ``s_i ‖B u_i‖``, shape (r,), for B of shape (o, h). The squares sum to ‖BA‖²."""
     wide = second.detach().to("cpu", torch.float64)
     norms: Tensor = decomposition.onto_left(wide).norm(dim=0)
     return decomposition.values * norms
@@ -134,10 +130,10 @@ def amplification(decomposition: Decomposition, second: Tensor) -> Tensor:
 def measure_pair(
     model: nn.Module, pair: MatrixPair, decomposition: Decomposition | None = None
 ) -> PairStatistics:
-    """Measure one pair's weights as they are now. Derived here.
+    """Measure one pair's current weights. Derived here.
 
     Args:
-        decomposition: that of the first matrix, where the caller has it already.
+        decomposition: of the first matrix, if the caller has it already.
 
     Raises:
         QuietvitError: the weights hold NaN or inf, or the inner dimensions differ.
@@ -150,7 +146,7 @@ def measure_pair(
     if second.shape[1] != decomposition.hidden:
         raise QuietvitError(
             f"{pair.name}: the first matrix has {decomposition.hidden} rows and the second "
-            f"{second.shape[1]} columns, so they do not follow each other; correct the rows and "
+            f"{second.shape[1]} columns, so they cannot be multiplied; correct the rows and "
             "columns of the pair."
         )
     o, h = second.shape
@@ -195,11 +191,7 @@ def measure_pair(
 
 
 def read_first(model: nn.Module, pair: MatrixPair) -> Decomposition:
-    """Decompose the pair's first matrix, with the gains before and behind it where it has some.
-
-    Raises:
-        QuietvitError: it holds NaN or inf.
-    """
+    """Decompose the pair's first matrix with its gains. Raises QuietvitError for NaN or inf."""
     first = pair.first.read(model)
     if pair.before is not None:
         first = first * pair.before.read(model)
@@ -212,9 +204,9 @@ def read_first(model: nn.Module, pair: MatrixPair) -> Decomposition:
 
 
 def expected_at_random(values: Tensor, hidden: int, channels: int) -> tuple[float, float]:
-    """Return the colinearity expected of random directions: (of one, the largest of ``channels``).
+    """Return the expected colinearity of one random direction, and the largest of ``channels``.
 
-    A random direction of R^h has components z_i / ‖z‖ along the u_i with z Gaussian, so its
+    A random direction of R^h has components z_i / ‖z‖ along the u_i, with z Gaussian. So its
     colinearity is ``√(Σ (s_i/s_1)² z_i² / ‖z‖²)``. The first number is the exact root mean square;
     the second is the mean over draws with a fixed seed. Derived here.
     """
@@ -232,4 +224,4 @@ def expected_at_random(values: Tensor, hidden: int, channels: int) -> tuple[floa
 
 
 def _not_finite(pair: MatrixPair, where: str) -> str:
-    return f"{pair.name}: {where} holds NaN or inf; load weights that are finite."
+    return f"{pair.name}: {where} holds NaN or inf; load finite weights."

@@ -1,6 +1,6 @@
-"""One output value taken apart into the singular directions of the matrix that made it.
+"""Split one output value into the singular directions of the matrix that made it.
 
-Pure arithmetic on vectors; where they come from is ``root_cause``'s business.
+Only arithmetic on vectors; ``root_cause`` supplies the vectors.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from quietvit.measure.colinearity import Decomposition
 class Contribution:
     """The direction i that explains most of one output value. Derived here.
 
-    With y_k = b_kᵀ h + bias, h the true hidden activation, f what stands between the two matrices
-    and A = Σ s_i u_i v_iᵀ. The three accounts agree where f is the identity and nothing is biased:
+    y_k = b_kᵀ h + bias, with h the true hidden activation. f is what stands between the two
+    matrices, and A = Σ s_i u_i v_iᵀ is the first matrix. ``product``, ``alone`` and ``through``
+    are equal if f is the identity and there is no bias.
 
     Attributes:
         direction: i, counted from 0 in descending order of s_i.
         singular_value: s_i.
         second_component: b_kᵀ u_i.
         input_component: v_iᵀ x.
-        product: ``s_i (b_kᵀ u_i)(v_iᵀ x)``: what the pair would give without the non-linearity.
-        alone: ``b_kᵀ f(s_i u_i v_iᵀ x)``: what this direction by itself gives through f. None where
-            f is not one activation function; the product where nothing but an average stands
-            between. It need not add up over directions.
-        through: ``(b_kᵀ u_i)(u_iᵀ h)``: the exact part of the true value that comes through u_i,
-            everything between the two matrices included.
+        product: ``s_i (b_kᵀ u_i)(v_iᵀ x)``, the value of this direction without f.
+        alone: ``b_kᵀ f(s_i u_i v_iᵀ x)``, the value of this direction alone through f. These need
+            not add up over directions. None if f is not one activation function. Equal to
+            ``product`` if only an average stands between the matrices.
+        through: ``(b_kᵀ u_i)(u_iᵀ h)``, the exact part of the true value along u_i. It includes
+            everything between the two matrices.
         linear: b_kᵀ A x, the sum of the products over all directions.
         hidden: b_kᵀ h, the true value without the second bias.
     """
@@ -48,7 +49,7 @@ class Contribution:
 
     @property
     def explained(self) -> float:
-        """``alone``, or where there is none ``through``."""
+        """``alone``, or ``through`` if ``alone`` is None."""
         return self.through if self.alone is None else self.alone
 
 
@@ -61,20 +62,20 @@ def explain(
     bias: Tensor | None = None,
     activation: Callable[[Tensor], Tensor] | None = None,
 ) -> Contribution:
-    """Take b_kᵀ h apart into the singular directions of A and return the one that explains most.
+    """Split b_kᵀ h into the singular directions of A and return the one that explains most.
+
+    That is the direction whose ``product`` is largest with the sign of b_kᵀ h. If ``alone`` is
+    unknown, ``through`` takes the place of ``product``. Derived here.
 
     Args:
         decomposition: of A, shape (h, d).
         row: b_k, shape (h,).
-        hidden: the true activation h that meets b_k, shape (h,).
-        inputs: x, shape (d,), where an activation function stands between.
-        bias: c, shape (h,), the first bias, where the hidden activation is A x̄ + c with x̄ an
-            average of inputs: attention (rows of probabilities sum to 1, so x̄ is the
-            attention-weighted mean) or nothing at all. Then v_iᵀ x̄ = u_iᵀ(h − c) / s_i exactly.
-        activation: f, elementwise, where it is known; goes with ``inputs``.
-
-    The direction is the one of largest ``product`` in the direction of b_kᵀ h, or, where ``alone``
-    is not known, of largest ``through``. Derived here.
+        hidden: the true activation h that b_k multiplies, shape (h,).
+        inputs: x, shape (d,). Give it if an activation function stands between the matrices.
+        bias: c, shape (h,), the first bias. Give it if h = A x̄ + c, where x̄ is an average of
+            inputs. In attention, x̄ is the attention-weighted mean, because rows of probabilities
+            sum to 1. Then v_iᵀ x̄ = u_iᵀ(h − c) / s_i exactly.
+        activation: f, elementwise, if it is known. It needs ``inputs``.
     """
     wide = [t.detach().to("cpu", torch.float64) for t in (row, hidden)]
     row, hidden = wide

@@ -1,7 +1,7 @@
-"""``diagnose``: run a model on images and find its outliers and what in the weights makes them.
+"""``diagnose``: run a model on images, find its outliers and their causes in the weights.
 
-The statistics themselves live in ``outliers``, ``colinearity`` and ``root_cause``; what comes out
-is described in ``diagnosis``.
+``outliers``, ``colinearity`` and ``root_cause`` compute the statistics; ``diagnosis`` describes the
+result.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from quietvit.tracing import (
 )
 from quietvit.tracing import trace as record_trace
 
-UNREACHED = "none of the images gave it a value, as where nothing is detected: not measured"
-MASKED = "its scores hold the -inf of a mask: not measured"
+UNREACHED = "not measured: no image gave it a value, for example because nothing was detected"
+MASKED = "not measured: its scores hold the -inf of a mask"
 _SIDES = ("left", "right")
 
 
@@ -44,26 +44,26 @@ def diagnose(
     batch_size: int = 32,
     top: int = 10,
 ) -> Diagnosis:
-    """Measure every site's activations and every pair's weights, and trace outliers to their cause.
+    """Measure every site's activations and every pair's weights, and find what causes outliers.
 
-    The model runs in eval mode without gradients and is left as it was. It runs once over the
-    images, and once more on each of the images that hold the ``top`` largest pair outputs. Memory
-    does not depend on how many images there are; one image a pair output is kept.
+    The model runs in eval mode without gradients. Afterwards it is in the mode it had before. It
+    runs once on all images. Then it runs again on each image with one of the ``top`` largest pair
+    outputs. Memory does not grow with the number of images; one image per pair output is kept.
 
     Args:
-        model: any model ``quietvit.trace`` takes.
+        model: any model that ``quietvit.trace`` takes.
         images: a tensor (N, C, H, W), or an iterable (a DataLoader) of images, of batches, of
-            (images, labels), or of mappings given to the model by keyword.
-        pairs: where not given, those of two dense matrices (``quietvit.pairs.DENSE_KINDS``), as
-            ``quietvit.find_pairs`` finds them; ``()`` for sites alone.
-        trace: of this model, recorded on the first image where not given.
-        batch_size: images run at a time; larger batches are split.
-        top: how many root causes are sought and how many rows the tables show.
+            (images, labels), or of mappings that are given to the model by keyword.
+        pairs: None measures the pairs of two dense matrices (``quietvit.pairs.DENSE_KINDS``) that
+            ``quietvit.find_pairs`` finds; ``()`` measures sites alone.
+        trace: of this model; None records it on the first image.
+        batch_size: images per forward pass; larger batches are split.
+        top: number of root causes sought and of rows in the tables.
 
     Raises:
-        QuietvitError: no images, images of the wrong shape or not finite, an activation that is NaN
-            or inf (names the site; the -inf of a mask in front of a softmax is allowed), weights of
-            a pair that are, no pairs found.
+        QuietvitError: no images, images of the wrong shape or not finite, no pairs found, NaN or
+            inf in an activation (names the site) or in the weights of a pair. The -inf of a mask
+            in front of a softmax is allowed.
     """
     if top < 1:
         raise QuietvitError(f"top is {top}; give at least 1.")
@@ -96,7 +96,7 @@ def diagnose(
 
 
 class _Recorder:
-    """Handler for the pass over all images."""
+    """Handler that measures every site during the pass over all images."""
 
     def __init__(self, trace: Trace, tracker: PeakTracker) -> None:
         self.tracker = tracker
@@ -122,7 +122,7 @@ class _Recorder:
 
     @property
     def unreached(self) -> list[tuple[str, str]]:
-        """The sites without any value, with the reason."""
+        """(site, reason) for each site that got no values."""
         return [(key[0], UNREACHED) for key, (_, seen) in self._running.items() if not seen.count]
 
     def _handle(
@@ -170,7 +170,7 @@ class _Recorder:
         self._running[key][1].update(x, images=images, first_image=self.images)
 
     def _is_masked(self, site: Site, output: Tensor) -> bool:
-        """Whether these are scores of an attention that hold the -inf of a mask, else numbers."""
+        """Whether these are attention scores whose only non-finite values are a mask's -inf."""
         if site.kind != "add" or not _leads_to_softmax(site, self._by_name):
             return False
         return bool((output == -torch.inf).any() and (output < torch.inf).all())
@@ -189,7 +189,7 @@ class _Recorder:
 
 
 def _leads_to_softmax(site: Site, by_name: dict[str, Site]) -> bool:
-    """Whether nothing but a softmax reads a sum, perhaps after more is added."""
+    """Whether only a softmax reads this sum, possibly after further additions."""
     readers = [by_name[name] for name in site.feeds]
     return bool(readers) and all(
         reader.kind == "softmax" or (reader.kind == "add" and _leads_to_softmax(reader, by_name))
@@ -198,10 +198,11 @@ def _leads_to_softmax(site: Site, by_name: dict[str, Site]) -> bool:
 
 
 def operand_axes(site: Site, position: int) -> tuple[int, ...]:
-    """Axes that make the channel index of a matrix product's operand.
+    """Axes that together form the channel index of a matrix product's operand.
 
-    Heads and channels together for query, key and value of shape (B, H, ...); source tokens for
-    probabilities; axis 1 for convolutions; the last axis otherwise.
+    Query, key and value of shape (B, H, ...): heads and channels together. Probabilities: source
+    tokens. Convolutions: axis 1. Others: the last axis. Example: a transposed key (B, H, c, N) has
+    the axes (1, -2), so H·c channels.
     """
     if site.kind == "conv":
         return (1 if len(site.operands[position].shape) == len(site.weight_shape or ()) else 0,)
@@ -217,7 +218,7 @@ def operand_axes(site: Site, position: int) -> tuple[int, ...]:
 
 
 def output_axis(site: Site, by_name: dict[str, Site]) -> int:
-    """Channel axis of a site's output: 1 behind convolutions and the norms that follow them."""
+    """Channel axis of a site's output: 1 after a convolution and the norms that follow it."""
     if site.kind == "conv":
         return 1
     if site.kind == "norm":

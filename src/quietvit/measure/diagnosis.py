@@ -1,4 +1,4 @@
-"""What ``diagnose`` found: its data, as tables for the terminal and as JSON.
+"""``Diagnosis``: the results of ``diagnose``, as tables for the terminal and as JSON.
 
 Nothing is measured here; drawing is in ``plots``.
 """
@@ -25,14 +25,14 @@ class Diagnosis:
     """Outliers of a model, and what in its weights makes them.
 
     Attributes:
-        sites: statistics of every operand of every matrix multiplication, and of every output of a
-            norm, activation function and residual add, in the order of the forward pass.
-        pairs: amplification of every pair, in the order given.
+        sites: statistics in the order of the forward pass: operands of all matrix products, and
+            outputs of all norms, activation functions and residual adds.
+        pairs: amplification of every pair, in the given order.
         root_causes: what makes the largest output values of the pairs, largest first.
-        skipped: (pair, reason) for pairs that have statistics but whose peak was not taken apart,
-            and (site, reason) for scores that hold a mask and were not measured.
-        images: how many images were seen.
-        top: how many rows the tables show, and how many root causes were sought.
+        skipped: (pair, reason) for pairs whose peak was not explained, and (site, reason) for
+            sites that were not measured, such as attention scores with a mask.
+        images: number of images measured.
+        top: number of rows in the tables, and of root causes sought.
     """
 
     sites: tuple[SiteStatistics, ...]
@@ -44,9 +44,9 @@ class Diagnosis:
 
     @property
     def worst_sites(self) -> tuple[SiteStatistics, ...]:
-        """Tensors by falling max/rms, softmax probabilities left out (they are bounded by 1).
+        """Tensors by falling max/rms, without softmax probabilities (they are at most 1).
 
-        A tensor that is the output of one site and the operand of the next counts once, as operand.
+        A tensor that is both a site's output and the next site's operand counts once, as operand.
         """
         distinct: dict[tuple[int, float, float, float], SiteStatistics] = {}
         for s in sorted(self.sites, key=lambda s: s.operand == "output"):
@@ -77,10 +77,7 @@ class Diagnosis:
         return capture.get()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings; nan and inf become None.
-
-        The channel profile ``channel_max`` is kept for the ``top`` worst sites only.
-        """
+        """Return plain data with None for nan and inf; only ``top`` sites keep ``channel_max``."""
         kept = {s.name for s in self.worst_sites[: self.top]}
         whole = asdict(self)
         for entry, site in zip(whole["sites"], self.sites, strict=True):
@@ -90,14 +87,14 @@ class Diagnosis:
         return plain
 
     def to_json(self, path: str | Path) -> Path:
-        """Write ``to_dict`` to ``path``, whole or not at all. Returns the path."""
+        """Write ``to_dict`` to ``path`` atomically. Returns the path."""
         return write_atomic(path, json_text(self.to_dict(), indent=1) + "\n")
 
     def plot(self, folder: str | Path) -> tuple[Path, ...]:
-        """Draw PNGs into ``folder`` (made if missing, files of the same names replaced).
+        """Draw PNGs into ``folder``, which is made if missing. Returns their paths.
 
-        ``outliers_by_depth.png``, ``worst_site_channels.png`` and, where there are pairs,
-        ``amplification.png``. Returns their paths.
+        Writes ``outliers_by_depth.png``, ``worst_site_channels.png`` and, if there are pairs,
+        ``amplification.png``. Files of the same names are replaced.
         """
         figures = {
             "outliers_by_depth.png": outliers_by_depth(self.sites, self.images),

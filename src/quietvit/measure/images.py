@@ -1,6 +1,6 @@
-"""Images as checked batches on a model's device, and a warning where they are not normalized.
+"""Images as checked batches on a model's device, with a warning if they are not normalized.
 
-Which forms images may have is in ``quietvit.inputs``; what is measured the callers decide.
+The accepted forms of images are in ``quietvit.inputs``; callers decide what to measure.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from quietvit.tracing import plain_model
 
 
 def batches(images: Images, model: nn.Module, batch_size: int) -> Iterator[ImageBatch]:
-    """Yield batches of at most ``batch_size``, on the model's device and of its dtype.
+    """Yield batches of at most ``batch_size``, on the model's device and in its dtype.
 
-    A mapping is given to the model by keyword. Where the model does not take its keys, the images
-    alone are given. A warning says so where the first batch is not normalized as the model's
-    preprocessing does it.
+    The model gets a mapping by keyword. If its forward does not take these keys, it gets the images
+    alone. If the first batch is not normalized like the model's preprocessing, a warning says so.
 
     Args:
         images: in any form that ``inputs.image_batches`` takes.
 
     Raises:
-        QuietvitError: no images, another form or shape, integers, NaN or inf; names the values.
+        QuietvitError: no images, an unknown form or shape, integers, NaN or inf.
     """
     if batch_size < 1:
         raise QuietvitError(f"batch_size is {batch_size}; give at least 1.")

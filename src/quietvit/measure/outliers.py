@@ -1,6 +1,6 @@
-"""Streaming statistics of one activation tensor over many batches: how heavy its tail is, where.
+"""Streaming statistics of one activation tensor over many batches: its tail, and where it peaks.
 
-What is measured at which site is decided in ``diagnose``; weights are looked at in ``colinearity``.
+``diagnose`` decides what to measure at which site; ``colinearity`` measures weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PERCENTILE_ACCURACY = 2.0 ** -(MANTISSA_BITS + 1)
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What one activation tensor looked like over all images. Derived here.
+    """Statistics of one activation tensor over all images. Derived here.
 
     Attributes:
         site: name of the site in the trace.
@@ -31,19 +31,19 @@ class SiteStatistics:
         count: number of values seen.
         max: largest ``|x|``.
         rms: root mean square.
-        max_over_rms: ``max / rms``; 0 where every value is 0.
-        kurtosis: fourth standardized moment (3 for a Gaussian); nan where the variance is 0.
+        max_over_rms: ``max / rms``; 0 if every value is 0.
+        kurtosis: fourth standardized moment (3 for a Gaussian); nan if the variance is 0.
         percentile_ratio: 99.99 % quantile over 50 % quantile of ``|x|``, each with a relative error
-            of at most 2^-7; inf where more than half of the values are 0.
+            of at most 2^-7; inf if more than half of the values are 0.
         channels: size of the channel axis (heads times channels for query, key and value).
-        top_channels: how many channels ``top_share`` speaks of: the larger of 4 and 1 %.
-        top_share: share of the energy Σx² in the ``top_channels`` channels that hold most of it;
-            evenly spread energy gives ``top_channels / channels``.
+        top_channels: number of channels in ``top_share``: 4 or 1 %, whichever is larger.
+        top_share: share of the energy Σx² in the ``top_channels`` channels with the most energy.
+            Evenly spread energy gives ``top_channels / channels``.
         worst_channel: channel that holds the largest ``|x|``.
         worst_value: that value, with its sign.
         worst_index: its index in the tensor of its batch.
-        worst_image: which image it came from, counted over all batches; None where the first axis
-            of the tensor does not count images.
+        worst_image: index of its image, counted over all batches; None if the first axis of the
+            tensor does not count images.
         channel_max: largest ``|x|`` of each channel.
     """
 
@@ -67,19 +67,19 @@ class SiteStatistics:
 
     @property
     def name(self) -> str:
-        """The site, with the operand where the site has several or the output is meant."""
+        """The site name, followed by the operand unless it is the only input."""
         return self.site if self.operand == "input" else f"{self.site}:{self.operand}"
 
 
 class RunningStatistics:
-    """Statistics of a stream of equally laid out tensors in memory independent of its length.
+    """Statistics of a stream of tensors with equal layout; memory does not grow with the stream.
 
-    Moments are merged batch by batch as central moments in float64 (Pébay 2008, eq. 3.1: no
-    cancellation where the mean is large); quantiles come from a histogram of ``|x|`` with 64 bins
-    an octave of float32 (16384 counters).
+    Central moments are merged batch by batch in float64 (Pébay 2008, eq. 3.1), which avoids
+    cancellation for a large mean. Quantiles come from a histogram of ``|x|`` with 64 bins per
+    octave of float32 (16384 counters).
 
     Args:
-        channel_axes: the axes that together make the channel index, in that order.
+        channel_axes: the axes that together form the channel index, in that order.
     """
 
     def __init__(self, channel_axes: tuple[int, ...] = (-1,)) -> None:
@@ -93,11 +93,15 @@ class RunningStatistics:
         self._worst = (-1.0, 0.0, 0, (), None)
 
     def update(self, x: Tensor, *, images: int | None = None, first_image: int = 0) -> None:
-        """Add a tensor of finite values. ``images`` of them, from ``first_image`` on, lie along
-        axis 0 in equal parts; None where axis 0 does not count images.
+        """Add a tensor of finite values.
+
+        Args:
+            images: number of images along axis 0, in equal parts; None if axis 0 does not count
+                images.
+            first_image: index of the first of these images.
 
         Raises:
-            QuietvitError: the channel axes differ in size from those of the tensors before.
+            QuietvitError: the number of channels differs from that of earlier tensors.
         """
         if x.numel() == 0:
             return
@@ -125,15 +129,15 @@ class RunningStatistics:
         self._update_worst(x, magnitude, axes, images, first_image)
 
     def _update_histogram(self, magnitude: Tensor) -> None:
-        # The upper bits of a positive float, exponent and first mantissa bits, grow with its value.
-        # Read as an integer they are a bin of a logarithmic histogram, without any logarithm.
+        # The upper bits of a positive float (exponent and first mantissa bits) grow with its value.
+        # Read as an integer, they are the bin of a logarithmic histogram, without a logarithm.
         bins = magnitude.float().contiguous().view(torch.int32).flatten() >> _SHIFT
         counts = torch.bincount(bins, minlength=_BINS)
         self._histogram = counts if self._histogram is None else self._histogram + counts
 
     def _update_moments(self, wide: Tensor) -> None:
-        # Sums of powers would cancel where the mean is large. So each batch has central moments of
-        # its own, which are merged with the earlier ones (Pébay 2008, SAND2008-6212, equation 2.1).
+        # Sums of powers cancel if the mean is large. So each batch gets its own central moments,
+        # which are merged with the earlier ones (Pébay 2008, SAND2008-6212, equation 2.1).
         n, mean = wide.numel(), wide.mean()
         centred = wide - mean
         squared = centred.square()
@@ -176,13 +180,13 @@ class RunningStatistics:
         self._worst = (abs(value), value, channel, index, image)
 
     def quantile(self, p: float) -> float:
-        """The p-quantile of ``|x|``, to a relative error of ``PERCENTILE_ACCURACY`` (2^-7).
+        """Return the p-quantile of ``|x|``, with a relative error of at most 2^-7.
 
-        The centre of the bin that holds the ⌈p·n⌉-th smallest value; values under 2^-126 count
-        as 0.
+        It is the centre of the bin that holds the ⌈p·n⌉-th smallest value. Values under 2^-126
+        count as 0.
 
         Raises:
-            QuietvitError: nothing was seen yet.
+            QuietvitError: no value was seen yet.
         """
         if self._histogram is None:
             raise QuietvitError("no value was seen yet, so there is no quantile; give images.")
@@ -196,11 +200,7 @@ class RunningStatistics:
         return float((low + high) / 2)
 
     def finish(self, site: str, operand: str, role: str) -> SiteStatistics:
-        """Return the statistics so far.
-
-        Raises:
-            QuietvitError: nothing was seen yet.
-        """
+        """Return the statistics so far. Raises QuietvitError if no value was seen."""
         if self._energy is None or self._channel_max is None:
             raise QuietvitError(f"nothing reached {operand} of site {site}; give images.")
         energy = self._energy

@@ -1,6 +1,6 @@
-"""Pictures of a diagnosis, as PNG files; made without pyplot, so nothing global changes.
+"""Plots of a diagnosis, as PNG files. They avoid pyplot, so no global state changes.
 
-Statistics come in ready; nothing is measured here.
+The statistics are given; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette (grey for yellow), told apart with every common form of colour blindness.
+# Okabe and Ito's palette (grey for yellow): readers with colour blindness can tell these apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -37,7 +37,7 @@ WORST_PAIRS = 5
 
 
 def outliers_by_depth(sites: Sequence[SiteStatistics], images: int) -> Figure:
-    """Max and rms of each kind of activation, in the order of the forward pass."""
+    """Plot max and rms of each kind of activation, in the order of the forward pass."""
     figure = _figure(9, 4.6)
     above, below = figure.subplots(2, 1, sharex=True)
     styles = zip(ROLES, COLOURS, MARKERS, strict=True)
@@ -73,7 +73,7 @@ def outliers_by_depth(sites: Sequence[SiteStatistics], images: int) -> Figure:
 
 
 def site_channels(site: SiteStatistics) -> Figure:
-    """Largest magnitude of each channel of one site."""
+    """Plot the largest magnitude of each channel of one site."""
     figure = _figure(9, 3.4)
     axes = figure.subplots()
     heights = site.channel_max
@@ -100,7 +100,7 @@ def site_channels(site: SiteStatistics) -> Figure:
 
 
 def amplification_spectra(pairs: Sequence[PairStatistics]) -> Figure:
-    """Amplification s_i·‖B u_i‖ of the first ``WORST_PAIRS`` pairs, over the rank i."""
+    """Plot the amplification s_i·‖B u_i‖ of the first ``WORST_PAIRS`` pairs over the rank i."""
     figure = _figure(9, 3.8)
     axes = figure.subplots()
     for n, pair in enumerate(pairs[:WORST_PAIRS]):
@@ -128,7 +128,7 @@ def amplification_spectra(pairs: Sequence[PairStatistics]) -> Figure:
 
 
 def _depth_ticks(sites: Sequence[SiteStatistics]) -> list[tuple[int, str]]:
-    """Where each block begins: (position, number), thinned to at most 16."""
+    """Return (position, number) of the start of each block, thinned to at most 16."""
     ticks: list[tuple[int, str]] = []
     for i, site in enumerate(sites):
         numbers = [part for part in site.site.split(".") if part.isdigit()]
@@ -164,7 +164,7 @@ def _tidy(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, whole or not at all. Returns the path."""
+    """Write a figure as PNG atomically. Returns the path."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return write_atomic(path, buffer.getvalue())

@@ -1,7 +1,7 @@
 """Why an output channel is extreme: which pair of weights, which singular direction, how much.
 
-The values come from two looks at the model, both inside ``diagnose``: ``PeakTracker`` remembers
-where each pair's output peaks, ``CauseFinder`` takes the peaks apart on those images alone.
+``diagnose`` runs the model twice. ``PeakTracker`` finds where each pair's output peaks over all
+images. ``CauseFinder`` then explains these peaks on the images that hold them.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ EXPLAINED = TOKENWISE | {"value_output", "norm_linear"}
 
 @dataclass(frozen=True)
 class RootCause:
-    """Where the output of a pair's second linear peaks, and the pair and direction that make it.
+    """Where the output of a pair's second matrix peaks, and which pair and direction make it.
 
     The peak is the largest ``|value|`` over all images, tokens and channels that the pair writes.
-    Where several pairs end in the same output (heads; up and gate), the pair named is the one whose
+    Several pairs can write the same output (heads; up and gate). Then ``pair`` is the one whose
     strongest direction explains most.
 
     Attributes:
         pair, kind, head: of the pair.
         site: site whose output holds the value.
         channel: output channel k of that site.
-        image: which image, counted over all batches.
+        image: index of the image, counted over all batches.
         index: index of the value in the site's output for that image alone.
-        value: the true value y_k, biases and all pairs included.
+        value: the true value y_k, with biases and the contributions of all pairs.
         output_rms: root mean square of the site's output over all images.
         contribution: the direction that explains most.
         share_linear: ``contribution.product / value``.
-        share: ``contribution.explained / value``; may exceed 1, where other directions take away.
+        share: ``contribution.explained / value``. It exceeds 1 if other directions subtract.
         colinearity: ``|cos(b_k, u_i)|``.
     """
 
@@ -63,7 +63,7 @@ class RootCause:
 
 @dataclass
 class Peak:
-    """Pairs that write the same output channels, and where that output peaked so far."""
+    """Pairs that write the same output channels, and the peak of that output so far."""
 
     site: Site
     channels: tuple[int, ...] | None
@@ -79,15 +79,15 @@ class Peak:
         return (self.squares / self.count) ** 0.5 if self.count else 0.0
 
     def read(self, output: Tensor) -> Tensor:
-        """The channels these pairs write, channel axis last."""
+        """Return the channels that these pairs write, with the channel axis last."""
         output = channels_last(self.site, output)
         return output if self.channels is None else output[..., list(self.channels)]
 
 
 class PeakTracker:
-    """Remembers, for each output that pairs write, the largest value and the image that made it.
+    """Remember the largest value of each output that pairs write, and the image that made it.
 
-    ``skipped`` lists (pair, reason) for the pairs whose output cannot be taken apart.
+    ``skipped`` lists (pair, reason) for the pairs whose output cannot be explained.
     """
 
     def __init__(self, trace: Trace, pairs: Sequence[MatrixPair]) -> None:
@@ -120,7 +120,7 @@ class PeakTracker:
         images: int,
         pick: Callable[[int], object],
     ) -> None:
-        """Look at one site's output for ``images`` images; ``pick(i)`` gives the inputs of one."""
+        """Update with a site's output for ``images`` images; ``pick(i)`` returns one's inputs."""
         for peak in self._by_site.get(site.name, ()):
             written = peak.read(output).detach()
             wide = written.double() if written.device.type != "mps" else written.cpu().double()
@@ -136,7 +136,7 @@ class PeakTracker:
 
 
 class CauseFinder:
-    """Handler for one run on one image: takes apart the peaks of that image, into ``causes``."""
+    """Handler for one run on one image: explain the peaks of that image, collect ``causes``."""
 
     def __init__(
         self, trace: Trace, model: nn.Module, peaks: Sequence[Peak], skipped: list[tuple[str, str]]
@@ -219,7 +219,7 @@ class CauseFinder:
         decomposition = read_first(self._model, pair)
         if pair.kind not in TOKENWISE:
             if pair.between is not None:
-                reason = "the offset of a BatchNorm between its matrices cannot be told apart"
+                reason = "the offset of the BatchNorm between its matrices cannot be separated"
                 self._skipped.append((pair.name, reason))
                 return None
             rows = _positions(_outputs(pair.first), _outputs(site.weight))
@@ -231,7 +231,7 @@ class CauseFinder:
             return None
         if inputs.shape[:-1] != leading:
             was = tuple(inputs.shape[:-1])
-            reason = f"tokens {was} are rearranged to {tuple(leading)} on the way"
+            reason = f"its tokens {was} become {tuple(leading)} between its matrices"
             self._skipped.append((pair.name, reason))
             return None
         vector, columns = inputs[place], _inputs(pair.first)
@@ -242,7 +242,7 @@ class CauseFinder:
     def _activation(
         self, site: Site, pair: MatrixPair, like: Tensor
     ) -> Callable[[Tensor], Tensor] | None:
-        """The one activation function between the matrices; None where there is more to it."""
+        """The activation function between the matrices; None if it is not one known function."""
         function, run = self._activations.get(site.name, ("", None))
         if run is None or pair.through != (function,):
             return None
@@ -256,7 +256,10 @@ def channels_last(site: Site, x: Tensor) -> Tensor:
 
 
 def _image_axis(site: Site, output: Tensor, images: int) -> int:
-    """The axis along which a batch of ``images`` differs from the traced output of one image."""
+    """The axis along which a batch of ``images`` differs from the traced output of one image.
+
+    Windowed attention puts windows into axis 0: 64 windows for one image give 64·B for B images.
+    """
     for axis, (size, traced) in enumerate(zip(output.shape, site.output_shape, strict=False)):
         if size == traced * images:
             return axis if site.kind != "conv" or axis == 0 else axis - 1

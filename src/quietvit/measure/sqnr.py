@@ -1,6 +1,6 @@
-"""Signal-to-quantization-noise ratio of every matrix product, float model against quantized one.
+"""Signal-to-quantization-noise ratio of every matrix product, quantized model against float model.
 
-How values are quantized is not known here: the quantized model runs itself.
+This module does not know how values are quantized: the quantized model runs itself.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def sqnr(
 ) -> dict[str, float]:
     """Return 10·log10(Σ y² / Σ (y − ŷ)²) in dB for each matrix product's output, by site name.
 
-    y is the float model's output at a site, ŷ the quantized model's on the same images. Sums run
-    over all images in float64. By default each model follows its own activations, so the noise is
-    what has accumulated up to the site. The result is inf where the outputs agree exactly, nan
-    where y and the noise are 0, -inf where only y is. Both models run in eval mode and are left as
-    they were.
+    y is the float model's output at a site, ŷ the quantized model's output on the same images. The
+    sums run over all images in float64. By default each model uses its own activations, so the
+    noise includes all noise from earlier sites. The result is inf if the outputs are equal, nan if
+    y and the noise are both 0, and -inf if only y is 0. Both models run in eval mode. Afterwards
+    they are in the mode they had before.
 
     Detectors that choose queries by score (D-FINE, RT-DETR, two-stage DETRs) may choose others, or
     another order, after the smallest change. Behind that choice a low value only says that queries
@@ -44,14 +44,14 @@ def sqnr(
     Args:
         model: the float model.
         quantized: a module with ``trace`` (sites of ``model``), as ``quietvit.quantize`` returns.
-            While it runs, its sites are read through ``quantized.observe(handler)`` where it has
-            that, otherwise with ``quietvit.tracing.intercept`` around it.
+            Its sites are read through ``quantized.observe(handler)`` if it has that method, else
+            through ``quietvit.tracing.intercept``.
         images: as for ``quietvit.diagnose``.
-        local: give each quantized site the float model's operands, so that the noise is this
-            site's own. Needs ``quantized.observe``: a context manager under which ``handler(site,
-            operands, run)`` gets each site's operands before they are quantized, ``run`` quantizes
-            and multiplies, and what the handler returns goes on.
-        batch_size: images run at a time; one batch's site outputs are held in memory.
+        local: give each quantized site the float model's operands, which leaves only this site's
+            own noise. It needs ``quantized.observe``, a context manager. Inside it,
+            ``handler(site, operands, run)`` gets each site's operands before quantization, ``run``
+            quantizes and multiplies, and the handler's result is the site's output.
+        batch_size: images per forward pass. One batch's site outputs are held in memory.
 
     Raises:
         QuietvitError: no images or wrong ones, ``quantized`` without a trace or with other sites,
@@ -61,13 +61,13 @@ def sqnr(
     trace = getattr(quantized, "trace", None)
     if not isinstance(trace, Trace):
         raise QuietvitError(
-            f"{type(quantized).__name__} has no trace, so its sites cannot be matched with the "
-            "float model's; give what quietvit.quantize returned."
+            f"{type(quantized).__name__} has no trace, so its sites cannot be matched with those "
+            "of the float model; give what quietvit.quantize returned."
         )
     if local and not hasattr(quantized, "observe"):
         raise QuietvitError(
-            f"{type(quantized).__name__} has no observe(handler), which local=True needs to give "
-            "each site float operands; leave local out, or add observe."
+            f"{type(quantized).__name__} has no observe(handler). local=True needs it to give each "
+            "site float operands; leave local out, or add observe."
         )
     meter = _Meter(trace, local)
     with evaluating(model), evaluating(quantized), torch.no_grad():
@@ -81,7 +81,7 @@ def sqnr(
 
 
 class _Meter:
-    """Holds one batch's float outputs and compares the quantized ones with them."""
+    """Compare each site's quantized output with the float output of the same batch."""
 
     def __init__(self, trace: Trace, local: bool) -> None:
         self._local = local
@@ -104,7 +104,7 @@ class _Meter:
             raise QuietvitError(
                 f"the float model's output of {site.name} ({site.kind}, shape "
                 f"{tuple(output.shape)}) holds NaN or inf, so it has no signal-to-noise ratio; "
-                "check the weights, or run it in float32."
+                "check the weights, or run the model in float32."
             )
         self._outputs[site.name] = output.clone()
         if self._local:

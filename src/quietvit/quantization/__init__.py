@@ -1,6 +1,6 @@
 """Simulated quantization on the traced sites: quantizers, ranges, methods, ``quantize``, ``load``.
 
-Training against outliers lives in ``decay``, their measurement in ``measure``.
+Training against outliers is in ``decay``; measuring them is in ``measure``.
 """
 
 from quietvit.quantization.apply import quantize

@@ -1,7 +1,7 @@
-"""What a method changes beside operands: a site's output (``Adjustment``), a block's output.
+"""What a method changes besides operands: a site's output (``Adjustment``), or a block's output.
 
-Both are small modules kept with the quantized model and saved with it. Who decides on them lives in
-``methods``; where they act while the model runs, in ``quantized``.
+Both are small modules that are kept and saved with the quantized model. ``methods`` creates them;
+``quantized`` applies them while the model runs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from quietvit.tracing import Site
 from quietvit.tracing.ops import norm_channel_dim
 
 HOMOGENEOUS = frozenset({"relu"})
-"""Activations with f(s x) = s f(x) for which the standard deviation behind them is known here."""
+"""Activations with f(s x) = s f(x) whose output standard deviation is known here."""
 SCALED_THROUGH = HOMOGENEOUS | {"pooled"}
-"""What a link may lead through for the scale of a channel to arrive at its end."""
+"""Operations that a channel's scale passes through unchanged on the way to the link's end."""
 ADJUSTMENTS: dict[str, type[Adjustment]] = {}
 A = TypeVar("A", bound="type[Adjustment]")
 
 
 def register_adjustment(name: str) -> Callable[[A], A]:
-    """Class decorator: make an adjustment known under ``name``, as saved models name it."""
+    """Class decorator: register an adjustment under ``name``, which saved models refer to."""
     return registering(ADJUSTMENTS, name, "an adjustment")
 
 
@@ -37,10 +37,10 @@ def build_adjustment(kind: str, config: dict[str, Any]) -> Adjustment:
 
 
 class Adjustment(nn.Module, ABC):
-    """Base class: ``adjustment(operands, run)`` is the site's new output.
+    """Base class: ``adjustment(operands, run)`` returns the site's new output.
 
-    ``run(*operands)`` executes the site. What is learnt from calibration lies in buffers, what is
-    chosen beforehand in ``config``. ``deployable`` says whether standard integer kernels can do it,
+    ``run(*operands)`` executes the site. Values learnt from calibration are buffers; values chosen
+    beforehand are in ``config``. ``deployable`` says whether standard integer kernels can do it,
     for example because it folds into a bias.
     """
 
@@ -61,9 +61,9 @@ class Adjustment(nn.Module, ABC):
 
 
 def channel_axis(site: Site) -> int:
-    """Which dim of a linear's, convolution's or norm's output its channels run along.
+    """Return the channel dim of the output of a linear, convolution or norm.
 
-    Counted from behind where the site is a linear or convolution, so that an unbatched call counts.
+    It is negative for linears and convolutions, so that it also fits a call without a batch dim.
     """
     if site.kind == "linear":
         return -1
@@ -76,10 +76,10 @@ def channel_axis(site: Site) -> int:
 
 @register_adjustment("channel_affine")
 class ChannelAffine(Adjustment):
-    """y -> gain * y + bias, each (channels,) along ``axis``, float32.
+    """y -> gain * y + bias, both (channels,) along ``axis``, float32.
 
-    What re-parametrization makes of a norm (it folds into the norm's own gain and bias), and, with
-    gain 1, the correction of a linear's or convolution's bias, also where it had none.
+    A re-parametrization puts it behind a norm, where it folds into the norm's gain and bias. With
+    gain 1 it corrects the bias of a linear or convolution, or adds one.
     """
 
     deployable: ClassVar[bool] = True
@@ -96,7 +96,7 @@ class ChannelAffine(Adjustment):
     def of(
         cls, site: Site, *, gain: Tensor | None = None, bias: Tensor | None = None
     ) -> ChannelAffine:
-        """Along the channels of a site, gain 1 and bias 0 where none is given."""
+        """Make one for a site's channels. A missing gain is 1, a missing bias 0."""
         like = gain if gain is not None else bias
         if like is None:
             raise QuietvitError(f"an adjustment of {site.name} needs a gain or a bias.")
@@ -104,7 +104,7 @@ class ChannelAffine(Adjustment):
         return cls(gain, torch.zeros_like(gain) if bias is None else bias, channel_axis(site))
 
     def then(self, later: ChannelAffine) -> ChannelAffine:
-        """Both in one, this one first."""
+        """Combine both into one: first this one, then ``later``."""
         return ChannelAffine(later.gain * self.gain, later.gain * self.bias + later.bias, self.axis)
 
     def apply_to(self, y: Tensor) -> Tensor:
@@ -115,12 +115,12 @@ class ChannelAffine(Adjustment):
         return torch.addcmul(bias, wide, gain).to(y.dtype)
 
     def at(self, channels: Sequence[int], axis: int) -> ChannelAffine:
-        """The same for some of the channels, along another axis."""
+        """Return the part for some of the channels, along another axis."""
         chosen = list(channels)
         return ChannelAffine(self.gain[chosen], self.bias[chosen], axis)
 
     def inverse(self) -> ChannelAffine:
-        """What undoes this one; a gain of zero cannot be undone and gives inf."""
+        """Return the inverse; a gain of zero has none and gives inf."""
         return ChannelAffine(1 / self.gain, -self.bias / self.gain, self.axis)
 
     def forward(self, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
@@ -138,8 +138,8 @@ class ChannelAffine(Adjustment):
 class Compensation(nn.Module):
     """y -> y + x Wᵀ + b for the input x and output y of a block, along the channel dim ``axis``.
 
-    ``weight``: (out, in), ``bias``: (out,). ``positions`` is the number of channel vectors of one
-    image, for counting multiply-accumulates. It runs in float, beside the quantized block.
+    ``weight``: (out, in), ``bias``: (out,). ``positions``: channel vectors per image, to count
+    multiply-accumulates. It runs in float, beside the quantized block.
     """
 
     weight: Tensor
@@ -161,7 +161,6 @@ class Compensation(nn.Module):
         return y + extra.movedim(-1, self.axis).to(y.dtype)
 
     def config(self) -> dict[str, Any]:
-        """JSON-able arguments of ``from_config``."""
         return {"shape": list(self.weight.shape), "axis": self.axis, "positions": self.positions}
 
     @classmethod
@@ -176,5 +175,5 @@ class Compensation(nn.Module):
 
 
 def module_key(name: str) -> str:
-    """A name as a ModuleDict takes it: no dots, and none of a module's own attributes."""
+    """Turn a name into a ModuleDict key: no dots, and unlike any attribute of a module."""
     return f"{name.replace('.', '/')}:"

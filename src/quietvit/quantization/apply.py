@@ -1,7 +1,6 @@
-"""``quantize``: the one verb from a float model, a method and images to a ``QuantizedModel``.
+"""``quantize``: make a ``QuantizedModel`` from a float model, a method and images.
 
-What is done in between is the method's business (``methods``); images are checked in
-``calibration``.
+The method (``methods``) does the work in between; ``calibration`` checks the images.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ def quantize(
     trace: Trace | None = None,
     progress: bool = True,
 ) -> QuantizedModel:
-    """Quantize a copy of ``model``; the model given is not touched, whatever happens.
+    """Quantize a copy of ``model``; the given model never changes.
 
-    Two ways to say how: ``quantize(model, RTN(weight_bits=4), images)`` and, by name,
+    Give the method as a config, ``quantize(model, RTN(weight_bits=4), images)``, or by name,
     ``quantize(model, "repq-vit", images, bits="W4A4")``.
 
     Args:
@@ -42,17 +41,18 @@ def quantize(
             ``repq-vit+qwt`` (one method on top of another). ``quietvit.list_methods()`` lists them.
         calibration: images (N, 3, H, W) after the model's own transform, or an iterable of batches:
             tensors, tuples or lists that begin with one, dicts with ``pixel_values`` or ``images``.
-            Batches are read one after the other. Only methods whose docstring says so hold all.
-        bits: ``W4A8``, of a method given by name; None takes the method's own defaults, W8A8.
+            Batches are read one by one. A method that holds all images in memory says so in its
+            docstring.
+        bits: such as ``W4A8``, for a method given by name; None takes the method's defaults, W8A8.
         example: input for tracing; None takes the first image.
         trace: an earlier ``quietvit.trace`` of this model.
-        progress: show a progress bar where calibration takes more than 3 seconds.
+        progress: show a progress bar if calibration takes more than 3 seconds.
 
-    Notes of the result and a warning tell what is unusual, such as a model in train mode or images
-    that are not normalized as the model's own preprocessing does it.
+    The result's notes name anything unusual, such as a model in train mode. A warning appears if
+    the images are not normalized like the model's own preprocessing.
 
-    Raises QuietvitError for no images, wrong shapes, NaN, a model quantized already, an unknown
-    method, or ``bits`` beside a config.
+    Raises QuietvitError for no images, wrong shapes, NaN, a model that is quantized already, an
+    unknown method, or ``bits`` together with a config.
     """
     if not isinstance(model, nn.Module):
         raise QuietvitError(f"the model is a {type(model).__name__}, not a torch.nn.Module.")
@@ -73,15 +73,15 @@ def quantize(
         trace = trace_model(own, first[:1] if example is None else example)
     if not trace.matmuls:
         raise QuietvitError(
-            f"{type(model).__name__} multiplies no matrices in its trace; nothing to quantize."
+            f"{type(model).__name__} has no matrix products in its trace; nothing to quantize."
         )
     fixed = [site.name for site in trace.matmuls if site.role == "constant"]
     if fixed:
         shown = ", ".join(fixed[:3]) + (", ..." if len(fixed) > 3 else "")
         notes.append(
-            f"{len(fixed)} products do not depend on the images ({shown}); they are treated as "
-            "every other, though a deployed model may compute them once, in float: exclude them "
-            "to measure that"
+            f"{len(fixed)} products do not depend on the images ({shown}); they are quantized "
+            "like all others. A deployed model may compute them once, in float: exclude them to "
+            "measure that"
         )
     method.check_sites(trace)
     watched = Calibration(
@@ -106,7 +106,7 @@ def quantize(
 
 
 def _configured(method: Any, bits: str | None) -> Method:
-    """The method's config. Raises QuietvitError for what is none, or ``bits`` beside a config."""
+    """Return the method's config. Raises QuietvitError for other values and for unused ``bits``."""
     if isinstance(method, str):
         return parse_method(method, bits)
     if not isinstance(method, Method):
@@ -124,7 +124,7 @@ def _configured(method: Any, bits: str | None) -> Method:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy. Raises QuietvitError where older torch functions keep a computed weight in it."""
+    """Return a copy. Raises QuietvitError if old torch functions keep a computed weight in it."""
     try:
         return plain_copy(model)
     except RuntimeError as error:
@@ -137,9 +137,9 @@ def _copied(model: nn.Module) -> nn.Module:
         if not kept:
             raise
         raise QuietvitError(
-            f"{type(model).__name__} cannot be copied: {kept[0]} is a tensor with a gradient that "
-            "an earlier pass left there, as torch.nn.utils.weight_norm and spectral_norm do. Use "
-            "torch.nn.utils.parametrizations.weight_norm or spectral_norm in their place, or call "
-            "remove_weight_norm or remove_spectral_norm first; a pass under torch.no_grad() does "
-            "as well."
+            f"{type(model).__name__} cannot be copied: {kept[0]} is a tensor with a gradient from "
+            "an earlier pass. torch.nn.utils.weight_norm and spectral_norm leave such tensors. "
+            "Use torch.nn.utils.parametrizations.weight_norm or spectral_norm instead. Or call "
+            "remove_weight_norm or remove_spectral_norm first, or run one forward pass under "
+            "torch.no_grad()."
         ) from error

@@ -1,6 +1,6 @@
-"""Which model a saved one is: how timm or transformers builds it, and whether another is the same.
+"""How timm or transformers builds a saved model, and whether another model has the same structure.
 
-Reading and writing the files is ``storage``'s.
+``storage`` reads and writes the files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _fixed_macs(site: Site) -> int:
 
 
 def _modules(model: nn.Module) -> list[tuple[str, str, str]]:
-    """What a model is made of, but for modules that do nothing in eval mode."""
+    """All modules, except those that do nothing in eval mode."""
     return [
         (name, type(module).__name__, module.extra_repr())
         for name, module in model.named_modules()
@@ -44,10 +44,10 @@ def _modules(model: nn.Module) -> list[tuple[str, str, str]]:
 
 
 def architecture_of(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """How timm or transformers builds this very structure, or None.
+    """Return how timm or transformers builds this exact structure, or None.
 
-    Of timm name and arguments, of transformers the class and its config: neither needs the folder
-    or the weights that the model came from.
+    For timm that is the name and the arguments, for transformers the class and its config. Neither
+    needs the folder or the weights that the model came from.
     """
     if type(model).__module__.startswith("transformers.models."):
         return _of_transformers(model)
@@ -104,10 +104,10 @@ def _is_json(value: Any) -> bool:
 
 
 def _unweighted(architecture: dict[str, Any]) -> nn.Module | None:
-    """The model, without memory for its weights where its code allows that; None if it refuses.
+    """Build the model, on the meta device if possible (no memory for weights); None if it fails.
 
-    Models that read a number out of a tensor while they are built (drop path rates, in older
-    releases of timm) cannot be built on the meta device. Random generators are left as they were.
+    Some models read a number from a tensor while they are built, such as the drop path rates in
+    older timm. They need the CPU. The state of the random generators is restored.
     """
     for device in ("meta", "cpu"):
         try:
@@ -119,7 +119,7 @@ def _unweighted(architecture: dict[str, Any]) -> nn.Module | None:
 
 
 def _built(architecture: dict[str, Any]) -> nn.Module:
-    """The model from random weights. Raises what the library raises."""
+    """Build the model with random weights. Raises what the library raises."""
     name, arguments = architecture["name"], architecture["arguments"]
     if architecture["library"] == "timm":
         import timm
@@ -129,7 +129,7 @@ def _built(architecture: dict[str, Any]) -> nn.Module:
 
     kind = getattr(transformers, name)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise TypeError(f"transformers.{name} is no model")
+        raise TypeError(f"transformers.{name} is not a model")
     config_class: Any = kind.config_class
     config = config_class.from_dict(arguments)
     if architecture.get("attention") is not None:
@@ -139,7 +139,7 @@ def _built(architecture: dict[str, Any]) -> nn.Module:
 
 
 def preprocessing_of(model: nn.Module) -> dict[str, Any] | None:
-    """timm's data config of the model (mean, std, size, interpolation), None if it has none."""
+    """timm's data config of the model (mean, std, size, interpolation); None if it has none."""
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         return None
     from timm.data.config import resolve_model_data_config
@@ -149,7 +149,7 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def build(path: Path, facts: dict[str, Any]) -> nn.Module:
-    """Build the architecture that ``architecture_of`` found; QuietvitError where it found none."""
+    """Build the architecture from ``architecture_of``. Raises QuietvitError if that was None."""
     architecture = facts["architecture"]
     if architecture is None:
         raise QuietvitError(
@@ -182,13 +182,13 @@ def build(path: Path, facts: dict[str, Any]) -> nn.Module:
 
 
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, buffers that are not in the state dict included."""
+    """Yield all parameters and buffers by name, including buffers outside the state dict."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
 def set_dtypes(model: nn.Module, dtypes: dict[str, str]) -> None:
-    """Give parameters and buffers the data types they were saved in."""
+    """Convert parameters and buffers to the dtypes they had when they were saved."""
     for name, tensor in all_tensors(model):
         dtype = getattr(torch, dtypes.get(name, "torch.float32").removeprefix("torch."))
         if tensor.dtype != dtype and name in dtypes:
@@ -196,7 +196,7 @@ def set_dtypes(model: nn.Module, dtypes: dict[str, str]) -> None:
 
 
 def compare_weights(path: Path, model: nn.Module, stored: dict[str, Tensor]) -> None:
-    """Raise QuietvitError, naming the first keys that differ, unless names and shapes agree."""
+    """Raise QuietvitError with the first differing keys if names or shapes differ."""
     have = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     want = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     differing = [
@@ -213,7 +213,7 @@ def compare_weights(path: Path, model: nn.Module, stored: dict[str, Tensor]) -> 
 
 
 def compare_sites(path: Path, trace: Trace, stored: list[list[Any]]) -> None:
-    """Raise QuietvitError, naming the first, unless both make the same matrix products."""
+    """Raise QuietvitError with the first difference if the matrix products differ."""
     found = signature(trace)
     # Files of earlier versions count every row of a linear.
     counted = [[site.name, site.kind, site.macs] for site in trace.matmuls]

@@ -1,7 +1,7 @@
 """Blocks: the modules of a model that can be run, and fitted, one after the other.
 
-Found from the trace, so that timm, transformers and torchvision are alike. What is fitted in a
-block is the business of ``methods``.
+They come from the trace, so timm, transformers and torchvision models work alike. ``methods``
+decide what to fit in a block.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from quietvit.tracing.places import STEADY, Place
 class Block:
     """A module that is called once, and the part of the trace that runs inside it.
 
-    ``trace`` holds its sites, counted from the block's own start, so that ``intercept`` works on
-    the block alone. ``residual``: whether it is a residual block; else it is what lies between
-    residual blocks, down to single linears and convolutions.
+    ``trace`` holds its sites, counted from the block's start, so ``intercept`` works on the block
+    alone. ``residual``: True for a residual block; False for a single linear or convolution
+    outside of residual blocks.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Block:
 
 
 def find_blocks(trace: Trace) -> tuple[Block, ...]:
-    """The blocks of a model in order of execution; every matrix product with a weight is in one.
+    """Find the blocks of a model in order of execution.
 
-    The residual blocks are those of ``quietvit.tracing.block_modules.residual_modules``; all other
-    linears and convolutions are blocks of their own.
+    Residual blocks come from ``quietvit.tracing.block_modules.residual_modules``. Every other
+    module with one linear or convolution is a block of its own.
     """
     residual = residual_modules(trace)
     blocks: list[tuple[int, Block]] = []
@@ -68,7 +68,11 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
 
 
 def subtrace(trace: Trace, sites: Collection[Site]) -> Trace | None:
-    """A trace of some sites alone, if no product or norm of another site lies between them."""
+    """Return a trace of some sites alone; None if another product or norm lies between them.
+
+    ``intercept`` finds a site by counting the products and norms before it. So the counts in the
+    new trace start from the block's first one.
+    """
     starts: dict[tuple[str, int], int] = {}
     steady: dict[str, list[int]] = {family: [] for family in STEADY}
     for site in sites:
@@ -105,20 +109,20 @@ def run_block(
     *,
     kinds: Collection[str] = MATMUL_KINDS,
 ) -> Any:
-    """Call a block's module alone, its sites under ``handler``.
+    """Call a block's module alone, with its sites under ``handler``.
 
-    Raises QuietvitError where the block refuses what it was given in a whole pass.
+    Raises QuietvitError if the block fails on the inputs recorded in a whole forward pass.
     """
     with naming_block(block.name), intercept(block.trace, handler, kinds=kinds):
         return model.get_submodule(block.name)(*args, **kwargs)
 
 
 def naming_block(name: str) -> AbstractContextManager[None]:
-    """Turn what a block raises when it runs alone into a QuietvitError that names it."""
+    """Turn an error of a block that runs alone into a QuietvitError that names the block."""
     return refusing(
         lambda what: (
-            f"the block {name} does not run alone on what it is given in a whole pass ({what}), so "
-            "nothing can be fitted to its output; choose a method that fits no blocks, such as "
+            f"the block {name} does not run alone on its recorded inputs ({what}), so nothing can "
+            "be fitted to its output; choose a method that fits no blocks, such as "
             "quietvit.RepQViT()."
         )
     )

@@ -1,6 +1,6 @@
-"""Calibration images as a checked stream of batches, and what a method may do with them.
+"""Calibration images as a checked stream of batches, and the passes that a method may run on them.
 
-Which quantizers come of it is the methods' business; the entry point is ``quantize``.
+Methods make the quantizers; the entry point is ``quantize``.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 
 class ImageStream:
-    """Iterate batches (at most ``BATCH``, C, H, W) on the model's device, in its dtype.
+    """Iterate over batches (at most ``BATCH``, C, H, W) on the model's device, in its dtype.
 
     ``source``: images in any form that ``inputs.image_batches`` takes. Raises QuietvitError for no
-    images, other shapes, integer pixels, NaN or inf. A generator can be gone through once only;
-    what needs a second pass says so.
+    images, differing shapes, integer pixels, NaN or inf. A generator allows only one pass; a second
+    pass raises QuietvitError.
     """
 
     def __init__(self, source: Any, model: nn.Module) -> None:
@@ -44,7 +44,7 @@ class ImageStream:
         self._spent = False
 
     def peek(self) -> Tensor:
-        """The first batch, without using it up."""
+        """Return the first batch without consuming it."""
         if self._ahead is None:
             batches = self._batches()
             first = next(batches, None)
@@ -63,7 +63,7 @@ class ImageStream:
         yield from rest
 
     def batches_expected(self) -> int | None:
-        """How many batches there will be, None if unknown."""
+        """Number of batches, None if unknown."""
         if isinstance(self.source, Tensor):
             return -(-self.source.shape[0] // BATCH)
         if isinstance(self.source, Mapping) or not isinstance(self.source, Sized):
@@ -112,14 +112,14 @@ class Calibration:
     def observe(
         self, handler: Handler, *, kinds: frozenset[str] = MATMUL_KINDS, label: str = "calibrating"
     ) -> None:
-        """Run every calibration batch through the model under ``handler``, without gradient."""
+        """Run every calibration batch through the model under ``handler``, without gradients."""
         with torch.no_grad():
             for batch in self.track(self.images, self.images.batches_expected(), label):
                 with intercept(self.trace, handler, kinds=kinds):
                     run_model(self.model, batch)
 
     def everything(self) -> Tensor:
-        """All calibration images in one tensor (N, C, H, W), for methods that need them at once."""
+        """Return all images in one tensor (N, C, H, W), for methods that need them at once."""
         return torch.cat(list(self.images))
 
     def run(
@@ -130,10 +130,7 @@ class Calibration:
         kinds: frozenset[str] = SITE_KINDS,
         label: str | None = None,
     ) -> Any:
-        """One forward pass of the model under ``handler``, with or without gradient as outside.
-
-        With a ``label`` progress is shown, site by site.
-        """
+        """Run one pass under ``handler``, gradients as outside; ``label`` shows its progress."""
         if label is None:
             with intercept(self.trace, handler, kinds=kinds):
                 return run_model(self.model, images)
@@ -149,11 +146,11 @@ class Calibration:
             return self.run(images, stepped, kinds=kinds)
 
     def watch(self, look: Callable[[Slot, Tensor], None], *, label: str = "calibrating") -> None:
-        """Show each operand of each matrix multiplication to ``look``, batch by batch.
+        """Pass each operand of each matrix product to ``look``, batch by batch.
 
-        Weights come with every batch, as the tensor the operation reads. An operand without values
-        is left out: a detector may find nothing in the images of a batch. Raises QuietvitError
-        where an operand that is to be quantized has no values in any batch.
+        Weights come with every batch, as the tensor that the operation reads. Empty operands are
+        left out, because a detector may find nothing in a batch. Raises QuietvitError if an operand
+        that will be quantized is empty in every batch.
         """
         reached: dict[Slot, bool] = {}
 
@@ -179,14 +176,14 @@ class Calibration:
             names = list(dict.fromkeys(missed))
             raise QuietvitError(
                 f"no calibration image gave values to {', '.join(names)}: a detector found "
-                f"nothing. Give images in which something is found, or leave {len(names)} sites in "
-                f"float: exclude={names}."
+                f"nothing. Give images in which it finds something, or keep these {len(names)} "
+                f"sites in float: exclude={names}."
             )
 
     def track(
         self, batches: Iterable[T], total: int | None, label: str
     ) -> Generator[T, None, None]:
-        """Pass batches, or steps, on; a progress bar appears where they take more than 3 s."""
+        """Yield batches or steps; show a progress bar if they take more than 3 s."""
         if not self.progress:
             yield from batches
             return
@@ -214,12 +211,12 @@ class Calibration:
 
 
 def run_model(model: nn.Module, batch: Tensor) -> Any:
-    """Call the model; what it raises over the batch comes out as a QuietvitError."""
+    """Call the model. Turn its errors about the batch into a QuietvitError."""
     with refusing(
         lambda what: (
             f"{type(model).__name__} does not run on calibration images of shape "
             f"{tuple(batch.shape)}, {batch.dtype} ({what}). It is called with one batch of images; "
-            "wrap a model that takes more, or takes them otherwise."
+            "wrap a model that needs other arguments."
         )
     ):
         return model(batch)

@@ -1,6 +1,6 @@
-"""Quantizers of two ranges (PTQ4ViT) and of a tangent companding (after DopQ-ViT's TanQ).
+"""Quantizers with two ranges (PTQ4ViT) and with tangent companding (after DopQ-ViT's TanQ).
 
-What they share with the logarithmic ones lives in ``nonuniform``.
+``nonuniform`` holds what they share with logarithmic quantizers.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ SMALLEST_CURVATURE = 2.0**-20
 
 @register_quantizer("twin")
 class TwinQuantizer(LevelQuantizer):
-    """PTQ4ViT's twin uniform quantizer (arXiv 2111.12293): two ranges, a step for each.
+    """PTQ4ViT's twin uniform quantizer (arXiv 2111.12293): two ranges, each with its own step.
 
-    With h = 2^(b-1), steps ``low_step`` Δ1 and ``high_step`` Δ2 (float32, ()):
+    h = 2^(b-1). The steps are ``low_step`` Δ1 and ``high_step`` Δ2 (float32, ()):
 
-    signed (post-GELU): codes [-h, h-1], value q·Δ1 where q < 0, else q·Δ2. The sign is the flag.
+    Signed (post-GELU): codes [-h, h-1], value q·Δ1 for q < 0, else q·Δ2. The sign is the flag.
 
-    unsigned (post-softmax): codes [0, 2h-1], the upper bit is the flag. q < h: value q·Δ1. q >= h:
-    value (q - h + j)·Δ2, at most (h-1)·Δ2, with j the first multiple of Δ2 above (h-1)·Δ1. x takes
-    the nearest of all levels. Two things are settled here and not in the paper, which numbers the
-    upper range from zero and sends x there by the split alone: so codes and values stay monotone,
-    and no error grows.
+    Unsigned (post-softmax): codes [0, 2h-1], the upper bit is the flag. The value is q·Δ1 for
+    q < h, else (q - h + j)·Δ2, at most (h-1)·Δ2. j·Δ2 is the first multiple of Δ2 above (h-1)·Δ1. x
+    takes the nearest level. The paper numbers the upper range from zero and chooses the range by
+    the split alone. Both differ here, which keeps codes and values monotone and never increases an
+    error.
 
-    Δ1 <= Δ2 is needed if unsigned. Zero is exact.
+    Unsigned needs Δ1 <= Δ2. Zero is exact.
     """
 
     low_step: Tensor
@@ -55,10 +55,10 @@ class TwinQuantizer(LevelQuantizer):
     def softmax(
         cls, split: float, *, bits: int, device: torch.device | None = None
     ) -> TwinQuantizer:
-        """For values in [0, 1]: [0, split] and [0, 1] in h - 1 steps each, split = 2^-i, i < 20.
+        """Make one for values in [0, 1]: [0, split] and [0, 1] have h - 1 steps each.
 
-        Steps as in the authors' code, which reaches 1; the paper has Δ2 = 1/h. Either way Δ2/Δ1 is
-        a power of two.
+        split = 2^-i, i < 20. The steps are those of the authors' code, which reaches 1; the paper
+        has Δ2 = 1/h. In both, Δ2/Δ1 is a power of two.
         """
         if not 0 < split <= 1:
             raise QuietvitError(f"split={split} must lie in (0, 1]; powers of two are usual.")
@@ -67,7 +67,7 @@ class TwinQuantizer(LevelQuantizer):
 
     @classmethod
     def gelu(cls, high_step: Tensor, *, bits: int) -> TwinQuantizer:
-        """For values behind GELU: the negative step is 0.16997/h, so that all of it is covered."""
+        """Make one for post-GELU values: the negative step 0.16997/h covers the whole minimum."""
         low_step = torch.full_like(high_step, GELU_SHIFT / (1 << (bits - 1)))
         return cls(low_step, high_step, bits=bits, signed=True)
 
@@ -77,7 +77,7 @@ class TwinQuantizer(LevelQuantizer):
         return (-half, half - 1) if self.signed else (0, 2 * half - 1)
 
     def _seam(self) -> tuple[Tensor, Tensor]:
-        """Top of the lower range, and the first level of the upper one in units of its step."""
+        """Return the top of the lower range, and the upper range's first level in steps of Δ2."""
         top = self.low_step.double() * ((1 << (self.bits - 1)) - 1)
         return top, torch.floor(top / self.high_step.double()) + 1
 
@@ -88,7 +88,7 @@ class TwinQuantizer(LevelQuantizer):
             places = (x * low_rate).clamp_(-half, 0)
             return places.add_((x * high_step.reciprocal()).clamp_(0, half - 1)).add_(half)
         top, first = self._seam()
-        # One code up on the way from the lower range's top to the first level of the upper one.
+        # Between the lower range's top and the upper range's first level, the code grows by one.
         gap = (first * high_step - top).reciprocal()
         places = (x * low_rate).clamp_(0, half - 1)
         places.add_((x - top).mul_(gap).clamp_(0, 1))
@@ -117,15 +117,15 @@ class TwinQuantizer(LevelQuantizer):
 
 @register_quantizer("tan")
 class TanQuantizer(LevelQuantizer):
-    """Tangent companding for values in [0, s], fine at both ends; derived here.
+    """Tangent companding for values in [0, s], with fine steps at both ends; derived here.
 
-    The equation of DopQ-ViT's TanQ (arXiv 2408.03291) is not public; this one is worked out from
-    its description. With n = 2^b - 1 and T(u) = tan(c(2u-1))/tan(c):
+    The equation of DopQ-ViT's TanQ (arXiv 2408.03291) is not public. This one follows its
+    description. With n = 2^b - 1 and T(u) = tan(c(2u-1))/tan(c):
 
     q = clip(round(n·(1 + T(x/s))/2), 0, n), value s·(1 + atan((2q/n - 1)·tan c)/c)/2.
 
-    The end levels are 0 and s exactly. Below c = 2^-20 it is computed with that c, which no
-    float32 tells from uniform.
+    The end levels are exactly 0 and s. c is at least 2^-20 in the computation, which float32 cannot
+    distinguish from uniform.
 
     ``scale``: s, float32, (). ``curvature``: c, float32, (), in [0, π/2).
     """
@@ -150,7 +150,7 @@ class TanQuantizer(LevelQuantizer):
     def _positions(self, x: Tensor) -> Tensor:
         c = self.curvature.double().clamp_min(SMALLEST_CURVATURE)
         half = self.code_range[1] / 2
-        # Bounds that are numbers clamp several times faster than bounds that are tensors.
+        # Clamping is several times faster with numbers as bounds than with tensors.
         u = (x * (2 / self.scale.double())).sub_(1).clamp_(-1, 1)
         return u.mul_(c).tan_().mul_(half / c.tan()).add_(half)
 

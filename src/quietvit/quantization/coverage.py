@@ -1,6 +1,6 @@
-"""``Coverage``: which share of a model's multiply-accumulates runs on quantized operands.
+"""``Coverage``: the share of a model's multiply-accumulates that runs on quantized operands.
 
-Which operands are quantized is decided by a method.
+A method decides which operands are quantized.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from quietvit.tracing import MATMUL_KINDS, Trace
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which share of the multiply-accumulates runs on quantized operands, and what does not.
+    """Share of the multiply-accumulates (MACs) on quantized operands, and what stays float.
 
-    A product counts as quantized when both its operands are. ``untouched``: every other matrix
-    multiplication, with the reason. ``by_bits``: multiply-accumulates of the quantized products by
-    the bits of their operands, largest first: ``W4A8`` with a weight of 4 bits and an activation of
-    8, ``A8A4`` of two activations.
+    A product counts as quantized if both its operands are. ``untouched``: every other matrix
+    product, with the reason. ``by_bits``: MACs of the quantized products by operand bits, largest
+    first. ``W4A8`` is a 4-bit weight with an 8-bit activation, ``A8A4`` is two activations.
     """
 
     quantized_macs: int
@@ -34,11 +33,10 @@ class Coverage:
 
     @property
     def fraction(self) -> float:
-        """quantized_macs / total_macs, 0 for a model without any."""
+        """quantized_macs / total_macs; 0 for a model without MACs."""
         return self.quantized_macs / self.total_macs if self.total_macs else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return {
             "quantized_macs": self.quantized_macs,
             "total_macs": self.total_macs,
@@ -51,7 +49,7 @@ class Coverage:
         }
 
     def shares(self) -> str:
-        """``MACs: 78 % W4A4, 14 % A8A4, 8 % W8A8``; what is not quantized comes last, as float."""
+        """Return ``MACs: 78 % W4A4, 14 % A8A4, 8 % float``; the float share comes last."""
         left = self.total_macs - self.quantized_macs
         parts = [*self.by_bits, *([("float", left)] if left else [])]
         return "MACs: " + ", ".join(f"{_percent(n / self.total_macs)} {name}" for name, n in parts)
@@ -80,7 +78,7 @@ class Coverage:
 
 
 def _percent(share: float) -> str:
-    """Whole percent, and one digit more where that would be none of it or all of it."""
+    """Whole percent; three digits if that would show 0 or 100."""
     whole = f"{100 * share:.0f}"
     return f"{whole} %" if whole not in ("0", "100") else f"{100 * share:.3g} %"
 
@@ -91,10 +89,7 @@ def coverage_of(
     bits: Mapping[str, int],
     compensations: Mapping[str, Compensation],
 ) -> Coverage:
-    """Count the multiply-accumulates of one image.
-
-    ``bits``: of each quantizer, by the key of its slot. ``compensations``: by block name.
-    """
+    """Count one image's MACs; ``bits`` by ``Slot.key``, ``compensations`` by block name."""
     done, untouched, macs = Counter[str](), [], []
     for site in trace.matmuls:
         slots = (Slot(site, 0), Slot(site, 1))
@@ -124,4 +119,4 @@ def _label(slots: tuple[Slot, Slot], bits: Mapping[str, int]) -> str:
 def _why_float(method: Method, slot: Slot) -> str:
     if method.slot_bits(slot) is None:
         return f"{slot.operand} float: {method.why_float(slot)}"
-    return f"{slot.operand} float: left so by {method.name}"
+    return f"{slot.operand} float: {method.name} chose no quantizer"

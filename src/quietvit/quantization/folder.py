@@ -1,6 +1,6 @@
-"""Folders of facts in JSON and tensors: written whole or not at all, read with checks.
+"""Folders with JSON facts and tensors: written atomically, read with checks.
 
-What the facts say, and which tensors belong to them, is the callers' business.
+The callers decide what the facts say, and which tensors belong to them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quietvit.errors import QuietvitError
 from quietvit.files import beside, json_text, put_in_place, refuse_other_bytes, save_tensors
 
 TENSORS = "model.safetensors"
-# Suffixes of files that no folder should have; True where an export writes such a file.
+# Suffixes of files that a folder must not have; True if an export writes such a file.
 FILES = dict.fromkeys((".onnx", ".xml"), True) | dict.fromkeys(
     (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".npz", ".tflite", ".engine"), False
 )
@@ -27,11 +27,11 @@ FILES = dict.fromkeys((".onnx", ".xml"), True) | dict.fromkeys(
 
 @dataclass(frozen=True)
 class FolderFormat:
-    """A kind of folder, which holds ``TENSORS`` and ``facts``, and how its errors end.
+    """A kind of folder, which holds ``TENSORS`` and ``facts``, and the ends of its error texts.
 
-    ``earlier``: what one of this kind is called; ``suffix``: how its name ends. The other texts are
-    told of a folder where a file is ``missing``, that is ``damaged``, ``foreign``, or of another
-    version (``outdated``).
+    ``earlier``: what an existing one is called. ``suffix``: the end of its name. The last four
+    complete the errors for a folder with a ``missing`` file, a ``damaged`` one, a ``foreign`` one,
+    and one of another version (``outdated``).
     """
 
     name: str
@@ -45,19 +45,19 @@ class FolderFormat:
     outdated: str
 
     def holds(self, path: Path) -> bool:
-        """Whether ``path`` is a folder of this kind, as far as the names of its files tell."""
+        """Whether ``path`` is a folder of this kind, judged by file names only."""
         return (path / self.facts).is_file()
 
     def refuse(self, path: Path, force: bool) -> None:
-        """Raise QuietvitError where something stands; with ``force`` unless it is of this kind.
+        """Raise QuietvitError if ``path`` cannot be written. Call it before long work.
 
-        Also where the name is that of a file of another format, since what is written is a folder,
-        and where nothing could be written. Call it before long work.
+        That is: if ``path`` exists (``force`` allows a folder of this kind), if its suffix is that
+        of another file format, or if the place is not writable.
         """
         refuse_other_bytes(path)
         if path.suffix.lower() in FILES:
             target = FILES[path.suffix.lower()]
-            export = f", and make {path.name} of it by 'quietvit export'" if target else ""
+            export = f", and make {path.name} from it with 'quietvit export'" if target else ""
             raise QuietvitError(
                 f"{path} is the name of a file, but a {self.name} is a folder; name it "
                 f"{path.with_suffix(self.suffix)}{export}."
@@ -80,9 +80,9 @@ class FolderFormat:
             )
 
     def write(self, path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write the folder ``path``; one that stands there is replaced.
+        """Write the folder ``path`` and replace an existing one.
 
-        Raises QuietvitError where the place cannot be written; what was there is untouched then.
+        Raises QuietvitError if the place cannot be written; what was there stays untouched.
         """
         content = {"format": self.name, "version": self.version, **facts}
         plain = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
@@ -95,7 +95,7 @@ class FolderFormat:
             put_in_place(folder, path)
 
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Facts and tensors; QuietvitError where the folder is not of this kind and version."""
+        """Read facts and tensors. Raises QuietvitError for another kind or version."""
         refuse_other_bytes(path)
         if not path.exists():
             raise QuietvitError(f"{path} does not exist; check the path, and {self.missing}.")

@@ -1,4 +1,4 @@
-"""Quantized weights kept between calls: whether what they were made from is still the same."""
+"""Check whether a cached quantized weight still matches its sources (weight and quantizer)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ State = tuple[tuple[Tensor, int], ...]
 
 
 def state_of(sources: tuple[Tensor, ...]) -> State:
-    """What to compare with later: the tensors' memory and versions.
+    """Return the tensors' memory and versions, to compare with later.
 
-    Aliases that stay with the memory of now, where a parameter's ``data`` may be replaced; held,
-    so that the memory cannot be given to another tensor: equal places are equal data.
+    The detached aliases keep the current memory alive, even if a parameter's ``data`` is replaced.
+    So no other tensor can get the same address, and equal addresses mean equal data.
     """
     return tuple((source.detach(), source._version) for source in sources)
 
 
 def unchanged(kept: State, sources: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors are still those that ``state_of`` saw."""
+    """Whether the tensors are still in the state that ``state_of`` recorded."""
     return len(kept) == len(sources) and all(
         version == source._version
         and held.data_ptr() == source.data_ptr()

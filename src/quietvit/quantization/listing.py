@@ -1,4 +1,4 @@
-"""The table of methods, as the command line prints it and the docs show it."""
+"""The table of methods that the command line prints and the docs show."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ COLUMNS = ("method", "summary", "needs", "images", "cost", "kernels")
 
 
 def method_rows(pattern: str = "*") -> list[dict[str, str]]:
-    """One row a method for the tables of command line and docs: what it needs, costs and claims.
-
-    ``kernels``: deployable where standard integer kernels compute with the codes, else simulated.
-    """
+    """Return a row per method; ``kernels`` tells if standard integer kernels compute its codes."""
     rows = []
     for name in list_methods(pattern):
         cls = get_method(name)
@@ -38,7 +35,7 @@ def _kernels(cls: type[Method]) -> str:
 
 
 def methods_markdown(pattern: str = "*") -> str:
-    """The same as a Markdown table, and below it the source and published setting of each."""
+    """Return the rows as a Markdown table, then each method's source and published setting."""
     rows = method_rows(pattern)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(row[key] for key in COLUMNS) + " |" for row in rows]

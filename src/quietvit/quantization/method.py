@@ -1,6 +1,6 @@
-"""What every quantization method shares: its frozen config, its declaration, the registry.
+"""The base of all quantization methods: the frozen config, what it declares, and the registry.
 
-Each method itself is one file in ``methods``; it is found and registered when it lies there.
+Each method is one file in ``methods``, and is registered from there automatically.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def between(low: float, high: float) -> AfterValidator:
 
 
 class Method(ReadableModel):
-    """Base config of all methods: frozen, no unknown fields, checked when it is built.
+    """Base config of all methods: frozen, without unknown fields, validated when it is built.
 
-    A method of your own is a subclass with ``calibrate``, decorated with
-    ``@register_method("its-name")``. Its class variables declare what the tables of methods show.
+    To add a method, write a subclass with ``calibrate`` and decorate it with
+    ``@register_method("its-name")``. Its class variables fill the tables of methods.
 
-    Raises QuietvitError for an unknown field (it names the nearest) or a value out of range.
+    Raises QuietvitError for an unknown field (names the nearest one) or a value out of range.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -82,7 +82,7 @@ class Method(ReadableModel):
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("images",)
-    """``images``, ``gradients``."""
+    """What it needs: ``images``, ``gradients``."""
     cost: ClassVar[str] = "seconds"
     deployable: ClassVar[bool] = True
     """Whether standard integer kernels compute with its codes."""
@@ -91,33 +91,30 @@ class Method(ReadableModel):
     images: ClassVar[int] = 32
     """Calibration images of the published setting."""
     kinds: ClassVar[frozenset[str]] = MATMUL_KINDS
-    """Kinds of sites that it quantizes."""
+    """Kinds of sites that the method quantizes."""
 
     weight_bits: Bits = 8
-    """Bits of weights, 2 to 16; None: they stay float everywhere."""
+    """Bits of weights, 2 to 16; None keeps them all in float."""
     activation_bits: Bits = 8
-    """Bits of activations, 2 to 16; None: they stay float everywhere."""
+    """Bits of activations, 2 to 16; None keeps them all in float."""
     patch_embed_bits: EdgeBits = 8
-    """Bits of both operands of the first layer, which the trace finds by its role.
-
-    A number, None for float, or ``"same"`` for the working bits.
-    """
+    """Bits of both operands of the first layer: a number, None for float, or ``"same"``."""
     head_bits: EdgeBits = 8
-    """Bits of both operands of the last layer, as ``patch_embed_bits``."""
+    """Bits of both operands of the last layer, like ``patch_embed_bits``."""
     exclude: Patterns = ()
     """fnmatch patterns of site names that stay float."""
     overrides: OverridesField = Overrides()
-    """Bits of single roles or sites. They replace all bits above; ``exclude`` comes first.
+    """Bits of single roles or sites. They replace all bits above, but ``exclude`` comes first.
 
     A mapping from a role of the trace (``post_softmax``) or an fnmatch pattern of site names to an
-    int, ``"float"`` or ``"W4A8"``; or the name of a preset (``"attention-maps-8"``). The role of an
-    operand means that operand, the role of a site both its operands. A site's own name comes before
-    patterns, and patterns before roles.
+    int, ``"float"`` or ``"W4A8"``; or the name of a preset (``"attention-maps-8"``). An operand's
+    role means that operand; a site's role means both its operands. A full site name wins over
+    patterns, and patterns win over roles.
     """
     conv_output_bits: Bits = None
-    """Bits of the outputs of convolutions, behind BatchNorm and ReLU; None: they stay float.
+    """Bits of the outputs of convolutions, after BatchNorm and ReLU; None keeps them in float.
 
-    Only where nothing else quantizes these outputs at once. onnxruntime computes a convolution in
+    It applies only to outputs that nothing else quantizes. onnxruntime computes a convolution in
     integers only if its output is quantized, or if it cuts an image into separate patches.
     """
 
@@ -129,13 +126,13 @@ class Method(ReadableModel):
 
     @abstractmethod
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """Choose quantizers, adjustments and compensations, say in notes what was left out.
+        """Choose quantizers, adjustments and compensations; note what was left out.
 
-        ``calibration.model`` is a private copy whose weights may be changed.
+        ``calibration.model`` is a private copy, so its weights may be changed.
         """
 
     def slot_bits(self, slot: Slot) -> int | None:
-        """Bits of an operand, None for float. Every method decides bits here and nowhere else.
+        """Bits of an operand, None for float. Every method decides bits only here.
 
         ``exclude`` comes first, then ``overrides``, then ``working_bits``.
         """
@@ -154,14 +151,11 @@ class Method(ReadableModel):
         return working if bits == "same" else bits
 
     def excluded_by(self, site: Site) -> str | None:
-        """The first pattern in ``exclude`` that matches the site's name."""
+        """The first pattern in ``exclude`` that matches the site's name, or None."""
         return next((p for p in self.exclude if fnmatch.fnmatchcase(site.name, p)), None)
 
     def check_sites(self, trace: Trace) -> None:
-        """Raise QuietvitError where ``exclude`` or ``overrides`` does not fit the model.
-
-        A pattern or role that matches nothing; overrides that contradict each other or ``exclude``.
-        """
+        """Raise QuietvitError for conflicts, or if ``exclude`` or ``overrides`` matches nothing."""
         names = [site.name for site in trace.sites if site.kind in self.kinds]
         for pattern in self.exclude:
             if not fnmatch.filter(names, pattern):
@@ -180,7 +174,6 @@ class Method(ReadableModel):
         return self.why_working_float(slot) if key is None else f"float by overrides[{key!r}]"
 
     def why_working_float(self, slot: Slot) -> str:
-        """Why ``working_bits`` leaves this operand float."""
         side = "weight_bits" if slot.is_weight else "activation_bits"
         if getattr(self, side) is None:
             return f"{side}=None"
@@ -213,7 +206,7 @@ _METHODS: dict[str, type[Method]] = {}
 
 
 def register_method(name: str) -> Callable[[M], M]:
-    """Class decorator: make a method known to ``get_method`` and ``list_methods``."""
+    """Class decorator: register a method for ``get_method`` and ``list_methods``."""
 
     def add(cls: M) -> M:
         if name in _METHODS and _METHODS[name] is not cls:
@@ -238,13 +231,13 @@ def list_methods(pattern: str = "*") -> list[str]:
 
 
 def get_method(name: str) -> type[Method]:
-    """The method's config class. Raises QuietvitError, with the nearest names, if unknown."""
+    """Return the method's config class. Raises QuietvitError with near names if unknown."""
     _discover()
     if name.lower() not in _METHODS:
         raise QuietvitError(
             f"unknown quantization method {name!r}{nearest(name.lower(), _METHODS)} "
-            f"Known: {', '.join(sorted(_METHODS))}. A method of your own is known once the module "
-            "with its @register_method line is imported."
+            f"Known: {', '.join(sorted(_METHODS))}. To use a method of your own, import the module "
+            "that registers it with @register_method."
         )
     return _METHODS[name.lower()]
 

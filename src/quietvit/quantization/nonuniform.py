@@ -1,6 +1,6 @@
-"""Quantizers of unequal steps: what all of them share, and the logarithmic ones.
+"""Quantizers with unequal steps: their common base and the logarithmic ones.
 
-Twin-range and tangent quantizers live in ``companding``, uniform ones in ``quantizers``.
+Twin-range and tangent quantizers are in ``companding``, uniform ones in ``quantizers``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from quietvit.quantization.quantizers import (
 )
 
 GELU_SHIFT = 0.16997
-"""Depth of GELU's minimum, -0.16997 at x = -0.7518."""
+"""Depth of GELU's minimum: -0.16997 at x = -0.7518."""
 ADALOG_DENOMINATOR = 37
 EXPONENT_CODES = 100
-"""Largest code that is read off a float32's exponent, which ends at -126."""
+"""Largest code that can be read from a float32's exponent, which ends at -126."""
 
 ZeroCode = Literal["extra", "last"]
 ZERO_CODES: tuple[str, ...] = get_args(ZeroCode)
 
 
 def positive_scalar(value: Tensor, name: str) -> Tensor:
-    """float32 copy of a scalar; below 2^-100 it becomes 1, as an all-zero tensor needs no scale.
+    """Return a float32 copy of a scalar. Below 2^-100 it becomes 1: all-zero tensors need no scale.
 
-    Raises QuietvitError where it is not one finite number of at least zero.
+    Raises QuietvitError unless it is one finite number of at least zero.
     """
     if value.dim() != 0 or not bool(torch.isfinite(value) & (value >= 0)):
         shown = f"{value.item():g}" if value.numel() == 1 else "several values"
@@ -45,7 +45,7 @@ def positive_scalar(value: Tensor, name: str) -> Tensor:
 
 
 def squared_error(quantizer: Quantizer, x: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Sum of (quantizer(x) - x)², float64, (); ``counts`` weigh the values, shape of x."""
+    """Sum of (quantizer(x) - x)², float64, (). ``counts`` (shape of x) weigh the values."""
     with torch.no_grad():
         error = quantizer(x).sub_(x).square_()
         if counts is not None:
@@ -64,14 +64,14 @@ def power_of_two_factor(
 ) -> AffineQuantizer:
     """FQ-ViT's power-of-two factor (arXiv 2111.13824): channel j has the step scale·2^exponents[j].
 
-    x̂ = 2^a·s·(clip(round(x/(2^a·s)) + z) - z). Scale and zero point are scalars shared by all
-    channels, exponents integers (channels,), 0 to 3 in the paper. It is a per-channel uniform
-    quantizer whose scales obey a rule, so no class of its own.
+    x̂ = 2^a·s·(clip(round(x/(2^a·s)) + z) - z). All channels share the scalars scale and zero point.
+    Exponents are integers (channels,), 0 to 3 in the paper. The result is an ordinary per-channel
+    uniform quantizer, so it needs no class of its own.
     """
     if exponents.dim() != 1 or exponents.is_floating_point() or bool((exponents < 0).any()):
         raise QuietvitError(
-            f"exponents of shape {tuple(exponents.shape)} and {exponents.dtype} are not one "
-            "integer from zero up for each channel."
+            f"exponents of shape {tuple(exponents.shape)} and {exponents.dtype} do not fit: give "
+            "one integer of at least zero per channel."
         )
     scales = positive_scalar(scale, "scale") * torch.pow(2, exponents)
     zero_points = zero_point.to(torch.int32).expand(scales.shape).clone()
@@ -81,34 +81,35 @@ def power_of_two_factor(
 class LevelQuantizer(Quantizer):
     """Base class for one list of levels per tensor: codes are rounded positions, values a lookup.
 
-    A subclass gives ``_positions`` and ``_levels``. Computed in float32 at least, returned in x's
-    dtype; NaN stays NaN. Levels that the rounding to x's dtype, or of the arithmetic, has moved
-    into another level's cell take that level's value: idempotent bit for bit in every dtype.
-    Gradient: 1 from the smallest to the largest level, 0 outside; none to the buffers.
+    A subclass defines ``_positions`` and ``_levels``. Computed in at least float32, returned in x's
+    dtype; NaN stays NaN. Rounding can move a level into another level's cell. Such a level takes
+    that level's value, so the quantizer is idempotent bit for bit in every dtype.
+    Gradient to x: 1 from the smallest to the largest level, 0 outside. Buffers get no gradient.
     """
 
     @abstractmethod
     def _positions(self, x: Tensor) -> Tensor:
-        """Code of x less the smallest code, before rounding and clipping; new memory, same dtype.
+        """Return code minus smallest code, before rounding and clipping; new memory, same dtype.
 
-        Monotone, NaN for NaN alone.
+        It is monotone, and NaN only for NaN.
         """
 
     @abstractmethod
     def _levels(self) -> Tensor:
-        """Value of every code from the smallest on, float64, monotone."""
+        """Return the value of every code from the smallest on, float64, monotone."""
 
     def _indices(self, x: Tensor) -> Tensor:
-        """Places in ``_table``, int32; that of NaN is the last."""
+        """Return indices into ``_table``, int32; NaN gets the last one."""
         low, high = self.code_range
         wide = torch.promote_types(x.dtype, torch.float32)
         places = self._positions(x.detach().to(wide)).round_().clamp_(0, high - low)
         return places.nan_to_num_(nan=high - low + 1).to(torch.int32)
 
     def _table(self, dtype: torch.dtype) -> Tensor:
-        """Level of every code, then NaN."""
+        """Return the level of every code, then NaN."""
         levels = self._levels().to(dtype)
-        # Codes of levels: a monotone map, whose repetition ends; squared until it must have.
+        # Map each level to its own code until nothing changes. The map is monotone, so repeating it
+        # ends. ``settled[settled]`` doubles the repetitions: bits + 1 times are enough.
         settled = self._indices(levels)
         for _ in range(self.bits + 1):
             settled = settled[settled]
@@ -132,12 +133,12 @@ class LevelQuantizer(Quantizer):
 
     @property
     def lower(self) -> Tensor:
-        """Smallest value it returns for float32, ()."""
+        """Smallest value that it returns in float32, ()."""
         return self._table(torch.float32)[:-1].amin()
 
     @property
     def upper(self) -> Tensor:
-        """Largest value it returns for float32, ()."""
+        """Largest value that it returns in float32, ()."""
         return self._table(torch.float32)[:-1].amax()
 
 
@@ -146,17 +147,17 @@ class LogQuantizer(LevelQuantizer):
     """Logarithmic quantizer: code q = round(-log2((x + shift)/d)/t), value d·2^(-q·t) - shift.
 
     t = numerator/denominator octaves per code: 1 in FQ-ViT (arXiv 2111.13824), 1/2 in RepQ-ViT
-    (arXiv 2212.08254), q/37 with q searched in AdaLog (arXiv 2407.12951); see the constructors of
-    these names. Levels are computed in float64 and rounded once, so those of whole t are d times
-    exact powers of two. What lies below the last level by half a code or more becomes zero (less
-    the shift), and so do zero and all that is negative after the shift.
+    (arXiv 2212.08254), q/37 with a searched q in AdaLog (arXiv 2407.12951). Each has a constructor
+    of its own. Levels are computed in float64 and rounded once, so a whole t gives d times exact
+    powers of two. After the shift, zero, negative values, and values at least half a code below
+    the last level become zero (minus the shift).
 
-    ``zero="extra"``: as in these papers' code, 2^b levels and zero besides, codes 0 to 2^b: one
-    value more than b bits can tell apart. ``"last"``: code 2^b - 1 is zero, which b bits hold.
-    Zero is exact where shift = 0.
+    ``zero="extra"``: 2^b levels plus zero, codes 0 to 2^b, as in these papers' code. That is one
+    value more than b bits can hold. ``"last"``: code 2^b - 1 is zero, which fits b bits.
+    Zero is exact if shift = 0.
 
-    ``scale``: d, float32, (), the largest level before the shift. ``numerator``: int32, (), and 1
-    where the denominator is 1 or 2: those codes are read off the exponent of x/d or its square,
+    ``scale``: d, float32, (), the largest level before the shift. ``numerator``: int32, (); it must
+    be 1 if the denominator is 1 or 2. Those codes are read from the exponent of x/d or its square,
     several times faster than a logarithm.
     """
 
@@ -195,14 +196,14 @@ class LogQuantizer(LevelQuantizer):
 
     @classmethod
     def base2(cls, scale: Tensor, *, bits: int, zero: ZeroCode = "extra") -> LogQuantizer:
-        """Powers of two, for post-softmax values: FQ-ViT's log-int-softmax has scale 1."""
+        """Powers of two, for post-softmax values. FQ-ViT's log-int-softmax has scale 1."""
         return cls(scale, bits=bits, zero=zero)
 
     @classmethod
     def sqrt2(cls, scale: Tensor, *, bits: int, zero: ZeroCode = "extra") -> LogQuantizer:
-        """Powers of √2, for post-softmax values: RepQ-ViT.
+        """Powers of √2, for post-softmax values, as in RepQ-ViT.
 
-        Its d·2^(-⌈q/2⌉)·(1 + (√2-1)(q mod 2)) is d·2^(-q/2).
+        The paper's d·2^(-⌈q/2⌉)·(1 + (√2-1)(q mod 2)) equals d·2^(-q/2).
         """
         return cls(scale, 1, 2, bits=bits, zero=zero)
 
@@ -210,10 +211,7 @@ class LogQuantizer(LevelQuantizer):
     def adalog(
         cls, scale: Tensor, q: int, *, bits: int, shift: float = 0.0, zero: ZeroCode = "extra"
     ) -> LogQuantizer:
-        """Base 2^(-q/37): AdaLog. ``shift`` is ``GELU_SHIFT`` for post-GELU values.
-
-        The scale is then that of x + shift.
-        """
+        """Base 2^(-q/37), as in AdaLog: ``scale`` is that of x + shift; GELU has ``GELU_SHIFT``."""
         return cls(scale, q, ADALOG_DENOMINATOR, bits=bits, shift=shift, zero=zero)
 
     @property
@@ -233,8 +231,8 @@ class LogQuantizer(LevelQuantizer):
             return super()._indices(x)
         x = x.detach().to(wide)
         x = x + self.shift if self.shift else x
-        # y^denominator has the exponent -code: half a code up makes the floor a rounding. Bounds a
-        # little inside those of the first and the last code keep them apart from NaN's exponent.
+        # y^denominator has the exponent -code; half a code more turns the floor into a rounding.
+        # The bounds lie slightly inside the first and last code, away from NaN's exponent.
         y = x * (2 ** (0.5 / self.denominator) / self.scale)
         y.clamp_(1.1 * 2 ** (-last / self.denominator), 1.1)
         if self.denominator == 2:

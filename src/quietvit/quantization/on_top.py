@@ -1,6 +1,6 @@
 """Methods that work on top of another one: ``QwT(base=RepQViT(weight_bits=4))``.
 
-What they do with it is their own file's business, in ``methods``.
+What each of them does is in its own file in ``methods``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHARED = (
 
 
 def _method(value: Any) -> Any:
-    """A config, the name of a method, or what a saved file holds."""
+    """Accept a config, the name of a method, or the dict of a saved file."""
     if isinstance(value, str):
         return get_method(value)()
     if isinstance(value, dict) and value.keys() == {"name", "fields"}:
@@ -40,18 +40,15 @@ Base = Annotated[Method, BeforeValidator(_method), PlainSerializer(_stored)]
 
 
 class OnTop(Method):
-    """Base config of methods that refine what another method, ``base``, calibrated.
+    """Base config of methods that refine the result of another method, ``base``.
 
-    Bits, exclusions and overrides are the base's; giving others beside it is refused.
+    Bits, exclusions and overrides come from the base. Other values beside it raise an error.
     """
 
     default_base: ClassVar[str] = "rtn"
 
     base: Base = None  # type: ignore[assignment]  # ``_agree`` puts ``default_base`` there
-    """Config of the method whose result is refined; its bits, exclusions and overrides count.
-
-    None: ``default_base`` at the bits given.
-    """
+    """Config of the method to refine; None takes ``default_base`` at the given bits."""
 
     @model_validator(mode="before")
     @classmethod
@@ -76,7 +73,6 @@ class OnTop(Method):
         return fields | {name: getattr(base, name) for name in SHARED} | {"base": base}
 
     def calibrate_base(self, calibration: Calibration) -> Calibrated:
-        """What the base decides on the same images."""
         return self.base.calibrate(calibration)
 
     def slot_bits(self, slot: Slot) -> int | None:

@@ -1,6 +1,6 @@
 """Quantizers of convolutions' outputs, so that a runtime computes these convolutions in integers.
 
-Which operands are quantized is the methods' business; the file is written in ``deployment``.
+Methods decide which operands are quantized; ``deployment`` writes the file.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ RECTIFIERS = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
 
 
 def outputs_to_quantize(trace: Trace, quantizers: Mapping[Slot, Quantizer]) -> list[Site]:
-    """The sites whose outputs need a quantizer: a convolution, or what can be folded into it.
+    """Return the sites whose outputs need a quantizer.
 
-    These are convolutions with both operands quantized, or the BatchNorm and ReLU right behind
-    them. Left out are products of separate patches, and outputs that the next product quantizes as
-    they are: integers reach or leave those anyway.
+    Each is a convolution with both operands quantized, or the BatchNorm or ReLU right after it that
+    folds into it. Two kinds are left out, since they run in integers anyway: convolutions of
+    separate patches, and outputs that are read only by products with one common quantizer.
     """
     found = []
     for site in trace.sites:
@@ -44,10 +44,10 @@ def outputs_to_quantize(trace: Trace, quantizers: Mapping[Slot, Quantizer]) -> l
 def with_quantized_outputs(
     quantized: QuantizedModel, calibration: Calibration, bits: int
 ) -> QuantizedModel:
-    """The same model with a quantizer at each of ``outputs_to_quantize``.
+    """Return the same model with a quantizer at each of ``outputs_to_quantize``.
 
-    It takes one more pass over the images.
-    The range of an output is its extremes in the quantized model, a scale for the tensor, affine.
+    It runs one more pass over the images. Each output gets one affine scale for the whole tensor,
+    for its extremes in the quantized model.
     """
     quantizers: dict[Slot, Quantizer] = {
         slot: quantizer
@@ -93,7 +93,7 @@ def _remade(quantized: QuantizedModel, quantizers: Mapping[Slot, Quantizer]) -> 
 
 
 def _separate_patches(site: Site) -> bool:
-    """Whether each input value is read once: such a convolution is a matrix product of patches."""
+    """Whether the convolution reads each input value once, as a matrix product of patches does."""
     weight, given, made = site.weight_shape, site.operands[0].shape, site.output_shape
     if weight is None or weight[1] != given[1]:
         return False
@@ -102,9 +102,10 @@ def _separate_patches(site: Site) -> bool:
 
 
 def _last_folded(trace: Trace, site: Site) -> Site:
-    """The last of a convolution, a BatchNorm that alone reads it, and a ReLU that alone reads that.
+    """Return the last site of the chain convolution, BatchNorm, ReLU, as far as it exists.
 
-    BatchNorm is one scale and shift a channel, and ReLU a limit of the codes.
+    Each must be the only reader of the one before. BatchNorm folds into one scale and shift per
+    channel, and ReLU into a limit of the codes.
     """
     for kind, functions in (("norm", {"batch_norm"}), ("activation", RECTIFIERS)):
         if len(site.feeds) != 1 or site.name in trace.outputs:
@@ -118,7 +119,7 @@ def _last_folded(trace: Trace, site: Site) -> Site:
 
 
 def _quantized_at_once(trace: Trace, site: Site, quantizers: Mapping[Slot, Quantizer]) -> bool:
-    """Whether products with one and the same quantizer are all that reads a site's output."""
+    """Whether only products with one common quantizer read a site's output."""
     readers = []
     for name in site.feeds:
         reader = trace[name]
@@ -126,7 +127,7 @@ def _quantized_at_once(trace: Trace, site: Site, quantizers: Mapping[Slot, Quant
             if site.name not in operand.fed_by:
                 continue
             slot = Slot(reader, index)
-            same = math.prod(operand.shape) == math.prod(site.output_shape)  # moved, at most
+            same = math.prod(operand.shape) == math.prod(site.output_shape)  # reshaped at most
             same = same and operand.fed_by == (site.name,)
             if reader.kind not in MATMUL_KINDS or not same or slot not in quantizers:
                 return False

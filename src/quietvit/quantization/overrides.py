@@ -1,6 +1,6 @@
-"""``Overrides``: bits of single roles or sites, in place of a method's working bits.
+"""``Overrides``: bits of single roles or sites, which replace a method's working bits.
 
-Parsing, lookup and checks live here; ``Method.slot_bits`` decides what they give way to.
+Parsing, lookup and checks are here; ``Method.slot_bits`` decides what comes before them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quietvit.quantization.slot import Slot
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 BitPair = tuple[int | None, int | None]
-"""Bits of a weight, bits of an activation; None is float."""
+"""(weight bits, activation bits); None is float."""
 
 PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {"attention-maps-8": MappingProxyType({"post_softmax": 8})}
@@ -57,15 +57,15 @@ class Overrides(Mapping[str, BitPair]):
         return ", ".join(f"{key} {_shown(pair)}" for key, pair in self._pairs.items()) or "none"
 
     def plain(self) -> dict[str, int | str | list[int | None] | None]:
-        """What JSON can hold, and what the field takes again."""
+        """Return a form that JSON can hold and that the field accepts again."""
         return {key: _plain(pair) for key, pair in self._pairs.items()}
 
     def key_for(self, slot: Slot) -> str | None:
-        """The key that decides this operand's bits, or None.
+        """Return the key that decides this operand's bits, or None.
 
-        The most specific one decides: the site's own name, then a pattern that matches it, then the
-        role of the operand, then that of the site. Operands of patch embedding and head have no
-        role of their own here.
+        The most specific key decides: the full site name, then a matching pattern, then the
+        operand's role, then the site's role. In patch embedding and head, only the site's role
+        counts.
         """
         if slot.site.kind not in MATMUL_KINDS:
             return None
@@ -77,13 +77,13 @@ class Overrides(Mapping[str, BitPair]):
         return matching[0] if matching else None
 
     def bits(self, key: str, slot: Slot) -> int | None:
-        """Bits that ``key`` gives to an operand; None is float."""
+        """Return the bits that ``key`` gives to an operand; None is float."""
         return self._pairs[key][0 if slot.is_weight else 1]
 
     def check(self, trace: Trace, excluded: Sequence[str]) -> None:
-        """Raise QuietvitError for a key that decides nothing, or two that say different things.
+        """Raise QuietvitError for a key without effect, or for two keys that contradict.
 
-        ``excluded``: patterns of sites that stay float; a key of excluded sites alone is an error.
+        ``excluded``: patterns of sites that stay float. A key that matches only these is an error.
         """
         sites = [site for site in trace.sites if site.kind in MATMUL_KINDS]
         for key in self._pairs:
@@ -92,7 +92,7 @@ class Overrides(Mapping[str, BitPair]):
             if not touched:
                 known = sorted({role for site in sites for role in _roles(site)})
                 raise QuietvitError(
-                    f"overrides: {key!r} is no role of this model and matches none of its "
+                    f"overrides: {key!r} is not a role of this model and matches none of its "
                     f"{len(sites)} matrix products"
                     f"{nearest(key, [*known, *(site.name for site in sites)])}. "
                     f"Roles here: {', '.join(known)}."
@@ -135,13 +135,13 @@ def _overrides(value: Any) -> Overrides:
     pairs: dict[str, BitPair] = {}
     for key, bits in value.items():
         if not isinstance(key, str) or not key:
-            raise ValueError(f"{key!r} is no role and no pattern of site names")
+            raise ValueError(f"{key!r} is neither a role nor a pattern of site names")
         pairs[key] = _pair(key, bits)
     return Overrides(pairs)
 
 
 def _pair(key: str, bits: Any) -> BitPair:
-    """``8`` and ``None`` for both, ``"W4A8"``, or two numbers for weight and activation."""
+    """Parse bits: ``8`` or ``None`` for both, ``"W4A8"``, or (weight, activation)."""
     given: Any = bits
     if isinstance(bits, str):
         match = _PAIR.fullmatch(bits.strip())

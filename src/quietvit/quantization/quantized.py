@@ -1,6 +1,6 @@
-"""``QuantizedModel``: a traced model whose operands are fake-quantized while it runs; ``load``.
+"""``QuantizedModel``: a traced model that fake-quantizes its operands while it runs; ``load``.
 
-Which quantizer stands where is decided by a method; the format of files is in ``storage``.
+A method decides where quantizers are; ``storage`` defines the format of files.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from quietvit.tracing.intercept import Handler
 
 
 class QuantizedModel(nn.Module):
-    """A model with simulated quantization; it is called as the float model is.
+    """A model with simulated quantization. Call it like the float model.
 
-    Every operand that has a quantizer is quantized and dequantized before it is used. Gradients go
+    Every operand with a quantizer is quantized and dequantized before it is used. Gradients pass
     straight through the rounding, so the model can be trained.
 
-    Quantized weights are kept between calls in eval mode without gradient. They follow changes of
-    weights and quantizers. Only a change behind autograd's back (``weight.data.mul_``) needs
-    ``refresh()``. Copies and pickles do not carry them.
+    In eval mode without gradients, quantized weights are cached between calls. The cache follows
+    changes of weights and quantizers. Only a change behind autograd's back (``weight.data.mul_``)
+    needs ``refresh()``. Copies and pickles do not carry the cache.
 
     Attributes:
-        model: an own copy of the model, with float weights.
+        model: its own copy of the model, with float weights.
         quantizers: ModuleDict from ``Slot.key`` (site and operand) to Quantizer.
         trace, method: what it was made from.
         input_shape: (C, H, W) of the calibration images.
-        notes: what calibration has to tell.
+        notes: notes from calibration for the report.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class QuantizedModel(nn.Module):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the model's classes, None where they are unknown."""
+        """Names of the model's classes, None if they are unknown."""
         return names_of(self.model)
 
     @class_names.setter
@@ -104,7 +104,7 @@ class QuantizedModel(nn.Module):
         name_classes(self.model, names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own output, computed on quantized operands."""
+        """Return the model's own output, computed on quantized operands."""
         handler = self._handle if self._observer is None else self._watched
         kinds = self._kinds if self._observer is None else self._kinds | MATMUL_KINDS
         if not kinds and not self._blocks:
@@ -124,8 +124,8 @@ class QuantizedModel(nn.Module):
         """Show every matrix product to ``handler`` while the model runs inside ``with``.
 
         ``handler(site, operands, run)`` gets the operands before they are quantized. Activations
-        that a re-parametrization moved are moved back, so that they compare with the float model's.
-        ``run(*operands)`` quantizes and multiplies. What the handler returns goes on.
+        moved by a re-parametrization are moved back, so they compare with the float model's.
+        ``run(*operands)`` quantizes and multiplies. The handler's result is the site's output.
 
         Raises QuietvitError inside another ``observe`` of this model.
         """
@@ -139,7 +139,7 @@ class QuantizedModel(nn.Module):
 
     @contextmanager
     def replacing(self, replacement: Callable[[Slot, Tensor], Tensor]) -> Iterator[None]:
-        """Inside ``with``, call ``replacement(slot, operand)`` in place of every quantizer.
+        """Inside ``with``, call ``replacement(slot, operand)`` instead of every quantizer.
 
         Raises QuietvitError inside another ``replacing`` of this model.
         """
@@ -152,7 +152,7 @@ class QuantizedModel(nn.Module):
             self._replacement = None
 
     def _moved_inputs(self) -> dict[str, tuple[ChannelAffine, ChannelAffine]]:
-        """For each reader of a re-parametrized norm: how its input was moved, and the way back."""
+        """For each reader of a re-parametrized norm: how its input was moved, and the inverse."""
         moved = {}
         for link in self.trace.links if self._adjusted else ():
             by = self.adjustments._modules.get(module_key(link.source))
@@ -189,7 +189,7 @@ class QuantizedModel(nn.Module):
         if moved is None:
             return self._observer(site, operands, lambda *given: self._handle(site, given, run))
         # A re-parametrized norm gives x' = gain x + shift, and the reader's weight undoes that. The
-        # observer shall see x, as in the float model, so x' is moved back for it and forth again.
+        # observer must see x, as in the float model. So x' is moved back for it, then forth again.
         forth, back = moved
 
         def quantized(x: Tensor, *rest: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class QuantizedModel(nn.Module):
         return result
 
     def refresh(self) -> None:
-        """Forget the quantized weights kept from earlier calls."""
+        """Clear the cache of quantized weights."""
         self._kept.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -235,11 +235,9 @@ class QuantizedModel(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
     def quantizer(self, site: str, operand: str) -> Quantizer | None:
-        """The quantizer of an operand (``input``, ``weight``, ``left``, ``right``, ``output``).
+        """Return an operand's quantizer (``input``, ``weight``, ``left``, ``right``, ``output``).
 
-        None where there is none.
-
-        Raises QuietvitError for an unknown site or operand.
+        None if it has none. Raises QuietvitError for an unknown site or operand.
         """
         found = self.trace[site]
         names = (*OPERANDS.get(found.kind, ("operand0", "operand1")), "output")
@@ -250,16 +248,13 @@ class QuantizedModel(nn.Module):
         return found_quantizer if isinstance(found_quantizer, Quantizer) else None
 
     def slots(self) -> list[Slot]:
-        """Every slot that has a quantizer."""
         return [slot for slots in self._slots.values() for slot in slots.values()]
 
     def adjusted(self) -> dict[str, Adjustment]:
-        """Adjustments of sites' outputs, by site name."""
         found = {name: self.adjustments[key] for name, key in self._adjusted.items()}
         return {name: a for name, a in found.items() if isinstance(a, Adjustment)}
 
     def compensated(self) -> dict[str, Compensation]:
-        """Compensations of blocks' outputs, by block name."""
         found = {name: self.compensations[module_key(name)] for name in self._blocks}
         return {name: c for name, c in found.items() if isinstance(c, Compensation)}
 
@@ -270,12 +265,12 @@ class QuantizedModel(nn.Module):
         return coverage_of(self.trace, self.method, bits, self.compensated())
 
     def report(self) -> str:
-        """Bits, first- and last-layer policy, notes and coverage, as text."""
+        """Return bits, first- and last-layer policy, notes and coverage as text."""
         what = "deployable: standard integer kernels compute with these codes"
         if not self.deployable:
             what = "simulated: no standard integer kernel computes with all of these codes"
         if self.coverage.quantized_macs == 0:
-            what = "no product has both its operands quantized: nothing computes in integers"
+            what = "no product has both operands quantized: nothing computes in integers"
         lines = [f"quantized {type(self.model).__name__}: {self.method.policy()}", what]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, str(self.coverage)])
@@ -284,7 +279,7 @@ class QuantizedModel(nn.Module):
     def deployable(self) -> bool:
         """Whether there are integer products, and standard integer kernels compute them all.
 
-        At most 8 bits, uniform, and activations with one scale for the tensor.
+        They need at most 8 bits, uniform steps, and one scale per tensor for activations.
         """
         found = [(slot, self.quantizers[slot.key]) for slot in self.slots()]
         return (
@@ -304,16 +299,16 @@ class QuantizedModel(nn.Module):
         return self.report()
 
     def __repr__(self) -> str:
-        """One line in place of all modules; ``print`` shows ``report``, ``.model`` the modules."""
+        """One line without the modules; ``print`` shows ``report``, ``.model`` the modules."""
         share = 100 * self.coverage.fraction
         policy = f"{self.method.name} {self.method.label}"
         return f"QuantizedModel({type(self.model).__name__}, {policy}, {share:.2f} % quantized)"
 
     def weights_in_use(self) -> dict[str, Tensor]:
-        """The weight that each quantizer of weights gets in one pass over zeros, by site.
+        """Return the weight that each weight quantizer gets in one pass over zeros, by site.
 
-        A model may compute a weight, for example divide it by its spectral norm. Then this is what
-        the simulated model multiplies by, and not the parameter.
+        A model may compute a weight, for example divide it by its spectral norm. Then the simulated
+        model multiplies by this weight, not by the parameter.
         """
         seen: dict[str, Tensor] = {}
 
@@ -330,12 +325,12 @@ class QuantizedModel(nn.Module):
     def save(self, path: str | Path, force: bool = False) -> Path:
         """Write the folder ``path``: ``model.safetensors`` and ``quantization.json``. Returns it.
 
-        The weights stored are the quantized ones. Float weights are kept only where a weight is
-        shared, computed or transposed. Codes take one byte up to 8 bits, two above. The folder
-        appears whole, under a temporary name first.
+        Weights are stored as quantized codes: one byte for up to 8 bits, else two. A weight that is
+        shared, computed or transposed stays float. The folder is written under a temporary name
+        and then renamed.
 
-        Raises QuietvitError where ``path`` exists: with ``force`` an earlier save is replaced, any
-        other file or folder is refused all the same.
+        Raises QuietvitError if ``path`` exists. ``force`` replaces an earlier save, but never any
+        other file or folder.
         """
         quantizers = {slot: self.quantizers[slot.key] for slot in self.slots()}
         contents = Contents(
@@ -355,14 +350,14 @@ class QuantizedModel(nn.Module):
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
-    """Read what ``QuantizedModel.save`` wrote; its outputs are the same bit for bit.
+    """Read what ``QuantizedModel.save`` wrote. Its outputs are the same bit for bit.
 
-    timm or transformers builds the architecture where it came from there. Otherwise give ``model``,
-    a float model of the same architecture with any weights; a copy of it is used. The names of the
-    classes are those in the file, where it has any.
+    timm or transformers builds the architecture if the model came from there. Otherwise give
+    ``model``, a float model of the same architecture with any weights; a copy of it is used. Class
+    names come from the file, if it has any.
 
-    Raises QuietvitError for a missing, truncated or foreign file, and for a model of another
-    architecture; it names the first keys that differ.
+    Raises QuietvitError for a missing, truncated or foreign file. For a model of another
+    architecture, the error names the first keys that differ.
     """
     contents = read(Path(path), model)
     device = next((p.device for p in contents.model.parameters()), torch.device("cpu"))

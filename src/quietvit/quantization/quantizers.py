@@ -1,6 +1,6 @@
 """Quantizers: from a float tensor to integer codes and back, with a straight-through gradient.
 
-How their ranges are chosen lives in ``ranges``; which tensor gets which quantizer in ``methods``.
+``ranges`` chooses their ranges; ``methods`` decides which tensor gets which quantizer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Q = TypeVar("Q", bound="type[Quantizer]")
 
 
 def register_quantizer(name: str) -> Callable[[Q], Q]:
-    """Class decorator: make a quantizer known under ``name``, so that saved models can name it."""
+    """Class decorator: register a quantizer under ``name``, which saved models refer to."""
     return registering(QUANTIZERS, name, "a quantizer")
 
 
@@ -33,12 +33,12 @@ def build_quantizer(kind: str, config: dict[str, Any]) -> Quantizer:
 
 
 class Quantizer(nn.Module, ABC):
-    """Base class: ``quantizer(x)`` is x quantized and dequantized, of the same shape and dtype.
+    """Base class: ``quantizer(x)`` is x quantized and dequantized, with the same shape and dtype.
 
-    A subclass gives ``codes`` and ``dequantize`` such that, without gradient, forward(x) equals
-    dequantize(codes(x)); forward carries a straight-through gradient. What is learnt from
-    calibration lies in buffers, what is chosen beforehand in ``config``. Laws every quantizer is
-    tested for: idempotent, monotone, codes within ``code_range``.
+    A subclass defines ``codes`` and ``dequantize``. Without gradient, forward(x) equals
+    dequantize(codes(x)). With gradient, forward uses a straight-through estimator. Values learnt
+    from calibration are buffers; values chosen beforehand are in ``config``. Tests check three laws
+    for every quantizer: it is idempotent, it is monotone, and codes lie in ``code_range``.
 
     ``deployable`` says whether standard integer kernels compute with these codes.
     """
@@ -62,11 +62,11 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of x, int32, same shape."""
+        """Integer codes of x, int32, same shape as x."""
 
     @abstractmethod
     def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Values that codes stand for, same shape."""
+        """Values of the codes, same shape as the codes."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -90,15 +90,15 @@ def affine_code_range(bits: int, signed: bool) -> tuple[int, int]:
 def affine_parameters(
     minimum: Tensor, maximum: Tensor, bits: int, *, symmetric: bool, signed: bool | None = None
 ) -> tuple[Tensor, Tensor, bool]:
-    """Scale, zero point and signedness of a uniform quantizer for values in [minimum, maximum].
+    """Return scale, zero point and signedness of a uniform quantizer for [minimum, maximum].
 
-    Affine: the range is widened to hold zero, s = (max - min)/(2^b - 1), z = round(-min/s), codes
-    [0, 2^b - 1]. Symmetric: z = 0, s = max(|min|, |max|)/hi, signed codes, or unsigned ones where
-    nothing is negative (``signed`` overrides that). Zero is exact in both. A range narrower than
-    2^-100 per step gets scale 1: such a tensor is all zeros to float32 arithmetic.
+    Affine: the range is extended to contain zero. s = (max - min)/(2^b - 1), z = round(-min/s), and
+    codes are in [0, 2^b - 1]. Symmetric: z = 0 and s = max(|min|, |max|)/hi. Codes are signed, or
+    unsigned if no value is negative; ``signed`` overrides that. Both represent zero exactly. A step
+    below 2^-100 becomes 1, because float32 arithmetic treats such a tensor as all zeros.
 
-    Shapes: minimum and maximum are () or (channels,); scale float32 and zero_point int32 alike.
-    Raises QuietvitError for a range that is not finite or upside down.
+    Shapes: minimum, maximum, scale (float32) and zero point (int32) are all () or (channels,).
+    Raises QuietvitError if the range is not finite or minimum > maximum.
     """
     low, high = minimum.detach().double(), maximum.detach().double()
     if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
@@ -124,11 +124,11 @@ def affine_parameters(
 def affine_fake(
     x: Tensor, scale: Tensor, zero_point: Tensor, code_low: int, code_high: int
 ) -> Tensor:
-    """s·(clip(round(x/s) + z, lo, hi) - z); scale and zero_point broadcast against x.
+    """s·(clip(round(x/s) + z, lo, hi) - z); scale and zero point broadcast against x.
 
-    Computed in float32 at least, returned in x's dtype. n·s/s rounds back to n for every |n| of at
-    most 16 bits, so the function is idempotent bit for bit. Gradient: straight through to x inside
-    the clipping range, zero outside; to the scale as in LSQ (arXiv 1902.08153, equation 3).
+    Computed in at least float32, returned in x's dtype. n·s/s rounds back to n for every n of up to
+    16 bits, so the function is idempotent bit for bit. Gradient to x: 1 inside the clipping range,
+    0 outside. Gradient to the scale: as in LSQ (arXiv 1902.08153, equation 3).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     scale, zero = scale.to(wide), zero_point.to(wide)
@@ -137,16 +137,16 @@ def affine_fake(
         steps = torch.clamp(steps, code_low - zero, code_high - zero)
         rounded = steps + (steps.round() - steps).detach()
         return (rounded * scale).to(x.dtype)
-    # Clamped between plain numbers, not tensors: many times faster on a CPU.
+    # Clamping with numbers as bounds is many times faster on a CPU than with tensors.
     steps = steps.round_().add_(zero).clamp_(code_low, code_high).sub_(zero)
     return steps.mul_(scale).to(x.dtype)
 
 
 @register_quantizer("affine")
 class AffineQuantizer(Quantizer):
-    """Uniform quantizer, one scale and zero point for the tensor or for each channel of ``axis``.
+    """Uniform quantizer with one scale and zero point per tensor, or per channel of ``axis``.
 
-    ``scale``: float32, () or (channels,), units of x per step. ``zero_point``: int32, alike.
+    ``scale``: float32, () or (channels,), in units of x per step. ``zero_point``: int32, alike.
     """
 
     deployable: ClassVar[bool] = True
@@ -167,7 +167,7 @@ class AffineQuantizer(Quantizer):
             raise QuietvitError(
                 f"scale of shape {tuple(scale.shape)} and zero point of shape "
                 f"{tuple(zero_point.shape)} do not fit axis={axis}; give two scalars for axis=None "
-                "or two vectors of one entry per channel."
+                "or two vectors with one entry per channel."
             )
         self.signed = signed
         self.axis = axis
@@ -185,7 +185,7 @@ class AffineQuantizer(Quantizer):
         signed: bool | None = None,
         axis: int | None = None,
     ) -> AffineQuantizer:
-        """Quantizer for values in [minimum, maximum]; see ``affine_parameters``."""
+        """Make a quantizer for values in [minimum, maximum]; see ``affine_parameters``."""
         scale, zero_point, signed = affine_parameters(
             minimum, maximum, bits, symmetric=symmetric, signed=signed
         )

@@ -1,6 +1,6 @@
-"""Range estimators: streaming observers that end with the (min, max) a quantizer shall cover.
+"""Range estimators: streaming observers that choose the (min, max) a quantizer covers.
 
-Their memory does not grow with the number of images. What a quantizer is lives in ``quantizers``.
+Their memory does not grow with the number of images. ``quantizers`` holds the quantizers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ RangeName = Literal["minmax", "percentile", "omse"]
 RANGES: tuple[str, ...] = get_args(RangeName)
 EMPTY = "an empty tensor has no range; calibrate with some images."
 NOT_FINITE = (
-    "NaN or inf among the values to quantize. Check the weights and the images, and whether this "
+    "the values to quantize contain NaN or inf. Check the weights and the images, and whether this "
     "model overflows in half precision."
 )
 
 EXACT_VALUES = 1 << 15
-"""Values kept as they are, over all channels, before a stream is folded into a histogram."""
+"""Number of values, over all channels, kept exactly before the stream becomes a histogram."""
 OMSE_CANDIDATES = 90
 _BLOCK = 1 << 16
 
 
 class RangeEstimator(ABC):
-    """Take in batches with ``update``, then ``finish`` -> (min, max), each () or (channels,).
+    """Call ``update`` with batches, then ``finish`` for (min, max), each () or (channels,).
 
-    ``axis`` None: one range for the tensor; else one for each index of that axis.
+    ``axis`` None: one range for the tensor; else one range per index of that axis.
     """
 
     def __init__(self, axis: int | None = None) -> None:
@@ -40,7 +40,7 @@ class RangeEstimator(ABC):
         self.maximum: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Take in one batch. Raises QuietvitError for NaN, inf, no values, other channel counts."""
+        """Add a batch. Raises QuietvitError for NaN, inf, no values, or another channel count."""
         x = x.detach()
         x = x if x.is_floating_point() and x.dtype != torch.float64 else x.float()
         if x.numel() == 0:
@@ -58,13 +58,13 @@ class RangeEstimator(ABC):
         self._collect(x)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """The range, float32. Raises QuietvitError when nothing was seen."""
+        """Return the range, float32. Raises QuietvitError if there were no values."""
         if self.minimum is None or self.maximum is None:
             raise QuietvitError("there is no range before any value was seen. Calibrate first.")
         return self._finish(self.minimum, self.maximum)
 
     def _collect(self, x: Tensor) -> None:
-        """Take in what is needed beyond the extremes."""
+        """Collect what is needed beyond the extremes."""
         return
 
     @abstractmethod
@@ -72,7 +72,7 @@ class RangeEstimator(ABC):
 
 
 class MinMaxRange(RangeEstimator):
-    """The extremes seen. Exact."""
+    """The exact extremes of the stream."""
 
     def _finish(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         return minimum, maximum
@@ -81,8 +81,8 @@ class MinMaxRange(RangeEstimator):
 class PercentileRange(RangeEstimator):
     """Quantiles 1 - p and p, linear between order statistics, p = 0.99999 by default.
 
-    Exact up to ``EXACT_VALUES`` values (or ``exact``); after that from a histogram, right to one
-    bin: absmax/8192 for a tensor, absmax/256 at worst for a channel (see ``Stream``).
+    Exact for up to ``EXACT_VALUES`` values, or always with ``exact``. Beyond that, a histogram is
+    accurate to one bin: absmax/8192 for a tensor, at worst absmax/256 for a channel (``Stream``).
     """
 
     def __init__(
@@ -105,11 +105,12 @@ class PercentileRange(RangeEstimator):
 
 
 class OmseRange(RangeEstimator):
-    """(min, max)·(1 - 0.01 i), 0 <= i < 90, of least squared quantization error, first of equals.
+    """The range (min, max)·(1 - 0.01 i), 0 <= i < 90, with the least squared quantization error.
 
-    The error is that of the uniform quantizer of ``bits``, ``symmetric`` or affine, that will be
-    used. Exact up to ``EXACT_VALUES`` values (or ``exact``); after that from the histogram's bin
-    centres, whose width is 1/32 of an 8-bit step of a tensor or less. Each channel for itself.
+    The error is that of the uniform quantizer with ``bits``, ``symmetric`` or affine. Of equal
+    candidates, the first wins. Each channel is chosen separately. Exact for up to ``EXACT_VALUES``
+    values, or always with ``exact``. Beyond that, it uses the centres of histogram bins. Their
+    width is at most 1/32 of an 8-bit step of a tensor.
     """
 
     def __init__(
@@ -163,10 +164,11 @@ class OmseRange(RangeEstimator):
 class Stream:
     """The distribution of a stream in bounded memory, independent of the order of the batches.
 
-    The first ``EXACT_VALUES`` values are kept; then all go into one histogram for each channel over
-    [-R, R], R the power of two just above the largest absolute value so far. When R doubles, pairs
-    of bins are added up, which loses nothing but resolution: a bin is at most 4·absmax/bins wide.
-    bins: 2^15 for one channel; for many, 2^20 in all but at least 2^10 each. int64 counts.
+    The first ``EXACT_VALUES`` values are kept. After that, each channel has a histogram over
+    [-R, R], with R the power of two just above the largest absolute value so far. When R doubles,
+    pairs of bins are merged, which only costs resolution: a bin is at most 4·absmax/bins wide.
+    There are 2^15 bins for one channel. Many channels share 2^20 bins, but get at least 2^10 each.
+    Counts are int64.
     """
 
     def __init__(self, axis: int | None = None, exact: bool = False) -> None:
@@ -214,7 +216,7 @@ class Stream:
         self.counts += torch.bincount(index.reshape(-1), minlength=channels * bins).view(-1, bins)
 
     def points(self) -> tuple[Tensor, Tensor | None]:
-        """Values (channels, n) ascending, and their counts alike, or None where all count once."""
+        """Return ascending values (channels, n) and their counts; None if every count is 1."""
         if self.counts is None or self.bound is None:
             return torch.cat(self.kept, 1).sort(1).values, None
         bins = self.counts.shape[1]
@@ -233,7 +235,7 @@ def make_range(
     percentile: float = 0.99999,
     exact: bool = False,
 ) -> RangeEstimator:
-    """Range estimator by name: ``minmax``, ``percentile`` or ``omse``."""
+    """Return the range estimator of this name: ``minmax``, ``percentile`` or ``omse``."""
     if name == "minmax":
         return MinMaxRange(axis)
     if name == "percentile":

@@ -1,4 +1,4 @@
-"""Classes known by a name, so that saved models can name them: quantizers and adjustments."""
+"""Registries of classes that saved models refer to by name: quantizers and adjustments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ C = TypeVar("C", bound=type[Any])
 
 
 def registering(table: dict[str, Any], name: str, what: str) -> Callable[[C], C]:
-    """Class decorator: put a class into ``table`` and its name into ``cls.kind``."""
+    """Class decorator: put a class into ``table`` under ``name`` and set ``cls.kind``."""
 
     def add(cls: C) -> C:
         if name in table and table[name] is not cls:
@@ -24,7 +24,7 @@ def registering(table: dict[str, Any], name: str, what: str) -> Callable[[C], C]
 
 
 def rebuild(table: dict[str, Any], kind: str, config: dict[str, Any], what: str) -> Any:
-    """What ``kind`` and ``config()`` stand for. Raises QuietvitError for an unknown kind."""
+    """Rebuild the object of ``kind`` and ``config()``. Raises QuietvitError for an unknown kind."""
     if kind not in table:
         raise QuietvitError(f"unknown {what} {kind!r}{nearest(kind, table)}")
     return table[kind].from_config(config)

@@ -1,7 +1,7 @@
 """Re-parametrization between a norm and the linears that read it: exact in float.
 
-x' = gain * x + shift behind the norm, W' = W / gain and bias' = bias - W (shift / gain) in front of
-every consumer. Which gain and shift, is a method's choice; where it can be done, is found here.
+The norm's output becomes x' = gain * x + shift. Each consumer gets W' = W / gain and bias' = bias
+- W (shift / gain). Methods choose gain and shift; this module finds where it is possible.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from quietvit.tracing.ops import norm_channel_dim
 
 @dataclass(frozen=True, eq=False)
 class NormLink:
-    """A norm and all the linears that read it; ``columns[i][j]`` is the norm's channel that column
-    j of consumer i carries."""
+    """A norm and all its readers; column j of reader i reads channel ``columns[i][j]``."""
 
     norm: Site
     consumers: tuple[Site, ...]
@@ -34,24 +33,24 @@ class NormLink:
 
 @dataclass(frozen=True)
 class NormLinks:
-    """The links of a model, and each norm that feeds a linear but has no link, with the reason."""
+    """The links of a model. ``skipped``: each other norm that feeds a linear, with the reason."""
 
     links: tuple[NormLink, ...]
     skipped: tuple[tuple[str, str], ...]
 
     def notes(self, what: str) -> list[str]:
-        """One line for the report on what was left out, none if nothing was."""
+        """Return one line for the report about skipped norms, or an empty list."""
         shown = "; ".join(f"{name}: {reason}" for name, reason in self.skipped)
         return [f"{what} skipped {len(self.skipped)} norms: {shown}"] if shown else []
 
 
 def norm_links(model: nn.Module, trace: Trace) -> NormLinks:
-    """Find every norm whose output is read by linears only, channel by channel, and unchanged.
+    """Find every norm whose output reaches only linears, channel by channel and unchanged.
 
-    Linears, and convolutions of kernel size 1. A norm that also feeds a residual or leaves the
-    model, a norm between which and the linear something stands (padding, a class token, pooling, a
-    gate), and a consumer whose weight is shared or computed, are skipped with the reason. Found
-    from the trace; derived here.
+    Convolutions of kernel size 1 count as linears. A norm is skipped, with the reason, if it also
+    feeds a residual or leaves the model. It is also skipped if something stands between it and the
+    linear (padding, a class token, pooling, a gate), or if a consumer's weight is shared or
+    computed. Found from the trace; derived here.
     """
     links, skipped = [], []
     sites = {site.name: site for site in trace.sites}
@@ -67,10 +66,10 @@ def norm_links(model: nn.Module, trace: Trace) -> NormLinks:
 
 
 def hidden_norm_links(model: nn.Module, trace: Trace) -> NormLinks:
-    """As ``norm_links``, but without the norm in front of the head, which is skipped.
+    """Like ``norm_links``, but skip the norm in front of the head.
 
-    Where one token reads it, an image shows one value of each of its channels: too few to fit them
-    one by one.
+    If the head reads one token, each image gives only one value per channel. That is too few to fit
+    channels one by one.
     """
     found = norm_links(model, trace)
     links, skipped = [], list(found.skipped)
@@ -86,12 +85,12 @@ def hidden_norm_links(model: nn.Module, trace: Trace) -> NormLinks:
 def reparametrize(
     model: nn.Module, link: NormLink, calibrated: Calibrated, *, gain: Tensor, shift: Tensor
 ) -> None:
-    """Scale and shift what a norm hands on, and undo it in its consumers; the outputs stay.
+    """Scale and shift a norm's output, and undo it in the consumers. The model's outputs stay.
 
-    ``gain``, ``shift``: (channels,), gain finite and above zero. Changes the weights in ``model``
-    and adds adjustments: to the norm (gain and shift), to the consumers (bias).
+    ``gain``, ``shift``: (channels,). Changes the weights in ``model`` and adds adjustments: gain
+    and shift to the norm, a bias to the consumers.
 
-    Raises QuietvitError for a gain that is not positive and finite, or a shift that is not finite.
+    Raises QuietvitError unless all gains are positive and finite, and all shifts finite.
     """
     gain, shift = gain.detach().double(), shift.detach().double()
     if not bool(((gain > 0) & gain.isfinite() & shift.isfinite()).all()):
@@ -120,7 +119,7 @@ def _link(model: nn.Module, trace: Trace, norm: Site, fed: list[Site]) -> NormLi
     if norm.name in trace.outputs:
         return "it leaves the model"
     if norm.function == "group_norm":
-        return "a group norm's channels are not those of a token"
+        return "the channels of a group norm are not the channels of a token"
     columns = []
     for site in fed:
         if site.kind == "add":
@@ -148,7 +147,7 @@ def _columns(trace: Trace, norm: Site, site: Site) -> tuple[int, ...] | str:
     links = [link for link in trace.links if (link.source, link.consumer) == ends]
     mixed = site.operands[0].fed_by != (norm.name,)
     if len(links) != 1 or mixed or len(links[0].channels) != shape[1]:
-        return f"its channels do not arrive as they are at {site.name}"
+        return f"its channels do not reach {site.name} unchanged"
     if links[0].through or links[0].partial or min(links[0].channels) < 0:
         between = ", ".join(links[0].through) or "padding or other tokens"
         return f"{between} between it and {site.name}"

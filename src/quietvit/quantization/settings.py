@@ -1,6 +1,6 @@
-"""Quantization settings by name: ``W4A4`` and ``rtn-minmax``, and the method config they stand for.
+"""Quantization settings by name, such as ``W4A4`` and ``rtn-minmax``, parsed into method configs.
 
-How a method works lives in ``methods``; nothing is run here.
+How a method works is in ``methods``; nothing runs here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ _BITS = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
 
 
 def parse_bits(text: str) -> tuple[int, int]:
-    """Return (weight bits, activation bits) of ``W4A8``.
-
-    Raises:
-        QuietvitError: another form, or bits outside 2..16.
-    """
+    """Return (weight bits, activation bits) of ``W4A8``. Raises QuietvitError for other texts."""
     match = _BITS.fullmatch(text.strip())
     if match is None:
         raise QuietvitError(
@@ -41,16 +37,16 @@ def parse_bits(text: str) -> tuple[int, int]:
 
 
 def written_bits(text: str) -> str:
-    """Return ``w4a4 + post_softmax=8`` in its one spelling, ``W4A4+post_softmax=8``."""
+    """Return the normal spelling: ``w4a4 + post_softmax=8`` becomes ``W4A4+post_softmax=8``."""
     first, *kept = (part.strip() for part in text.split("+"))
     return "+".join([first.upper(), *kept])
 
 
 def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
-    """Return the overrides that ``post_softmax=8``, ``*.fc1=W4A8`` or ``head=float`` stand for.
+    """Parse ``post_softmax=8``, ``*.fc1=W4A8`` or ``head=float`` into overrides.
 
-    A text without ``=`` is the name of a preset, such as ``attention-maps-8``. What each key may be
-    is checked where the method is built and used.
+    A text without ``=`` names a preset, such as ``attention-maps-8``. The keys are checked later,
+    when the method is built and used.
 
     Raises:
         QuietvitError: a text of another form, or a key that is given twice.
@@ -76,15 +72,15 @@ def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
 def parse_method(
     text: str, bits: str | None = None, options: Iterable[str] = (), keep: Iterable[str] = ()
 ) -> Method:
-    """Return the method config that ``rtn-omse`` or ``repq-vit+qwt`` at ``W4A4`` stands for.
+    """Parse a method's name, such as ``rtn-omse`` or ``repq-vit+qwt``, into a method config.
 
     Args:
-        text: the name of a method. ``-omse`` or another of ``RANGES`` behind it sets its activation
-            range. A method behind ``+`` works on top of the one before it.
-        bits: ``W4A8``, see ``parse_bits``; what follows a ``+`` is as in ``keep``, such as
-            ``W4A4+attention-maps-8``. None takes the method's own defaults.
-        options: ``field=value``, the value as JSON or plain text. A field that all methods share
-            (bits, ``exclude``) goes to the first method, another one to the last that has it.
+        text: the name of a method. A suffix from ``RANGES``, such as ``-omse``, sets its activation
+            range. A method after ``+`` works on top of the one before it.
+        bits: such as ``W4A8``, see ``parse_bits``. Text after a ``+`` is read like ``keep``, as in
+            ``W4A4+attention-maps-8``. None takes the method's defaults.
+        options: ``field=value``, the value as JSON or plain text. Fields that all methods share
+            (bits, ``exclude``) go to the first method, others to the last method that has them.
         keep: bits of single roles or sites, see ``parse_keep``.
 
     Raises:
@@ -106,7 +102,7 @@ def parse_method(
         if not equals or not holders:
             known = sorted({name for cls, _ in parts for name in cls.model_fields})
             raise QuietvitError(
-                f"{option!r} is no option of {text}{nearest(key.strip(), known)}; write "
+                f"{option!r} is not an option of {text}{nearest(key.strip(), known)}; write "
                 f"field=value with one of {', '.join(known)}."
             )
         fields[holders[0 if key.strip() in SHARED else -1]][key.strip()] = _value(value.strip())
@@ -114,7 +110,7 @@ def parse_method(
     kept = parse_keep([*with_bits, *keep])
     if kept and "overrides" in fields[0]:
         raise QuietvitError(
-            "bits of single roles are given twice, by --keep or + and by overrides=. Give one of "
+            "bits of single roles are given twice: by --keep or + and by overrides=. Give one of "
             "the two."
         )
     shared: dict[str, Any] = {"overrides": kept} if kept else {}
@@ -128,7 +124,7 @@ def parse_method(
 
 
 def _parse_name(text: str) -> tuple[type[Method], str | None]:
-    """The method and the activation range that ``rtn-omse`` names."""
+    """Return the method and the activation range of a name such as ``rtn-omse``."""
     whole = text.strip().lower()
     known = list_methods()
     if whole in known:
@@ -164,7 +160,7 @@ def _has_range(name: str) -> bool:
 
 
 def setting_names(bits: Sequence[str], methods: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of all combinations, such as ``W4A4 rtn-minmax``; each is checked."""
+    """Return the names of all combinations, such as ``W4A4 rtn-minmax``, after checking each."""
     for method in methods:
         for each in bits:
             parse_method(method, each)

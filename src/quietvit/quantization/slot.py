@@ -1,6 +1,6 @@
-"""``Slot``: one operand of one site, where a quantizer stands, and its key in a saved model.
+"""``Slot``: one operand of one site, which may have a quantizer, and its key in a saved model.
 
-Which bits an operand gets is decided by ``method``; which quantizer, by each method.
+``method`` decides the bits of an operand; each method chooses the quantizer.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ OUTPUT = -1
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One operand of one site: the place where a quantizer stands. Equal by site name and index.
-
-    The index ``OUTPUT`` stands for the site's output.
-    """
+    """One operand of a site, or its output (``OUTPUT``). Equal by site name and index."""
 
     site: Site
     index: int
@@ -41,8 +38,8 @@ class Slot:
 
     @property
     def operand(self) -> str:
-        """``input`` and ``weight`` of linear and conv, ``left`` and ``right`` of matmul and add,
-        ``input`` of norm, softmax and activation; ``output`` of each.
+        """``input`` or ``weight`` of linear and conv, ``left`` or ``right`` of matmul and add,
+        ``input`` of norm, softmax and activation; ``output`` of any.
         """
         if self.is_output:
             return "output"
@@ -59,7 +56,7 @@ class Slot:
 
     @property
     def role(self) -> str:
-        """Role of the activation that enters, such as ``post_softmax``; "weight" of weights."""
+        """Role of the activation, such as ``post_softmax``; "weight" or "output" otherwise."""
         if self.is_output:
             return "output"
         if self.is_weight or self.index >= len(self.site.operands):
@@ -68,5 +65,5 @@ class Slot:
 
     @property
     def key(self) -> str:
-        """Name in ``QuantizedModel.quantizers``, whose ModuleDict allows no dots."""
+        """Key in ``QuantizedModel.quantizers``, whose ModuleDict allows no dots."""
         return f"{self.site.name.replace('.', '/')}:{self.operand}"

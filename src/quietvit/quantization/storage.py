@@ -1,6 +1,6 @@
-"""Quantized models on disk: a folder of safetensors and JSON, written whole or not at all.
+"""Quantized models on disk: a folder of safetensors and JSON, written atomically.
 
-Weights whose codes say everything are stored as int8 or int16 codes, all else as it is.
+A weight is stored as int8 or int16 codes if the codes reproduce it exactly, else as float.
 """
 
 from __future__ import annotations
@@ -55,10 +55,7 @@ FORMAT = FolderFormat(
 
 @dataclass(frozen=True)
 class Contents:
-    """What a saved model holds: the arguments of ``QuantizedModel``.
-
-    ``quantizers`` by slot, ``adjustments`` by site name, ``compensations`` by block name.
-    """
+    """A saved model: quantizers by slot, adjustments by site, compensations by block."""
 
     model: nn.Module
     trace: Trace
@@ -70,7 +67,7 @@ class Contents:
     notes: tuple[str, ...]
 
     def modules(self) -> dict[str, nn.Module]:
-        """All modules beside the model, by the prefix of their tensors in the file."""
+        """All modules except the model, by the prefix of their tensors in the file."""
         return {
             **{_quantizer_prefix(slot): q for slot, q in self.quantizers.items()},
             **{_prefix("adjustments", name): a for name, a in self.adjustments.items()},
@@ -87,10 +84,7 @@ def _prefix(part: str, name: str) -> str:
 
 
 def write(path: Path, contents: Contents, used: Mapping[str, Tensor], coverage: Coverage) -> None:
-    """Write the folder ``path``; see ``QuantizedModel.save``.
-
-    ``used``: the weight that each site really multiplies by, by site name.
-    """
+    """Write ``path``, see ``QuantizedModel.save``; ``used``: each site's actual weight, by name."""
     model = contents.model
     codes = _weight_codes(contents, used)
     tensors = {f"codes.{name}": stored for name, (stored, _) in codes.items()}
@@ -205,10 +199,11 @@ def _view(site: Site) -> Any:
 def _weight_codes(
     contents: Contents, used: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, list[tuple[str, int]]]]:
-    """Codes shaped like the parameter, for each parameter that its sites' codes reproduce wholly.
+    """Return codes in the parameter's shape, for each parameter that its codes reproduce entirely.
 
-    A parameter stays float where a part of it is float, where two sites disagree about an entry,
-    or where what a site multiplies is not the parameter itself (a standardized weight).
+    A parameter stays float if a part of it is float, or if two sites disagree about an entry. It
+    also stays float if a site multiplies by something else, such as a standardized weight. Example:
+    three sites that each read d rows of one (3d, d) parameter fill its codes together.
     """
     model = contents.model
     by_name: dict[str, list[tuple[Slot, Quantizer]]] = {}
@@ -245,7 +240,7 @@ def _weight_codes(
 
 
 def _decode(stored: Tensor, site: Site, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
-    """Values of the site's part of a parameter, (rows, columns)."""
+    """Return the values of the site's part of a parameter, (rows, columns)."""
     view = _view(site)
     codes = view.select(stored).to(torch.int32).reshape(site.weight_shape) + _middle(quantizer)
     device = next((b.device for b in quantizer.buffers()), codes.device)
@@ -253,12 +248,12 @@ def _decode(stored: Tensor, site: Site, quantizer: Quantizer, dtype: torch.dtype
 
 
 def _middle(quantizer: Quantizer) -> int:
-    """What is taken off codes so that they fit a signed integer of the same width."""
+    """Offset to subtract from codes, so that they fit a signed integer of the same width."""
     low, high = quantizer.code_range
     return (low + high + 1) // 2
 
 
 def zero_image(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    """A batch of one image of zeros, on the model's device and in its dtype."""
+    """Return a batch of one image of zeros, on the model's device and in its dtype."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)

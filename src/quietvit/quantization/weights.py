@@ -1,6 +1,6 @@
 """Reading and changing the weights of traced sites in a model, through their views.
 
-Only plain, unshared weights may be changed; ``why_fixed`` says what is wrong with another.
+Only plain, unshared weights may be changed; ``why_fixed`` tells why another one may not.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from quietvit.tracing import Site, Trace
 
 
 def why_fixed(model: nn.Module, trace: Trace, site: Site) -> str | None:
-    """Why the weight of a linear or convolution cannot be changed for it alone; None if it can.
+    """Return why a site's weight cannot be changed for this site alone; None if it can.
 
-    It can where it is a part of a parameter that no other site reads.
+    It can if it is (part of) a parameter, and no other site reads that part.
     """
     if site.kind not in ("linear", "conv"):
         return f"{site.name} has no weight"
     if site.weight is None:
-        return f"the weight of {site.name} is computed in the forward pass and is no parameter"
+        return f"the weight of {site.name} is computed in the forward pass, so it is no parameter"
     name = site.weight.parameter_name
     for other in trace.sites:
         if other.name == site.name or other.weight is None:
@@ -44,19 +44,19 @@ def why_fixed(model: nn.Module, trace: Trace, site: Site) -> str | None:
 
 
 def weight_axis(site: Site) -> int:
-    """Which dim of a weight counts its outputs: 1 of a transposed convolution, else 0."""
+    """Return the output dim of a weight: 1 for a transposed convolution, else 0."""
     return 1 if "transpose" in site.function else 0
 
 
 def read_weight(model: nn.Module, site: Site) -> Tensor:
-    """The weight as the site reads it, (out, in, ...), a detached copy."""
+    """Return the weight as the site reads it, (out, in, ...), a detached copy."""
     if site.weight is None or site.weight_shape is None:
         raise QuietvitError(f"{site.name} has no weight that is a parameter.")
     return site.weight.read(model).detach().reshape(site.weight_shape).clone()
 
 
 def write_weight(model: nn.Module, site: Site, weight: Tensor) -> None:
-    """Put a weight (out, in, ...) where the site reads it from; ask ``why_fixed`` first."""
+    """Write a weight (out, in, ...) to where the site reads it; check ``why_fixed`` first."""
     if site.weight is None or tuple(weight.shape) != site.weight_shape:
         raise QuietvitError(
             f"{site.name} has a weight of shape {site.weight_shape}, not {tuple(weight.shape)}."
@@ -68,7 +68,7 @@ def write_weight(model: nn.Module, site: Site, weight: Tensor) -> None:
 
 
 def refuse_inference_mode() -> None:
-    """Raise QuietvitError inside ``torch.inference_mode``: nothing can be fitted there."""
+    """Raise QuietvitError inside ``torch.inference_mode``, which forbids gradients."""
     if torch.is_inference_mode_enabled():
         raise QuietvitError(
             "this method does not work inside torch.inference_mode, which forbids gradients. Call "
@@ -78,7 +78,7 @@ def refuse_inference_mode() -> None:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model gets a gradient inside; refused in inference mode."""
+    """No parameter of the model gets a gradient inside. Raises QuietvitError in inference mode."""
     refuse_inference_mode()
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:

@@ -1,4 +1,4 @@
-"""What several methods share to fit steps, roundings and weights: searches, sums, reconstruction.
+"""Shared code to fit steps, roundings and weights: searches, least squares, reconstruction.
 
-Which method uses what is told in ``methods``; what works without any method lives one floor below.
+``methods`` use it; code that needs no fitting is in the package above.
 """

@@ -1,6 +1,6 @@
-"""Folding the scale of BatchNorm into the weight in front of it: exact in float.
+"""Fold the scale of a BatchNorm into the weight in front of it: exact in float.
 
-Where it can be done is found from the trace. Scaling channels between layers is in ``equalize``.
+The trace shows where this is possible. ``equalize`` scales channels between layers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SMALLEST_FOLDED = 2.0**-30
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """A BatchNorm whose scale lies in the weight in front of it; all (channels,), double.
+    """A BatchNorm whose scale is in the weight in front of it. All tensors (channels,), double.
 
-    ``scale``: what the rows of the weight were multiplied by. ``bias``: what the convolution or
-    linear itself adds. ``mean``, ``std``: of the BatchNorm's output, as its bias and gain state.
+    ``scale``: factor of the weight's rows. ``bias``: what the convolution or linear itself adds.
+    ``mean``, ``std``: of the BatchNorm's output, according to its bias and gain.
     """
 
     source: Site
@@ -40,19 +40,19 @@ class Folded:
 
 @dataclass(frozen=True)
 class Folds:
-    """The BatchNorms folded, and each that stayed, with the reason."""
+    """The folded BatchNorms, and the skipped ones with reasons."""
 
     folded: tuple[Folded, ...]
     skipped: tuple[tuple[str, str], ...]
 
     def notes(self, what: str) -> list[str]:
-        """Lines for the report; none where the model has no BatchNorm."""
+        """Return lines for the report; none if the model has no BatchNorm."""
         done = [f"{what} folded {len(self.folded)} BatchNorms"] if self.folded else []
         return done + skipped_note(f"{what} did not fold", "BatchNorms", self.skipped)
 
 
 def skipped_note(what: str, kind: str, skipped: tuple[tuple[str, str], ...]) -> list[str]:
-    """One line that says how many were left out for which reason, none if nothing was."""
+    """Return one line that counts what was left out by reason, or an empty list."""
     if not skipped:
         return []
     reasons = Counter(reason for _, reason in skipped)
@@ -65,16 +65,16 @@ def skipped_note(what: str, kind: str, skipped: tuple[tuple[str, str], ...]) -> 
 
 
 def fold_batchnorms(calibration: Calibration, calibrated: Calibrated, image: Tensor) -> Folds:
-    """Multiply weights by a = gamma/sqrt(var + eps), their outputs by 1/a; what they say stays.
+    """Multiply weights by a = gamma/sqrt(var + eps), and their outputs by 1/a, exactly.
 
-    W x + b = (a W x + b)/a + (b - b/a): the weight in ``calibration.model`` becomes a W, the second
-    part is an adjustment of its site, which cancels with the BatchNorm's own a behind it and leaves
-    an offset: a kernel computes a W x + offset. The site's output stays in the coordinates of the
-    float model. A channel with abs(a) < 2^-30 keeps its weight.
+    W x + b = (a W x + b)/a + (b - b/a). The weight in ``calibration.model`` becomes a W. An
+    adjustment of the site does the rest, so the site's output is that of the float model. In a
+    kernel, 1/a cancels with the BatchNorm's own a, which leaves a W x + offset. A channel with
+    abs(a) < 2^-30 keeps its weight.
 
-    A BatchNorm is folded that reads the output of one linear or convolution as it is, if nothing
-    else reads that and the weight can be changed for it alone. ``image`` (1, C, H, W) is run once
-    to see that, and what bias there is.
+    A BatchNorm is folded if it reads the unchanged output of one linear or convolution. It must be
+    the only reader, and the weight must belong to that site alone. ``image`` (1, C, H, W) runs
+    once, to check this and to find the bias.
     """
     model, trace = calibration.model, calibration.trace
     pairs: dict[str, tuple[Site, nn.Module]] = {}
@@ -99,7 +99,7 @@ def fold_batchnorms(calibration: Calibration, calibrated: Calibrated, image: Ten
             folded.append(_folded(source, norm, module, biases[norm.name]))
             scale_weight(model, calibrated, folded[-1], folded[-1].scale)
         else:
-            skipped[norm.name] = "what it reads is not the output in front of it as it is"
+            skipped[norm.name] = "its input is not the unchanged output of the layer before it"
     left = tuple((norm.name, skipped[norm.name]) for norm in norms if norm.name in skipped)
     return Folds(tuple(folded), left)
 
@@ -116,7 +116,7 @@ def scale_weight(model: nn.Module, calibrated: Calibrated, folded: Folded, scale
 
 
 def _is_batchnorm(model: nn.Module, site: Site) -> bool:
-    """Not what only standardizes a weight by way of ``F.batch_norm``."""
+    """Whether it is a BatchNorm layer. Some models use ``F.batch_norm`` to standardize a weight."""
     if site.kind != "norm" or site.function != "batch_norm":
         return False
     known = isinstance(model.get_submodule(site.module), nn.modules.batchnorm._BatchNorm)
@@ -126,7 +126,7 @@ def _is_batchnorm(model: nn.Module, site: Site) -> bool:
 def _pair(model: nn.Module, trace: Trace, norm: Site) -> tuple[Site, nn.Module] | str:
     module = model.get_submodule(norm.module)
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return f"its statistics lie in a {type(module).__name__}, which is not known"
+        return f"its statistics are in a {type(module).__name__}, which is not a known BatchNorm"
     if module.running_mean is None or module.running_var is None:
         return "it normalizes by the batch's own statistics"
     fed_by = norm.operands[0].fed_by
@@ -145,7 +145,7 @@ def _pair(model: nn.Module, trace: Trace, norm: Site) -> tuple[Site, nn.Module] 
 
 
 def _rows(x: Tensor, axis: int) -> Tensor:
-    """Vectors of channels, (positions, channels)."""
+    """Return vectors of channels, (positions, channels)."""
     moved = x.movedim(axis, -1)
     return moved.reshape(-1, moved.shape[-1])
 
@@ -153,7 +153,7 @@ def _rows(x: Tensor, axis: int) -> Tensor:
 def _biases_in_front(
     calibration: Calibration, image: Tensor, sources: dict[str, str]
 ) -> dict[str, Tensor]:
-    """Bias of the source of each norm which reads the output of its source as it is.
+    """Return the source's bias for each norm that reads its source's output unchanged.
 
     ``sources``: norm to source, by name. The bias is the output for zeros.
     """

@@ -1,6 +1,6 @@
-"""Inputs and outputs of blocks over many images: how a block is called, and what it is given.
+"""Inputs and outputs of blocks over many images: how to call a block, and with what.
 
-What is fitted to them is the methods' business; how blocks are found, that of ``blocks``.
+Methods decide what to fit to them; ``blocks`` finds the blocks.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ from quietvit.tracing import EndOfPass, Trace, intercept
 from quietvit.tracing.block_modules import first_tensor, watching_modules, with_first_tensor
 
 CHUNK = 16
-"""Images that run through a block at once where nothing is learned."""
+"""Images per call of a block when nothing is learned."""
 
 _tree = torch.utils._pytree
 
 Leaves = list[Tensor]
-"""The arguments of a block that differ from image to image, each (images, rows, ...)."""
+"""The block's arguments that differ between images, each (images, rows, ...)."""
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """How a block is called: its arguments flat, and where those lie that hold images.
+    """How to call a block: its flattened arguments, and which of them hold images.
 
-    ``places``: (leaf, dim, rows of one image along it), the block's first tensor first.
-    ``output``: dim and rows of the block's first output tensor. ``chained``: the only such
-    argument is the output of the block before as it left it.
+    ``places``: (leaf, dim, rows per image along it), the block's first tensor first. ``output``:
+    dim and rows of the block's first output tensor. ``chained``: the only such argument is the
+    unchanged output of the block before.
+
+    Example: Swin with 64 windows of 49 tokens is called on (images * 64, 49, channels). Then dim
+    is 0 and rows is 64.
     """
 
     spec: Any
@@ -48,7 +51,7 @@ class BlockLayout:
     output_shape: tuple[int, ...]
 
     def arguments(self, given: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments and keyword arguments for these images."""
+        """Return arguments and keyword arguments for these images."""
         leaves = list(self.leaves)
         for (place, dim, _), leaf in zip(self.places, given, strict=True):
             leaves[place] = leaf.flatten(0, 1).movedim(0, dim)
@@ -56,7 +59,7 @@ class BlockLayout:
         return args, kwargs
 
     def split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaves:
-        """The arguments that hold images, as ``Leaves``."""
+        """Return the arguments that hold images, as ``Leaves``."""
         leaves = _tree.tree_flatten((args, kwargs))[0]
         return [by_image(leaves[place], dim, rows) for place, dim, rows in self.places]
 
@@ -65,18 +68,17 @@ class BlockLayout:
 
 
 def by_image(x: Tensor, dim: int, rows: int) -> Tensor:
-    """(images, rows, ...) from a tensor whose ``dim`` runs over images, ``rows`` for each."""
+    """Return (images, rows, ...) from a tensor whose ``dim`` has ``rows`` entries per image."""
     return x.detach().movedim(dim, 0).unflatten(0, (-1, rows))
 
 
 def layouts(
     model: nn.Module, blocks: Sequence[Block], image: Tensor
 ) -> tuple[dict[str, BlockLayout], dict[str, str]]:
-    """The layout of each block, and why some have none. ``image``: (1, C, H, W).
+    """Return each block's layout, and the reason for each block without. ``image``: (1, C, H, W).
 
-    The model runs on one and on two copies of the image. A dim that doubles holds the images, which
-    need not be the first: window attention has (images · windows, tokens, channels), where one
-    image has many rows, and nn.MultiheadAttention may have (tokens, images, channels).
+    The model runs on one and on two copies of the image. The dim that doubles holds the images. It
+    need not be the first: nn.MultiheadAttention may have (tokens, images, channels).
     """
     one, two = (_calls(model, blocks, image.repeat(n, 1, 1, 1)) for n in (1, 2))
     known: dict[str, BlockLayout] = {}
@@ -112,7 +114,7 @@ class _Call:
 
 
 def _calls(model: nn.Module, blocks: Sequence[Block], images: Tensor) -> dict[str, list[_Call]]:
-    """The calls of each block in one pass; blocks in the order in which they first run."""
+    """Return the calls of each block in one pass, in the order in which blocks first run."""
     calls: dict[str, list[_Call]] = {}
     hooks = []
 
@@ -151,13 +153,13 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> BlockL
     leaves, spec = _tree.tree_flatten((one.args, one.kwargs))
     doubled, _ = _tree.tree_flatten((two.args, two.kwargs))
     if len(leaves) != len(doubled):
-        return "is given more tensors for more images"
+        return "gets more tensors for more images"
     x, y = first_tensor((one.args, one.kwargs)), first_tensor(one.output)
     places = []
     for place, (leaf, other) in enumerate(zip(leaves, doubled, strict=True)):
         if not isinstance(leaf, Tensor):
             if isinstance(leaf, int | float | str | bool) and leaf != other:
-                return "is given a number that depends on how many images there are"
+                return "gets a number that depends on the number of images"
             continue
         grown = _grown(leaf, other)
         if grown is not None:
@@ -175,7 +177,7 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> BlockL
         chained=len(places) == 1
         and before is not None
         and before[0] is x
-        # The output of the block before, unless changed in place on the way.
+        # ``before`` is the last block's output and its version, which in-place changes raise.
         and before[1] == one.versions[0],
         shape=tuple(x.shape),
         output_shape=tuple(y.shape),
@@ -183,7 +185,7 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> BlockL
 
 
 def _grown(one: Tensor, two: Tensor) -> tuple[int, int] | None:
-    """The dim that doubled with the images, and its size for one image."""
+    """Return the dim that doubled with the images, and its size for one image."""
     if one.ndim != two.ndim:
         return None
     dims = [d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
@@ -193,9 +195,9 @@ def _grown(one: Tensor, two: Tensor) -> tuple[int, int] | None:
 
 
 def channel_dim(block: Block, layout: BlockLayout) -> int:
-    """Which dim of a block's first output runs along channels, counted from behind.
+    """Return the channel dim of a block's first output, as a negative number.
 
-    The last linear's or convolution's own, unless the output has its width elsewhere only.
+    It is that of the last linear or convolution, unless only another dim has its width.
     """
     last = [s for s in block.sites if s.weight_shape is not None and s.kind in ("linear", "conv")]
     sizes = layout.output_shape
@@ -211,9 +213,9 @@ def channel_dim(block: Block, layout: BlockLayout) -> int:
 
 @dataclass
 class BlockData:
-    """Runs blocks and models on the way of a method: quantized so far, or float.
+    """Runs blocks and models, either quantized with what stands so far or float.
 
-    ``model`` and ``calibrated`` are the quantized way, ``reference`` an untouched float copy.
+    ``model`` and ``calibrated`` are quantized; ``reference`` is an untouched float copy.
     """
 
     model: nn.Module
@@ -229,7 +231,7 @@ class BlockData:
         self.block_kinds = self.kinds - {"add"}
 
     def reach(self, name: str, layout: BlockLayout, *, quantized: bool) -> Leaves:
-        """What the block is given for all images, each model run from its start to the block."""
+        """Return a block's inputs for all images, by running the model up to the block."""
         model = self.model if quantized else self.reference
         parts: list[Leaves] = []
 
@@ -251,7 +253,7 @@ class BlockData:
         return [torch.cat(leaf) for leaf in zip(*parts, strict=True)]
 
     def whole(self, images: Tensor) -> Any:
-        """The quantized model so far, compensations included."""
+        """Run the quantized model so far, with compensations."""
         compensations = self.calibrated.compensations
         running = intercept(self.trace, self.calibrated.handle, kinds=self.kinds)
 
@@ -266,7 +268,7 @@ class BlockData:
     def quantized(
         self, block: Block, layout: BlockLayout, given: Leaves, handler: Any = None
     ) -> Tensor:
-        """The quantized block's output (images, rows, ...), without its compensation."""
+        """Return the quantized block's output (images, rows, ...), without its compensation."""
         args, kwargs = layout.arguments(given)
         handler = handler or self.calibrated.handle
         kinds = self.block_kinds
@@ -275,14 +277,14 @@ class BlockData:
         return x.movedim(layout.output[0], 0).unflatten(0, (-1, layout.output[1]))
 
     def float(self, block: Block, layout: BlockLayout, given: Leaves) -> Tensor:
-        """The float block's output (images, rows, ...)."""
+        """Return the float block's output (images, rows, ...)."""
         args, kwargs = layout.arguments(given)
         with naming_block(block.name):
             output = self.reference.get_submodule(block.name)(*args, **kwargs)
         return layout.split_output(output)
 
     def moved(self, block: Block) -> ChannelAffine | None:
-        """How a lone layer's input was moved by the re-parametrization of a norm before it."""
+        """How a re-parametrized norm before a single layer moved this layer's input, or None."""
         inside = {site.name for site in block.sites}
         for link in self.trace.links if not block.residual else ():
             by = self.calibrated.adjustments.get(link.source)
@@ -294,14 +296,14 @@ class BlockData:
 
 
 def chunks(given: Leaves) -> Iterable[Leaves]:
-    """The leaves, a few images at a time."""
+    """Yield the leaves, a few images at a time."""
     for start in range(0, given[0].shape[0], CHUNK):
         yield [leaf[start : start + CHUNK] for leaf in given]
 
 
 @torch.no_grad()
 def each(given: Leaves, run: Callable[[Leaves], Tensor]) -> Tensor:
-    """What ``run`` makes of all images, a few at a time, without gradient."""
+    """Run on all images, a few at a time, without gradients, and join the results."""
     whole: Tensor | None = None
     for start, part in zip(range(0, given[0].shape[0], CHUNK), chunks(given), strict=True):
         done = run(part)

@@ -1,6 +1,6 @@
-"""Fitting one block: what it learns, the handler it runs under meanwhile, the iterations.
+"""Fit one block: what it learns, the handler it runs under, and the iterations.
 
-Rounding and learned scales themselves live in ``rounding``; the way over blocks in ``reconstruct``.
+``rounding`` holds roundings and learned scales; ``reconstruct`` goes over the blocks.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from quietvit.tracing import Site
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a block is fitted.
+    """Settings for the fit of a block.
 
-    ``rounding_rate`` and ``scale_rate``: Adam's learning rates of the roundings and of the scales.
-    ``regularizer``: factor of AdaRound's term, which is off for the share ``warm_up`` of the
-    iterations. ``keep``: probability that an entry of an activation stays float (QDrop).
+    ``rounding_rate`` and ``scale_rate``: Adam's learning rates for roundings and scales.
+    ``regularizer``: factor of AdaRound's term, which is off for the first ``warm_up`` (a share) of
+    the iterations. ``keep``: probability that an entry of an activation stays float (QDrop).
     """
 
     rounding_rate: float
@@ -42,7 +42,7 @@ class FitSettings:
 
 @dataclass
 class Learned:
-    """What one block learns, and the handler under which it runs meanwhile."""
+    """What one block learns, and the handler under which it runs while it learns."""
 
     calibrated: Calibrated
     rounding: dict[Slot, Rounding] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Learned:
 
     @classmethod
     def of(cls, data: BlockData, block: Block, keep: float) -> Learned:
-        """Every uniform quantizer in the block; weights only where they may be changed."""
+        """Take every uniform quantizer in the block, but only weights that may be changed."""
         learned = cls(data.calibrated, keep=keep)
         for slot, quantizer in data.calibrated.quantizers.items():
             inside = any(site.name == slot.site.name for site in block.sites)
@@ -70,7 +70,7 @@ class Learned:
         return bool(self.rounding or self.scales)
 
     def handler(self, weights: dict[Slot, Tensor]) -> Callable[..., Tensor]:
-        """``intercept``'s handler with these weights in place of the model's."""
+        """Return a handler for ``intercept`` that uses these weights instead of the model's."""
 
         def handle(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
             new = [self._operand(Slot(site, i), x, weights) for i, x in enumerate(operands)]
@@ -98,7 +98,7 @@ class Learned:
 
 
 def schedule(step: int, iterations: int, warm_up: float) -> float | None:
-    """AdaRound's β at a step: None (no regularizer) during warm-up, then from 20 to 2 linearly."""
+    """AdaRound's β at a step: None (no regularizer) in the warm-up, then linear from 20 to 2."""
     start = warm_up * iterations
     if step < start:
         return None
@@ -107,11 +107,11 @@ def schedule(step: int, iterations: int, warm_up: float) -> float | None:
 
 @dataclass
 class Samples:
-    """What a block is fitted to, all (images, rows, ...).
+    """The data that a block is fitted to, all (images, rows, ...).
 
-    ``given``: its arguments on the quantized way. ``mixed``: its first one on the float way, of
-    which each entry is taken with the probability ``keep``; None for none. ``importance``: weights
-    of the squared errors.
+    ``given``: the block's arguments in the quantized model. ``mixed``: its first argument in the
+    float model; each entry is taken from there with the probability ``keep``. None mixes nothing.
+    ``importance``: weights of the squared errors.
     """
 
     given: Leaves
@@ -132,7 +132,7 @@ def fit(
 ) -> None:
     """Learn rounding and scales of one block by Adam on Σ_channels (output - target)².
 
-    ``run(leaves, handler)`` is the block, ``tick`` is called before each iteration. Both learning
+    ``run(leaves, handler)`` runs the block; ``tick`` is called before each iteration. Both learning
     rates fall to zero along a half cosine.
     """
     learned.generator = generator

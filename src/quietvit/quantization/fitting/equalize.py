@@ -1,7 +1,7 @@
-"""Equalization of channels between two layers with a ReLU between them: exact in float.
+"""Equalize channels between two layers with a ReLU in between: exact in float.
 
-ReLU(s x) = s ReLU(x) for s > 0: the first layer's outputs are scaled by s, the second's input
-columns by 1/s. The first layer is one with a folded BatchNorm (``batchnorm``).
+ReLU(s x) = s ReLU(x) for s > 0. So the first layer's outputs are scaled by s, and the second's
+input columns by 1/s. The first layer has a folded BatchNorm (``batchnorm``).
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ _WATCHED = frozenset({"linear", "conv", "norm"})
 
 @dataclass(frozen=True, eq=False)
 class Between:
-    """A folded BatchNorm, and the layers that read it through a ReLU; ``columns[i][j]`` is the
-    BatchNorm's channel that input channel j of consumer i carries."""
+    """A folded BatchNorm and the layers behind its ReLU; ``columns`` as in ``NormLink``."""
 
     folded: Folded
     consumers: tuple[Site, ...]
@@ -39,23 +38,22 @@ class Between:
 
 @dataclass(frozen=True)
 class Equalized:
-    """Scales (channels,) by the name of the BatchNorm, and what was left as it is, with reasons."""
+    """Scales (channels,) by the name of the BatchNorm, and skipped BatchNorms with reasons."""
 
     scales: dict[str, Tensor]
     skipped: tuple[tuple[str, str], ...]
 
     def notes(self, what: str) -> list[str]:
-        """Lines for the report."""
         done = [f"{what} equalized the channels of {len(self.scales)} layers"]
         left = skipped_note(f"{what} did not equalize", "layers", self.skipped)
         return (done if self.scales else []) + left
 
 
 def std_after_relu(mean: Tensor, std: Tensor) -> Tensor:
-    """Standard deviation of max(x, 0) for Gaussian x, elementwise; 0 where ``std`` is 0.
+    """Standard deviation of max(x, 0) for Gaussian x, elementwise; 0 if ``std`` is 0.
 
-    Var = (m^2 + s^2) P(m/s) + m s p(m/s) - (m P(m/s) + s p(m/s))^2, with p and P the density and
-    distribution function of the unit Gaussian.
+    Var = (m^2 + s^2) P(m/s) + m s p(m/s) - (m P(m/s) + s p(m/s))^2. p and P are the density and
+    the distribution function of the unit Gaussian.
     """
     mean, std = mean.double(), std.double()
     ratio = torch.where(std > 0, mean / std.clamp(min=1e-300), torch.zeros_like(mean))
@@ -70,12 +68,12 @@ def std_after_relu(mean: Tensor, std: Tensor) -> Tensor:
 def equalize(
     calibration: Calibration, calibrated: Calibrated, folds: Folds, image: Tensor
 ) -> Equalized:
-    """Scale channel k of each folded BatchNorm by min(1/sd_k, 1), its readers by the inverse.
+    """Scale channel k of each folded BatchNorm by min(1/sd_k, 1), and its readers by the inverse.
 
-    sd_k is the standard deviation behind the ReLU of a Gaussian with the BatchNorm's mean and
+    sd_k is the standard deviation after the ReLU, for a Gaussian with the BatchNorm's mean and
     standard deviation (HPTQ, arXiv 2109.09113). Changes the weights of ``calibration.model`` and
-    adjusts the BatchNorms; the outputs of all other sites but the ReLUs stay. ``image``
-    (1, C, H, W) is run twice, to see that what lies between two layers (pooling, padding) hands
+    adjusts the BatchNorms. Only the outputs of these BatchNorms and their ReLUs change. ``image``
+    (1, C, H, W) runs twice, to check that what lies between two layers (pooling, padding) passes
     scales on.
     """
     model = calibration.model
@@ -91,7 +89,7 @@ def equalize(
     for between in found:
         name = between.folded.norm.name
         if name not in kept:
-            skipped.append((name, "what lies behind its activation does not keep scales apart"))
+            skipped.append((name, "an operation after its activation does not pass the scales on"))
             continue
         spread = std_after_relu(between.folded.mean, between.folded.std)
         scales[name] = 1 / spread.clamp(min=1.0)
@@ -104,14 +102,14 @@ def equalize(
 
 
 def _between(model: nn.Module, trace: Trace, folded: Folded) -> Between | str | None:
-    """Where it can be done; else why not; None where no activation follows."""
+    """Return the place to equalize, else the reason against it; None if no activation follows."""
     sites = {site.name: site for site in trace.sites}
     fed = [sites[name] for name in folded.norm.feeds]
     if not any(site.kind == "activation" for site in fed):
         return None
     activation = fed[0]
     if len(fed) != 1 or folded.norm.name in trace.outputs:
-        return "more than its activation reads it"
+        return "other sites read it beside its activation"
     if activation.function.strip("_") not in HOMOGENEOUS:
         return f"{activation.function.strip('_')} is not positively homogeneous"
     consumers = [sites[name] for name in activation.feeds]
@@ -132,15 +130,16 @@ def _between(model: nn.Module, trace: Trace, folded: Folded) -> Between | str | 
         ]
         width = site.operands[0].shape[channel_axis(site)]
         if len(links) != 1 or len(links[0].channels) != width or min(links[0].channels) < 0:
-            return "its channels do not arrive one by one behind the activation"
+            return "its channels do not pass the activation one by one"
         columns.append(links[0].channels)
     return Between(folded, tuple(consumers), tuple(columns))
 
 
 def _hand_on_scales(calibration: Calibration, found: Sequence[Between], image: Tensor) -> set[str]:
-    """Names of the BatchNorms whose readers get scaled channels when its output is scaled.
+    """Return the BatchNorms whose readers get scaled channels if the BatchNorm is scaled.
 
-    Scales are powers of two, so that it is seen exactly; the readers run on what they had before.
+    The scales are powers of two, so the comparison is exact. Each reader runs on its unscaled
+    input, so one test does not disturb the next.
     """
     tried = {
         between.folded.norm.name: torch.exp2(

@@ -1,6 +1,6 @@
-"""How the operands of one call become plain matrices, and which rows of them are kept.
+"""Turn the operands of one call into plain matrices, and choose which of their rows to keep.
 
-Over all images they are put together in ``products``.
+``products`` collects them over all images.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from quietvit.tracing import Site
 
 _FEWEST = 16
-"""Rows kept at least of one matrix of activations, before whole matrices are left out."""
+"""At least so many rows of each activation matrix are kept, before whole matrices are dropped."""
 
 
 @dataclass(eq=False)
 class Laid:
-    """Operands of one call as in ``Product``; ``arrange`` does the same to its output."""
+    """Operands of one call in the layout of ``Product``. ``arrange`` lays out its output alike."""
 
     left: Tensor
     right: Tensor
@@ -30,7 +30,7 @@ class Laid:
 def lay_out(
     site: Site, operands: tuple[Tensor, ...], output: Tensor, run: Callable[..., Tensor]
 ) -> Laid | None:
-    """The matrices of one call, None where there are none: see ``Product``."""
+    """Return the matrices of one call as in ``Product``, or None if there is no such layout."""
     left, right = operands
     if site.kind == "linear" and left.dim() >= 1 and right.dim() == 2:
         inputs, outputs = left.shape[-1], right.shape[0]
@@ -58,10 +58,10 @@ def lay_out(
 def patches(
     x: Tensor, weight: Tensor, groups: int, transposed: bool, run: Callable[..., Tensor]
 ) -> Tensor:
-    """What a convolution's kernel meets: (groups, rows, taps), rows over images and positions.
+    """Return the patches that a convolution's kernel reads: (groups, rows, taps).
 
-    Found by running the convolution itself on kernels that are 1 at one tap and 0 elsewhere, so
-    that strides, padding and dilation need not be known.
+    Rows run over images and positions. The convolution itself runs on one-hot kernels, so strides,
+    padding and dilation need not be known. Example: a 3 x 3 kernel on 64 channels has 576 taps.
     """
     own = weight.transpose(0, 1) if transposed else weight
     filters, taps = own.shape[0] // groups, own[0].numel()
@@ -82,7 +82,7 @@ def patches(
 def some_rows(
     laid: Laid, gradient: Tensor | None, budget: float | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Some rows, the same of every group."""
+    """Choose rows, the same in every group; with a gradient, only rows where it is not 0."""
     left = laid.left
     chosen = torch.arange(left.shape[2])
     if gradient is not None:
@@ -99,7 +99,7 @@ def some_rows(
 
 @dataclass(frozen=True)
 class Few:
-    """How many matrices are kept of a batch, how many rows of each, and what later ones owe."""
+    """Number of matrices kept of a batch, rows kept of each, and the fraction owed to the next."""
 
     matrices: int
     rows: int
@@ -107,16 +107,18 @@ class Few:
 
 
 def few_matrices(laid: Laid, budget: float | None, owed: float, *, first: bool) -> Few:
-    """For at most ``budget`` rows of this batch's matrices of activations; None keeps all.
+    """Choose how many activation matrices and rows fit into ``budget`` rows; None keeps all.
 
-    Of a matrix at least ``_FEWEST`` rows are kept, or all. Where that leaves less than one matrix
-    of a batch, the fraction is ``owed`` to the next, so that over many batches the rows kept do
-    not grow with their number; of the ``first`` at least one is kept.
+    Each kept matrix has at least ``_FEWEST`` rows, or all. If the budget is less than one matrix
+    per batch, the fraction is ``owed`` to later batches. So the total does not grow with the number
+    of batches. The ``first`` batch keeps at least one matrix.
+
+    Example: 128 windows of 49 rows with a budget of 128 rows give 8 windows of 16 rows.
     """
     count, rows = laid.left.shape[0], laid.left.shape[2]
     if budget is None or budget >= count * rows:
         return Few(count, rows, owed)
-    # The same rows for every batch, since each holds as many matrices an image.
+        # The same number of rows in every batch: all batches have as many matrices per image.
     fewer = min(rows, max(_FEWEST, int(budget / count + 1e-6)))
     due = owed + budget / fewer
     matrices = min(count, max(1 if first else 0, round(due)))
@@ -126,7 +128,7 @@ def few_matrices(laid: Laid, budget: float | None, owed: float, *, first: bool) 
 def some_matrices(
     laid: Laid, gradient: Tensor | None, few: Few, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Some rows of some matrices; of each matrix as many, those without gradient come last."""
+    """Choose matrices, and as many rows of each. Rows without gradient are chosen last."""
     left, right = laid.left, laid.right
     count, rows = left.shape[0], left.shape[2]
     if few.matrices < count or few.rows < rows:

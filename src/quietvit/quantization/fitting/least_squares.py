@@ -1,6 +1,6 @@
-"""Layers as least squares: rows that meet a weight, damped Gram matrices, rounding with feedback.
+"""Layers as least squares: input rows of a weight, damped Gram matrices, rounding with feedback.
 
-Which rows are taken and when a weight is written is the business of ``methods``.
+Methods choose the rows and write the weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Look = Callable[[Site, tuple[Tensor, ...], Callable[..., Tensor]], None]
 
 
 def rows(x: Tensor, weight: Tensor, run: Callable[..., Tensor]) -> Iterator[Tensor]:
-    """What meets the weight of a linear or convolution: tensors (groups, rows, features), float32.
+    """Yield what a weight of a linear or convolution multiplies: (groups, rows, features).
 
-    A linear gives its input, one group. A convolution gives its patches, image by image, each of
-    the features weight[0] has; they are read off by running it on one-hot kernels, so that stride,
-    padding, dilation and groups are its own (derived here).
+    The dtype is float32. A linear gives its input, as one group. A convolution gives its patches,
+    image by image, with the features of weight[0]. It runs on one-hot kernels, so stride, padding,
+    dilation and groups are its own (derived here). A 3 x 3 kernel on 64 channels has 576 features.
     """
     spatial = weight.dim() - 2
     if spatial == 0:
@@ -49,7 +49,7 @@ def rows(x: Tensor, weight: Tensor, run: Callable[..., Tensor]) -> Iterator[Tens
 
 
 def grouped(weight: Tensor, groups: int) -> Tensor:
-    """A weight (out, in/groups, ...) as (groups, out/groups, features), float64."""
+    """Reshape a weight (out, in/groups, ...) to (groups, out/groups, features), float64."""
     return weight.double().reshape(groups, weight.shape[0] // groups, -1)
 
 
@@ -61,13 +61,13 @@ class Gram:
         self.rows = 0
 
     def update(self, left: Tensor, right: Tensor) -> None:
-        """Take in left (groups, rows, features) and right alike."""
+        """Add left (groups, rows, features) and right of the same layout."""
         product = left.mT @ right
         self.total = product if self.total is None else self.total.add_(product)
         self.rows += left.shape[1]
 
     def finish(self, site: str) -> Tensor:
-        """The sum, float64. Raises QuietvitError where it is not finite."""
+        """Return the sum, float64. Raises QuietvitError if it is not finite."""
         if self.total is None or not bool(torch.isfinite(self.total).all()):
             raise QuietvitError(
                 f"{site}: its calibration inputs are missing, hold NaN or inf, or are too large to "
@@ -77,9 +77,9 @@ class Gram:
 
 
 def damped(hessian: Tensor, share: float) -> Tensor:
-    """H + share · mean(diag H) · I for each group; unused features (diag 0) get 1 on the diagonal.
+    """H + share · mean(diag H) · I for each group, (groups, f, f).
 
-    (groups, f, f). An unused feature then has no part in any other.
+    Unused features (diag 0) get 1 on the diagonal, so they do not affect other features.
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     extra = share * diagonal.mean(-1, keepdim=True).expand_as(diagonal)
@@ -88,7 +88,7 @@ def damped(hessian: Tensor, share: float) -> Tensor:
 
 def ridge(gram: Tensor, right: Tensor, strength: float) -> Tensor:
     """(gram + strength · I)⁻¹ right, (groups, f, outputs), float64; gram (groups, f, f)."""
-    # Sums in float32 may leave eigenvalues below zero by that much.
+    # Float32 sums may leave eigenvalues below zero by about this much.
     extra = strength + torch.finfo(torch.float32).eps * _trace(gram)
     factor = torch.linalg.cholesky(gram + torch.diag_embed(extra.expand(gram.shape[:2])))
     return torch.cholesky_solve(right, factor)
@@ -99,7 +99,7 @@ def _trace(gram: Tensor) -> Tensor:
 
 
 def weight_grid(weight: Tensor, bits: int, name: RangeName, symmetric: bool) -> AffineQuantizer:
-    """Uniform quantizer of a weight (out, in, ...), one range for each output channel."""
+    """Return a uniform quantizer of a weight (out, in, ...), one range per output channel."""
     estimator = make_range(
         name,
         bits=bits,
@@ -119,7 +119,7 @@ def weight_grid(weight: Tensor, bits: int, name: RangeName, symmetric: bool) -> 
 
 
 def nearest(grid: AffineQuantizer, columns: Tensor) -> Tensor:
-    """Columns (groups, out/groups, n) of a weight on its grid: what the quantizer makes of them."""
+    """Quantize columns (groups, out/groups, n) of a weight with the quantizer of their channels."""
     shape = (*columns.shape[:2], 1)
     scale, zero = grid.scale.view(shape), grid.zero_point.view(shape)
     return affine_fake(columns.float(), scale, zero, *grid.code_range).to(columns.dtype)
@@ -133,13 +133,15 @@ def round_with_feedback(
     block: int = 128,
     act_order: bool = False,
 ) -> Tensor:
-    """GPTQ (arXiv 2210.17323, algorithm 1): round column by column, the rest takes up the error.
+    """GPTQ (arXiv 2210.17323, algorithm 1): round each column, and spread its error over the rest.
 
-    With U the upper Cholesky factor of H⁻¹: q_j = round(w_j), w_k -= (w_j - q_j)/U_jj · U_jk for
-    all k > j; done at once within ``block`` columns, for the columns behind it at its end.
-    ``act_order``: columns of large diag H first. weight (groups, outputs, f), hessian (groups, f,
-    f) positive definite, both float64; ``rounding`` takes (groups, outputs, 1). Returns weight's
-    shape, every column as ``rounding`` returned it.
+    U is the upper Cholesky factor of H⁻¹. q_j = round(w_j), and w_k -= (w_j - q_j)/U_jj · U_jk for
+    all k > j. Within a ``block`` of columns this happens at once. Later columns are updated at the
+    block's end, with one matrix product. ``act_order``: columns with large diag H come first.
+
+    weight (groups, outputs, f) and hessian (groups, f, f), positive definite, are float64.
+    ``rounding`` takes (groups, outputs, 1). Returns the weight's shape; every column is a result of
+    ``rounding``.
     """
     if act_order:
         order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
@@ -183,8 +185,8 @@ def run_to(
 ) -> None:
     """Run all calibration images through the model up to the site ``last``, showing each site.
 
-    ``look(site, operands, run)`` gets the operands of linears and convolutions, quantized by what
-    stands in ``calibrated`` if ``quantized``. With a ``label`` progress is shown.
+    ``look(site, operands, run)`` gets the operands of linears and convolutions. If ``quantized``,
+    ``calibrated`` quantizes them first. A ``label`` shows progress.
     """
 
     def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
@@ -193,7 +195,7 @@ def run_to(
         if site.kind in ("linear", "conv"):
             look(site, operands, run)
             if site.name == last.name:
-                raise EndOfPass  # the pass has come as far as it is needed
+                raise EndOfPass  # later sites are not needed
         return calibrated.adjust(site, operands, run)
 
     images: Iterable[Tensor] = calibration.images
@@ -210,9 +212,9 @@ def run_to(
 def passes(
     calibration: Calibration, lots: list[list[Site]], label: str
 ) -> Iterator[tuple[list[Site], str | None]]:
-    """The lots that are not empty, each with the label its own pass shows progress under.
+    """Yield the lots that are not empty, each with the progress label of its own pass.
 
-    Several are counted themselves, and their passes have none.
+    Several lots share one progress bar that counts lots, so their passes get no label.
     """
     lots = [lot for lot in lots if lot]
     if len(lots) == 1:
@@ -225,10 +227,10 @@ def passes(
 def movable(
     calibration: Calibration, calibrated: Calibrated, wanted: Callable[[Site], bool], what: str
 ) -> list[Site]:
-    """Linears and convolutions that are ``wanted`` and may be changed, in order of execution.
+    """Return the ``wanted`` linears and convolutions that may be changed, in execution order.
 
-    A note names those that are wanted but may not. Raises QuietvitError where the base compensates
-    blocks, since it fitted that to the weights as they were.
+    A note names those that may not. Raises QuietvitError if the base compensates blocks, because
+    these compensations fit the unchanged weights.
     """
     if calibrated.compensations:
         raise QuietvitError(
@@ -249,6 +251,6 @@ def movable(
             found.append(site)
     if left:
         calibrated.notes.append(
-            f"{what} left {len(left)} weights as the base rounds them: {'; '.join(left)}"
+            f"{what} kept the base's rounding of {len(left)} weights: {'; '.join(left)}"
         )
     return found

@@ -1,6 +1,6 @@
-"""Percentile ranges of least error, and one step for all channels behind a norm (RepQ-ViT).
+"""Percentile ranges of least error, and one step for all channels after a norm (RepQ-ViT).
 
-Here are pure functions; moving what they say into a model is the business of ``reparametrize``.
+These are pure functions; ``reparametrize`` applies the results to a model.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from quietvit.quantization.quantizers import SMALLEST_SCALE, AffineQuantizer, af
 from quietvit.quantization.ranges import EMPTY, NOT_FINITE
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
-"""What RepQ-ViT (arXiv 2212.08254) chooses from, in its authors' code."""
+"""The candidates in the code of RepQ-ViT's authors (arXiv 2212.08254)."""
 CONSTANT = 2.0**-16
-"""A channel whose range is this share of its largest magnitude or less counts as constant."""
+"""A channel counts as constant if its range is at most this share of its largest magnitude."""
 
 BLOCK = 1 << 18
 
@@ -28,10 +28,10 @@ Centre = Callable[[Tensor], Tensor]
 def quantiles(
     rows: Tensor, percentiles: Sequence[float] = PERCENTILES
 ) -> list[tuple[Tensor, Tensor]]:
-    """(1 - p)- and p-quantile of each row for each p, linear between order statistics, exact.
+    """Return the (1 - p)- and p-quantile of each row for each p.
 
-    ``rows``: (rows, values), float32; each quantile (rows,). Only the tails are sorted.
-    Raises QuietvitError for no values, NaN and inf.
+    They are exact, and linear between order statistics. ``rows``: (rows, values), float32; each
+    quantile is (rows,). Only the tails are sorted. Raises QuietvitError for no values, NaN and inf.
     """
     last = rows.shape[1] - 1
     if last < 0:
@@ -55,19 +55,19 @@ def _tail(rows: Tensor, count: int, upper: bool) -> Tensor:
 
 
 def blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    """Views of some columns each, small enough for what is computed of them to fit the caches."""
+    """Split into views of some columns each, so that results for one view fit the CPU caches."""
     return rows.split(max(1 << 10, BLOCK // rows.shape[0]), dim=1)
 
 
 def percentile_range(
     x: Tensor, bits: int, *, axis: int | None = None, hold_zero: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The quantiles (1 - p, p), p of ``PERCENTILES``, whose quantizer has the least squared error.
+    """Return the quantiles (1 - p, p), p in ``PERCENTILES``, with the least squared error.
 
-    As in RepQ-ViT's code, each channel of ``axis`` for itself; the first of equals.
-    ``hold_zero``: widen each candidate to hold zero, as ``AffineQuantizer.from_range`` does. A
-    candidate of no width is taken only where all are. Returns (min, max), () or (channels,),
-    float32.
+    As in RepQ-ViT's code, each channel of ``axis`` is chosen separately. Of equal candidates, the
+    first wins. ``hold_zero``: widen each candidate to contain zero, as in
+    ``AffineQuantizer.from_range``. A candidate of zero width is taken only if all are. Returns
+    (min, max), () or (channels,), float32.
     """
     rows = x.detach().float()
     rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).flatten(1)
@@ -92,11 +92,11 @@ def _squared_error(rows: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor
 
 @dataclass(frozen=True)
 class ChannelSteps:
-    """A uniform quantizer of its own for each channel: clip(round(x/s_j) + z_j, 0, 2^b - 1).
+    """One uniform quantizer per channel: clip(round(x/s_j) + z_j, 0, 2^b - 1).
 
-    ``scale``, ``zero_point``: (channels,), float64, zero points whole numbers that need not lie
-    among the codes. ``constant``: (channels,), bool: channels without a range, for which both say
-    nothing (1 and 0). ``middle``: (channels,), float64, the middle of the range.
+    ``scale``, ``zero_point``: (channels,), float64. Zero points are whole numbers, but may lie
+    outside the codes. ``constant``: (channels,), bool: channels without a range; their scale and
+    zero point are 1 and 0 and mean nothing. ``middle``: (channels,), float64, the range's middle.
     """
 
     bits: int
@@ -107,7 +107,7 @@ class ChannelSteps:
 
     @classmethod
     def of(cls, low: Tensor, high: Tensor, bits: int) -> ChannelSteps:
-        """s = (max - min)/(2^b - 1), z = round(-min/s), zero not forced into the range."""
+        """s = (max - min)/(2^b - 1), z = round(-min/s); zero need not lie in the range."""
         low, high = low.double(), high.double()
         scale = (high - low) / ((1 << bits) - 1)
         largest = torch.maximum(low.abs(), high.abs())
@@ -129,16 +129,16 @@ class Layerwise:
 def layerwise(
     steps: ChannelSteps, *, scale_centre: Centre = torch.mean, zero_centre: Centre = torch.mean
 ) -> Layerwise:
-    """RepQ-ViT's scale re-parametrization (arXiv 2212.08254, section 3.3), z̃ a whole number.
+    """RepQ-ViT's scale re-parametrization (arXiv 2212.08254, section 3.3), with an integer z̃.
 
-    s̃ = centre of s_j, z̃ = round(centre of z_j), gain = s̃/s_j, shift = s̃(z_j - z̃), so that
-    round(x'/s̃) + z̃ = round(x/s_j) + z_j: the codes stay. s̃ cancels altogether where weights are
-    quantized by output channel, since weights take 1/gain. z̃ moves what is multiplied with the
-    weights' rounding error; it is clipped to the codes, so that integer kernels can hold it.
+    s̃ = centre of s_j, z̃ = round(centre of z_j), gain = s̃/s_j, shift = s̃(z_j - z̃). Then
+    round(x'/s̃) + z̃ = round(x/s_j) + z_j, so the codes do not change. With weights quantized per
+    output channel s̃ has no effect, because weights take 1/gain. z̃ decides which values multiply
+    the weights' rounding error. It is clipped to the codes, so that integer kernels can hold it.
 
-    A constant channel (a norm gain of zero) takes no part in the centres. It is moved to zero,
-    which is exact, as its value goes into the consumers' biases; its gain is that of the median
-    step, so that its column widens no weight's range by much. Derived here.
+    A constant channel (a norm gain of zero) does not count in the centres. It is moved to zero,
+    exactly, because its value goes into the consumers' biases. Its gain belongs to the median step,
+    so that its column widens a weight's range only a little. Derived here.
     """
     varying = ~steps.constant
     one = torch.ones((), dtype=torch.float64, device=steps.scale.device)
@@ -146,7 +146,7 @@ def layerwise(
     zero = torch.zeros_like(one)
     if bool(varying.any()):
         typical = steps.scale[varying].median()
-        # Rounded as the quantizer keeps it, so that codes agree.
+        # Rounded to float32 like the quantizer's scale, so that codes agree.
         scale = scale_centre(steps.scale[varying]).float().double()
         zero = torch.round(zero_centre(steps.zero_point[varying])).clamp(0, (1 << steps.bits) - 1)
     gain = scale / torch.where(varying, steps.scale, typical)

@@ -1,6 +1,6 @@
-"""What every matrix product of a model multiplies on some calibration images, as plain matrices.
+"""Record what every matrix product multiplies on some calibration images, as plain matrices.
 
-Rows and gradients are recorded here; steps are searched on them in ``search``.
+This module records rows and gradients; ``search`` uses them to search steps.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ Range = tuple[Tensor, Tensor]
 class Product:
     """One product as matrices: left (D, H, R, K) times right (D, H, K, J) is its output less bias.
 
-    D: matrices that share all steps; H: attention heads, or groups of a convolution, else 1. A
-    linear has D = H = 1, its tokens as rows R, its input channels as K; a convolution has as rows
-    the patches its kernel meets. float32. ``gradient``: (D, H, R, J), the derivative of the loss by
-    the output, bfloat16; None where none came. ``ranges``: minimum and maximum of each operand over
-    all values, rows that were not kept included, (H,) each for products of activations, else (1,).
+    D: matrices that share all steps. H: attention heads or groups of a convolution, else 1. All
+    float32. A linear has D = H = 1, its tokens are the rows R and its input channels are K. The
+    rows of a convolution are the patches that its kernel reads. Example: attention scores of 32
+    images with 3 heads have left (32, 3, 197, 64) and right (32, 3, 64, 197).
 
-    Where a product cannot be laid out so (einsum, a matrix times a vector, grouped transposed
-    convolutions) there are no matrices, and ``loose`` holds some values of each operand.
+    ``gradient``: (D, H, R, J), bfloat16, the derivative of the loss by the output, or None.
+    ``ranges``: minimum and maximum of each operand over all values, including rows that were not
+    kept. Each is (H,) for products of activations, else (1,).
+
+    Some products have no such matrices: einsum, a matrix times a vector, grouped transposed
+    convolutions. Then ``loose`` holds some values of each operand.
     """
 
     site: Site
@@ -59,7 +62,7 @@ class Product:
 
 @dataclass(eq=False)
 class _Call:
-    """One call that was laid out, waiting for its gradient."""
+    """One call in matrix layout that waits for its gradient."""
 
     site: Site
     laid: Laid
@@ -67,14 +70,14 @@ class _Call:
 
 
 class _Stack:
-    """Pieces put one behind the other along ``dim``, in memory taken once where that is enough."""
+    """Pieces joined along ``dim``; memory is allocated once if the size estimate holds."""
 
     def __init__(self, dim: int) -> None:
         self.dim, self.used = dim, 0
         self.whole: Tensor | None = None
 
     def put(self, piece: Tensor, share: float) -> None:
-        """Add a piece, which is about ``share`` of all that will come."""
+        """Add a piece, which is about ``share`` of the expected total."""
         size = piece.shape[self.dim]
         if self.whole is None or self.used + size > self.whole.shape[self.dim]:
             shape = list(piece.shape)
@@ -93,8 +96,6 @@ class _Stack:
 
 @dataclass(eq=False)
 class _Kept:
-    """What is kept of one site."""
-
     left: _Stack
     right: _Stack
     gradient: _Stack
@@ -103,7 +104,7 @@ class _Kept:
 
 
 class Recorder:
-    """Record products, batch by batch: see ``record``."""
+    """Records products, batch by batch; see ``record``."""
 
     def __init__(self, wanted: Callable[[Site], bool], share: float | None, seed: int) -> None:
         self.wanted, self.share = wanted, share
@@ -117,7 +118,7 @@ class Recorder:
     def handle(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]
     ) -> Tensor:
-        """Run a site as it is and look at its operands: a handler for ``intercept``."""
+        """Run a site unchanged and record its operands: a handler for ``intercept``."""
         output = run(*operands)
         if not self.wanted(site):
             return output
@@ -141,7 +142,7 @@ class Recorder:
         return output
 
     def choose(self, images: int, of: int) -> None:
-        """Keep some rows of all calls since the last time, which saw ``images`` ``of`` all."""
+        """Keep some rows of the calls since the last time; they saw ``images`` of ``of`` images."""
         calls, self.calls = self.calls, []
         for call in calls:
             laid = call.laid
@@ -168,7 +169,6 @@ class Recorder:
                 kept.gradient.put(some, images / of)
 
     def products(self) -> dict[str, Product]:
-        """What was recorded, by site name in order of execution."""
         found = {}
         for name, site in self.sites.items():
             if name in self.loose:
@@ -203,19 +203,19 @@ def record(
     seed: int,
     label: str,
 ) -> dict[str, Product]:
-    """Run all images once through the float model; every wanted product, by site name.
+    """Run all images once through the float model and return every wanted product, by site name.
 
-    ``rows``: rows of left kept of a site over all images and for each head, drawn at random, all
-    for None. With ``gradients`` (see ``curvature_root``) they are drawn among the rows whose
-    gradient is not zero: the others weigh nothing, and behind the last attention of a classifier
-    all but the class token's are such. No parameter gets a gradient or another ``requires_grad``.
+    ``rows``: number of left rows to keep per site and head over all images, drawn at random; None
+    keeps all. With ``gradients`` (see ``curvature_root``), only rows with a nonzero gradient are
+    drawn, because the others have no weight. After a classifier's last attention, that is only the
+    class token. Parameters get no gradient, and keep their ``requires_grad``.
 
     Raises QuietvitError for gradients inside ``torch.inference_mode``.
     """
     given = calibration.images.source
     stream: Iterable[Tensor] = calibration.images
     if not isinstance(given, Tensor):
-        # Their number must be known beforehand.
+        # The number of images must be known beforehand.
         given = calibration.everything()
         stream = (given,)
     count = len(given)
@@ -238,16 +238,15 @@ def record(
 
 
 def curvature_root(result: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A model's output z, and a random v whose covariance is the loss's second derivative by z.
+    """Return the output z and a random v whose covariance is the loss's second derivative by z.
 
-    For logits (N, C) the loss is KL(softmax(z0) || softmax(z)) at z = z0, with the second
-    derivative diag(p) - p pᵀ: v = √p·ξ - p (√p·ξ), ξ normal. Hence the mean of (Jᵀv)² is the
-    diagonal of the loss's Hessian (Gauss-Newton) for anything that z depends on by J. For other
-    outputs (features, maps, a single column) the loss is half the squared error, and v = ξ.
+    Logits (N, C): the loss is KL(softmax(z0) || softmax(z)) at z = z0, with the second derivative
+    diag(p) - p pᵀ. So v = √p·ξ - p (√p·ξ) with normal ξ. If J is the derivative of z by some
+    values, the mean of (Jᵀv)² is the Hessian's diagonal (Gauss-Newton) for these values. Other
+    outputs (features, maps, a single column): the loss is half the squared error, and v = ξ.
 
-    Logits are what the model returns under that name, or a matrix that is all it returns. Derived
-    here: the first derivative itself is zero at z0, so that methods which weigh by it (PTQ4ViT)
-    would weigh by rounding errors.
+    Logits are the output of that name, or a matrix that is the only output. Derived here: the first
+    derivative is zero at z0, so methods that weigh by it (PTQ4ViT) would weigh by rounding errors.
     """
     named = tensors_of(result).get(LOGITS)
     output = first_tensor(result) if named is None else named
@@ -261,7 +260,7 @@ def curvature_root(result: Any, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def product_notes(name: str, products: Mapping[str, Product], *, gradients: bool) -> list[str]:
-    """What could not be recorded, one line each for the report on method ``name``."""
+    """Return one line for each kind of product that could not be recorded, for the report."""
     loose = [key for key, product in products.items() if product.left is None]
     flat = [
         key
@@ -271,13 +270,13 @@ def product_notes(name: str, products: Mapping[str, Product], *, gradients: bool
     notes = []
     if loose:
         notes.append(
-            f"{name} gave {len(loose)} products that are not of two matrices the steps of least "
-            f"squared error of their operands: {', '.join(loose)}"
+            f"{name} used the steps of least squared operand error for {len(loose)} products that "
+            f"are not of two matrices: {', '.join(loose)}"
         )
     if flat:
         notes.append(
-            f"{name} had no gradient at {len(flat)} products, on which the first output does not "
-            f"depend, and weighed all their outputs alike: {', '.join(flat)}"
+            f"{name} had no gradient at {len(flat)} products, because the first output does not "
+            f"depend on them. It weighed all their outputs alike: {', '.join(flat)}"
         )
     return notes
 
@@ -290,7 +289,7 @@ def has_heads(site: Site) -> bool:
 
 
 def nearest_step(values: Tensor, bits: int) -> AffineQuantizer:
-    """The symmetric uniform quantizer of least squared error for these values."""
+    """Return the symmetric uniform quantizer with the least squared error for these values."""
     watched = OmseRange(bits, symmetric=True, signed=True)
     watched.update(values)
     return AffineQuantizer.from_range(*watched.finish(), bits=bits, symmetric=True, signed=True)

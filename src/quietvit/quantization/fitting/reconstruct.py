@@ -1,6 +1,6 @@
 """Block reconstruction: the config and the loop that BRECQ and QDrop share.
 
-How one block is fitted lives in ``block_fit``, how blocks are fed in ``block_data``.
+``block_fit`` fits one block; ``block_data`` feeds the blocks.
 """
 
 from __future__ import annotations
@@ -41,29 +41,30 @@ from quietvit.quantization.weights import (
 )
 
 CHECKED = 64
-"""Images on which a block's error is measured before and after."""
+"""Images on which a block's error is measured before and after the fit."""
 
 
 class Reconstruction(OnTop):
-    """What BRECQ and QDrop share: blocks are fitted in order, rounding and scales together.
+    """Base of BRECQ and QDrop: fit blocks in order, rounding and scales together.
 
-    For each residual block found in the trace (``blocks.find_blocks``), and each linear and
-    convolution outside of them, Adam lowers the squared error between the block's output on the
-    quantized way and the float model's output on the float way, Σ over channels, mean over the
-    rest, plus ``regularizer``·Σ(1 - |2h - 1|^β), β from 20 to 2 after the first ``warm_up`` of the
-    iterations. Learned are AdaRound's V of each weight and the scale of each activation, where
-    ``base`` gave them uniform quantizers; zero points, other quantizers and adjustments stay.
-    After that weights lie on their grid. A block that did not come nearer to the float output on
-    the first 64 images stays as the base left it, and the notes say so.
+    Blocks are the residual blocks of the trace, and each linear and convolution outside of them
+    (``blocks.find_blocks``). For each one, Adam minimizes the squared error between the outputs of
+    the quantized and the float block: Σ over channels, mean over the rest. The quantized block gets
+    its input from the quantized model, the float block from the float model.
+    Added is ``regularizer``·Σ(1 - |2h - 1|^β), with β from 20 to 2 after the ``warm_up``.
 
-    ``base`` is RTN with OMSE ranges unless given. The larger learning rates for fewer iterations
-    are chosen here.
+    Learned are AdaRound's V of each weight and the scale of each activation with a uniform
+    quantizer from ``base``. Zero points, other quantizers and adjustments stay. Afterwards weights
+    lie on their grid. A block whose error on the first 64 images did not fall stays as the base
+    left it, and the notes say so.
 
-    How long all will take is measured on one iteration of each block before the first, and shown
-    with the progress bar. Held in memory for all images: a block's input on the quantized and, for
-    QDrop, on the float way, its float output, the block's next quantized output and, with BRECQ's
-    ``fisher``, weights of that shape; also the images, where they come from a generator or a
-    loader, and a float copy of the model.
+    The default ``base`` is RTN with OMSE ranges. The larger learning rates for fewer iterations
+    are a choice made here. The progress bar shows the expected time, measured beforehand on one
+    iteration of each block.
+
+    Memory holds for all images: a block's input in the quantized model (for QDrop also in the float
+    model), its float output, and its next quantized output. BRECQ's ``fisher`` adds weights of that
+    shape. Images from a generator or a loader, and a float copy of the model, are held too.
 
     Differs from the authors' code, on purpose: (1) rounding and activation scales are learned
     together, as QDrop does; BRECQ learns scales after all rounding. (2) The logarithm of a scale is
@@ -79,7 +80,7 @@ class Reconstruction(OnTop):
     iterations: Annotated[int, Field(ge=1)] = 20000
     """Steps of Adam for each block."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Images of each step."""
+    """Images per step."""
     rounding_lr: Annotated[float, between(0, 1)] | None = None
     """Learning rate of V; None: 1e-3 at 20000 iterations, larger for fewer, up to 0.02."""
     scale_lr: Annotated[float, between(0, 1)] | None = None
@@ -91,13 +92,13 @@ class Reconstruction(OnTop):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16``: matrix products of the fit run under autocast.
 
-    Quantizers, loss and all outside the fit stay float32. So do layers outside of blocks, whose 8
-    bits are finer than its rounding.
+    Quantizers, the loss and everything outside the fit stay float32. So do layers outside of
+    blocks, because their 8 bits are finer than bfloat16's rounding.
     """
     base_images: Annotated[int, Field(ge=1)] | None = None
-    """Calibration images of ``base``, the first ones; None: those of its published setting."""
+    """Calibration images of ``base``, the first ones; None: the number of its published setting."""
     seed: int = 0
-    """Seed of the order of images and of what QDrop drops."""
+    """Seed of the order of images and of QDrop's random choice."""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,12 +111,12 @@ class Reconstruction(OnTop):
 
     @property
     def rounding_rate(self) -> float:
-        """Learning rate of V: as given, or such that V can move as far whatever the iterations."""
+        """Learning rate of V: given, or such that V can move equally far for any ``iterations``."""
         return self.rounding_lr or min(0.02, 1e-3 * 20000 / self.iterations)
 
     @property
     def scale_rate(self) -> float:
-        """Learning rate of the scales' logarithms, alike."""
+        """Learning rate of the scales' logarithms, chosen in the same way."""
         return self.scale_lr or min(0.01, 4e-4 * 20000 / self.iterations)
 
     @property
@@ -124,7 +125,6 @@ class Reconstruction(OnTop):
         return 0.0
 
     def settings(self) -> FitSettings:
-        """What ``fit`` needs of this config."""
         return FitSettings(
             rounding_rate=self.rounding_rate,
             scale_rate=self.scale_rate,
@@ -135,11 +135,11 @@ class Reconstruction(OnTop):
         )
 
     def output_weights(self, data: BlockData, block: Block, layout: BlockLayout) -> Tensor | None:
-        """Weights of the squared output errors (images, rows, ...), None for all alike."""
+        """Weights of the squared output errors (images, rows, ...); None weighs all alike."""
         return None
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """Base, then one block after the other; see the class."""
+        """Calibrate the base, then fit one block after the other; see the class."""
         refuse_inference_mode()
         calibration = replayable(calibration)
         reference = copy.deepcopy(calibration.model).requires_grad_(False)
@@ -158,7 +158,7 @@ class Reconstruction(OnTop):
 
 
 def check_base(method: OnTop, calibrated: Calibrated) -> None:
-    """Raise QuietvitError for a base that compensates blocks, which are about to change."""
+    """Raise QuietvitError for a base that compensates blocks, because blocks change afterwards."""
     if calibrated.compensations:
         base = method.base.name
         raise QuietvitError(
@@ -168,9 +168,9 @@ def check_base(method: OnTop, calibrated: Calibrated) -> None:
 
 
 def replayable(calibration: Calibration) -> Calibration:
-    """The same, over images that come again as they were.
+    """Return the calibration over images that are the same in every pass.
 
-    Those of a tensor or a list do; a generator's, and a DataLoader's that shuffles, are kept.
+    A tensor or a list is. Images of a generator, or of a DataLoader that may shuffle, are stored.
     """
     if isinstance(calibration.images.source, Tensor | list | tuple):
         return calibration
@@ -179,7 +179,7 @@ def replayable(calibration: Calibration) -> Calibration:
 
 
 def few(calibration: Calibration, count: int) -> Calibration:
-    """Calibration on the first ``count`` images."""
+    """Return the calibration on the first ``count`` images."""
     kept: list[Tensor] = []
     for batch in calibration.images:
         kept.append(batch)
@@ -191,7 +191,7 @@ def few(calibration: Calibration, count: int) -> Calibration:
 
 @dataclass
 class _BlockLoop:
-    """One calibration: the blocks in order, each fed with what those before make of the images."""
+    """One calibration: fit the blocks in order, each on the outputs of the blocks before it."""
 
     method: Reconstruction
     calibration: Calibration
@@ -213,7 +213,7 @@ class _BlockLoop:
         self._notes(blocks, missing)
 
     def _estimate(self, blocks: list[Block], images: Tensor) -> str:
-        """How long all of it will take, from an iteration of each block on the first batch."""
+        """Estimate the total time from one iteration of each block on the first batch."""
         if not self.calibration.progress:
             return ""
         images = images[: self.method.batch_size]
@@ -225,7 +225,7 @@ class _BlockLoop:
             with torch.no_grad():
                 target = self.data.float(block, layout, given)
             samples = Samples(given, target, given[0] if self.method.keep else None)
-            for _ in range(2):  # the first one also allocates
+            for _ in range(2):  # the first iteration also allocates memory
                 start = time.monotonic()
                 learned = Learned.of(self.data, block, self.method.keep)
                 generator = torch.Generator().manual_seed(0)
@@ -240,7 +240,7 @@ class _BlockLoop:
         for place, block in enumerate(blocks):
             layout = self.layouts[block.name]
             if way is None or not layout.chained:
-                way = None  # before the next is collected
+                way = None  # free the memory before the next inputs are collected
                 given = self.data.reach(block.name, layout, quantized=True)
                 floats = self.data.reach(block.name, layout, quantized=False)
             else:
@@ -256,7 +256,7 @@ class _BlockLoop:
                 way = [quantized], [targets]
 
     def _block(self, block: Block, samples: Samples, tick: Callable[[], Any]) -> None:
-        """Fit a block and keep what was learned if that is nearer to the float output."""
+        """Fit a block. Undo it unless its output came nearer to the float output."""
         learned = Learned.of(self.data, block, self.method.keep)
         if not learned:
             return
@@ -321,13 +321,15 @@ class _BlockLoop:
             )
         kept = [block for block, ratio in self.ratios.items() if not ratio < 1]
         if kept:
-            notes.append(f"not better after reconstruction, left as by {name}: {', '.join(kept)}")
+            notes.append(
+                f"not better after reconstruction, kept as {name} left it: {', '.join(kept)}"
+            )
         for block, why in missing.items():
-            notes.append(f"{block} is left as by {name}: it {why}")
+            notes.append(f"{block} stays as {name} left it: it {why}")
         inside = {site.name for block in blocks for site in block.sites}
         outside = [site.name for site in self.data.trace.matmuls if site.name not in inside]
         if outside:
-            notes.append(f"in no block, left as by {name}: {', '.join(outside)}")
+            notes.append(f"in no block, kept as {name} left it: {', '.join(outside)}")
         weights = [slot.site for slot in self.data.calibrated.quantizers if slot.is_weight]
         reasons = [why_fixed(self.data.model, self.data.trace, site) for site in weights]
         fixed = [why for why in reasons if why is not None]

@@ -1,6 +1,6 @@
-"""What block reconstruction learns: which way each weight is rounded, and scales of activations.
+"""What block reconstruction learns: the rounding direction of weights, and activation scales.
 
-How a block is fitted with them lives in ``reconstruct``.
+``reconstruct`` fits blocks with them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GAMMA, ZETA = -0.1, 1.1
 
 
 def _along(quantizer: AffineQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point in a shape that broadcasts against x."""
+    """Return scale and zero point in a shape that broadcasts against x."""
     if quantizer.axis is None:
         return quantizer.scale, quantizer.zero_point
     shape = [1] * x.dim()
@@ -26,11 +26,12 @@ def _along(quantizer: AffineQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rounding(nn.Module):
-    """AdaRound (arXiv 2004.10568): for each weight, h(V) in [0, 1] says how far it is rounded up.
+    """AdaRound (arXiv 2004.10568): each weight has an h(V) in [0, 1], how far it is rounded up.
 
-    ``soft`` is s·(clip(floor(W/s) + h(V) + z, lo, hi) - z), h(V) = clip(1.2·sigmoid(V) - 0.1, 0, 1)
-    (equations 22 and 23); V starts where ``soft`` is W, inside the range. ``hard`` has h >= 1/2 as
-    1 and the rest as 0: it lies on the quantizer's grid, so quantizing it again changes nothing.
+    The soft weight is s·(clip(floor(W/s) + h(V) + z, lo, hi) - z) with h(V) =
+    clip(1.2·sigmoid(V) - 0.1, 0, 1) (equations 22 and 23). V starts where it equals W, inside the
+    range. ``hard`` turns h >= 1/2 into 1 and the rest into 0. The result lies on the quantizer's
+    grid, so quantizing it again changes nothing.
     """
 
     def __init__(self, weight: Tensor, quantizer: AffineQuantizer) -> None:
@@ -50,25 +51,24 @@ class Rounding(nn.Module):
         return (torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def at(self, up: Tensor) -> Tensor:
-        """The weight with ``up`` as h(V)."""
         steps = (self.down + up).clamp(self.low, self.high)
         return (steps * self.scale).to(self.dtype)
 
     def hard(self) -> Tensor:
-        """The weight rounded for good, detached."""
+        """Return the weight with final rounding, detached."""
         return self.at((self.v.detach() >= 0).float())
 
 
 def undecided(up: Tensor, beta: float) -> Tensor:
-    """AdaRound's regularizer Σ(1 - |2h - 1|^β) (equation 24), (): zero where every h is 0 or 1."""
+    """AdaRound's regularizer Σ(1 - |2h - 1|^β) (equation 24), (): zero if every h is 0 or 1."""
     return (1 - (2 * up - 1).abs().pow(beta)).sum()
 
 
 class LearnedScale(nn.Module):
     """LSQ (arXiv 1902.08153) on a uniform quantizer: its scale is s₀·exp(t), t learned from 0.
 
-    The logarithm is a choice made here: the scale stays positive, and the learning rate is in
-    relative units, alike for all tensors.
+    The logarithm is a choice made here. It keeps the scale positive and makes the learning rate
+    relative, the same for all tensors.
     """
 
     def __init__(self, quantizer: AffineQuantizer) -> None:
@@ -81,7 +81,7 @@ class LearnedScale(nn.Module):
         return self.start * self.t.exp()
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """x quantized, except where ``keep`` (float32, shape of x) is 1 and not 0."""
+        """Quantize x. Where ``keep`` (float32, 0 or 1, shape of x) is 1, x stays as it is."""
         low, high = self.quantizer.code_range
         scale = self.scale()
         zero = self.quantizer.zero_point
@@ -94,23 +94,21 @@ class LearnedScale(nn.Module):
         return LearnedStep.apply(x, scale.view(shape), *ends, keep)  # type: ignore[no-any-return, no-untyped-call]
 
     def write(self) -> None:
-        """Put the learned scale into the quantizer."""
         with torch.no_grad():
             self.quantizer.scale.copy_(self.scale())
 
     def undo(self) -> None:
-        """Put the scale it started from into the quantizer."""
         with torch.no_grad():
             self.quantizer.scale.copy_(self.start)
 
 
 class LearnedStep(torch.autograd.Function):
-    """Fake quantization s·round(clip(x/s, low, high)) whose gradient reaches the scale as in LSQ.
+    """Fake quantization s·round(clip(x/s, low, high)) with LSQ's gradient to the scale.
 
-    Gradient to x: 1 inside the range, 0 outside. To the scale (LSQ, equation 3): round(v) - v
-    inside, low or high outside, v = x/s, summed; without LSQ's gradient scale, which Adam cancels.
-    Where ``keep`` is 1 and not 0, x passes as it is. Written by hand out of operations that are
-    vectorized on a CPU: several times faster than the same by masks and autograd.
+    Gradient to x: 1 inside the range, 0 outside. Gradient to the scale (LSQ, equation 3), with
+    v = x/s: the sum of round(v) - v inside, low or high outside. LSQ's gradient scale is left out,
+    because Adam cancels it. Where ``keep`` is 1, x passes unchanged. The code uses operations that
+    a CPU vectorizes, several times faster than masks and autograd.
     """
 
     @staticmethod
@@ -135,7 +133,7 @@ class LearnedStep(torch.autograd.Function):
         grad = grads[0].float()
         if isinstance(low, Tensor):
             passed = grad * ((steps >= low) & (steps <= high))
-        else:  # strict comparisons: the ends themselves are inside
+        else:  # strict comparisons, so widen the range to include its ends
             passed = torch.ops.aten.hardtanh_backward(grad, steps, low - 1e-3, high + 1e-3)
         gained = _inner(grad, steps.clamp(low, high).round_().sub_(steps), scale)
         gained = gained + _inner(grad - passed, steps, scale)
@@ -143,16 +141,16 @@ class LearnedStep(torch.autograd.Function):
 
 
 def _inner(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Σ a·b over the dims along which ``like`` is one value."""
+    """Σ a·b over the dims along which ``like`` has size 1."""
     if like.dim() == 0:
         return torch.dot(a.reshape(-1), b.reshape(-1))
     return (a * b).sum([d for d, n in enumerate(like.shape) if n == 1], keepdim=True)
 
 
 def random_keep(like: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """1 with the probability, to 1/256, else 0: float32, shape and device of ``like``.
+    """Random float32 mask like ``like``: 1 with the probability (to 1/256), else 0.
 
-    Eight entries out of each 64-bit number drawn on the CPU: masks would otherwise take longer
+    Each random 64-bit number from the CPU gives eight entries. Otherwise masks would take longer
     than the matrix products.
     """
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64)

@@ -1,6 +1,6 @@
 """Search the quantizers of a product's two operands among candidates, by the error of its output.
 
-What is multiplied is recorded in ``products``; which candidates there are, is a method's choice.
+``products`` records what is multiplied; methods choose the candidates.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from quietvit.quantization.quantizers import (
 from quietvit.tensors import has_fast_bfloat16
 
 Fake = tuple[Tensor, Tensor | None]
-"""Values of an operand in the dtype they are multiplied in, and the scale they lack."""
+"""Values of an operand in the dtype for multiplication, and the scale still to be applied."""
 _AT_ONCE = 1 << 18
-"""Entries of an operand or of the output, of candidates that are judged together."""
+"""Entries of an operand or an output, over all candidates that are judged together."""
 Proposals = Sequence[Sequence[Callable[[Tensor], Tensor]]]
-"""For each round: from the standing parameters (groups, n) to candidates (count, groups, n)."""
+"""For each round: functions from the current parameters (groups, n) to (count, groups, n)."""
 
 
 def product_dtype(device: torch.device, bits: Sequence[int | None]) -> torch.dtype:
-    """bfloat16 where it is fast and holds every uniform code exactly, up to 8 bits, else float32.
+    """Return bfloat16 if it is fast and holds every uniform code (up to 8 bits), else float32.
 
-    Then products of such codes are exact too; only their sums are rounded, to 2^-9 of themselves,
-    and so are the values of quantizers of other families before they are multiplied.
+    In bfloat16, products of such codes are exact; only their sums are rounded, by a relative 2^-9.
+    Values of other quantizers are rounded by the same amount before they are multiplied.
     """
     is_exact = all(each is not None and each <= 8 for each in bits)
     return torch.bfloat16 if is_exact and has_fast_bfloat16(device) else torch.float32
@@ -46,7 +46,8 @@ def product_dtype(device: torch.device, bits: Sequence[int | None]) -> torch.dty
 class Groups:
     """Which entries of an operand (D, H, R, K) share their parameters.
 
-    ``shape``: broadcasts against the operand, ``index``: group of each entry of that shape, int64.
+    ``shape`` broadcasts against the operand. ``index`` has the group of each entry of that shape,
+    int64. Example: one group per head of (32, 3, 197, 64) has the shape (1, 3, 1, 1).
     """
 
     shape: tuple[int, int, int, int]
@@ -54,7 +55,7 @@ class Groups:
 
     @classmethod
     def along(cls, x: Tensor, *dims: int, parts: Tensor | None = None) -> Groups:
-        """One group for each place along ``dims``, none for the tensor; ``parts`` joins some."""
+        """Make a group per place along ``dims``; no dims: one group. ``parts`` merges places."""
         wanted = {dim % 4 for dim in dims}
         sizes = [x.shape[dim] if dim in wanted else 1 for dim in range(4)]
         shape = (sizes[0], sizes[1], sizes[2], sizes[3])
@@ -67,13 +68,13 @@ class Groups:
         return int(self.index.max()) + 1
 
     def spread(self, parameter: Tensor) -> Tensor:
-        """One number for each group, (..., count), laid out to broadcast against the operand."""
+        """Spread one number per group, (..., count), to broadcast against the operand."""
         return parameter[..., self.index].unflatten(-1, self.shape)
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Add up what is of an operand's size, (..., D, H, R, K), by group: (..., count), float64.
+        """Sum an operand-sized x, (..., D, H, R, K), by group: (..., count), float64.
 
-        Places are added in float32, groups of places in float64.
+        Sums within a place are float32, sums over the places of a group float64.
         """
         dims = [dim - 4 for dim in range(4) if self.shape[dim] == 1]
         places = (x.sum(dims) if dims else x).reshape(*x.shape[:-4], -1).double()
@@ -81,13 +82,13 @@ class Groups:
         return total.index_add_(-1, self.index, places)
 
     def rows(self, x: Tensor) -> Tensor:
-        """The values of an operand at each entry of ``shape``, (entries, n)."""
+        """Return an operand's values at each entry of ``shape``, (entries, n)."""
         own = [dim for dim in range(4) if self.shape[dim] > 1]
         rest = [dim for dim in range(4) if self.shape[dim] == 1]
         return x.permute(*own, *rest).reshape(len(self.index), -1)
 
     def largest(self, x: Tensor) -> Tensor:
-        """Greatest entry of an operand in each group, (count,), none below zero."""
+        """Return the largest entry of an operand in each group, (count,), at least 0."""
         most = self.rows(x).amax(1)
         return torch.zeros(self.count, device=x.device).scatter_reduce_(0, self.index, most, "amax")
 
@@ -95,8 +96,9 @@ class Groups:
 class Side(ABC):
     """One operand of a product and the family of its quantizers.
 
-    ``x``: (D, H, R, K). A quantizer is told by its parameters, (groups, n): float32, n by family;
-    several at once by (candidates, groups, n), which gives (candidates, D, H, R, K).
+    ``x``: (D, H, R, K). Parameters (groups, n), float32, define a quantizer; n depends on the
+    family. Several candidates at once are (candidates, groups, n), and give (candidates, D, H, R,
+    K).
     """
 
     def __init__(self, x: Tensor, groups: Groups, bits: int, dtype: torch.dtype) -> None:
@@ -104,15 +106,15 @@ class Side(ABC):
 
     @abstractmethod
     def fake(self, parameters: Tensor) -> Fake:
-        """x as the quantizer of these parameters gives it."""
+        """Return x as the quantizer with these parameters gives it."""
 
     @abstractmethod
     def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
-        """The quantizer itself; ``axis`` is that of the groups in the model's own tensor."""
+        """Return the quantizer; ``axis`` is the dim of the groups in the model's own tensor."""
 
 
 class Float(Side):
-    """An operand that stays as it is."""
+    """An operand that stays float."""
 
     def __init__(self, x: Tensor, dtype: torch.dtype) -> None:
         super().__init__(x, Groups.along(x), 16, dtype)
@@ -125,7 +127,7 @@ class Float(Side):
 
 
 class Affine(Side):
-    """Uniform: parameters are scale and zero point."""
+    """Uniform quantizers: the parameters are scale and zero point."""
 
     def __init__(
         self, x: Tensor, groups: Groups, bits: int, dtype: torch.dtype, *, signed: bool
@@ -156,7 +158,7 @@ class Affine(Side):
 
 
 class TwinGelu(Side):
-    """PTQ4ViT's two ranges for values behind GELU: the parameter is the positive step."""
+    """PTQ4ViT's two ranges for post-GELU values: the parameter is the positive step."""
 
     def __init__(self, x: Tensor, groups: Groups, bits: int, dtype: torch.dtype) -> None:
         super().__init__(x, groups, bits, dtype)
@@ -174,7 +176,7 @@ class TwinGelu(Side):
 
 
 class TwinSoftmax(Side):
-    """PTQ4ViT's two ranges for values behind softmax: the parameter is the split."""
+    """PTQ4ViT's two ranges for post-softmax values: the parameter is the split."""
 
     def fake(self, parameters: Tensor) -> Fake:
         if parameters.dim() > 2:
@@ -187,7 +189,7 @@ class TwinSoftmax(Side):
 
 
 class Log(Side):
-    """AdaLog: parameters are the scale, of x + shift, and the numerator of the base's exponent."""
+    """AdaLog: the parameters are the scale of x + shift, and the numerator of the exponent."""
 
     def __init__(
         self, x: Tensor, groups: Groups, bits: int, dtype: torch.dtype, *, shift: float
@@ -210,16 +212,17 @@ class Log(Side):
 
 
 def _alone(parameter: Tensor) -> Tensor:
-    """The number of the one group there is, (..., 1), laid out to broadcast against an operand."""
+    """Reshape the parameter of a single group, (..., 1), to broadcast against an operand."""
     return parameter[..., None, None, None]
 
 
 @dataclass(eq=False)
 class Output:
-    """The output that a product shall keep, and how much each entry of it counts.
+    """The output that a product should keep, and the weight of each entry.
 
-    ``target``: (D, H, R, J). The criterion is the sum of (weight·(target - output))², PTQ4ViT's
-    (arXiv 2111.12293, equation 7) with the gradient as ``weight``, the squared error without.
+    ``target``: (D, H, R, J). The criterion is the sum of (weight·(target - output))². With the
+    gradient as ``weight`` it is PTQ4ViT's (arXiv 2111.12293, equation 7), without it the squared
+    error.
     """
 
     target: Tensor
@@ -227,19 +230,19 @@ class Output:
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor, gradient: Tensor | None = None) -> Output:
-        """Of the float product; a gradient that is zero all over counts as none."""
+        """Make one from the float product; a gradient of all zeros counts as None."""
         weight = None
         if gradient is not None:
             weight = gradient.float().abs()
             largest = weight.amax()
-            # Its unit says nothing, and squares of small numbers vanish.
+            # The gradient's scale has no meaning here, and squares of small numbers underflow.
             weight = weight / largest if bool(largest > 0) else None
         return cls(left @ right, weight)
 
     def errors(self, left: Fake, right: Fake, groups: Groups) -> Tensor:
-        """The criterion for these operands by group of the output, (..., groups), float64.
+        """Return the criterion for these operands by group of the output, (..., groups), float64.
 
-        Where one of them has leading candidates, each is judged.
+        If an operand has leading candidates, the result has one entry for each.
         """
         product = left[0] @ right[0]
         scale = _times(left[1], right[1])
@@ -258,9 +261,9 @@ def _times(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 def evaluate(
     output: Output, sides: tuple[Side, Side], index: int, table: Tensor, other: Fake
 ) -> Tensor:
-    """Criterion of each candidate of one operand, (candidates, groups), the other as it is.
+    """Criterion of each candidate of one operand, (candidates, groups), with the other one fixed.
 
-    ``table``: (candidates, groups, n). Groups of the operand must be groups of the output too:
+    ``table``: (candidates, groups, n). Groups of the operand must also be groups of the output:
     matrices, heads, rows of left, columns of right.
     """
     side = sides[index]
@@ -273,14 +276,14 @@ def evaluate(
 
 
 def portions(table: Tensor, entries: int) -> tuple[Tensor, ...]:
-    """Candidates (candidates, groups, n) in portions to judge at once, of so many entries each."""
+    """Split candidates (candidates, groups, n) to judge, of ``entries`` each, to limit memory."""
     return table.split(max(1, _AT_ONCE // max(1, entries)))
 
 
 def better(
     table: Tensor, errors: Tensor, standing: Tensor, standing_errors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each group's best candidate where it beats what stands, (groups, n), and its error."""
+    """Return each group's best of candidates and ``standing``, (groups, n), and its error."""
     least, place = errors.min(0)
     wins = least < standing_errors
     chosen = table[place, torch.arange(table.shape[1], device=table.device)]
@@ -291,7 +294,7 @@ def better(
 
 
 def fixed(table: Tensor | None) -> Proposals:
-    """The same candidates in every round, none for None."""
+    """Propose the same candidates in every round; None proposes nothing."""
     return () if table is None else ((lambda standing: table,),)
 
 
@@ -306,10 +309,12 @@ def alternate(
 ) -> tuple[tuple[Tensor, Tensor], list[float]]:
     """Search one operand with the other fixed, in turns; the criterion never rises.
 
-    ``proposals``: for each operand its proposals of the first round, of the second and so on, the
-    last for all later ones; none where nothing is searched. ``start``: parameters to begin with,
-    (groups, n). Returns the parameters found, and the criterion of the whole output at the start
-    and after each round. An operand is not searched again while the other one stays.
+    ``proposals``: for each operand a list with its proposals of each round. The last entry also
+    serves all later rounds; an empty list searches nothing. ``start``: initial parameters,
+    (groups, n). An operand is searched again only if the other one changed.
+
+    Returns the best parameters, and the criterion of the whole output at the start and after each
+    round.
     """
     chosen = list(start)
     fakes = [side.fake(parameters) for side, parameters in zip(sides, start, strict=True)]
@@ -335,12 +340,12 @@ def alternate(
 
 
 def factors(candidates: int, low: float, high: float) -> Tensor:
-    """``candidates`` numbers from low up in equal steps, high itself left out."""
+    """Return ``candidates`` numbers in equal steps from low up to, but without, high."""
     return low + torch.arange(candidates) * ((high - low) / candidates)
 
 
 def symmetric_start(largest: Tensor, bits: int) -> Tensor:
-    """Scale and zero point (groups, 2) whose last code reaches half a step short of ``largest``."""
+    """Scale and zero point (groups, 2) whose last code is half a step below ``largest``."""
     scale = largest.float() / ((1 << (bits - 1)) - 0.5)
     scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
     return torch.stack((scale, torch.zeros_like(scale)), 1)

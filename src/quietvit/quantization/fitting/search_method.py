@@ -1,6 +1,6 @@
-"""What PTQ4ViT and AdaLog share: they record products, then search quantizers for each of them.
+"""What PTQ4ViT and AdaLog share: record products, then search quantizers for each of them.
 
-Their candidates are their own files' business, in ``methods``.
+Their own files in ``methods`` define the candidates.
 """
 
 from __future__ import annotations
@@ -31,51 +31,44 @@ from quietvit.tracing import Trace
 
 
 class SearchMethod(Method):
-    """Base config of methods that search the operands of each product in turns.
+    """Base config of methods that search the two operands of each product in turns.
 
-    Candidates are multiplied in bfloat16 where the processor or GPU is fast at it and bits are at
-    most 8, else in float32 (derived here): other machines may choose other, about equally good
-    steps. The chosen rows of every site are held in memory; so are all images, unless they come as
-    one tensor.
+    Candidates are multiplied in bfloat16 if the machine is fast at it and bits are at most 8, else
+    in float32 (derived here). So other machines may choose other, about equally good steps. Memory
+    holds the chosen rows of every site, and all images unless they come as one tensor.
     """
 
     patch_embed_bits: EdgeBits = "same"
-    """Bits of both operands of the first layer, which the trace finds by its role.
-
-    A number, None for float, or ``"same"`` for the working bits.
-    """
+    """Bits of both operands of the first layer: a number, None for float, or ``"same"``."""
     head_bits: EdgeBits = "same"
-    """Bits of both operands of the last layer, as ``patch_embed_bits``."""
+    """Bits of both operands of the last layer, like ``patch_embed_bits``."""
     patch_input_bits: Bits = None
-    """Bits of the patch embedding's input; its weight has ``patch_embed_bits``.
-
-    None, as in the authors' code: it stays float.
-    """
+    """Bits of the patch embedding's input; None keeps it in float, as in the authors' code."""
     hessian: StrictBool = False
-    """Whether errors of the output are weighed by the gradient there."""
+    """Whether to weigh errors of the output by the gradient there."""
     rounds: Annotated[StrictInt, Field(ge=1)] = 3
     """How often both operands are searched."""
     rows: Annotated[StrictInt, Field(ge=1)] | None = 2048
-    """How many tokens of each site, drawn at random, stand for all; None takes all."""
+    """Tokens kept of each site, drawn at random; None takes all."""
     seed: StrictInt = 0
     """Seed of that draw."""
 
     @abstractmethod
     def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:
-        """The family of quantizers of an operand that has bits."""
+        """Return the family of quantizers for an operand that has bits."""
 
     @abstractmethod
     def start(self, side: Side, product: Product, index: int) -> Tensor:
-        """Parameters that the search of an operand begins with, (groups, n)."""
+        """Return the initial parameters of the search for an operand, (groups, n)."""
 
     @abstractmethod
     def proposals(self, side: Side, start: Tensor) -> Proposals:
-        """Candidates for an operand, by round."""
+        """Return the candidates for an operand, by round."""
 
     def prepare(
         self, calibration: Calibration, products: dict[str, Product], calibrated: Calibrated
     ) -> None:
-        """Change the model and what was recorded before anything is searched."""
+        """Change the model and the recorded products before the search."""
         return
 
     def working_bits(self, slot: Slot) -> int | None:
@@ -92,7 +85,7 @@ class SearchMethod(Method):
         return f"{super().policy()}; patch embedding's input {f'{bits} bits' if bits else 'float'}"
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """One pass over the images, backward too with ``hessian``, then a search by product."""
+        """Run one pass over the images (with ``hessian`` also backward), then search by product."""
         label = f"{self.name} {self.label}"
         products = record(
             calibration,
@@ -111,7 +104,6 @@ class SearchMethod(Method):
         return calibrated
 
     def _search(self, product: Product, trace: Trace) -> dict[Slot, Quantizer]:
-        """The quantizers of one product's operands."""
         slots = (Slot(product.site, 0), Slot(product.site, 1))
         bits = (self.slot_bits(slots[0]), self.slot_bits(slots[1]))
         if product.left is None or product.right is None:
@@ -148,7 +140,7 @@ def _is_patch_input(slot: Slot) -> bool:
 
 
 def _axis(side: Side, slot: Slot) -> int | None:
-    """Dim of the model's own tensor along which the groups of an operand lie."""
+    """Return the dim of the groups in the model's own tensor: attention heads are dim -3."""
     if side.groups.index.numel() == 1:
         return None
     if not slot.is_weight:

@@ -1,7 +1,7 @@
 """Power-of-two thresholds: statistics of a stream, an outlier filter, a search by error measure.
 
-The quantizer is [-t, t - step] or [0, t - step] with step t/2^(bits - signed). Which tensor gets
-which threshold is decided in ``methods``.
+The quantizer covers [-t, t - step] or [0, t - step] with step t/2^(bits - signed). ``methods``
+decide which tensor gets which threshold.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _PART = 1 << 17
 
 @dataclass(frozen=True)
 class Points:
-    """A distribution: ``values`` (channels, n) float32, ``counts`` alike, None where all count 1.
+    """A distribution: ``values`` (channels, n) float32, and ``counts``; None if every count is 1.
 
-    ``minimum``, ``maximum``: (channels,), the ends of what was seen, float32.
+    ``minimum``, ``maximum``: (channels,), float32, the extremes that were seen.
     """
 
     values: Tensor
@@ -38,16 +38,16 @@ class Points:
 
     @classmethod
     def of(cls, weight: Tensor, axis: int) -> Points:
-        """All entries of a weight, each index of ``axis`` for itself."""
+        """Take all entries of a weight, separately for each index of ``axis``."""
         values = weight.detach().float().movedim(axis, 0).flatten(1)
         return cls(values, None, values.amin(1), values.amax(1))
 
 
 class Statistics(RangeEstimator):
-    """One stream's extremes, histogram and, along ``channels``, channel means.
+    """One stream's extremes, its histogram and, along ``channels``, the channel means.
 
-    Memory is bounded: see ``ranges.Stream``, whose bins are powers of two wide, at most 2^-13 of
-    the largest absolute value. Without ``histogram`` only extremes and means are kept.
+    Memory is bounded: see ``ranges.Stream``. A bin's width is a power of two, at most 2^-13 of the
+    largest absolute value. Without ``histogram``, only extremes and means are kept.
     """
 
     def __init__(self, *, channels: int | None, histogram: bool = True) -> None:
@@ -77,13 +77,13 @@ class Statistics(RangeEstimator):
         return minimum, maximum
 
     def means(self) -> Tensor:
-        """Mean of each channel, (channels,), double."""
+        """Return the mean of each channel, (channels,), double."""
         self.finish()
         assert self.sum is not None
         return self.sum / self.vectors
 
     def points(self) -> Points:
-        """The histogram; the outermost bins stand for the extremes seen."""
+        """Return the histogram; the outermost bins stand for the extremes seen."""
         minimum, maximum = self.finish()
         assert self.stream is not None
         values, counts = self.stream.points()
@@ -93,8 +93,9 @@ class Statistics(RangeEstimator):
 
 
 def without_outliers(points: Points, z: float) -> Points:
-    """Set the count of each value with abs(value - mean)/std > z to 0; ``minimum`` and ``maximum``
-    become those of what is left. A constant has no outliers.
+    """Set the count of each value with abs(value - mean)/std > z to 0.
+
+    ``minimum`` and ``maximum`` are those of the remaining values. A constant has no outliers.
     """
     values = points.values.double()
     counts = torch.ones_like(values) if points.counts is None else points.counts.double()
@@ -122,12 +123,12 @@ def search(
     candidates: int = 10,
     shifted: bool = False,
 ) -> Tensor:
-    """Threshold of least error among t0/2^i, t0 = 2·2^ceil(log2 max|x|), for each channel.
+    """Return each channel's threshold of least error among t0/2^i, t0 = 2·2^ceil(log2 max|x|).
 
-    At least 2^-16; of equals the smallest. ``error``: ``mse``, ``mae``, ``lp`` (mean |x - q(x)|^p),
-    ``kl`` (see ``_kl``) or ``noclip`` (the number of values outside [-t, t] or [0, t]). With
-    ``shifted`` the unsigned grid begins at minus the smallest grid point that covers the minimum.
-    Returns (channels,), float32.
+    It is at least 2^-16; of equal candidates, the smallest wins. ``error``: ``mse``, ``mae``,
+    ``lp`` (mean |x - q(x)|^p), ``kl`` (see ``_kl``) or ``noclip`` (number of values outside [-t, t]
+    or [0, t]). With ``shifted``, the unsigned grid starts at minus the smallest grid point that
+    covers the minimum. Returns (channels,), float32.
     """
     if error not in ERRORS:
         raise QuietvitError(
@@ -147,7 +148,7 @@ def search(
 
 
 def power_of_two_above(x: Tensor) -> Tensor:
-    """The smallest power of two that is at least x, elementwise, exactly; 0 for 0."""
+    """The smallest power of two that is at least x, elementwise and exact; 0 for 0."""
     mantissa, exponent = torch.frexp(x.double())
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
     return torch.where(x > 0, torch.exp2(exponent.double()), 0.0).to(x.dtype)
@@ -159,7 +160,7 @@ Grid = tuple[Tensor, Tensor, tuple[int, int]]
 def grid(
     points: Points, threshold: Tensor, *, bits: int, signed: bool, shifted: bool = False
 ) -> Grid:
-    """Step, zero point and code range of the quantizer with this threshold, (channels,) each."""
+    """Return step, zero point and code range for this threshold; tensors are (channels,)."""
     codes = affine_code_range(bits, signed)
     step = threshold / 2 ** (bits - signed)
     zero = torch.zeros_like(step)
@@ -177,7 +178,7 @@ def quantizer(
     axis: int | None,
     shifted: bool = False,
 ) -> AffineQuantizer:
-    """The quantizer with this threshold, (channels,), of which there is one for ``axis`` None."""
+    """Return the quantizer for this threshold, (channels,). If ``axis`` is None, channels is 1."""
     step, zero, _ = grid(points, threshold, bits=bits, signed=signed, shifted=shifted)
     if axis is None:
         step, zero = step[0], zero[0]
@@ -187,7 +188,7 @@ def quantizer(
 def _error(
     points: Points, step: Tensor, zero: Tensor, codes: tuple[int, int], name: str, p: float
 ) -> Tensor:
-    """Sum of the error over the values, each as often as it counts; (channels,) double."""
+    """Sum of the error over the values, weighted by their counts; (channels,) double."""
     if name == "kl":
         return _kl(points, step, zero, codes)
     step, zero = step[:, None], zero[:, None]
@@ -210,12 +211,12 @@ _MEASURES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def _kl(points: Points, step: Tensor, zero: Tensor, codes: tuple[int, int]) -> Tensor:
-    """Kullback-Leibler divergence of a quantized from the float histogram.
+    """Kullback-Leibler divergence of the quantized from the float histogram.
 
-    After the calibration of TensorRT (Migacz, GTC 2017), in a form of its own: over ``KL_BINS``
-    equal bins of what was seen, P is the float histogram with what is clipped added to the
-    outermost bins inside, Q spreads each level's mass inside evenly over the level's bins. Q sums
-    to the share inside only, so that a threshold which clips nearly all is not taken for good.
+    A variant of TensorRT's calibration (Migacz, GTC 2017) with ``KL_BINS`` equal bins between the
+    extremes. P is the float histogram; clipped mass is added to the outermost unclipped bins. Q
+    spreads each level's unclipped mass evenly over the level's bins. Q sums only to the unclipped
+    share, so a threshold that clips nearly everything gets a large divergence.
     """
     low = points.minimum[:, None].double()
     width = ((points.maximum[:, None] - low) / KL_BINS).clamp(min=1e-30)

@@ -1,1 +1,1 @@
-"""One file a method: its config, its pure functions, its registration (``register_method``)."""
+"""One file per method: its config, its pure functions, its registration (``register_method``)."""

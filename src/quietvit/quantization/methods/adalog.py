@@ -1,6 +1,6 @@
-"""AdaLog: logarithmic steps of searched base behind softmax and GELU, uniform steps elsewhere.
+"""AdaLog: logarithmic steps with a searched base after softmax and GELU, uniform steps elsewhere.
 
-The search itself lives in ``search``, the recording of products in ``products``.
+The search is in ``search``; ``products`` records the products.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quietvit.quantization.weights import read_weight
 from quietvit.tracing import Trace
 
 BASES = 128
-"""Numerators q that are tried for the base 2^(-q/37), from 1 up."""
+"""Numerators q that are tried for the base 2^(-q/37): 1 to 128."""
 _ENDS = 12
 _INNER = 0.1
 _NARROWEST = 1e-4
@@ -38,24 +38,28 @@ Propose = Callable[[Tensor], Tensor]
 class AdaLog(SearchMethod):
     """Adaptive-logarithm quantization (Wu et al., arXiv 2407.12951).
 
-    Post-softmax operands have the levels 2^(-k q/37), inputs behind GELU s·2^(-k q/37) - 0.16997,
-    k below 2^b, and zero; q, and s for GELU, are searched. All else is uniform with a zero point:
-    weights per output channel, activations per tensor, attention's other operands per head. Steps
-    are searched product by product, on operands of the float model, weight and input (or both
-    operands of attention) in turns, ``rounds`` times, by the squared error of the output. Norms
-    whose readers are linear, but for the head's, are first re-parametrized so that one step fits
-    all their channels, as in RepQ-ViT (arXiv 2212.08254).
+    Post-softmax operands have the levels 2^(-k q/37), post-GELU inputs s·2^(-k q/37) - 0.16997, for
+    k below 2^b, and zero. q is searched, and s for GELU. All other operands are uniform with a zero
+    point: weights per output channel, activations per tensor, attention's other operands per head.
+    Steps are searched for each product, on operands of the float model. Weight and input (or both
+    operands of attention) are searched in turns, ``rounds`` times, by the squared error of the
+    output. Before that, norms that only linears read are re-parametrized, so that one step fits all
+    their channels, as in RepQ-ViT (arXiv 2212.08254). The head's norm is not.
 
-    As in the authors' code: weights of the patch embedding at the working bits, its input float
-    (``patch_input_bits``), the head at the working bits, 32 images.
+    As in the authors' code: the patch embedding's weights have the working bits, its input is float
+    (``patch_input_bits``), the head has the working bits, and there are 32 images.
 
-    Deviations. The search is simpler than the paper's six stages of 128 candidates (derived here):
-    a grid of both ends of the range, from the 10 % quantiles to the extremes, then ever closer
-    neighbours of the best. q runs from 1 to 128 instead of 10 to 137, since at 8 bits the authors'
-    smallest is too coarse. ``rows`` tokens of each site, drawn at random, stand for all (derived
-    here; None takes all). Levels are not rounded to the authors' table of 2^(b+1) - 2 values. The
-    shift of 0.16997 is not folded into the bias, which would change no value.
-    ``hessian`` weighs output errors by gradients, as PTQ4ViT does (off as published).
+    Deviations:
+
+    - The search is simpler than the paper's six stages of 128 candidates (derived here). It tries a
+      grid of both ends of the range, from the 10 % quantiles to the extremes, then ever closer
+      neighbours of the best.
+    - q runs from 1 to 128, not from 10 to 137: the authors' smallest is too coarse at 8 bits.
+    - ``rows`` random tokens of each site represent all (derived here; None takes all).
+    - Levels are not rounded to the authors' table of 2^(b+1) - 2 values.
+    - The shift of 0.16997 is not folded into the bias, which would change no value.
+
+    ``hessian`` weighs output errors by gradients as PTQ4ViT does; the published method does not.
     """
 
     summary: ClassVar[str] = "adaptive logarithm behind softmax and GELU, output-error search"
@@ -78,14 +82,14 @@ class AdaLog(SearchMethod):
         return Affine(x, Groups.along(x, *dims), bits, dtype, signed=False)
 
     def start(self, side: Side, product: Product, index: int) -> Tensor:
-        """What fits the operand itself best: the other one is first searched against this."""
+        """Return the best fit to the operand itself; the other operand is searched against it."""
         if isinstance(side, Log):
             scale = _gelu_ends(side)[1] if side.shift else side.x.new_ones(())
             return nearest(side, _bases(scale.view(1, 1)))
         return nearest(side, end_points(side))
 
     def proposals(self, side: Side, start: Tensor) -> Proposals:
-        """A grid in the first round, ever closer neighbours then and later."""
+        """Return a grid for the first round, and ever closer neighbours of the best for all."""
         if isinstance(side, Log):
             if not side.shift:
                 return ((_bases,),)
@@ -98,7 +102,6 @@ class AdaLog(SearchMethod):
     def prepare(
         self, calibration: Calibration, products: dict[str, Product], calibrated: Calibrated
     ) -> None:
-        """Re-parametrize norms."""
         if not self.reparametrization:
             return
         found = hidden_norm_links(calibration.model, calibration.trace)
@@ -113,7 +116,7 @@ class AdaLog(SearchMethod):
         products: dict[str, Product],
         calibrated: Calibrated,
     ) -> None:
-        """Give all channels of a norm one step and zero point, and move what was recorded along."""
+        """Give all channels of a norm one step and zero point, and update the recorded products."""
         readers = [
             (products[site.name], site, list(columns))
             for site, columns in zip(link.consumers, link.columns, strict=True)
@@ -125,7 +128,7 @@ class AdaLog(SearchMethod):
         bits = self.slot_bits(Slot(site, 0))
         x = product.left
         if x is None or bits is None or sorted(columns) != list(range(link.channels)):
-            why = "its channels do not reach a linear once each"
+            why = "its channels do not each reach a linear exactly once"
             calibrated.notes.append(f"{self.name} did not re-parametrize {link.norm.name}: {why}")
             return
         values = x.new_empty(link.channels, x.shape[1] * x.shape[2])
@@ -139,11 +142,11 @@ class AdaLog(SearchMethod):
 
 
 def even_out(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Gain and shift, (channels,), that give all channels the same step and zero point.
+    """Return gain and shift, (channels,), that give all channels the same step and zero point.
 
-    ``values``: (channels, n). Each channel's own step s and zero point z are those of least squared
-    error; the common ones are their means (RepQ-ViT, arXiv 2212.08254). A channel that is zero
-    throughout keeps its scale.
+    ``values``: (channels, n). Each channel's own step s and zero point z have the least squared
+    error; the common ones are their means (RepQ-ViT, arXiv 2212.08254). A channel of zeros keeps
+    its scale.
     """
     x = values.T[None, None]
     groups = Groups.along(x, 3)
@@ -160,9 +163,9 @@ def even_out(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def end_points(side: Side) -> Tensor:
-    """Scale and zero point for many pairs of a lower and an upper end, (pairs, groups, 2).
+    """Return scale and zero point for many pairs of range ends, (pairs, groups, 2).
 
-    Ends go in equal steps from the 10 % quantile of a group's values at either side to its extreme.
+    On each side, ends run in equal steps from the 10 % quantile of a group's values to the extreme.
     """
     rows = side.groups.rows(side.x)
     inner = max(1, round(_INNER * rows.shape[1]))
@@ -180,7 +183,7 @@ def end_points(side: Side) -> Tensor:
 
 
 def _nearby(bits: int, width: float) -> Propose:
-    """Scales within ``width`` of the standing one, zero points a few codes beside it."""
+    """Propose scales within ``width`` of the current one, with zero points a few codes away."""
 
     def propose(standing: Tensor) -> Tensor:
         factors = torch.linspace(1 - width, 1 + width, 8, device=standing.device)
@@ -195,13 +198,13 @@ def _nearby(bits: int, width: float) -> Propose:
 
 
 def _bases(standing: Tensor) -> Tensor:
-    """Every q at the standing scale."""
+    """Propose every q at the current scale."""
     q = torch.arange(1, BASES + 1, device=standing.device).float()
     return torch.stack((standing[0, 0].expand_as(q), q), 1)[:, None]
 
 
 def _scales(low: Tensor, high: Tensor, reach: int) -> Propose:
-    """Scales from low to high with q up to ``reach`` from the standing one."""
+    """Propose scales from low to high, with q up to ``reach`` from the current one."""
 
     def propose(standing: Tensor) -> Tensor:
         steps = torch.linspace(0, 1, 16, device=standing.device) * (high - low) + low
@@ -222,7 +225,7 @@ def _log_nearby(width: float) -> Propose:
 
 
 def nearest(side: Side, table: Tensor) -> Tensor:
-    """Each group's candidate of least squared error of the operand itself, (groups, n)."""
+    """Return each group's candidate with the least squared error of the operand, (groups, n)."""
     errors = []
     for parameters in portions(table, side.x.numel()):
         values, scale = side.fake(parameters)
@@ -233,7 +236,7 @@ def nearest(side: Side, table: Tensor) -> Tensor:
 
 
 def _gelu_ends(side: Log) -> tuple[Tensor, Tensor]:
-    """The 90 % quantile of the positive values and the largest, shifted."""
+    """Return the 90 % quantile of the positive values and the largest, both shifted."""
     positive = side.x[side.x > 0]
     if positive.numel() == 0:
         positive = side.x.new_zeros(1)

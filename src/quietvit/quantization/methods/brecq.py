@@ -1,6 +1,6 @@
 """BRECQ: rounding and activation scales learned block by block.
 
-The loop lives in ``reconstruct``; QDrop, which adds random float activations, in ``qdrop``.
+The loop is in ``reconstruct``; ``qdrop`` adds random float activations.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class BRECQ(Reconstruction):
     published: ClassVar[str] = "20000 iterations a block, batch 32, 1024 images"
 
     fisher: bool = False
-    """Whether squared output errors are weighed by the squared gradient there.
+    """Whether to weigh squared output errors by the squared gradient there.
 
-    That of KL(float ‖ quantized), scaled to mean 1: the paper's diagonal Fisher matrix. It costs a
-    forward and backward pass of the whole model for each block and image.
+    The gradient is that of KL(float ‖ quantized), scaled to mean 1: the paper's diagonal Fisher
+    matrix. It costs a forward and backward pass of the whole model per block and image.
     """
 
     def output_weights(self, data: BlockData, block: Block, layout: BlockLayout) -> Tensor | None:
@@ -42,9 +42,10 @@ class BRECQ(Reconstruction):
 
 
 def squared_gradients(data: BlockData, block: Block, layout: BlockLayout) -> Tensor | None:
-    """Squared gradients of KL(float ‖ quantized) at the block's output, of mean 1.
+    """Return squared gradients of KL(float ‖ quantized) at the block's output, scaled to mean 1.
 
-    (images, rows, ...), over the last dim of the model's first output. None where all vanish.
+    Shape (images, rows, ...). KL is over the last dim of the model's first output. None if all are
+    zero.
     """
     parts = []
     for images in data.images:
@@ -52,7 +53,7 @@ def squared_gradients(data: BlockData, block: Block, layout: BlockLayout) -> Ten
 
         def hold(module: nn.Module, given: Any, output: Any, held: list[Tensor] = held) -> Any:
             held.append(first_tensor(output).detach().requires_grad_())
-            # A copy, since what follows may change it in place.
+            # A copy, because later code may change the output in place.
             return with_first_tensor(output, held[-1].clone())
 
         hook = data.model.get_submodule(block.name).register_forward_hook(hold)

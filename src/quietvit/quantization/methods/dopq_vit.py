@@ -1,6 +1,6 @@
-"""DopQ-ViT: RepQ-ViT with medians behind norms (MOSF) and tangent attention maps (TanQ).
+"""DopQ-ViT: RepQ-ViT with medians after norms (MOSF) and tangent attention maps (TanQ).
 
-Everything shared with RepQ-ViT lives in ``repq_vit``, the quantizer itself in ``companding``.
+What it shares with RepQ-ViT is in ``repq_vit``, the quantizer in ``companding``.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ CURVATURES = tuple(0.4 + 0.05 * step for step in range(23))
 class DopQViT(RepQViT):
     """DopQ-ViT (Yang et al., arXiv 2408.03291) without its block reconstruction.
 
-    ``mosf``: s̃ behind norms is the one of least mean absolute deviation, which is the median of
-    the s_j (the paper's statement). That alone changes nothing here: s̃ cancels, see
-    ``postnorm.layerwise``. z̃ does not cancel, so it is the median of the z_j, too; derived here.
+    ``mosf``: s̃ after norms is the value of least mean absolute deviation, which is the median of
+    the s_j (the paper's statement). That alone changes nothing here, because s̃ cancels (see
+    ``postnorm.layerwise``). z̃ does not cancel, so it is the median of the z_j; derived here.
 
-    ``tanq``: attention maps take ``TanQuantizer``, derived here since the paper's equation is not
-    public. Its scale, the largest value or a p-quantile as in RepQ-ViT, and its curvature, 0.4 to
-    1.5, are those of least squared error over a histogram of the calibration images.
+    ``tanq``: attention maps get a ``TanQuantizer``, derived here since the paper's equation is not
+    public. Its scale is the largest value or a p-quantile as in RepQ-ViT, its curvature is 0.4 to
+    1.5. The pair of least squared error over a histogram of the calibration images is taken.
 
-    With either set to False the part is RepQ-ViT's; everything else is RepQ-ViT's anyway. The
-    published figures are not to be expected: they are of blocks reconstructed on 1024 images.
+    Everything else is RepQ-ViT's, and so is a part that is set to False. Do not expect the
+    published figures: they include block reconstruction on 1024 images.
     """
 
     summary: ClassVar[str] = "RepQ-ViT with medians behind norms, tangent attention maps"
@@ -49,18 +49,18 @@ class DopQViT(RepQViT):
     published: ClassVar[str] = "DeiT-T W4A4 65.54, W6A6 71.17, with block reconstruction"
 
     mosf: bool = True
-    """Whether medians stand behind norms; else RepQ-ViT's means."""
+    """Whether to use medians after norms; else RepQ-ViT's means."""
     tanq: bool = True
-    """Whether attention maps take ``TanQuantizer``; else RepQ-ViT's log √2."""
+    """Whether attention maps get a ``TanQuantizer``; else RepQ-ViT's log √2."""
 
     def layerwise(self, steps: ChannelSteps) -> Layerwise:
-        """One quantizer for all channels: the medians of scales and zero points."""
+        """Return one quantizer for all channels, from the medians of scales and zero points."""
         if not self.mosf:
             return super().layerwise(steps)
         return layerwise(steps, scale_centre=_median, zero_centre=_median)
 
     def attention_quantizer(self, x: Tensor, bits: int) -> Quantizer:
-        """Tangent quantizer of attention maps, scale and curvature of least squared error."""
+        """Return the tangent quantizer of attention maps with the least squared error."""
         if not self.tanq:
             return super().attention_quantizer(x, bits)
         rows = x.detach().float().reshape(1, -1)

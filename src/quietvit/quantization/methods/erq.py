@@ -1,6 +1,6 @@
-"""ERQ: ridge regressions make up for what quantized activations, then quantized weights, lose.
+"""ERQ: ridge regressions compensate the errors of quantized activations, then those of weights.
 
-Activation quantizers are the base's. Rows and solvers live in ``least_squares``.
+Activation quantizers come from the base. Rows and solvers are in ``least_squares``.
 """
 
 from __future__ import annotations
@@ -37,33 +37,34 @@ from quietvit.tracing import Site
 
 FLIPS = 100
 BUDGET = 1 << 26
-"""Entries of Gram matrices kept at once, 256 MB; a pass over the images for each such lot."""
+"""Entries of Gram matrices held at once, 256 MB. Each such lot needs a pass over the images."""
 
 
 @register_method("erq")
 class ERQ(OnTop):
-    """ERQ (Zhong et al., ICML 2024, arXiv 2407.06794), facts from the paper and the authors' code.
+    """ERQ (Zhong et al., ICML 2024, arXiv 2407.06794), after the paper and the authors' code.
 
-    For every linear and convolution, from the float model's input x and the quantized x̂, with a
-    column of ones for the bias, and λ = ``ridge``:
+    For every linear and convolution, with the float model's input x and the quantized x̂, a column
+    of ones for the bias, and λ = ``ridge``:
 
-    1. Activation error: [W, b] += [(ÂᵀÂ + λI)⁻¹ Âᵀ(Y - Â[W, b]ᵀ)]ᵀ, Â the rows [x̂, 1] and
-       Y = [x, 1][W, b]ᵀ what the float layer gives.
-    2. Weight error: half of the columns not yet rounded (in order) are rounded; δ, what that adds
-       to them, is made up for in the other half and the bias: -(Â₂ᵀÂ₂ + λI)⁻¹ Â₂ᵀÂ₁ δ; again,
-       until all are. ``refine``: before that, up to 100 times for each output, one weight is
-       rounded the other way to lower δᵀ E[x̂x̂ᵀ] δ.
+    1. Activation error: [W, b] += [(ÂᵀÂ + λI)⁻¹ Âᵀ(Y - Â[W, b]ᵀ)]ᵀ. Â has the rows [x̂, 1], and
+       Y = [x, 1][W, b]ᵀ is the float layer's output.
+    2. Weight error: round half of the columns that remain, in order. δ is the change. Compensate it
+       in the other half and the bias: -(Â₂ᵀÂ₂ + λI)⁻¹ Â₂ᵀÂ₁ δ. Repeat until all are rounded.
+       ``refine``: before each compensation, round up to 100 weights per output the other way, each
+       if that lowers δᵀ E[x̂x̂ᵀ] δ.
 
-    λ = 1000 is the authors' coefficient of 10000 for 32 images (Â has 6304 rows there).
+    λ = 1000 corresponds to the authors' coefficient of 10000 for 32 images (Â has 6304 rows there).
 
-    Differs from the authors': weights get uniform quantizers, one range for each output (theirs of
-    2025 give a twentieth of the columns a range of their own); the range is ``weight_range`` (they
-    search ten percentiles); the flip that lowers the proxy most is taken (derived here; they take
-    the largest gradient); one λ everywhere (they take 0.1 in step 1 for the head, ten times more
-    for convolutions, and leave the patch embedding out of step 1); layers without bias get one.
+    Differs from the authors': (1) Weights get uniform quantizers, one range per output (theirs of
+    2025 give a twentieth of the columns ranges of their own). (2) The range is ``weight_range``
+    (they search ten percentiles). (3) The flip that lowers the proxy most is taken (derived here;
+    they take the largest gradient). (4) There is one λ (they take 0.1 in step 1 for the head, ten
+    times more for convolutions, and leave the patch embedding out of step 1). (5) Layers without
+    bias get one.
 
-    Only sums of outer products are kept, not images; large models need several passes.
-    Weights that are shared, computed, or of transposed convolutions stay as the base rounds them.
+    Memory holds sums of outer products, not images; large models need several passes. Weights that
+    are shared, computed, or of transposed convolutions stay as the base rounds them.
     """
 
     summary: ClassVar[str] = "closed-form ridge compensation of activation and weight errors"
@@ -74,14 +75,14 @@ class ERQ(OnTop):
     ridge: Annotated[float, between(0.0, 1e12)] = 1000.0
     """λ, the strength of the ridge regressions."""
     weight_range: RangeName = "omse"
-    """How the grid of a weight is chosen, as ``RTN``'s field."""
+    """How the grid of a weight is chosen, as in ``RTN``."""
     weight_symmetric: bool = False
     """Whether the zero point of weights is 0."""
     refine: bool = True
-    """Whether single weights are rounded the other way where that lowers the error."""
+    """Whether single weights are rounded the other way if that lowers the error."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """The base's passes, and one more for each lot of sums that fits into memory."""
+        """Calibrate the base, then run one pass for each lot of sums that fits into memory."""
         calibrated = self.calibrate_base(calibration)
         sites = movable(calibration, calibrated, self._touches, "ERQ")
         solved: dict[str, Solved] = {}
@@ -133,13 +134,13 @@ class ERQ(OnTop):
 
 
 class Sums:
-    """Over rows of x and x̂: [x̂, 1]ᵀ[x̂, 1] and [x̂, 1]ᵀ(x - x̂)."""
+    """Sums over rows of x and x̂: [x̂, 1]ᵀ[x̂, 1] and [x̂, 1]ᵀ(x - x̂)."""
 
     def __init__(self) -> None:
         self.gram, self.lost = Gram(), Gram()
 
     def update(self, x: Tensor, quantized: Tensor) -> None:
-        """x, quantized: (groups, rows, features)."""
+        """Add x and quantized, both (groups, rows, features)."""
         left = torch.nn.functional.pad(quantized, (0, 1), value=1.0)
         self.gram.update(left, left)
         self.lost.update(left, x - quantized)
@@ -147,7 +148,7 @@ class Sums:
 
 @dataclass
 class Solved:
-    """A site's new weight, what its bias gains, and the grid of the weight, None where float."""
+    """A site's new weight, the change of its bias, and the weight's grid (None if float)."""
 
     weight: Tensor
     bias: Tensor
@@ -157,9 +158,9 @@ class Solved:
 def round_by_halves(
     weight: Tensor, gram: Tensor, grid: AffineQuantizer, strength: float, *, refine: bool = True
 ) -> Tensor:
-    """Step 2 of ERQ: (groups, outputs, f + 1) with all but the last column, the bias, on the grid.
+    """Step 2 of ERQ: (groups, outputs, f + 1), all columns but the last (the bias) on the grid.
 
-    gram: (groups, f + 1, f + 1), sum of outer products of the quantized inputs and a one. float64.
+    gram: (groups, f + 1, f + 1), the sum of outer products of [quantized input, 1]. float64.
     """
     weight = weight.clone()
     end, total = 0, weight.shape[-1]
@@ -176,10 +177,10 @@ def round_by_halves(
 
 
 def flip(wanted: Tensor, rounded: Tensor, gram: Tensor, grid: AffineQuantizer) -> Tensor:
-    """Round single weights the other way while δᵀ gram δ falls, δ = rounded - wanted; <= 100 a row.
+    """Round single weights the other way while δᵀ gram δ falls, at most 100 per row.
 
-    wanted, rounded: (groups, outputs, n), rounded on the grid; gram (groups, n, n). The flip of
-    largest decrease first. A weight beyond the grid's end has no other way.
+    δ = rounded - wanted. wanted, rounded: (groups, outputs, n), rounded on the grid; gram (groups,
+    n, n). The flip with the largest decrease comes first. A weight cannot leave the grid.
     """
     shape = (*wanted.shape[:2], 1)
     scale, zero = grid.scale.to(wanted).view(shape), grid.zero_point.to(wanted).view(shape)
@@ -202,7 +203,7 @@ def flip(wanted: Tensor, rounded: Tensor, gram: Tensor, grid: AffineQuantizer) -
 
 
 def _lots(sites: list[Site]) -> Iterator[list[Site]]:
-    """Sites in order, in lots whose sums take at most ``BUDGET`` entries, but one site at least."""
+    """Yield lots of sites, in order, with at most ``BUDGET`` entries of sums or one site each."""
     lot: list[Site] = []
     size = 0
     for site in sites:

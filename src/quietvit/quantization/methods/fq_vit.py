@@ -1,6 +1,6 @@
-"""FQ-ViT: power-of-two factors for what norms read, log-int-softmax; everything quantized.
+"""FQ-ViT: power-of-two factors for inputs of norms, log-int-softmax; quantizes everything.
 
-The quantizers live in ``nonuniform``; the integer softmax, which only this method has, lives here.
+The quantizers are in ``nonuniform``; the integer softmax, which only this method has, is here.
 """
 
 from __future__ import annotations
@@ -26,28 +26,30 @@ from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 LARGEST_EXPONENT = 3
 MASKED = 80.0
-"""Scores this far below the largest have a softmax of zero in float32: a mask made them."""
+"""Scores this far below the largest have a softmax of zero in float32, so they must be a mask."""
 _BLOCK = 64
 
 
 @register_method("fq-vit")
 class FQViT(Method):
-    """FQ-ViT (Lin et al., arXiv 2111.13824): min-max ranges, and what integer-only inference needs.
+    """FQ-ViT (Lin et al., arXiv 2111.13824): min-max ranges, and all parts for integer inference.
 
-    - Weights symmetric per output channel, activations affine per tensor, both by min-max.
-    - Post-softmax values by powers of two, scale 1.
-    - ``everything``: the inputs of layer norms and the residual stream too, by a power-of-two
-      factor (equation 9 there): one scale s and zero point, channel j with the step 2^a_j s, a_j in
-      0..3 of least squared error; the branches of residual adds and the scores before the softmax
-      per tensor; and the softmax by integers (below).
+    - Weights are symmetric per output channel, activations affine per tensor, both by min-max.
+    - Post-softmax values are powers of two, with scale 1.
+    - ``everything`` adds the inputs of layer norms and the residual stream by a power-of-two factor
+      (equation 9 there): one scale s and zero point, and channel j has the step 2^a_j s, with a_j
+      in 0..3 of least squared error. It also adds the branches of residual adds and the scores
+      before the softmax per tensor, and the softmax in integers (below).
 
-    Differences from the authors' code: the residual stream is quantized where it is read
-    (by the norm and by the next add, each with its own factors) instead of once where it is
-    written; logits are not quantized; layer norms themselves run in float on quantized inputs;
-    residual adds of images whose channels are not the last dim (CNN stems) go per tensor, and
-    attention maps that leave 0..1 (mixed heads) take a uniform quantizer, as a note says.
-    Scores with a mask (entries more than 80 below the largest) and softmaxes over another dim than
-    the last stay float, and a note says so.
+    Differences from the authors' code:
+
+    - The residual stream is quantized where it is read, not once where it is written. The norm and
+      the next add have their own factors.
+    - Logits are not quantized. Layer norms run in float on quantized inputs.
+    - Residual adds of images whose channels are not the last dim (CNN stems) are per tensor.
+    - Attention maps outside 0..1 (mixed heads) get a uniform quantizer. A note says so.
+    - Scores with a mask (entries more than 80 below the largest) stay float, and so do softmaxes
+      over another dim than the last. A note says so.
     """
 
     summary: ClassVar[str] = "fully quantized: power-of-two factors, log-int-softmax"
@@ -57,27 +59,18 @@ class FQViT(Method):
     kinds: ClassVar[frozenset[str]] = MATMUL_KINDS | {"norm", "softmax", "add"}
 
     head_bits: EdgeBits = "same"
-    """Bits of both operands of the last layer, as ``patch_embed_bits``."""
+    """Bits of both operands of the last layer, like ``patch_embed_bits``."""
     patch_embed_bits: EdgeBits = "same"
-    """Bits of both operands of the first layer, which the trace finds by its role.
-
-    A number, None for float, or ``"same"`` for the working bits.
-    """
+    """Bits of both operands of the first layer: a number, None for float, or ``"same"``."""
     attention_bits: Bits = 4
-    """Bits of post-softmax values, 4 in the paper; None: they stay float."""
+    """Bits of post-softmax values, 4 in the paper; None keeps them in float."""
     residual_bits: Bits = 8
-    """Bits of norm inputs and residual adds; None: they stay float.
-
-    8 in the paper, also where the rest is lower.
-    """
+    """Bits of norm inputs and residual adds, 8 in the paper; None keeps them in float."""
     everything: bool = True
-    """Whether norm inputs, the residual stream and the softmax are quantized too.
-
-    Else only matrix products are.
-    """
+    """Whether to quantize norm inputs, residual stream and softmax, or only matrix products."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """One pass over the images: extremes, and a histogram a channel for what norms read."""
+        """Run one pass: extremes, and a histogram per channel of the inputs of norms."""
         ranges: dict[Slot, MinMaxRange] = {}
         streams: dict[Slot, Stream] = {}
         left: dict[str, str] = {}
@@ -121,7 +114,7 @@ class FQViT(Method):
         return calibrated
 
     def working_bits(self, slot: Slot) -> int | None:
-        """Bits of an operand by its kind of site; norms, softmaxes and adds have some too."""
+        """Return an operand's bits by its kind of site; norms, softmaxes and adds have bits too."""
         if slot.site.kind in MATMUL_KINDS:
             bits = super().working_bits(slot)
             return self.attention_bits if bits and _is_attention(slot) else bits
@@ -162,7 +155,7 @@ class FQViT(Method):
 def factor_quantizer(
     stream: Stream, minimum: Tensor, maximum: Tensor, bits: int
 ) -> AffineQuantizer:
-    """Power-of-two factor quantizer of least squared error for each channel.
+    """Return the power-of-two factor quantizer with the least squared error for each channel.
 
     FQ-ViT, arXiv 2111.13824, equations 9 and 10: s = (max - min)/(2^b - 1)/2^3, z from the
     largest step, a_j by the error over channel j's values. ``stream`` has axis -1.
@@ -178,7 +171,7 @@ def factor_quantizer(
         for a, step in enumerate(steps):
             off = (part / step).round_().clamp_(low, high).mul_(step).sub_(part).square_()
             errors[a, start : start + _BLOCK] = (off if weight is None else off * weight).sum(1)
-    # The largest of equals: a constant channel is exact with each, and clips least with that one.
+    # Of equal steps the largest: a constant channel is exact with all, and this one clips least.
     exponents = LARGEST_EXPONENT - errors.flip(0).argmin(0)
     return power_of_two_factor(steps[0], zero_point, exponents.to(torch.int32), bits=bits)
 
@@ -187,8 +180,8 @@ def factor_quantizer(
 class IntegerSoftmax(Adjustment):
     """Softmax over the last dim with the exponential of I-BERT (arXiv 2101.01321, section 4.3).
 
-    exp(x) = 2^-n (0.3585 (p + 1.353)² + 0.344), n = floor(-x / ln 2), p = x + n ln 2, for x less
-    its maximum. The integers' values are computed in float32 at least; the error against exp is
+    exp(x) = 2^-n (0.3585 (p + 1.353)² + 0.344), n = floor(-x / ln 2), p = x + n ln 2, for x minus
+    its maximum. The integers' values are computed in at least float32. The error against exp is
     below 0.3 % of 1. The sum and the division that follow are exact to float32.
     """
 
@@ -226,7 +219,7 @@ def _is_attention(slot: Slot) -> bool:
 
 
 def _outside(watched: MinMaxRange) -> bool:
-    """Whether what was seen is no probability, as behind a linear that mixes heads."""
+    """Whether the values are not probabilities, for example after a linear that mixes heads."""
     minimum, maximum = watched.finish()
     return bool((minimum < 0) | (maximum > 1.001))
 
@@ -244,9 +237,9 @@ def _by_factors(slot: Slot, trace: Trace) -> bool:
 
 
 def _channels_last(trace: Trace, site: Site, shape: tuple[int, ...]) -> bool:
-    """Whether the channels of ``site`` run along the last dim of an operand of ``shape``.
+    """Whether the channels of ``site`` are the last dim of an operand of ``shape``.
 
-    Tokens' do; of an image, only if they do behind the last norm or weight in front of it.
+    Tokens (B, N, C) always have them last. For an image, the last norm or weight before it decides.
     """
     if len(shape) < 4:
         return True
@@ -264,6 +257,6 @@ def _notes(calibrated: Calibrated, left: dict[str, str]) -> list[str]:
     kinds = Counter(slot.site.kind for slot in calibrated.quantizers)
     others = {"norm": "norm inputs", "softmax": "softmaxes", "add": "operands of residual adds"}
     counted = [f"{kinds[kind]} {name}" for kind, name in others.items() if kinds[kind]]
-    notes = [f"quantized beside matrix products: {', '.join(counted)}"] if counted else []
+    notes = [f"quantized besides matrix products: {', '.join(counted)}"] if counted else []
     reasons = Counter(left.values())
     return notes + [f"{n} softmaxes stay float: {reason}" for reason, n in reasons.items()]

@@ -1,6 +1,6 @@
-"""GPTQ: weights are rounded column by column, each error taken up by the columns not yet rounded.
+"""GPTQ: round weights column by column; the columns not yet rounded absorb each error.
 
-Activation quantizers are the base's. The rounding itself lives in ``least_squares``.
+Activation quantizers come from the base. The rounding is in ``least_squares``.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ from quietvit.tracing import Site, Trace
 class GPTQ(OnTop):
     """GPTQ (Frantar et al., arXiv 2210.17323) with the activation quantizers of ``base``.
 
-    H = 2/n Σ x xᵀ over the quantized inputs x of a linear or convolution (patches; for each group
-    of channels), plus ``damp`` times its mean diagonal; then error feedback in blocks of ``block``
-    columns (algorithm 1 of the paper). The grid is uniform, one range for each output channel of
-    the float weight.
+    H = 2/n Σ x xᵀ over the quantized inputs x of a linear or convolution (patches, per group of
+    channels), plus ``damp`` times its mean diagonal. Then weights are rounded with error feedback
+    in blocks of ``block`` columns (algorithm 1 of the paper). The grid is uniform, with one range
+    per output channel of the float weight.
 
-    Block of the model by block, as the authors do: one pass over the images up to its end, with
-    all blocks before it quantized, gives H for its layers. Memory holds the H of one block, however
-    many images there are; they are gone through once per block.
+    The model's blocks are processed in order, as the authors do. For each block, one pass over the
+    images gives H for its layers, with all earlier blocks quantized. Memory holds the H of one
+    block, however many images there are.
 
-    Differs from the authors': activations are quantized too (theirs stay float); columns that see
-    only zeros are rounded to nearest (they set them to zero); float64 instead of float32. Weights
-    that are shared, computed, or of transposed convolutions stay as the base rounds them.
+    Differs from the authors': activations are quantized too (theirs stay float). Columns that see
+    only zeros are rounded to nearest (they set them to zero). The arithmetic is float64 instead of
+    float32. Weights that are shared, computed, or of transposed convolutions stay as the base
+    rounds them.
     """
 
     summary: ClassVar[str] = "rounding with error feedback, on the base's activation quantizers"
@@ -59,7 +60,7 @@ class GPTQ(OnTop):
     default_base: ClassVar[str] = "rtn"
 
     weight_range: RangeName = "omse"
-    """How the grid of a weight is chosen, as ``RTN``'s field."""
+    """How the grid of a weight is chosen, as in ``RTN``."""
     weight_symmetric: bool = False
     """Whether the zero point of weights is 0."""
     damp: Annotated[float, between(0.0, 1.0)] = 0.01
@@ -67,15 +68,15 @@ class GPTQ(OnTop):
     block: Annotated[int, Field(ge=1)] = 128
     """Columns rounded before their error reaches all later ones."""
     act_order: bool = False
-    """Whether columns of large diag H are rounded first."""
+    """Whether columns with large diag H are rounded first."""
     in_sequence: bool = True
-    """Whether the blocks of the model are done one after the other, as the authors do.
+    """Whether the blocks of the model are processed one after the other, as the authors do.
 
-    False: one pass, all H in memory at once, no weight quantized while it runs.
+    False: one pass with all H in memory at once, and float weights.
     """
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """The base's passes, and one more for each block of the model."""
+        """Calibrate the base, then run one pass for each block of the model."""
         calibrated = self.calibrate_base(calibration)
         sites = movable(calibration, calibrated, self._touches, "GPTQ")
         groups = _by_block(calibration.trace, sites) if self.in_sequence else [sites]
@@ -108,7 +109,6 @@ class GPTQ(OnTop):
         return grams
 
     def _round(self, model: nn.Module, site: Site, gram: Gram) -> AffineQuantizer:
-        """Write the rounded weight; its grid."""
         bits = self.slot_bits(Slot(site, 1))
         assert bits is not None
         weight = read_weight(model, site)
@@ -126,7 +126,7 @@ class GPTQ(OnTop):
 
 
 def _by_block(trace: Trace, sites: list[Site]) -> list[list[Site]]:
-    """The sites in the blocks they lie in; those in none are alone. In order of execution."""
+    """Group sites by block in execution order; a site in no block is a group of its own."""
     home = {site.name: block.name for block in find_blocks(trace) for site in block.sites}
     groups: dict[str, list[Site]] = {}
     for site in sites:

@@ -1,6 +1,6 @@
 """HPTQ: power-of-two thresholds, and four corrections that are exact in float or fold into biases.
 
-Its steps live in ``batchnorm``, ``equalize`` and ``thresholds``; here they are put together.
+The steps are in ``batchnorm``, ``equalize`` and ``thresholds``; this module combines them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
 SHIFTED = frozenset({"prelu", "elu", "hardswish", "silu", "gelu"})
-"""Activations with a bounded or small negative part, of which the shift takes care."""
+"""Activations with a small or bounded negative part, which the shift handles."""
 _KINDS = MATMUL_KINDS | {"norm"}
 WEIGHT_CANDIDATES, ACTIVATION_CANDIDATES = 10, 20
 
@@ -49,18 +49,19 @@ def _z(value: Any) -> Any:
 
 @register_method("hptq")
 class HPTQ(Method):
-    """HPTQ (Habi et al., arXiv 2109.09113; formulas as its authors' public toolkit has them).
+    """HPTQ (Habi et al., arXiv 2109.09113; formulas as in its authors' public toolkit).
 
-    Uniform quantizers without zero point whose threshold t is a power of two: [-t, t - t/2^(b-1)]
-    signed, [0, t - t/2^b] unsigned, for what is never negative. Weights signed, per output channel.
+    Uniform quantizers without zero point, with a power-of-two threshold t: [-t, t - t/2^(b-1)]
+    signed, or [0, t - t/2^b] unsigned for operands that are never negative. Weights are signed, per
+    output channel.
 
-    Differences from the paper. Histograms have finer bins (see ``ranges.Stream``, the paper: 2048),
-    since they then need not be made anew when the range grows. The threshold of a shifted input is
-    searched once more on its shifted grid, and each reader of an activation is shifted for itself:
-    both derived here, as is the form of ``kl``. Operands of attention's products get
-    thresholds as every other; residual adds and logits stay float. Padding counts as zeros in no
-    E[x]. Power-of-two thresholds waste up to half of a grid, which costs little at 8 bits and much
-    at 4.
+    Differences from the paper. Histograms have finer bins (see ``ranges.Stream``; the paper has
+    2048), so they need not be rebuilt when the range grows. A shifted input's threshold is searched
+    again on its shifted grid, and each reader of an activation is shifted separately. Both are
+    derived here, as is the form of ``kl``. Operands of attention's products get thresholds like all
+    others; residual adds and logits stay float. E[x] does not count padding as zeros.
+
+    Power-of-two thresholds waste up to half of a grid. That costs little at 8 bits and much at 4.
     """
 
     summary: ClassVar[str] = "power-of-two thresholds, equalization, shift, bias correction; CNNs"
@@ -69,43 +70,33 @@ class HPTQ(Method):
     images: ClassVar[int] = 500
 
     batchnorm_folding: bool = True
-    """Whether BatchNorms go into the weights in front of them."""
+    """Whether to fold BatchNorms into the weights in front of them."""
     equalization: bool = True
-    """Whether channels are scaled by min(1/sd, 1) between layers with a ReLU between them.
+    """Whether to scale channels by min(1/sd, 1) between layers with a ReLU in between.
 
     sd comes from the BatchNorm's own mean and standard deviation, so it needs the folding.
     """
     z_threshold: Annotated[float | None, BeforeValidator(_z)] = None
-    """Histogram bins further than this many standard deviations from the mean do not count.
-
-    5 to 20 are useful; None: all count.
-    """
+    """Ignore histogram bins more than this many (5 to 20) standard deviations off; None: none."""
     weight_error: ErrorName = "mse"
-    """What the search of a threshold minimizes, among 10.
-
-    ``mse``, ``mae``, ``lp`` (exponent ``p``), ``kl`` or ``noclip``.
-    """
+    """Error for the choice among 10 thresholds: ``mse``, ``mae``, ``lp``, ``kl`` or ``noclip``."""
     activation_error: ErrorName = "mse"
-    """As ``weight_error``, among 20."""
+    """Like ``weight_error``, among 20 thresholds."""
     p: Annotated[float, between(0.0, 16.0)] = 2.0
     """Exponent of the error ``lp``; 2 is ``mse``."""
     shift_negative: bool = True
-    """Whether inputs behind PReLU, ELU, Hardswish, SiLU or GELU become unsigned.
+    """Whether inputs after PReLU, ELU, Hardswish, SiLU or GELU become unsigned.
 
     They are shifted up by the smallest grid point that covers their minimum. Here an integer zero
-    point does that: the same function as adding the shift, padding with it and taking it out of the
-    next bias.
+    point does that. It equals adding the shift, padding with it and removing it from the next bias.
     """
     shift_ratio: Annotated[float, between(0.0, 1.0)] = 0.25
-    """Largest |minimum| of a shifted input, as a share of its threshold.
-
-    0.25 in the paper of 2021, 0.05 in the toolkit now.
-    """
+    """Largest |minimum| / threshold of a shifted input: 0.25 in the paper, 0.05 in the toolkit."""
     bias_correction: bool = True
-    """Whether bias -= Σ_j (W_q - W)_j E[x_j], E[x] per input channel from the images."""
+    """Whether bias -= Σ_j (W_q - W)_j E[x_j], with E[x] per input channel from the images."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """One pass over the images, and four at most over the first."""
+        """Run one pass over the images, and at most four over the first image."""
         calibrated = Calibrated()
         first = calibration.images.peek()[:1]
         if self.batchnorm_folding:
@@ -122,7 +113,7 @@ class HPTQ(Method):
     def _statistics(
         self, calibration: Calibration, calibrated: Calibrated
     ) -> dict[Slot, Statistics]:
-        """What the float model shows of its activations, folded and equalized."""
+        """Return statistics of the activations of the float model, folded and equalized."""
         seen: dict[Slot, Statistics] = {}
 
         def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
@@ -173,7 +164,7 @@ class HPTQ(Method):
         if refused:
             shown = ", ".join(refused[:3]) + (", ..." if len(refused) > 3 else "")
             calibrated.notes.append(
-                f"{self.name} left {len(refused)} inputs signed whose negative part is above "
+                f"{self.name} kept {len(refused)} inputs signed: their negative part is above "
                 f"{self.shift_ratio:g} of the threshold: {shown}"
             )
 
@@ -220,7 +211,7 @@ class HPTQ(Method):
             calibration.run(image, handler, kinds=MATMUL_KINDS)
         if uncorrected:
             calibrated.notes.append(
-                f"{self.name} corrected no bias of the transposed convolutions "
+                f"{self.name} did not correct the biases of the transposed convolutions "
                 f"{', '.join(uncorrected)}"
             )
 
@@ -241,8 +232,8 @@ class HPTQ(Method):
 def mean_error(off: Tensor, means: Tensor) -> Tensor:
     """Mean output of a linear or (grouped) convolution with weight ``off``, (out,).
 
-    ``off``: (out, in / groups, ...), ``means``: (in,), the mean input of each channel, taken to be
-    the same at every position of the kernel.
+    ``off``: (out, in / groups, ...). ``means``: (in,), the mean input of each channel, assumed to
+    be the same at every position of the kernel.
     """
     summed = off.flatten(2).sum(2) if off.dim() > 2 else off
     groups = len(means) // summed.shape[1]

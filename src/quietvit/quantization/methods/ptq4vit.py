@@ -1,6 +1,6 @@
-"""PTQ4ViT: two ranges behind softmax and GELU, steps searched by the error of each product.
+"""PTQ4ViT: two ranges after softmax and GELU, steps searched by the error of each product.
 
-The search lives in ``search``, the recording of products and gradients in ``products``.
+The search is in ``search``; ``products`` records products and gradients.
 """
 
 from __future__ import annotations
@@ -37,28 +37,31 @@ _LOWEST, _HIGHEST = 0.01, 1.2
 class PTQ4ViT(SearchMethod):
     """Twin uniform quantization with Hessian-guided search (Yuan et al., arXiv 2111.12293).
 
-    All steps are symmetric, signed. Post-softmax operands have two ranges, split at 2^-i with i
-    from 0 to 19; inputs behind GELU have two, the negative with the fixed step 0.16997/2^(b-1)
-    (see ``TwinQuantizer``). Steps are searched product by product, on operands of the float model:
-    ``candidates`` factors from 0.01 to 1.2 of absmax/(2^(b-1) - 1/2), weight and input (or both
-    operands of attention's products) in turns, ``rounds`` times. The criterion is the mean of
-    (g·(o - ô))² over the output o, g the gradient at it.
+    All steps are symmetric and signed. Post-softmax operands have two ranges, split at 2^-i with i
+    from 0 to 19. Post-GELU inputs have two ranges, the negative one with the fixed step
+    0.16997/2^(b-1) (see ``TwinQuantizer``). Steps are searched for each product, on operands of the
+    float model. Candidates are ``candidates`` factors from 0.01 to 1.2 of absmax/(2^(b-1) - 1/2).
+    Weight and input (or both operands of attention's products) are searched in turns, ``rounds``
+    times. The criterion is the mean of (g·(o - ô))² over the output o, with g the gradient at it.
 
-    As in the authors' code: weights per tensor, except that of a joint query-key-value linear (one
-    step for each of the three) and those of convolutions (one per output channel); activations per
-    tensor, attention's operands per head; weights of the patch embedding at the working bits, its
-    input float (``patch_input_bits``); the head at the working bits.
+    As in the authors' code: weights are per tensor, except for a joint query-key-value linear (one
+    step for each of the three) and convolutions (one per output channel). Activations are per
+    tensor, attention's operands per head. The patch embedding's weights have the working bits, its
+    input is float (``patch_input_bits``). The head has the working bits.
 
-    Deviations. The gradient of KL(softmax(z0) || softmax(z)), by which the paper weighs, is zero at
-    the float model's own logits z0, where it is taken, but for rounding errors; here it is a random
-    direction whose squares are on average that loss's second derivative (``curvature_root``;
-    derived here). Either is worth the same on DeiT-Tiny at W4A4, and plain squared error
-    (``hessian=False``) is better there (docs/lab-log.md). ``rows`` tokens of each site, drawn at
-    random, stand for all (derived here; None takes all). The split is searched against the
-    quantized right operand, not the float one, and a step is kept where no candidate is better, so
-    that the criterion never rises. Inputs of
-    convolutions other than the patch embedding are quantized. What cannot be laid out as a product
-    of matrices gets the steps of least squared error of the operand itself, with a note.
+    Deviations:
+
+    - The paper weighs by the gradient of KL(softmax(z0) || softmax(z)) at the float model's own
+      logits z0. That gradient is zero, apart from rounding errors. Here it is a random direction
+      whose mean square is that loss's second derivative (``curvature_root``; derived here). Both
+      do equally well on DeiT-Tiny at W4A4; plain squared error (``hessian=False``) does better
+      (docs/lab-log.md).
+    - ``rows`` random tokens of each site represent all (derived here; None takes all).
+    - The split is searched against the quantized right operand, not the float one. A step changes
+      only if a candidate is better, so the criterion never rises.
+    - Inputs of convolutions other than the patch embedding are quantized.
+    - An operation that is no product of matrices gets the steps of least squared operand error,
+      with a note.
     """
 
     summary: ClassVar[str] = "twin ranges behind softmax and GELU, Hessian-guided step search"
@@ -73,9 +76,9 @@ class PTQ4ViT(SearchMethod):
     twin: StrictBool = True
     """Whether softmax and GELU outputs have two ranges; else one."""
     hessian: StrictBool = True
-    """Whether errors of the output are weighed by the gradient there."""
+    """Whether to weigh errors of the output by the gradient there."""
     candidates: Annotated[StrictInt, Field(ge=2)] = 100
-    """Steps tried for each operand and round."""
+    """Candidate steps for each operand and round."""
 
     def side(self, slot: Slot, x: Tensor, dtype: torch.dtype, trace: Trace) -> Side:
         bits, role = self.slot_bits(slot), slot.role
@@ -87,7 +90,7 @@ class PTQ4ViT(SearchMethod):
         return Affine(x, self._groups(slot, trace, x), bits, dtype, signed=True)
 
     def start(self, side: Side, product: Product, index: int) -> Tensor:
-        """The step of absmax, or what stands for it in the family."""
+        """Return the step of absmax, or its counterpart in the family."""
         if isinstance(side, TwinSoftmax):
             return side.x.new_ones(1, 1)
         low, high = product.ranges[index]
@@ -100,7 +103,6 @@ class PTQ4ViT(SearchMethod):
         return symmetric_start(largest, side.bits)
 
     def proposals(self, side: Side, start: Tensor) -> Proposals:
-        """The same candidates in every round."""
         if isinstance(side, TwinSoftmax):
             return fixed(torch.exp2(-torch.arange(SPLITS)).view(-1, 1, 1).to(start.device))
         steps = factors(self.candidates, _LOWEST, _HIGHEST).to(start.device)
@@ -118,9 +120,9 @@ class PTQ4ViT(SearchMethod):
 
 
 def joint_parts(trace: Trace, site: Site) -> Tensor | None:
-    """For a linear that makes queries, keys and the rest at once: which of them each row makes.
+    """For a joint query-key-value linear, return which of the three each row makes.
 
-    int64, (out,): 0, 1, 2. None for other sites, and where the trace cannot follow the rows.
+    int64, (out,): 0, 1, 2. None for other sites, and if the trace cannot follow the rows.
     """
     for score in trace.scores:
         if score.query == score.key == site.name and site.weight_shape is not None:

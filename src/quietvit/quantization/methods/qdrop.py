@@ -1,6 +1,6 @@
-"""QDrop: block reconstruction in which activations are left float at random.
+"""QDrop: block reconstruction with activations left float at random.
 
-The loop lives in ``reconstruct``.
+The loop is in ``reconstruct``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from quietvit.quantization.method import register_method
 class QDrop(Reconstruction):
     """QDrop (Wei et al., arXiv 2203.05740) on top of ``base``; see ``Reconstruction`` for the fit.
 
-    While a block is fitted, each entry of an activation stays float with probability ``drop``: in
-    the block's input, where the float model's own is taken instead, and behind each quantizer of an
-    activation inside. drop = 0 is BRECQ. Probabilities are multiples of 1/256.
+    While a block is fitted, each entry of an activation stays float with probability ``drop``. In
+    the block's input, the float model's own entry is taken. Inside the block, the activation
+    quantizer passes the entry unchanged. drop = 0 is BRECQ. Probabilities are multiples of 1/256.
 
-    Differs from the authors' setting: (1) weights have symmetric codes by default, as the base's.
-    (2) Layers outside residual blocks whose input a re-parametrization moved take the float input
-    moved alike.
+    Differs from the authors' setting: (1) Weights have symmetric codes by default, like the base's.
+    (2) If a re-parametrization moved the input of a layer outside residual blocks, the float input
+    is moved in the same way.
     """
 
     summary: ClassVar[str] = "block reconstruction with activations randomly left float"

@@ -1,6 +1,6 @@
-"""QwT: behind each block, a linear layer that takes back what quantization changed.
+"""QwT: after each block, a linear layer that compensates the change by quantization.
 
-How blocks are fed lives in ``block_data``; where a compensation acts, in ``quantized``.
+``block_data`` feeds the blocks; ``quantized`` applies a compensation.
 """
 
 from __future__ import annotations
@@ -30,29 +30,28 @@ from quietvit.quantization.on_top import OnTop
 from quietvit.quantization.weights import refuse_inference_mode
 
 SMALLEST_SHARE = 1e-12
-"""Directions of the inputs with less of the largest variance are taken as constant."""
+"""Input directions with less than this share of the largest variance count as constant."""
 
 
 @register_method("qwt")
 class QwT(OnTop):
     """QwT (Fu et al., arXiv 2411.13918): block(x) becomes block_q(x) + W x + b.
 
-    W and b are the least squares of block(x) - block_q(x) on x, where x is what the quantized and
-    compensated blocks before hand on; blocks are fitted in order. ``base`` quantizes, on its own
-    number of images (``base_images``, by default those of its published setting); the compensation
-    is fitted on all images. It runs in float and is counted so in the coverage.
+    W and b are the least squares of block(x) - block_q(x) on x. x is the output of the quantized
+    and compensated blocks before; blocks are fitted in order. ``base`` quantizes, on its own number
+    of images (``base_images``). The compensation is fitted on all images. It runs in float and
+    counts as float in the coverage.
 
-    A compensation is kept only where R² > 0. Derived here: R² is adjusted for the number of
-    coefficients, 1 - (1 - R²)(n - 1)/(n - p - 1) over n channel vectors of p channels; the plain
-    one, as in the paper, is never below zero on the images of the fit, and with few images it
-    would keep what only fits these. With hundreds of images both are the same.
+    A compensation is kept only if R² > 0. Derived here: R² is adjusted for the number of
+    coefficients, 1 - (1 - R²)(n - 1)/(n - p - 1) over n channel vectors of p channels. The plain R²
+    of the paper is never negative on the images of the fit. With few images it would keep a
+    compensation that fits only these. With hundreds of images both are the same.
 
-    Blocks are the residual blocks found in the trace (``blocks.find_blocks``); those whose input
-    and output have different shapes get no compensation. Notes name the blocks without one.
+    Blocks are the residual blocks of the trace (``blocks.find_blocks``). A block whose input and
+    output differ in shape gets no compensation. Notes name the blocks without one.
 
-    Held in memory for all images: the input of one block, its quantized output, and that output
-    compensated; the sums of
-    the fit are float64 and do not grow with the images.
+    Memory holds for all images: the input of one block, its quantized output, and that output with
+    compensation. The sums of the fit are float64 and do not grow with the images.
     """
 
     summary: ClassVar[str] = "a linear compensation behind each block, on top of another method"
@@ -63,10 +62,10 @@ class QwT(OnTop):
     default_base: ClassVar[str] = "repq-vit"
 
     base_images: Annotated[int, Field(ge=1)] | None = None
-    """Calibration images of ``base``; None: those of its published setting."""
+    """Calibration images of ``base``; None: the number of its published setting."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """The base, then the residual blocks in order."""
+        """Calibrate the base, then fit the residual blocks in order."""
         refuse_inference_mode()
         calibration = replayable(calibration)
         reference = copy.deepcopy(calibration.model)
@@ -93,7 +92,7 @@ class QwT(OnTop):
                     calibrated.compensations[block.name] = compensation
                 way = [output]
         for name, why in without.items():
-            calibrated.notes.append(f"no compensation behind {name}: it {why}")
+            calibrated.notes.append(f"no compensation after {name}: it {why}")
         if not blocks:
             calibrated.notes.append("no residual blocks in this model, so no compensation")
         return calibrated
@@ -102,10 +101,7 @@ class QwT(OnTop):
 def compensate(
     data: BlockData, block: Block, layout: BlockLayout, given: Leaves
 ) -> tuple[Tensor, Compensation | None, str]:
-    """The block's output for all images (images, rows, ...), compensated if that is kept.
-
-    Also the compensation, or None and why there is none.
-    """
+    """Return the block's output (compensated if kept), the compensation or None, and why not."""
     same = layout.shape == layout.output_shape
     axis = channel_dim(block, layout)
     sums = LinearFit()
@@ -119,7 +115,11 @@ def compensate(
 
     output = each(given, run)
     if not same:
-        return output, None, f"makes {layout.output_shape} of {layout.shape}"
+        return (
+            output,
+            None,
+            f"has output shape {layout.output_shape} for input shape {layout.shape}",
+        )
     weight, bias, r2 = sums.finish()
     if not r2 > 0:
         return output, None, f"has an error that x does not explain (adjusted R² {r2:.2g})"
@@ -130,7 +130,7 @@ def compensate(
 
 
 def vectors(x: Tensor, axis: int) -> Tensor:
-    """(positions, channels), float64."""
+    """Return channel vectors, (positions, channels), float64."""
     return x.movedim(axis, -1).flatten(0, -2).double()
 
 
@@ -143,7 +143,6 @@ class LinearFit:
         self.shift: tuple[Tensor, Tensor] | None = None
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Take in x (rows, p) and y (rows, q)."""
         if self.shift is None:
             self.shift = x.mean(0), y.mean(0)
         x, y = x - self.shift[0], y - self.shift[1]
@@ -153,9 +152,9 @@ class LinearFit:
         self.yy = self.yy + y.square().sum()
 
     def finish(self) -> tuple[Tensor, Tensor, float]:
-        """W (q, p), b (q,) and the adjusted R² over all q together, -inf for too few rows.
+        """Return W (q, p), b (q,) and the adjusted R² over all q, or -inf for too few rows.
 
-        Of all solutions where x does not tell, the one of least ‖W D‖, D the deviations of x.
+        If x leaves W undetermined, ‖W D‖ is the least possible, with D the deviations of x.
         """
         assert self.shift is not None
         n, p = self.count, self.x.shape[0]

@@ -1,6 +1,6 @@
-"""RepQ-ViT: one quantizer for each channel behind norms, made one for all by re-parametrization.
+"""RepQ-ViT: per-channel quantizers after norms, turned into one by re-parametrization.
 
-Ranges and algebra live in ``postnorm``, the exchange with the weights in ``reparametrize``.
+Ranges and algebra are in ``postnorm``; ``reparametrize`` changes the weights.
 """
 
 from __future__ import annotations
@@ -38,30 +38,31 @@ from quietvit.tracing import MATMUL_KINDS, Site
 from quietvit.tracing.ops import norm_channel_dim
 
 NOMINAL_BITS = 8
-"""For the re-parametrization where activations stay float."""
+"""Bits for the re-parametrization if activations stay float."""
 
 
 @register_method("repq-vit")
 class RepQViT(Method):
     """RepQ-ViT (Li et al., arXiv 2212.08254), after its paper and its authors' code.
 
-    Weights: asymmetric, by output channel. Activations: asymmetric, per tensor. Both ranges are
+    Weights are asymmetric per output channel, activations asymmetric per tensor. Both ranges are
     the quantiles (1 - p, p), p in {.999, .9999, .99999}, of least squared error over the
-    calibration images. Behind norms: ranges (s_j, z_j) by channel, brought to one (s̃, z̃) for all
-    by ``postnorm.layerwise``, weights calibrated after that. Attention maps: log √2 quantizer at
-    the activation bits, its scale the p-quantile of least squared error; it has one value more
-    than the bits hold, as theirs. Patch embedding at 8 bits, head at the working bits.
+    calibration images. After norms, ranges (s_j, z_j) are per channel. ``postnorm.layerwise`` turns
+    them into one (s̃, z̃), and weights are calibrated after that. Attention maps get a log √2
+    quantizer at the activation bits, whose scale is the p-quantile of least squared error. It has
+    one value more than the bits hold, like theirs. The patch embedding has 8 bits, the head the
+    working bits.
 
-    Differs from the authors' code, on purpose: (1) one pass, in order: each range is taken from
-    what the quantized layers before it hand on, re-parametrization included; theirs calibrates
-    weights behind norms again afterwards, but no other range. (2) z̃ is rounded, so that codes stay.
-    (3) Per-tensor and weight ranges hold zero. (4) The patch embedding's weight has 8 bits, as its
-    input; theirs has the working bits. (5) Constant channels, see ``layerwise``.
+    Differs from the authors' code, on purpose: (1) There is one pass, in order. Each range comes
+    from the outputs of the quantized layers before it, with re-parametrization. Theirs only
+    recalibrates weights after norms. (2) z̃ is rounded, so that codes stay. (3) Per-tensor and
+    weight ranges contain zero. (4) The patch embedding's weight has 8 bits, like its input; theirs
+    has the working bits. (5) Constant channels, see ``layerwise``.
 
-    As in theirs, norms whose linears are the head keep per-tensor ranges; so do norms that have no
-    link (see ``norm_links``), and attention maps that hold negative values take a uniform
-    quantizer: all are named in the notes. All images go through the model at once. Where
-    activations stay float, norms are re-parametrized as for 8 bits.
+    As in theirs, norms before the head keep per-tensor ranges. So do norms without a link (see
+    ``norm_links``). Attention maps with negative values get a uniform quantizer. Notes name all of
+    these. All images go through the model at once. If activations stay float, norms are
+    re-parametrized as for 8 bits.
     """
 
     summary: ClassVar[str] = "scale re-parametrization behind norms, log √2 attention maps"
@@ -73,7 +74,7 @@ class RepQViT(Method):
     """Bits of both operands of the last layer: a number, None for float, or ``"same"``."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """One pass of all images, ranges and weights settled site by site on the way."""
+        """Run one pass of all images; set ranges and weights site by site on the way."""
         found = self._links(calibration)
         links = {link.norm.name: link for link in found.links}
         calibrated = Calibrated(notes=found.notes(f"{self.name}'s re-parametrization"))
@@ -93,11 +94,11 @@ class RepQViT(Method):
         return calibrated
 
     def layerwise(self, steps: ChannelSteps) -> Layerwise:
-        """One quantizer for all channels: the means of scales and zero points."""
+        """Return one quantizer for all channels, from the means of scales and zero points."""
         return layerwise(steps)
 
     def attention_quantizer(self, x: Tensor, bits: int) -> Quantizer:
-        """Log √2 quantizer of attention maps, scale the p-quantile of least squared error."""
+        """Return the log √2 quantizer of attention maps with the scale of least squared error."""
         rows = x.detach().float().reshape(1, -1)
         choice = [LogQuantizer.sqrt2(high[0], bits=bits) for _, high in quantiles(rows)]
 
@@ -107,7 +108,7 @@ class RepQViT(Method):
         return min(choice, key=error)
 
     def _links(self, calibration: Calibration) -> NormLinks:
-        """Norms with a link, but for those before the head or excluded layers only."""
+        """Return linked norms, except before the head or if all consumers are excluded."""
         found = hidden_norm_links(calibration.model, calibration.trace)
         links = (
             link
@@ -121,8 +122,8 @@ class RepQViT(Method):
     ) -> None:
         """Re-parametrize a norm for its output x and give its consumers their quantizer.
 
-        Where consumers differ in bits, those of the fewest decide; the others get a range of what
-        they read afterwards.
+        If consumers differ in bits, the smallest bits decide. The others get a range of what they
+        read afterwards.
         """
         slots = [Slot(site, 0) for site in link.consumers]
         bits = {slot: self.slot_bits(slot) for slot in slots}
@@ -155,7 +156,7 @@ class RepQViT(Method):
 
 
 def _uniform(slot: Slot, x: Tensor, bits: int) -> AffineQuantizer:
-    """Asymmetric; weights by output channel, activations per tensor."""
+    """Return an asymmetric quantizer: weights per output channel, activations per tensor."""
     axis = None
     if slot.is_weight:
         axis = weight_axis(slot.site)

@@ -1,6 +1,6 @@
-"""Round-to-nearest: every operand by a uniform quantizer, ranges from calibration. The baseline.
+"""Round-to-nearest, the baseline: uniform quantizers with ranges from calibration.
 
-Nothing here moves a weight; methods that do are files of their own beside this one.
+It changes no weight; methods that do are in other files.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from quietvit.quantization.weights import weight_axis
 class RTN(Method):
     """Round to nearest (Jacob et al., arXiv 1712.05877, uniform affine quantization).
 
-    s = (max - min)/(2^b - 1), z = round(-min/s), or symmetric with z = 0. Ranges of weights are
-    exact; see ``ranges`` for the accuracy of those of activations.
+    s = (max - min)/(2^b - 1), z = round(-min/s), or symmetric with z = 0. Weight ranges are exact;
+    ``ranges`` tells how accurate activation ranges are.
     """
 
     summary: ClassVar[str] = "round to nearest; min-max, percentile or OMSE ranges"
@@ -35,27 +35,24 @@ class RTN(Method):
     among shrunk ranges).
     """
     activation_range: RangeName = "minmax"
-    """As ``weight_range``."""
+    """Like ``weight_range``."""
     percentile: Annotated[float, between(0.5, 1.0)] = 0.99999
     """p of the range ``percentile``, above 0.5."""
     weight_granularity: Granularity = "per_channel"
-    """One scale for each output channel, or one for the tensor."""
+    """One scale per output channel, or one for the tensor."""
     activation_granularity: Granularity = "per_tensor"
     """``per_channel``: inputs of linears per last dimension, of convolutions per dimension 1.
 
-    Operands of attention's matrix products always have one scale, since their channels are summed
+    Operands of attention's matrix products always have one scale, because their channels are summed
     over or are tokens.
     """
     weight_symmetric: bool = True
     """Whether the zero point of weights is 0."""
     activation_symmetric: bool = False
-    """Whether the zero point of activations is 0.
-
-    Codes are unsigned where no value below zero was seen.
-    """
+    """Whether the zero point of activations is 0; codes are unsigned if no value is negative."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """One pass over the images; weights are read once."""
+        """Run one pass over the images; weights are read once."""
         ranges: dict[Slot, RangeEstimator] = {}
 
         def look(slot: Slot, tensor: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""SmoothQuant: outliers behind norms moved into the weights, then round to nearest.
+"""SmoothQuant: move outliers after norms into the weights, then round to nearest.
 
-Ranges and quantizers are those of ``rtn``; the exchange with the weights is in ``reparametrize``.
+Ranges and quantizers are those of ``rtn``; ``reparametrize`` changes the weights.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FLOOR = 1e-5
 class SmoothQuant(RTN):
     """SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4), then round to nearest.
 
-    Behind each norm that has a link (see ``norm_links``; others are named in the notes) channel j
-    is divided by s_j = max|X_j|^α / max_k|W_kj|^(1-α), and the columns of its consumers are
-    multiplied by it. The maxima run over all calibration images and all consumers; max|W| and s_j
-    are at least 1e-5, as in the authors' code. A channel that is always zero keeps s_j = 1.
+    After each norm with a link (see ``norm_links``; notes name the others), channel j is divided by
+    s_j = max|X_j|^α / max_k|W_kj|^(1-α). The columns of its consumers are multiplied by s_j. The
+    maxima run over all calibration images and all consumers. max|W| and s_j are at least 1e-5, as
+    in the authors' code. A channel that is always zero keeps s_j = 1.
 
-    Ranges and granularities are RTN's fields. The authors quantize weights per tensor or by output
-    channel and activations per tensor or token, symmetric; RTN's defaults stand here instead, so
-    that both compare. The images are kept, since they are gone through twice.
+    Ranges and granularities are RTN's fields. The authors quantize symmetrically, weights per
+    tensor or output channel and activations per tensor or token. Here RTN's defaults apply, so that
+    both methods compare. The images are kept in memory for two passes.
     """
 
     summary: ClassVar[str] = "outliers behind norms divided out into the weights, then RTN"
@@ -49,7 +49,7 @@ class SmoothQuant(RTN):
     """Share of the outliers that moves into the weights, the paper's migration strength."""
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
-        """Two passes: largest magnitudes of the float model, then ranges of the smoothed one."""
+        """Run two passes: magnitudes in the float model, then ranges in the smoothed one."""
         model = calibration.model
         images = ImageStream(calibration.everything(), model)
         first = replace(calibration, images=images)
@@ -71,14 +71,14 @@ class SmoothQuant(RTN):
 
 
 def smoothing_scale(inputs: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """s_j from max|X_j| and max_k|W_kj|, (channels,) each; float64; 1 where X_j is always zero."""
+    """s_j from max|X_j| and max_k|W_kj|, (channels,) each; float64; 1 if X_j is always zero."""
     inputs, columns = inputs.double(), columns.double().clamp(min=FLOOR)
     scale = (inputs**alpha / columns ** (1 - alpha)).clamp(min=FLOOR)
     return torch.where(inputs == 0, torch.ones_like(scale), scale)
 
 
 def largest_inputs(calibration: Calibration, links: list[NormLink]) -> list[Tensor]:
-    """max|X_j| of each norm's channels, (channels,), where its consumers read them."""
+    """Return max|X_j| of each norm's channels, (channels,), as its consumers read them."""
     readers = {
         site.name: (index, torch.tensor(columns))
         for index, link in enumerate(links)
