@@ -235,9 +235,9 @@ def refuse_nonempty(
 def held(folder: Path) -> Iterator[None]:
     """Lock ``folder`` for this process until the block or the process ends.
 
-    The lock is a POSIX lock on the file ``LOCK`` in it. Child processes do not inherit it, so a
-    loader's worker that outlives a killed run does not hold it, and a file that is left does not
-    either. Without such locks (Windows, some file systems) nothing is locked.
+    The lock is a POSIX lock on the file ``LOCK`` in it. The existence of the file means nothing.
+    Child processes do not inherit the lock, so a worker that outlives a killed run does not hold
+    it. Without such locks (Windows, some file systems) nothing is locked.
 
     Raises:
         QuietvitError: another process holds it, on this machine or on one that shares the disk.

@@ -228,8 +228,8 @@ def paired_interval(
 ) -> tuple[float, float] | tuple[None, None]:
     """Return the 95 % interval of the mean of paired differences (Student's t).
 
-    ``resolution``, the weight of one test image in points, is the smallest deviation assumed, so
-    that equal counts do not feign certainty. (None, None) for fewer than two differences.
+    The deviation is at least ``resolution`` (one test image in points): equal counts must not look
+    certain. (None, None) for fewer than two differences.
     """
     if len(differences) < 2:
         return None, None

@@ -224,10 +224,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _plain(tensor: Tensor, storages: set[int]) -> Tensor:
-    """Return ``tensor`` on the CPU, contiguous, and alone in its storage.
-
-    safetensors refuses tensors that share a storage, such as tied weights.
-    """
+    """Return ``tensor`` on the CPU, contiguous, in its own storage, as safetensors requires."""
     plain = tensor.detach().to("cpu").contiguous()
     storage = plain.untyped_storage()
     if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes:

@@ -132,10 +132,7 @@ def whole_model(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]
 def whole_optimizer(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer
 ) -> dict[str, Any]:
-    """Return the unsharded state dict of the optimizer, as ``whole_model`` does for the model.
-
-    Parameters are numbered in the order of the groups, as in torch's own state dict.
-    """
+    """Return the unsharded state dict of the optimizer; {} on other processes if sharded."""
     if not is_sharded(accelerator):
         return optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict

@@ -97,10 +97,10 @@ class Estimate:
 def estimate(config: TrainConfig) -> Estimate:
     """Build model, optimizer and regularizers, run a few steps on noise, and measure them.
 
-    Two steps warm up, then four are measured. If a pass takes more than five seconds, the number
-    of images is halved until it takes less, down to two. Then one step is measured after a warm-up
-    step of one pass, and its time is scaled to the batch. All regularizers act at each measured
-    step, at full strength and learning rate. The time of one with ``every`` = n is divided by n.
+    Two steps warm up, then four are measured. If a pass would take over five seconds, the number of
+    images is halved as needed (at least two). Then one step is measured and scaled to the batch.
+    All regularizers act at each measured step, at full strength and learning rate. The time of one
+    with ``every`` = n is divided by n.
 
     Raises:
         QuietvitError: ``train`` would refuse the model, weights or settings, or the device has too
@@ -162,10 +162,7 @@ def _training_set(task: Task) -> tuple[Any | None, str]:
 
 
 def _affordable(training: Training) -> tuple[int, int]:
-    """Return (images a pass, steps) that can be measured in a few seconds.
-
-    Every process must call. All get the same result.
-    """
+    """Return (images a pass, steps) to measure in a few seconds. Every process must call."""
     accelerator, config = training.accelerator, training.config
     count = min(_FEWEST, config.batch_size)
     inputs, _ = _stand_in(training, count)

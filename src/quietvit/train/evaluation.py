@@ -133,10 +133,7 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
 
 @torch.no_grad()
 def _run_along(training: Training, model: nn.Module) -> None:
-    """Run one pass on noise, because the other processes gather the weights together with this one.
-
-    A process with fewer batches than the others needs it: 5 batches in 2 processes are 3 and 2.
-    """
+    """Run one pass on noise: the other processes have one more batch and gather weights with us."""
     from accelerate.utils import send_to_device
 
     inputs, _ = training.task.stand_in(model, 1)

@@ -69,9 +69,8 @@ def train(
     """Train a model as ``config`` describes and write everything to ``config.output``.
 
     The folder gets ``config.json``, ``classes.json``, ``metrics.jsonl``, ``tensorboard/``,
-    ``checkpoints/``, and at the end ``model.safetensors`` and ``result.json``. On the CPU, in one
-    process with the same number of threads, an interrupted and resumed run ends with the same
-    weights bit for bit.
+    ``checkpoints/``, and at the end ``model.safetensors`` and ``result.json``. A resumed run ends
+    with the same weights bit for bit on the CPU, in one process, with as many threads.
 
     SIGTERM or Ctrl-C (SIGINT) finishes the step and writes a checkpoint. An evaluation is aborted,
     and ``resume`` repeats it. A second Ctrl-C stops at once.
@@ -80,20 +79,19 @@ def train(
         resume: continue from the last intact checkpoint, or from the start if there is none. A
             finished run is returned as it is. With a checkpoint the initial weights are not read
             again. A warning reports another number of threads or another torch version.
-        force: start a new run in a folder that is not empty. The files of an earlier run are
-            deleted, with a warning, once the new data, model and decay have been checked. An
-            unfinished run with checkpoints needs ``discard`` too. With ``resume``, ``force`` acts
-            only if the folder has no ``config.json``.
+        force: start a new run in a folder that is not empty. Once the new data, model and decay are
+            checked, the files of an earlier run are deleted, with a warning. An unfinished run with
+            checkpoints needs ``discard`` too. With ``resume``, ``force`` acts only if the folder
+            has no ``config.json``.
         discard: with ``force``, delete an unfinished run and its checkpoints too.
         progress: show a progress bar on standard error.
 
     Raises:
         SystemExit: code 143, after SIGTERM.
         KeyboardInterrupt: after Ctrl-C; its message names the checkpoint.
-        QuietvitError: the output folder is in use, the configuration differs on resume (learning
-            rate, clipping, precision, location of the data, and how processes share a step may
-            change), data or weights are bad, the loss is NaN or infinite, or memory runs out. The
-            message names the remedy and the last checkpoint.
+        QuietvitError: the output folder is in use, data or weights are bad, the loss is NaN or
+            infinite, memory runs out, or the configuration differs on resume. (Learning rate,
+            clipping, precision, location of the data, and how processes share a step may change.)
     """
     output = config.output.expanduser()
     config = config.model_copy(update={"output": output})

@@ -113,10 +113,7 @@ class Stopwatch:
 
     @contextmanager
     def around_hooks(self, optimizer: Optimizer) -> Iterator[None]:
-        """Time the step pre-hooks and post-hooks that are registered inside.
-
-        Hooks run in the order of registration, so a start and a stop hook enclose them.
-        """
+        """Time the step hooks registered inside: they run between a start and a stop hook."""
         for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
             self._handles.append(register(lambda *_: self._start()))
         yield

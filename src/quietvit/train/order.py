@@ -32,10 +32,10 @@ class SeededImages(Dataset[tuple[Any, Any]]):
     A place is (epoch, index), or (epoch, index, copy) if an epoch repeats its images.
     ``transform(image, target)`` makes a sample.
 
-    An image that cannot be read or decoded is replaced by another one, drawn from (seed, place), so
-    that a resumed run draws the same one. Each bad image is logged once and counted once over all
-    workers of this process. ``mark_bad`` restores an earlier count. Images for evaluation are never
-    replaced, because the score would belong to another data set.
+    An image that cannot be read or decoded is replaced by another one. A resumed run draws the same
+    replacement. Each bad image is logged once and counted once over all workers of this process.
+    ``mark_bad`` restores an earlier count. Images for evaluation are never replaced, because the
+    score would belong to another data set.
 
     Args:
         max_bad: how many different images may be replaced; 0 stops at the first one.
@@ -114,8 +114,8 @@ class EpochBatches(Sampler[list[Place]]):
     """Batches of places in the order of the epoch (``epoch_order``), starting at batch ``start``.
 
     timm's ``RepeatAugSampler`` needs torch.distributed, splits the copies over its processes and
-    cannot start inside an epoch. Here the copies are neighbours in one order, which depends only on
-    (seed, epoch), so a run can resume anywhere with any number of processes.
+    cannot start inside an epoch. Here the copies are neighbours in one order of (seed, epoch). A
+    run can resume anywhere in it with any number of processes.
 
     Args:
         images: number of images.

@@ -33,8 +33,8 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> TrainConfi
             string, and ``none`` unsets the key.
 
     Raises:
-        QuietvitError: the recipe does not exist, is not valid TOML or has another version, a key is
-            unknown (the nearest known key is named), or a value is refused.
+        QuietvitError: the recipe does not exist, is not valid TOML or has another version, or a key
+            or value is refused. The message names the nearest known key.
     """
     path = _find(source)
     try:

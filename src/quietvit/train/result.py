@@ -36,8 +36,8 @@ class TrainResult:
     """A finished run.
 
     ``score`` is the task's ``metric`` of the saved weights: for a classifier top-1 in percent, also
-    available as ``top1``. If the config has a moving average, the saved weights are that average,
-    and ``score_without_ema`` is the score of the last weights. ``train_seconds`` is the time of the
+    available as ``top1``. The saved weights are the moving average if the config has one; then
+    ``score_without_ema`` is the score of the last weights. ``train_seconds`` is the time of the
     training steps with data loading, without evaluation and checkpoints. ``decay_seconds`` is the
     part spent in regularizers: optimizer hooks, TWEO's loss (not its backward pass) and their logs.
     ``class_names`` has ``num_classes`` names, or is None if the data has no names.

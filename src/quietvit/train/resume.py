@@ -87,9 +87,8 @@ def restore(training: Training, state: Mapping[str, Any]) -> float:
 def check_steps(training: Training, processes: int, before: Mapping[str, Any]) -> float:
     """Refuse a checkpoint whose steps have other images. Return batches now per batch then.
 
-    A step takes ``accumulation x processes`` consecutive batches of one order. So ``batch_size``,
-    ``accumulation`` and ``processes`` may change if their product stays: 64 x 1 x 4 = 32 x 4 x 2.
-    The result is then 64 / 32 = 2.
+    A step takes ``accumulation x processes`` consecutive batches of one order. The product
+    batch_size x accumulation x processes must stay: 64 x 1 x 4 = 32 x 4 x 2 gives 64 / 32 = 2.
     """
     config = training.config
     keys = ("accumulation", "batch_size")
@@ -108,7 +107,7 @@ def check_steps(training: Training, processes: int, before: Mapping[str, Any]) -
     raise QuietvitError(
         f"the checkpoint was written with {_shown(then)}, but this run has {_shown(now)}, so its "
         f"steps would have other images. Resume with the old values{other} (the product must "
-        "stay the same), or start a new run in another output folder from the current weights "
+        "stay). Or start a new run in another output folder from the current weights "
         "(model.weights: model.safetensors in the checkpoint's folder)."
     )
 
@@ -118,10 +117,7 @@ def _shown(share: Mapping[str, int]) -> str:
 
 
 def dealt(training: Training, saved: Sequence[Any]) -> list[Any]:
-    """Return this process's share of the values that each process saved.
-
-    Every value goes to exactly one process, also if the number of processes changed.
-    """
+    """Return this process's share of the saved values. Each goes to exactly one process."""
     return list(saved[training.accelerator.process_index :: training.accelerator.num_processes])
 
 
@@ -173,10 +169,7 @@ def check_same_data(training: Training, then: Any, now: Mapping[str, Any], name:
 
 
 def _exchanged(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str | None:
-    """Describe the labels that now mean other classes than ``then``; None if there are none.
-
-    Compares the class names, and the first image of each class, which finds swapped folders.
-    """
+    """Describe labels that mean other classes than ``then``, by class names and first images."""
     before, names = then.get(KEY), now.get(KEY)
     remedy = (
         "The run would continue with wrong labels. Restore the classes (folders), or start a new "
@@ -199,10 +192,7 @@ def _exchanged(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> st
 
 
 def _warn_if_inexact(training: Training, state: Mapping[str, Any]) -> None:
-    """Warn of another number of threads (on the CPU) or torch version than in the checkpoint.
-
-    Checkpoints of earlier versions do not hold these facts.
-    """
+    """Warn of another number of threads (on the CPU) or torch version than in the checkpoint."""
     if not training.accelerator.is_main_process:
         return
     differs = "its weights may differ in the last bits from those of an uninterrupted run"
@@ -222,8 +212,7 @@ def _warn_if_inexact(training: Training, state: Mapping[str, Any]) -> None:
 
 
 def _quiet(training: Training, needed: bool) -> Any:
-    # torch allocates a sharded optimizer's state by a step at rate 0, at which no regularizer must
-    # act or count.
+    # torch allocates a sharded optimizer's state by a step at rate 0. No regularizer must act then.
     if not (needed and is_sharded(training.accelerator)):
         return nullcontext()
     return detached(training.optim.regularizers, training.optim.inner, training.observers.stopwatch)

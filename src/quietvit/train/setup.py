@@ -201,11 +201,7 @@ def assemble(
 
 @torch.no_grad()
 def _refuse_unfit(task: Task, model: nn.Module, inputs: Any) -> None:
-    """Run the model on one image and let the task check the output.
-
-    Raises:
-        QuietvitError: the model cannot run on the image, or the task refuses the output.
-    """
+    """Raise QuietvitError if the model cannot run on one image, or the task refuses the output."""
     try:
         with evaluating(model):
             output = model(inputs)

@@ -133,8 +133,8 @@ def refuse_if_due(termination: Termination) -> None:
 def ignore_in_worker(worker: int) -> None:
     """Make a loader's worker ignore Ctrl-C and the first SIGTERM, because the step needs it.
 
-    The second SIGTERM ends it. multiprocessing sends one to remaining workers at the end of the
-    program, and would wait forever for a worker that ignores it.
+    The second SIGTERM ends it. At exit, multiprocessing sends SIGTERM to the remaining workers and
+    would wait forever for one that ignores it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -45,7 +45,7 @@ def alone(training: Training, begun: bool, force: bool, discard: bool, seen: Any
                 if not begun:
                     refuse_used(output, force, discard)
                 elif written(output) != seen:
-                    problem = f"another process wrote into {output} meanwhile; resume again."
+                    problem = f"another process wrote into {output} in the meantime; resume again."
             except QuietvitError as error:
                 problem = str(error)
         raise_together(training, problem)
@@ -102,10 +102,7 @@ def weights_alike(training: Training, step: int) -> bool:
 
 
 def sum_of_bits(tensors: Iterable[Tensor]) -> int:
-    """Return the sum of all values, with their bits read as integers.
-
-    Integer sums do not depend on the order of addition, so they are equal on any device.
-    """
+    """Sum the bits of all values as integers: the same in any order and on any device."""
     sums = [
         tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
         for tensor in tensors

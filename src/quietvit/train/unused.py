@@ -60,10 +60,7 @@ def _reached(
     parameters: Mapping[str, Tensor],
     tensors: Callable[[Any], tuple[Tensor, ...]],
 ) -> set[str]:
-    """Return the names of the parameters that the gradient of the outputs reaches.
-
-    The model runs with copies of its buffers, so its running statistics stay.
-    """
+    """Return the names of the parameters that get a gradient. Buffers are copied, and so stay."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     outputs = tensors(functional_call(model, buffers, (inputs,)))
     total = torch.stack([output.sum() for output in outputs])
