@@ -321,7 +321,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_told_once(tmp_path, monkeypa
         patch.setattr(Classification, "facts", earlier)
         interrupt(tmp_path / "run", monkeypatch, 5)
     interrupt(tmp_path / "run", monkeypatch, 9, resume=True)
-    assert caplog.text.count("kept no names of classes") == 1
+    assert caplog.text.count("kept no class names") == 1
     found = train(config(tmp_path / "run"), resume=True, progress=False)
-    assert caplog.text.count("kept no names of classes") == 1
+    assert caplog.text.count("kept no class names") == 1
     assert found.class_names == tuple("0123456789")

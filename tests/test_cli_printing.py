@@ -34,7 +34,7 @@ MODEL = ["test_vit", "--size", "32"]
 def run(*arguments: object, width: int = 40, charset: str = "ascii"):
     runner = CliRunner(charset=charset)
     result = runner.invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": str(width)})
-    assert "fault of quietvit" not in result.stderr, result.stderr
+    assert "bug in quietvit" not in result.stderr, result.stderr
     return result
 
 
@@ -278,4 +278,4 @@ def test_a_home_folder_is_understood_in_every_argument(tmp_path, monkeypatch):
     given = ["--images", "~/data", "--count", 2, "--classes", 2, "-o", "~/out"]
     assert run("diagnose", *MODEL, *given).exit_code == 0
     assert (tmp_path / "out" / "diagnosis.json").is_file()
-    assert "whole path" in run("evaluate", "~nobody-here/x", "--images", "~/data").stderr
+    assert "full path" in run("evaluate", "~nobody-here/x", "--images", "~/data").stderr

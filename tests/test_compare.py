@@ -125,7 +125,7 @@ def test_other_settings_or_a_used_folder_are_refused_and_nothing_is_lost(compare
         compare(config(calibration_images=9), folder, resume=True)
     with pytest.raises(QuietvitError, match=r"a finished comparison\. To add seeds .*\(--resume\)"):
         compare(config(), folder)
-    with pytest.raises(QuietvitError, match="no comparison to go on with"):
+    with pytest.raises(QuietvitError, match="no comparison to continue"):
         compare(config(), folder / "runs", resume=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == held
 
@@ -230,7 +230,7 @@ def earlier(folder):
 
 def test_force_leaves_no_run_that_a_later_resume_would_take_for_its_own(tmp_path, monkeypatch):
     held, told = earlier(tmp_path), []
-    for force, way in ((False, "pass resume"), (True, "in place of force")):
+    for force, way in ((False, "pass resume"), (True, "instead of force")):
         with pytest.raises(QuietvitError, match=f"unfinished comparison.*{way}.*--discard.*seed7"):
             compare(config(), tmp_path, force=force)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == held

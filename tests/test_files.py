@@ -131,7 +131,7 @@ def test_a_file_that_was_not_written_moves_nothing(tmp_path):
 def test_what_cannot_even_be_brought_back_is_kept(tmp_path, monkeypatch):
     put({"model/a": "old"}, tmp_path / "model")
     failing_rename(monkeypatch, tmp_path / "model", OSError("no"), times=2)
-    with pytest.raises(QuietvitError, match=r"could not be put back .*is in .*\.model\."):
+    with pytest.raises(QuietvitError, match=r"could not be restored .*is in .*\.model\."):
         put({"model/a": "new"}, tmp_path / "model")
     assert list(held(tmp_path).values()) == ["old"]
 

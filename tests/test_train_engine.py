@@ -416,7 +416,7 @@ def test_a_model_that_one_process_keeps_whole_is_told_of(tmp_path, caplog, paral
     for tell in (build, estimate):
         caplog.clear()
         tell(asked)
-        assert caplog.text.count("the model is kept whole") == (parallel == "fsdp2")
+        assert caplog.text.count("the model is not sharded") == (parallel == "fsdp2")
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_the_rates_are_for_the_batch_that_they_are_stated_for(tmp_path, caplog, 
     }
     parts = build(config(tmp_path, **changes)).training
     ratio = batch / 8
-    assert ("(optimizer.lr_batch), and they have" in caplog.text) == (ratio != 1)
+    assert ("(optimizer.lr_batch), and steps have" in caplog.text) == (ratio != 1)
     found = []
     for step in (0, parts.steps_per_epoch, parts.total_steps):
         parts.optim.scheduler.step_update(step)

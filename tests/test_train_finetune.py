@@ -221,8 +221,8 @@ def test_patterns_freeze_what_they_match_and_nothing_else():
         (["head.*", "patch_embd.*"], 0, r"'patch_embd\.\*' matches no .*'patch_embed\.\*'"),
         (["Head.weight"], 0, "did you mean 'head.weight'"),
         ((), 4, "freeze_blocks is 4, but VisionTransformer has 3"),
-        (["*"], 0, "leave none of the"),
-        (["head.*", "norm.*"], 3, "leave none of the"),
+        (["*"], 0, "freeze_blocks freeze all"),
+        (["head.*", "norm.*"], 3, "freeze_blocks freeze all"),
     ],
 )
 def test_mistakes_are_refused_and_change_nothing(patterns, blocks, message):

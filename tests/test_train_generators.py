@@ -53,7 +53,7 @@ def test_a_checkpoint_with_the_states_of_all_devices_is_still_read(monkeypatch, 
     assert [float(state) for state in gpus.states] == [0, 8, 2]
     set_generator_states(old, CPU)
     assert caplog.text == ""
-    with pytest.raises(QuietvitError, match=r"states of 2 GPUs and .* on cuda:2; resume with"):
+    with pytest.raises(QuietvitError, match=r"states of 2 GPUs, but .* on cuda:2; resume with"):
         set_generator_states(old, torch.device("cuda", 2))
 
 

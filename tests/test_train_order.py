@@ -196,7 +196,7 @@ def test_bad_images_are_counted_over_all_workers(workers):
 
 def test_a_data_set_that_is_gone_stops_the_run():
     dataset = ImageDataset([0] * 1000, lambda _: b"", "picture {}".format, name="mine")
-    with pytest.raises(QuietvitError, match="in a row from mine could not be read"):
+    with pytest.raises(QuietvitError, match="in a row, drawn from mine, could not be read"):
         SeededImages(dataset, shade, seed=0, max_bad=999)[0, 0]
 
 

@@ -68,7 +68,7 @@ def test_a_runs_config_is_a_recipe(tmp_path):
         ("decay.cd.strength=-1", r"decay\.cd\.strength: .*greater than or equal to 0"),
         ("decay.cd.penalty=enery", r"decay\.cd\.penalty: .*'energy'.*given: 'enery'"),
         ("epochs=0", r"epochs: .*greater than or equal to 1 \(given: 0\)"),
-        ("epochs.x=0", "which is a value and no section"),
+        ("epochs.x=0", "needs a section 'epochs', but that is a value"),
         ("epochs", "not of the form key=value"),
         ("precision=int8", "precision: .*'bf16'"),
         ("schedule.warmup_epochs=1000", r"warmup_epochs \(1000\) must be below epochs"),
@@ -204,7 +204,7 @@ def test_true_and_false_are_no_numbers(key, value):
         ("decay.cd=true", r"this is a section; set its keys, such as cd\.strength; none leaves"),
         ("decay.cd=2", r"set its keys, such as cd\.strength"),
         ("mix=false", r"set its keys, such as mix\.mixup \(given"),
-        ("model.kwargs.in_chans=1", "in_chans is 1, but images are read in colour"),
+        ("model.kwargs.in_chans=1", "in_chans is 1, but every image is read with three"),
     ],
 )
 def test_what_a_value_cannot_be_is_said_with_the_key(override, message):
@@ -227,7 +227,7 @@ def test_a_recipe_with_a_byte_order_mark_is_read_and_another_encoding_is_named(t
     path.write_text(load_recipe("digits").model_dump_json(), encoding="utf-8-sig")
     assert load_recipe(path) == load_recipe("digits")
     (tmp_path / "wide.toml").write_text(text, encoding="utf-16")
-    with pytest.raises(QuietvitError, match=r"is not in UTF-8 .*save it in that encoding"):
+    with pytest.raises(QuietvitError, match=r"is not in UTF-8 .*save it as UTF-8"):
         load_recipe(tmp_path / "wide.toml")
 
 

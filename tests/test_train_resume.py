@@ -141,7 +141,7 @@ def test_a_step_may_be_shared_out_in_another_way(tmp_path, monkeypatch, caplog, 
 def test_steps_of_other_images_are_refused(tmp_path, monkeypatch, changes, remedy):
     interrupt(tmp_path / "run", monkeypatch, 3)
     before = (tmp_path / "run" / "config.json").read_text()
-    with pytest.raises(QuietvitError, match="steps would be of other images") as caught:
+    with pytest.raises(QuietvitError, match="steps would have other images") as caught:
         run(tmp_path / "run", resume=True, **changes)
     assert (tmp_path / "run" / "config.json").read_text() == before, (
         "what is refused changes nothing"
@@ -173,7 +173,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_refuses_what_it_did(tmp_path, m
         {**here, "batch_size": 4, "accumulation": 2},
         {**here, "optimizer": {"lr": 1e-4}},
     ):
-        with pytest.raises(QuietvitError, match=r" was .* and is .*took no changes; resume with"):
+        with pytest.raises(QuietvitError, match=r" was .* and is .*allowed no changes; resume"):
             run(output, resume=True, **changed)
     assert_weights(run(output, resume=True, **here), whole)
 
@@ -181,7 +181,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_refuses_what_it_did(tmp_path, m
 def test_of_an_earlier_version_processes_may_not_change(tmp_path, monkeypatch):
     interrupt(tmp_path / "run", monkeypatch, 3)
     as_of_earlier_versions(tmp_path / "run", processes=2)
-    with pytest.raises(QuietvitError, match=r"processes was 2 and is 1, and the checkpoint is of"):
+    with pytest.raises(QuietvitError, match=r"processes was 2 and is 1, but the checkpoint is"):
         run(tmp_path / "run", resume=True)
 
 
@@ -229,7 +229,7 @@ def test_a_run_that_went_on_meanwhile_is_not_set_back(tmp_path, monkeypatch):
         return build(chosen, **given)
 
     monkeypatch.setattr(loop, "build", slow)
-    with pytest.raises(QuietvitError, match="another process has written into"):
+    with pytest.raises(QuietvitError, match="another process wrote into"):
         run(tmp_path / "run", resume=True)
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert sorted(names) == ["step-00000012", "step-00000014"]

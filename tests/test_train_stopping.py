@@ -79,7 +79,7 @@ def test_the_step_is_finished_a_checkpoint_written_and_the_run_resumes_exactly(
         assert error.code == 143
     else:
         assert str(error).startswith(told)
-        assert "press it again to stop at once" in capfd.readouterr().err
+        assert "Press it again to stop at once" in capfd.readouterr().err
     assert_same(run(tmp_path / "run", resume=True, **changes), expected)
 
 
@@ -108,7 +108,7 @@ def test_a_signal_when_nothing_is_left_to_stop_ends_after_the_result(
 ):
     caplog.set_level(logging.WARNING, "quietvit")
     stopped(tmp_path / "run", monkeypatch, raised, *signalled(loop, "TrainResult", number))
-    assert f"{name}: the run was finished meanwhile" in caplog.text
+    assert f"{name}: the run was already finished" in caplog.text
     assert (tmp_path / "run" / "result.json").exists()
 
 
@@ -184,18 +184,18 @@ def test_the_same_command_again_names_resume_and_force_alone_deletes_no_checkpoi
     interrupt(output, monkeypatch, 5)
     held = kept(output)
     with pytest.raises(QuietvitError, match=r"an unfinished run \(checkpoints: step-00000002, "
-                       r"step-00000004, the last after step 4\)\. To go on with it, pass resume "
+                       r"step-00000004, the last after step 4\)\. To continue it, pass resume "
                        r"\(--resume\)\. .*pass force and discard"):  # fmt: skip
         run(output)
     goes = r"deletes config\.json, classes\.json, metrics\.jsonl, checkpoints/step-00000002, "
-    with pytest.raises(QuietvitError, match=rf"resume\) in place of force\. .*{goes}"):
+    with pytest.raises(QuietvitError, match=rf"resume\) instead of force\. .*{goes}"):
         run(output, force=True)
     with pytest.raises(QuietvitError, match="unfinished"):
         run(output, discard=True)
     assert kept(output) == held
     caplog.set_level(logging.WARNING, "quietvit")
     assert run(output, force=True, discard=True, seed=1).steps == 14
-    assert "starting anew" in caplog.text
+    assert "a new run in" in caplog.text
     assert "checkpoints/step-00000004" in caplog.text
 
 

@@ -1,7 +1,6 @@
-"""One callback for the transformers ``Trainer`` and one for Lightning: any regularizer in them.
+"""Callbacks that use regularizers in the transformers ``Trainer`` and in Lightning.
 
-Neither package is imported before its function is called. A plain loop needs no callback:
-``regularizer.attach(optimizer)``.
+The packages are imported on use. A plain loop needs only ``regularizer.attach(optimizer)``.
 """
 
 from __future__ import annotations
@@ -25,20 +24,23 @@ logger = logging.getLogger("quietvit")
 def transformers_callback(*regularizers: Regularizer) -> Any:
     """Return a ``TrainerCallback``: ``Trainer(..., callbacks=[transformers_callback(decay)])``.
 
-    Give all regularizers to one callback. They are attached when training begins, to the optimizer
-    that the Trainer made (under accelerate too), and detached when it ends. What they need for an
-    exact resume is in ``trainer_state.json`` of each checkpoint. They are built on the model that
-    the Trainer gets. TWEO also needs ``compute_loss_func=tweo.around(criterion)``, with a criterion
-    that follows the Trainer: called with outputs, labels and ``num_items_in_batch``, it returns the
-    sum of its losses divided by that number.
+    Build the regularizers on the model that the Trainer gets, and give all of them to one callback.
+    They are attached to the Trainer's optimizer when training begins (also under accelerate) and
+    detached when it ends. Each checkpoint keeps their state for an exact resume in
+    ``trainer_state.json``.
 
-    A ``train()`` that raises leaves them attached, because the Trainer then calls no callback. The
-    next one, of this or another Trainer, detaches them first and counts on from where they stand,
-    or from its checkpoint; to go on without a Trainer, call ``detach()`` on each.
+    TWEO also needs ``compute_loss_func=tweo.around(criterion)``. The Trainer calls the criterion
+    with outputs, labels and ``num_items_in_batch``. It must return the sum of its losses divided by
+    that number.
+
+    If ``train()`` raises, the Trainer calls no callback and the regularizers stay attached. The
+    next ``train()``, of any Trainer, detaches them first. It continues from their current state or
+    from its checkpoint. To continue without a Trainer, call ``detach()`` on each.
 
     Raises:
         QuietvitError: transformers is missing, or no regularizer is given. When training begins:
-            the optimizer holds no parameter of a regularizer, a checkpoint of other regularizers.
+            the optimizer has no parameter of a regularizer, or the checkpoint is from other
+            regularizers.
     """
     try:
         from transformers import TrainerCallback
@@ -51,7 +53,7 @@ def transformers_callback(*regularizers: Regularizer) -> Any:
     key = _key(regularizers)
 
     class Callback(TrainerCallback, ExportableState):
-        # The Trainer may make another instance without arguments, to restore callbacks.
+        # To restore callbacks, the Trainer may create another instance without arguments.
 
         def on_train_begin(
             self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
@@ -82,15 +84,15 @@ def transformers_callback(*regularizers: Regularizer) -> Any:
 def lightning_callback(*regularizers: Regularizer) -> Any:
     """Return a Lightning ``Callback``: ``Trainer(callbacks=[lightning_callback(decay)])``.
 
-    Works with ``lightning`` and with ``pytorch_lightning``. The regularizers are attached when
-    training starts, to the module's one optimizer, and detached when it ends; their state is in
-    every checkpoint. They are built on the module, or on the model inside it, before the fit. TWEO
-    also needs its loss: ``tweo.around(criterion)`` in the module.
+    Works with ``lightning`` and ``pytorch_lightning``. Build the regularizers on the module, or on
+    the model inside it, before the fit. They are attached to the module's only optimizer when
+    training starts and detached when it ends. Every checkpoint keeps their state. TWEO also needs
+    its loss: use ``tweo.around(criterion)`` in the module.
 
     Raises:
         QuietvitError: Lightning is missing, or no regularizer is given. When training starts: the
-            module has several optimizers, or the one holds no parameter of a regularizer, or the
-            checkpoint is of other regularizers.
+            module has several optimizers, its optimizer has no parameter of a regularizer, or the
+            checkpoint is from other regularizers.
     """
     base: Any = _lightning().Callback
     key = _key(regularizers)
@@ -109,8 +111,8 @@ def lightning_callback(*regularizers: Regularizer) -> Any:
             if len(optimizers) != 1:
                 raise QuietvitError(
                     f"{type(pl_module).__name__} has {len(optimizers)} optimizers, and "
-                    "lightning_callback cannot tell which one is meant; call "
-                    "regularizer.attach(optimizer) in the module's on_train_start in its place."
+                    "lightning_callback supports only one; remove the callback and call "
+                    "regularizer.attach(optimizer) in the module's on_train_start."
                 )
             if self._pending is not None:
                 _load(regularizers, self._pending)
@@ -129,7 +131,7 @@ def lightning_callback(*regularizers: Regularizer) -> Any:
             return _states(regularizers)
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            # Not at once: the model is not yet on its device here.
+            # Load it in on_train_start: here the model is not on its device yet.
             self._pending = state_dict
 
     return Callback()
@@ -165,7 +167,7 @@ def _key(regularizers: Sequence[Regularizer]) -> str:
 
 
 def _attach(regularizers: Sequence[Regularizer], optimizer: Any) -> None:
-    """Attach all of them, or, where one cannot be, none."""
+    """Attach all regularizers, or none if one raises."""
     _detach(regularizers)
     try:
         for regularizer in regularizers:
@@ -191,8 +193,8 @@ def _load(regularizers: Sequence[Regularizer], state: Mapping[str, Any]) -> None
 
 def _say_unsaved(step: int) -> None:
     logger.warning(
-        "the checkpoint of step %d holds no state of these regularizers: they count from where "
-        "they stand now.",
+        "the checkpoint of step %d holds no state of these regularizers; they continue from their "
+        "current state.",
         step,
     )
 

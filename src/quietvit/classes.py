@@ -1,6 +1,6 @@
-"""Names of a model's classes. Their one place is the attribute ``class_names`` of the model.
+"""The names of a model's classes, stored in its attribute ``class_names``.
 
-Where a data set has its names from is the matter of ``data``, as is the comparison of both.
+``data`` reads the names of a data set and compares them with the model's.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 from quietvit.errors import QuietvitError
 
 KEY = "class_names"
-"""The key of the names in every file that holds them: a run, a .qvit, a weights file."""
+"""The key of the names in files: of a run, a .qvit, a weights file."""
 _UNSAID = object()
 
 
 def name_classes(model: Any, names: Sequence[str] | None) -> None:
-    """Say how the classes of ``model`` are called, in the order of its logits.
+    """Set the class names of ``model``, in the order of its logits.
 
-    The names go with copies of the model, into a saved .qvit and into exported files. None says
-    that nobody knows them: then ImageNet's names are not presumed either.
+    Copies of the model, saved .qvit files and exported files keep them. None marks them as unknown,
+    so that ImageNet's names are not presumed.
 
     Raises:
-        QuietvitError: the model tells another number of classes apart.
+        QuietvitError: the model has another number of classes.
     """
     setattr(model, KEY, None if names is None else checked_names(model, names))
 
 
 def checked_names(model: Any, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names. Raises QuietvitError where ``model`` has another number of classes."""
+    """Return the names. Raises QuietvitError if ``model`` has another number of classes."""
     named, count = tuple(map(str, names)), class_count(model)
     if count is not None and count != len(named):
         raise QuietvitError(
@@ -40,46 +40,45 @@ def checked_names(model: Any, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def unname_classes(model: Any) -> None:
-    """Take back that nobody knows the names, for weights of another origin were loaded."""
+    """Remove a mark that the names are unknown, after loading weights of another origin."""
     if getattr(model, KEY, _UNSAID) is None:
         delattr(model, KEY)
 
 
 def names_of(model: Any) -> tuple[str, ...] | None:
-    """Return the names of a model's classes, one for each logit; None where nobody knows them.
+    """Return the names of a model's classes, one per logit, or None if they are unknown.
 
-    They are those that ``name_classes`` gave, else those of a transformers model's config. A timm
-    model of which nothing was said has the names of its pretrained configuration, which are
-    ImageNet's for most, where it tells as many classes apart as that configuration says.
+    Sources, in this order: ``name_classes``; the config of a transformers model; the pretrained
+    configuration of a timm model (mostly ImageNet's names), if it has as many classes.
     """
     stated = _stated(model)
     return _presumed(model) if stated is _UNSAID else stated
 
 
 def are_presumed(model: Any) -> bool:
-    """Whether the names of ``model`` are those of timm's configuration, and nobody said them."""
+    """Whether the names of ``model`` are only presumed, from timm's pretrained configuration."""
     return _stated(model) is _UNSAID and _presumed(model) is not None
 
 
 def facts_of_names(model: Any) -> dict[str, Any]:
-    """Return ``{KEY: names}`` for a file about ``model``; empty where nothing was ever said."""
+    """Return ``{KEY: names}`` for a file about ``model``; empty if no names were ever given."""
     stated = _stated(model)
     return {} if stated is _UNSAID else {KEY: None if stated is None else list(stated)}
 
 
 def take_names(model: Any, facts: Mapping[str, Any]) -> None:
-    """Name the classes of ``model`` as a file's facts do; files without the key change nothing."""
+    """Set the class names from the facts of a file. Facts without the key change nothing."""
     if KEY in facts:
         name_classes(model, facts[KEY])
 
 
 def metadata_of(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata of a safetensors file for ``facts_of_names``."""
+    """Return ``facts_of_names`` as the metadata of a safetensors file."""
     return {"format": "pt", "quietvit": json.dumps(dict(facts))}
 
 
 def names_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return the facts in the metadata of a safetensors file; empty where it is not ours."""
+    """Return the facts in the metadata of a safetensors file; empty if quietvit wrote none."""
     try:
         found = json.loads((metadata or {}).get("quietvit", "{}"))
     except ValueError:
@@ -88,12 +87,12 @@ def names_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def fitted(names: Sequence[str], count: int) -> tuple[str, ...]:
-    """Return ``count`` names: what is too many is left out, what lacks is called ``class 7``."""
+    """Return ``count`` names: cut ``names``, or add names such as ``class 7``."""
     return (*names[:count], *(f"class {index}" for index in range(len(names), count)))
 
 
 def _stated(model: Any) -> Any:
-    """The names that were given, None where they are said to be unknown, else ``_UNSAID``."""
+    """Return the given names, None if they are marked as unknown, or ``_UNSAID``."""
     model = _bare(model)
     names = getattr(model, KEY, _UNSAID)
     if names is not _UNSAID:
@@ -102,7 +101,7 @@ def _stated(model: Any) -> Any:
     if not isinstance(named, Mapping) or not named:
         return _UNSAID
     found = tuple(str(named[key]) for key in sorted(named, key=int))
-    # transformers fills in LABEL_0, LABEL_1, ... where it was given no names.
+    # transformers fills in LABEL_0, LABEL_1, ... if it was given no names.
     return None if found == tuple(f"LABEL_{index}" for index in range(len(found))) else found
 
 
@@ -128,7 +127,7 @@ def _bare(model: Any) -> Any:
 
 
 def class_count(model: Any) -> int | None:
-    """Return how many classes a timm or transformers model says it has; None where it does not."""
+    """Return the number of classes of a timm or transformers model, or None if unknown."""
     config = getattr(model, "config", None)
     count = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
     return count if isinstance(count, int) and count > 0 else None

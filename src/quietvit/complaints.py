@@ -1,6 +1,6 @@
-"""What a command says when it ends early: errors as one paragraph with the remedy, exit codes.
+"""How a command ends early: one paragraph with the remedy on standard error, and an exit code.
 
-Errors of quietvit's own are worded where they are raised. Here are those of Python and torch.
+Errors of Python and torch get their text here. A ``QuietvitError`` has its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quietvit.files import not_utf8
 from quietvit.text import printable_streams
 from quietvit.width import columns
 
-# Narrower than this, rich cuts the names of options; the plain help never does.
+# On narrower terminals rich truncates option names. The plain help never does.
 RICH_HELP = 80
 
 _MEMORY = (
@@ -37,9 +37,9 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path: it goes through a file where a folder is expected",
-    errno.EISDIR: "name a file in place of the folder",
+    errno.EISDIR: "name a file instead of a folder",
     errno.EEXIST: "choose another name",
-    errno.ELOOP: "mend the symbolic link, which leads back to itself",
+    errno.ELOOP: "fix the symbolic link, which points back to itself",
     errno.EMFILE: "raise the limit of open files (ulimit -n), or use fewer workers",
     errno.ENFILE: "close other programs: the system has too many open files",
     errno.ENOMEM: _MEMORY,
@@ -51,8 +51,8 @@ _EXTRAS = {
 }  # fmt: skip
 _STOPPED = "stopped before the end"
 _GO_ON = {
-    "train": "; with --resume it goes on from the last checkpoint, if one was written.",
-    "compare": "; with --resume it goes on, and runs that were finished are kept.",
+    "train": "; --resume continues from the last checkpoint, if one was written.",
+    "compare": "; --resume continues and keeps the finished runs.",
 }
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
 _NO_DEVICE = (
@@ -62,7 +62,7 @@ _NO_DEVICE = (
 
 
 class _Examples:
-    """The text below a plain help: what rich would show bold is plain."""
+    """Print the epilog of a plain help text without rich's bold marks."""
 
     epilog: str | None
 
@@ -73,7 +73,7 @@ class _Examples:
 
 
 class Commands(_Examples, TyperGroup):
-    """The commands together: everything can be printed, every error ends as ``telling`` says."""
+    """The group of all commands. It prints any character and handles errors by ``telling``."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         with printable_streams():
@@ -85,7 +85,7 @@ class Commands(_Examples, TyperGroup):
                 if mode is None:
                     extra.setdefault("terminal_width", width)
                 return super().main(*args, **extra)
-            except OSError as error:  # standard output itself cannot be written
+            except OSError as error:  # standard output is not writable
                 complain("error", f"could not print: {explained(error)}")
                 sys.exit(2)
 
@@ -98,7 +98,7 @@ class Commands(_Examples, TyperGroup):
 
 
 class Command(_Examples, TyperCommand):
-    """A command whose paths and names may begin with ``~``, also where a shell leaves it."""
+    """A command that expands ``~`` in its arguments, because a shell expands only some."""
 
     def invoke(self, ctx: Any) -> Any:
         ctx.params = {name: _expanded(value) for name, value in ctx.params.items()}
@@ -112,16 +112,16 @@ def _expanded(value: Any) -> Any:
         try:
             expanded = Path(value).expanduser()
         except RuntimeError as error:
-            raise QuietvitError(f"{value}: {error}; write the whole path.") from error
+            raise QuietvitError(f"{value}: {error}; write the full path.") from error
         return expanded if isinstance(value, Path) else str(expanded)
     return value
 
 
 @contextmanager
 def telling(ctx: Any) -> Iterator[None]:
-    """End what is inside with an exit code: 2 where the user can mend it, 1 for a fault of ours.
+    """Turn exceptions into exit codes: 2 if the user can fix it, 1 for a bug in quietvit.
 
-    An interruption is 130; one with a message was told already, with what was saved.
+    Ctrl-C is 130. A KeyboardInterrupt with a message prints nothing, because training already did.
     """
     try:
         yield
@@ -142,14 +142,14 @@ def telling(ctx: Any) -> Iterator[None]:
             raise typer.Exit(2) from None
         complain(
             "unexpected error",
-            f"{type(error).__name__}: {error}. This is a fault of quietvit; please report it "
+            f"{type(error).__name__}: {error}. This is a bug in quietvit; please report it "
             "with the traceback above.",
         )
         raise typer.Exit(1) from None
 
 
 def explained(error: BaseException) -> str | None:
-    """Return what happened and what the user can do; None where the fault is quietvit's."""
+    """Return what happened and what the user can do, or None for a bug in quietvit."""
     if isinstance(error, QuietvitError):
         return str(error)
     text = " ".join(str(error).split())
@@ -194,6 +194,6 @@ def _of_import(error: ImportError) -> str | None:
 
 
 def complain(kind: str, text: str) -> None:
-    """Print one paragraph to standard error, its ``kind`` in red."""
+    """Print ``kind`` in red and ``text`` as one paragraph to standard error."""
     typer.secho(f"{kind}: ", fg="red", bold=True, nl=False, err=True)
     typer.echo(" ".join(text.split()), err=True)

@@ -1,6 +1,6 @@
-"""What the commands share: options, arguments, and opening the model and the data they name.
+"""Options and arguments that the commands share, and how they open models and data.
 
-The commands are in ``commands``. ``complaints`` words the errors.
+The commands are in ``commands``. ``complaints`` prints errors.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def build_model(
 ) -> nn.Module:
     """Build a model in eval mode, or load it from a training run. Report random weights.
 
-    Raises QuietvitError for an unknown model, and for weights, classes or a size beside a run.
+    Raises QuietvitError for an unknown model, or if a run is given with weights, classes or size.
     """
     from quietvit.data import create_model
 
@@ -188,9 +188,9 @@ def example_of(model: nn.Module) -> Tensor:
 
 
 def open_data(text: str, split: Literal["train", "test"], *, labels: bool = True) -> Any:
-    """Open the data at a plain path: ``split`` if it has splits, else all of it.
+    """Open the data at a path or spec: ``split`` if it has splits, else all of it.
 
-    ``labels``: as for ``load_dataset``. Without them, images with boxes will do as well.
+    ``labels``: see ``load_dataset``. Without them, images with boxes are accepted too.
     """
     from quietvit.data import load_dataset
     from quietvit.data.sources import has_splits, spec_of
@@ -231,7 +231,7 @@ def draw_images(model: nn.Module, dataset: Any, count: int, seed: int) -> Tensor
 
 
 def moved_to(model: nn.Module, device: str) -> nn.Module:
-    """Move a model. Raises QuietvitError if the device does not exist."""
+    """Move a model to ``device``. Raises QuietvitError if the device does not exist."""
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -242,12 +242,12 @@ def moved_to(model: nn.Module, device: str) -> nn.Module:
 
 
 def interactive() -> bool:
-    """Whether a user at a terminal can answer, and this is the only process."""
+    """Whether a user at a terminal can answer a question, and no launcher started this process."""
     return "RANK" not in os.environ and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def agreed(refusal: QuietvitError | None) -> bool:
-    """Ask on a terminal whether to do what ``refusal`` refuses. False if nobody can answer."""
+    """Ask on a terminal whether to do what ``refusal`` forbids. False if nobody can answer."""
     if refusal is None or not interactive():
         return False
     complain("warning", str(refusal))

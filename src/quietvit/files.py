@@ -1,6 +1,6 @@
-"""Writing so that nothing is lost: files and folders whole or not at all, none that is in use.
+"""Write files and folders atomically, and refuse folders that are not empty or in use.
 
-What is written, and in which format, is decided by the callers; no content is read here.
+The callers decide content and format. No content is read here.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 
-# What tempfile.mkdtemp puts behind a prefix.
+# The random suffix that tempfile.mkdtemp appends to a prefix.
 _RANDOM = re.compile("[a-z0-9_]{8}")
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
-    """Write ``content`` (str as UTF-8) to ``path``; readers see the old file or the new, whole.
+    """Write ``content`` to ``path`` atomically and return the path.
 
-    Text is always valid UTF-8: the bytes of a path that are not stand as U+FFFD. The bytes go to a
-    temporary file beside it, are flushed to disk, and the file is renamed.
-    Missing parent folders are made. Returns the path.
+    The content goes to a temporary file beside it, is flushed to disk, and the file is renamed. So
+    readers see either the old file or the complete new one. Missing parent folders are created.
+    Text is written as valid UTF-8; bytes of a path that are not UTF-8 become U+FFFD.
 
     Raises:
-        QuietvitError: the disk is full or the place cannot be written; the old file, if there was
-            one, is untouched.
+        QuietvitError: the disk is full or not writable. An old file is unchanged.
     """
     path = Path(path)
     with beside(path) as folder:
@@ -51,17 +50,17 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
-    """Return ``content`` as JSON that every reader takes, also where it names paths of any bytes.
+    """Return ``content`` as JSON that strict readers accept. nan and infinity become null.
 
-    Bytes that are not UTF-8 stand as U+FFFD; ``json.dumps`` alone writes half a surrogate pair
-    for each, which strict readers refuse. nan and infinity stand as null.
+    Bytes of a path that are not UTF-8 become U+FFFD. ``json.dumps`` alone writes a lone surrogate
+    for each of them, which strict readers refuse.
     """
     text = json.dumps(finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
     return text.encode(errors=WRITTEN).decode()
 
 
 def finite(content: Any) -> Any:
-    """Return plain dicts, lists and values, with None in place of nan and infinity."""
+    """Return plain dicts, lists and values, with None for nan and infinity."""
     if isinstance(content, dict):
         return {key: finite(entry) for key, entry in content.items()}
     if isinstance(content, list | tuple):
@@ -72,7 +71,7 @@ def finite(content: Any) -> Any:
 
 
 def not_utf8(path: str | Path) -> str:
-    """Say that the name of a file or folder is not UTF-8, and what can be done."""
+    """Return an error text for a file name that is not UTF-8, with the remedy."""
     with suppress(UnicodeError):
         name = os.fsencode(path).decode("utf-8")
         return (
@@ -80,24 +79,24 @@ def not_utf8(path: str | Path) -> str:
             "LC_ALL=C.UTF-8 or PYTHONUTF8=1, and run the command again."
         )
     return (
-        f"the name {printable(str(path))} has bytes that are not UTF-8; rename it, or make a "
-        "symbolic link with a plain name to it and give the link."
+        f"the name {printable(str(path))} has bytes that are not UTF-8; rename it, or create a "
+        "symbolic link to it with a plain name and use the link."
     )
 
 
 def refuse_other_bytes(path: str | Path) -> None:
-    """Raise QuietvitError for a path that is not UTF-8, for libraries that cannot open such.
+    """Raise QuietvitError for a path that is not UTF-8.
 
-    They are safetensors, pyarrow, tensorboard, onnxruntime and openvino.
+    safetensors, pyarrow, tensorboard, onnxruntime and openvino cannot open such a path.
     """
     if not is_utf8(str(path)):
         raise QuietvitError(not_utf8(path))
 
 
 def refuse_unwritable(path: str | Path) -> None:
-    """Raise QuietvitError now where a file could not be written at ``path`` later.
+    """Raise QuietvitError if a file cannot be written at ``path``. Call this before long work.
 
-    Missing parent folders are made. To be called before long work.
+    Missing parent folders are created.
     """
     path = Path(path)
     if path.is_dir():
@@ -108,14 +107,13 @@ def refuse_unwritable(path: str | Path) -> None:
 
 @contextmanager
 def beside(path: Path, *failures: type[Exception]) -> Iterator[Path]:
-    """Give an empty hidden folder in the folder of ``path``, which is made if missing.
+    """Yield an empty hidden folder beside ``path``. Missing parent folders are created.
 
-    At the end it is removed with all that is still in it: what shall stay is renamed before, by
-    ``put_in_place``.
+    The folder is removed at the end with everything in it. ``put_in_place`` moves files out first.
 
     Raises:
-        QuietvitError: an OSError, or one of ``failures``, came out of the block: the disk is full
-            or the place cannot be written.
+        QuietvitError: the block raised an OSError or one of ``failures``, for example because the
+            disk is full or not writable.
     """
     told: tuple[type[Exception], ...] = (OSError, *failures)
     try:
@@ -133,10 +131,10 @@ def beside(path: Path, *failures: type[Exception]) -> Iterator[Path]:
 
 
 def leftovers(*paths: Path) -> list[Path]:
-    """Return the hidden folders that ``write_atomic``, killed while it wrote ``paths``, left.
+    """Return the hidden folders that a killed ``write_atomic`` of ``paths`` left behind.
 
-    They have the names that ``beside`` gives and hold nothing, or a file with the path's name.
-    What else begins with the same letters is somebody else's, and so is what cannot be looked at.
+    They have a name from ``beside`` and hold nothing or a file with the path's name. Other folders
+    with the same prefix, and unreadable ones, belong to somebody else.
     """
     return [
         folder
@@ -148,13 +146,13 @@ def leftovers(*paths: Path) -> list[Path]:
 
 
 def sweep(*paths: Path) -> None:
-    """Remove the ``leftovers`` of ``paths``, which nobody may be writing now."""
+    """Remove the ``leftovers`` of ``paths``. No other process may be writing them."""
     for folder in leftovers(*paths):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _holds_at_most(folder: Path, name: str) -> bool:
-    """Whether it is a folder, no link to one, that holds nothing or the file ``name`` alone."""
+    """Whether ``folder`` is a real folder (no link) that is empty or holds only a file ``name``."""
     try:
         parts = list(folder.iterdir())
     except OSError:
@@ -163,14 +161,14 @@ def _holds_at_most(folder: Path, name: str) -> bool:
 
 
 def put_in_place(folder: Path, *paths: Path) -> None:
-    """Rename what ``folder``, one of ``beside``, holds under the names of ``paths`` to ``paths``.
+    """Move the files that ``folder`` (from ``beside``) holds under the names of ``paths`` there.
 
-    The files are flushed to disk first. What was there goes only when all of the new stands; where
-    a rename fails it comes back, and nothing new stays.
+    The files are flushed to disk first. Old files are deleted only when all new ones are in place.
+    If a rename fails, the old files are restored and no new file stays.
 
     Raises:
-        QuietvitError: a rename failed and so did bringing back what was there: the message names
-            the hidden folder beside that keeps it.
+        QuietvitError: a rename failed, and the old files could not be restored. The message names
+            the hidden folder that keeps them.
     """
     for path in paths:
         new = folder / path.name
@@ -193,9 +191,8 @@ def put_in_place(folder: Path, *paths: Path) -> None:
                     (earlier / path.name).replace(path)
         if any(earlier.iterdir()):
             raise QuietvitError(
-                f"could not write {paths[0]}: {getattr(error, 'strerror', None) or error}. What "
-                f"was there before could not be put back either and is in {earlier}; move it from "
-                "there."
+                f"could not write {paths[0]}: {getattr(error, 'strerror', None) or error}. The "
+                f"earlier file could not be restored and is in {earlier}; move it from there."
             ) from error
         earlier.rmdir()
         raise
@@ -205,19 +202,20 @@ def put_in_place(folder: Path, *paths: Path) -> None:
 def refuse_nonempty(
     directory: str | Path, force: bool = False, ignored: Collection[Path] = ()
 ) -> Path:
-    """Return ``directory``, made if missing; with ``force`` one that holds files is accepted too.
+    """Return ``directory``, created if missing. Nothing is ever deleted.
 
-    What is in it and ``ignored`` counts as nothing. Nothing is ever deleted.
+    The entries ``ignored`` do not count.
 
     Raises:
-        QuietvitError: the folder holds something and ``force`` is False, or the path is a file.
+        QuietvitError: the folder is not empty and ``force`` is False, the path is a file, or the
+            folder cannot be written.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise QuietvitError(f"{directory} is a file, not a folder; choose another output folder.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=".probe.", dir=directory)).rmdir()  # it can be written
+        Path(tempfile.mkdtemp(prefix=".probe.", dir=directory)).rmdir()  # raises if not writable
         held = sorted(entry.name for entry in directory.iterdir() if entry not in ignored)
     except OSError as error:
         raise QuietvitError(
@@ -235,11 +233,11 @@ def refuse_nonempty(
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process alone, until it is done or ends in whatever way.
+    """Lock ``folder`` for this process until the block or the process ends.
 
-    The lock is on the file ``LOCK`` in it, by process and not inherited: neither a loader's worker
-    that outlives a killed run holds it, nor does the file itself. Where a file system or a system
-    has no such locks, nothing is held.
+    The lock is a POSIX lock on the file ``LOCK`` in it. The existence of the file means nothing.
+    Child processes do not inherit the lock, so a worker that outlives a killed run does not hold
+    it. Without such locks (Windows, some file systems) nothing is locked.
 
     Raises:
         QuietvitError: another process holds it, on this machine or on one that shares the disk.
@@ -250,12 +248,12 @@ def held(folder: Path) -> Iterator[None]:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise QuietvitError(
-                f"could not write {path}: {error.strerror or error}; free some space, remove it if "
-                "it is somebody else's and no run goes on there, or choose another output folder."
+                f"could not write {path}: {error.strerror or error}; free some space, choose "
+                "another output folder, or remove that file if no run uses the folder."
             ) from error
         try:
             _lock(handle, folder)
-            # Who held it before may have removed the file since it was opened here.
+            # The previous owner may have removed the file after this process opened it.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 try:
                     yield
@@ -277,18 +275,18 @@ def _lock(handle: int, folder: Path) -> None:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise QuietvitError(
                 f"another process is writing into {folder}; wait for it to end, or choose another "
-                "output folder. If both belong to one run, start its processes by torchrun or "
-                "accelerate launch, so that they know of each other."
+                "output folder. If both belong to one run, start its processes with torchrun or "
+                "accelerate launch."
             ) from error
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that whoever may read a new file here may read.
+    """Write a safetensors file with the permissions of the umask.
 
-    The writer of safetensors alone lets only the owner read, whatever the umask says. The tensors
-    are contiguous and share no memory; nothing is flushed, and errors come as they are.
+    safetensors itself makes files that only their owner can read. The tensors must be contiguous
+    and share no memory. Nothing is flushed, and errors are not translated.
     """
     from safetensors.torch import save_file
 
@@ -299,7 +297,7 @@ def save_tensors(
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on disk."""
+    """Wait until a file, or the directory entries of a folder, are on disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

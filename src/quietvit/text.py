@@ -1,6 +1,6 @@
-"""Text for terminals and files of any encoding: what an encoding lacks is written another way.
+"""Encode text for any terminal or file by replacing characters that the encoding lacks.
 
-Which text is printed, and how it is laid out, is decided elsewhere.
+The callers choose the text and its layout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SYMBOLS = {
 
 
 def _printed(error: UnicodeError) -> tuple[str, int]:
-    """Replace symbols by ASCII ones, and other characters by an escape such as ``\\xe9``."""
+    """Replace characters that the encoding lacks by ASCII, or by an escape such as ``\\xe9``."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     part = error.object[error.start : error.end]
@@ -35,7 +35,7 @@ def _printed(error: UnicodeError) -> tuple[str, int]:
 def _as_ascii(character: str) -> str:
     if character in _SYMBOLS:
         return _SYMBOLS[character]
-    if "\u2500" <= character <= "\u259f":  # the other box drawings and blocks
+    if "\u2500" <= character <= "\u259f":  # the other box-drawing and block characters
         return "+"
     plain = unicodedata.normalize("NFKD", character)
     if plain.isascii():
@@ -46,7 +46,7 @@ def _as_ascii(character: str) -> str:
 
 
 def _written(error: UnicodeError) -> tuple[bytes, int]:
-    """Replace what UTF-8 cannot hold by U+FFFD, as bytes: Python takes no other text but ASCII."""
+    """Replace what UTF-8 cannot encode by U+FFFD, as bytes: Python accepts only ASCII as text."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "\ufffd".encode() * (error.end - error.start), error.end
@@ -57,7 +57,7 @@ codecs.register_error(WRITTEN, _written)
 
 
 def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold the text; it cannot where a path has other bytes."""
+    """Whether UTF-8 can encode the text. It cannot encode the other bytes in a path."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -66,16 +66,15 @@ def is_utf8(text: str) -> bool:
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    """Return the text with ASCII in place of what ``encoding`` cannot hold."""
+    """Return the text with ASCII for every character that ``encoding`` lacks."""
     return text.encode(encoding, PRINTED).decode(encoding)
 
 
 class Printer:
-    """A text stream that takes every text, and that a reader may leave.
+    """A text stream that accepts any text and survives a closed pipe.
 
-    After ``quietvit methods | head`` nobody reads any more: what is printed then is dropped, and
-    the command still ends its work with its own exit code. There is no attribute ``buffer``, so
-    that click and others write text.
+    In ``quietvit methods | head`` the reader leaves early. Later text is then dropped, and the
+    command finishes with its own exit code. ``buffer`` is hidden, so that click writes text.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -109,7 +108,7 @@ class Printer:
         return getattr(self._stream, name)
 
     def _leave(self) -> None:
-        """Drop what comes, also what Python itself writes at the end of the program."""
+        """Drop all later text, including what Python writes when it exits."""
         self._left = True
         with suppress(OSError, ValueError, AttributeError):
             sink = os.open(os.devnull, os.O_WRONLY)
@@ -119,9 +118,9 @@ class Printer:
 
 @contextmanager
 def printable_streams() -> Iterator[None]:
-    """Let every text be printed to standard output and standard error inside."""
+    """Make standard output and standard error accept any text inside."""
     before = sys.stdout, sys.stderr
-    # Python has None where a stream was closed before the program began.
+    # A stream is None if it was closed before the program started.
     printers: list[Any] = [None if stream is None else Printer(stream) for stream in before]
     sys.stdout, sys.stderr = printers
     try:

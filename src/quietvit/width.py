@@ -1,6 +1,6 @@
-"""Tables as wide as the terminal: a table that does not fit is printed row by row, no name cut.
+"""Print tables to fit the terminal. A table that is too wide becomes a list; nothing is cut.
 
-What the tables hold is decided elsewhere.
+The callers build the tables.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-# More than any line has: nothing is wrapped.
+# Wider than any line, so nothing is wrapped.
 _ENDLESS = 100_000
 
 
 def columns(stream: Any) -> int | None:
-    """Return how many columns ``stream`` shows: COLUMNS, else the terminal's; None for a file."""
+    """Return the width of ``stream``: COLUMNS, else that of the terminal, else None (a file)."""
     given = os.environ.get("COLUMNS", "")
     if given.isdigit() and int(given) > 0:
         return int(given)
@@ -31,8 +31,8 @@ def columns(stream: Any) -> int | None:
 def show(*parts: Any) -> None:
     """Print texts and rich tables to standard output.
 
-    Lines of text are as long as they are. A table wider than the terminal is printed as a list, a
-    line for each cell. Where the output is a file, every table stands as it is.
+    Text is never wrapped. A table wider than the terminal is printed as a list, one line per cell.
+    In a file every table keeps its full width.
     """
     from rich.console import Console
     from rich.table import Table
@@ -65,7 +65,7 @@ def _flat(parts: Iterable[Any]) -> Iterator[Any]:
 
 
 def fitting(table: Any, compact: Any) -> Any:
-    """Return ``compact`` where it alone is narrow enough for standard output, else ``table``."""
+    """Return ``compact`` if only it fits the width of standard output, else ``table``."""
     from rich.console import Console
 
     console = Console(width=columns(sys.stdout) or _ENDLESS)
@@ -73,7 +73,7 @@ def fitting(table: Any, compact: Any) -> Any:
 
 
 def _fits(console: Console, table: Any) -> bool:
-    """Whether nothing in the table needs to be wrapped or cut."""
+    """Whether the table fits without wrapping or truncation."""
     from rich.measure import Measurement
 
     wide = console.options.update(width=_ENDLESS, max_width=_ENDLESS)
@@ -81,7 +81,7 @@ def _fits(console: Console, table: Any) -> bool:
 
 
 def _listed(table: Any) -> Iterator[Any]:
-    """The rows of a table below each other: the first cell, and the others behind their headers."""
+    """Yield the lines of a list: per row the first cell, then ``header: cell`` for the others."""
     from rich.text import Text
 
     if table.title:

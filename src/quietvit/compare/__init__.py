@@ -1,6 +1,6 @@
-"""Train with and without Colinearity Decay under the same seeds, quantize both, report.
+"""Train with and without Colinearity Decay with the same seeds, quantize both, and report.
 
-How each part works lives in the rooms below; here they are put in order and kept resumable.
+This package runs the steps in order and resumes them. Training, quantization and report are below.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a comparison is: a recipe, seeds, quantization settings, images to calibrate and look at.
+"""The configuration of a comparison: recipe, seeds, quantization settings, numbers of images.
 
-The two arms are derived from the recipe here; they are run in ``run``.
+It derives both arms from the recipe. ``run`` runs them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from quietvit.train import TrainConfig
 
 
 class CompareConfig(Section):
-    """A comparison; ``recipe`` describes the arm with CD, the other leaves its ``decay.cd`` out.
+    """A comparison. ``recipe`` is the arm with CD; the other arm removes ``decay.cd`` from it.
 
-    ``bits`` and ``methods`` are combined: ``W4A4`` and ``rtn-omse``. ``W4A4+attention-maps-8`` or
-    ``W4A4+post_softmax=8`` keeps single roles or sites at other bits. Calibration images are drawn
-    from the training data, ``diagnosed_images`` from the test data, both by ``calibration_seed``.
-    ``noise_setting`` is the setting whose noise is measured per site (by default the last bits with
-    the first method). Raises QuietvitError where a value is refused.
+    Each of ``bits`` (``W4A4``) is combined with each of ``methods`` (``rtn-omse``).
+    ``W4A4+attention-maps-8`` or ``W4A4+post_softmax=8`` keeps roles or sites at other bits.
+    Calibration images come from the training data, ``diagnosed_images`` from the test data; both
+    are drawn by ``calibration_seed``. ``noise_setting`` is the setting whose noise is measured per
+    site (default: the last bits with the first method). Raises QuietvitError for a bad value.
     """
 
     recipe: TrainConfig
@@ -68,14 +68,14 @@ class CompareConfig(Section):
         cd = self.recipe.decay.sections().get("cd")
         if cd is None or not cd.active:
             raise QuietvitError(
-                "the recipe trains without Colinearity Decay, so there is nothing to compare; give "
-                "it a strength, for example --set decay.cd.strength=1."
+                "the recipe trains without Colinearity Decay, so there is nothing to compare; set "
+                "a strength, for example --set decay.cd.strength=1."
             )
         return self
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Names of all quantization settings, ``W4A4 rtn-minmax``."""
+        """Names of all quantization settings, such as ``W4A4 rtn-minmax``."""
         return setting_names(self.bits, self.methods)
 
     @property
@@ -83,14 +83,14 @@ class CompareConfig(Section):
         return self.noise_setting or f"{self.bits[-1]} {self.methods[0]}"
 
     def arm(self, seed: int, decay: bool) -> TrainConfig:
-        """Return the recipe of one run: this seed, with or without ``decay.cd``."""
+        """Return the recipe of one run with this seed, with or without ``decay.cd``."""
         changes: dict[str, Any] = {"seed": seed}
         if not decay:
             changes["decay"] = self.recipe.decay.model_copy(update={"cd": None})
         return self.recipe.model_copy(update=changes)
 
     def order(self) -> tuple[tuple[int, bool], ...]:
-        """Return (seed, decay) of all runs; which arm goes first alternates with the seed."""
+        """Return (seed, decay) of all runs. The arm that runs first alternates between seeds."""
         return tuple(
             (seed, bool(decay))
             for at, seed in enumerate(self.seeds)
@@ -98,7 +98,7 @@ class CompareConfig(Section):
         )
 
     def flat(self) -> dict[str, str]:
-        """Return every setting as dotted key -> text, for the page and for telling differences."""
+        """Return every setting as dotted key -> text, for the report and to find differences."""
         whole = self.model_dump(mode="json")
         for key in ("seed", "output"):
             del whole["recipe"][key]

@@ -1,6 +1,6 @@
-"""What a folder holds of an earlier comparison: told before it is refused, named when it goes.
+"""Find an earlier comparison in a folder and say what starting a new one would delete.
 
-How a comparison is made and resumed is in ``run``; nothing is deleted here.
+``run`` makes and resumes comparisons. Nothing is deleted here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ COMPARISON = "compare.json"
 
 
 def named(arm: str) -> str:
-    """Return the name of an arm as it stands in the name of a run's folder."""
+    """Return the name of an arm in the folder names of its runs."""
     return arm.replace(" ", "-").lower()
 
 
 def earlier_runs(folder: Path) -> dict[Path, str]:
-    """Return the folder of each run of an earlier comparison that holds anything, and what."""
+    """Return the runs of an earlier comparison: folder -> description. Empty runs are left out."""
     found = {}
     places = [place for arm in ARMS for place in folder.glob(f"runs/seed*-{named(arm)}")]
     for place in sorted(places):
@@ -34,10 +34,10 @@ def earlier_runs(folder: Path) -> dict[Path, str]:
 
 
 def refusal(folder: Path, force: bool, discard: bool) -> QuietvitError | None:
-    """Return why no comparison is begun where an earlier one is; None where one may be.
+    """Return the error that forbids a new comparison in ``folder``, or None if it may start.
 
-    ``force`` allows it; an unfinished one that has runs takes ``discard`` too.
-    The error says what is there, how to go on with it, and what starting anew would delete.
+    An earlier comparison needs ``force``; an unfinished one with runs needs ``discard`` too. The
+    error says what is there, how to continue it, and what a new comparison would delete.
     """
     runs = earlier_runs(folder)
     begun = (folder / COMPARISON).is_file()
@@ -46,13 +46,13 @@ def refusal(folder: Path, force: bool, discard: bool) -> QuietvitError | None:
     if not (begun or runs) or (force and (discard or not precious)):
         return None
     kind = "a finished" if finished else "an unfinished"
-    resume = f"pass resume (--resume){' in place of force' * force}"
-    keep = f"To go on with it, {resume}" if not finished else f"To add seeds to it, {resume}"
+    resume = f"pass resume (--resume){' instead of force' * force}"
+    keep = f"To continue it, {resume}" if not finished else f"To add seeds to it, {resume}"
     wanted = "force and discard (--force --discard)" if precious else "force (--force)"
     return QuietvitError(
         f"the output folder {folder} holds {kind} comparison. {f'{keep}. ' if begun else ''}To "
-        "start another one and keep it, choose another output folder. To start anew in this one, "
-        f"pass {wanted}: that deletes {'; '.join(runs.values()) or 'no run'}."
+        "keep it and start another one, choose another output folder. To start a new one in this "
+        f"folder, pass {wanted}: that deletes {'; '.join(runs.values()) or 'no run'}."
     )
 
 

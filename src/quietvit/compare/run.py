@@ -1,6 +1,6 @@
-"""``compare``: every run of a comparison, each kept as soon as it is finished, then the report.
+"""``compare``: make every run of a comparison, save each one when finished, and write the report.
 
-A run is trained, evaluated as float, quantized and evaluated at every setting, and measured.
+A run trains a model, evaluates it in float and at every quantization setting, and measures it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found, and where it was written."""
+    """The results of a comparison and their folder."""
 
     results: Results
     folder: Path
@@ -81,7 +81,7 @@ class Comparison:
 
     @property
     def overhead(self) -> Spread | None:
-        """Training time that CD adds, in percent of the training without it."""
+        """Training time that CD adds, in percent of the other training time."""
         return overhead(self.results)
 
 
@@ -94,27 +94,27 @@ def compare(
     discard: bool = False,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Comparison:
-    """Train with and without CD for every seed, quantize each model at every setting, report.
+    """Train with and without CD for every seed, quantize every model at every setting, and report.
 
-    Both arms of a seed start from the same weights and see the same images in the same order.
-    Calibration images are the same for all runs. Float and quantized models are evaluated with one
+    Both arms of a seed start from the same weights and see the same images in the same order. All
+    runs use the same calibration images. Float and quantized models are evaluated with the same
     transform, from the model's own data config.
 
     Args:
         config: what to compare.
         output: folder for ``report.html``, ``results.csv`` (every run), ``table.csv``,
-            ``results.json`` and one folder a run. Written anew whenever a seed is finished.
-        resume: keep the finished runs in ``output`` and go on.
-        force: write into a folder that is not empty; the runs of an earlier comparison in it are
-            deleted, once the data of the new one is known to be sound. What is deleted is named.
-            An unfinished comparison that holds anything is not deleted by ``force`` alone.
+            ``results.json`` and one folder per run. Rewritten whenever a seed is finished.
+        resume: keep the finished runs in ``output`` and continue.
+        force: write into a folder that is not empty. The runs of an earlier comparison in it are
+            listed and deleted, once the new data has been checked. An unfinished comparison with
+            runs needs ``discard`` too.
         discard: with ``force``, delete an unfinished comparison and its runs too.
-        say: receives a line of progress.
+        say: called with each line of progress.
 
     Raises:
-        QuietvitError: the folder is not empty, or (with ``resume``) holds another comparison;
-            whatever the rooms below refuse. Finished runs stay.
-        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, as ``quietvit.train`` says.
+        QuietvitError: the folder is not empty or, with ``resume``, holds another comparison, or
+            training or quantization refuses its settings. Finished runs are kept.
+        KeyboardInterrupt, SystemExit: on Ctrl-C and SIGTERM, as in ``quietvit.train``.
     """
     folder = Path(output)
     refuse_not_utf8(config.recipe.model_copy(update={"output": folder}))
@@ -155,8 +155,8 @@ def _enough_images(config: CompareConfig) -> None:
     train_set, _ = task_of(config.recipe).open_data()
     if config.calibration_images > len(train_set):
         raise QuietvitError(
-            f"{config.calibration_images} calibration images were asked for, but {train_set.name} "
-            f"holds {len(train_set)} for training; ask for fewer."
+            f"calibration_images is {config.calibration_images}, but {train_set.name} has only "
+            f"{len(train_set)} images for training; set fewer."
         )
 
 
@@ -168,7 +168,8 @@ def _prepare(config: CompareConfig, folder: Path, resume: bool, say: Callable[[s
             before = json.loads(kept.read_text(encoding="utf-8"))
         except ValueError as error:
             raise QuietvitError(
-                f"{kept} is damaged ({error}); start anew with --force or in another folder."
+                f"{kept} is damaged ({error}); start a new comparison with --force or in another "
+                "folder."
             ) from error
         changed = [
             f"{key} was {before.get(key)} and is {wanted.get(key)}"
@@ -177,17 +178,17 @@ def _prepare(config: CompareConfig, folder: Path, resume: bool, say: Callable[[s
         ]
         if changed:
             raise QuietvitError(
-                f"{folder} holds another comparison: {'; '.join(changed[:3])}. Give the same "
-                "settings to go on (seeds may differ), or another folder."
+                f"{folder} holds another comparison: {'; '.join(changed[:3])}. To continue it, "
+                "give the same settings (seeds may differ). Else choose another folder."
             )
     elif resume and set(folder.iterdir()) - set(leftovers(kept)):
         raise QuietvitError(
-            f"{folder} holds no comparison to go on with (no {COMPARISON}); choose another folder."
+            f"{folder} holds no comparison to continue (no {COMPARISON}); choose another folder."
         )
     if not resume:
         earlier = earlier_runs(folder)
         if earlier:
-            say(f"starting anew in {folder} deletes: {'; '.join(earlier.values())}")
+            say(f"a new comparison in {folder} deletes: {'; '.join(earlier.values())}")
         for place in earlier:
             with held(place / "train") if (place / "train").is_dir() else nullcontext():
                 (place / "run.json").unlink(missing_ok=True)
@@ -202,7 +203,7 @@ def _read_run(path: Path) -> Run:
     except ValueError as error:
         raise QuietvitError(
             f"the finished run {path} could not be read ({str(error).splitlines()[0]}); delete "
-            "that file to make the run anew."
+            "that file to repeat the run."
         ) from error
 
 
@@ -212,14 +213,14 @@ def _trained(arm: TrainConfig, resume: bool, force: bool, discard: bool) -> Trai
     before = begun_with(arm, force, discard) if resume else None
     if before is not None and (differing := changes(before, arm)):
         raise QuietvitError(
-            f"{place} was gone on with otherwise than the comparison says: {differing[0]}. Both "
-            "arms are trained alike; remove that folder to train it anew."
+            f"{place} was continued with other settings than the comparison has: {differing[0]}. "
+            "Both arms must be trained alike; remove that folder to train the run again."
         )
     return train(arm, resume=resume, force=force, discard=discard)
 
 
 def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bool) -> Run:
-    """Evaluate a trained model as it is and at every setting."""
+    """Evaluate a trained model in float and at every setting, and measure outliers and noise."""
     from accelerate.utils import send_to_device
 
     arm = trained.config

@@ -1,6 +1,6 @@
-"""Results of a comparison as tables, plots and one HTML page.
+"""Turn the results of a comparison into tables, plots and one HTML page.
 
-Nothing is trained, quantized or measured here: plain data comes in, text comes out.
+Nothing is trained, quantized or measured here.
 """
 
 from __future__ import annotations

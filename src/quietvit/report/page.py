@@ -1,6 +1,6 @@
-"""The page: one HTML file with the table, the verdict, the plots and how it was made.
+"""The HTML page: one self-contained file with table, verdict, plots and provenance.
 
-Nothing outside the file is loaded. What the numbers mean lives in ``results``.
+``results`` computes the numbers.
 """
 
 from __future__ import annotations
@@ -46,20 +46,21 @@ def render_page(results: Results) -> str:
             _section(
                 "Accuracy",
                 f"{results.metric.title} of the float model and after quantization, one panel per "
-                "range method. Dots are seeds, bars their mean.",
+                "method. Dots are seeds, bars are their mean.",
                 accuracy_panels(results),
             ),
             _section(
                 "Outliers",
-                "Largest magnitude over root mean square of what enters each matrix "
+                "Largest magnitude divided by root mean square of the inputs of each matrix "
                 "multiplication, by role, along the depth (logarithmic). One line per seed; "
                 "lower is easier to quantize. Roles with one site are in results.json only.",
                 outlier_panels(results),
             ),
             _section(
                 "Quantization noise",
-                f"Signal to quantization noise ratio at the output of each matrix multiplication, "
-                f"{results.noise_setting}, along the depth. One line per seed; higher is better.",
+                f"Signal-to-quantization-noise ratio at the output of each matrix multiplication "
+                f"for {results.noise_setting}, along the depth. One line per seed; higher is "
+                "better.",
                 noise_panels(results),
             ),
         ),

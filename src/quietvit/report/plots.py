@@ -1,7 +1,7 @@
-"""Plots as matplotlib figures: accuracy with seeds as dots, outliers and noise along the depth.
+"""matplotlib plots: scores with seeds as dots, outliers and noise along the depth.
 
-Every panel has the size of a phone's column, so that the page sets them side by side or one below
-the other without shrinking the letters. Drawn without a display; colours are Okabe and Ito's.
+A panel is as wide as a phone, so that the page can stack panels without shrinking the text. No
+display is needed. The colours are from Okabe and Ito.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 3.6, 2.5
 
 @dataclass(frozen=True)
 class Look:
-    """Colours of one theme: ink for letters, without and with CD for the two arms."""
+    """Colours of one theme: ``ink`` for text, ``arms`` for (without CD, with CD)."""
 
     ink: str
     grid: str
@@ -42,7 +42,7 @@ MARKERS = ("o", "s")
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: a title, what it shows in words (for those who cannot see it), how to draw it."""
+    """One plot: its title, a description for screen readers, and a function that draws it."""
 
     title: str
     alt: str
@@ -50,7 +50,7 @@ class Panel:
 
 
 def svg_uri(figure: Figure) -> str:
-    """Return the figure as an SVG data address; the same figure gives the same bytes."""
+    """Return the figure as an SVG data URI. The same figure gives the same bytes."""
     out = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "quietvit", "svg.fonttype": "path"}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -58,7 +58,7 @@ def svg_uri(figure: Figure) -> str:
 
 
 def accuracy_panels(results: Results) -> list[Panel]:
-    """Return one panel a method: scores by bits, float first; dots are seeds, bars the means."""
+    """Return one panel per method: scores by bits, float first. Dots are seeds, bars are means."""
     methods: dict[str, list[str]] = {}
     for setting in results.settings:
         bits, _, method = setting.partition(" ")
@@ -110,7 +110,7 @@ def _seeds(axes: Axes, x: float, values: Sequence[float], colour: str, marker: s
 
 
 def outlier_panels(results: Results) -> list[Panel]:
-    """Return one panel a role: largest magnitude over rms along the depth, one line a seed.
+    """Return one panel per role: largest magnitude / rms along the depth, one line per seed.
 
     Roles with a single site, such as the patch embedding, have no depth and are left out.
     """
@@ -119,7 +119,7 @@ def outlier_panels(results: Results) -> list[Panel]:
 
 
 def noise_panels(results: Results) -> list[Panel]:
-    """Return one panel a role: signal to quantization noise ratio along the depth, likewise."""
+    """Return one panel per role: signal-to-quantization-noise ratio in dB along the depth."""
     runs = [(run, [(s.site, s.role, s.db) for s in run.noise]) for run in results.runs]
     return _depth_panels(runs, "SQNR in dB", logarithmic=False)
 

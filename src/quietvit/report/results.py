@@ -1,6 +1,6 @@
-"""What a comparison found: runs, the paired statistics over seeds, and the verdict in words.
+"""The results of a comparison: runs, paired statistics over seeds, and the verdict in words.
 
-Plain data that goes to JSON and back; how it is printed, drawn and laid out lives next door.
+Plain data for JSON. ``tables``, ``plots`` and ``page`` present it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Data(ReadableModel):
 
 
 class SiteOutlier(_Data):
-    """Largest magnitude against root mean square of one activation site, in forward order."""
+    """One activation site: ``ratio`` = ``maximum`` (largest magnitude) / root mean square."""
 
     site: str
     role: str
@@ -36,7 +36,7 @@ class SiteOutlier(_Data):
 
 
 class SiteNoise(_Data):
-    """Signal to quantization noise ratio of one site's output in dB, in forward order."""
+    """Signal-to-quantization-noise ratio in dB at the output of one site."""
 
     site: str
     role: str
@@ -44,9 +44,10 @@ class SiteNoise(_Data):
 
 
 class Run(_Data):
-    """One trained model: its score as float and per quantized setting; times in seconds.
+    """One trained model: its score in float and at each quantization setting; times in seconds.
 
-    ``coverage`` is the least share of multiply-accumulates quantized, over all settings.
+    ``coverage`` is the smallest fraction of multiply-accumulates quantized at any setting.
+    ``outliers`` and ``noise`` are in forward order.
     """
 
     seed: int
@@ -67,16 +68,16 @@ class Run(_Data):
 
     @property
     def overhead(self) -> float:
-        """Time of the decay in percent of the rest of the training."""
+        """Time of the decay in percent of the other training time."""
         return 100 * self.decay_seconds / max(self.train_seconds - self.decay_seconds, 1e-9)
 
     def score(self, setting: str) -> float:
-        """The task's metric at a setting, ``float`` included."""
+        """Return the task's metric at a setting or at ``float``."""
         return self.float_score if setting == FLOAT else self.quantized[setting]
 
 
 class Results(_Data):
-    """All runs of a comparison with what is needed to read and to repeat it."""
+    """All runs of a comparison, with its configuration and provenance."""
 
     task: str = "classification"
     model: str
@@ -95,7 +96,7 @@ class Results(_Data):
 
     @property
     def metric(self) -> Metric:
-        """What the scores are."""
+        """The name and unit of the scores."""
         return task_named(self.task).metric
 
     def pairs(self) -> tuple[tuple[Run, Run], ...]:
@@ -120,7 +121,7 @@ class Results(_Data):
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation of one value per seed (None for a single seed)."""
+    """Mean and sample standard deviation over seeds. The deviation is None for one seed."""
 
     mean: float
     deviation: float | None
@@ -135,13 +136,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: both arms, and the difference (with minus without) paired over seeds.
+    """One setting: both arms, and the mean difference (with minus without) paired over seeds.
 
-    ``low`` and ``high`` bound the mean difference at 95 % (Student's t over the paired differences;
-    their deviation is taken as at least one test image, so that equal counts do not feign
-    certainty). They are None for a single seed. ``saved`` is the part of the difference that the
-    float models do not have already: the points that quantization costs less with CD, with its own
-    bounds.
+    ``low`` and ``high`` are the 95 % interval of ``difference`` (see ``paired_interval``), None for
+    a single seed. ``saved`` is ``difference`` minus that of the float models: the points that
+    quantization costs less with CD. It has its own interval.
     """
 
     setting: str
@@ -164,12 +163,12 @@ class Row:
 
     @property
     def saved_outcome(self) -> str:
-        """The same for ``saved``: does quantization itself cost less, or more?"""
+        """``outcome`` for ``saved``: whether quantization itself costs less with CD."""
         return _outcome(self.saved_low, self.saved_high)
 
     @property
     def agreement(self) -> str:
-        """How many seeds share the sign of the mean difference."""
+        """How many seeds agree with the sign of the mean difference."""
         if self.better >= self.worse and self.difference >= 0:
             return f"{self.better} of {self.seeds} better"
         if self.difference < 0:
@@ -187,13 +186,13 @@ def summarize(results: Results) -> tuple[Row, ...]:
     """Return one row per setting, ``float`` first, over the seeds that have both runs.
 
     Raises:
-        QuietvitError: no seed has both a run with and a run without CD.
+        QuietvitError: no seed has a run with CD and a run without.
     """
     pairs = results.pairs()
     if not pairs:
         raise QuietvitError(
-            f"no seed has both a run with and without CD ({len(results.runs)} runs of "
-            f"{2 * len(results.seeds)} are finished); run again with --resume to finish them."
+            f"no seed has both a run with and without CD ({len(results.runs)} of "
+            f"{2 * len(results.seeds)} runs are finished); run again with --resume to finish them."
         )
     rows = []
     float_differences = [pair[1].float_score - pair[0].float_score for pair in pairs]
@@ -227,9 +226,10 @@ def summarize(results: Results) -> tuple[Row, ...]:
 def paired_interval(
     differences: Sequence[float], resolution: float
 ) -> tuple[float, float] | tuple[None, None]:
-    """Return the 95 % interval of the mean of paired differences, (None, None) for fewer than two.
+    """Return the 95 % interval of the mean of paired differences (Student's t).
 
-    ``resolution`` (the weight of one test image, in points) is the least deviation assumed.
+    The deviation is at least ``resolution`` (one test image in points): equal counts must not look
+    certain. (None, None) for fewer than two differences.
     """
     if len(differences) < 2:
         return None, None
@@ -249,9 +249,9 @@ def _outcome(low: float | None, high: float | None) -> str:
 
 
 def verdict(rows: Sequence[Row], metric: str = "top-1") -> str:
-    """Say what the numbers show: worse is said as worse, and first.
+    """Return the result in words, rows that got worse first.
 
-    A second sentence tells a better float model from one that loses less to quantization.
+    A second sentence says whether CD improves quantization itself, not only the float model.
     """
     total = len(rows)
     if rows[0].low is None:
@@ -268,7 +268,7 @@ def verdict(rows: Sequence[Row], metric: str = "top-1") -> str:
 
 
 def _saved(rows: Sequence[Row]) -> str:
-    """What of it is due to quantization itself, the float models' own difference taken off."""
+    """Return the sentence on ``Row.saved``: the difference without that of the float models."""
     parts = [
         f"{words} in {', '.join(f'{row.setting} ({signed(row.saved)} points)' for row in found)}"
         for outcome, words in (("worse", "it costs more"), ("better", "it costs less"))
@@ -292,12 +292,12 @@ def _listed(rows: Sequence[Row]) -> str:
 
 
 def signed(value: float) -> str:
-    """Format points with a sign and a true minus, ``0.00`` without one."""
+    """Format points with a sign (a typographic minus), and zero as ``0.00``."""
     text = f"{value:+.2f}"
     return "0.00" if float(text) == 0 else text.replace("-", "−")
 
 
 def overhead(results: Results) -> Spread | None:
-    """Return the training time that CD adds, in percent of the training without it."""
+    """Return the training time that CD adds, in percent of the other training time."""
     values = [run.overhead for run in results.runs if run.decay]
     return Spread.of(values) if values else None

@@ -1,6 +1,6 @@
-"""Tables: the same columns and rows for the terminal (rich), for CSV and for the page.
+"""Tables with the same columns and rows for the terminal (rich), for CSV and for the page.
 
-What the numbers mean and how they are computed lives in ``results``.
+``results`` computes the numbers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _STYLES = {"better": "green", "worse": "red"}
 
 @dataclass(frozen=True)
 class Column:
-    """A column: header for people, key for CSV, value for machines, text for people.
+    """A column. ``header`` and ``text`` are for people, ``key`` and ``value`` for CSV.
 
-    ``detail`` columns are left out where the terminal is narrow.
+    ``detail`` columns are left out on narrow terminals.
     """
 
     header: str
@@ -37,7 +37,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns, and rows of any one type that the columns know how to read."""
+    """A title, columns, and rows of any type that the columns can read."""
 
     title: str
     columns: tuple[Column, ...]
@@ -48,7 +48,7 @@ class Table:
         return [[column.text(column.value(row)) for column in self.columns] for row in self.rows]
 
     def csv(self) -> str:
-        """Return the table as CSV with full precision; unknown values are empty."""
+        """Return the table as CSV with full precision. None becomes an empty cell."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow([column.key for column in self.columns])
@@ -58,7 +58,7 @@ class Table:
         return out.getvalue()
 
     def rich(self, compact: bool = False) -> RichTable:
-        """Return the table for the terminal; ``compact`` leaves the detail columns out."""
+        """Return the table for the terminal. ``compact`` leaves out the detail columns."""
         shown = [not (compact and column.detail) for column in self.columns]
         table = RichTable(
             title=self.title,
@@ -83,7 +83,7 @@ def _number(value: float | None) -> str:
 
 
 def summary_table(results: Results) -> Table:
-    """Return the one table: the score of both arms at every setting, paired over seeds."""
+    """Return the main table: the scores of both arms at every setting, paired over seeds."""
     rows: Sequence[Row] = summarize(results)
     seeds = rows[0].seeds
     return Table(
@@ -104,7 +104,7 @@ def summary_table(results: Results) -> Table:
 
 
 def summary_csv(results: Results) -> str:
-    """Return the one table as CSV: means, deviations, paired difference and its bounds apart."""
+    """Return the main table as CSV, with a column each for mean, deviation and bounds."""
     columns: dict[str, Callable[[Row], Any]] = {
         "setting": lambda row: row.setting,
         "seeds": lambda row: row.seeds,
@@ -133,7 +133,7 @@ def _accuracy_at(setting: str) -> Callable[[Run], float]:
 
 
 def runs_table(results: Results) -> Table:
-    """Return one row per seed and arm with every accuracy and time."""
+    """Return one row per seed and arm, with every score and time."""
     return Table(
         f"{results.metric.in_words}, times in seconds",
         (
@@ -159,7 +159,7 @@ def runs_table(results: Results) -> Table:
 
 
 def tidy_csv(results: Results) -> str:
-    """Return every measured accuracy as CSV, one line per seed, arm and setting."""
+    """Return every score as CSV, one line per seed, arm and setting."""
     lines = [
         (run, setting)
         for run in sorted(results.runs, key=lambda run: (run.seed, run.decay))

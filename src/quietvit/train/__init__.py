@@ -1,6 +1,6 @@
-"""Training and fine-tuning of classifiers from a recipe, with decoupled decay and exact resume.
+"""Train and fine-tune a model from a recipe, with decoupled decay and exact resume.
 
-Data and evaluation are in ``quietvit.data``, the decay itself in ``quietvit.decay``.
+Data is in ``quietvit.data``, tasks are in ``quietvit.tasks``, the decay is in ``quietvit.decay``.
 """
 
 from quietvit.train.config import TrainConfig

@@ -1,7 +1,6 @@
-"""Checkpoints: written whole or not at all, checked by sum when read, the last few kept.
+"""Write, verify, read and rotate checkpoints. Tensors go to safetensors, the rest to JSON.
 
-Damaged ones are set aside. No pickle: tensors go to safetensors, everything else to JSON. What is
-saved is the loop's matter.
+Nothing is pickled. ``loop`` and ``resume`` decide what a checkpoint contains.
 """
 
 from __future__ import annotations
@@ -37,23 +36,22 @@ def save_checkpoint(
     keep: int,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``state`` as ``folder/step-<step>``; it and the ``keep`` - 1 before it stay.
+    """Write ``state`` to ``folder/step-<step>`` and keep it and the ``keep`` - 1 before it.
 
-    Earlier ones are removed. Those of later steps are neither counted nor touched: a run only comes
-    to an earlier step where it could not read them.
+    Older checkpoints are removed. Checkpoints of later steps stay and do not count: the run could
+    not read them, otherwise it would not be at an earlier step.
 
-    Everything is written and flushed in a temporary folder, which is then renamed: a process
-    killed at any moment leaves the earlier checkpoints whole.
+    Everything is written and flushed in a temporary folder, which is then renamed. A process that
+    is killed at any moment leaves the earlier checkpoints intact.
 
     Args:
-        state: dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays, nested. An entry
-            that holds tensors by name alone, as a model's ``state_dict`` does, gets a file of its
-            own, ``<entry>.safetensors``, which is read as weights anywhere.
-        metadata: goes into the head of every file of tensors.
+        state: nested dicts, lists and tuples of numbers, strings, None, tensors and numpy arrays.
+            An entry that maps names to tensors only, such as a ``state_dict``, gets its own file
+            ``<entry>.safetensors``. Other programs can load it as weights.
+        metadata: written into the header of every safetensors file.
 
     Raises:
-        QuietvitError: the disk is full or cannot be written; earlier checkpoints are untouched, and
-            the space needed and free is named.
+        QuietvitError: the disk is full or not writable. Earlier checkpoints are unchanged.
     """
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     files, plain = _filed(state)
@@ -81,8 +79,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise QuietvitError(
             f"the checkpoint {final} could not be written ({error}); earlier ones are untouched. "
-            f"It needs {needed / 2**20:.1f} MiB, and {_free(folder)} are free there. Free some "
-            "space and resume."
+            f"It needs {needed / 2**20:.1f} MiB and {_free(folder)} are free. Free some space and "
+            "resume."
         ) from error
     earlier = [path for path in list_checkpoints(folder) if step_of(path) < step]
     for old in earlier[: max(0, len(earlier) + 1 - keep)]:
@@ -91,12 +89,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Read the newest whole checkpoint; None where there is none at all.
+    """Read the newest intact checkpoint. Return None if the folder has no checkpoint.
 
-    A damaged one is named in a warning and the one before is used. Nothing is changed.
+    Damaged checkpoints are skipped with a warning. Nothing on disk changes.
 
     Raises:
-        QuietvitError: there are checkpoints and every one is damaged.
+        QuietvitError: every checkpoint is damaged.
     """
     found = list_checkpoints(folder)
     for path in reversed(found):
@@ -106,20 +104,20 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         logger.warning("the checkpoint %s is damaged (%s); trying the one before.", path, damage)
     if found:
         raise QuietvitError(
-            f"all {len(found)} checkpoints in {folder} are damaged; start anew in another output "
-            "folder, or with force and discard (--force --discard)."
+            f"all {len(found)} checkpoints in {folder} are damaged; start a new run in another "
+            "output folder, or pass force and discard (--force --discard)."
         )
     return None
 
 
 def set_aside_after(folder: Path, step: int, keep: int) -> None:
-    """Rename the checkpoints after ``step``, the one that ``load_checkpoint`` could read.
+    """Rename the checkpoints after ``step`` to ``step-<step>.damaged`` and warn.
 
-    As ``step-<step>.damaged`` they are neither read nor counted any more; a warning names them. Of
-    those set aside earlier only so many stay that there are ``keep`` in all. One process calls.
+    ``step`` is the checkpoint that ``load_checkpoint`` could read. Renamed checkpoints are never
+    read again, and at most ``keep`` of them are kept. Call this in one process only.
 
     Raises:
-        QuietvitError: one could not be renamed.
+        QuietvitError: a checkpoint could not be renamed.
     """
     try:
         _set_aside(
@@ -127,13 +125,13 @@ def set_aside_after(folder: Path, step: int, keep: int) -> None:
         )
     except OSError as error:
         raise QuietvitError(
-            f"a damaged checkpoint in {folder} could not be renamed ({error}); remove those after "
-            f"step {step} and resume."
+            f"a damaged checkpoint in {folder} could not be renamed ({error}); remove the "
+            f"checkpoints after step {step} and resume."
         ) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in ``folder``, oldest first, damaged ones too."""
+    """Return the checkpoints in ``folder``, oldest first, including damaged ones."""
     return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=step_of)
 
 
@@ -143,14 +141,14 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def step_of(path: Path) -> int:
-    """Return the step that a checkpoint of this path was written at."""
+    """Return the step of the checkpoint at ``path``."""
     return int(path.name[5:])
 
 
 def weights_of(path: Path) -> dict[str, Tensor]:
-    """Return the model's weights in a checkpoint by name, on the CPU; nothing else is read.
+    """Read only the model's weights from a checkpoint: name -> tensor on the CPU.
 
-    Checkpoints of earlier versions have no file of them: none are returned.
+    The result is empty for checkpoints of earlier versions, which have no separate weights file.
     """
     file = path / "model.safetensors"
     return load_file(file) if file.exists() else {}
@@ -206,7 +204,7 @@ def _unused(path: Path) -> Path:
 
 
 def _filed(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], str]:
-    """Tensors by file and name, and everything else as JSON."""
+    """Split ``state`` into {file: {name: tensor}} and the JSON text of everything else."""
     own = [key for key, value in state.items() if key.isidentifier() and _is_state_dict(value)]
     files: dict[str, dict[str, Tensor]] = {_TENSORS: {}}
     for key in own:
@@ -226,7 +224,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _plain(tensor: Tensor, storages: set[int]) -> Tensor:
-    """``tensor`` on the CPU, contiguous, in memory that none of ``storages`` is, nor part of it."""
+    """Return ``tensor`` on the CPU, contiguous, in its own storage, as safetensors requires."""
     plain = tensor.detach().to("cpu").contiguous()
     storage = plain.untyped_storage()
     if storage.data_ptr() in storages or storage.nbytes() != plain.nbytes:
@@ -236,7 +234,7 @@ def _plain(tensor: Tensor, storages: set[int]) -> Tensor:
 
 
 def _packed(value: Any, tensors: dict[str, Tensor], storages: set[int]) -> Any:
-    """Turn ``value`` into JSON, tensors moved out into ``tensors``."""
+    """Return ``value`` in JSON types. Its tensors move into ``tensors``."""
     if isinstance(value, np.ndarray):
         array = value.astype(np.int64) if value.dtype == np.uint32 else value
         inner = _packed(torch.from_numpy(array.copy()), tensors, storages)

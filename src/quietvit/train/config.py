@@ -1,6 +1,6 @@
-"""The configuration of a training run, as frozen pydantic models that refuse unknown keys.
+"""The configuration of a training run: frozen pydantic models that refuse unknown keys.
 
-The section of each regularizer is in its own module in ``decay``. ``recipe`` reads TOML.
+Each regularizer defines its own section in ``decay``. ``recipe`` reads TOML.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _NO_KWARGS = {
 class ModelConfig(Section):
     """The model: a timm name, or ``hf:/folder`` for a transformers image classifier in a folder.
 
-    ``kwargs`` go to ``timm.create_model`` (to the transformers config). ``weights`` is a local file
-    (timm only). ``freeze`` are wildcards of the names of parameters that do not train.
+    ``kwargs`` go to ``timm.create_model``, or to the transformers config. ``weights`` is a local
+    file (timm only). ``freeze`` lists wildcards for names of parameters to freeze.
     ``freeze_blocks`` freezes the first n blocks and everything before them.
     """
 
@@ -56,14 +56,14 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The data set (see ``quietvit.data.load_dataset``), how many of its images, how they vary.
+    """The data set (see ``quietvit.data.load_dataset``), its size limits and its augmentation.
 
-    ``num_classes`` defaults to that of the training images; a label at or above it is refused.
-    An image that cannot be decoded is replaced by another one and counted. The run stops when a
-    process has met more than ``max_bad_images`` different ones, resumed runs included.
-    ``repeats`` puts each image so often into an epoch, differently augmented, and takes as many
-    fewer images (DeiT's repeated augmentation). ``shuffle_window`` is the number of shards whose
-    images are mixed with each other (None mixes all).
+    ``num_classes`` defaults to that of the training images. A label at or above it is refused.
+    ``max_bad_images``: an image that cannot be decoded is replaced by another one. The run stops
+    when a process has seen more different bad images than this, including those before a resume.
+    ``repeats`` puts each image n times into an epoch, each time with another augmentation (DeiT's
+    repeated augmentation). An epoch keeps its length and visits 1/n of the images.
+    ``shuffle_window`` is the number of shards whose images are shuffled together (None: all).
     """
 
     dataset: str
@@ -80,10 +80,10 @@ class OptimizerConfig(Section):
     """AdamW. ``decay_norms_and_biases`` applies the weight decay to every parameter.
 
     ``lr_batch`` is the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
-    are meant for. At another batch all three are multiplied by the ratio (linear scaling, Goyal et
-    al. 2017, arXiv 1706.02677). None does not scale them. ``layer_decay``: the learning rate of
-    each block is this factor of the next block's (timm). ``lr_scale`` maps wildcards of parameter
-    names to factors of their learning rates. The first wildcard that matches counts.
+    are meant for. All three are multiplied by effective batch / ``lr_batch`` (linear scaling, Goyal
+    et al. 2017, arXiv 1706.02677). None does not scale. ``layer_decay``: the learning rate of a
+    block is this factor times that of the next block (timm). ``lr_scale`` maps wildcards of
+    parameter names to factors of their learning rates. The first wildcard that matches counts.
     """
 
     lr: float = Field(default=1e-3, gt=0)
@@ -98,7 +98,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Cosine from ``lr`` to ``min_lr`` after a linear warm-up, both counted in optimizer steps."""
+    """Linear warm-up, then cosine from ``lr`` to ``min_lr``. Updated at every optimizer step."""
 
     warmup_epochs: float = Field(default=0.0, ge=0)
     warmup_lr: float = Field(default=1e-6, ge=0)
@@ -106,7 +106,7 @@ class ScheduleConfig(Section):
 
 
 class Rates(NamedTuple):
-    """The learning rates of a run: the highest, that of the first step, and that of the last."""
+    """The learning rates of a run: the maximum, at the first step, and at the last step."""
 
     lr: float
     warmup_lr: float
@@ -114,7 +114,7 @@ class Rates(NamedTuple):
 
 
 class MixConfig(Section):
-    """timm's mixup and cutmix; both 0 is off."""
+    """timm's mixup and cutmix. Both are off if both are 0."""
 
     mixup: float = Field(default=0.0, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
@@ -127,29 +127,29 @@ class MixConfig(Section):
 
 
 class EmaConfig(Section):
-    """Moving average of the weights, taken after the decay. If it is set, it is the result."""
+    """Moving average of the weights, updated after the decay. If set, it is the result."""
 
     decay: float = Field(default=0.999, gt=0, lt=1)
     warmup: bool = True
 
 
 class DecayConfig(Section):
-    """Regularizers side by side; none by default. They act in the order of their registration.
+    """The regularizers of a run; none by default. They act in the order of their registration.
 
-    It has one more section for each registered regularizer, see ``decay_config``.
+    ``decay_config`` adds one section for each registered regularizer.
     """
 
     watch_every: int = Field(default=10, ge=0)
-    """Also log the largest activation of any block and the largest amplification of any pair, at
-    every n-th logged step; 0 never does."""
+    """At every n-th logged step, also log the largest activation of any block and the largest
+    amplification of any pair. 0: never."""
 
     def sections(self) -> dict[str, RegularizerConfig]:
-        """Return the sections that are set, by name."""
+        """Return the regularizer sections that are set: name -> section."""
         values = ((name, getattr(self, name)) for name in type(self).model_fields)
         return {name: value for name, value in values if isinstance(value, RegularizerConfig)}
 
     def schedules(self) -> Iterator[tuple[str, StrengthScheduleConfig]]:
-        """Return each schedule of strengths, with its key."""
+        """Yield (dotted key, schedule) for every strength schedule."""
         for name, section in self.sections().items():
             schedule = section.schedule
             if isinstance(schedule, dict):
@@ -159,7 +159,7 @@ class DecayConfig(Section):
                 yield f"decay.{name}.schedule", schedule
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class of an instance is made by decay_config, and pickle finds classes by name.
+        # decay_config creates the class at run time, so pickle cannot find it by name.
         return _parsed_decay, (self.model_dump(),)
 
 
@@ -171,7 +171,7 @@ def decay_config() -> type[DecayConfig]:
 @cache
 def _decay_config(entries: tuple[RegularizerEntry, ...]) -> type[DecayConfig]:
     sections: dict[str, Any] = {entry.name: (entry.config | None, None) for entry in entries}
-    doc = "Regularizers side by side; none by default."
+    doc = "The regularizers of a run; none by default."
     return create_model("DecayConfig", __base__=DecayConfig, __doc__=doc, **sections)
 
 
@@ -180,7 +180,7 @@ def _parsed_decay(value: Any) -> DecayConfig:
 
 
 class CheckpointConfig(Section):
-    """Every ``every`` optimizer steps (0: none), the last ``keep`` are kept."""
+    """Write a checkpoint every ``every`` optimizer steps (0: never) and keep the last ``keep``."""
 
     every: int = Field(default=500, ge=0)
     keep: int = Field(default=2, ge=1)
@@ -189,13 +189,12 @@ class CheckpointConfig(Section):
 class TrainConfig(Section):
     """A training run. ``batch_size`` is per process and forward pass.
 
-    ``task`` is what is trained, ``task_settings`` its own keys (classification has none).
-
-    The effective batch is batch_size x accumulation x processes. Images that do not fill a batch at
-    the end of an epoch are left out. ``evaluate_every`` counts epochs (0: only at the end),
-    ``log_every`` optimizer steps. ``device`` is ``auto`` or ``cpu``. ``threads`` are torch's on the
-    CPU. ``parallel`` says how several processes share the model: ``ddp`` keeps it whole in each,
-    ``fsdp2`` keeps it in parts. ``compile`` compiles the model.
+    ``task`` names the task, ``task_settings`` holds the task's own keys (classification has none).
+    The effective batch is batch_size x accumulation x processes. An epoch drops the images that do
+    not fill its last batch. ``evaluate_every`` counts epochs (0: only at the end), ``log_every``
+    counts optimizer steps. ``device`` is ``auto`` or ``cpu``. ``threads``: torch threads on the
+    CPU. ``parallel``: ``ddp`` replicates the model in each process, ``fsdp2`` shards it.
+    ``compile``: use ``torch.compile``.
     """
 
     recipe: Literal[1] = 1
@@ -228,7 +227,7 @@ class TrainConfig(Section):
     output: Path = Path("runs/train")
 
     def rates(self, effective_batch: int) -> Rates:
-        """Return the learning rates at steps of so many images, see ``OptimizerConfig``."""
+        """Return the learning rates, scaled to the effective batch (see ``OptimizerConfig``)."""
         own = Rates(self.optimizer.lr, self.schedule.warmup_lr, self.schedule.min_lr)
         if self.optimizer.lr_batch is None:
             return own
@@ -251,18 +250,18 @@ class TrainConfig(Section):
         for key in ("in_chans", "num_channels"):
             if self.model.kwargs.get(key, 3) != 3:
                 raise ValueError(
-                    f"model.kwargs.{key} is {self.model.kwargs[key]!r}, but images are read in "
-                    "colour, with three channels (grey ones too); remove it"
+                    f"model.kwargs.{key} is {self.model.kwargs[key]!r}, but every image is read "
+                    "with three channels, grey ones too; remove it"
                 )
         for key, owner in _NO_KWARGS.items():
             if key in self.model.kwargs:
-                raise ValueError(f"model.kwargs.{key} is not taken; set {owner} in its place")
+                raise ValueError(f"model.kwargs.{key} is not allowed; set {owner} instead")
         if self.mix.active and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch_size, not {self.batch_size}")
         if self.parallel == "fsdp2" and self.ema is not None:
             raise ValueError(
-                "ema averages whole weights, but parallel='fsdp2' keeps them in parts; set "
-                "parallel to 'ddp', or ema to none"
+                "ema needs unsharded weights, but parallel='fsdp2' shards them; set parallel to "
+                "'ddp', or ema to none"
             )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""What an output folder holds of an earlier run: told before it is refused, and named when it goes.
+"""Find an earlier run in an output folder and say what starting a new run would delete.
 
-Which files a run writes is said in ``folder``; nothing is deleted here.
+``folder`` says which files a run writes. Nothing is deleted here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from quietvit.train.result import CHECKPOINTS, CLASSES, CONFIG, RESULT, WEIGHTS
 
 @dataclass(frozen=True)
 class Earlier:
-    """What starting anew in ``folder`` would delete.
+    """What a new run in ``folder`` would delete.
 
-    ``parts`` are those files and folders by name, ``checkpoints`` the names of the checkpoints,
-    oldest first, with the damaged ones that were set aside. ``last_step`` is the step of the last
-    one, ``begun`` says whether ``config.json`` is that of a run.
+    ``begun``: ``config.json`` belongs to a run. ``parts``: names of the files and folders.
+    ``checkpoints``: names of the checkpoints, oldest first, including those set aside as damaged.
+    ``last_step``: step of the last checkpoint that is not set aside.
     """
 
     folder: Path
@@ -38,16 +38,16 @@ class Earlier:
 
     @property
     def unfinished(self) -> bool:
-        """Whether ``resume`` goes on here."""
+        """Whether ``resume`` can continue this run."""
         return self.begun and not self.finished
 
     @property
     def precious(self) -> bool:
-        """Whether ``force`` alone must not delete it: what took time to make, and is no result."""
+        """Whether ``force`` alone must not delete it: checkpoints or weights without a result."""
         return not self.finished and (bool(self.checkpoints) or WEIGHTS in self.parts)
 
     def __str__(self) -> str:
-        """Say what there is: "an unfinished run (checkpoints: step-00000004)"."""
+        """Describe it, such as "an unfinished run (checkpoints: step-00000004)"."""
         if self.finished:
             return f"a finished run{_score(self.folder)}"
         kind = "an unfinished run" if self.begun else "files that a run would replace"
@@ -60,9 +60,9 @@ class Earlier:
         return f"{kind} (checkpoints: {shown}{last})"
 
     def refusal(self, force: bool, discard: bool) -> QuietvitError | None:
-        """Return why the folder is not begun anew; None where it may be, or holds no run.
+        """Return the error that forbids a new run here, or None if a new run may start.
 
-        The remedies that keep what is there come first.
+        The error names the remedies that keep the earlier run first.
         """
         if discard and force:
             return None
@@ -73,22 +73,22 @@ class Earlier:
             return None
         keep = ""
         if self.unfinished:
-            keep = f"To go on with it, pass resume (--resume){' in place of force' * force}. "
+            keep = f"To continue it, pass resume (--resume){' instead of force' * force}. "
         elif not self.finished:
             keep = f"It cannot be resumed: there is no {CONFIG} of a run. "
         return QuietvitError(
-            f"the output folder {self.folder} holds {self}. {keep}To start another run and keep "
-            f"it, choose another output folder. To start anew in this one, pass {wanted}: that "
-            f"deletes {self.deleted()}."
+            f"the output folder {self.folder} holds {self}. {keep}To keep it and start another "
+            f"run, choose another output folder. To start a new run in this one, pass {wanted}: "
+            f"that deletes {self.deleted()}."
         )
 
     def deleted(self) -> str:
-        """Name what starting anew deletes."""
+        """List what a new run deletes."""
         return ", ".join(self.parts) or "nothing"
 
 
 def earlier_run(folder: Path) -> Earlier:
-    """Look at what ``folder`` holds of an earlier run. Nothing is changed."""
+    """Return what ``folder`` holds of an earlier run. Nothing is changed."""
     held = folder / CHECKPOINTS
     whole = list_checkpoints(held)
     checkpoints = sorted(path.name for path in held.glob("step-*"))

@@ -1,6 +1,6 @@
-"""accelerate as this package uses it: processes, precision, sharding, and state dicts made whole.
+"""The interface to accelerate: processes, precision, sharding, and unsharded state dicts.
 
-What is computed in a step is in ``loop``; what a run is put together from, in ``setup``.
+``step`` computes a training step. ``setup`` builds the parts of a run.
 """
 
 from __future__ import annotations
@@ -34,17 +34,16 @@ _OFF = ("", "0", "f", "false", "n", "no", "off")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Return the engine of a run: device, processes, precision, accumulation, sharding.
+    """Return the accelerator: device, processes, precision, accumulation, sharding.
 
-    With ``parallel="fsdp2"`` parameters are kept in parts in float32; a reduced precision holds for
-    the computation, while gradients are averaged in float32.
-
-    What the configuration says holds whatever the environment says of precision, accumulation and
-    compilation (``accelerate launch`` sets variables for them).
+    With ``parallel="fsdp2"`` the sharded parameters are float32. bf16 and fp16 apply to the
+    computation only; gradients are averaged in float32. The configuration overrides the
+    environment variables that ``accelerate launch`` sets for precision, accumulation and
+    compilation.
 
     Raises:
-        QuietvitError: fp16 on a CPU, an accelerate without FSDP2, or an environment that asks for
-            another way of sharing the work than the configuration.
+        QuietvitError: fp16 on a CPU, an accelerate without FSDP2, or environment variables that
+            select another kind of parallelism than the configuration.
     """
     from accelerate import Accelerator
     from accelerate.state import (
@@ -74,11 +73,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by accelerate itself for our plugin
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise QuietvitError(
-            "precision 'fp16' scales its loss on a GPU only, and this run is on the CPU; set "
+            "precision 'fp16' needs a GPU for loss scaling, and this run is on the CPU; set "
             "precision to 'bf16' or 'no'."
         )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate takes the plugin on accelerators only, though all below it works with gloo.
+        # accelerate ignores the plugin on the CPU, but FSDP2 itself works there with gloo.
         PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
@@ -86,15 +85,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     slow = config.precision == "bf16" and not has_fast_bfloat16(accelerator.device)
     if slow and accelerator.is_main_process:
         logger.warning(
-            "precision 'bf16' is slower than float32 on this %s, often many times: set precision "
-            "to 'no'.",
+            "precision 'bf16' is slower than float32 on this %s, often several times; set "
+            "precision to 'no'.",
             "processor" if accelerator.device.type == "cpu" else "GPU",
         )
     return accelerator
 
 
 def shard_by(accelerator: Accelerator, model: nn.Module, blocks: Sequence[str]) -> None:
-    """Make each of these modules a unit of sharding; does nothing where the model is kept whole."""
+    """Shard each of these modules as one unit. Do nothing if the model is not sharded."""
     if not is_sharded(accelerator):
         return
     classes = {type(model.get_submodule(name)).__name__ for name in blocks}
@@ -102,12 +101,12 @@ def shard_by(accelerator: Accelerator, model: nn.Module, blocks: Sequence[str]) 
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the model is kept in parts."""
+    """Whether FSDP2 shards the model."""
     return bool(getattr(accelerator, "is_fsdp2", False))
 
 
 def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
-    """Return the value of each process, in every process; all of them must call."""
+    """Return the values of all processes, in every process. Every process must call."""
     if accelerator.num_processes == 1:
         return [value]
     from accelerate.utils import gather_object
@@ -117,9 +116,9 @@ def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
 
 
 def whole_model(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state as one process has it, on the CPU of the main process if sharded.
+    """Return the unsharded state dict of the model. Every process must call.
 
-    All of them must call; in the others it is then empty.
+    If the model is sharded, the main process gets it on the CPU and the others get an empty dict.
     """
     if not is_sharded(accelerator):
         return model.state_dict()
@@ -133,7 +132,7 @@ def whole_model(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]
 def whole_optimizer(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer
 ) -> dict[str, Any]:
-    """Return the optimizer's state as one process has it; on the main process only if sharded."""
+    """Return the unsharded state dict of the optimizer; {} on other processes if sharded."""
     if not is_sharded(accelerator):
         return optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -159,13 +158,13 @@ def load_whole(
     model_state: Mapping[str, Any],
     optimizer_state: Any,
 ) -> None:
-    """Load what ``whole_model`` and ``whole_optimizer`` gave on the main process, in every one.
+    """Load the states that ``whole_model`` and ``whole_optimizer`` gave on the main process.
 
-    Where the model is in parts the optimizer must have no step hooks that count or change weights:
-    torch makes room for its state by a step at rate 0.
+    Every process must call, with the full states. If the model is sharded, remove step hooks that
+    count or change weights first: torch allocates the optimizer's state by a step at rate 0.
 
     Raises:
-        QuietvitError: the optimizer's state is of several optimizers, or of other groups.
+        QuietvitError: the optimizer's state is from several optimizers or other groups.
     """
     check_optimizer_state(optimizer, optimizer_state)
     if not is_sharded(accelerator):
@@ -195,16 +194,16 @@ def load_whole(
 
 
 def check_optimizer_state(optimizer: Optimizer, state: Any) -> None:
-    """Refuse a saved state that is not of one optimizer with the groups of this one."""
+    """Refuse a saved state unless it is from one optimizer with the same group sizes."""
     if isinstance(state, list | tuple):
         raise QuietvitError(
             f"the training state holds {len(state)} optimizers and this run has one; quietvit "
-            "resumes its own checkpoints. Take the weights alone (model.weights) and start anew."
+            "resumes its own checkpoints only. Start a new run from the weights (model.weights)."
         )
     if not isinstance(state, Mapping) or "param_groups" not in state or "state" not in state:
         raise QuietvitError(
-            "the training state holds no optimizer state (keys 'state' and 'param_groups'); take "
-            "the weights alone (model.weights) and start anew."
+            "the training state holds no optimizer state (keys 'state' and 'param_groups'); start "
+            "a new run from the weights (model.weights)."
         )
     saved = [len(group["params"]) for group in state["param_groups"]]
     mine = [len(group["params"]) for group in optimizer.param_groups]
@@ -212,18 +211,19 @@ def check_optimizer_state(optimizer: Optimizer, state: Any) -> None:
         raise QuietvitError(
             f"the optimizer was saved with {sum(saved)} parameters in groups of {saved} and now "
             f"has {sum(mine)} in groups of {mine}: other layers are frozen, or another version "
-            "grouped them. Resume with what began the run, or start anew from its weights."
+            "grouped them. Resume with the settings and version that began the run, or start a "
+            "new run from its weights (model.weights)."
         )
 
 
 def check_groups(model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse trainable parameters that are in no group, or in several."""
+    """Refuse trainable parameters that are in no group or in several groups."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     for name, parameter in model.named_parameters():
         times = held.count(id(parameter)) if parameter.requires_grad else 1
         if times != 1:
             raise QuietvitError(
-                f"the parameter {name} trains, but is in {times} groups of the optimizer; each "
+                f"the trainable parameter {name} is in {times} groups of the optimizer; each "
                 "must be in exactly one."
             )
 
@@ -239,8 +239,8 @@ def _plugin(config: TrainConfig) -> Any:
     found = version("accelerate")
     if tuple(int(part) for part in found.split(".")[:2]) < _FSDP2_SINCE:
         raise QuietvitError(
-            f"parallel='fsdp2' needs accelerate {'.'.join(map(str, _FSDP2_SINCE))} or later, this "
-            f"is {found}; pip install -U accelerate, or set parallel to 'ddp'."
+            f"parallel='fsdp2' needs accelerate {'.'.join(map(str, _FSDP2_SINCE))} or later, but "
+            f"{found} is installed; pip install -U accelerate, or set parallel to 'ddp'."
         )
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -260,20 +260,20 @@ def _plugin(config: TrainConfig) -> Any:
 
 
 def _refuse_environment(config: TrainConfig, sharded: bool) -> None:
-    """Refuse variables by which accelerate would share the work in another way than asked for."""
+    """Refuse environment variables that make accelerate use another kind of parallelism."""
     for name in (*_TAKEN_OVER, *(() if sharded else ("ACCELERATE_USE_FSDP",))):
         value = os.environ.get(name, "")
         if value.lower() not in _OFF:
             raise QuietvitError(
-                f"the environment says {name}={value} (a file of `accelerate config` sets it), and "
-                f"this run asks for parallel={config.parallel!r} in "
-                f"{os.environ.get('WORLD_SIZE', '1')} process(es); unset {name}, or start by "
-                "torchrun. parallel='fsdp2' keeps the model in parts, in several processes."
+                f"the environment sets {name}={value} (the file of `accelerate config` does this), "
+                f"but this run asks for parallel={config.parallel!r} in "
+                f"{os.environ.get('WORLD_SIZE', '1')} process(es); unset {name}, or start with "
+                "torchrun. parallel='fsdp2' in several processes shards the model."
             )
 
 
 def _check_as_asked(config: TrainConfig, accelerator: Accelerator, sharded: bool) -> None:
-    """Refuse an engine that is not what the configuration says, whatever made it so."""
+    """Refuse an accelerator whose settings differ from the configuration."""
     kind = getattr(accelerator.distributed_type, "value", "")
     shared = "fsdp2" if is_sharded(accelerator) else kind
     in_parts = is_sharded(accelerator) or kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -286,7 +286,7 @@ def _check_as_asked(config: TrainConfig, accelerator: Accelerator, sharded: bool
     for key, (asked, used, counts) in found.items():
         if counts and asked != used:
             raise QuietvitError(
-                f"{key} is {asked!r}, but accelerate runs with {used!r}: its environment or an "
-                "earlier run in the same processes decides so. Unset the variables whose names "
-                "begin with ACCELERATE_, and start the run in processes of its own."
+                f"{key} is {asked!r}, but accelerate runs with {used!r}, because of its "
+                "environment or an earlier run in the same processes. Unset the variables whose "
+                "names begin with ACCELERATE_, and start the run in new processes."
             )

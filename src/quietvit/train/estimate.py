@@ -1,6 +1,6 @@
-"""A dry run: what a configuration takes on this machine, measured on a few real steps.
+"""A dry run: measure the time and memory of a configuration in a few training steps on noise.
 
-Nothing is written and no training image is read. The run itself is in ``loop``.
+Nothing is written and no training image is read. ``loop`` makes the real run.
 """
 
 from __future__ import annotations
@@ -29,24 +29,23 @@ from quietvit.train.training import Training
 
 _WARM_UP, _MEASURED = 2, 4
 _FEWEST = 2
-"""Images of the smallest pass: mixup takes an even number."""
+"""Images of the smallest pass, because mixup needs an even number."""
 _PATIENCE = 5.0
-"""Seconds of a pass beyond which fewer images and a single step are measured."""
+"""If a pass takes more seconds than this, a single step with fewer images is measured."""
 _STAND_IN = 1000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take.
+    """The predicted time and memory of a run.
 
-    ``images`` and the steps are None where the data cannot be opened, ``missing`` then says why.
-    ``memory`` are bytes: the peak of the CUDA allocator of this process, or of the whole process on
-    a CPU, in passes of ``measured_images``. It is not scaled: what of it grows with images cannot
-    be told from the rest. ``lr`` is the highest learning rate. ``step_seconds`` are those of an
-    optimizer step on images that are there already, ``measured_images`` a pass scaled to
-    ``batch_size``; ``regularizer_share`` is the share of it in regularizers, in percent (TWEO's
-    backward pass not counted in; neither are S2D's refreshes, which come every ``refresh`` applied
-    steps). One that acts every n-th step counts with 1/n of the time it takes.
+    ``images`` and the steps are None if the data cannot be opened; ``missing`` then says why.
+    ``lr`` is the maximum learning rate. ``memory`` is the peak in bytes of this process: of the
+    CUDA allocator, or of the whole process on a CPU. It belongs to ``measured_images`` a pass and
+    is not scaled, because the part that grows with the images is unknown. ``step_seconds`` is the
+    time of an optimizer step without data loading, scaled to ``batch_size`` images a pass.
+    ``regularizer_share`` is the percentage of it spent in regularizers, without TWEO's backward
+    pass and the refreshes of S2D (every ``refresh`` applied steps).
     """
 
     processes: int
@@ -68,7 +67,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Time of all steps, without reading images, evaluation and checkpoints."""
+        """Time of all steps, without data loading, evaluation and checkpoints."""
         return None if self.total_steps is None else self.total_steps * self.step_seconds
 
     def __str__(self) -> str:
@@ -96,18 +95,16 @@ class Estimate:
 
 
 def estimate(config: TrainConfig) -> Estimate:
-    """Build model, optimizer and regularizers, run a few steps on noise, and measure.
+    """Build model, optimizer and regularizers, run a few steps on noise, and measure them.
 
-    Two steps warm up, then four are measured. Where a pass takes more than five seconds, one step
-    of as few images as take less (two at least), and time is scaled to the batch; a step of a
-    single pass warms up, of two images, or where the model is compiled of as many as are measured.
-    All regularizers act at each of them, at full strength and learning rate, and are timed one by
-    one; the steps between, at which one with an ``every`` does nothing, are left out, and its time
-    is divided by ``every`` instead.
+    Two steps warm up, then four are measured. If a pass would take over five seconds, the number of
+    images is halved as needed (at least two). Then one step is measured and scaled to the batch.
+    All regularizers act at each measured step, at full strength and learning rate. The time of one
+    with ``every`` = n is divided by n.
 
     Raises:
-        QuietvitError: a model, weights or settings that ``train`` would refuse as well, or a batch
-            that the device has no memory for.
+        QuietvitError: ``train`` would refuse the model, weights or settings, or the device has too
+            little memory for a batch.
     """
     accelerator = make_accelerator(config)
     task = task_of(config)
@@ -117,8 +114,8 @@ def estimate(config: TrainConfig) -> Estimate:
     steps = None if images is None else images // effective
     if steps == 0:
         raise QuietvitError(
-            f"one step takes {effective} images, but there are {images} for training; lower "
-            "batch_size."
+            f"one step takes {effective} images, but there are only {images} for training; lower "
+            "batch_size or accumulation."
         )
 
     def noise(model: nn.Module, count: int) -> Any:
@@ -155,7 +152,7 @@ def estimate(config: TrainConfig) -> Estimate:
 
 
 def _training_set(task: Task) -> tuple[Any | None, str]:
-    """Return the training images, or None and why they cannot be opened."""
+    """Return (training images, ""), or (None, reason) if they cannot be opened."""
     try:
         train, _ = task.open_data()
         return task.subset(train, task.config.data.train_images), ""
@@ -165,13 +162,13 @@ def _training_set(task: Task) -> tuple[Any | None, str]:
 
 
 def _affordable(training: Training) -> tuple[int, int]:
-    """Images of a pass, and steps, that can be measured in some seconds each; in every process."""
+    """Return (images a pass, steps) to measure in a few seconds. Every process must call."""
     accelerator, config = training.accelerator, training.config
     count = min(_FEWEST, config.batch_size)
     inputs, _ = _stand_in(training, count)
     found: list[float] = []
     with torch.no_grad(), accelerator.autocast(), judged(training) as model:
-        for _ in range(2):  # the first pass of all is slower than the rest
+        for _ in range(2):  # the first pass is slower than the others
             began = _now(accelerator.device)
             model.eval()(inputs)
             found.append(_now(accelerator.device) - began)
@@ -185,12 +182,13 @@ def _affordable(training: Training) -> tuple[int, int]:
 
 
 def _measured(training: Training, count: int, steps: int) -> tuple[float, float]:
-    """Seconds of so many optimizer steps, and of the regularizers in them, by their share.
+    """Return the seconds of ``steps`` optimizer steps, and those of the regularizers in them.
 
-    Measured on ``count`` images a pass, and scaled to the batch but for the regularizers.
+    The passes have ``count`` images. Only the time outside the regularizers is scaled to the batch.
     """
     accelerator, config = training.accelerator, training.config
-    # Where a step of a regularizer has to be limited it takes longer: at the full rate as in a run.
+    # Measure after the warm-up of the learning rate: a regularizer that must limit its step at the
+    # full rate takes longer.
     warm = round(config.schedule.warmup_epochs * training.steps_per_epoch)
     training.models.wrapped.train()
     with _timed_apart(training) as watches:
@@ -198,7 +196,7 @@ def _measured(training: Training, count: int, steps: int) -> tuple[float, float]
             for step in range(_WARM_UP):
                 _step(training, count, warm + step)
         else:
-            # Another number of images would be compiled anew.
+            # A compiled model is recompiled for another number of images.
             few = count if config.compile else min(_FEWEST, count)
             _step_of_one_pass(training, few, warm)
         before = {name: watch.seconds for name, watch in watches.items()}
@@ -213,7 +211,7 @@ def _measured(training: Training, count: int, steps: int) -> tuple[float, float]
 
 
 def _step(training: Training, count: int, step: int) -> None:
-    """One optimizer step at which every regularizer acts."""
+    """Run one optimizer step at which every regularizer acts."""
     _make_due(training.optim.regularizers)
     for _ in range(training.accelerator.gradient_accumulation_steps):
         forward_backward(training, _stand_in(training, count), step)
@@ -222,17 +220,17 @@ def _step(training: Training, count: int, step: int) -> None:
 
 
 def _step_of_one_pass(training: Training, count: int, step: int) -> None:
-    """One optimizer step after a single pass, whatever is accumulated else."""
+    """Run one optimizer step without accumulation."""
     accelerator = training.accelerator
     accelerator.gradient_accumulation_steps = 1
     _step(training, count, step)
     accelerator.gradient_accumulation_steps = training.config.accumulation
-    accelerator.step = 0  # it counts passes
+    accelerator.step = 0  # accelerate counts passes to know when to step the optimizer
 
 
 @contextmanager
 def _timed_apart(training: Training) -> Iterator[dict[str, Stopwatch]]:
-    """Inside, each regularizer has its own stopwatch; the empty name is for terms of the loss."""
+    """Give each regularizer its own stopwatch inside. The key "" times the terms of the loss."""
     watches = {name: Stopwatch() for name in training.optim.regularizers}
     detach(training.optim.regularizers, training.observers.stopwatch)
     try:
@@ -249,14 +247,14 @@ def _every(regularizer: Any) -> int:
 
 
 def _make_due(regularizers: Mapping[str, Any]) -> None:
-    """Count on to the step before the next at which each acts."""
+    """Move the counter of each regularizer so that it acts at the next step."""
     for regularizer in regularizers.values():
         every = _every(regularizer)
         regularizer.steps += every - 1 - regularizer.steps % every
 
 
 def _stand_in(training: Training, count: int) -> Batch:
-    """A new batch of noise on the device: mixup and detectors change theirs in place."""
+    """Return a new batch of noise on the device. Mixup and detectors change a batch in place."""
     from accelerate.utils import send_to_device
 
     batch = training.task.stand_in(training.models.evaluated, count)

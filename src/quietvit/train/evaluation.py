@@ -1,7 +1,7 @@
-"""The score of a run's weights on its test images. Each process judges a share of them.
+"""Evaluate the weights of a run on its test images, of which each process takes a share.
 
-Where FSDP2 keeps the model in parts no process ever holds all of it: the weights of a block are
-gathered when it runs and let go after it. When a run is evaluated is decided in ``loop``.
+With FSDP2 no process ever holds the whole model: the weights of a block are gathered before it
+runs and freed after it. ``loop`` decides when to evaluate.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def score(
     average: bool = True,
     progress: bool = False,
 ) -> float:
-    """Return the task's metric on the test images; every process must call.
+    """Return the task's metric on the test images. Every process must call.
 
-    Weights are those of the moving average if there is one, and the last ones with ``average``
-    False; the computation is in float32, whatever the precision of the steps.
+    The weights are those of the moving average if there is one and ``average`` is True, else the
+    last weights. The computation is in float32, whatever the precision of the training steps.
 
     Raises:
-        StopRequestedError: ``termination`` is due; it is asked before each batch.
+        StopRequestedError: ``termination`` is due. This is checked before each batch.
     """
     accelerator, size = training.accelerator, 2 * training.config.batch_size
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -64,9 +64,9 @@ def score(
 
 @contextmanager
 def judged(training: Training, average: bool = True) -> Iterator[nn.Module]:
-    """Give the model to evaluate: a copy with the weights as they are now, in no wrapper.
+    """Yield the model to evaluate: an unwrapped copy with the current weights.
 
-    Where the model is sharded, all processes must run it equally often inside, and enter together.
+    If the model is sharded, all processes must enter together and run it equally often inside.
     """
     t = training
     if is_sharded(t.accelerator):
@@ -79,7 +79,7 @@ def judged(training: Training, average: bool = True) -> Iterator[nn.Module]:
 
 
 def without_memory(model: nn.Module) -> nn.Module:
-    """Return a copy of the model whose parameters are shapes without memory (device ``meta``)."""
+    """Return a copy of the model whose parameters use no memory (device ``meta``)."""
     shapes: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
         for p in model.parameters()
@@ -89,10 +89,10 @@ def without_memory(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def filled(copied: nn.Module, model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
-    """Inside, ``copied``, made by ``without_memory``, computes with the weights of ``model``.
+    """Make ``copied``, from ``without_memory``, compute with the weights of ``model`` inside.
 
-    Those of a block are there while it runs, those outside ``blocks`` all the time; after it none
-    is. Where ``model`` is sharded, filling is a collective of all processes.
+    The weights of a block exist while the block runs. Weights outside ``blocks`` exist all the
+    time inside. If ``model`` is sharded, every block gathers its weights from all processes.
     """
     names: dict[str, list[str]] = {block: [] for block in ("", *blocks)}
     for name, _ in model.named_parameters(remove_duplicate=False):
@@ -133,7 +133,7 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
 
 @torch.no_grad()
 def _run_along(training: Training, model: nn.Module) -> None:
-    """Take part in a pass that the other processes need. The output is dropped."""
+    """Run one pass on noise: the other processes have one more batch and gather weights with us."""
     from accelerate.utils import send_to_device
 
     inputs, _ = training.task.stand_in(model, 1)

@@ -1,6 +1,6 @@
-"""Which parameters train, and how fast: freezing, groups of weight decay, layer-wise rates.
+"""Select which parameters train and how: freezing, weight decay groups, layer-wise rates.
 
-Nothing is trained here and no optimizer is built; ``setup`` does that.
+``setup`` builds the optimizer from the groups.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0) -> list[str]:
-    """Set ``requires_grad=False`` where asked for, and return those names in the model's order.
+    """Freeze parameters (``requires_grad=False``) and return their names in the model's order.
 
-    A frozen part still runs as the mode says (dropout acts, running statistics move).
+    Frozen modules keep their mode: in training mode, dropout acts and running statistics change.
 
     Args:
-        model: it is changed in place.
-        patterns: wildcards of parameter names, such as ``patch_embed.*``; letters keep their case.
-        blocks: the first so many residual blocks, as the trace finds them, and all before them.
+        model: changed in place.
+        patterns: wildcards for parameter names, such as ``patch_embed.*``; case-sensitive.
+        blocks: freeze the first n residual blocks of the trace and everything before them.
 
     Raises:
-        QuietvitError: a pattern that matches nothing (the nearest names are given), more blocks
-            than there are, or nothing left to train. The model is then as it was.
+        QuietvitError: a pattern matches nothing (the nearest names are given), the model has fewer
+            blocks, or no trainable parameter is left. The model is then unchanged.
     """
     parameters = dict(model.named_parameters())
     frozen: set[str] = set()
@@ -56,8 +56,8 @@ def freeze(model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0) -> l
         frozen |= {name for name, depth in depths.items() if depth <= blocks}
     if all(name in frozen or not p.requires_grad for name, p in parameters.items()):
         raise QuietvitError(
-            f"model.freeze and model.freeze_blocks leave none of the {len(parameters)} parameters "
-            f"of {type(model).__name__} to train; freeze fewer."
+            f"model.freeze and model.freeze_blocks freeze all {len(parameters)} parameters of "
+            f"{type(model).__name__}; freeze fewer."
         )
     for name in frozen:
         parameters[name].requires_grad_(False)
@@ -65,17 +65,19 @@ def freeze(model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0) -> l
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return groups for an optimizer, every trainable parameter in exactly one, frozen in none.
+    """Return optimizer groups that hold every trainable parameter exactly once.
 
-    Norms and biases (1-D) and what a timm model names in ``no_weight_decay()`` have no weight
-    decay, unless ``config.decay_norms_and_biases``. With ``config.layer_decay`` d each group has
-    ``lr_scale`` = d ** (greatest depth - depth), which timm's schedulers multiply the rate with;
-    ``lr`` itself is not in the groups. Depths of a model with ``group_matcher`` are timm's, so that
-    the scales are those of ``timm.optim.param_groups_layer_decay``; other models count their
-    residual blocks: embeddings 0, blocks 1..n, what follows n + 1 (as BEiT's fine-tuning, arXiv
-    2106.08254, counts them). Factors of ``config.lr_scale`` are multiplied to it.
+    Norms, biases (1-D) and the names in a timm model's ``no_weight_decay()`` get no weight decay,
+    unless ``config.decay_norms_and_biases`` is set.
 
-    Raises QuietvitError where a wildcard of ``config.lr_scale`` matches no parameter.
+    With ``config.layer_decay`` = d each group has ``lr_scale`` = d ** (greatest depth - depth).
+    timm's schedulers multiply the learning rate by it; the groups have no ``lr``. A model with
+    ``group_matcher`` has timm's depths, which gives the scales of
+    ``timm.optim.param_groups_layer_decay``. Other models count residual blocks: embeddings 0,
+    blocks 1..n, the rest n + 1 (as BEiT's fine-tuning, arXiv 2106.08254). The factors of
+    ``config.lr_scale`` are multiplied to it.
+
+    Raises QuietvitError if a wildcard of ``config.lr_scale`` matches no parameter.
     """
     groups = _groups_of_decay(model, config)
     if config.layer_decay not in (None, 1):
@@ -132,21 +134,21 @@ def _split(
 
 
 def block_depths(model: nn.Module) -> tuple[dict[str, int], int]:
-    """Return the depth of every parameter by its name, and the number n of residual blocks.
+    """Return the depth of every parameter by name, and the number n of residual blocks.
 
-    0: used before the first block; i: in block i (from 1), or on the way from block i - 1 to it;
-    n + 1: after the last. A parameter that the trace does not see (tables that are added) counts
-    as before the first block if the model defines it before, else as after the last.
+    0: before the first block. i: in block i (from 1), or between block i - 1 and block i.
+    n + 1: after the last block. The trace does not see some parameters, such as position tables
+    that are added. They have depth 0 if the model defines them before its first block, else n + 1.
 
-    Raises QuietvitError where the model does not run on an image of its own size, or has no block.
+    Raises QuietvitError if the model has no block or does not run on an image of its input size.
     """
     device = next(model.parameters()).device
     found = trace(model, torch.zeros(1, *data_config(model)["input_size"], device=device))
     blocks = residual_modules(found)
     if not blocks:
         raise QuietvitError(
-            f"{type(model).__name__} has no residual blocks to count layers by; leave out "
-            "model.freeze_blocks and optimizer.layer_decay."
+            f"{type(model).__name__} has no residual blocks, by which layers are counted; leave "
+            "out model.freeze_blocks and optimizer.layer_decay."
         )
     starts = {block: len(found.sites) for block in blocks}
     used: dict[str, int] = {}

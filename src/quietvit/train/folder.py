@@ -1,6 +1,6 @@
-"""The output folder of a run: begun anew, or recognised as the same run to resume.
+"""The output folder of a run: start a new run in it, or check that it holds the run to resume.
 
-What the files in it hold is decided in ``loop``, ``checkpoint``, ``metrics`` and ``result``.
+``loop``, ``checkpoint``, ``metrics`` and ``result`` decide what the files contain.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from quietvit.train.result import CHECKPOINTS, CLASSES, CONFIG, RESULT, WEIGHTS
 
 logger = logging.getLogger("quietvit")
 
-# What changes no weight, or only their last bits.
+# These keys change no weight, or only the last bits of weights.
 _MAY_CHANGE = {
     "output", "num_workers", "threads", "checkpoint", "tensorboard", "log_every", "evaluate_every",
     "data.max_bad_images", "decay.watch_every", "device",
 }  # fmt: skip
-# What may change too, and is told: the remedies of a run that diverged, where the data lie, and how
-# a step is shared out. That images and steps stay the same is seen to in ``resume``.
+# These may change too, with a warning: remedies for a run that diverged, the location of the data,
+# and how processes share a step. ``resume`` checks that images and steps stay the same.
 _TOLD = {
     "optimizer.lr", "optimizer.clip_grad", "schedule.min_lr", "precision", "data.dataset",
     "batch_size", "accumulation", "parallel",
@@ -45,18 +45,18 @@ _TOLD = {
 
 
 def own_files(output: Path) -> list[Path]:
-    """Return the files that a run writes into ``output``, folders aside.
+    """Return the files that a run writes into ``output``, without folders.
 
-    The configuration is written first and removed first: without it nothing there is a run.
+    The configuration is written first and removed first: a folder without it holds no run.
     """
     return [output / name for name in (CONFIG, CLASSES, METRICS, WEIGHTS, RESULT)]
 
 
 def fresh(output: Path) -> None:
-    """Remove an earlier run's own files from ``output``, and nothing else; a warning names them."""
+    """Remove the files of an earlier run from ``output``, nothing else, and warn."""
     earlier = earlier_run(output)
     if earlier.parts:
-        logger.warning("starting anew in %s deletes %s: %s.", output, earlier, earlier.deleted())
+        logger.warning("a new run in %s deletes %s: %s.", output, earlier, earlier.deleted())
     for path in own_files(output):
         path.unlink(missing_ok=True)
     for name in (CHECKPOINTS, TENSORBOARD):
@@ -64,9 +64,10 @@ def fresh(output: Path) -> None:
 
 
 def refuse_used(output: Path, force: bool, discard: bool) -> None:
-    """Refuse a folder that holds more than a run killed at its start leaves, unless ``force``.
+    """Refuse a folder that is not empty, unless ``force``.
 
-    An unfinished run with checkpoints takes ``discard`` too.
+    An unfinished run with checkpoints needs ``discard`` too. The lock and the temporary files of a
+    run that was killed at its start do not count.
     """
     refuse_other_bytes(output)
     refusal = earlier_run(output).refusal(force, discard)
@@ -76,14 +77,14 @@ def refuse_used(output: Path, force: bool, discard: bool) -> None:
 
 
 def begun_with(config: TrainConfig, force: bool, discard: bool) -> dict[str, Any] | None:
-    """Return what the run in its output folder was begun with; refuse to resume another one.
+    """Return the configuration (as ``flat``) that the run in its output folder began with.
 
-    None where there is no ``config.json``, so no run was begun; the folder is then refused as
-    ``refuse_used`` does.
+    Without a ``config.json`` no run has begun: ``refuse_used`` checks the folder, the result is
+    None.
 
     Raises:
-        QuietvitError: a folder in use, another configuration or recipe version (what differs is
-            named), a damaged ``config.json``.
+        QuietvitError: the folder is in use, ``config.json`` is damaged, or it has another recipe
+            version or configuration (the differences are named).
     """
     refuse_other_bytes(config.output)
     path = config.output / CONFIG
@@ -94,14 +95,14 @@ def begun_with(config: TrainConfig, force: bool, discard: bool) -> dict[str, Any
         before = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise QuietvitError(
-            f"{path} is damaged ({error}); start anew in another output folder."
+            f"{path} is damaged ({error}); start a new run in another output folder."
         ) from error
     version = before.get("recipe") if isinstance(before, dict) else None
     if version != config.recipe:
         raise QuietvitError(
-            f"{config.output} was begun with a recipe of version {version!r}, this quietvit reads "
-            f"version {config.recipe}; finish it with the quietvit that began it, or start anew in "
-            "another output folder."
+            f"{config.output} was begun with a recipe of version {version!r}, but this quietvit "
+            f"reads version {config.recipe}; finish the run with the quietvit that began it, or "
+            "start a new run in another output folder."
         )
     before = as_now(before, str(path))
     differing = [
@@ -112,45 +113,45 @@ def begun_with(config: TrainConfig, force: bool, discard: bool) -> dict[str, Any
     if differing:
         raise QuietvitError(
             f"{config.output} was begun with another configuration: {'; '.join(differing[:3])}. "
-            "Resume with the same one, or choose another output folder."
+            "Resume with the same configuration, or choose another output folder."
         )
     return before
 
 
 def as_now(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a configuration of ``where``, perhaps of an earlier version, ``flat`` as of now.
+    """Return a saved configuration as ``flat`` returns it now. ``where`` names it in errors.
 
-    Keys that came after it was written have the values they stood for then.
+    A configuration of an earlier version lacks newer keys. They get their defaults.
     """
     return flat(parse_config(content, where))
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
-    """Return a configuration as JSON has it."""
+    """Return a configuration as nested JSON types."""
     content: dict[str, Any] = json.loads(json_text(config.model_dump(mode="json")))
     return content
 
 
 def changes(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """Say what differs of ``before``, a ``flat`` configuration, but for what changes no weight."""
+    """Describe the differences from ``before`` (``flat``), without keys that change no weight."""
     found = _differences(dict(before), flat(config))
     return [f"{key} was {old!r} and is {new!r}" for key, old, new in found]
 
 
 def write_config(config: TrainConfig) -> None:
-    """Write ``config.json``, by which the folder is known as that of this run."""
+    """Write ``config.json``, which identifies the run in this folder."""
     write_atomic(config.output / CONFIG, json_text(flat(config), indent=2) + "\n")
 
 
 def write_classes(config: TrainConfig, train: ImageDataset) -> None:
-    """Write ``classes.json``: the names of the classes, in the order of the logits."""
+    """Write ``classes.json``: the class names in the order of the logits."""
     names = train.class_names
     content = {"num_classes": train.num_classes, KEY: None if names is None else list(names)}
     write_atomic(config.output / CLASSES, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def written(output: Path) -> tuple[bool, list[str]]:
-    """What a run has written so far: whether its result, and the names of its checkpoints."""
+    """Return what a run has written: (has a result, names of its checkpoints)."""
     held = output / CHECKPOINTS
     names = sorted(path.name for path in held.iterdir()) if held.is_dir() else []
     return (output / RESULT).exists(), [name for name in names if not name.startswith(".")]

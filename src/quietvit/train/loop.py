@@ -1,7 +1,6 @@
-"""The training loop, on accelerate: steps, decay, averages, checkpoints, resume.
+"""The training loop: when to step, log, evaluate, save, resume and stop.
 
-Order of data is in ``order``, the files of a checkpoint in ``checkpoint``, the run's set-up in
-``setup``.
+``setup`` builds the run, ``step`` computes a step, ``checkpoint`` writes the files.
 """
 
 from __future__ import annotations
@@ -67,34 +66,32 @@ def train(
     discard: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train as ``config`` says and write everything below ``config.output``.
+    """Train a model as ``config`` describes and write everything to ``config.output``.
 
-    There come ``config.json``, ``classes.json`` (names of the classes), ``metrics.jsonl``,
-    ``tensorboard/``, ``checkpoints/``, and at the end ``model.safetensors`` and ``result.json``.
-    On the CPU, in one process with the same number of threads, a run interrupted anywhere and
-    resumed ends with the same weights bit for bit.
+    The folder gets ``config.json``, ``classes.json``, ``metrics.jsonl``, ``tensorboard/``,
+    ``checkpoints/``, and at the end ``model.safetensors`` and ``result.json``. A resumed run ends
+    with the same weights bit for bit on the CPU, in one process, with as many threads.
+
+    SIGTERM or Ctrl-C (SIGINT) finishes the step and writes a checkpoint. An evaluation is aborted,
+    and ``resume`` repeats it. A second Ctrl-C stops at once.
 
     Args:
-        resume: go on from the last whole checkpoint (from the start if there is none; a finished
-            run is returned as it is). With a checkpoint the weights that the run began with are not
-            read again, and a warning tells of another number of threads or torch version.
-        force: start anew in a folder that is in use; an earlier run's files there are replaced,
-            once data, model and decay of the new one are known to be sound. With ``resume`` only
-            where the folder holds no ``config.json``. An unfinished run with checkpoints is not
-            deleted by ``force`` alone. What is deleted is named in a warning.
+        resume: continue from the last intact checkpoint, or from the start if there is none. A
+            finished run is returned as it is. With a checkpoint the initial weights are not read
+            again. A warning reports another number of threads or another torch version.
+        force: start a new run in a folder that is not empty. Once the new data, model and decay are
+            checked, the files of an earlier run are deleted, with a warning. An unfinished run with
+            checkpoints needs ``discard`` too. With ``resume``, ``force`` acts only if the folder
+            has no ``config.json``.
         discard: with ``force``, delete an unfinished run and its checkpoints too.
-        progress: show a bar on standard error.
-
-    On SIGTERM or Ctrl-C (SIGINT) the step is finished and a checkpoint written; an evaluation is
-    broken off, and ``resume`` makes it anew. A second Ctrl-C ends at once.
+        progress: show a progress bar on standard error.
 
     Raises:
         SystemExit: code 143, after SIGTERM.
         KeyboardInterrupt: after Ctrl-C; its message names the checkpoint.
-        QuietvitError: output folder in use or held by another run, another configuration on resume
-            (learning rate, clipping, precision, the place of the data and how a step is shared out
-            between processes may change), bad data or weights, a loss that is no number, too little
-            memory; the message says the remedy and the last checkpoint.
+        QuietvitError: the output folder is in use, data or weights are bad, the loss is NaN or
+            infinite, memory runs out, or the configuration differs on resume. (Learning rate,
+            clipping, precision, location of the data, and how processes share a step may change.)
     """
     output = config.output.expanduser()
     config = config.model_copy(update={"output": output})
@@ -144,15 +141,15 @@ def _finished(config: TrainConfig, before: dict[str, Any]) -> TrainResult:
     differing = changes(before, config)
     if differing:
         raise QuietvitError(
-            f"{config.output} is finished already, and {'; '.join(differing[:3])}: start anew in "
-            "another output folder."
+            f"{config.output} is finished already, and {'; '.join(differing[:3])}; start a new "
+            "run in another output folder."
         )
     logger.warning("%s is finished already; its result is returned.", config.output)
     return TrainResult.read(config.output)
 
 
 class _Loop:
-    """Where a run stands, and the steps from there."""
+    """The position of a run (epoch, batch, step), and the steps from there."""
 
     def __init__(
         self, run: Run, state: dict[str, Any] | None, before: dict[str, Any] | None
@@ -182,7 +179,7 @@ class _Loop:
         self.termination = Termination(self.accelerator)
 
     def run_epochs(self, progress: bool) -> None:
-        """Train from where the run stands to the end of the last epoch."""
+        """Train from the current position to the end of the last epoch."""
         main = self.accelerator.is_main_process
         with worker_errors(), bar_of(progress and main) as bar:
             task = bar.add_task("training", total=self.t.total_steps, completed=self.step, loss="")
@@ -190,7 +187,7 @@ class _Loop:
                 self.r.batches.seek(self.epoch, self.batch)
                 self.t.models.wrapped.train()
                 self._mark = time.perf_counter()
-                # A checkpoint may lie at the end of an epoch, and some loaders refuse to be empty.
+                # A checkpoint at the end of an epoch leaves no batch, which some loaders refuse.
                 for batch in self.r.loader if len(self.r.batches) else ():
                     if self._pass(batch):
                         loss = self._after_step(batch)
@@ -206,7 +203,7 @@ class _Loop:
             self.losses.refuse_unless_sound(self.step)
 
     def _pass(self, batch: Batch) -> bool:
-        """One forward and backward pass; True where the optimizer stepped after it."""
+        """Run one forward and backward pass. Return whether the optimizer stepped after it."""
         try:
             loss = forward_backward(self.t, batch, self.step)
         except QuietvitError as error:
@@ -216,7 +213,7 @@ class _Loop:
         return bool(self.accelerator.sync_gradients)
 
     def _after_step(self, batch: Batch) -> float | None:
-        """Average, log and save. Returns the mean loss where it was logged."""
+        """Update the average, log and save as due. Return the mean loss if it was logged."""
         t, config = self.t, self.config
         self.step += 1
         if t.models.average is not None:
@@ -250,7 +247,7 @@ class _Loop:
         self._write(**values, epoch=self.step / t.steps_per_epoch)
 
     def _speed(self) -> float:
-        """Images a second since it was last asked for."""
+        """Return the images per second since the last call."""
         steps, seconds = self.step - self._logged[0], self.train_seconds - self._logged[1]
         self._logged = self.step, self.train_seconds
         return steps * self.t.effective_batch / seconds
@@ -282,8 +279,8 @@ class _Loop:
             self._save()
         told = (
             f"{self.termination.by}: stopped after step {self.step} of {self.t.total_steps}; the "
-            f"checkpoint {newest_whole(self.config.output / CHECKPOINTS)} is written. Go on with "
-            "resume (--resume)."
+            f"checkpoint {newest_whole(self.config.output / CHECKPOINTS)} is written. Continue "
+            "with resume (--resume)."
         )
         if self.accelerator.is_main_process:
             logger.warning(told)
@@ -291,10 +288,10 @@ class _Loop:
         self.termination.end(told)
 
     def end_if_asked(self) -> None:
-        """End as a signal asks that came when nothing was left to stop."""
+        """End the program if a signal came after the last step."""
         if self.termination.pending():
             told = (
-                f"{self.termination.by}: the run was finished meanwhile; its result is in "
+                f"{self.termination.by}: the run was already finished; its result is in "
                 f"{self.config.output}."
             )
             if self.accelerator.is_main_process:
@@ -333,9 +330,9 @@ class _Loop:
         self._mark = time.perf_counter()
 
     def _restore(self, state: dict[str, Any], before: dict[str, Any]) -> list[str]:
-        """Go on from ``state``; returns what differs of it. ``before`` is what the run began with.
+        """Load ``state`` and return how the settings differ from it. Every process must call.
 
-        Every process must call.
+        ``before`` is the configuration that the run began with.
         """
         differing = differences(self.t, state, before)
         check_same_data(self.t, state.get("data"), self.data, self.r.train.name)
@@ -351,10 +348,7 @@ class _Loop:
         return differing
 
     def score(self, average: bool = True, progress: bool = False) -> float:
-        """The task's metric on the test images, of the moving average if there is one.
-
-        Ends the run where it is asked to stop meanwhile.
-        """
+        """Return ``evaluation.score``. A signal during the evaluation ends the run."""
         try:
             with enough_memory(self.config, Stage.EVALUATION):
                 return score(

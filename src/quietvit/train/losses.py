@@ -1,6 +1,6 @@
-"""Losses and weights that are no numbers: noticed without waiting for the device, told with why.
+"""Detect NaN and inf in losses and weights without a device sync, and explain the likely cause.
 
-What a loss is computed from is in ``step``.
+``step`` computes the loss.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from quietvit.train.watch import Seen
 
 
 class Losses:
-    """The losses of this process since they were last logged, and what is told where they end.
+    """The losses of this process since they were last logged.
 
-    Every process must call each method, in the same order.
+    Every process must call every method in the same order.
     """
 
     def __init__(self, training: Training) -> None:
         self.t, device = training, training.accelerator.device
         self._count = 0
         self._sum = torch.zeros((), dtype=widest(device), device=device)
-        # The first step whose loss was no number, kept on the device: looking would wait for it.
+        # The first step with a NaN or inf loss, 0 if none. It stays on the device, because reading
+        # it would wait for the device at every step.
         self._bad_step = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, loss: Tensor, step: int) -> None:
-        """Take the loss of one batch, of step ``step``."""
+        """Add the loss of one batch of step ``step``."""
         self._sum += loss
         first = (self._bad_step == 0) & ~loss.isfinite()
         self._bad_step.masked_fill_(first, step)
@@ -46,7 +47,7 @@ class Losses:
         """Return the mean over all processes since the last ``clear``.
 
         Raises:
-            QuietvitError: it is no number; the first such step is named.
+            QuietvitError: it is NaN or infinite; the first such step is named.
         """
         mean = self._mean()
         if not math.isfinite(mean):
@@ -54,12 +55,12 @@ class Losses:
         return mean
 
     def clear(self) -> None:
-        """Begin to count anew."""
+        """Reset the sum and the count."""
         self._sum.zero_()
         self._count = 0
 
     def refuse_unless_sound(self, step: int) -> None:
-        """Refuse to go on with a loss or with weights that are no numbers."""
+        """Raise QuietvitError if the mean loss or a weight is NaN or infinite."""
         self.mean(step)
         own = [getattr(p, "to_local", lambda p=p: p)() for p in self.t.models.plain.parameters()]
         bad = sum((~part.isfinite()).sum() for part in own)
@@ -67,20 +68,20 @@ class Losses:
             raise self._diverged(f"weights became NaN or infinite at step {step}", step)
 
     def state(self) -> tuple[list[float], int]:
-        """The sum of each process and their common number of batches, for a checkpoint."""
+        """Return (sums of the processes, number of batches of each) for a checkpoint."""
         return gathered(self.t.accelerator, float(self._sum)), self._count
 
     def restore(self, state: Any, batches: float) -> None:
-        """Load ``state``; one batch of before is ``batches`` of now (``resume.restore``)."""
+        """Load ``state``. One batch then is ``batches`` batches now (see ``resume.restore``)."""
         sums, count = state
         self._count = round(count * batches * len(sums) / self.t.accelerator.num_processes)
         self._sum.fill_(sum(dealt(self.t, sums)) * batches)
 
     def told(self, error: QuietvitError, step: int) -> QuietvitError:
-        """What to raise for what a step raised: the loss where it is no number, else the error.
+        """Return the error to raise after ``error`` in ``step``, with the step and likely cause.
 
-        With the step and what is known of the time before. A loss that is no number has spoilt the
-        weights, so that what a regularizer says of them names but the first.
+        A NaN or infinite loss takes precedence: it has spoilt all weights, and the error of a
+        regularizer names only the first of them.
         """
         if self.t.loss is not None:
             self.add(self.t.loss, step)
@@ -104,12 +105,12 @@ class Losses:
         return QuietvitError(
             f"{what}.{self._known(step)} Lower optimizer.lr (now "
             f"{config.optimizer.lr:g}, here at most {config.rates(self.t.effective_batch).lr:g}), "
-            "set optimizer.clip_grad, or train with precision 'no': a run that is resumed "
-            "(--resume) takes these changes."
+            "set optimizer.clip_grad, or set precision to 'no'. All three may change on resume "
+            "(--resume)."
         )
 
     def _known(self, step: int) -> str:
-        """The pair with the largest amplification, and the last whole checkpoint."""
+        """Name the pair with the largest amplification and the last intact checkpoint."""
         main, folder = self.t.accelerator.is_main_process, self.t.config.output / CHECKPOINTS
         saved = gathered(self.t.accelerator, newest_whole(folder) if main else None)[0]
         seen = self.t.observers.watch.amplification(step)
@@ -125,7 +126,7 @@ class Losses:
         return f"{pair}. {where}" if pair else f" {where}"
 
     def _before(self, saved: Path | None) -> Seen | None:
-        """What the watch saw last, or what the last checkpoint holds where that is of later."""
+        """Return what the watch kept last, or the pair of the last checkpoint if that is later."""
         last, step = self.t.observers.watch.last, 0 if saved is None else step_of(saved)
         if saved is None or (last is not None and last.step >= step):
             return last

@@ -1,4 +1,4 @@
-"""Too little memory for a model, a pass or an evaluation, told with what to change."""
+"""Turn out-of-memory errors into errors that name the settings to change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quietvit.train.config import TrainConfig
 
 
 class Stage(Enum):
-    """What runs: building what is trained, a step, or an evaluation."""
+    """What runs: the set-up, a training step, or an evaluation."""
 
     BUILD = "build"
     STEP = "step"
@@ -22,7 +22,7 @@ class Stage(Enum):
 
 @contextmanager
 def enough_memory(config: TrainConfig, stage: Stage) -> Iterator[None]:
-    """Turn running out of memory inside, on a GPU or on the CPU, into a QuietvitError."""
+    """Raise a QuietvitError with remedies if a GPU or the CPU runs out of memory inside."""
     try:
         yield
     except RuntimeError as error:
@@ -36,7 +36,7 @@ def enough_memory(config: TrainConfig, stage: Stage) -> Iterator[None]:
 
 
 def is_want_of_memory(error: Exception) -> bool:
-    """Whether an error says that there was too little memory, on a GPU or on the CPU."""
+    """Whether ``error`` means that a GPU or the CPU ran out of memory."""
     text = str(error)
     if "DataLoader worker" in text:
         return False
@@ -45,13 +45,13 @@ def is_want_of_memory(error: Exception) -> bool:
 
 
 def _told(config: TrainConfig, stage: Stage) -> tuple[str, list[str]]:
-    """What needs too much, and the remedies that this configuration leaves."""
+    """Return what needs too much memory, and the remedies for this configuration."""
     batch = config.batch_size
     sharded = []
     if config.parallel == "fsdp2":
         sharded = ["start more processes, which share the model"]
     elif config.ema is None:
-        sharded = ["share the model between processes by parallel='fsdp2'"]
+        sharded = ["shard the model over several processes with parallel='fsdp2'"]
     if stage is Stage.BUILD:
         return f"{config.model.name} with its optimizer", ["take a smaller model", *sharded]
     half, odd = divmod(batch, 2)

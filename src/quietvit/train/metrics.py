@@ -1,6 +1,6 @@
-"""Numbers of a run as it goes: one JSON object a line in metrics.jsonl, and TensorBoard.
+"""Write the metrics of a run to metrics.jsonl (one JSON object a line) and to TensorBoard.
 
-The time spent in regularizers is measured here too. Nothing is computed about the model.
+``Stopwatch`` measures the time spent in regularizers. ``loop`` decides what is logged.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _PENDING = 64
 
 
 class Metrics:
-    """Appends to ``output/metrics.jsonl``; lines after ``step`` (of a run cut off) are dropped.
+    """Appends lines to ``output/metrics.jsonl``. Drops the lines after ``step`` when created.
 
-    The line of ``metric``, or of a change, at ``step`` itself is dropped too: it came after the
-    checkpoint and comes again.
-    Raises QuietvitError where the disk is full or the files cannot be written.
+    Lines at ``step`` itself with ``metric`` or a changed setting are dropped too: they were written
+    after the checkpoint and will be written again.
+    Raises QuietvitError if the disk is full or the files cannot be written.
     """
 
     def __init__(self, output: Path, step: int, tensorboard: bool, metric: str = "top1") -> None:
@@ -51,7 +51,7 @@ class Metrics:
     def write(self, step: int, **values: float | str) -> None:
         """Add one line, and one point to each TensorBoard curve of numbers.
 
-        Raises QuietvitError where the disk is full or one of the files cannot be written.
+        Raises QuietvitError if the disk is full or a file cannot be written.
         """
         with _telling(self.path, step), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -61,14 +61,14 @@ class Metrics:
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """End the curves. What goes wrong is logged: it must not hide why the run ends."""
+        """Close TensorBoard. Only log a failure, so that it does not hide why the run ends."""
         if self._writer is None:
             return
         try:
             self._writer.close()
         except Exception as error:
             logger.warning(
-                "the curves in %s could not be finished (%s); what was logged is in %s too.",
+                "the curves in %s could not be finished (%s); %s has the same values.",
                 self._curves, error, self.path,
             )  # fmt: skip
 
@@ -99,10 +99,10 @@ def _telling(path: Path, step: int) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Time of the regularizers: their hooks on an optimizer, and while ``running``.
+    """Measures the time of the regularizers: their optimizer hooks, and blocks in ``running``.
 
-    On a GPU by events, of which at most ``_PENDING`` spans are held: a new one adds up the oldest,
-    which the GPU has left behind long before.
+    On a GPU it uses CUDA events and keeps at most ``_PENDING`` pairs. A new pair evaluates the
+    oldest one, which the GPU finished long ago, so nothing waits.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -113,7 +113,7 @@ class Stopwatch:
 
     @contextmanager
     def around_hooks(self, optimizer: Optimizer) -> Iterator[None]:
-        """Time the hooks, before and after a step, that are registered inside."""
+        """Time the step hooks registered inside: they run between a start and a stop hook."""
         for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
             self._handles.append(register(lambda *_: self._start()))
         yield
@@ -121,26 +121,26 @@ class Stopwatch:
             self._handles.append(register(lambda *_: self._stop()))
 
     def unhook(self) -> None:
-        """Time no hooks any more."""
+        """Stop timing hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Time what is inside, too."""
+        """Add the time of the block."""
         self._start()
         yield
         self._stop()
 
     def reset(self, seconds: float) -> None:
-        """Go on from ``seconds``."""
+        """Set the time so far to ``seconds``."""
         self._seconds = seconds
         self._events.clear()
 
     @property
     def seconds(self) -> float:
-        """Time so far; waits for the accelerator."""
+        """The time so far. Waits for the GPU."""
         self._add_up(keep=0)
         return self._seconds
 

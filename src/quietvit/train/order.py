@@ -1,6 +1,6 @@
-"""The order of the images and their randomness, as functions of seed, epoch and index alone.
+"""The order of the images and their augmentation, as functions of seed, epoch and index only.
 
-So a run may stop anywhere and go on, with any number of workers, and see the same batches.
+A run can therefore stop anywhere and resume with the same batches and any number of workers.
 """
 
 from __future__ import annotations
@@ -27,17 +27,15 @@ _TRIES = 100
 
 
 class SeededImages(Dataset[tuple[Any, Any]]):
-    """``dataset`` augmented: ``self[place]`` draws from (seed, place) only.
+    """An augmented data set whose randomness depends only on (seed, place).
 
+    A place is (epoch, index), or (epoch, index, copy) if an epoch repeats its images.
     ``transform(image, target)`` makes a sample.
 
-    A place is (epoch, index), or (epoch, index, copy) where an epoch repeats its images.
-
-    An image that cannot be read or decoded is replaced by another one of the data set, drawn from
-    (seed, place), so that a resumed run replaces it by the same. Each such image is logged once,
-    and the different ones are counted over all workers of this process; ``mark_bad`` goes on from
-    an earlier count. Images for evaluation are never replaced, because the accuracy would be that
-    of another data set.
+    An image that cannot be read or decoded is replaced by another one. A resumed run draws the same
+    replacement. Each bad image is logged once and counted once over all workers of this process.
+    ``mark_bad`` restores an earlier count. Images for evaluation are never replaced, because the
+    score would belong to another data set.
 
     Args:
         max_bad: how many different images may be replaced; 0 stops at the first one.
@@ -55,7 +53,8 @@ class SeededImages(Dataset[tuple[Any, Any]]):
         max_bad: int = 0,
     ) -> None:
         self.dataset, self.transform, self.seed, self.max_bad = dataset, transform, seed, max_bad
-        # One byte an image in memory shared with the workers: no locks, and each counts once.
+        # One byte an image, in memory shared with the workers: it needs no lock, and an image that
+        # several workers meet counts once.
         self._bad = torch.zeros(len(dataset) if max_bad else 0, dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
@@ -68,11 +67,11 @@ class SeededImages(Dataset[tuple[Any, Any]]):
 
     @property
     def bad_images(self) -> list[int]:
-        """The indices of the images found bad so far by any worker of this process."""
+        """The indices of the bad images that any worker of this process has met so far."""
         return [int(index) for index in self._bad.nonzero()]
 
     def mark_bad(self, indices: Sequence[int]) -> None:
-        """Count these as found bad already; indices that are no image are left out."""
+        """Count these images as bad. Indices beyond the data set are ignored."""
         self._bad[[index for index in indices if index < len(self._bad)]] = 1
 
     def _read(self, place: Place) -> tuple[Any, Any]:
@@ -88,21 +87,22 @@ class SeededImages(Dataset[tuple[Any, Any]]):
             drawn = drawn or np.random.default_rng((self.seed, *place, _REPLACED))
             index = int(drawn.integers(len(self.dataset)))
         raise QuietvitError(
-            f"{_TRIES} images drawn in a row from {self.dataset.name} could not be read; check "
-            "that the data set can still be reached."
+            f"{_TRIES} images in a row, drawn from {self.dataset.name}, could not be read; check "
+            "that the data set is still accessible."
         )
 
     def _count(self, index: int, error: QuietvitError) -> None:
         known = bool(self._bad[index])
         self._bad[index] = 1
         bad = self.bad_images
-        if len(bad) > self.max_bad and not known:  # resumed in fewer processes they may be more
+        # A resume in fewer processes may start above the limit; only a new image raises.
+        if len(bad) > self.max_bad and not known:
             named = "; ".join(self.dataset.where(index) for index in bad[:5])
             raise QuietvitError(
                 f"{len(bad)} images of {self.dataset.name} could not be decoded, and "
                 f"data.max_bad_images allows {self.max_bad}: {named}"
                 f"{'; ...' if len(bad) > 5 else ''}. The last one: {error} Or raise "
-                "data.max_bad_images, to train on the others."
+                "data.max_bad_images to train on the others."
             ) from error
         if not known:
             logger.warning(
@@ -111,26 +111,26 @@ class SeededImages(Dataset[tuple[Any, Any]]):
 
 
 class EpochBatches(Sampler[list[Place]]):
-    """Batches of places in the order of the epoch (``epoch_order``), from batch ``start`` on.
+    """Batches of places in the order of the epoch (``epoch_order``), starting at batch ``start``.
+
+    timm's ``RepeatAugSampler`` needs torch.distributed, splits the copies over its processes and
+    cannot start inside an epoch. Here the copies are neighbours in one order of (seed, epoch). A
+    run can resume anywhere in it with any number of processes.
 
     Args:
-        images: how many there are.
+        images: number of images.
         batch_size: places in a batch.
-        batches: how many make an epoch.
-        seed: of the order.
-        repeats: how often each image of an epoch comes, each time with its own randomness
-            (repeated augmentation, Hoffer et al. 2019, as DeiT uses it). An epoch is as long as
-            without, so it visits 1/``repeats`` of the images, each ``repeats`` times in a row (the
-            last one fewer times where the number does not divide).
-        groups: what lies together on disk, one number per image: ``ImageDataset.groups``.
-        window: mix images within so many groups at a time; None mixes all.
-
-    timm's ``RepeatAugSampler`` needs torch.distributed and deals the copies out to its processes,
-    from a position that cannot be entered. Here the copies are neighbours in one order, which is a
-    function of (seed, epoch) in any number of processes, so that a run can go on anywhere in it.
+        batches: batches in an epoch.
+        seed: seed of the order.
+        repeats: how often an epoch visits each image, each time with another augmentation
+            (repeated augmentation, Hoffer et al. 2019, as in DeiT). An epoch keeps its length: it
+            visits 1/``repeats`` of the images, each ``repeats`` times in a row. The last image
+            comes fewer times if the number does not divide.
+        groups: the group (shard on disk) of each image: ``ImageDataset.groups``.
+        window: shuffle images within this many groups at a time; None shuffles all.
 
     Raises:
-        QuietvitError: ``window`` is given for images that are not in groups.
+        QuietvitError: ``window`` is given for images without groups.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class EpochBatches(Sampler[list[Place]]):
     ) -> None:
         if window is not None and groups is None:
             raise QuietvitError(
-                f"data.shuffle_window is {window}, but this data set is not in shards: each of its "
-                "images can be reached alike. Leave data.shuffle_window out."
+                f"data.shuffle_window is {window}, but this data set is not in shards, so all its "
+                "images can be shuffled together. Leave data.shuffle_window out."
             )
         self.images, self.batches, self.seed = images, batches, seed
         self.repeats, self.groups, self.window = repeats, groups, window
@@ -155,7 +155,7 @@ class EpochBatches(Sampler[list[Place]]):
         self.epoch, self.start = 0, 0
 
     def seek(self, epoch: int, start: int) -> None:
-        """Go on at batch ``start`` of ``epoch``."""
+        """Continue at batch ``start`` of ``epoch``."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -185,9 +185,9 @@ def epoch_order(
 ) -> np.ndarray:
     """Return a permutation (images,) drawn from (seed, epoch).
 
-    With a ``window``, the groups are permuted and cut into windows of so many; one window comes
-    after the other, the images of each in random order. Reading is then near to sequential, and a
-    window is what needs to be at hand.
+    With a ``window``, the groups are permuted and cut into windows of ``window`` groups. The
+    windows follow each other, and the images of each are in random order. Reading is then almost
+    sequential, and only one window must be at hand.
     """
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(images)
@@ -200,7 +200,7 @@ def epoch_order(
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed ``random``, numpy and torch (CPU) from ``key`` inside, and restore them after."""
+    """Seed ``random``, numpy and torch (CPU) from ``key`` inside, and restore their states."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
@@ -215,9 +215,9 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of this process's generators: of Python, numpy, torch, and ``device``.
+    """Return the generator states of Python, numpy, torch (CPU) and ``device``.
 
-    No other device is looked at, so that a run on the CPU leaves CUDA alone.
+    Other devices are not touched, so that a run on the CPU does not initialize CUDA.
     """
     return {
         "python": random.getstate(),
@@ -228,10 +228,10 @@ def generator_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_generator_states(states: Mapping[str, Any], device: torch.device) -> None:
-    """Restore what ``generator_states`` returned, that of the device to ``device``.
+    """Restore what ``generator_states`` returned.
 
-    Checkpoints of earlier versions hold a list of the states of all CUDA devices; the one at the
-    place of ``device`` is taken.
+    Checkpoints of earlier versions hold a list with the states of all CUDA devices. The entry at
+    the index of ``device`` is used.
 
     Raises:
         QuietvitError: such a list is too short for ``device``.
@@ -244,8 +244,8 @@ def set_generator_states(states: Mapping[str, Any], device: torch.device) -> Non
         _generator_of(device).set_rng_state(own, device)
     elif (device.type != "cpu") != (own is not None):
         logger.warning(
-            "the checkpoint was written on another kind of device; what is drawn on %s (dropout) "
-            "is not what the run would have drawn without the stop.",
+            "the checkpoint was written on another kind of device; random numbers on %s (dropout) "
+            "differ from those of an uninterrupted run.",
             device.type,
         )
 
@@ -256,9 +256,9 @@ def _of_all(states: Sequence[Tensor], device: torch.device) -> Tensor | None:
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= len(states):
         raise QuietvitError(
-            f"the checkpoint holds the random states of {len(states)} GPUs and this process runs "
-            f"on cuda:{index}; resume with the GPUs visible that the run had "
-            "(CUDA_VISIBLE_DEVICES), or start anew from its weights (model.weights)."
+            f"the checkpoint holds the random states of {len(states)} GPUs, but this process runs "
+            f"on cuda:{index}; resume with the same visible GPUs (CUDA_VISIBLE_DEVICES), or start "
+            "a new run from its weights (model.weights)."
         )
     return states[index]
 

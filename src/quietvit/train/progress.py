@@ -1,6 +1,6 @@
-"""What surrounds the steps of a run on its machine: the bar that is shown, torch's threads.
+"""The progress bar of a run, and torch's number of threads during it.
 
-What is computed in the steps is in ``loop``.
+``loop`` makes the steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.progress import (
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let torch use so many threads inside, as many as before where None."""
+    """Set torch's number of CPU threads inside. None keeps the current number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -31,7 +31,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def bar_of(shown: bool) -> Progress:
-    """Return a bar on standard error; its tasks have a field ``loss``."""
+    """Return a progress bar on standard error. Its tasks need a field ``loss``."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

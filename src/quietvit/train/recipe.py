@@ -1,6 +1,6 @@
-"""Recipes: TOML files (or a run's config.json) -> ``TrainConfig``, with overrides and clear errors.
+"""Read recipes (TOML files, or the config.json of a run) and overrides into a ``TrainConfig``.
 
-What the keys mean is said in ``config``.
+``config`` defines the keys.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> TrainConfi
 
     Args:
         source: a name, or the path of a TOML recipe or of the ``config.json`` of a run.
-        overrides: ``"optimizer.lr=3e-4"`` and the like; the value is TOML, a bare word is a string,
-            ``none`` unsets the key.
+        overrides: texts such as ``"optimizer.lr=3e-4"``. The value is TOML. A bare word is a
+            string, and ``none`` unsets the key.
 
     Raises:
-        QuietvitError: no such recipe, no valid TOML, another recipe version, a key that is unknown
-            (the nearest known one is named) or a value that is refused.
+        QuietvitError: the recipe does not exist, is not valid TOML or has another version, or a key
+            or value is refused. The message names the nearest known key.
     """
     path = _find(source)
     try:
@@ -42,7 +42,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> TrainConfi
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise QuietvitError(
-            f"the recipe {path} is not in UTF-8 ({error}); save it in that encoding."
+            f"the recipe {path} is not in UTF-8 ({error}); save it as UTF-8."
         ) from error
     except (OSError, ValueError) as error:
         raise QuietvitError(f"the recipe {path} could not be read: {error}; correct it.") from error
@@ -51,7 +51,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> TrainConfi
         stated = "states no version" if found is None else f"is of version {found!r}"
         raise QuietvitError(
             f"the recipe {path} {stated}; this quietvit ({quietvit.__version__}) reads 'recipe = "
-            f"{VERSION}'. Add that line, or take a quietvit that knows the version."
+            f"{VERSION}'. Add that line, or install a quietvit that reads the version."
         )
     for override in overrides:
         _override(content, override)
@@ -59,7 +59,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> TrainConfi
 
 
 def parse_config(content: Mapping[str, Any], source: str = "the configuration") -> TrainConfig:
-    """Validate a nested mapping. Raises QuietvitError naming each wrong key, value and remedy."""
+    """Validate a nested mapping. Raises QuietvitError that names each wrong key and value."""
     try:
         config = TrainConfig.model_validate(content)
     except ValidationError as error:
@@ -72,12 +72,12 @@ def parse_config(content: Mapping[str, Any], source: str = "the configuration") 
 
 
 def list_recipes() -> dict[str, Path]:
-    """Return the recipes that come along: name -> path."""
+    """Return the shipped recipes: name -> path."""
     return {path.stem: path for path in sorted(recipes_folder().glob("*.toml"))}
 
 
 def recipes_folder() -> Path:
-    """Return the folder of recipes: beside the package in a wheel, else the repository's."""
+    """Return the folder of recipes: in the package if installed, else in the repository."""
     package = Path(quietvit.__file__).parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parents[1] / "recipes"
@@ -99,7 +99,7 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     if get_origin(annotation) in (Union, UnionType):
         return [section for part in get_args(annotation) for section in _sections(part)]
     if annotation is DecayConfig:
-        return [decay_config()]  # with the sections of regularizers
+        return [decay_config()]  # DecayConfig itself lacks the sections of the regularizers
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return [annotation] if is_section else []
 
@@ -137,23 +137,17 @@ def _override(content: dict[str, Any], override: str) -> None:
         place = place[section]
         if not isinstance(place, dict):
             raise QuietvitError(
-                f"the override {override!r} goes into {section!r}, which is a value and no section"
+                f"the override {override!r} needs a section {section!r}, but that is a value"
                 f"{nearest(key, known_keys())}."
             )
     place[last] = value
 
 
 def refuse_not_utf8(config: TrainConfig) -> None:
-    """Refuse values that cannot be written as UTF-8, before anything is written.
-
-    Raises:
-        QuietvitError: a path or name that the system gave as bytes which are no UTF-8.
-    """
+    """Raise QuietvitError if a path or name in ``config`` is not valid UTF-8."""
     for key, value in _leaves(config.model_dump(), ""):
         if not is_utf8(str(value)):
-            raise QuietvitError(
-                f"{key}: {not_utf8(str(value))} It could not be written down in config.json."
-            )
+            raise QuietvitError(f"{key}: {not_utf8(str(value))} config.json could not hold it.")
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:

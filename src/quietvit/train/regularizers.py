@@ -1,6 +1,6 @@
-"""The regularizers of a run: built from the recipe, attached, timed, detached.
+"""Build the regularizers of a run from the recipe, attach, time and detach them.
 
-What each does is in ``quietvit.decay``. ``loop`` and ``watch`` say when it is logged.
+The regularizers themselves are in ``quietvit.decay``. ``loop`` logs their figures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quietvit.train.metrics import Stopwatch
 def build_regularizers(
     config: DecayConfig, model: nn.Module, example: Tensor, facts: RunFacts
 ) -> dict[str, Any]:
-    """Build the active regularizers of ``config`` by name, in the order in which they act.
+    """Build the active regularizers of ``config``: name -> regularizer, in the order they act.
 
     Args:
         example: one image (1, 3, H, W) as the model takes it.
@@ -38,12 +38,12 @@ def build_regularizers(
 
 
 def loss_terms(regularizers: Mapping[str, Any]) -> list[Any]:
-    """Return those that add a term to the loss."""
+    """Return the regularizers that add a term to the loss."""
     return [each for each in regularizers.values() if hasattr(each, "loss")]
 
 
 def figures(regularizers: Mapping[str, Any]) -> dict[str, float]:
-    """Return what is logged of each: ``penalty_<name>``, and its own figures if it has some."""
+    """Return what is logged: ``penalty_<name>`` of each, and its own ``<figure>_<name>``."""
     values: dict[str, float] = {}
     for name, each in regularizers.items():
         values[f"penalty_{name}"] = float(each.penalty())
@@ -53,7 +53,7 @@ def figures(regularizers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def attach(regularizers: Mapping[str, Any], optimizer: Optimizer, stopwatch: Stopwatch) -> None:
-    """Attach all of them to ``optimizer``, and time their hooks before and after its steps."""
+    """Attach the regularizers to ``optimizer`` and time their step hooks."""
     with stopwatch.around_hooks(optimizer):
         for regularizer in regularizers.values():
             regularizer.attach(optimizer)
@@ -70,7 +70,7 @@ def detach(regularizers: Mapping[str, Any], stopwatch: Stopwatch) -> None:
 def detached(
     regularizers: Mapping[str, Any], optimizer: Optimizer, stopwatch: Stopwatch
 ) -> Iterator[None]:
-    """Detach them inside, for steps that train nothing."""
+    """Detach the regularizers inside, for optimizer steps that train nothing."""
     detach(regularizers, stopwatch)
     try:
         yield

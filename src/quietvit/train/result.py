@@ -1,6 +1,6 @@
-"""What a finished run leaves behind: weights, accuracy, times, and where it all came from.
+"""The result of a finished run: weights, score, times and provenance, written and read back.
 
-Nothing is trained here; a result can be read back from its folder.
+Nothing is trained or evaluated here.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ CHECKPOINTS, CLASSES = "checkpoints", "classes.json"
 class TrainResult:
     """A finished run.
 
-    ``score`` is the task's ``metric`` of the weights saved: for a classifier top-1 in percent, also
-    called ``top1``. These weights are the moving average where the config has one;
-    ``score_without_ema`` is then that of the last weights. ``train_seconds`` is the time of the
-    training steps, data included, evaluation and checkpoints not; ``decay_seconds`` the part of it
-    spent in regularizers: at the optimizer's steps, in TWEO's loss (not its backward pass), and in
-    what is logged of them. ``class_names`` has one for each of ``num_classes``, and is None where
-    the data had no names.
+    ``score`` is the task's ``metric`` of the saved weights: for a classifier top-1 in percent, also
+    available as ``top1``. The saved weights are the moving average if the config has one; then
+    ``score_without_ema`` is the score of the last weights. ``train_seconds`` is the time of the
+    training steps with data loading, without evaluation and checkpoints. ``decay_seconds`` is the
+    part spent in regularizers: optimizer hooks, TWEO's loss (not its backward pass) and their logs.
+    ``class_names`` has ``num_classes`` names, or is None if the data has no names.
     """
 
     output: Path
@@ -61,17 +60,17 @@ class TrainResult:
 
     @property
     def metric(self) -> Metric:
-        """What ``score`` is: its name and unit."""
+        """The name and unit of ``score``."""
         return task_named(self.config.task).metric
 
     @property
     def top1(self) -> float:
-        """Top-1 of a classifier in percent. Raises AttributeError for another task."""
+        """Top-1 of a classifier in percent. Raises AttributeError for other tasks."""
         return self._as("top1", self.score)
 
     @property
     def top1_without_ema(self) -> float | None:
-        """Top-1 of the last weights, where ``top1`` is of their moving average."""
+        """Top-1 of the last weights if ``top1`` is that of their moving average, else None."""
         return self._as("top1", self.score_without_ema)
 
     @property
@@ -80,7 +79,7 @@ class TrainResult:
 
     @property
     def decay_overhead(self) -> float:
-        """Time of the decay in percent of the time of the steps without it."""
+        """Time of the regularizers in percent of the other training time."""
         rest = self.train_seconds - self.decay_seconds
         return 100.0 * self.decay_seconds / rest if rest > 0 else 0.0
 
@@ -108,14 +107,14 @@ class TrainResult:
     def _as(self, key: str, value: T) -> T:
         if self.metric.key != key:
             raise AttributeError(
-                f"a run of the task {self.config.task!r} is judged by {self.metric.name}: take "
-                "score, not top1"
+                f"a run of the task {self.config.task!r} is judged by {self.metric.name}; use "
+                "score instead of top1"
             )
         return value
 
     @classmethod
     def read(cls, output: str | Path) -> TrainResult:
-        """Read a finished run back. Raises QuietvitError where the folder holds none."""
+        """Read a finished run. Raises QuietvitError if the folder holds none."""
         output = Path(output)
         try:
             content = json.loads((output / RESULT).read_text(encoding="utf-8"))
@@ -139,7 +138,7 @@ _KEPT = ("num_classes", "steps", "train_seconds", "decay_seconds")
 
 
 def provenance() -> dict[str, Any]:
-    """Return versions, machine and command, for a result file."""
+    """Return versions, machine and command line for a result file."""
     names = ("torchvision", "timm", "accelerate", "numpy")
     accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {

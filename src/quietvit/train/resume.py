@@ -1,6 +1,6 @@
-"""The state of a run as a checkpoint holds it: collected from all processes, given back to them.
+"""Collect the state of a run from all processes, and restore it in all of them.
 
-The files are ``checkpoint``'s matter; when a checkpoint is written, ``loop``'s.
+``checkpoint`` writes and reads the files. ``loop`` decides when to save.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ logger = logging.getLogger("quietvit")
 
 
 def collect(training: Training) -> dict[str, Any]:
-    """Return the state of the training, of the same form in one process, under DDP and FSDP2.
+    """Return the training state, in the same form for one process, DDP and FSDP2.
 
-    Every process must call; what the main process gets is whole.
+    Every process must call. Only the main process gets the full state.
     """
     t = training
     scaler = t.accelerator.scaler
@@ -50,21 +50,21 @@ def collect(training: Training) -> dict[str, Any]:
 
 
 def restore(training: Training, state: Mapping[str, Any]) -> float:
-    """Load what ``collect`` gave, in every process. Returns batches of now in one of before.
+    """Load what ``collect`` returned. Return how many batches now make one batch then.
 
-    Checkpoints of earlier versions hold no settings; ``differences`` has seen to theirs. A warning
-    tells of another number of threads or processes, or version of torch.
+    Every process must call. A warning reports another number of threads or processes, or another
+    torch version. Checkpoints of earlier versions hold no settings; ``differences`` checks them.
 
     Raises:
-        QuietvitError: steps of another number of images, other regularizers or optimizer groups.
+        QuietvitError: the images of a step, the regularizers or the optimizer groups differ.
     """
     t = training
     batches = check_steps(t, state["processes"], state.get("config", flat(t.config)))
     _warn_if_inexact(t, state)
     if set(state["decays"]) != set(t.optim.regularizers):
         raise QuietvitError(
-            f"the checkpoint was written with the regularizers {sorted(state['decays'])} and this "
-            f"run has {sorted(t.optim.regularizers)}; resume with the same ones."
+            f"the checkpoint was written with the regularizers {sorted(state['decays'])}, but "
+            f"this run has {sorted(t.optim.regularizers)}; resume with the same ones."
         )
     with _quiet(t, True):
         load_whole(t.accelerator, t.models.plain, t.optim.inner, state["model"], state["optimizer"])
@@ -77,7 +77,7 @@ def restore(training: Training, state: Mapping[str, Any]) -> float:
     rank, generators = t.accelerator.process_index, state["generators"]
     if len(generators) == t.accelerator.num_processes:
         set_generator_states(generators[rank], t.accelerator.device)
-    else:  # of as many processes there is no state to go on from
+    else:  # there is one saved state per process, so another number of processes cannot use them
         from accelerate.utils import set_seed
 
         set_seed(t.config.seed + state["step"], device_specific=True)
@@ -85,11 +85,10 @@ def restore(training: Training, state: Mapping[str, Any]) -> float:
 
 
 def check_steps(training: Training, processes: int, before: Mapping[str, Any]) -> float:
-    """Refuse a checkpoint of steps of other images, saying how to go on.
+    """Refuse a checkpoint whose steps have other images. Return batches now per batch then.
 
-    A step takes ``accumulation x processes`` batches that follow each other in one order, so all
-    three numbers may change as long as their product does not. Returns how many batches now make
-    one of before.
+    A step takes ``accumulation x processes`` consecutive batches of one order. The product
+    batch_size x accumulation x processes must stay: 64 x 1 x 4 = 32 x 4 x 2 gives 64 / 32 = 2.
     """
     config = training.config
     keys = ("accumulation", "batch_size")
@@ -99,17 +98,17 @@ def check_steps(training: Training, processes: int, before: Mapping[str, Any]) -
     if math.prod(then.values()) == math.prod(now.values()):
         if then != now and training.accelerator.is_main_process:
             logger.warning(
-                "the steps of %s are shared out as %s now: the images of each are the same, what "
-                "is drawn at random (dropout, mixup) is not.", _shown(then), _shown(now),
+                "the checkpoint was written with %s, and this run has %s: each step has the same "
+                "images, but other random numbers (dropout, mixup).", _shown(then), _shown(now),
             )  # fmt: skip
         return float(before["batch_size"] / config.batch_size)
     each, rest = divmod(then["accumulation"] * processes, now["processes"])
     other = "" if rest else f", or batch_size {then['batch_size']} and accumulation {each} here"
     raise QuietvitError(
-        f"the checkpoint was written with {_shown(then)}, and this run has {_shown(now)}: its "
-        f"steps would be of other images. Resume with those{other} (the product must stay), or "
-        "start anew in another output folder, from the weights so far (model.weights: "
-        "model.safetensors in the checkpoint's folder)."
+        f"the checkpoint was written with {_shown(then)}, but this run has {_shown(now)}, so its "
+        f"steps would have other images. Resume with the old values{other} (the product must "
+        "stay). Or start a new run in another output folder from the current weights "
+        "(model.weights: model.safetensors in the checkpoint's folder)."
     )
 
 
@@ -118,17 +117,17 @@ def _shown(share: Mapping[str, int]) -> str:
 
 
 def dealt(training: Training, saved: Sequence[Any]) -> list[Any]:
-    """Of values that each process saved, those that this one goes on with; none is left out."""
+    """Return this process's share of the saved values. Each goes to exactly one process."""
     return list(saved[training.accelerator.process_index :: training.accelerator.num_processes])
 
 
 def differences(
     training: Training, state: Mapping[str, Any], before: Mapping[str, Any]
 ) -> list[str]:
-    """Say what differs now of the settings that a checkpoint was written with.
+    """Describe how the settings differ from those that the checkpoint was written with.
 
-    Checkpoints of earlier versions do not hold them: then nothing may differ of those that the run
-    was begun with (``before``).
+    Checkpoints of earlier versions hold no settings. Then the settings must equal ``before``, those
+    that the run began with.
     """
     then = as_now(state["config"], "the checkpoint") if "config" in state else before
     found = changes(then, training.config)
@@ -137,16 +136,16 @@ def differences(
         found.append(f"processes was {state['processes']} and is {processes}")
     if found and "config" not in state:
         raise QuietvitError(
-            f"{'; '.join(found[:3])}, and the checkpoint is of a version that took no changes; "
-            "resume with the same settings until there is a new one."
+            f"{'; '.join(found[:3])}, but the checkpoint is from a version that allowed no "
+            "changes; resume with the same settings until a new checkpoint is written."
         )
     return found
 
 
 def check_same_data(training: Training, then: Any, now: Mapping[str, Any], name: str) -> None:
-    """Refuse to go on with other training images than ``then`` (``Task.facts``). All must call.
+    """Refuse other training images than ``then`` (``Task.facts``). Every process must call.
 
-    Checkpoints of earlier versions do not tell: ``then`` is None.
+    ``then`` is None for checkpoints of earlier versions.
     """
     problem = None
     counted = ("images", "classes", "labels", "groups")
@@ -155,26 +154,26 @@ def check_same_data(training: Training, then: Any, now: Mapping[str, Any], name:
         problem = (
             f"the run was begun with {then['images']} training images of {then['classes']} "
             f"classes, and {name} has {now['images']} of {now['classes']}{otherwise}; resume "
-            "with the same images (they may lie elsewhere, see data.dataset), or start anew in "
-            "another output folder."
+            "with the same images (data.dataset may name another location), or start a new run "
+            "in another output folder."
         )
     else:
         before = then or {}
         problem = _exchanged(before, now, name)
         if KEY not in before and now.get(KEY) is not None and training.accelerator.is_main_process:
             logger.warning(
-                "the checkpoint is of a version that kept no names of classes: those of %s are "
-                "taken on trust, and kept from the next checkpoint on.", name,
+                "the checkpoint is from a version that kept no class names, so those of %s cannot "
+                "be checked. The next checkpoint will keep them.", name,
             )  # fmt: skip
     raise_together(training, problem)
 
 
 def _exchanged(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str | None:
-    """Say which labels stand for other classes than ``then``, by name or by their first image."""
+    """Describe labels that mean other classes than ``then``, by class names and first images."""
     before, names = then.get(KEY), now.get(KEY)
     remedy = (
-        "The run would go on with wrong labels. Restore the classes (folders) as they were, or "
-        "start anew in another output folder."
+        "The run would continue with wrong labels. Restore the classes (folders), or start a new "
+        "run in another output folder."
     )
     if before is not None and names is not None and list(before) != list(names):
         pairs = enumerate(zip(before, names, strict=True))
@@ -193,32 +192,27 @@ def _exchanged(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> st
 
 
 def _warn_if_inexact(training: Training, state: Mapping[str, Any]) -> None:
-    """Say on the main process what makes the resumed run differ in the last bits of its weights.
-
-    Threads count on the CPU alone. Checkpoints of earlier versions do not hold these facts.
-    """
+    """Warn of another number of threads (on the CPU) or torch version than in the checkpoint."""
     if not training.accelerator.is_main_process:
         return
-    differs = (
-        "it goes on, but its weights may differ in the last bits from those of an uninterrupted run"
-    )
+    differs = "its weights may differ in the last bits from those of an uninterrupted run"
     before, now = state.get("threads"), torch.get_num_threads()
     if before not in (None, now) and training.accelerator.device.type == "cpu":
         logger.warning(
             "the checkpoint was written with threads=%d and this run has threads=%d: %s. Resume "
-            "with --set threads=%d (or OMP_NUM_THREADS=%d) to have them the same.",
+            "with --set threads=%d (or OMP_NUM_THREADS=%d) for identical weights.",
             before, now, differs, before, before,
         )  # fmt: skip
     version, own = state.get("torch"), str(torch.__version__)
     if version not in (None, own):
         logger.warning(
             "the checkpoint was written with torch %s and this run has torch %s: %s. Resume with "
-            "torch %s to have them the same.", version, own, differs, version,
+            "torch %s for identical weights.", version, own, differs, version,
         )  # fmt: skip
 
 
 def _quiet(training: Training, needed: bool) -> Any:
-    # torch makes room for a sharded optimizer's state by stepping it at rate 0.
+    # torch allocates a sharded optimizer's state by a step at rate 0. No regularizer must act then.
     if not (needed and is_sharded(training.accelerator)):
         return nullcontext()
     return detached(training.optim.regularizers, training.optim.inner, training.observers.stopwatch)

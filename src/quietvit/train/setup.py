@@ -1,6 +1,6 @@
-"""Builds everything a run needs out of its configuration: data, model, optimizer, decay, engine.
+"""Build a run from its configuration: data, model, optimizer, regularizers, accelerator.
 
-Nothing is trained here; ``loop`` takes it from there.
+Nothing is trained here; ``loop`` does that.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ logger = logging.getLogger("quietvit")
 
 
 def build(config: TrainConfig, resumed: bool = False) -> Run:
-    """Build a run. Randomness starts from ``config.seed``, with and without decay alike.
+    """Build a run. Its random numbers depend on ``config.seed`` and not on the decay.
 
-    A ``resumed`` run starts from random weights: those of ``config.model`` may be gone. A
-    checkpoint is loaded next, and nothing but the weights depends on them.
+    A ``resumed`` run gets random weights, because the file in ``config.model`` may be gone. The
+    checkpoint replaces them, and nothing else depends on them.
 
     Raises:
-        QuietvitError: bad data, model, weights or decay settings, or a precision the machine lacks.
+        QuietvitError: data, model, weights or decay settings are bad, or the machine lacks the
+            precision.
     """
     accelerator = make_accelerator(config)
     task = task_of(config)
@@ -104,13 +105,13 @@ def task_of(config: TrainConfig) -> Task:
 
 
 def drawn_images(task: Task, train: Any, model: nn.Module, count: int) -> Any:
-    """Return ``count`` training images as the model takes them: for a classifier (count, 3, H, W).
+    """Return ``count`` transformed training images: (count, 3, H, W) for a classifier.
 
-    They are drawn by ``config.seed``, none twice, because folders and shards are sorted by class.
-    An image that cannot be decoded is replaced by another one, as in training.
+    They are drawn by ``config.seed`` without replacement, because folders and shards are sorted by
+    class. An image that cannot be decoded is replaced by another one, as in training.
 
     Raises:
-        QuietvitError: fewer images than asked for, or more bad ones than ``data.max_bad_images``.
+        QuietvitError: there are fewer images, or more bad ones than ``data.max_bad_images``.
     """
     config = task.config
     if count > len(train):
@@ -130,7 +131,7 @@ def _unchanged(image: Any, target: Any) -> tuple[Any, Any]:
 
 
 def effective_batch(config: TrainConfig, processes: int) -> int:
-    """Return the number of images of an optimizer step."""
+    """Return the number of images in an optimizer step."""
     return config.batch_size * config.accumulation * processes
 
 
@@ -142,11 +143,11 @@ def assemble(
     steps_per_epoch: int,
     resumed: bool = False,
 ) -> Training:
-    """Build models, optimizer, regularizers and engine, in this order.
+    """Build models, optimizer and regularizers, and prepare them with accelerate.
 
     Args:
         train: the training data; None in a dry run without data.
-        some_images: ``some_images(model, n)`` gives n training images as the model takes them.
+        some_images: ``some_images(model, n)`` returns n training images, see ``drawn_images``.
         resumed: see ``build``.
     """
     from accelerate.utils import send_to_device, set_seed
@@ -177,7 +178,7 @@ def assemble(
         ),
     )
     observers = Observers(Stopwatch(), Watch(plain, example))
-    if not resumed:  # for a run that diverges before its first checkpoint
+    if not resumed:  # kept for the error of a run that diverges before its first checkpoint
         observers.watch.amplification(0)
     shard_by(accelerator, plain, observers.watch.blocks)
     wrapped, optimizer = accelerator.prepare(plain, inner)
@@ -199,11 +200,7 @@ def assemble(
 
 @torch.no_grad()
 def _refuse_unfit(task: Task, model: nn.Module, inputs: Any) -> None:
-    """Run the model on one image, and let the task judge the output.
-
-    Raises:
-        QuietvitError: what the model was built with, the size of the image, and what came of it.
-    """
+    """Raise QuietvitError if the model cannot run on one image, or the task refuses the output."""
     try:
         with evaluating(model):
             output = model(inputs)
@@ -212,7 +209,7 @@ def _refuse_unfit(task: Task, model: nn.Module, inputs: Any) -> None:
             raise
         size = "x".join(map(str, data_config(model)["input_size"][-2:]))
         raise QuietvitError(
-            f"{task.built} cannot compute an image of three channels and {size} pixels: "
+            f"{task.built} cannot process an image of three channels and {size} pixels: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Change "
             "model.kwargs."
         ) from error
@@ -236,7 +233,7 @@ def _tell_rate(config: TrainConfig, effective: int) -> None:
     if chosen.lr_batch not in (None, effective):
         logger.warning(
             "the learning rate is %g: optimizer.lr = %g is for steps of %d images "
-            "(optimizer.lr_batch), and they have %d here.",
+            "(optimizer.lr_batch), and steps have %d here.",
             config.rates(effective).lr,
             chosen.lr,
             chosen.lr_batch,
@@ -247,8 +244,8 @@ def _tell_rate(config: TrainConfig, effective: int) -> None:
 def _tell_whole(config: TrainConfig, accelerator: Accelerator) -> None:
     if config.parallel == "fsdp2" and not is_sharded(accelerator):
         logger.warning(
-            "parallel is 'fsdp2', but there is one process: the model is kept whole, and takes the "
-            "memory of 'ddp'. Start several processes (torchrun), or set parallel to 'ddp'."
+            "parallel is 'fsdp2', but there is one process, so the model is not sharded and needs "
+            "the memory of 'ddp'. Start several processes (torchrun), or set parallel to 'ddp'."
         )
 
 

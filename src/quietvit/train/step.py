@@ -1,6 +1,6 @@
-"""One forward and backward pass, and the optimizer's step after as many as are accumulated.
+"""One forward and backward pass, and the optimizer step after the accumulated passes.
 
-What surrounds the steps of a run (epochs, logs, checkpoints) is in ``loop``.
+Epochs, logs and checkpoints are in ``loop``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 def forward_backward(training: Training, batch: Batch, step: int) -> Tensor:
-    """Run one batch. Returns the task's loss, a scalar, detached.
+    """Run one batch and return the task's loss, a detached scalar.
 
-    ``step`` sets the learning rate. ``training.loss`` keeps the loss before anything can raise
-    because of it. ``training.accelerator.sync_gradients`` says whether the optimizer stepped. What
-    regularizers add to the loss is in the gradients and not in the loss returned.
+    ``step`` sets the learning rate. ``training.accelerator.sync_gradients`` tells afterwards
+    whether the optimizer stepped. The loss terms of regularizers enter the gradients but not the
+    returned loss. ``training.loss`` is set first, so that it is known if a later part raises.
     """
     t, clip = training, training.config.optimizer.clip_grad
     accelerator = t.accelerator
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # accelerate puts autocast around a whole model, but not around a sharded one.
+        # accelerate wraps the forward of a model in autocast, but not that of a sharded one.
         with accelerator.autocast() if is_sharded(accelerator) else nullcontext():
             return t.models.compiled(*args, **kwargs)
 

@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C (SIGINT): the step is finished first, and all processes stop together.
+"""Stop all processes together, after the current step, on SIGTERM or Ctrl-C (SIGINT).
 
-What is saved then is the loop's matter.
+``loop`` decides what is saved then.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _ECHO_SECONDS = 3.0
 
 
 class StopRequestedError(Exception):
-    """The run was asked to stop while it was evaluated; every process raises it together."""
+    """A signal asked the run to stop during an evaluation. All processes raise it together."""
 
 
 class Termination:
-    """Remembers SIGTERM or Ctrl-C until the step is finished; all processes learn of it together.
+    """Remembers SIGTERM or Ctrl-C until the step is finished and tells all processes.
 
-    In several processes it takes one step more, so that no step waits for the news. A second
-    Ctrl-C raises KeyboardInterrupt at once. Signals can only be caught in the main thread;
-    elsewhere they act as ever, and so does a signal that was ignored before (as under nohup).
+    Several processes stop one step later, so that no step waits for the exchange. A second Ctrl-C
+    raises KeyboardInterrupt at once. Python catches signals in the main thread only; in other
+    threads they keep their effect. A signal that was ignored before (nohup) stays ignored.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -48,7 +48,7 @@ class Termination:
                     self._before[number] = signal.signal(number, self._ask)
 
     def due(self) -> bool:
-        """Return whether to stop here, the same in every process; all of them must call."""
+        """Return whether to stop here, the same in every process. Every process must call."""
         flags = [int(number in self._asked) for number in _NAMES]
         if self._accelerator.num_processes > 1:
             before, own = self._news, torch.tensor(flags, device=self._accelerator.device)
@@ -62,8 +62,7 @@ class Termination:
     def end(self, told: str) -> NoReturn:
         """End the run as the signal asks, after ``due`` or ``pending``.
 
-        SIGTERM ends the program with code 143, as shells do; Ctrl-C raises KeyboardInterrupt with
-        what is ``told``.
+        SIGTERM exits with code 143, as in shells. Ctrl-C raises KeyboardInterrupt(``told``).
         """
         self._asked.clear()
         if self._by is signal.SIGTERM:
@@ -72,7 +71,7 @@ class Termination:
 
     @property
     def by(self) -> str:
-        """What asked: ``SIGTERM`` or ``Ctrl-C``."""
+        """The signal that asked to stop: ``SIGTERM`` or ``Ctrl-C``."""
         assert self._by is not None
         return _NAMES[self._by]
 
@@ -83,7 +82,7 @@ class Termination:
         return bool(self._asked)
 
     def close(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the earlier signal handlers."""
         for number, before in self._before.items():
             signal.signal(number, before or signal.SIG_DFL)
         self._before = {}
@@ -95,7 +94,7 @@ class Termination:
         if first is None:
             self._asked[number] = now
             if number == signal.SIGINT and self._accelerator.is_main_process:
-                _say("Ctrl-C: the step is finished and a checkpoint written; press it again to ")
+                _say("Ctrl-C: finishing the step and writing a checkpoint. Press it again to ")
                 _say("stop at once, without a checkpoint.\n")
             return
         echo = self._accelerator.num_processes > 1 and now - first < _ECHO_SECONDS
@@ -105,16 +104,13 @@ class Termination:
 
 
 def _say(text: str) -> None:
-    """Write to standard error from a signal handler, where buffered streams may be in use."""
+    """Write to standard error from a signal handler, which must not use buffered streams."""
     with suppress(OSError):
         os.write(2, text.encode())
 
 
 class Stoppable:
-    """The batches of a loader, as long as ``due`` does not ask to stop.
-
-    ``due`` is asked before each batch. Raises StopRequestedError.
-    """
+    """The batches of a loader. Raises StopRequestedError before a batch if a stop is due."""
 
     def __init__(self, loader: Any, termination: Termination) -> None:
         self._loader, self._termination = loader, termination
@@ -129,26 +125,26 @@ class Stoppable:
 
 
 def refuse_if_due(termination: Termination) -> None:
-    """Raise StopRequestedError where the run shall stop; every process must call."""
+    """Raise StopRequestedError if a stop is due. Every process must call."""
     if termination.due():
         raise StopRequestedError
 
 
 def ignore_in_worker(worker: int) -> None:
-    """Keep a loader's process alive under Ctrl-C and the first SIGTERM: the step needs it.
+    """Make a loader's worker ignore Ctrl-C and the first SIGTERM, because the step needs it.
 
-    The second SIGTERM ends it: multiprocessing terminates the workers it could not reach otherwise,
-    at the end of the program, and would wait for ever for one that ignores it.
+    The second SIGTERM ends it. At exit, multiprocessing sends SIGTERM to the remaining workers and
+    would wait forever for one that ignores it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def end_workers(loader: Any) -> None:
-    """End the processes of a loader now, also where the traceback of an error still holds them.
+    """End the workers of a loader now, even if the traceback of an error still refers to them.
 
-    Left to the end of the program, torch no longer ends them in good order: it waits for those that
-    outlive the first SIGTERM.
+    At the end of the program torch cannot shut them down cleanly: it would wait for workers that
+    survive the first SIGTERM.
     """
     for part in (loader, getattr(loader, "base_dataloader", None)):
         workers = getattr(part, "_iterator", None)

@@ -1,4 +1,4 @@
-"""What all processes of a run do together, so that none waits for one that has stopped.
+"""Actions and errors that all processes of a run share, so that none waits for a stopped one.
 
 Every process must call each function, in the same order.
 """
@@ -30,12 +30,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @contextmanager
 def alone(training: Training, begun: bool, force: bool, discard: bool, seen: Any) -> Iterator[None]:
-    """Hold the output folder, so that no other run writes into it.
+    """Lock the output folder inside, so that no other run writes into it.
 
-    ``seen`` is what was ``written`` there when this run read it.
+    ``seen`` is the result of ``written`` from before this run read the folder.
 
     Raises:
-        QuietvitError: another run has it, or has written there since this one looked.
+        QuietvitError: another run holds the folder, or has written to it since then.
     """
     output, problem = training.config.output, None
     with ExitStack() as stack:
@@ -45,7 +45,7 @@ def alone(training: Training, begun: bool, force: bool, discard: bool, seen: Any
                 if not begun:
                     refuse_used(output, force, discard)
                 elif written(output) != seen:
-                    problem = f"another process has written into {output} meanwhile; resume again."
+                    problem = f"another process wrote into {output} in the meantime; resume again."
             except QuietvitError as error:
                 problem = str(error)
         raise_together(training, problem)
@@ -53,14 +53,14 @@ def alone(training: Training, begun: bool, force: bool, discard: bool, seen: Any
 
 
 def raise_together(training: Training, error: str | None) -> None:
-    """Raise in every process what went wrong in one, so that none waits for it. All must call."""
+    """Raise QuietvitError in every process if ``error`` is not None in one of them."""
     errors = [found for found in gathered(training.accelerator, error) if found is not None]
     if errors:
         raise QuietvitError(errors[0])
 
 
 def check_same_checkpoint(training: Training, step: int | None) -> None:
-    """Refuse to go on where the processes do not read the same checkpoint. All must call."""
+    """Refuse to continue unless all processes read a checkpoint of the same step."""
     steps = gathered(training.accelerator, step)
     if len(set(steps)) > 1:
         raise QuietvitError(
@@ -70,7 +70,7 @@ def check_same_checkpoint(training: Training, step: int | None) -> None:
 
 
 def set_damaged_aside(training: Training, step: int) -> None:
-    """Set damaged checkpoints after ``step`` aside, by the main process; a failure stops all."""
+    """Set damaged checkpoints after ``step`` aside in the main process. A failure stops all."""
     problem, config = None, training.config
     if training.accelerator.is_main_process:
         try:
@@ -81,10 +81,10 @@ def set_damaged_aside(training: Training, step: int) -> None:
 
 
 def weights_alike(training: Training, step: int) -> bool:
-    """Whether all processes hold the same weights; where not, a warning says so.
+    """Return whether all processes hold the same weights, and warn if not.
 
-    Each keeps and changes a copy of its own, so kernels that do not give the same bits on each GPU
-    would let them drift apart unseen. What is kept in parts cannot.
+    With DDP each process updates its own copy. Kernels that give different bits on different GPUs
+    make the copies drift apart. Sharded weights have only one copy.
     """
     if is_sharded(training.accelerator):
         return True
@@ -93,16 +93,16 @@ def weights_alike(training: Training, step: int) -> bool:
         return True
     if training.accelerator.is_main_process:
         logger.warning(
-            "at step %d the processes do not hold the same weights any more; what is saved is "
-            "those of the first. Are the GPUs of one kind? decay.cd.sharded=true computes the "
-            "decay of each pair in one process for all.",
+            "at step %d the processes do not hold the same weights any more; the weights of the "
+            "first are saved. Use GPUs of one kind, or set decay.cd.sharded=true, which computes "
+            "the decay of each pair in one process for all.",
             step,
         )
     return False
 
 
 def sum_of_bits(tensors: Iterable[Tensor]) -> int:
-    """The sum of the bits of tensors read as integers: the same in any order, on any device."""
+    """Sum the bits of all values as integers: the same in any order and on any device."""
     sums = [
         tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
         for tensor in tensors
@@ -111,7 +111,7 @@ def sum_of_bits(tensors: Iterable[Tensor]) -> int:
 
 
 def write_weights(training: Training) -> None:
-    """Write the weights of a finished training, the moving average where there is one."""
+    """Write the final weights: those of the moving average if there is one."""
     problem, ema = None, training.models.average
     state = (
         whole_model(training.accelerator, training.models.plain)

@@ -1,6 +1,6 @@
-"""What a run trains, in groups: models, optimizer with regularizers, observers, and the data.
+"""The parts of a run: models, optimizer with regularizers, observers, and data.
 
-It is built in ``setup``, and every room of training takes what it needs out of it.
+``setup`` builds them. The other modules of ``train`` take what they need.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class Models:
     """One model in the forms that a run needs.
 
-    ``plain`` is the model itself, ``wrapped`` the engine's wrapper around it, ``compiled`` what a
-    step calls. ``evaluated`` is a copy to evaluate by (see ``evaluation``): it holds old weights,
-    and no weights at all where ``plain`` is sharded. ``average`` is timm's moving average, if any.
+    ``plain`` is the model itself, ``wrapped`` is accelerate's wrapper, and ``compiled`` is what a
+    step calls. ``evaluated`` is a copy for evaluation: it holds old weights between evaluations,
+    and none if ``plain`` is sharded. ``average`` is timm's moving average or None.
     """
 
     plain: nn.Module
@@ -41,7 +41,7 @@ class Models:
 
 @dataclass
 class Optimization:
-    """torch's optimizer (``inner``), the engine's wrapper around it, and what acts beside it."""
+    """torch's optimizer (``inner``), accelerate's wrapper, the schedule and the regularizers."""
 
     inner: torch.optim.Optimizer
     wrapped: Any
@@ -51,7 +51,7 @@ class Optimization:
 
 @dataclass
 class Observers:
-    """What measures the run and changes nothing."""
+    """Objects that measure the run and change nothing."""
 
     stopwatch: Stopwatch
     watch: Watch
@@ -59,9 +59,9 @@ class Observers:
 
 @dataclass
 class Training:
-    """What is trained, without its data.
+    """Everything of a run except its data.
 
-    ``loss`` is that of the last batch, also where a later part of its step raised.
+    ``loss`` is that of the last batch, even if a later part of its step raised.
     """
 
     config: TrainConfig

@@ -1,6 +1,6 @@
-"""Parameters that take no part in the forward pass: found by their missing gradient, and frozen.
+"""Find parameters that the forward pass does not use, by their missing gradient; freeze them.
 
-What is frozen because a configuration says so is in ``finetune``.
+``finetune`` freezes what the configuration names.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ Outputs = Callable[[Callable[..., Any], Any], tuple[Tensor, ...]]
 
 
 def freeze_unused(model: nn.Module, batches: Sequence[Any], outputs: Outputs) -> list[str]:
-    """Freeze what would train without ever getting a gradient, and return those names.
+    """Freeze the trainable parameters that never get a gradient, and return their names.
 
-    The mask token of a pre-trained transformers model is such a parameter. In one process it does
-    no harm. DDP waits for its gradient, and FSDP2 misses its state when a run is resumed. A
-    parameter is used when the gradient of the outputs reaches it, in eval or in training mode.
+    An example is the mask token of a pre-trained transformers model. It is harmless in one process,
+    but DDP waits for its gradient, and FSDP2 misses its state on resume. A parameter is used if a
+    gradient of the outputs reaches it in eval or training mode.
 
     Args:
-        model: weights, buffers, gradients and modes stay as they are, and so do all generators.
+        model: its weights, buffers, gradients and modes, and all random generators, stay unchanged.
         batches: one of one image, and one of two images.
         outputs: ``outputs(forward, batch)`` calls the model, and returns the tensors that the loss
             is made of.
 
     Raises:
-        QuietvitError: no parameter that trains takes part in the forward pass.
+        QuietvitError: the forward pass uses no trainable parameter.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     one, two = batches
     with _left_alone(model, next(model.parameters()).device):
         used = _reached(model.eval(), one, trainable, outputs)
         if len(used) < len(trainable):
-            # Two images, because batch norms refuse a single value a channel.
+            # Two images: in training mode batch norm refuses one value a channel, such as (1, C).
             used |= _reached(model.train(), two, trainable, outputs)
     if not used:
         raise QuietvitError(
-            f"none of the {len(trainable)} parameters of {type(model).__name__} that are to train "
-            f"(first {next(iter(trainable), 'none')}) takes part in its forward pass; freeze fewer "
-            "by model.freeze and model.freeze_blocks."
+            f"the forward pass of {type(model).__name__} uses none of its {len(trainable)} "
+            f"trainable parameters (first: {next(iter(trainable), 'none')}); freeze fewer with "
+            "model.freeze and model.freeze_blocks."
         )
     unused = [name for name in trainable if name not in used]
     for name in unused:
@@ -58,7 +58,7 @@ def freeze_unused(model: nn.Module, batches: Sequence[Any], outputs: Outputs) ->
 def _reached(
     model: nn.Module, batch: Any, parameters: Mapping[str, Tensor], outputs: Outputs
 ) -> set[str]:
-    """Return the names that the gradient of the outputs reaches. Statistics move in copies."""
+    """Return the names of the parameters that get a gradient. Buffers are copied, and so stay."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     found = outputs(lambda *given: functional_call(model, buffers, given), batch)
     total = torch.stack([output.sum() for output in found])
@@ -78,6 +78,6 @@ def _left_alone(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_generator_states(states, device)
-        model.train()  # some models keep tables computed in eval mode until they train again
+        model.train()  # drops tables that some models compute in eval mode and keep until train()
         for module, mode in modes:
             module.training = mode

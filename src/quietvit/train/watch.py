@@ -1,6 +1,6 @@
-"""What is looked at while a run goes on: its largest activation, its most amplifying pair.
+"""Watch a run: its largest activation and its matrix pair with the largest amplification.
 
-Numbers for logs and for the message of a run that diverged; nothing is changed.
+The numbers go to logs and into the error of a run that diverged. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ logger = logging.getLogger("quietvit")
 
 @dataclass(frozen=True)
 class Seen:
-    """The pair with the largest amplification after ``step``, and how many of all are not finite.
+    """The pair with the largest amplification after ``step``, and how many pairs are not finite.
 
-    Once the loss is NaN, an optimizer's step soon leaves no pair finite. Which of them stands first
-    says nothing then; a look before tells more.
+    A NaN loss soon makes every pair infinite. The first pair then means nothing, and an earlier
+    ``Seen`` is more useful.
     """
 
     step: int
@@ -41,9 +41,9 @@ class Seen:
 
 
 class Watch:
-    """Looks at a model's blocks and pairs; what it has none of is left out, with a warning.
+    """Measures a model's blocks and pairs. Skips, with a warning, what the model lacks.
 
-    ``example``: one image (1, 3, H, W) to trace by.
+    ``example``: one image (1, 3, H, W) for the trace.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -62,13 +62,13 @@ class Watch:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The residual blocks."""
+        """The names of the residual blocks."""
         return () if self._activations is None else self._activations.blocks
 
     def amplification(self, step: int) -> Seen | None:
-        """Return the pair with the largest amplification now, and keep it if that is a number.
+        """Return the pair with the largest amplification; keep it as ``last`` if all are finite.
 
-        Every process must call where the model is in parts.
+        Every process must call if the model is sharded.
         """
         if not self.pairs:
             return None
@@ -80,9 +80,9 @@ class Watch:
         return seen
 
     def amplification_of(self, weights: Mapping[str, Tensor], step: int) -> Seen | None:
-        """Return the pair with the largest amplification in ``weights``, by name and whole.
+        """Return the pair with the largest amplification in ``weights`` (name -> full tensor).
 
-        None where one of a pair is missing.
+        None if a weight of a pair is missing.
         """
         if not (self.pairs and weights):
             return None
@@ -95,7 +95,7 @@ class Watch:
 
     @torch.no_grad()
     def activation(self, images: Tensor) -> tuple[str, float] | None:
-        """Return the block with the largest output on ``images`` in eval mode, and that value."""
+        """Return (block, value) of the largest output magnitude on ``images`` in eval mode."""
         if self._activations is None:
             return None
         from quietvit.tensors import reshard
@@ -121,5 +121,5 @@ def _or_warn(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except QuietvitError as error:
-        logger.warning("not everything can be watched: %s", error)
+        logger.warning("the logs will lack some values: %s", error)
         return None
