@@ -249,7 +249,7 @@ def test_force_leaves_no_run_that_a_later_resume_would_take_for_its_own(tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"calibration_images": 5000}, "holds 1198 for training"),
+        ({"calibration_images": 5000}, "has only 1198 images for training"),
         ({"recipe": recipe(data={"dataset": "table:no.parquet,no.parquet"})}, "does not exist"),
     ],
 )
