@@ -122,7 +122,8 @@ def test_a_step_may_be_shared_out_in_another_way(tmp_path, monkeypatch, caplog, 
     interrupt(tmp_path / "run", monkeypatch, 5, **first)
     result = run(tmp_path / "run", resume=True, **second)
     assert "resuming at step 4 of 14" in caplog.text
-    assert f"processes 1, accumulation {after[1]}, batch_size {after[0]} now" in caplog.text
+    now = f"and this run has processes 1, accumulation {after[1]}, batch_size {after[0]}: each step"
+    assert now in caplog.text
     mine, theirs = (load_file(found.weights) for found in (result, whole))
     for key in theirs:
         assert torch.allclose(mine[key], theirs[key], rtol=0, atol=1e-5), key
