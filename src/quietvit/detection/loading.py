@@ -145,10 +145,8 @@ def detection_calibration(
             f"ask for 1 to {len(dataset)}."
         )
     order = np.random.default_rng(seed).permutation(len(dataset))[:count]
-    images = [v2.functional.to_image(dataset[int(index)][0]) for index in order]
-    return torch.stack(
-        [fit(_plain(v2.functional.to_dtype(image, torch.float32, scale=True))) for image in images]
-    )
+    samples = (evaluation_sample(*dataset[int(index)]) for index in order)
+    return torch.stack([fit(image) for image, _ in samples])
 
 
 _PER_BOX = ("labels", "category_ids", "area", "iscrowd")
