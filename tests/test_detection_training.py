@@ -15,7 +15,7 @@ from quietvit.errors import QuietvitError
 from quietvit.tasks import Detection
 from quietvit.train import TrainResult, load_recipe, parse_config, train
 from quietvit.train.estimate import estimate
-from test_train_loop import StoppedError, loop
+from test_train_loop import StoppedError, assert_same, loop
 
 pytest.importorskip("faster_coco_eval")
 
@@ -76,8 +76,7 @@ def test_an_interrupted_detector_resumes_bit_for_bit(trained, tmp_path, blood, m
         with pytest.raises(StoppedError):
             train(config(tmp_path / "run", blood), progress=False)
     again = train(config(tmp_path / "run", blood), resume=True, progress=False)
-    assert again.weights.read_bytes() == trained.weights.read_bytes()
-    assert again.score == trained.score
+    assert_same(again, trained)
 
 
 def test_a_trained_detector_is_loaded_judged_and_traced(trained):

@@ -123,7 +123,7 @@ def assert_same(result, expected):
     one, other = load_file(result.weights), load_file(expected.weights)
     assert list(one) == list(other)
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert result.top1 == expected.top1
+    assert result.score == expected.score
     assert lines(result.output) == lines(expected.output)
 
 
