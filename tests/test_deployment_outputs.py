@@ -22,6 +22,7 @@ from quietvit.deployment import Embedding, comparing, load_torchao, open_runtime
 from quietvit.deployment.comparing import Features
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.outputs import output_of
+from quietvit.deployment.queries import Choosing, paired
 from quietvit.outputs import tensors_of
 from test_cli import refused, run
 
@@ -53,6 +54,12 @@ def both(tokens: Tensor, pooled: Tensor) -> dict[str, Any]:
     return {"last_hidden_state": tokens, "pooler_output": pooled, "masks": None}
 
 
+def chosen(tokens: Tensor, pooled: Tensor, spread: float = 1.0) -> Tensor:
+    """The 6 tokens of the highest score, as a detector chooses its queries."""
+    places = (spread * tokens[..., 0]).topk(6, dim=1).indices
+    return tokens.gather(1, places[..., None].expand(len(tokens), 6, tokens.shape[-1]))
+
+
 @pytest.mark.parametrize(
     ("give", "wanted", "name", "kind", "shape"),
     [
@@ -67,6 +74,7 @@ def both(tokens: Tensor, pooled: Tensor) -> dict[str, Any]:
         (lambda t, p: {"maps": [t, t.mT]}, "maps.1", "maps.1", "features", (16, 16)),
         (lambda t, p: (t, p), 1, "1", "features", (6,)),
         (lambda t, p: [t], None, "features", "features", (16, 16)),
+        (chosen, None, "features", "queries", (6, 16)),
     ],
 )
 def test_the_rule_of_choice(
@@ -124,6 +132,47 @@ def test_an_encoder_is_proven_and_compared_by_its_values(
     content = json.loads(found.to_json(path.with_suffix(".json")).read_text())
     assert content["classes"] is None
     assert content["features"]["images"] == 8
+
+
+def test_queries_chosen_by_score_are_compared_in_pairs(tmp_path: Path) -> None:
+    own, path = quantized(chosen), tmp_path / "queries.onnx"
+    quietvit.export(own, path)
+    assert open_runtime(path).input_shape[0] is None  # len(tokens) did not fix the batch
+    found = quietvit.check(path, own, pictures("vit"), seconds=0)
+    assert found.ok, found.failures
+    assert found.features is not None
+    assert found.features.queries is not None
+    assert found.features.queries.comparable
+    assert "they are paired" in str(found)
+    with torch.no_grad():
+        own.model.norm.bias.add_(1.0)
+    assert quietvit.check(path, own, pictures("vit"), seconds=0).features.failures  # type: ignore[union-attr]
+
+
+def test_queries_whose_scores_tie_are_not_compared(tmp_path: Path) -> None:
+    own, path = quantized(lambda t, p: chosen(t, p, 0.0)), tmp_path / "tied.onnx"
+    quietvit.export(own, path)
+    found = quietvit.check(path, own, pictures("vit"), seconds=0)
+    assert found.ok, found.failures
+    assert found.features is not None
+    assert found.features.queries is not None
+    assert found.features.queries.tied == 1
+    assert "outputs are not compared: 100 % of the queries" in str(found)
+
+
+def test_pairing_finds_the_order_and_ties_are_counted_to_the_next_score() -> None:
+    rows = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    order = torch.tensor([3, 1, 0, 4, 2])
+    found, moved = paired(rows[:, order], rows)
+    assert torch.equal(found, rows)
+    assert moved == 0.8
+    scores = torch.tensor([[4.0, 3.0, 2.0, 2.0]])
+    for count, tied in ((1, 0), (2, 0), (3, 1), (4, 1)):
+        with Choosing() as choosing:
+            scores.mT.topk(count, dim=0)
+            torch.topk(torch.arange(9), 4)  # places, not scores
+        assert (choosing.taken, choosing.chosen) == ({count}, min(count, 3))
+        assert choosing.tied == tied
 
 
 def test_another_embedding_is_found(

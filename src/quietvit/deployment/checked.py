@@ -108,7 +108,21 @@ def _classes_lines(classes: Classes) -> list[str]:
 
 
 def _features_lines(features: Features) -> list[str]:
+    queries = features.queries
+    if queries is not None and not queries.comparable:
+        return [
+            f"           outputs are not compared: {100 * queries.tied:.0f} % of the queries are "
+            "chosen between scores that tie,",
+            "           so each runtime chooses others. Check a trained model",
+        ]
+    chosen = []
+    if queries is not None:
+        chosen.append(
+            f"           {100 * queries.moved:.2f} % of the queries stand at another place; they "
+            "are paired, and an image's error is their median"
+        )
     return [
+        *chosen,
         f"           output {100 * features.error:.3f} % from the simulated model's on "
         f"{features.images} images (relative L2; largest {100 * features.largest_error:.3f} %),",
         f"           cosine {features.cosine:.6f} (smallest {features.smallest_cosine:.6f});",

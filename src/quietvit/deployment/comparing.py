@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from quietvit.data.evaluate import class_numbers
 from quietvit.deployment.outputs import Output
+from quietvit.deployment.queries import Choosing, paired
 from quietvit.deployment.runtime import Runtime
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
@@ -22,6 +24,8 @@ from quietvit.quantization import QuantizedModel
 AGREEMENT, DIFFERENCE, DISTURBANCE = 99.0, 0.3, 1e-6
 LEAST_ERROR, TIMES_OWN = 0.01, 2.0
 """The relative error that is always allowed, and the allowed multiple of ``Features.own``."""
+MOST_TIED = 0.1
+"""Queries are not compared if a larger share of their scores ties."""
 
 Labelled = tuple[Tensor, Tensor | None]
 
@@ -91,6 +95,22 @@ class Classes:
 
 
 @dataclass(frozen=True)
+class Queries:
+    """How a file's queries, chosen by score, differ from the simulated model's.
+
+    ``moved`` is the share at another place. ``tied`` is the share whose score equals the next one
+    within float32 rounding in the simulated model, so that each runtime chooses as it likes.
+    """
+
+    moved: float
+    tied: float
+
+    @property
+    def comparable(self) -> bool:
+        return self.tied <= MOST_TIED
+
+
+@dataclass(frozen=True)
 class Features:
     """How far the file's output is from the simulated model's, per image.
 
@@ -98,6 +118,10 @@ class Features:
     ``error`` is the mean over images, ``largest_error`` the maximum. ``own`` is the mean error of
     the simulated model itself for images perturbed by 1e-6. It measures the effect of rounding
     alone. ``cosine`` and ``smallest_cosine`` compare file and simulated model.
+
+    A detector that chooses its queries by score (``queries``) may order them differently in each
+    runtime. Then queries are paired first, and the error of an image is the median over its
+    queries, because a few near the least score may be other queries.
     """
 
     images: int
@@ -106,10 +130,16 @@ class Features:
     own: float
     cosine: float
     smallest_cosine: float
+    queries: Queries | None = None
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """One sentence if the mean error exceeds both 1 % and twice ``own``."""
+        """One sentence if the mean error exceeds both 1 % and twice ``own``.
+
+        None if the scores of more than a tenth of the chosen queries tie: the choice is chance.
+        """
+        if self.queries is not None and not self.queries.comparable:
+            return ()
         allowed = max(LEAST_ERROR, TIMES_OWN * self.own)
         if self.error <= allowed:
             return ()
@@ -162,14 +192,22 @@ def compare_features(
     loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], output: Output
 ) -> Features:
     """Measure errors and cosines on images (B, C, H, W), ignoring labels."""
-    errors, moved, cosines = [], [], []
-    for _, outputs in _outputs(loaded, quantized, given, output):
-        theirs, own, again = (x.double().flatten(1) for x in outputs)
-        size = own.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-        errors.append((theirs - own).norm(dim=1) / size)
-        moved.append((again - own).norm(dim=1) / size)
-        cosines.append(torch.cosine_similarity(theirs, own, dim=1))
+    errors, moved, cosines, places = [], [], [], []
+    choosing = Choosing()
+    for _, outputs in _outputs(loaded, quantized, given, output, choosing):
+        theirs, own, again = (x.double() for x in outputs)
+        if output.of_queries:
+            theirs, place = paired(theirs, own)
+            places.append(place)
+            again, _ = paired(again, own)
+        errors.append(_errors(theirs, own, output.of_queries))
+        moved.append(_errors(again, own, output.of_queries))
+        cosines.append(torch.cosine_similarity(theirs.flatten(1), own.flatten(1), dim=1))
     error, own_error, cosine = torch.cat(errors), torch.cat(moved), torch.cat(cosines)
+    queries = None
+    if places:
+        tied = choosing.tied / max(1, choosing.chosen)
+        queries = Queries(sum(places) / len(places), tied)
     return Features(
         len(error),
         float(error.mean()),
@@ -177,18 +215,32 @@ def compare_features(
         float(own_error.mean()),
         float(cosine.mean()),
         float(cosine.min()),
+        queries,
     )
 
 
+def _errors(theirs: Tensor, own: Tensor, by_query: bool) -> Tensor:
+    """Return the relative L2 error of each image (B,): of the whole, or the median of its rows."""
+    kept = 2 if by_query else 1
+    theirs, own = theirs.flatten(kept), own.flatten(kept)
+    size = own.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    errors = (theirs - own).norm(dim=-1) / size
+    return errors.median(dim=1).values if by_query else errors
+
+
 def _outputs(
-    loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], output: Output
+    loaded: Runtime,
+    quantized: QuantizedModel,
+    given: Iterable[Labelled],
+    output: Output,
+    watching: AbstractContextManager[Any] | None = None,
 ) -> Iterator[tuple[Labelled, tuple[Tensor, Tensor, Tensor]]]:
     """Yield each batch with the outputs of file, simulated model, and that on noisy images."""
     noise = torch.Generator().manual_seed(0)
     for x, labels in given:
         loaded.check_images(tuple(x.shape))
         disturbed = x * (1 + DISTURBANCE * torch.randn(x.shape, generator=noise))
-        with torch.no_grad():
+        with torch.no_grad(), watching or nullcontext():
             own, again = (output.of(quantized(images)) for images in (x, disturbed))
         theirs = torch.from_numpy(loaded(x.numpy()))
         if theirs.shape != own.shape:

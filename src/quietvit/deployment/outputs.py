@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quietvit.deployment.queries import Choosing
 from quietvit.errors import QuietvitError
 from quietvit.outputs import LOGITS, tensors_of
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import Site, evaluating, intercept
 
-CLASSES, FEATURES = "classes", "features"
+CLASSES, FEATURES, QUERIES = "classes", "features", "queries"
 EMBEDDINGS = ("image_embeds", "pooler_output", "embeddings", "embedding")
 
 
@@ -29,7 +30,8 @@ class Output:
     ``name`` is its name in the file. ``path`` locates it in the model's output, such as
     ``pooler_output`` or ``feature_maps.1``. It is empty if the model returns a bare tensor, and
     None (files of version 1) for the default choice. ``kind`` is ``classes`` for class scores
-    (batch, classes), else ``features``. ``shape`` excludes the batch.
+    (batch, classes), ``queries`` for the rows of a detector that chooses its queries by score
+    (batch, queries, channels), else ``features``. ``shape`` excludes the batch.
     """
 
     name: str = LOGITS
@@ -40,6 +42,10 @@ class Output:
     @property
     def of_classes(self) -> bool:
         return self.kind == CLASSES
+
+    @property
+    def of_queries(self) -> bool:
+        return self.kind == QUERIES
 
     def __str__(self) -> str:
         shape = "" if self.shape is None else f" {self.shape}"
@@ -76,7 +82,7 @@ def output_of(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(2, *input_shape, device=device)
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), Choosing() as choosing:
             found = tensors_of(model(images))
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -95,7 +101,10 @@ def output_of(
             f"not the batch; choose another tensor (output=..., --output-tensor): {_listed(found)}."
         )
     unnamed = len(found) == 1 and path in ("", "0")  # "0": a tuple or list of one tensor
-    return _described(model, path, unnamed, wanted, shape[1:], named_classes)
+    output = _described(model, path, unnamed, wanted, shape[1:], named_classes)
+    if len(shape) == 3 and shape[1] in choosing.taken:
+        return replace(output, kind=QUERIES)
+    return output
 
 
 def _described(

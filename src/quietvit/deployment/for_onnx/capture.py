@@ -5,9 +5,11 @@ torch's exporter writes the graph. ``lower`` replaces the marks.
 
 from __future__ import annotations
 
+import builtins
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -120,7 +122,14 @@ def _exported(model: nn.Module, example: Tensor, opset: int, output: Output, fre
     shapes = ({0: torch.export.Dim("batch")},) if free else None
     try:
         whole = OneTensor(model, output)
-        with torch.no_grad(), evaluating(whole), _quiet(), _unchecked(), _WritableAttention():
+        with (
+            torch.no_grad(),
+            evaluating(whole),
+            _quiet(),
+            _unchecked(),
+            _free_len(whole),
+            _WritableAttention(),
+        ):
             program = torch.onnx.export(
                 whole,
                 (example,),
@@ -192,6 +201,33 @@ def _unchecked() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def _free_len(model: nn.Module) -> Iterator[None]:
+    """Let ``len(tensor)`` in the code of the model's modules be a size that stays dynamic.
+
+    Python's ``len`` must return a plain int. So the exporter would fix the batch at the example's
+    (RT-DETR and D-FINE ask ``len`` of their features).
+    """
+    modules = {type(module).__module__ for module in model.modules()}
+    spaces = [
+        vars(sys.modules[name])
+        for name in modules
+        if name in sys.modules and name.partition(".")[0] not in ("torch", "quietvit")
+    ]
+    spaces = [space for space in spaces if "len" not in space]
+    for space in spaces:
+        space["len"] = _len
+    try:
+        yield
+    finally:
+        for space in spaces:
+            del space["len"]
+
+
+def _len(of: Any) -> Any:
+    return of.shape[0] if isinstance(of, Tensor) and of.ndim else builtins.len(of)
 
 
 @contextmanager
