@@ -103,6 +103,7 @@ def test_the_files_tell_the_same_numbers(compared):
     assert len(lines) == 4 * 3
     page = found.page.read_text()
     assert all(cell in page for row in found.table.cells() for cell in row)
+    assert "W4A4: MACs: " in page
 
 
 def test_the_float_accuracy_is_that_of_the_training(compared):

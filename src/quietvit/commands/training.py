@@ -97,7 +97,7 @@ def compare(
             help="Bits of weights and activations, each 2 to 16; W4A4+attention-maps-8 or "
             "W4A4+post_softmax=8 keeps some at others."
         ),
-    ] = "W8A8,W6A6,W4A4",
+    ] = "W8A8,W6A6,W4A4+attention-maps-8,W4A4",
     methods: Annotated[
         str, typer.Option(help="Methods, each with its activation range.")
     ] = "rtn-minmax,rtn-percentile,rtn-omse",

@@ -28,7 +28,7 @@ class CompareConfig(Section):
 
     recipe: TrainConfig
     seeds: tuple[int, ...] = (0, 1, 2)
-    bits: tuple[str, ...] = ("W8A8", "W6A6", "W4A4")
+    bits: tuple[str, ...] = ("W8A8", "W6A6", "W4A4+attention-maps-8", "W4A4")
     methods: tuple[str, ...] = ("rtn-minmax", "rtn-percentile", "rtn-omse")
     calibration_images: int = Field(default=32, ge=1)
     calibration_seed: int = Field(default=0, ge=0)

@@ -34,7 +34,7 @@ from quietvit.files import (
 )
 from quietvit.measure import diagnose, sqnr
 from quietvit.quantization import QuantizedModel, quantize
-from quietvit.quantization.settings import parse_method
+from quietvit.quantization.settings import parse_method, setting_names
 from quietvit.report import (
     Results,
     Run,
@@ -241,7 +241,7 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
     looked_at = drawn(test_set, min(config.diagnosed_images, len(test_set)))
     trace = record_trace(model, calibration[:1])
     scores: dict[str, float] = {}
-    covered = 1.0
+    covered, shares = 1.0, {}
     noise: tuple[SiteNoise, ...] = ()
     for setting in config.settings:
         bits, _, method = setting.partition(" ")
@@ -250,6 +250,7 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
         )
         scores[setting] = score(quantized)
         covered = min(covered, quantized.coverage.fraction)
+        shares[setting] = quantized.coverage.shares()
         if setting == config.measured_noise:
             noise = _noise(model, quantized, looked_at, trace)
     return Run(
@@ -262,6 +263,7 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
         train_seconds=trained.train_seconds,
         decay_seconds=trained.decay_seconds,
         coverage=covered,
+        shares=shares,
         outliers=_outliers(model, looked_at, trace),
         noise=noise,
     )
@@ -324,8 +326,15 @@ def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
             f"{config.calibration_images} images of the training data, the same for every run; "
             f"{task_of(config.recipe).metric.name} is on {runs[0].images} test images, one of "
             f"which is {100 / runs[0].images:.2f} points.",
+            *_shares(config, runs[0]),
         ),
     )
+
+
+def _shares(config: CompareConfig, run: Run) -> list[str]:
+    """Return one line for each choice of bits: the shares of multiply-accumulates by bits."""
+    first = {bits: setting_names((bits,), config.methods)[0] for bits in config.bits}
+    return [f"{bits}: {run.shares[name]}." for bits, name in first.items() if name in run.shares]
 
 
 def _write(results: Results, folder: Path) -> None:

@@ -47,6 +47,7 @@ class Run(_Data):
     """One trained model: its score in float and at each quantization setting; times in seconds.
 
     ``coverage`` is the smallest fraction of multiply-accumulates quantized at any setting.
+    ``shares`` gives their shares by bits for each setting, in words.
     ``outliers`` and ``noise`` are in forward order.
     """
 
@@ -59,6 +60,7 @@ class Run(_Data):
     train_seconds: float
     decay_seconds: float
     coverage: float
+    shares: Mapping[str, str] = {}
     outliers: tuple[SiteOutlier, ...] = ()
     noise: tuple[SiteNoise, ...] = ()
 
