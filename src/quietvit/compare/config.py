@@ -17,23 +17,25 @@ from quietvit.train import TrainConfig
 
 
 class CompareConfig(Section):
-    """A comparison. ``recipe`` is the arm with CD; the other arm removes ``decay.cd`` from it.
-
-    Each of ``bits`` (``W4A4``) is combined with each of ``methods`` (``rtn-omse``).
-    ``W4A4+attention-maps-8`` or ``W4A4+post_softmax=8`` keeps roles or sites at other bits.
-    Calibration images come from the training data, ``diagnosed_images`` from the test data; both
-    are drawn by ``calibration_seed``. ``noise_setting`` is the setting whose noise is measured per
-    site (default: the last bits with the first method). Raises QuietvitError for a bad value.
-    """
+    """A comparison of training with and without CD. Raises QuietvitError for a bad value."""
 
     recipe: TrainConfig
+    """The arm with CD. The other arm removes ``decay.cd`` from it."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Each seed trains both arms."""
     bits: tuple[str, ...] = ("W8A8", "W6A6", "W4A4+attention-maps-8", "W4A4")
+    """Each is combined with each of ``methods``. ``W4A4+attention-maps-8`` or
+    ``W4A4+post_softmax=8`` keeps roles or sites at other bits."""
     methods: tuple[str, ...] = ("rtn-minmax", "rtn-percentile", "rtn-omse")
+    """Post-training methods with their range estimators, such as ``rtn-omse``."""
     calibration_images: int = Field(default=32, ge=1)
+    """Drawn from the training data."""
     calibration_seed: int = Field(default=0, ge=0)
+    """Decides which images are drawn for calibration and diagnosis."""
     diagnosed_images: int = Field(default=32, ge=1)
+    """Drawn from the test data. Outliers and noise are measured on them."""
     noise_setting: str = ""
+    """Noise is measured per site at this setting. By default: the last bits, the first method."""
 
     def __init__(self, **fields: Any) -> None:
         try:

@@ -21,22 +21,24 @@ Area = Annotated[float, Field(gt=0, le=1)]
 
 
 class Augmentation(Section):
-    """Random changes of training images.
-
-    ``crop``: ``none`` resizes the whole image. ``shift`` resizes it and moves it by up to
-    ``shift`` of its size, with padded edges. ``resized`` is timm's random resized crop of an area
-    between the two shares in ``scale``. ``auto_augment`` is a timm policy such as
-    ``rand-m9-mstd0.5-inc1``. ``erasing`` is the probability of random erasing. ``color_jitter``
-    also acts together with ``auto_augment``, unlike in timm's scripts.
-    """
+    """Random changes of training images."""
 
     crop: Literal["none", "shift", "resized"] = "shift"
+    """``none`` resizes the whole image. ``shift`` resizes it and moves it. ``resized`` is timm's
+    random resized crop."""
     shift: float = Field(default=0.125, ge=0, le=0.5)
+    """The largest move, as a share of the image's size. Edges are padded."""
     scale: tuple[Area, Area] = (0.08, 1.0)
+    """The least and the largest share of the area that ``resized`` crops."""
     flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
     color_jitter: float = Field(default=0.0, ge=0)
+    """Strength of random brightness, contrast and saturation. Acts together with
+    ``auto_augment``, unlike in timm's scripts."""
     auto_augment: str | None = None
+    """A timm policy such as ``rand-m9-mstd0.5-inc1``."""
     erasing: float = Field(default=0.0, ge=0, le=1)
+    """Probability of random erasing."""
 
     @field_validator("crop", mode="before")
     @classmethod

@@ -40,69 +40,79 @@ _NO_KWARGS = {
 
 
 class ModelConfig(Section):
-    """The model: a timm name, or ``hf:/folder`` for a transformers image classifier in a folder.
-
-    ``kwargs`` go to ``timm.create_model``, or to the transformers config. ``weights`` is a local
-    file (timm only). ``freeze`` lists wildcards for names of parameters to freeze.
-    ``freeze_blocks`` freezes the first n blocks and everything before them.
-    """
+    """The model: a timm name, or ``hf:/folder`` for a transformers image classifier in a folder."""
 
     name: str
+    """A timm name, or ``hf:/folder``."""
     weights: Path | None = None
+    """A local file of weights (timm models only). None: random weights."""
     kwargs: dict[str, Any] = Field(default={})
+    """Passed on to ``timm.create_model``, or to the transformers config."""
     preprocessing: dict[str, Any] = Field(default={})
+    """Changes to the model's own preprocessing: mean, std, crop_pct, interpolation."""
     freeze: tuple[str, ...] = ()
+    """Wildcards of parameter names that are not trained."""
     freeze_blocks: int = Field(default=0, ge=0)
+    """Freeze the first n blocks and everything before them."""
 
 
 class DataConfig(Section):
-    """The data set (see ``quietvit.data.load_dataset``), its size limits and its augmentation.
-
-    ``num_classes`` defaults to that of the training images. A label at or above it is refused.
-    ``max_bad_images``: an image that cannot be decoded is replaced by another one. The run stops
-    when a process has seen more different bad images than this, including those before a resume.
-    ``repeats`` puts each image n times into an epoch, each time with another augmentation (DeiT's
-    repeated augmentation). An epoch keeps its length and visits 1/n of the images.
-    ``shuffle_window`` is the number of shards whose images are shuffled together (None: all).
-    """
+    """The data set, its size limits and its augmentation."""
 
     dataset: str
+    """See ``quietvit.data.load_dataset``, for example ``imagefolder:/my/images``."""
     num_classes: int | None = Field(default=None, ge=1)
+    """None: as many as the training images have. A label at or above it is refused."""
     train_images: int | None = Field(default=None, ge=1)
+    """Use only this many training images, drawn at random. None: all."""
     test_images: int | None = Field(default=None, ge=1)
+    """Use only this many test images, drawn at random. None: all."""
     max_bad_images: int = Field(default=0, ge=0)
+    """Images that cannot be decoded are replaced by others. The run stops when a process has seen
+    more different ones than this, those before a resume included."""
     repeats: int = Field(default=1, ge=1)
+    """Put each image n times into an epoch, each time with another augmentation (DeiT's repeated
+    augmentation). An epoch keeps its length, so it visits 1/n of the images."""
     shuffle_window: int | None = Field(default=None, ge=1)
+    """The number of shards whose images are shuffled together. None: all."""
     augmentation: Augmentation = Augmentation()
 
 
 class OptimizerConfig(Section):
-    """AdamW. ``decay_norms_and_biases`` applies the weight decay to every parameter.
-
-    ``lr_batch`` is the effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr``
-    are meant for. All three are multiplied by effective batch / ``lr_batch`` (linear scaling, Goyal
-    et al. 2017, arXiv 1706.02677). None does not scale. ``layer_decay``: the learning rate of a
-    block is this factor times that of the next block (timm). ``lr_scale`` maps wildcards of
-    parameter names to factors of their learning rates. The first wildcard that matches counts.
-    """
+    """AdamW and the learning rate."""
 
     lr: float = Field(default=1e-3, gt=0)
+    """The maximum learning rate."""
     lr_batch: int | None = Field(default=None, ge=1)
+    """The effective batch that ``lr``, ``schedule.warmup_lr`` and ``schedule.min_lr`` are meant
+    for. All three are multiplied by effective batch / ``lr_batch`` (linear scaling, Goyal et al.
+    2017, arXiv 1706.02677). None does not scale."""
     weight_decay: float = Field(default=0.05, ge=0)
+    """Acts on matrices only, unless ``decay_norms_and_biases`` is set."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay rates of the moving averages of the gradient and its square."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second average."""
     decay_norms_and_biases: bool = False
+    """Apply the weight decay to every parameter."""
     clip_grad: float | None = Field(default=None, gt=0)
+    """Clip the norm of the whole gradient at this value. None: no clipping."""
     layer_decay: float | None = Field(default=None, gt=0, le=1)
+    """The learning rate of a block is this factor times that of the next block (timm)."""
     lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    """Wildcards of parameter names with factors of their learning rates. The first that matches
+    counts."""
 
 
 class ScheduleConfig(Section):
     """Linear warm-up, then cosine from ``lr`` to ``min_lr``. Updated at every optimizer step."""
 
     warmup_epochs: float = Field(default=0.0, ge=0)
+    """Epochs of linear warm-up from ``warmup_lr`` to ``lr``."""
     warmup_lr: float = Field(default=1e-6, ge=0)
+    """The learning rate of the first step of a warm-up."""
     min_lr: float = Field(default=0.0, ge=0)
+    """The learning rate of the last step."""
 
 
 class Rates(NamedTuple):
@@ -117,9 +127,13 @@ class MixConfig(Section):
     """timm's mixup and cutmix. Both are off if both are 0."""
 
     mixup: float = Field(default=0.0, ge=0)
+    """Alpha of mixup. 0: off."""
     cutmix: float = Field(default=0.0, ge=0)
+    """Alpha of cutmix. 0: off."""
     probability: Share = 1.0
+    """The share of batches that are mixed."""
     switch_probability: Share = 0.5
+    """The share of cutmix among mixed batches if both are on."""
 
     @property
     def active(self) -> bool:
@@ -130,7 +144,9 @@ class EmaConfig(Section):
     """Moving average of the weights, updated after the decay. If set, it is the result."""
 
     decay: float = Field(default=0.999, gt=0, lt=1)
+    """The share of the average that remains at each step."""
     warmup: bool = True
+    """Start with a smaller decay, which grows with the steps (timm)."""
 
 
 class DecayConfig(Section):
@@ -180,51 +196,68 @@ def _parsed_decay(value: Any) -> DecayConfig:
 
 
 class CheckpointConfig(Section):
-    """Write a checkpoint every ``every`` optimizer steps (0: never) and keep the last ``keep``."""
+    """When checkpoints are written, and how many remain."""
 
     every: int = Field(default=500, ge=0)
+    """Write a checkpoint every n optimizer steps. 0: never."""
     keep: int = Field(default=2, ge=1)
+    """The number of checkpoints that remain."""
 
 
 class TrainConfig(Section):
-    """A training run. ``batch_size`` is per process and forward pass.
+    """A training run.
 
-    ``task`` names the task, ``task_settings`` holds the task's own keys (classification has none).
     The effective batch is batch_size x accumulation x processes. An epoch drops the images that do
-    not fill its last batch. ``evaluate_every`` counts epochs (0: only at the end), ``log_every``
-    counts optimizer steps. ``device`` is ``auto`` or ``cpu``. ``threads``: torch threads on the
-    CPU. ``parallel``: ``ddp`` replicates the model in each process, ``fsdp2`` shards it.
-    ``compile``: use ``torch.compile``.
+    not fill its last batch.
     """
 
     recipe: Literal[1] = 1
+    """The version of this format."""
     task: str = "classification"
+    """The name of the task: ``classification``, ``detection`` or your own."""
     task_settings: dict[str, Any] = Field(default={})
+    """Keys of the task itself. Classification has none."""
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     mix: MixConfig = MixConfig()
     ema: EmaConfig | None = None
+    """A moving average of the weights, which becomes the result. None: off."""
     decay: Annotated[SerializeAsAny[DecayConfig], BeforeValidator(_parsed_decay)] = Field(
         default_factory=lambda: decay_config()()
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     epochs: int = Field(default=10, ge=1)
+    """Passes over the training images."""
     batch_size: int = Field(default=64, ge=1)
+    """Images per process and forward pass."""
     accumulation: int = Field(default=1, ge=1)
+    """Forward passes per optimizer step."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the label that is spread over all classes."""
     precision: Literal["no", "bf16", "fp16"] = "no"
+    """``bf16`` and ``fp16`` use autocast. ``no`` computes in float32."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of weights, order, augmentation and dropout."""
     device: Literal["auto", "cpu"] = "auto"
+    """``auto`` takes an accelerator if there is one."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """``ddp`` replicates the model in each process, ``fsdp2`` shards it."""
     compile: bool = False
+    """Use ``torch.compile``."""
     evaluate_every: int = Field(default=0, ge=0)
+    """Evaluate every n epochs. 0: only at the end."""
     log_every: int = Field(default=10, ge=1)
+    """Log every n optimizer steps."""
     tensorboard: bool = True
+    """Also write the figures for TensorBoard."""
     num_workers: int = Field(default=0, ge=0)
+    """Processes that decode images, per process of training. 0: none."""
     threads: int | None = Field(default=None, ge=1)
+    """Threads of torch on the CPU. None: torch's own choice."""
     output: Path = Path("runs/train")
+    """The folder of the run."""
 
     def rates(self, effective_batch: int) -> Rates:
         """Return the learning rates, scaled to the effective batch (see ``OptimizerConfig``)."""
