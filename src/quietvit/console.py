@@ -154,6 +154,7 @@ def build_model(
     Raises QuietvitError for an unknown model, or if a run is given with weights, classes or size.
     """
     from quietvit.data import create_model
+    from quietvit.detection import hf_detector, is_detector_folder
 
     if Path(name).is_dir():
         from quietvit.train import TrainResult
@@ -166,6 +167,11 @@ def build_model(
         return TrainResult.read(name).load_model()
     if weights is None and not name.startswith("hf:"):
         typer.echo("note: the weights of the model are random. Give some with --weights.", err=True)
+    if name.startswith("hf:") and is_detector_folder(name[3:]):
+        if weights is not None:
+            raise QuietvitError(f"{name} is a detector with its own weights; leave --weights out.")
+        sides = None if size is None else (size, size)
+        return hf_detector(name[3:], classes, size=sides).eval()
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
     return create_model(name, classes, weights, **sized).eval()
 

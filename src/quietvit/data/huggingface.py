@@ -1,4 +1,4 @@
-"""Create transformers image classifiers from a local folder.
+"""Create transformers image classifiers and object detectors from a local folder.
 
 ``image_processor`` translates their preprocessing; ``weights`` creates timm models.
 """
@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,18 @@ _OWNED = {
     "model_type": "model.name",
 }
 _REMOTE = {"trust_remote_code": False}
+
+
+class _Kind(NamedTuple):
+    """What a model is, its class in transformers, and examples of such models."""
+
+    name: str
+    auto: str
+    examples: str
+
+
+CLASSIFIER = _Kind("image classifier", "AutoModelForImageClassification", "ViT, DeiT or Swin")
+DETECTOR = _Kind("object detector", "AutoModelForObjectDetection", "DETR, RT-DETR or YOLOS")
 
 
 def create_hf_model(
@@ -64,24 +76,74 @@ def create_hf_model(
     transformers = _transformers()
     source = _source(folder)
     raw, plain = _configs(transformers, source, {})
-    changes = {("image_size" if k == "img_size" else k): v for k, v in (kwargs or {}).items()}
-    _check(changes, raw, plain, source)
+    changes = _changes(kwargs, raw, plain, source)
     prepared = _preprocessing(transformers, source, plain)
     if "image_size" not in changes and prepared["input_size"] != _input_size(plain):
         changes["image_size"] = list(prepared["input_size"][1:])
+    model = _model(CLASSIFIER, source, plain, changes, num_classes, weights, untrained)
+    config: Any = model.config
+    data = {**prepared, "input_size": _input_size(config), **(preprocessing or {})}
+    model.pretrained_cfg = {**data, "num_classes": config.num_labels}  # type: ignore[assignment]
+    return model
+
+
+def create_hf_detector(
+    folder: str,
+    num_classes: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    untrained: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a transformers object detector like ``create_hf_model`` builds a classifier.
+
+    Returns the model and the settings of its image processor, empty if the folder has none.
+    ``quietvit.detection.hf_detector`` wraps it. Raises QuietvitError like ``create_hf_model``.
+    """
+    transformers = _transformers()
+    source = _source(folder)
+    raw, plain = _configs(transformers, source, {})
+    changes = _changes(kwargs, raw, plain, source)
+    settings: dict[str, Any] = {}
+    path = Path(source)
+    if not path.is_dir() or (path / "preprocessor_config.json").is_file():
+        _, settings = _processor(transformers, source)
+    return _model(DETECTOR, source, plain, changes, num_classes, weights, untrained), settings
+
+
+def _changes(
+    kwargs: Mapping[str, Any] | None, raw: Mapping[str, Any], plain: Any, source: str
+) -> dict[str, Any]:
+    changes = {("image_size" if k == "img_size" else k): v for k, v in (kwargs or {}).items()}
+    _check(changes, raw, plain, source)
+    return changes
+
+
+def _model(
+    kind: _Kind,
+    source: str,
+    plain: Any,
+    changes: Mapping[str, Any],
+    num_classes: int | None,
+    weights: Mapping[str, Tensor] | None,
+    untrained: bool,
+) -> nn.Module:
+    """Build the model with the changed config, and load ``weights`` or those of the folder."""
+    transformers = _transformers()
     _, config = _configs(transformers, source, changes)
     if num_classes is not None and num_classes != config.num_labels:
         config.num_labels = num_classes
-    model = _built(transformers, source, config)
+    for one in (plain, config):
+        if getattr(one, "use_pretrained_backbone", False):
+            one.use_pretrained_backbone = False  # the folder holds the backbone's weights
+    model = _built(kind, source, config)
     if weights is not None:
         _load(model, unwrapped(model.state_dict(), weights, "the weights")[0], "the weights")
     elif not untrained and _without_weights(source):
         logger.warning("%s holds no weights: the model's weights are random.", source)
     elif not untrained:
-        state = _pretrained(transformers, source, plain)
+        state = _pretrained(kind, source, plain)
         _load(model, _adapted(state, model, plain, config, source), source)
-    data = {**prepared, "input_size": _input_size(config), **(preprocessing or {})}
-    model.pretrained_cfg = {**data, "num_classes": config.num_labels}  # type: ignore[assignment]
     return model
 
 
@@ -165,15 +227,14 @@ def _check(changes: Mapping[str, Any], raw: Mapping[str, Any], config: Any, sour
             )
 
 
-def _built(transformers: Any, source: str, config: Any) -> nn.Module:
+def _built(kind: _Kind, source: str, config: Any) -> nn.Module:
     try:
-        model: nn.Module = transformers.AutoModelForImageClassification.from_config(
-            config, dtype=torch.float32, **_REMOTE
-        )
+        auto = getattr(_transformers(), kind.auto)
+        model: nn.Module = auto.from_config(config, dtype=torch.float32, **_REMOTE)
     except Exception as error:
         raise QuietvitError(
-            f"{source} is not an image classifier that transformers can build from its config: "
-            f"{_first(error)}; give the folder of a ViT, DeiT, DINOv2, Swin or the like."
+            f"{source} is not an {kind.name} that transformers can build from its config: "
+            f"{_first(error)}; give the folder of a {kind.examples} or the like."
         ) from error
     return model
 
@@ -194,10 +255,10 @@ def _without_weights(source: str) -> bool:
     return True
 
 
-def _pretrained(transformers: Any, source: str, config: Any) -> dict[str, Tensor]:
+def _pretrained(kind: _Kind, source: str, config: Any) -> dict[str, Tensor]:
     """Read the weights under this transformers' names, with the size and classes of ``config``."""
     try:
-        model, info = transformers.AutoModelForImageClassification.from_pretrained(
+        model, info = getattr(_transformers(), kind.auto).from_pretrained(
             source,
             config=config,
             dtype=torch.float32,
@@ -224,7 +285,7 @@ def _pretrained(transformers: Any, source: str, config: Any) -> dict[str, Tensor
 
 
 def _of_head(key: str) -> bool:
-    return "classifier" in key or key.startswith(("head.", "fc."))
+    return "classifier" in key or "class_embed" in key or key.startswith(("head.", "fc."))
 
 
 def _adapted(
@@ -237,12 +298,14 @@ def _adapted(
         old, new = state[key], own[key]
         table = _table(key, old, new.shape, before, after)
         labels = (before.num_labels, after.num_labels)
+        # Detectors may have one class more, for no object.
+        more = tuple(count + 1 for count in labels)
         if table is not None:
             state[key] = table
             resampled.append(f"{key} from {tuple(old.shape)} to {tuple(new.shape)}")
         elif old.shape == new.shape:
             continue
-        elif (len(old), len(new)) == labels and old.shape[1:] == new.shape[1:]:
+        elif (len(old), len(new)) in (labels, more) and old.shape[1:] == new.shape[1:]:
             if key.endswith(".weight"):
                 logger.warning(
                     "%s: the head '%s' has %d classes, but %d are requested: it starts anew.",
@@ -355,11 +418,16 @@ def _preprocessing(transformers: Any, source: str, config: Any) -> dict[str, Any
             "crop_pct": 1.0,
             "crop_mode": "squash",
         }
-    try:
-        found = transformers.AutoImageProcessor.from_pretrained(source, **_local(source))
-        settings = json.loads(found.to_json_string())
-    except Exception as error:
-        raise QuietvitError(_unreadable(source, "preprocessor_config.json", error)) from error
+    found, settings = _processor(transformers, source)
     translated = translated_preprocessing(settings, _input_size(config), source)
     check_translation(found, translated, source)
     return translated
+
+
+def _processor(transformers: Any, source: str) -> tuple[Any, dict[str, Any]]:
+    """Return the folder's image processor and its settings."""
+    try:
+        found = transformers.AutoImageProcessor.from_pretrained(source, **_local(source))
+        return found, json.loads(found.to_json_string())
+    except Exception as error:
+        raise QuietvitError(_unreadable(source, "preprocessor_config.json", error)) from error

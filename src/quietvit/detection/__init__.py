@@ -1,4 +1,4 @@
-"""Object detection: images with boxes, detectors on timm backbones, COCO's box AP.
+"""Object detection: images with boxes, detectors of torchvision and transformers, COCO's box AP.
 
 Training a detector is a task (``quietvit.tasks.detection``); quantizing it knows nothing of boxes.
 """
@@ -15,6 +15,7 @@ from quietvit.detection.detectors import (
     predictors,
     retinanet,
 )
+from quietvit.detection.hf_detectors import HFDetector, hf_detector, is_detector_folder
 from quietvit.detection.loading import (
     BoxAugmentation,
     TrainingTransform,
@@ -31,6 +32,7 @@ __all__ = [
     "BoxAugmentation",
     "Canvas",
     "DetectionDataset",
+    "HFDetector",
     "Record",
     "TrainingTransform",
     "box_ap",
@@ -40,8 +42,10 @@ __all__ = [
     "evaluate_detector",
     "faster_rcnn",
     "fcos",
+    "hf_detector",
     "is_detection_spec",
     "is_detector",
+    "is_detector_folder",
     "load_detection_dataset",
     "open_coco",
     "open_voc",

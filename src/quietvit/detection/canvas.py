@@ -19,17 +19,26 @@ class Canvas(GeneralizedRCNNTransform):
 
     So all batches have one shape, which position tables of vision transformers need, and traces and
     exported files too. ViTDet (arXiv 2203.16527, appendix A.2) pads to a fixed square in the same
-    way. Scaling is bilinear and antialiased.
+    way. Scaling is bilinear and antialiased. ``stretch`` scales each image to the whole canvas,
+    as RT-DETR does, and pads nothing.
 
     Args:
         size: height and width.
         mean: of each channel, of images in 0..1.
         std: likewise.
+        stretch: change the aspect ratio.
     """
 
-    def __init__(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        stretch: bool = False,
+    ) -> None:
         super().__init__(min(size), max(size), list(mean), list(std))
         self.size = (int(size[0]), int(size[1]))
+        self.stretch = stretch
 
     def fit(self, image: Tensor) -> Tensor:
         """Return an image (3, h, w) in 0..1 on the canvas: (3, H, W), padded with the mean."""
@@ -60,6 +69,8 @@ class Canvas(GeneralizedRCNNTransform):
         height, width = image.shape[-2:]
         factor = min(self.size[0] / height, self.size[1] / width)
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
+        if self.stretch:
+            size = list(self.size)
         if size == [height, width]:
             return image
         scaled: Any = F.resize(image, size, antialias=True)

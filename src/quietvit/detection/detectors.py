@@ -27,6 +27,11 @@ _RATIOS = (0.5, 1.0, 2.0)
 _OURS = ("backbone", "num_classes", "kwargs", "min_size", "max_size", "image_mean", "image_std")
 """Arguments of torchvision's detectors that are decided here."""
 
+_PREDICTORS = (
+    *("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score"),  # torchvision
+    *("class_labels_classifier", "bbox_predictor", "class_embed", "bbox_embed"),  # transformers
+    *("enc_score_head", "enc_bbox_head"),
+)
 _ANCHOR = 8
 """Side of an anchor in strides of its map: 32 pixels at stride 4 (arXiv 1612.03144)."""
 
@@ -137,8 +142,7 @@ def predictors(model: nn.Module) -> tuple[str, ...]:
     outputs of these layers pass on (proposals, decoding of boxes), so that the trace does not see
     that they are last. Keep them by ``overrides={site: 8 for site in predictors(model)}``.
     """
-    known = ("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score")
-    names = [name for name, module in model.named_modules() if name.rpartition(".")[2] in known]
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _PREDICTORS]
     return tuple(f"{name}*" for name in names)
 
 
@@ -195,7 +199,7 @@ def _finished(
         "crop_pct": 1.0,
         "crop_mode": "border",
     }
-    kept: Any = getattr(model.backbone.body, "no_weight_decay", set)
+    kept: Any = getattr(getattr(model.backbone, "body", None), "no_weight_decay", set)
     model.no_weight_decay = _Names(f"backbone.body.{name}" for name in kept())
     name_classes(model, class_names)
     built: nn.Module = model

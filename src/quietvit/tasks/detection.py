@@ -19,6 +19,7 @@ from quietvit.detection.average_precision import Judged, box_ap, predict_all
 from quietvit.detection.checks import MAX_BAD_BOXES
 from quietvit.detection.dataset import DetectionDataset, subset
 from quietvit.detection.detectors import DETECTORS
+from quietvit.detection.hf_detectors import hf_detector
 from quietvit.detection.loading import (
     BoxAugmentation,
     TrainingTransform,
@@ -30,6 +31,9 @@ from quietvit.detection.sources import load_detection_dataset
 from quietvit.errors import QuietvitError
 from quietvit.section import Section
 from quietvit.tasks.task import Batch, Metric, Task
+
+_OF_TORCHVISION = ("detector", "channels", "scales", "options")
+"""Settings of detectors that are built on a backbone here."""
 
 
 class DetectionSettings(Section):
@@ -51,7 +55,7 @@ class DetectionSettings(Section):
 
 
 class Detection(Task):
-    """Object detection on a timm backbone. ``model.name`` and its weights are the backbone's."""
+    """Object detection. ``model.name`` is a timm backbone, or ``hf:/folder`` of a detector."""
 
     name = "detection"
     metric = Metric("ap", "box AP", "%")
@@ -120,10 +124,10 @@ class Detection(Task):
         chosen = self.config.model
         classes = self.config.data.num_classes or 1 if train is None else train.num_classes
         names = None if train is None else train.class_names
-        return self._built(classes, names, None if untrained else chosen.weights)
+        return self._built(classes, names, None if untrained else chosen.weights, untrained)
 
     def rebuild(self, result: Any, weights: Any) -> nn.Module:
-        model = self._built(result.num_classes, result.class_names, None)
+        model = self._built(result.num_classes, result.class_names, None, untrained=True)
         load_weights(model, weights)
         return model
 
@@ -170,16 +174,37 @@ class Detection(Task):
         """Return the AP of all images together. It is no mean over processes."""
         return box_ap([image for part in judged for image in part]).ap
 
-    def _built(self, classes: int, names: Sequence[str] | None, weights: Any) -> nn.Module:
+    def _whole(self, classes: int, names: Sequence[str] | None, untrained: bool) -> nn.Module:
+        """Open a transformers detector. Settings that only torchvision's take are refused."""
+        chosen, own, default = self.config.model, self.own, DetectionSettings()
+        ours = {f"task_settings.{key}": getattr(own, key) for key in _OF_TORCHVISION}
+        usual = {f"task_settings.{key}": getattr(default, key) for key in _OF_TORCHVISION}
+        ours |= {"model.weights": chosen.weights, "model.preprocessing": chosen.preprocessing}
+        usual |= {"model.weights": None, "model.preprocessing": {}}
+        given = [key for key, value in ours.items() if value != usual[key]]
+        if given:
+            raise QuietvitError(
+                f"{chosen.name} is a whole detector with its own weights and preprocessing; leave "
+                f"{', '.join(given)} out."
+            )
+        return hf_detector(
+            chosen.name[3:],
+            classes,
+            size=own.size,
+            class_names=names,
+            kwargs=chosen.kwargs,
+            untrained=untrained,
+        )
+
+    def _built(
+        self, classes: int, names: Sequence[str] | None, weights: Any, untrained: bool
+    ) -> nn.Module:
         import timm
 
         chosen, own = self.config.model, self.own
         kwargs = dict(chosen.kwargs)
         if chosen.name.startswith("hf:"):
-            raise QuietvitError(
-                f"model.name is {chosen.name}, and detectors are built on timm's backbones; choose "
-                "one, such as deit_tiny_patch16_224."
-            )
+            return self._whole(classes, names, untrained)
         known = timm.get_pretrained_cfg(chosen.name) if timm.is_model(chosen.name) else None
         if own.size is not None and getattr(known, "fixed_input_size", False):
             kwargs.setdefault("img_size", own.size)

@@ -1,0 +1,191 @@
+"""transformers' detectors (DETR, Deformable DETR, YOLOS, RT-DETR, D-FINE) from a local folder.
+
+They get the interface of torchvision's detectors, so that data, AP and training are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from quietvit.classes import name_classes
+from quietvit.data.huggingface import create_hf_detector
+from quietvit.detection.canvas import Canvas
+from quietvit.errors import QuietvitError
+
+MOST = 300
+"""At most so many boxes an image; COCO's AP uses the 100 best."""
+
+
+class HFDetector(nn.Module):
+    """A transformers detector that takes and gives what torchvision's detectors do.
+
+    In eval mode it takes a list of images (3, h, w) in 0..1 of any size, or a tensor (N, 3, h, w),
+    and returns for each a dict: ``boxes`` (K, 4), corners in pixels of the image given; ``labels``
+    (K,), from 1; ``scores`` (K,) in 0..1, falling. In training mode it takes ``(images, targets)``
+    and returns a dict with the model's own weighted ``loss``.
+
+    A model with one more logit than classes scores by softmax (DETR, YOLOS), others by sigmoid.
+    """
+
+    def __init__(self, model: nn.Module, canvas: Canvas) -> None:
+        super().__init__()
+        self.model = model
+        self.transform = canvas
+        self.num_classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+        self.masks = not canvas.stretch
+
+    def forward(
+        self,
+        images: Sequence[Tensor] | Tensor,
+        targets: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Any:
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        listed = None if targets is None else [dict(target) for target in targets]
+        fitted, boxed = self.transform(list(images), listed)
+        given: dict[str, Any] = {"pixel_values": fitted.tensors}
+        if self.masks:
+            given["pixel_mask"] = _mask(fitted.tensors, fitted.image_sizes)
+        if not self.training:
+            return self._found(self.model(**given), sizes)
+        if boxed is None:
+            raise QuietvitError("training needs targets: a dict with boxes and labels per image.")
+        given["labels"] = [
+            _relative(target, size) for target, size in zip(boxed, fitted.image_sizes, strict=True)
+        ]
+        return {"loss": self.model(**given).loss}
+
+    def _found(self, output: Any, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Return the boxes of each image of (height, width) in ``sizes``, best first."""
+        logits, boxes = output.logits.float(), output.pred_boxes.float()
+        if logits.shape[-1] > self.num_classes:
+            best, labels = logits.softmax(-1)[..., : self.num_classes].max(-1)
+            scores, places = best.topk(min(best.shape[1], MOST))
+            labels = labels.gather(1, places)
+        else:
+            every = logits.sigmoid().flatten(1)
+            scores, flat = every.topk(min(logits.shape[1], MOST))
+            labels, places = flat % self.num_classes, flat // self.num_classes
+        chosen = boxes.gather(1, places[..., None].expand(-1, -1, 4))
+        corners = box_convert(chosen, "cxcywh", "xyxy").clamp(0, 1)
+        scale = corners.new_tensor([[width, height] * 2 for height, width in sizes])
+        return [
+            {"boxes": box, "labels": label + 1, "scores": score}
+            for box, label, score in zip(corners * scale[:, None], labels, scores, strict=True)
+        ]
+
+
+def hf_detector(
+    folder: str,
+    num_classes: int | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    untrained: bool = False,
+) -> HFDetector:
+    """Open a transformers detector from a folder that ``save_pretrained`` wrote.
+
+    Images are fitted to one canvas. Models that take a mask of the padding (DETR) keep the aspect
+    ratio. The others are given stretched images, as RT-DETR's own processor does.
+
+    Args:
+        folder: a local folder with ``config.json`` and safetensors. No pickle is read, and no code
+            of the folder runs.
+        num_classes: None keeps the config's. With another number the class heads start anew.
+        size: height and width of the canvas. None takes those of ``preprocessor_config.json``; a
+            shortest and longest edge become (shortest, longest).
+        class_names: of label 1, 2, ...; None takes the config's, if it has any.
+        kwargs: changes to the config, such as ``num_queries``.
+        weights: name -> tensor, loaded strictly instead of the folder's.
+        untrained: use random weights.
+
+    Raises:
+        QuietvitError: as ``quietvit.data.create_hf_model``; no size is known.
+    """
+    model, settings = create_hf_detector(folder, num_classes, kwargs, weights, untrained=untrained)
+    config: Any = model.config
+    masked = "pixel_mask" in signature(model.forward).parameters and _pads(settings)
+    canvas = Canvas(size or _size(settings, config, folder), *_scale(settings), stretch=not masked)
+    detector = HFDetector(model, canvas)
+    detector.pretrained_cfg = {  # type: ignore[assignment]
+        "input_size": (3, *canvas.size),
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "squash" if canvas.stretch else "border",
+    }
+    name_classes(detector, class_names or _names(config, num_classes))
+    return detector
+
+
+def is_detector_folder(folder: str) -> bool:
+    """Whether the config in a local folder is that of an object detector."""
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        named = json.loads(path.read_text("utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return False
+    return any(str(name).endswith("ForObjectDetection") for name in named)
+
+
+def _mask(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Return 1 for pixels of the image and 0 for padding: (N, H, W)."""
+    mask = torch.zeros(len(images), *images.shape[-2:], dtype=torch.long, device=images.device)
+    for place, (height, width) in zip(mask, sizes, strict=True):
+        place[:height, :width] = 1
+    return mask
+
+
+def _relative(target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Return labels from 0, and boxes as centre and sides in shares of the image."""
+    height, width = size
+    scale = target["boxes"].new_tensor([width, height, width, height])
+    boxes = box_convert(target["boxes"], "xyxy", "cxcywh") / scale
+    return {"class_labels": target["labels"] - 1, "boxes": boxes}
+
+
+def _pads(settings: Mapping[str, Any]) -> bool:
+    """Whether the image processor keeps the aspect ratio. Without one, DETR's way is taken."""
+    size = settings.get("size")
+    return not (isinstance(size, Mapping) and {"height", "width"} <= {k for k in size if size[k]})
+
+
+def _size(settings: Mapping[str, Any], config: Any, folder: str) -> tuple[int, int]:
+    size = settings.get("size") or {}
+    if size.get("height") and size.get("width"):
+        return int(size["height"]), int(size["width"])
+    if size.get("shortest_edge"):
+        shortest = int(size["shortest_edge"])
+        return shortest, int(size.get("longest_edge") or shortest)
+    own = getattr(config, "image_size", None)
+    if own is None:
+        raise QuietvitError(
+            f"{folder} does not say which image size its detector takes; give size=(height, width) "
+            "(task_settings.size in a recipe)."
+        )
+    return (own, own) if isinstance(own, int) else (int(own[0]), int(own[1]))
+
+
+def _scale(settings: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    """Return mean and std of images in 0..1; ImageNet's where there is no processor."""
+    if not settings.get("do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3
+    mean, std = settings.get("image_mean"), settings.get("image_std")
+    return mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225)
+
+
+def _names(config: Any, num_classes: int | None) -> list[str] | None:
+    """Return the config's class names; None where it only numbers them, or the number changed."""
+    names = [config.id2label[index] for index in sorted(config.id2label)]
+    kept = num_classes in (None, len(names)) and names != [f"LABEL_{i}" for i in range(len(names))]
+    return names if kept else None

@@ -1,0 +1,242 @@
+"""Laws of transformers' detectors: what they take and give, losses, trace, runs, commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import quietvit
+from detection_cases import annotated, coco
+from quietvit import QuietvitError
+from quietvit.data import load_weights
+from quietvit.detection import hf_detector, is_detector, predictors
+from quietvit.tasks import Detection
+from quietvit.train import TrainResult
+from test_cli import refused, run
+from test_detection_training import config
+
+transformers = pytest.importorskip("transformers")
+
+DETR = {
+    "d_model": 32,
+    "num_queries": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+NO_TIMM = {"use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False}
+EDGES = {"size": {"shortest_edge": 64, "longest_edge": 96}, "image_mean": [0.5] * 3}
+
+
+def detr() -> Any:
+    backbone = transformers.ResNetConfig(**RESNET, layer_type="basic", out_features=["stage4"])
+    names = {0: "disc", 1: "square"}
+    return transformers.DetrForObjectDetection(
+        transformers.DetrConfig(backbone_config=backbone, **DETR, **NO_TIMM, id2label=names)
+    )
+
+
+def yolos() -> Any:
+    config = transformers.YolosConfig(
+        image_size=[64, 64],
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_detection_tokens=8,
+        num_labels=2,
+    )
+    return transformers.YolosForObjectDetection(config)
+
+
+def rt_detr() -> Any:
+    backbone = transformers.RTDetrResNetConfig(
+        **RESNET, layer_type="basic", out_features=["stage2", "stage3", "stage4"]
+    )
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone,
+        encoder_hidden_dim=32,
+        encoder_in_channels=[16, 16, 16],
+        encoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        d_model=32,
+        num_queries=20,
+        decoder_in_channels=[32, 32, 32],
+        decoder_ffn_dim=32,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        num_labels=2,
+    )
+    return transformers.RTDetrForObjectDetection(config)
+
+
+KINDS: dict[str, tuple[Any, dict[str, Any], tuple[int, int], bool]] = {
+    "detr": (detr, {"image_processor_type": "DetrImageProcessor", **EDGES}, (64, 96), False),
+    "yolos": (yolos, {}, (64, 64), True),
+    "rt_detr": (
+        rt_detr,
+        {
+            "image_processor_type": "RTDetrImageProcessor",
+            "size": {"height": 64, "width": 64},
+            "do_normalize": False,
+        },
+        (64, 64),
+        True,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for kind, (build, settings, _, _) in KINDS.items():
+        torch.manual_seed(0)
+        found[kind] = tmp_path_factory.mktemp(kind)
+        build().save_pretrained(found[kind])
+        if settings:
+            (found[kind] / "preprocessor_config.json").write_text(json.dumps(settings))
+    return found
+
+
+def images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(3, *size, generator=generator) for size in ((60, 80), (100, 50))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_detector_takes_and_gives_what_torchvisions_do(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    _, _, size, stretched = KINDS[kind]
+    model = hf_detector(str(folders[kind])).eval()
+    assert is_detector(model)
+    assert model.transform.size == size
+    assert model.transform.stretch is stretched
+    with torch.no_grad():
+        both = model(images())
+        each = [model([image])[0] for image in images()]
+    for (height, width), together, alone in zip(((60, 80), (100, 50)), both, each, strict=True):
+        assert set(together) == {"boxes", "labels", "scores"}
+        assert torch.equal(together["scores"], together["scores"].sort(descending=True).values)
+        assert set(together["labels"].tolist()) <= {1, 2}
+        assert (together["boxes"][:, 2:] <= torch.tensor([width, height])).all()
+        # A batch with padding gives what each image gives alone: the mask works.
+        torch.testing.assert_close(together["boxes"], alone["boxes"], atol=2e-3, rtol=1e-3)
+    if kind == "detr":
+        assert model.class_names == ("disc", "square")
+    targets: list[dict[str, Tensor]] = [
+        {"boxes": torch.tensor([[5.0, 5.0, 40.0, 50.0]]), "labels": torch.tensor([2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)},
+    ]
+    loss = model.train()(images(), targets)["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    with pytest.raises(QuietvitError, match="training needs targets"):
+        model(images())
+
+
+def test_boxes_are_those_of_the_models_own_processor(folders: dict[str, Path]) -> None:
+    model = hf_detector(str(folders["rt_detr"])).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folders["rt_detr"])
+    image = images()[0]
+    with torch.no_grad():
+        own = model([image])[0]
+        fitted = model.transform([image])[0].tensors
+        output = model.model(fitted)
+    (theirs,) = processor.post_process_object_detection(
+        output, threshold=0.0, target_sizes=[(60, 80)]
+    )
+    assert torch.equal(theirs["scores"], own["scores"])
+    assert torch.equal(theirs["labels"] + 1, own["labels"])
+    torch.testing.assert_close(
+        theirs["boxes"].clamp(min=0), own["boxes"].clamp(min=0), atol=1, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["detr", "yolos"])
+def test_all_products_are_quantized_and_predictors_can_be_kept(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    model = hf_detector(str(folders[kind])).eval()
+    kept = dict.fromkeys(predictors(model), 8)
+    batch = torch.rand(2, 3, *model.transform.size, generator=torch.Generator().manual_seed(0))
+    method = quietvit.RTN(weight_bits=4, activation_bits=4, overrides=kept)
+    own = quietvit.quantize(model, method, batch, progress=False)
+    assert own.coverage.fraction == 1
+    with torch.no_grad():
+        assert len(own(images())) == 2
+    last = "model.class_labels_classifier" + (".layers.2" if kind == "yolos" else "")
+    found: Any = own.quantizer(last, "input")
+    assert found.bits == 8
+    pairs = {pair.kind for pair in quietvit.find_pairs(model, batch[:1])}
+    assert {"mlp", "value_output"} <= pairs
+
+
+def test_another_number_of_classes_starts_the_class_heads_anew(folders: dict[str, Path]) -> None:
+    own = hf_detector(str(folders["detr"]))
+    model = hf_detector(str(folders["detr"]), 5, class_names=list("abcde"))
+    assert (model.num_classes, model.class_names) == (5, tuple("abcde"))
+    before, after = own.model.state_dict(), model.model.state_dict()
+    differing = [key for key in before if before[key].shape != after[key].shape]
+    assert differing == ["class_labels_classifier.weight", "class_labels_classifier.bias"]
+    same = [key for key in before if key not in differing]
+    assert all(torch.equal(before[key], after[key]) for key in same)
+
+
+def test_a_folder_is_fine_tuned_loaded_and_evaluated(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faster_coco_eval")
+    monkeypatch.setenv("COLUMNS", "200")
+    boxes = [annotated(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in range(1, 5)]
+    spec = f"coco:{coco(tmp_path, boxes, pictures=4)},{tmp_path / 'boxes.json'}"
+    short = (
+        "epochs=2",
+        "batch_size=2",
+        "num_workers=0",
+        "device=cpu",
+        "task_settings.size=[64,64]",
+    )
+    given = [part for setting in short for part in ("-s", setting)]
+    call = ["train", "--recipe", "detect_hf_folder", "--model", f"hf:{folders['detr']}"]
+    call += ["-s", f"data.dataset={spec}", *given, "--output", str(tmp_path / "run")]
+    result = run(*call)
+    assert result.exit_code == 0, result.output
+    done = TrainResult.read(tmp_path / "run")
+    model = done.load_model()
+    assert model.class_names == ("disc", "square")
+    load_weights(model, done.weights)
+    result = run("evaluate", done.output, "--images", f"coco:{tmp_path / 'boxes.json'}")
+    assert "AP" in result.output
+    again = run("evaluate", f"hf:{folders['detr']}", "--images", f"coco:{tmp_path / 'boxes.json'}")
+    assert "AP" in again.output
+
+
+def test_settings_of_another_kind_of_detector_are_refused(folders: dict[str, Path]) -> None:
+    name = {"name": f"hf:{folders['yolos']}"}
+    with pytest.raises(QuietvitError, match=r"leave task_settings\.channels out"):
+        Detection(config("x", model=name, task_settings={"channels": 16})).create_model(
+            None, untrained=True
+        )
+    with pytest.raises(QuietvitError, match="is not an object detector"):
+        hf_detector(str(_classifier(folders)))
+    result = run("evaluate", name["name"], "--weights", "w.safetensors", "--images", "coco:/x.json")
+    assert "leave --weights out" in refused(result)
+
+
+def _classifier(folders: dict[str, Path]) -> Path:
+    from huggingface_cases import classifier
+
+    folder = folders["yolos"].parent / "classifier"
+    classifier("Swin", 2).save_pretrained(folder)
+    return folder
