@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import quietvit
 from detection_cases import annotated, coco
 from quietvit import QuietvitError
 from quietvit.data import load_weights
+from quietvit.deployment import open_runtime
+from quietvit.deployment.evaluation import FileDetector
 from quietvit.detection import hf_detector, is_detector, predictors
 from quietvit.tasks import Detection
 from quietvit.train import TrainResult
@@ -220,6 +225,61 @@ def test_a_folder_is_fine_tuned_loaded_and_evaluated(
     assert "AP" in result.output
     again = run("evaluate", f"hf:{folders['detr']}", "--images", f"coco:{tmp_path / 'boxes.json'}")
     assert "AP" in again.output
+
+
+def test_a_file_finds_the_boxes_of_the_simulated_detector(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = hf_detector(str(folders["yolos"]), class_names=["disc", "square"]).eval()
+    batch = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    own = quietvit.quantize(model, "rtn", batch, bits="W8A8", progress=False)
+    path = tmp_path / "yolos.onnx"
+    artifact = quietvit.export(own, path)
+    checked = artifact.check(own, batch, seconds=0)
+    assert checked.ok, checked.failures
+    assert checked.proof.integer_share == 1
+    runtime = open_runtime(path)
+    assert (runtime.input_shape[0], runtime.facts.labels) == (None, ("disc", "square"))
+    with torch.no_grad():
+        simulated = own(images())
+    for theirs, ours in zip(FileDetector(runtime)(images()), simulated, strict=True):
+        torch.testing.assert_close(theirs["scores"], ours["scores"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(theirs["boxes"][0], ours["boxes"][0], atol=0.5, rtol=0)
+    boxes = [annotated(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in range(1, 3)]
+    spec, photo = f"coco:{coco(tmp_path, boxes)}", tmp_path / "images" / "1.png"
+    seen = run("predict", path, photo, "--top", "2", "--pictures", tmp_path / "seen")
+    assert seen.exit_code == 0, seen.output
+    assert seen.output.count(" %  ") == 2
+    assert Image.open(tmp_path / "seen" / "1.png").size == Image.open(photo).size
+    measured = run("evaluate", path, "--images", spec)
+    assert (measured.exit_code, measured.output.startswith("box AP")) == (0, True)
+    assert "has nothing to write" in refused(run("predict", path, photo, "--npy", "x.npy"))
+
+
+def test_an_image_that_is_padded_gets_its_boxes_back() -> None:
+    """A box over the lower right quarter of the image, told in shares of the padded canvas."""
+
+    class Told:
+        path, facts = Path("told.onnx"), None
+
+        def __call__(self, images: Any) -> Any:
+            height, width = 60 * 96 / 120 / 64, 96 / 96  # of an image 60 x 120 on a 64 x 96 canvas
+            box = [0.75 * width, 0.75 * height, 0.5 * width, 0.5 * height]
+            return np.array([[[5.0, -5.0, *box]]], dtype=np.float32)
+
+    told: Any = Told()
+    told.facts = SimpleNamespace(
+        detector={"classes": 2, "stretch": False, "mean": [0.5] * 3},
+        preprocessing={},
+        input_shape=(3, 64, 96),
+        labels=None,
+        output="queries",
+    )
+    (found,) = FileDetector(told)([torch.rand(3, 60, 120)])
+    assert found["labels"].tolist() == [1]
+    torch.testing.assert_close(found["boxes"], torch.tensor([[60.0, 30.0, 120.0, 60.0]]))
 
 
 def test_settings_of_another_kind_of_detector_are_refused(folders: dict[str, Path]) -> None:

@@ -72,6 +72,8 @@ def _walked(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
         items = value.items()
     elif isinstance(value, tuple | list):
         items = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
+    elif isinstance(getattr(value, "tensors", None), Mapping):  # detections, boxes not decoded
+        items = value.tensors.items()
     elif dataclasses.is_dataclass(value):
         items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
     elif hasattr(value, LOGITS):

@@ -172,7 +172,7 @@ def predict(
             metavar="IMAGE...", help="Image files, folders (without subfolders), or patterns."
         ),
     ],
-    top: Annotated[int, typer.Option(min=1, help="How many classes.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="How many classes or boxes.")] = 5,
     runtime: Runtime = None,
     threads: Threads = 0,
     json: Annotated[
@@ -182,8 +182,12 @@ def predict(
         Path | None,
         typer.Option("--npy", help="Write embeddings, (images, ...), to this file."),
     ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Write the images with the boxes of a detector into this folder."),
+    ] = None,
 ) -> None:
-    """Print the most probable classes of images, or their embeddings.
+    """Print the most probable classes of images, their boxes, or their embeddings.
 
     The preprocessing in the file prepares the images. An unreadable image is reported and skipped;
     the exit code is then 1.
@@ -192,14 +196,17 @@ def predict(
     from quietvit.deployment import Embedding, open_runtime
     from quietvit.deployment import predict as run
     from quietvit.deployment.embedding import save_embeddings
-    from quietvit.deployment.predicting import read_image
+    from quietvit.deployment.predicting import drawn, read_image
 
     loaded = open_runtime(file, runtime, threads)
-    if npy is not None and loaded.facts.output.of_classes:
+    detector = loaded.facts.detector is not None
+    if npy is not None and (detector or loaded.facts.output.of_classes):
+        given = "boxes" if detector else "class scores"
         raise QuietvitError(
-            f"{file} gives class scores and no embedding, so --npy has nothing to write. Use "
-            "--json."
+            f"{file} gives {given} and no embedding, so --npy has nothing to write. Use --json."
         )
+    if pictures is not None and not detector:
+        raise QuietvitError(f"{file} gives no boxes, so --pictures has nothing to draw.")
     for path in (json, npy):
         if path is not None:
             refuse_unwritable(path)
@@ -227,9 +234,17 @@ def predict(
                 embeddings.append(found)
                 results.append({"image": str(name)} | found.to_dict())
                 continue
-            results.append({"image": str(name), "classes": [asdict(each) for each in found]})
+            results.append(
+                {
+                    "image": str(name),
+                    "boxes" if detector else "classes": [asdict(each) for each in found],
+                }
+            )
             for each in found:
-                typer.echo(f"  {100 * each.probability:6.2f} %  {each.label}")
+                typer.echo(f"  {each}")
+            if pictures is not None:
+                pictures.mkdir(parents=True, exist_ok=True)
+                drawn(image, found).save(pictures / f"{Path(name).stem}.png")
     if json is not None:
         typer.echo(f"Written: {write_atomic(json, json_text(results, indent=1))}")
     if npy is not None and embeddings:

@@ -181,7 +181,7 @@ def _evaluate_file(
     path: Path, images: str, batch: int, device: str, runtime: str | None, threads: int
 ) -> None:
     from quietvit.deployment import open_runtime
-    from quietvit.deployment.evaluation import FileModel, file_transform
+    from quietvit.deployment.evaluation import FileDetector, FileModel, file_transform
 
     if device != "cpu":
         raise QuietvitError(
@@ -189,7 +189,10 @@ def _evaluate_file(
             ".qvit on that device."
         )
     loaded = open_runtime(path, runtime, threads)
-    _measure(FileModel(loaded), file_transform(loaded), images, batch, device)
+    if loaded.facts.detector is not None:
+        _measure_boxes(FileDetector(loaded), loaded.facts.labels, images, batch, device)
+    else:
+        _measure(FileModel(loaded), file_transform(loaded), images, batch, device)
     typer.echo(f"in {loaded.name}")
 
 

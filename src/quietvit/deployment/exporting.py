@@ -103,7 +103,9 @@ def export(
         preprocessing_of(own.model) if preprocessing is None else preprocessing, own.input_shape
     )
     given = output_of(own, own.input_shape, output, named_classes=labels is not None)
-    if labels is not None and not given.of_classes:
+    detector = getattr(own.model, "decoding", None) if given.path == "queries" else None
+    named = given.of_classes or detector is not None
+    if labels is not None and not named:
         raise QuietvitError(f"labels name classes, but the output is {given}; leave out labels.")
     if as_ is not None:
         own, replaced = replacing_codes(own, as_)
@@ -115,7 +117,7 @@ def export(
         own,
         grids,
         preprocessing=prepared,
-        labels=_labels(own, labels) if given.of_classes else None,
+        labels=_labels(own, labels) if named else None,
         notes=[
             *_presumed(own, given, labels),
             *_rounding_notes(own, grids),
@@ -125,6 +127,7 @@ def export(
         replaced=as_,
         output=given,
         unused=unused,
+        detector=detector,
     )
     graph = partial(quantized_onnx, own, grids, facts, opset)
     written = target.write(Export(own, path, facts, grids, graph))

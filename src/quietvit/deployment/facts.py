@@ -51,6 +51,8 @@ class Facts:
 
     ``replaced`` is the replacement that export applied to quantizers, ``uniform`` or ``symmetric``.
     ``output`` is the file's output. ``unused`` lists products that do not enter the output.
+    ``detector`` says how boxes are decoded from queries: ``classes``, ``stretch`` (else images are
+    padded with ``mean``).
     """
 
     method: str
@@ -64,6 +66,7 @@ class Facts:
     versions: dict[str, str]
     output: Output = field(default_factory=Output)
     unused: tuple[str, ...] = ()
+    detector: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         claimed = sum(product.why_float is None for product in self.products)
@@ -136,6 +139,7 @@ def facts_of(
     replaced: str | None = None,
     output: Output | None = None,
     unused: Collection[str] = (),
+    detector: Mapping[str, Any] | None = None,
 ) -> Facts:
     """Collect the facts of a quantized model. ``grids`` holds the existing grids by slot key.
 
@@ -175,4 +179,5 @@ def facts_of(
         versions={"quietvit": quietvit.__version__, "torch": torch.__version__},
         output=output or Output(),
         unused=tuple(unused),
+        detector=None if detector is None else dict(detector),
     )

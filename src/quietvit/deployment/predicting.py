@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 from quietvit.data.decoding import decode
 from quietvit.data.matching import in_words
 from quietvit.deployment.embedding import Embedding
+from quietvit.deployment.evaluation import FileDetector
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.opening import open_runtime
 from quietvit.deployment.preprocessing import transform_of
@@ -28,6 +33,23 @@ class Prediction:
     label: str
     probability: float
 
+    def __str__(self) -> str:
+        return f"{100 * self.probability:6.2f} %  {self.label}"
+
+
+@dataclass(frozen=True)
+class Box:
+    """An object: its class, score in 0..1, and corners x1, y1, x2, y2 in pixels of the image."""
+
+    index: int
+    label: str
+    score: float
+    corners: tuple[float, float, float, float]
+
+    def __str__(self) -> str:
+        corners = ", ".join(f"{value:.0f}" for value in self.corners)
+        return f"{100 * self.score:6.2f} %  {self.label}  ({corners})"
+
 
 Source = str | Path | Image.Image | np.ndarray
 
@@ -37,15 +59,16 @@ def predict(
 ) -> Any:
     """Return the ``top`` most probable classes of an image, the most probable first.
 
-    The result is a list of ``Prediction``. If the file gives an embedding or a feature map, it is
-    an ``Embedding``. The image is decoded like in every data set (``quietvit.data.decoding``), then
-    resized, cropped and normalized like in the model's evaluation.
+    The result is a list of ``Prediction``. A file that gives an embedding or a feature map returns
+    an ``Embedding``, that of a detector a list of its ``top`` best ``Box``. The image is decoded
+    like in every data set (``quietvit.data.decoding``), then resized, cropped and normalized like
+    in the model's evaluation.
 
     Args:
         model: a file that ``export`` wrote, or an open runtime (``open_runtime``).
         image: a file, a PIL image of any size, or an array (height, width, 3) or (height, width)
             before any transform. A list of these gives a list of results.
-        top: how many classes.
+        top: how many classes or boxes.
 
     Raises QuietvitError for an unreadable image file, an argument that is not an image, and a model
     file that is foreign or has no preprocessing.
@@ -54,6 +77,8 @@ def predict(
     if isinstance(image, list | tuple):
         return [predict(runtime, one, top) for one in image]
     facts = runtime.facts
+    if facts.detector is not None:
+        return _boxes(runtime, read_image(image), top)
     x = preprocess(facts, image, runtime.path)
     runtime.check_images(x.shape)
     found = runtime(x)[0]
@@ -72,6 +97,39 @@ def predict(
         )
         for index in order
     ]
+
+
+def _boxes(runtime: Runtime, image: Image.Image, top: int) -> list[Box]:
+    pixels = functional.to_dtype(functional.to_image(image), torch.float32, scale=True)
+    (found,) = FileDetector(runtime)([pixels.as_subclass(Tensor)])
+    names = None if runtime.facts.labels is None else in_words(runtime.facts.labels)
+    best = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"], strict=True)
+    return [
+        Box(
+            label - 1,
+            f"class {label - 1}" if names is None else names[label - 1],
+            score,
+            tuple(corners.tolist()),
+        )
+        for label, score, corners in itertools.islice(best, max(top, 1))
+    ]
+
+
+def drawn(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """Return the image with boxes and their classes drawn on it."""
+    from torchvision.utils import draw_bounding_boxes
+
+    if not boxes:
+        return image.copy()
+    picture = draw_bounding_boxes(
+        functional.pil_to_tensor(image),
+        torch.tensor([box.corners for box in boxes]),
+        [f"{box.label} {100 * box.score:.0f} %" for box in boxes],
+        colors="red",
+        width=max(1, min(image.size) // 200),
+    )
+    result: Image.Image = functional.to_pil_image(picture)
+    return result
 
 
 def preprocess(facts: Facts, image: Source, path: Path) -> np.ndarray:

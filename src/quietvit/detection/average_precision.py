@@ -162,7 +162,7 @@ _KEPT = ("image_id", "size", "boxes", "labels", "area", "iscrowd")
 
 
 def _as_lists(found: Any) -> list[dict[str, Any]]:
-    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+    if not isinstance(found, Sequence) or not all(isinstance(one, Mapping) for one in found):
         raise QuietvitError(
             f"the model returned {type(found).__name__}, not a list with the boxes of each image; "
             "AP needs a detector (quietvit.detection)."

@@ -65,9 +65,13 @@ class Canvas(GeneralizedRCNNTransform):
             place[:, : image.shape[1], : image.shape[2]].copy_(image)
         return batch
 
+    def factor(self, height: int, width: int) -> float:
+        """Return the scale of an image that keeps its aspect ratio."""
+        return min(self.size[0] / height, self.size[1] / width)
+
     def _scaled(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        factor = min(self.size[0] / height, self.size[1] / width)
+        factor = self.factor(height, width)
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
         if self.stretch:
             size = list(self.size)

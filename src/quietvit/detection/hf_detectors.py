@@ -24,15 +24,64 @@ MOST = 300
 """At most so many boxes an image; COCO's AP uses the 100 best."""
 
 
+class Detections(Sequence[dict[str, Tensor]]):
+    """The queries of a batch. Each image's boxes are decoded when they are read.
+
+    An item is a dict: ``boxes`` (K, 4), corners in pixels of the image given; ``labels`` (K,), from
+    1; ``scores`` (K,) in 0..1, falling. One more logit than classes means softmax with the last
+    logit for no object (DETR, YOLOS). Otherwise scores are sigmoids.
+
+    Args:
+        logits: (B, queries, classes) or (B, queries, classes + 1).
+        boxes: (B, queries, 4), centre and sides as shares of ``sizes``.
+        sizes: (height, width) in pixels that the input of each image stands for.
+        num_classes: without "no object".
+    """
+
+    def __init__(
+        self, logits: Tensor, boxes: Tensor, sizes: Sequence[tuple[float, float]], num_classes: int
+    ) -> None:
+        self.logits, self.boxes = logits, boxes
+        self.sizes, self.num_classes = sizes, num_classes
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """``queries`` (B, queries, logits + 4): logits, then centre and sides. This is exported."""
+        return {"queries": torch.cat([self.logits, self.boxes], dim=-1)}
+
+    @classmethod
+    def of_queries(
+        cls, queries: Tensor, sizes: Sequence[tuple[float, float]], num_classes: int
+    ) -> Detections:
+        """Take ``tensors["queries"]`` apart again."""
+        return cls(queries[..., :-4], queries[..., -4:], sizes, num_classes)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        logits, boxes = self.logits[index].float(), self.boxes[index].float()
+        if logits.shape[-1] > self.num_classes:
+            best, labels = logits.softmax(-1)[:, : self.num_classes].max(-1)
+            scores, places = best.topk(min(len(best), MOST))
+            labels = labels[places]
+        else:
+            scores, flat = logits.sigmoid().flatten().topk(min(len(logits), MOST))
+            labels, places = flat % self.num_classes, flat // self.num_classes
+        height, width = self.sizes[index]
+        corners = box_convert(boxes[places], "cxcywh", "xyxy").clamp(0, 1)
+        scale = corners.new_tensor([width, height, width, height])
+        return {"boxes": corners * scale, "labels": labels + 1, "scores": scores}
+
+
 class HFDetector(nn.Module):
     """A transformers detector that takes and gives what torchvision's detectors do.
 
-    In eval mode it takes a list of images (3, h, w) in 0..1 of any size, or a tensor (N, 3, h, w),
-    and returns for each a dict: ``boxes`` (K, 4), corners in pixels of the image given; ``labels``
-    (K,), from 1; ``scores`` (K,) in 0..1, falling. In training mode it takes ``(images, targets)``
-    and returns a dict with the model's own weighted ``loss``.
-
-    A model with one more logit than classes scores by softmax (DETR, YOLOS), others by sigmoid.
+    In eval mode it takes a list of images (3, h, w) in 0..1 of any size, or a tensor (N, 3, H, W)
+    of the canvas's size, and returns ``Detections``. In training mode it takes ``(images,
+    targets)`` and returns a dict with the model's own weighted ``loss``.
     """
 
     def __init__(self, model: nn.Module, canvas: Canvas) -> None:
@@ -42,11 +91,20 @@ class HFDetector(nn.Module):
         self.num_classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
         self.masks = not canvas.stretch
 
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """What an exported file needs to know to find boxes in its queries."""
+        mean = [float(value) for value in self.transform.image_mean]
+        return {"classes": self.num_classes, "stretch": self.transform.stretch, "mean": mean}
+
     def forward(
         self,
         images: Sequence[Tensor] | Tensor,
         targets: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> Any:
+        filled = isinstance(images, Tensor) and tuple(images.shape[-2:]) == self.transform.size
+        if filled and not self.training:
+            return self._whole(images)  # type: ignore[arg-type]
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         listed = None if targets is None else [dict(target) for target in targets]
         fitted, boxed = self.transform(list(images), listed)
@@ -54,7 +112,8 @@ class HFDetector(nn.Module):
         if self.masks:
             given["pixel_mask"] = _mask(fitted.tensors, fitted.image_sizes)
         if not self.training:
-            return self._found(self.model(**given), sizes)
+            output = self.model(**given)
+            return Detections(output.logits, output.pred_boxes, sizes, self.num_classes)
         if boxed is None:
             raise QuietvitError("training needs targets: a dict with boxes and labels per image.")
         given["labels"] = [
@@ -62,24 +121,30 @@ class HFDetector(nn.Module):
         ]
         return {"loss": self.model(**given).loss}
 
-    def _found(self, output: Any, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Return the boxes of each image of (height, width) in ``sizes``, best first."""
-        logits, boxes = output.logits.float(), output.pred_boxes.float()
-        if logits.shape[-1] > self.num_classes:
-            best, labels = logits.softmax(-1)[..., : self.num_classes].max(-1)
-            scores, places = best.topk(min(best.shape[1], MOST))
-            labels = labels.gather(1, places)
-        else:
-            every = logits.sigmoid().flatten(1)
-            scores, flat = every.topk(min(logits.shape[1], MOST))
-            labels, places = flat % self.num_classes, flat // self.num_classes
-        chosen = boxes.gather(1, places[..., None].expand(-1, -1, 4))
-        corners = box_convert(chosen, "cxcywh", "xyxy").clamp(0, 1)
-        scale = corners.new_tensor([[width, height] * 2 for height, width in sizes])
-        return [
-            {"boxes": box, "labels": label + 1, "scores": score}
-            for box, label, score in zip(corners * scale[:, None], labels, scores, strict=True)
-        ]
+    def _whole(self, images: Tensor) -> Detections:
+        """Run images that fill the canvas. No Python depends on their number, as export needs."""
+        mean = images.new_tensor(self.transform.image_mean)[:, None, None]
+        std = images.new_tensor(self.transform.image_std)[:, None, None]
+        given: dict[str, Any] = {"pixel_values": (images - mean) / std}
+        if self.masks:
+            given["pixel_mask"] = torch.ones_like(images[:, 0], dtype=torch.long)
+        output = self.model(**given)
+        return Detections(
+            output.logits, output.pred_boxes, _Always(self.transform.size), self.num_classes
+        )
+
+
+class _Always(Sequence[tuple[float, float]]):
+    """One size for every image of a batch."""
+
+    def __init__(self, size: tuple[float, float]) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.size
 
 
 def hf_detector(

@@ -132,7 +132,7 @@ class Detection(Task):
         return model
 
     def refuse_unfit(self, model: nn.Module, output: Any) -> None:
-        if not (isinstance(output, list) and output and "boxes" in output[0]):
+        if not (isinstance(output, Sequence) and output and "boxes" in output[0]):
             raise QuietvitError(
                 f"{self.built} gives {type(output).__name__} for one image, not its boxes, so it "
                 "cannot be trained as a detector. Change model.kwargs or task_settings."

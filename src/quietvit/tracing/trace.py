@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -84,12 +84,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _tensors(nested: Any) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_flatten(nested)[0]
-    opened = [
-        part
-        for leaf in leaves
-        for part in (vars(leaf).values() if hasattr(leaf, "__dataclass_fields__") else (leaf,))
-    ]
-    return [leaf for leaf in opened if isinstance(leaf, Tensor)]
+    return [part for leaf in leaves for part in _parts(leaf) if isinstance(part, Tensor)]
+
+
+def _parts(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, Tensor):
+        return (leaf,)
+    if isinstance(getattr(leaf, "tensors", None), Mapping):  # detections, boxes not decoded
+        return tuple(leaf.tensors.values())
+    return tuple(vars(leaf).values()) if hasattr(leaf, "__dataclass_fields__") else ()
 
 
 def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Trace:
