@@ -3,8 +3,23 @@
 Nothing is trained or exported here.
 """
 
+from quietvit.advice.advice import Advice
+from quietvit.advice.advise import advise
+from quietvit.advice.causes import Cause
 from quietvit.advice.effects import Effect
+from quietvit.advice.ladder import Row
 from quietvit.advice.result import Part, Sensitivity
 from quietvit.advice.sensitivity import sensitivity
+from quietvit.advice.steps import Step
 
-__all__ = ["Effect", "Part", "Sensitivity", "sensitivity"]
+__all__ = [
+    "Advice",
+    "Cause",
+    "Effect",
+    "Part",
+    "Row",
+    "Sensitivity",
+    "Step",
+    "advise",
+    "sensitivity",
+]

@@ -25,6 +25,9 @@ class Effect:
         error: ‖ŷ − y‖ / ‖y‖ over all images, for logits or, without a classifier, all outputs.
         kl: mean over images of KL(softmax y ‖ softmax ŷ), in nats; None without a classifier.
         changed: share of the images whose class changes, 0 to 1; None without a classifier.
+        drop: forecast of the loss of top-1 accuracy, 0 to 1: the mean of p[class of ŷ] taken from
+            p[class of y], with p = softmax y. It is exact if the float model's probabilities are
+            calibrated (derived here). None without a classifier.
 
     A fast estimate leaves None where it estimates nothing.
     """
@@ -32,6 +35,7 @@ class Effect:
     error: float | None = None
     kl: float | None = None
     changed: float | None = None
+    drop: float | None = None
 
 
 class FloatOutputs:
@@ -68,7 +72,7 @@ class FloatOutputs:
 
     def effect(self, run: Callable[[Tensor], Any]) -> Effect:
         """Run a model on all batches and compare it."""
-        signal = noise = kl = 0.0
+        signal = noise = kl = drop = 0.0
         changed = images = 0
         with torch.no_grad():
             for batch, wanted in zip(self.batches, self._outputs, strict=True):
@@ -81,10 +85,13 @@ class FloatOutputs:
                 if self.classifies:
                     kl += float(divergence(y, z).sum())
                     changed += int((y.argmax(-1) != z.argmax(-1)).sum())
+                    p = y.softmax(-1)
+                    kept = p.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1)
+                    drop += float((p.amax(-1) - kept).sum())
         error = (noise / signal) ** 0.5 if signal else None
         if not self.classifies:
             return Effect(error)
-        return Effect(error, kl / images, changed / images)
+        return Effect(error, kl / images, changed / images, drop / images)
 
 
 def divergence(y: Tensor, z: Tensor) -> Tensor:

@@ -167,6 +167,7 @@ class Sensitivity:
 
 
 _TITLES = {"error": "error", "kl": "KL", "changed": "class changed"}
+"""Effects that the tables show; JSON has them all."""
 
 
 def _names(found: Sensitivity) -> tuple[str, ...]:

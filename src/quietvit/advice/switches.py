@@ -27,7 +27,8 @@ class Switches:
     """A quantized model, its groups of operands, and the float outputs on the given images.
 
     Attributes:
-        quantized: the model.
+        model: the float model.
+        quantized: the quantized model.
         floats: outputs of the float model.
         sites: the quantized operands of each site, in the order of the forward pass.
         roles: the quantized operands of each role, as ``Method.overrides`` understands roles.
@@ -52,6 +53,7 @@ class Switches:
             calibration = batches
         else:
             warn_unless_normalized(batches[0], model, "given")
+        self.model = model
         self.quantized: QuantizedModel = quantize(
             model, method, calibration, bits=bits, trace=trace, progress=progress
         )
