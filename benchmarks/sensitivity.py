@@ -32,7 +32,7 @@ from quietvit.data import calibration_images, create_model, evaluation_transform
 from quietvit.files import write_atomic
 
 OUT = Path("results/sensitivity.csv")
-IMAGES, CALIBRATION, METHOD, BITS = 16, 32, "rtn-omse", "W4A4"
+CALIBRATION, METHOD, BITS = 32, "rtn-omse", "W4A4"
 MODELS = ("deit_tiny_patch16_224", "tf_efficientnet_lite0", "vit_small_patch14_dinov2")
 FIELDS = (
     *("model", "setting", "images", "kind", "part", "role", "measure"),
@@ -93,15 +93,11 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def write(out: Path, found: list[dict[str, Any]]) -> None:
-    lines = [",".join(FIELDS)]
-    for row in found:
-        values = (row[f] for f in FIELDS)
-        lines.append(
-            ",".join(
-                f"{v:.6g}" if isinstance(v, float) else "" if v is None else str(v) for v in values
-            )
-        )
-    write_atomic(out, "\n".join(lines) + "\n")
+    def shown(value: Any) -> str:
+        return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    lines = [",".join(shown(row[field]) for field in FIELDS) for row in found]
+    write_atomic(out, "\n".join([",".join(FIELDS), *lines]) + "\n")
 
 
 @app.command()
@@ -110,6 +106,7 @@ def run(
     cache: Annotated[Path, typer.Option(help="Folder with the other weights.")],
     out: OutOption = OUT,
     models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MODELS),
+    count: Annotated[int, typer.Option(help="Number of images.")] = 16,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots.")] = None,
 ) -> None:
     """Measure and estimate, and replace the rows of these models."""
@@ -118,11 +115,9 @@ def run(
         model = build(name, data, cache)
         transform = evaluation_transform(model)
         images, calibration = (
-            calibration_images(
-                load_dataset(f"table:{data / file}.parquet", split="train"), n, transform, 0
-            )
+            calibration_images(load_dataset(f"table:{data / file}.parquet"), n, transform, 0)
             for file, n in (
-                ("imagenet_dev_1000", IMAGES),
+                ("imagenet_dev_1000", count),
                 ("imagenette_calibration_1024", CALIBRATION),
             )
         )
