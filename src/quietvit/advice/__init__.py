@@ -5,6 +5,7 @@ Nothing is trained or exported here.
 
 from quietvit.advice.advice import Advice
 from quietvit.advice.advise import advise
+from quietvit.advice.bits import BitChoice, choose_bits
 from quietvit.advice.causes import Cause
 from quietvit.advice.effects import Effect
 from quietvit.advice.ladder import Row
@@ -14,6 +15,7 @@ from quietvit.advice.steps import Step
 
 __all__ = [
     "Advice",
+    "BitChoice",
     "Cause",
     "Effect",
     "Part",
@@ -21,5 +23,6 @@ __all__ = [
     "Sensitivity",
     "Step",
     "advise",
+    "choose_bits",
     "sensitivity",
 ]
