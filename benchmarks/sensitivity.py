@@ -27,9 +27,11 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import quietvit
-from quietvit.advice import Sensitivity
+from quietvit.advice import Effect, Part, Sensitivity
+from quietvit.advice.plots import role_by_depth
 from quietvit.data import calibration_images, create_model, evaluation_transform, load_dataset
 from quietvit.files import write_atomic
+from quietvit.measure.plots import save
 
 OUT = Path("results/sensitivity.csv")
 CALIBRATION, METHOD, BITS = 32, "rtn-omse", "W4A4"
@@ -166,6 +168,39 @@ def summary(out: OutOption = OUT) -> None:
             f"| {model} | {len(parts)} {kind}s | {ranks[0]:.2f} | {ranks[1]:.2f} | "
             f"{parts[0]['seconds']} | {parts[0]['seconds_estimate']} |"
         )
+
+
+@app.command()
+def plot(path: Path, model: str = MODELS[0], out: OutOption = OUT) -> None:
+    """Draw role by depth of one model from the table."""
+    parts = [row for row in read(out) if row["model"] == model]
+    measure = parts[0]["measure"]
+    sites = tuple(
+        Part(
+            name=row["part"],
+            role=row["role"],
+            sites=1,
+            macs=0,
+            bits="",
+            alone=Effect(**{measure: float(row["cost"])}),
+            without=Effect(**{measure: -float(row["gain"])}),
+        )
+        for row in parts
+        if row["kind"] == "site"
+    )
+    found = Sensitivity(
+        model=model,
+        setting=parts[0]["setting"],
+        policy="",
+        images=int(parts[0]["images"]),
+        macs=0,
+        whole=Effect(**{measure: 0.0}),
+        roles=(),
+        sites=sites,
+        estimated=False,
+        complete=True,
+    )
+    save(role_by_depth(found), path)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def role_by_depth(found: Sensitivity) -> Figure:
     figure = new_figure(max(6.0, 4.0 + 0.35 * len(columns)), 2 * height)
     above, below = figure.subplots(2, 1)
     _map(above, cost, labels, columns, "quantized alone")
-    _map(below, gain, labels, columns, "gain if it alone is left in float")
+    _map(below, gain, labels, columns, "gain if it alone is left in float (grey: none)")
     below.set_xlabel("depth (block)")
     kind = "estimated" if found.estimated else "measured"
     figure.suptitle(
@@ -55,14 +55,17 @@ def role_by_depth(found: Sensitivity) -> Figure:
 def _map(
     axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str
 ) -> None:
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
     positive = values[np.isfinite(values) & (values > 0)]
     top = float(positive.max()) if positive.size else 1.0
-    # Three decades show what matters; smaller values and losses look alike.
+    # Three decades show what matters; smaller values look alike.
     norm = LogNorm(top / 1000, top)
-    drawn = np.where(np.isnan(values), math.nan, np.maximum(values, top / 1000))
-    image = axes.imshow(drawn, norm=norm, cmap="cividis", aspect="auto")
+    drawn = np.where(values > 0, np.maximum(values, top / 1000), top / 1e6)
+    colours = colormaps["cividis"].with_extremes(under="#c8c8c8")
+    image = axes.imshow(np.ma.masked_invalid(drawn + 0 * values), norm=norm, cmap=colours)
+    axes.set_aspect("auto")
     axes.set_facecolor("#ffffff")
     axes.set_xticks(
         range(len(columns)), columns, fontsize=7, rotation=90 if len(columns) > 16 else 0
