@@ -151,6 +151,18 @@ def test_ctrl_c_returns_what_was_measured(monkeypatch, tmp_path):
     assert found.plot(tmp_path)
 
 
+def test_two_heads_that_are_averaged_make_a_classifier():
+    model, images = model_and_images("timm-deit-distilled", count=2)
+    found = quietvit.sensitivity(model, "rtn", images, estimate=True, **W4A4)
+    assert found.measure == "kl"
+
+
+def test_a_half_precision_model_is_estimated():
+    model, images = model_and_images(count=4)
+    found = quietvit.sensitivity(model.bfloat16(), "rtn", images, estimate=True, **W4A4)
+    assert all(found.cost(site) > 0 for site in found.sites)
+
+
 def test_nothing_changes_in_the_model(exact):
     model, images = model_and_images(count=2)
     before = copy.deepcopy(model.state_dict())

@@ -66,7 +66,7 @@ def advise(
             a model that cannot be traced.
     """
     refuse_training(model)
-    if minutes <= 0:
+    if not minutes > 0:
         raise QuietvitError(f"minutes is {minutes:g}; give more than 0, such as 10.")
     if not methods or not bits:
         raise QuietvitError("give at least one method and one setting of bits.")
@@ -82,11 +82,15 @@ def advise(
     try:
         ladder.climb(tries, start + 60 * _LADDER * minutes, progress)
         if not ladder.rows:
-            reasons = "; ".join(f"{name}: {why}" for name, why in ladder.failed)
-            raise QuietvitError(f"no method could quantize this model. {reasons}")
+            reasons = {why: name for name, why in reversed(ladder.failed)}
+            shown = " ".join(f"{name}: {why}" for why, name in reasons.items())
+            raise QuietvitError(f"no method could quantize this model. {shown}")
         found.target = _target(ladder.rows)
         if found.target is not None:
-            _explain(found, ladder, model, trace, calibration, aside, start + 60 * minutes)
+            try:
+                _explain(found, ladder, model, trace, calibration, aside, start + 60 * minutes)
+            except QuietvitError as error:  # the rows are worth more than the explanation
+                ladder.failed.append((f"explaining {found.target.name}", str(error)))
     except KeyboardInterrupt:
         if not ladder.rows:
             raise

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.outputs import logits_of, tensors_of
+from quietvit.quantization.calibration import run_model
 from quietvit.tracing import Trace
 
 
@@ -43,11 +44,11 @@ class FloatOutputs:
 
     def __init__(self, model: nn.Module, trace: Trace, batches: Sequence[Tensor]) -> None:
         self.batches = batches
-        self.classifies = any(trace[name].role == "head" for name in trace.outputs)
+        self.classifies = any(site.role == "head" for site in trace.sites)
         self._outputs: list[Tensor] = []
         with torch.no_grad():
             for batch in batches:
-                output = model(batch)
+                output = run_model(model, batch)
                 self.classifies = self.classifies and _has_logits(output)
                 self._outputs.append(self.read(output).detach().cpu())
         for output in self._outputs:

@@ -54,7 +54,7 @@ def estimated_effects(
     for batch in switches.floats.batches:
         for images in batch.split(BATCH):
             output = _probe(switches, images, alone, generator)
-            signal += float(output.double().square().sum())
+            signal += float(output.float().square().sum())
             _follow(switches, images, output, gains)
     groups = {("role", name): slots for name, slots in switches.roles.items()}
     groups |= {("site", name): slots for name, slots in switches.sites.items()}
@@ -82,10 +82,10 @@ def _probe(
     listener = _Listener(switches, quantize=False)
     z = listener.run(images)
     for probe in range(PROBES):
-        signs = torch.randint(2, z.shape, generator=generator).mul_(2).sub_(1).to(z)
+        signs = torch.randint(2, z.shape, generator=generator).mul_(2).sub_(1).float().to(z.device)
         u = signs
         if switches.floats.classifies:
-            p = z.detach().softmax(-1)
+            p = z.detach().float().softmax(-1)
             u = p.sqrt() * signs - p * (p.sqrt() * signs).sum(-1, keepdim=True)
         listener.score((u * z).sum(), scores, probe, last=probe == PROBES - 1)
     return z.detach()
@@ -96,9 +96,9 @@ def _follow(switches: Switches, images: Tensor, wanted: Tensor, scores: _Scores)
     listener = _Listener(switches, quantize=True)
     z = listener.run(images)
     if switches.floats.classifies:
-        loss = divergence(wanted.double(), z.double()).sum()
+        loss = divergence(wanted.float(), z.float()).sum()
     else:
-        loss = (z.double() - wanted.double()).square().sum()
+        loss = (z.float() - wanted.float()).square().sum()
     listener.score(loss, scores, 0, last=True)
 
 
@@ -159,9 +159,9 @@ class _Listener:
         image. Scores of different images are independent, so squares still add up as they should.
         """
         if products.ndim and products.shape[0] % self._images == 0:
-            return products.reshape(self._images, -1).double().sum(1).cpu()
+            return products.float().reshape(self._images, -1).sum(1).cpu().double()
         total = torch.zeros(self._images, dtype=torch.float64)
-        total[0] = products.double().sum().cpu()
+        total[0] = float(products.float().sum())
         return total
 
     def _see(self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:

@@ -140,19 +140,19 @@ class Ladder:
             quantized = quantize(
                 self._model, config, self._calibration, trace=self._trace, progress=False
             )
+            seconds = time.monotonic() - start
+            effect = self._floats.effect(quantized)
         except QuietvitError as error:
             self.failed.append((f"{method} {bits}", str(error)))
             return
-        seconds = time.monotonic() - start
-        coverage = quantized.coverage
         self.rows.append(
             Row(
                 method=method,
                 bits=bits,
-                effect=self._floats.effect(quantized),
+                effect=effect,
                 mib=stored_bytes(quantized) / 2**20,
                 average_bits=average_bits(self._trace, config),
-                integer_share=coverage.fraction,
+                integer_share=quantized.coverage.fraction,
                 deployable=quantized.deployable,
                 seconds=seconds,
             )
