@@ -1,9 +1,10 @@
 """Bits chosen for each site against uniform bits at the same budget: DeiT-Tiny, ImageNet.
 
-``quietvit.choose_bits`` chooses among W4A4, W6A6 and W8A8 from estimated costs, on calibration
-images without labels. The budgets are the average bits of uniform W6A6 and of W4A4 with 8-bit
-attention maps, and some between. Each row is top-1 on the first images of imagenet_dev_1000. A row
-that exists is not run again. Needs QUIETVIT_TEST_DATA (or --data).
+``quietvit.advice.bit_costs`` estimates what each site costs at W4A4, W6A6 and W8A8, once, on
+calibration images without labels. Its ``choose`` then chooses. The budgets are the average bits of
+uniform W6A6 and of W4A4 with 8-bit attention maps, and one between. Each row is top-1 on the first
+images of imagenet_dev_1000. A row that exists is not run again. Needs QUIETVIT_TEST_DATA (or
+--data).
 
     python benchmarks/mixed_bits.py run
     python benchmarks/mixed_bits.py plot docs/mixed_bits.png
@@ -22,7 +23,7 @@ import typer
 from torch import nn
 
 import quietvit
-from quietvit.advice.bits import CHOICES, choose_bits
+from quietvit.advice.bits import CHOICES, bit_costs
 from quietvit.advice.sizes import average_bits, stored_bytes
 from quietvit.data import (
     calibration_images,
@@ -62,20 +63,15 @@ def settings(
         budgets.append(average_bits(trace, method))
         if bits not in done:
             yield bits, method, ""
-    for budget in sorted(budgets):
-        setting = f"mixed {budget:.2f}"
-        if setting not in done:
-            choice = choose_bits(
-                model,
-                name,
-                images,
-                average=budget,
-                choices=CHOICES,
-                calibration=calibration,
-                trace=trace,
-            )
-            counts = Counter(choice.overrides.values())
-            yield setting, choice.method, " ".join(f"{n}x{b}" for b, n in sorted(counts.items()))
+    missing = [budget for budget in sorted(budgets) if f"mixed {budget:.2f}" not in done]
+    if not missing:
+        return
+    costs = bit_costs(model, name, images, choices=CHOICES, calibration=calibration, trace=trace)
+    for budget in missing:
+        choice = costs.choose(average=budget)
+        counts = Counter(choice.overrides.values())
+        chosen = " ".join(f"{number}x{bits}" for bits, number in sorted(counts.items()))
+        yield f"mixed {budget:.2f}", choice.method, chosen
 
 
 @app.command()

@@ -5,7 +5,7 @@ Nothing is trained or exported here.
 
 from quietvit.advice.advice import Advice
 from quietvit.advice.advise import advise
-from quietvit.advice.bits import BitChoice, choose_bits
+from quietvit.advice.bits import BitChoice, BitCosts, bit_costs, choose_bits
 from quietvit.advice.causes import Cause
 from quietvit.advice.effects import Effect
 from quietvit.advice.ladder import Row
@@ -16,6 +16,7 @@ from quietvit.advice.steps import Step
 __all__ = [
     "Advice",
     "BitChoice",
+    "BitCosts",
     "Cause",
     "Effect",
     "Part",
@@ -23,6 +24,7 @@ __all__ = [
     "Sensitivity",
     "Step",
     "advise",
+    "bit_costs",
     "choose_bits",
     "sensitivity",
 ]

@@ -84,7 +84,8 @@ def choose_bits(
 
     For each choice the model is calibrated once, and each site's cost alone is measured or
     estimated (``quietvit.sensitivity``). The sum of the costs is minimized exactly. Costs of sites
-    are treated as independent, which holds best for small errors.
+    are treated as independent, which holds best for small errors. For several budgets, call
+    ``quietvit.advice.bit_costs`` once and ``choose`` for each budget.
 
     Sites for which ``method`` has overrides, exclusions or own bits (patch embedding and head, by
     default) keep these, and count in the budget.
@@ -104,53 +105,126 @@ def choose_bits(
         QuietvitError: no budget or two, a budget that no choice meets (names the least possible),
             fewer than two choices, or anything that ``quietvit.sensitivity`` refuses.
     """
-    refuse_training(model)
-    if (average is None) == (weight_bytes is None):
-        raise QuietvitError("give one budget: average (bits) or weight_bytes.")
-    names = list(dict.fromkeys(written_bits(choice) for choice in choices))
-    if len(names) < 2:
-        raise QuietvitError(f"give at least two choices of bits, not {', '.join(names) or 'none'}.")
-    given = parse_method(method) if isinstance(method, str) else method
-    settings = {name: with_bits(given, *parse_bits(name)) for name in names}
-    model = plain_model(model)
-    batches = read_batches(images, model)
-    trace = trace_model(model, batches[0][:1]) if trace is None else trace
-    _Problem(trace, settings).check(average, weight_bytes)
-    costs: dict[str, dict[str, float]] = {}
-    measure = "kl"
-    try:
-        for name, setting in settings.items():
-            switches = Switches(
-                model, setting, batches, calibration=calibration, trace=trace, progress=progress
-            )
-            found = measured(switches, estimate=estimate, progress=progress)
-            if not found.complete:
-                raise KeyboardInterrupt
-            measure = found.measure
-            power = 1 if measure == "kl" else 2
-            costs[name] = {part.name: (found.cost(part) or 0.0) ** power for part in found.sites}
-    except KeyboardInterrupt:
-        if len(costs) < 2:
-            raise
-    problem = _Problem(trace, {name: settings[name] for name in costs})
-    chosen = problem.solve(costs, average, weight_bytes)
-    overrides = {site.name: name for site, name in chosen.items()}
-    lowest = next(iter(settings.values()))
-    final = with_bits(
-        lowest,
-        lowest.weight_bits,
-        lowest.activation_bits,
-        {**lowest.overrides.plain(), **overrides},
-    )
-    return BitChoice(
-        overrides=overrides,
-        method=final,
-        cost=sum(costs[name].get(site.name, 0.0) for site, name in chosen.items()),
-        measure=measure,
-        average_bits=average_bits(trace, final),
-        weight_bytes=weight_size(trace, final),
-        complete=len(costs) == len(settings),
-    )
+    search = _Search(model, method, images, choices, trace)
+    search.problem().check(average, weight_bytes)
+    costs = search.measure(calibration, estimate, progress)
+    return costs.choose(average=average, weight_bytes=weight_bytes)
+
+
+def bit_costs(
+    model: nn.Module,
+    method: Method | str,
+    images: Any,
+    *,
+    choices: Sequence[str] = CHOICES,
+    calibration: Any = None,
+    estimate: bool = True,
+    trace: Trace | None = None,
+    progress: bool = True,
+) -> BitCosts:
+    """Measure what each site costs at each choice of bits; arguments as for ``choose_bits``.
+
+    Ctrl-C ends it. If two choices were measured by then, it returns these.
+    """
+    search = _Search(model, method, images, choices, trace)
+    return search.measure(calibration, estimate, progress)
+
+
+@dataclass(frozen=True)
+class BitCosts:
+    """What each site costs alone at each choice of bits.
+
+    Attributes:
+        trace: of the model.
+        settings: the method at each choice.
+        costs: by choice and site name, in ``measure``; squares if that is ``error``.
+        measure: ``kl`` or ``error``.
+        complete: False if Ctrl-C ended the search.
+    """
+
+    trace: Trace
+    settings: Mapping[str, Method]
+    costs: Mapping[str, Mapping[str, float]]
+    measure: str
+    complete: bool
+
+    def choose(
+        self, *, average: float | None = None, weight_bytes: float | None = None
+    ) -> BitChoice:
+        """Choose the bits of each site under a budget, as ``choose_bits`` does."""
+        problem = _Problem(self.trace, self.settings)
+        chosen = problem.solve(self.costs, average, weight_bytes)
+        overrides = {site.name: name for site, name in chosen.items()}
+        lowest = next(iter(self.settings.values()))
+        every = {**lowest.overrides.plain(), **overrides}
+        final = with_bits(lowest, lowest.weight_bits, lowest.activation_bits, every)
+        return BitChoice(
+            overrides=overrides,
+            method=final,
+            cost=sum(self.costs[name].get(site.name, 0.0) for site, name in chosen.items()),
+            measure=self.measure,
+            average_bits=average_bits(self.trace, final),
+            weight_bytes=weight_size(self.trace, final),
+            complete=self.complete,
+        )
+
+
+class _Search:
+    """The checked arguments of ``choose_bits``, and the measurement of costs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | str,
+        images: Any,
+        choices: Sequence[str],
+        trace: Trace | None,
+    ) -> None:
+        refuse_training(model)
+        names = list(dict.fromkeys(written_bits(choice) for choice in choices))
+        if len(names) < 2:
+            shown = ", ".join(names) or "none"
+            raise QuietvitError(f"give at least two choices of bits, not {shown}.")
+        given = parse_method(method) if isinstance(method, str) else method
+        self.settings = {name: with_bits(given, *parse_bits(name)) for name in names}
+        self.model = plain_model(model)
+        self.batches = read_batches(images, self.model)
+        self.trace = trace or trace_model(self.model, self.batches[0][:1])
+
+    def problem(self) -> _Problem:
+        return _Problem(self.trace, self.settings)
+
+    def measure(self, calibration: Any, estimate: bool, progress: bool) -> BitCosts:
+        costs: dict[str, dict[str, float]] = {}
+        measure = "kl"
+        try:
+            for name, setting in self.settings.items():
+                switches = Switches(
+                    self.model,
+                    setting,
+                    self.batches,
+                    calibration=calibration,
+                    trace=self.trace,
+                    progress=progress,
+                )
+                found = measured(switches, estimate=estimate, progress=progress)
+                if not found.complete:
+                    raise KeyboardInterrupt
+                measure = found.measure
+                power = 1 if measure == "kl" else 2
+                costs[name] = {
+                    part.name: (found.cost(part) or 0.0) ** power for part in found.sites
+                }
+        except KeyboardInterrupt:
+            if len(costs) < 2:
+                raise
+        return BitCosts(
+            trace=self.trace,
+            settings={name: self.settings[name] for name in costs},
+            costs=costs,
+            measure=measure,
+            complete=len(costs) == len(self.settings),
+        )
 
 
 def with_bits(
@@ -202,25 +276,23 @@ class _Problem:
 
     def _uses(self, average: float | None) -> tuple[np.ndarray, float]:
         """Return what (site, choice) uses, and what all other sites use, in units of the budget."""
+        total = sum(site.macs for site in self._trace.matmuls)
         counted = average_bits if average is not None else weight_size
         uses = np.zeros((len(self.sites), len(self._settings)))
         for j, method in enumerate(self._settings.values()):
             for i, site in enumerate(self.sites):
                 first, second = (bits or FLOAT_BITS for bits in _bits_of(method, site))
                 if average is not None:
-                    uses[i, j] = (
-                        site.macs
-                        * (first + second)
-                        / 2
-                        / sum(each.macs for each in self._trace.matmuls)
-                    )
+                    uses[i, j] = site.macs * (first + second) / 2 / total
                 elif site.weight_shape is not None:
                     uses[i, j] = math.prod(site.weight_shape) * second / 8
         method = next(iter(self._settings.values()))
         return uses, counted(self._trace, method) - float(uses[:, 0].sum())
 
     def check(self, average: float | None, weight_bytes: float | None) -> None:
-        """Raise QuietvitError for a budget that even the fewest bits exceed."""
+        """Raise QuietvitError for no budget or two, or one that even the fewest bits exceed."""
+        if (average is None) == (weight_bytes is None):
+            raise QuietvitError("give one budget: average (bits) or weight_bytes.")
         uses, fixed = self._uses(average)
         least = fixed + float(uses.min(1).sum())
         budget = average if average is not None else weight_bytes
