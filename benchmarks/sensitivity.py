@@ -27,8 +27,8 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import quietvit
-from quietvit.advice import Effect, Part, Sensitivity
-from quietvit.advice.plots import role_by_depth
+from quietvit.advice import Sensitivity
+from quietvit.advice.plots import PlottedSite, role_by_depth
 from quietvit.data import calibration_images, create_model, evaluation_transform, load_dataset
 from quietvit.files import write_atomic
 from quietvit.measure.plots import save
@@ -174,33 +174,14 @@ def summary(out: OutOption = OUT) -> None:
 def plot(path: Path, model: str = MODELS[0], out: OutOption = OUT) -> None:
     """Draw role by depth of one model from the table."""
     parts = [row for row in read(out) if row["model"] == model]
-    measure = parts[0]["measure"]
-    sites = tuple(
-        Part(
-            name=row["part"],
-            role=row["role"],
-            sites=1,
-            macs=0,
-            bits="",
-            alone=Effect(**{measure: float(row["cost"])}),
-            without=Effect(**{measure: -float(row["gain"])}),
-        )
+    first = parts[0]
+    sites = [
+        PlottedSite(row["part"], row["role"], float(row["cost"]), float(row["gain"]))
         for row in parts
         if row["kind"] == "site"
-    )
-    found = Sensitivity(
-        model=model,
-        setting=parts[0]["setting"],
-        policy="",
-        images=int(parts[0]["images"]),
-        macs=0,
-        whole=Effect(**{measure: 0.0}),
-        roles=(),
-        sites=sites,
-        estimated=False,
-        complete=True,
-    )
-    save(role_by_depth(found), path)
+    ]
+    title = f"{model}, {first['setting']}: {first['measure']} on {first['images']} images"
+    save(role_by_depth(sites, title), path)
 
 
 if __name__ == "__main__":

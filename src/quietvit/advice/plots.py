@@ -6,7 +6,7 @@ The numbers are given; nothing is measured here.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,23 +19,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from quietvit.advice.result import Sensitivity
 
-_TITLES = {"kl": "KL of the outputs, nats", "error": "relative error of the outputs"}
+class PlottedSite(NamedTuple):
+    """A site with its cost and gain; None if not measured. Sites come in the model's order."""
+
+    name: str
+    role: str
+    cost: float | None
+    gain: float | None
 
 
-def role_by_depth(found: Sensitivity) -> Figure:
+def role_by_depth(sites: Sequence[PlottedSite], title: str) -> Figure:
     """Draw two maps: what each site costs alone, and what is gained when it is left in float."""
-    rows = list(dict.fromkeys(place_of(site.name)[0] for site in found.sites))
-    roles = {place_of(site.name)[0]: site.role for site in found.sites}
-    depths = depths_of([site.name for site in found.sites])
+    rows = list(dict.fromkeys(place_of(site.name)[0] for site in sites))
+    roles = {place_of(site.name)[0]: site.role for site in sites}
+    depths = depths_of([site.name for site in sites])
     columns = list(dict.fromkeys(depths))
     cost = np.full((len(rows), len(columns)), math.nan)
     gain = cost.copy()
-    for site, depth in zip(found.sites, depths, strict=True):
+    for site, depth in zip(sites, depths, strict=True):
         at = rows.index(place_of(site.name)[0]), columns.index(depth)
-        for values, value in ((cost, found.cost(site)), (gain, found.gain(site))):
-            values[at] = math.nan if value is None else value
+        cost[at] = math.nan if site.cost is None else site.cost
+        gain[at] = math.nan if site.gain is None else site.gain
     labels = [row if roles[row] in row else f"{row} ({roles[row]})" for row in rows]
     height = 1.0 + 0.24 * len(rows)
     figure = new_figure(max(6.0, 4.0 + 0.35 * len(columns)), 2 * height)
@@ -43,12 +48,7 @@ def role_by_depth(found: Sensitivity) -> Figure:
     _map(above, cost, labels, columns, "quantized alone")
     _map(below, gain, labels, columns, "gain if it alone is left in float (grey: none)")
     below.set_xlabel("depth (block)")
-    kind = "estimated" if found.estimated else "measured"
-    figure.suptitle(
-        f"{found.model}, {found.setting}: {_TITLES[found.measure]}, {kind} on "
-        f"{found.images} images",
-        fontsize=10,
-    )
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -160,10 +160,16 @@ class Sensitivity:
 
     def plot(self, folder: str | Path) -> tuple[Path, ...]:
         """Draw ``sensitivity.png`` into ``folder``: role by depth. Returns its path."""
-        from quietvit.advice.plots import role_by_depth
+        from quietvit.advice.plots import PlottedSite, role_by_depth
         from quietvit.measure.plots import save
 
-        return (save(role_by_depth(self), Path(folder) / "sensitivity.png"),)
+        what = {"kl": "KL of the outputs, nats", "error": "relative error of the outputs"}
+        figure = role_by_depth(
+            [PlottedSite(p.name, p.role, self.cost(p), self.gain(p)) for p in self.sites],
+            f"{self.model}, {self.setting}: {what[self.measure]}, "
+            f"{'estimated' if self.estimated else 'measured'} on {self.images} images",
+        )
+        return (save(figure, Path(folder) / "sensitivity.png"),)
 
 
 _TITLES = {"error": "error", "kl": "KL", "changed": "class changed"}
