@@ -139,7 +139,8 @@ def _explain(
         progress=False,
     )
     costs = measured(switches, estimate=True)
-    found.causes = find_causes(switches, [p.name for p in costs.worst_sites[:3]], costs.measure)
+    causes = find_causes(switches, [part.name for part in costs.worst_sites[:3]], costs.measure)
+    found.causes = tuple(sorted(causes, key=lambda cause: -cause.cost))
     for role in _wide(switches, [part.name for part in costs.worst_roles])[:2]:
         bits = f"{target.bits}+{role}=8"
         before = len(ladder.rows)
