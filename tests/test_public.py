@@ -28,12 +28,13 @@ from quietvit.quantization.method import _METHODS
 PUBLIC = """
     BRECQ ERQ GPTQ HPTQ RTN TWEO AdaLog ColinearityDecay DopQViT FQViT KurtosisRegularization
     MatrixPair Method NormGainDecay PTQ4ViT PairWeightDecay QDrop QuietvitError QwT RepQViT
-    SmoothQuant SpectralDecay StrengthSchedule Task WeightView check diagnose evaluate export
-    find_pairs list_methods load predict quantize register_method register_regularizer
-    register_target register_task sqnr trace
+    SmoothQuant SpectralDecay StrengthSchedule Task WeightView advise check choose_bits diagnose
+    evaluate export find_pairs list_methods load predict quantize register_method
+    register_regularizer register_target register_task sensitivity sqnr trace
 """
 ROOMS = (
-    *("quietvit", "quietvit.compare", "quietvit.data", "quietvit.decay", "quietvit.deployment"),
+    *("quietvit", "quietvit.advice", "quietvit.compare", "quietvit.data", "quietvit.decay"),
+    "quietvit.deployment",
     *("quietvit.measure", "quietvit.pairs", "quietvit.quantization", "quietvit.report"),
     *("quietvit.tasks", "quietvit.tracing", "quietvit.train"),
 )

@@ -3,6 +3,9 @@
 A name is added here and nowhere else.
 """
 
+from .advice import advise as advise
+from .advice import choose_bits as choose_bits
+from .advice import sensitivity as sensitivity
 from .data import evaluate as evaluate
 from .decay import TWEO as TWEO
 from .decay import ColinearityDecay as ColinearityDecay

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from quietvit import __version__
-from quietvit.commands import deploying, looking, quantizing, training
+from quietvit.commands import advising, deploying, looking, quantizing, training
 from quietvit.complaints import Command, Commands
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ def _global(
     """Train vision transformers that survive low-bit quantization."""
 
 
-for group in (training, looking, quantizing, deploying):
+for group in (training, looking, advising, quantizing, deploying):
     for command in group.app.registered_commands:
         command.cls = Command
     app.add_typer(group.app)

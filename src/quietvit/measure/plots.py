@@ -38,7 +38,7 @@ WORST_PAIRS = 5
 
 def outliers_by_depth(sites: Sequence[SiteStatistics], images: int) -> Figure:
     """Plot max and rms of each kind of activation, in the order of the forward pass."""
-    figure = _figure(9, 4.6)
+    figure = new_figure(9, 4.6)
     above, below = figure.subplots(2, 1, sharex=True)
     styles = zip(ROLES, COLOURS, MARKERS, strict=True)
     for role, colour, marker in styles:
@@ -74,7 +74,7 @@ def outliers_by_depth(sites: Sequence[SiteStatistics], images: int) -> Figure:
 
 def site_channels(site: SiteStatistics) -> Figure:
     """Plot the largest magnitude of each channel of one site."""
-    figure = _figure(9, 3.4)
+    figure = new_figure(9, 3.4)
     axes = figure.subplots()
     heights = site.channel_max
     axes.vlines(range(len(heights)), 0, heights, color=COLOURS[0], linewidth=1)
@@ -101,7 +101,7 @@ def site_channels(site: SiteStatistics) -> Figure:
 
 def amplification_spectra(pairs: Sequence[PairStatistics]) -> Figure:
     """Plot the amplification s_i·‖B u_i‖ of the first ``WORST_PAIRS`` pairs over the rank i."""
-    figure = _figure(9, 3.8)
+    figure = new_figure(9, 3.8)
     axes = figure.subplots()
     for n, pair in enumerate(pairs[:WORST_PAIRS]):
         spectrum = [x if x > 0 else float("nan") for x in pair.amplification]
@@ -138,7 +138,8 @@ def _depth_ticks(sites: Sequence[SiteStatistics]) -> list[tuple[int, str]]:
     return ticks[:: max(1, -(-len(ticks) // 16))]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure, sizes in inches, without pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -183,31 +183,38 @@ class Calibration:
     def track(
         self, batches: Iterable[T], total: int | None, label: str
     ) -> Generator[T, None, None]:
-        """Yield batches or steps; show a progress bar if they take more than 3 s."""
-        if not self.progress:
-            yield from batches
-            return
-        from rich.console import Console
-        from rich.progress import Progress
+        """``tracked``, if this calibration shows its progress."""
+        return tracked(batches, total, label, self.progress)
 
-        start = time.monotonic()
-        shown: tuple[Progress, Any] | None = None
-        try:
-            for done, batch in enumerate(batches):
-                spent = time.monotonic() - start
-                slow = spent > _SHOW_AFTER or (
-                    done > 0 and total is not None and spent / done * total > _SHOW_AFTER
-                )
-                if shown is None and slow:
-                    bar = Progress(console=Console(stderr=True), transient=True)
-                    bar.start()
-                    shown = (bar, bar.add_task(label, total=total))
-                if shown is not None:
-                    shown[0].update(shown[1], completed=done)
-                yield batch
-        finally:
+
+def tracked(
+    batches: Iterable[T], total: int | None, label: str, progress: bool = True
+) -> Generator[T, None, None]:
+    """Yield batches or steps; with ``progress``, show a bar if they take more than 3 s."""
+    if not progress:
+        yield from batches
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    start = time.monotonic()
+    shown: tuple[Progress, Any] | None = None
+    try:
+        for done, batch in enumerate(batches):
+            spent = time.monotonic() - start
+            slow = spent > _SHOW_AFTER or (
+                done > 0 and total is not None and spent / done * total > _SHOW_AFTER
+            )
+            if shown is None and slow:
+                bar = Progress(console=Console(stderr=True), transient=True)
+                bar.start()
+                shown = (bar, bar.add_task(label, total=total))
             if shown is not None:
-                shown[0].stop()
+                shown[0].update(shown[1], completed=done)
+            yield batch
+    finally:
+        if shown is not None:
+            shown[0].stop()
 
 
 def run_model(model: nn.Module, batch: Tensor) -> Any:

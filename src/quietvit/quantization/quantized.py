@@ -5,7 +5,7 @@ A method decides where quantizers are; ``storage`` defines the format of files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class QuantizedModel(nn.Module):
         self._kept: dict[str, tuple[State, Tensor]] = {}
         self._observer: Handler | None = None
         self._replacement: Callable[[Slot, Tensor], Tensor] | None = None
+        self._only: frozenset[str] | None = None
         self.train(model.training)
 
     @property
@@ -151,6 +152,18 @@ class QuantizedModel(nn.Module):
         finally:
             self._replacement = None
 
+    @contextmanager
+    def only(self, slots: Collection[Slot]) -> Iterator[None]:
+        """Inside ``with``, quantize only these operands; all others stay in float.
+
+        Adjustments and compensations still apply. An inner ``only`` replaces an outer one.
+        """
+        before, self._only = self._only, frozenset(slot.key for slot in slots)
+        try:
+            yield
+        finally:
+            self._only = before
+
     def _moved_inputs(self) -> dict[str, tuple[ChannelAffine, ChannelAffine]]:
         """For each reader of a re-parametrized norm: how its input was moved, and the inverse."""
         moved = {}
@@ -198,6 +211,8 @@ class QuantizedModel(nn.Module):
         return self._observer(site, (back.apply_to(operands[0]), *operands[1:]), quantized)
 
     def _quantize(self, site: Site, key: str, index: int, operand: Tensor) -> Tensor:
+        if self._only is not None and key not in self._only:
+            return operand
         if self._replacement is not None:
             return self._replacement(self._slots[site.name][index], operand)
         quantizer = self.quantizers[key]
@@ -220,7 +235,7 @@ class QuantizedModel(nn.Module):
         self._kept.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}, "_observer": None, "_replacement": None}
+        return self.__dict__ | {"_kept": {}, "_observer": None, "_replacement": None, "_only": None}
 
     def train(self, mode: bool = True) -> QuantizedModel:
         self.refresh()

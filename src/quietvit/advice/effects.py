@@ -1,0 +1,117 @@
+"""What quantization does to a model's outputs, without labels: ``Effect``, measured on images.
+
+Which operands are quantized is decided by the callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quietvit.errors import QuietvitError
+from quietvit.outputs import logits_of, tensors_of
+from quietvit.quantization.calibration import run_model
+from quietvit.tracing import Trace
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Difference between a quantized model's outputs and the float model's, on the same images.
+
+    Attributes:
+        error: ‖ŷ − y‖ / ‖y‖ over all images, for logits or, without a classifier, all outputs.
+        kl: mean over images of KL(softmax y ‖ softmax ŷ), in nats; None without a classifier.
+        changed: share of the images whose class changes, 0 to 1; None without a classifier.
+        drop: forecast of the loss of top-1 accuracy, 0 to 1: the mean of p[class of ŷ] taken from
+            p[class of y], with p = softmax y. It is exact if the float model's probabilities are
+            calibrated (derived here). None without a classifier.
+
+    A fast estimate leaves None where it estimates nothing.
+    """
+
+    error: float | None = None
+    kl: float | None = None
+    changed: float | None = None
+    drop: float | None = None
+
+
+class FloatOutputs:
+    """The float model's outputs on batches of images, to compare other models with."""
+
+    def __init__(self, model: nn.Module, trace: Trace, batches: Sequence[Tensor]) -> None:
+        self.batches = batches
+        self.classifies = any(site.role == "head" for site in trace.sites)
+        self._outputs: list[Tensor] = []
+        with torch.no_grad():
+            for batch in batches:
+                output = run_model(model, batch)
+                self.classifies = self.classifies and _has_logits(output)
+                self._outputs.append(self.read(output).detach().cpu())
+        for output in self._outputs:
+            if not bool(output.isfinite().all()):
+                raise QuietvitError(
+                    "the float model's outputs hold NaN or inf, so nothing can be compared with "
+                    "them; check the weights, or run the model in float32."
+                )
+
+    def read(self, output: Any) -> Tensor:
+        """Return what is compared: logits (B, classes), or all float tensors in one row (1, n)."""
+        if self.classifies:
+            return logits_of(output)
+        found = [x for x in tensors_of(output).values() if x.is_floating_point()]
+        if not found:
+            raise QuietvitError("the model's output holds no float tensor to compare.")
+        return torch.cat([x.flatten() for x in found])[None]
+
+    def expected(self, number: int) -> Tensor:
+        """The float output of batch ``number``, as ``read`` returns it, on the CPU."""
+        return self._outputs[number]
+
+    def effect(self, run: Callable[[Tensor], Any]) -> Effect:
+        """Run a model on all batches and compare it."""
+        signal = noise = kl = drop = 0.0
+        changed = images = 0
+        with torch.no_grad():
+            for batch, wanted in zip(self.batches, self._outputs, strict=True):
+                found = self.read(run(batch)).cpu()
+                _check_shapes(found, wanted)
+                y, z = wanted.double(), found.double()
+                signal += float(y.square().sum())
+                noise += float((z - y).square().sum())
+                images += len(batch)
+                if self.classifies:
+                    kl += float(divergence(y, z).sum())
+                    changed += int((y.argmax(-1) != z.argmax(-1)).sum())
+                    p = y.softmax(-1)
+                    kept = p.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1)
+                    drop += float((p.amax(-1) - kept).sum())
+        error = (noise / signal) ** 0.5 if signal else None
+        if not self.classifies:
+            return Effect(error)
+        return Effect(error, kl / images, changed / images, drop / images)
+
+
+def divergence(y: Tensor, z: Tensor) -> Tensor:
+    """KL(softmax y ‖ softmax z) in nats for logits (B, classes); (B,)."""
+    p, q = y.log_softmax(-1), z.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _has_logits(output: Any) -> bool:
+    try:
+        return logits_of(output).shape[-1] > 1
+    except QuietvitError:
+        return False
+
+
+def _check_shapes(found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape:
+        raise QuietvitError(
+            f"the outputs have {found.numel()} values when quantized and {wanted.numel()} in "
+            "float, for example because a detector found another number of boxes. Give the part "
+            "of the model whose outputs always have one shape, such as the backbone."
+        )

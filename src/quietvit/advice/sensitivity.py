@@ -1,0 +1,131 @@
+"""``sensitivity``: what each site and each role costs in a quantized model, exact or estimated.
+
+``switches`` switches operands on and off, ``estimate`` computes the estimate, and ``result`` holds
+what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+from torch import nn
+
+from quietvit.advice.estimate import estimated_effects
+from quietvit.advice.result import Part, Sensitivity
+from quietvit.advice.switches import Switches
+from quietvit.quantization import Method, Slot
+from quietvit.quantization.calibration import tracked
+from quietvit.tracing import Trace
+
+
+def sensitivity(
+    model: nn.Module,
+    method: Method | str,
+    images: Any,
+    *,
+    bits: str | None = None,
+    calibration: Any = None,
+    estimate: bool = False,
+    trace: Trace | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """Measure what each site and each role costs when ``method`` quantizes the model.
+
+    For each part the result holds two effects on the outputs: of quantizing it alone, and of
+    quantizing everything but it. They need no labels: relative error, KL divergence, and the share
+    of images whose class changes. The model is calibrated once, and the given model never changes.
+
+    The exact measure runs the model about twice for each site and role on all images. Ctrl-C ends
+    it and returns what was measured so far. The estimate runs one pass forth and back through the
+    float model, and one through the quantized model. It gives the KL divergence alone (or the
+    error, without a classifier); see ``quietvit.advice.estimate`` for the formulas and
+    docs/bits.md for how well it ranks.
+
+    Args:
+        model: the float model, in eval mode.
+        method: a config or a name, as for ``quietvit.quantize``. It must not change weights to make
+            up for rounding.
+        images: as for ``quietvit.quantize``; they are held in memory. 32 give a first picture.
+        bits: such as ``W4A4``, for a method given by name.
+        calibration: other images to calibrate on; None takes ``images``.
+        estimate: estimate instead of measuring.
+        trace: an earlier ``quietvit.trace`` of this model.
+        progress: show a progress bar if it takes more than 3 seconds.
+
+    Raises:
+        QuietvitError: a model in training mode, a method that changes weights, or anything that
+            ``quietvit.quantize`` refuses.
+    """
+    switches = Switches(
+        model,
+        method,
+        images,
+        bits=bits,
+        calibration=calibration,
+        trace=trace,
+        progress=progress,
+    )
+    return measured(switches, estimate=estimate, progress=progress)
+
+
+def measured(switches: Switches, *, estimate: bool = False, progress: bool = True) -> Sensitivity:
+    """Measure or estimate all parts of a model whose operands can be switched."""
+    whole = switches.effect(switches.quantized.slots())
+    complete = True
+    if estimate:
+        alone, without = estimated_effects(switches, whole)
+    else:
+        alone, without = {}, {}
+        jobs = list(_jobs(switches))
+        try:
+            with closing(tracked(jobs, len(jobs), "sensitivity", progress)) as steps:
+                for key, slots, only in steps:
+                    if only:
+                        alone[key] = switches.effect(slots)
+                    else:
+                        without[key] = switches.effect(switches.others(slots))
+        except KeyboardInterrupt:
+            complete = False
+    quantized = switches.quantized
+
+    def parts(kind: str, groups: Any) -> tuple[Part, ...]:
+        return tuple(
+            Part(
+                name=name,
+                role=slots[0].site.role if kind == "site" else name,
+                sites=len({slot.site.name for slot in slots}),
+                macs=sum({slot.site.name: slot.site.macs for slot in slots}.values()),
+                bits="/".join(map(str, sorted({_bits(switches, slot) for slot in slots}))),
+                alone=alone.get((kind, name)),
+                without=without.get((kind, name)),
+            )
+            for name, slots in groups.items()
+        )
+
+    return Sensitivity(
+        model=quantized.trace.model_name,
+        setting=f"{quantized.method.name} {quantized.method.label}",
+        policy=quantized.method.policy(),
+        images=switches.images,
+        macs=quantized.trace.macs,
+        whole=whole,
+        roles=parts("role", switches.roles),
+        sites=parts("site", switches.sites),
+        estimated=estimate,
+        complete=complete,
+    )
+
+
+def _jobs(switches: Switches) -> Iterator[tuple[tuple[str, str], list[Slot], bool]]:
+    """Roles first: they are few, and say most if the user stops early."""
+    for kind, groups in (("role", switches.roles), ("site", switches.sites)):
+        for only in (True, False):
+            for name, slots in groups.items():
+                yield (kind, name), slots, only
+
+
+def _bits(switches: Switches, slot: Slot) -> int:
+    found: Any = switches.quantized.quantizers[slot.key].bits
+    return int(found)

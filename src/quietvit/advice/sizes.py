@@ -1,0 +1,51 @@
+"""What a quantized model costs to store and to compute: bytes, and bits averaged over its products.
+
+Derived here. ``quietvit.quantization.coverage`` counts which products are quantized.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from quietvit.quantization import Method, QuantizedModel, Slot
+from quietvit.tracing import MATMUL_KINDS, Trace, WeightView
+
+FLOAT_BITS = 32
+
+
+def average_bits(trace: Trace, method: Method) -> float:
+    """Return the mean bits of both operands over all multiply-accumulates; a float operand has 32.
+
+    Uniform W6A6 with its edges at 6 bits gives 6.
+    """
+    total = bits = 0.0
+    for site in trace.matmuls:
+        for index in (0, 1):
+            own = method.slot_bits(Slot(site, index)) if _quantizes(method, site.kind) else None
+            bits += site.macs * (own or FLOAT_BITS) / 2
+        total += site.macs
+    return bits / total if total else float(FLOAT_BITS)
+
+
+def stored_bytes(quantized: QuantizedModel) -> int:
+    """Return bytes of all parameters, with quantized weights packed at their bits.
+
+    Scales and zero points are left out. A weight with two readers counts once, with its most bits.
+    """
+    parameters = list(quantized.model.parameters())
+    width = 8 * parameters[0].element_size()
+    bits: dict[WeightView, int] = {}
+    entries: dict[WeightView, int] = {}
+    for slot in quantized.slots():
+        view, shape = slot.site.weight, slot.site.weight_shape
+        if slot.is_weight and view is not None and shape is not None:
+            own: Any = quantized.quantizers[slot.key].bits
+            bits[view] = max(bits.get(view, 0), own)
+            entries[view] = math.prod(shape)
+    whole = sum(p.numel() * p.element_size() for p in parameters)
+    return round(whole - sum(n * (width - bits[view]) / 8 for view, n in entries.items()))
+
+
+def _quantizes(method: Method, kind: str) -> bool:
+    return kind in method.kinds and kind in MATMUL_KINDS
