@@ -8,6 +8,7 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.companding import TanQuantizer, TwinQuantizer
 from quietvit.quantization.coverage import Coverage
+from quietvit.quantization.learned import LearnedAffine, learn_steps
 from quietvit.quantization.listing import method_rows
 from quietvit.quantization.method import Method, get_method, list_methods, register_method
 from quietvit.quantization.methods.adalog import AdaLog
@@ -42,6 +43,7 @@ __all__ = [
     "Coverage",
     "DopQViT",
     "FQViT",
+    "LearnedAffine",
     "LogQuantizer",
     "Method",
     "OnTop",
@@ -56,6 +58,7 @@ __all__ = [
     "TanQuantizer",
     "TwinQuantizer",
     "get_method",
+    "learn_steps",
     "list_methods",
     "load",
     "method_rows",

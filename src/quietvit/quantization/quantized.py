@@ -337,7 +337,7 @@ class QuantizedModel(nn.Module):
             model=self.model,
             trace=self.trace,
             method=self.method,
-            quantizers={s: q for s, q in quantizers.items() if isinstance(q, Quantizer)},
+            quantizers={s: q.fixed() for s, q in quantizers.items() if isinstance(q, Quantizer)},
             adjustments=self.adjusted(),
             compensations=self.compensated(),
             input_shape=self.input_shape,

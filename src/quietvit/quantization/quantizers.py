@@ -81,6 +81,10 @@ class Quantizer(nn.Module, ABC):
     def from_config(cls, config: dict[str, Any]) -> Quantizer:
         """Inverse of ``config``; the buffers hold placeholders of the right shape."""
 
+    def fixed(self) -> Quantizer:
+        """Return it without parameters, as files hold it; itself if it has none."""
+        return self
+
 
 def affine_code_range(bits: int, signed: bool) -> tuple[int, int]:
     """[-2^(b-1), 2^(b-1) - 1] if signed, else [0, 2^b - 1]."""
