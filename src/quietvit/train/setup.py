@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from quietvit.data import data_config
 from quietvit.decay.config import RunFacts
 from quietvit.errors import QuietvitError
+from quietvit.quantization import QuantizedModel
 from quietvit.tasks import Batch, Task, task_named
 from quietvit.tracing import evaluating
 from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
@@ -25,8 +26,15 @@ from quietvit.train.evaluation import without_memory
 from quietvit.train.finetune import freeze, parameter_groups
 from quietvit.train.memory import is_want_of_memory
 from quietvit.train.metrics import Stopwatch
-from quietvit.train.order import EpochBatches, SeededImages, epoch_order
-from quietvit.train.regularizers import attach, build_regularizers
+from quietvit.train.order import (
+    EpochBatches,
+    SeededImages,
+    epoch_order,
+    generator_states,
+    set_generator_states,
+)
+from quietvit.train.qat import core_of, quantized_model, refuse_unfit_sites, restored_model
+from quietvit.train.regularizers import attach, build_regularizers, detach
 from quietvit.train.stopping import ignore_in_worker
 from quietvit.train.training import Models, Observers, Optimization, Run, Training
 from quietvit.train.unused import freeze_unused
@@ -38,11 +46,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("quietvit")
 
 
-def build(config: TrainConfig, resumed: bool = False) -> Run:
+def build(config: TrainConfig, resumed: Mapping[str, Any] | None = None) -> Run:
     """Build a run. Its random numbers depend on ``config.seed`` and not on the decay.
 
-    A ``resumed`` run gets random weights, because the file in ``config.model`` may be gone. The
-    checkpoint replaces them, and nothing else depends on them.
+    ``resumed`` is the checkpoint that the run continues from. Then the weights are random, because
+    the file in ``config.model`` may be gone. The checkpoint replaces them, and nothing else depends
+    on them.
 
     Raises:
         QuietvitError: data, model, weights or decay settings are bad, or the machine lacks the
@@ -52,6 +61,8 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
     task = task_of(config)
     train, test = task.open_data()
     train = task.subset(train, config.data.train_images)
+    if config.qat is not None and config.qat.images > len(train):
+        raise _too_few(config.qat.images, train)
     processes = accelerator.num_processes
     effective = effective_batch(config, processes)
     steps_per_epoch = len(train) // effective
@@ -82,7 +93,7 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
     )
     images = SeededImages(
         train,
-        task.training_transform(training.models.plain),
+        task.training_transform(training.models.core),
         config.seed,
         max_bad=config.data.max_bad_images,
     )
@@ -115,15 +126,19 @@ def drawn_images(task: Task, train: Any, model: nn.Module, count: int) -> Any:
     """
     config = task.config
     if count > len(train):
-        raise QuietvitError(
-            f"decay.s2d.images is {count}, but {train.name} has {len(train)} images for training; "
-            "lower it."
-        )
+        raise _too_few(count, train)
     readable = SeededImages(train, _unchanged, config.seed, max_bad=config.data.max_bad_images)
     order = epoch_order(len(train), config.seed, 0)[:count]
     samples = [readable[0, int(index)] for index in order]
     inputs, _ = next(iter(task.evaluation_loader(model, samples, count, 0)))
     return inputs
+
+
+def _too_few(count: int, train: Any) -> QuietvitError:
+    return QuietvitError(
+        f"{train.name} has {len(train)} images for training, but {count} are asked for; lower "
+        "decay.s2d.images or qat.images."
+    )
 
 
 def _unchanged(image: Any, target: Any) -> tuple[Any, Any]:
@@ -141,9 +156,12 @@ def assemble(
     train: Any | None,
     some_images: Callable[[nn.Module, int], Any],
     steps_per_epoch: int,
-    resumed: bool = False,
+    resumed: Mapping[str, Any] | None = None,
 ) -> Training:
     """Build models, optimizer and regularizers, and prepare them with accelerate.
+
+    With ``qat`` the model is quantized if it trains quantized from the start, or if ``resumed``
+    holds a quantized one.
 
     Args:
         train: the training data; None in a dry run without data.
@@ -156,46 +174,104 @@ def assemble(
     if accelerator.is_main_process:
         _tell_whole(config, accelerator)
     set_seed(config.seed)
-    plain = task.create_model(train, untrained=resumed).to(accelerator.device)
-    evaluated = without_memory(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
-    average = _average(config, plain)
+    plain = task.create_model(train, untrained=resumed is not None).to(accelerator.device)
     freeze(plain, config.model.freeze, config.model.freeze_blocks)
-    effective = effective_batch(config, accelerator.num_processes)
-    rates = config.rates(effective)
     one, two = (send_to_device(task.stand_in(plain, count), accelerator.device) for count in (1, 2))
     example = one[0]
     _refuse_unfit(task, plain, example)
     _freeze_unused(task, plain, (one, two), accelerator)
-    inner = _optimizer(config.optimizer, plain, rates.lr)
-    regularizers = build_regularizers(
-        config.decay,
-        plain,
-        example,
-        RunFacts(
-            lambda count: send_to_device(some_images(plain, count), accelerator.device),
-            steps_per_epoch,
-            steps_per_epoch * config.epochs,
-        ),
+    bare = plain
+    facts = RunFacts(
+        lambda count: send_to_device(some_images(bare, count), accelerator.device),
+        steps_per_epoch,
+        steps_per_epoch * config.epochs,
     )
-    observers = Observers(Stopwatch(), Watch(plain, example))
-    if not resumed:  # kept for the error of a run that diverges before its first checkpoint
-        observers.watch.amplification(0)
-    shard_by(accelerator, plain, observers.watch.blocks)
-    wrapped, optimizer = accelerator.prepare(plain, inner)
-    attach(regularizers, inner, observers.stopwatch)
+    if config.qat is not None:
+        refuse_unfit_sites(config.qat, plain, example)
+        held = None if resumed is None else resumed.get("quantization")
+        if held is not None:
+            plain = restored_model(config.qat, plain, held)
+        elif resumed is None and config.qat.start_epoch == 0:
+            plain = quantized_model(config.qat, plain, facts.images(config.qat.images))
+    stopwatch = Stopwatch()
+    models, optim, watch = _prepared(config, accelerator, plain, example, facts, stopwatch)
+    if resumed is None:  # kept for the error of a run that diverges before its first checkpoint
+        watch.amplification(0)
     set_seed(config.seed, device_specific=True)
-    compiled = torch.compile(wrapped) if config.compile else wrapped
-    scheduler = _scheduler(config, rates, inner, steps_per_epoch)
     return Training(
         config=config,
         accelerator=accelerator,
         task=task,
-        models=Models(plain, wrapped, compiled, evaluated.requires_grad_(False), average),
-        optim=Optimization(inner, optimizer, scheduler, regularizers),
-        observers=observers,
+        models=models,
+        optim=optim,
+        observers=Observers(stopwatch, watch),
+        facts=facts,
         steps_per_epoch=steps_per_epoch,
-        effective_batch=effective,
+        effective_batch=effective_batch(config, accelerator.num_processes),
     )
+
+
+def _prepared(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    plain: nn.Module,
+    example: Any,
+    facts: RunFacts,
+    stopwatch: Stopwatch,
+) -> tuple[Models, Optimization, Watch]:
+    """Build what trains ``plain``, and prepare both with accelerate."""
+    core = core_of(plain)
+    evaluated = without_memory(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
+    average = _average(config, plain)
+    rates = config.rates(effective_batch(config, accelerator.num_processes))
+    inner = _optimizer(config.optimizer, plain, rates.lr)
+    regularizers = build_regularizers(config.decay, core, example, facts)
+    watch = Watch(core, example, plain)
+    shard_by(accelerator, plain, watch.blocks)
+    wrapped, optimizer = accelerator.prepare(plain, inner)
+    attach(regularizers, inner, stopwatch)
+    compiled = torch.compile(wrapped) if config.compile else wrapped
+    scheduler = _scheduler(config, rates, inner, facts.steps_per_epoch)
+    return (
+        Models(plain, wrapped, compiled, evaluated.requires_grad_(False), average),
+        Optimization(inner, optimizer, scheduler, regularizers),
+        watch,
+    )
+
+
+def quantize_in_place(training: Training) -> None:
+    """Quantize the model of a run that has trained in float, and go on with the quantized one.
+
+    Adam's moments stay where the method leaves a weight as it was. Regularizers go on counting
+    steps. The moving average starts again. The run's random numbers do not change.
+    """
+    from accelerate.utils import send_to_device
+
+    t, chosen = training, training.config.qat
+    assert chosen is not None
+    states = generator_states(t.accelerator.device)
+    plain = t.accelerator.unwrap_model(t.models.wrapped, keep_fp32_wrapper=False)
+    old = t.optim
+    quantized = quantized_model(chosen, plain, t.facts.images(chosen.images))
+    detach(old.regularizers, t.observers.stopwatch)
+    t.accelerator.free_memory()
+    example = send_to_device(t.task.stand_in(plain, 1), t.accelerator.device)[0]
+    parts = (t.config, t.accelerator, quantized, example, t.facts, t.observers.stopwatch)
+    t.models, t.optim, t.observers.watch = _prepared(*parts)
+    for name, before in plain.named_parameters():
+        now = quantized.model.get_parameter(name)
+        if before in old.inner.state and torch.equal(before, now):
+            t.optim.inner.state[now] = old.inner.state[before]
+    for name, regularizer in t.optim.regularizers.items():
+        regularizer.steps = old.regularizers[name].steps
+    set_generator_states(states, t.accelerator.device)
+    if t.accelerator.is_main_process:
+        logger.warning(
+            "the run trains in %s from here on, with %s steps (qat.start_epoch = %d).",
+            f"{chosen.bits} {chosen.method}",
+            chosen.steps,
+            chosen.start_epoch,
+        )
 
 
 @torch.no_grad()
@@ -250,7 +326,9 @@ def _tell_whole(config: TrainConfig, accelerator: Accelerator) -> None:
 
 
 def _optimizer(chosen: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, chosen)
+    groups = parameter_groups(core_of(model), chosen)
+    if isinstance(model, QuantizedModel) and (steps := list(model.quantizers.parameters())):
+        groups.append({"params": steps, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=chosen.betas, eps=chosen.eps)
     check_groups(model, optimizer)
     return optimizer
