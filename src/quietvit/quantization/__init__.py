@@ -8,6 +8,7 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.companding import TanQuantizer, TwinQuantizer
 from quietvit.quantization.coverage import Coverage
+from quietvit.quantization.floating import BlockFloatQuantizer, ScaledFloatQuantizer
 from quietvit.quantization.learned import LearnedAffine, learn_steps
 from quietvit.quantization.listing import method_rows
 from quietvit.quantization.method import Method, get_method, list_methods, register_method
@@ -38,6 +39,7 @@ __all__ = [
     "RTN",
     "AdaLog",
     "AffineQuantizer",
+    "BlockFloatQuantizer",
     "Calibrated",
     "Calibration",
     "Coverage",
@@ -53,6 +55,7 @@ __all__ = [
     "Quantizer",
     "QwT",
     "RepQViT",
+    "ScaledFloatQuantizer",
     "Slot",
     "SmoothQuant",
     "TanQuantizer",

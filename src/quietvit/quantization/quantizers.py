@@ -81,6 +81,11 @@ class Quantizer(nn.Module, ABC):
     def from_config(cls, config: dict[str, Any]) -> Quantizer:
         """Inverse of ``config``; the buffers hold placeholders of the right shape."""
 
+    @property
+    def label(self) -> str:
+        """What coverage and reports call it: its bits, or a number format such as ``MXFP4``."""
+        return str(self.bits)
+
     def fixed(self) -> Quantizer:
         """Return it without parameters, as files hold it; itself if it has none."""
         return self

@@ -232,7 +232,8 @@ def _weight_codes(
     for name, readers in by_name.items():
         if name not in state:
             continue
-        dtype = torch.int8 if all(q.bits <= 8 for _, q in readers) else torch.int16
+        spans = [high - low for low, high in (q.code_range for _, q in readers)]
+        dtype = torch.int8 if max(spans) < 1 << 8 else torch.int16
         stored = torch.zeros(state[name].shape, dtype=dtype)
         filled = torch.zeros(state[name].shape, dtype=torch.int32)
         slots = []
