@@ -15,8 +15,9 @@ from quietvit.compare import CompareConfig
 from quietvit.console import build_model
 from quietvit.errors import QuietvitError
 from quietvit.quantization import LearnedAffine
-from quietvit.train import estimate, loop, parse_config, train
+from quietvit.train import TrainResult, estimate, loop, parse_config, train
 from quietvit.train.setup import build
+from test_train_distributed import CD, SHARED, fork, job, ranks
 from test_train_loop import EVERYTHING, config, interrupt, lines, run
 
 EACH = {
@@ -191,7 +192,9 @@ def test_a_detector_trains_quantized(tmp_path, test_data):
         ({"images": 61}, "has 60 images for training, but 61 are asked for"),
         ({"start_epoch": 1, "overrides": {"post_softmx": 8}}, "'post_softmx' is not a role"),
         ({"start_epoch": 1, "options": {"exclude": ["haed"]}}, "exclude='haed' matches none"),
-        ({"start_epoch": 1, "method": "hptq"}, "hptq restricts all steps, so none can be learned"),
+        ({"start_epoch": 1, "method": "hptq"}, "hptq with these settings has no step that can be"),
+        ({"start_epoch": 1, "options": {"exclude": ["*"]}}, "rtn with these settings has no step"),
+        ({"start_epoch": 1, "options": {"number_format": "mx"}}, "rtn with these settings has no"),
     ],
 )
 def test_bad_settings_are_refused_before_any_training(tmp_path, changes, told):
@@ -212,3 +215,17 @@ def test_what_does_not_go_together(tmp_path, whole):
         run(whole(1).output, resume=True, **EVERYTHING, **qat(start_epoch=1, bits="W8A8"))
     with pytest.raises(QuietvitError, match="holds a finished run"):
         run(whole(1).output, **EVERYTHING, **qat(start_epoch=1))
+
+
+def test_two_processes_train_one_quantized_model(tmp_path):
+    """They change to it together, and hold the same weights and steps to the end."""
+    fork(tmp_path, job(tmp_path / "run", **SHARED, decay=CD, **qat(start_epoch=1)))
+    one, other = ranks(tmp_path / "run")
+    assert one.keys() == other.keys()
+    assert any(name.endswith("log_ratio") for name in one)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    saved = TrainResult.read(tmp_path / "run").load_model()
+    scales = {name: q.scale for name, q in saved.quantizers.items()}
+    for name, scale in scales.items():
+        parts_of_it = one[f"quantizers.{name}.start"], one[f"quantizers.{name}.log_ratio"]
+        assert torch.equal(scale, parts_of_it[0] * parts_of_it[1].exp()), name

@@ -70,10 +70,11 @@ def refuse_unfit_sites(config: QATConfig, model: nn.Module, example: Any) -> Non
     with evaluating(model):
         found = trace(model, example)
     method.check_sites(found)
-    slots = [Slot(site, index) for site in found.matmuls for index in range(len(site.operands))]
-    if config.steps == "learned" and not any(map(method.may_learn_step, slots)):
+    slots = [Slot(site, index) for site in found.matmuls for index in (0, 1)]
+    quantized = [slot for slot in slots if method.slot_bits(slot) is not None]
+    if config.steps == "learned" and not any(map(method.may_learn_step, quantized)):
         raise QuietvitError(
-            f"{method.name} restricts all steps, so none can be learned. Set qat.steps to "
+            f"{method.name} with these settings has no step that can be learned. Set qat.steps to "
             "'fixed', or choose another qat.method."
         )
 

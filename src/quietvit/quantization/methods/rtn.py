@@ -133,6 +133,9 @@ class RTN(Method):
             )
         return calibrated
 
+    def may_learn_step(self, slot: Slot) -> bool:
+        return self.number_format == "integer"
+
     def policy(self) -> str:
         if self.number_format == "integer":
             return super().policy()
