@@ -22,9 +22,10 @@ from quietvit.train.engine import gathered, make_accelerator
 from quietvit.train.evaluation import judged
 from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Stopwatch
+from quietvit.train.prepare import effective_batch
 from quietvit.train.qat import core_of
 from quietvit.train.regularizers import attach, detach
-from quietvit.train.setup import assemble, effective_batch, task_of
+from quietvit.train.setup import assemble, task_of
 from quietvit.train.step import forward_backward
 from quietvit.train.training import Training
 

@@ -31,6 +31,7 @@ from quietvit.train.folder import (
 from quietvit.train.losses import Losses
 from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Metrics
+from quietvit.train.prepare import quantize_in_place
 from quietvit.train.progress import bar_of, threads
 from quietvit.train.recipe import refuse_not_utf8
 from quietvit.train.regularizers import detach, figures
@@ -42,7 +43,7 @@ from quietvit.train.resume import (
     differences,
     restore,
 )
-from quietvit.train.setup import build, quantize_in_place
+from quietvit.train.setup import build
 from quietvit.train.step import forward_backward
 from quietvit.train.stopping import StopRequestedError, Termination, end_workers
 from quietvit.train.together import (

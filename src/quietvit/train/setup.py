@@ -5,7 +5,6 @@ Nothing is trained here; ``loop`` does that.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,28 +16,23 @@ from torch.utils.data import DataLoader
 from quietvit.data import data_config
 from quietvit.decay.config import RunFacts
 from quietvit.errors import QuietvitError
-from quietvit.quantization import QuantizedModel
 from quietvit.tasks import Batch, Task, task_named
 from quietvit.tracing import evaluating
-from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
-from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
-from quietvit.train.evaluation import without_memory
-from quietvit.train.finetune import freeze, parameter_groups
+from quietvit.train.config import TrainConfig
+from quietvit.train.engine import is_sharded, make_accelerator
+from quietvit.train.finetune import freeze
 from quietvit.train.memory import is_want_of_memory
 from quietvit.train.metrics import Stopwatch
 from quietvit.train.order import (
     EpochBatches,
     SeededImages,
     epoch_order,
-    generator_states,
-    set_generator_states,
 )
-from quietvit.train.qat import core_of, quantized_model, refuse_unfit_sites, restored_model
-from quietvit.train.regularizers import attach, build_regularizers, detach
+from quietvit.train.prepare import effective_batch, prepared
+from quietvit.train.qat import quantized_model, refuse_unfit_sites, restored_model
 from quietvit.train.stopping import ignore_in_worker
-from quietvit.train.training import Models, Observers, Optimization, Run, Training
+from quietvit.train.training import Observers, Run, Training
 from quietvit.train.unused import freeze_unused
-from quietvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,11 +139,6 @@ def _unchanged(image: Any, target: Any) -> tuple[Any, Any]:
     return image, target
 
 
-def effective_batch(config: TrainConfig, processes: int) -> int:
-    """Return the number of images in an optimizer step."""
-    return config.batch_size * config.accumulation * processes
-
-
 def assemble(
     task: Task,
     accelerator: Accelerator,
@@ -194,7 +183,7 @@ def assemble(
         elif resumed is None and config.qat.start_epoch == 0:
             plain = quantized_model(config.qat, plain, facts.images(config.qat.images))
     stopwatch = Stopwatch()
-    models, optim, watch = _prepared(config, accelerator, plain, example, facts, stopwatch)
+    models, optim, watch = prepared(config, accelerator, plain, example, facts, stopwatch)
     if resumed is None:  # kept for the error of a run that diverges before its first checkpoint
         watch.amplification(0)
     set_seed(config.seed, device_specific=True)
@@ -209,69 +198,6 @@ def assemble(
         steps_per_epoch=steps_per_epoch,
         effective_batch=effective_batch(config, accelerator.num_processes),
     )
-
-
-def _prepared(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    plain: nn.Module,
-    example: Any,
-    facts: RunFacts,
-    stopwatch: Stopwatch,
-) -> tuple[Models, Optimization, Watch]:
-    """Build what trains ``plain``, and prepare both with accelerate."""
-    core = core_of(plain)
-    evaluated = without_memory(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
-    average = _average(config, plain)
-    rates = config.rates(effective_batch(config, accelerator.num_processes))
-    inner = _optimizer(config.optimizer, plain, rates.lr)
-    regularizers = build_regularizers(config.decay, core, example, facts)
-    watch = Watch(core, example, plain)
-    shard_by(accelerator, plain, watch.blocks)
-    wrapped, optimizer = accelerator.prepare(plain, inner)
-    attach(regularizers, inner, stopwatch)
-    compiled = torch.compile(wrapped) if config.compile else wrapped
-    scheduler = _scheduler(config, rates, inner, facts.steps_per_epoch)
-    return (
-        Models(plain, wrapped, compiled, evaluated.requires_grad_(False), average),
-        Optimization(inner, optimizer, scheduler, regularizers),
-        watch,
-    )
-
-
-def quantize_in_place(training: Training) -> None:
-    """Quantize the model of a run that has trained in float, and go on with the quantized one.
-
-    Adam's moments stay where the method leaves a weight as it was. Regularizers go on counting
-    steps. The moving average starts again. The run's random numbers do not change.
-    """
-    from accelerate.utils import send_to_device
-
-    t, chosen = training, training.config.qat
-    assert chosen is not None
-    states = generator_states(t.accelerator.device)
-    plain = t.accelerator.unwrap_model(t.models.wrapped, keep_fp32_wrapper=False)
-    old = t.optim
-    quantized = quantized_model(chosen, plain, t.facts.images(chosen.images))
-    detach(old.regularizers, t.observers.stopwatch)
-    t.accelerator.free_memory()
-    example = send_to_device(t.task.stand_in(plain, 1), t.accelerator.device)[0]
-    parts = (t.config, t.accelerator, quantized, example, t.facts, t.observers.stopwatch)
-    t.models, t.optim, t.observers.watch = _prepared(*parts)
-    for name, before in plain.named_parameters():
-        now = quantized.model.get_parameter(name)
-        if before in old.inner.state and torch.equal(before, now):
-            t.optim.inner.state[now] = old.inner.state[before]
-    for name, regularizer in t.optim.regularizers.items():
-        regularizer.steps = old.regularizers[name].steps
-    set_generator_states(states, t.accelerator.device)
-    if t.accelerator.is_main_process:
-        logger.warning(
-            "the run trains in %s from here on, with %s steps (qat.start_epoch = %d).",
-            f"{chosen.bits} {chosen.method}",
-            chosen.steps,
-            chosen.start_epoch,
-        )
 
 
 @torch.no_grad()
@@ -323,37 +249,3 @@ def _tell_whole(config: TrainConfig, accelerator: Accelerator) -> None:
             "parallel is 'fsdp2', but there is one process, so the model is not sharded and needs "
             "the memory of 'ddp'. Start several processes (torchrun), or set parallel to 'ddp'."
         )
-
-
-def _optimizer(chosen: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    groups = parameter_groups(core_of(model), chosen)
-    if isinstance(model, QuantizedModel) and (steps := list(model.quantizers.parameters())):
-        groups.append({"params": steps, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=chosen.betas, eps=chosen.eps)
-    check_groups(model, optimizer)
-    return optimizer
-
-
-def _scheduler(
-    config: TrainConfig, rates: Rates, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-) -> Any:
-    from timm.scheduler.cosine_lr import CosineLRScheduler
-
-    warmup = round(config.schedule.warmup_epochs * steps_per_epoch)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(1, steps_per_epoch * config.epochs - warmup),
-        lr_min=rates.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=min(rates.warmup_lr, rates.lr),
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-
-
-def _average(config: TrainConfig, model: nn.Module) -> Any:
-    from timm.utils.model_ema import ModelEmaV3
-
-    if config.ema is None:
-        return None
-    return ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup)
