@@ -40,6 +40,7 @@ import quietvit
 from ptq_table import Job, append, compared, finished, read, table
 from quietvit.data import ImageDataset, create_model, evaluate, evaluation_transform, load_dataset
 from quietvit.errors import QuietvitError
+from quietvit.quantization.floating import ELEMENT_OF
 from quietvit.quantization.method import get_method
 
 MODEL = "deit_tiny_patch16_224"
@@ -77,6 +78,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "brecq-240": ("brecq", REDUCED),
     "qdrop-240": ("qdrop", REDUCED),
     "qdrop-240-on-dopq-vit": ("qdrop", REDUCED | {"base": "dopq-vit"}),
+    **{
+        f"{method}-{name}": (method, {"number_format": name})
+        for method in ("rtn", "smoothquant")
+        for name in ELEMENT_OF
+    },
 }
 BATCH = 8
 # Freed blocks are kept: at 16 images a batch, fresh pages for activations cost a fifth of the time.
@@ -259,7 +265,9 @@ def jobs_for(
     for name in names:
         method, fields = SETTINGS[name]
         shown = json.dumps(fields, sort_keys=True)
-        jobs += [Job(name, method, b, str(s), shown, images) for b in bits for s in seeds]
+        had = ELEMENT_OF.get(fields.get("number_format"))
+        fit = [b for b in bits if had is None or set(map(int, b[1:].split("A"))) <= set(had)]
+        jobs += [Job(name, method, b, str(s), shown, images) for b in fit for s in seeds]
     done = finished(out, images)
     return [job for job in jobs if job.key not in done]
 

@@ -29,7 +29,7 @@ PUBLIC = """
     BRECQ ERQ GPTQ HPTQ RTN TWEO AdaLog ColinearityDecay DopQViT FQViT KurtosisRegularization
     MatrixPair Method NormGainDecay PTQ4ViT PairWeightDecay QDrop QuietvitError QwT RepQViT
     SmoothQuant SpectralDecay StrengthSchedule Task WeightView advise check choose_bits diagnose
-    evaluate export find_pairs list_methods load predict quantize register_method
+    evaluate export find_pairs learn_steps list_methods load predict quantize register_method
     register_regularizer register_target register_task sensitivity sqnr trace
 """
 ROOMS = (

@@ -38,6 +38,7 @@ from .quantization import QDrop as QDrop
 from .quantization import QwT as QwT
 from .quantization import RepQViT as RepQViT
 from .quantization import SmoothQuant as SmoothQuant
+from .quantization import learn_steps as learn_steps
 from .quantization import list_methods as list_methods
 from .quantization import load as load
 from .quantization import quantize as quantize

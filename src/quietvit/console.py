@@ -164,7 +164,13 @@ def build_model(
                 f"{name} is the folder of a training run, which has its weights, classes and size; "
                 "leave --weights, --classes and --size out."
             )
-        return TrainResult.read(name).load_model()
+        result = TrainResult.read(name)
+        if result.config.qat is not None:
+            raise QuietvitError(
+                f"{name} is a run that trained a quantized model, and a float model is needed "
+                f"here; give {result.weights} to evaluate, export and check."
+            )
+        return result.load_model()
     if weights is None and not name.startswith("hf:"):
         typer.echo("note: the weights of the model are random. Give some with --weights.", err=True)
     if name.startswith("hf:") and is_detector_folder(name[3:]):

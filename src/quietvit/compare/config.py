@@ -73,6 +73,11 @@ class CompareConfig(Section):
                 "the recipe trains without Colinearity Decay, so there is nothing to compare; set "
                 "a strength, for example --set decay.cd.strength=1."
             )
+        if self.recipe.qat is not None:
+            raise QuietvitError(
+                "the recipe trains a quantized model (qat), but a comparison quantizes after "
+                "training; leave it out with --set qat=none, or run both arms with quietvit train."
+            )
         return self
 
     @property

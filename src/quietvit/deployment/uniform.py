@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from quietvit.deployment.grids import why_none
+from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
+from quietvit.quantization.floating import FloatingQuantizer
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer, affine_fake
 from quietvit.quantization.slot import Slot
 
@@ -66,6 +68,11 @@ def replacing_codes(
         assert isinstance(old, Quantizer)
         if why_none(slot, old, signed) is None:
             continue
+        if isinstance(old, FloatingQuantizer):
+            raise QuietvitError(
+                f"{slot.site.name} ({slot.operand}) is {old.label}, a floating-point format, which "
+                "no uniform code replaces. Quantize with number_format='integer' to export it."
+            )
         new = _uniform(slot, old, bits, signed)
         own.quantizers[slot.key] = new
         replaced.append(_loss(slot, old, new))

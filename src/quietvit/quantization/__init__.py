@@ -8,6 +8,8 @@ from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.companding import TanQuantizer, TwinQuantizer
 from quietvit.quantization.coverage import Coverage
+from quietvit.quantization.floating import BlockFloatQuantizer, ScaledFloatQuantizer
+from quietvit.quantization.learned import LearnedAffine, learn_steps
 from quietvit.quantization.listing import method_rows
 from quietvit.quantization.method import Method, get_method, list_methods, register_method
 from quietvit.quantization.methods.adalog import AdaLog
@@ -37,11 +39,13 @@ __all__ = [
     "RTN",
     "AdaLog",
     "AffineQuantizer",
+    "BlockFloatQuantizer",
     "Calibrated",
     "Calibration",
     "Coverage",
     "DopQViT",
     "FQViT",
+    "LearnedAffine",
     "LogQuantizer",
     "Method",
     "OnTop",
@@ -51,11 +55,13 @@ __all__ = [
     "Quantizer",
     "QwT",
     "RepQViT",
+    "ScaledFloatQuantizer",
     "Slot",
     "SmoothQuant",
     "TanQuantizer",
     "TwinQuantizer",
     "get_method",
+    "learn_steps",
     "list_methods",
     "load",
     "method_rows",

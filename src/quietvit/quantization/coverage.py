@@ -23,6 +23,7 @@ class Coverage:
     A product counts as quantized if both its operands are. ``untouched``: every other matrix
     product, with the reason. ``by_bits``: MACs of the quantized products by operand bits, largest
     first. ``W4A8`` is a 4-bit weight with an 8-bit activation, ``A8A4`` is two activations.
+    ``MXFP4`` is two operands of that format, ``W MXFP4 A MXFP8-E4M3`` two different ones.
     """
 
     quantized_macs: int
@@ -86,22 +87,25 @@ def _percent(share: float) -> str:
 def coverage_of(
     trace: Trace,
     method: Method,
-    bits: Mapping[str, int],
+    labels: Mapping[str, str],
     compensations: Mapping[str, Compensation],
 ) -> Coverage:
-    """Count one image's MACs; ``bits`` by ``Slot.key``, ``compensations`` by block name."""
+    """Count one image's MACs.
+
+    ``labels`` of quantizers by ``Slot.key``, ``compensations`` by block name.
+    """
     done, untouched, macs = Counter[str](), [], []
     for site in trace.matmuls:
         slots = (Slot(site, 0), Slot(site, 1))
         if site.kind not in MATMUL_KINDS:
             reasons = [f"inside {site.function}, which cannot be taken apart"]
         else:
-            reasons = [_why_float(method, slot) for slot in slots if slot.key not in bits]
+            reasons = [_why_float(method, slot) for slot in slots if slot.key not in labels]
         if reasons:
             untouched.append((site.name, "; ".join(dict.fromkeys(reasons))))
             macs.append(site.macs)
         else:
-            done[_label(slots, bits)] += site.macs
+            done[_label(slots, labels)] += site.macs
     extra = 0
     for name, compensation in compensations.items():
         extra += compensation.macs
@@ -111,8 +115,12 @@ def coverage_of(
     return Coverage(done.total(), trace.macs + extra, tuple(untouched), tuple(macs), by_bits)
 
 
-def _label(slots: tuple[Slot, Slot], bits: Mapping[str, int]) -> str:
-    first, second = (bits[slot.key] for slot in slots)
+def _label(slots: tuple[Slot, Slot], labels: Mapping[str, str]) -> str:
+    first, second = (labels[slot.key] for slot in slots)
+    if not (first.isdecimal() and second.isdecimal()):
+        if first == second:
+            return first
+        return f"W {second} A {first}" if slots[1].is_weight else f"A {first} A {second}"
     return f"W{second}A{first}" if slots[1].is_weight else f"A{first}A{second}"
 
 

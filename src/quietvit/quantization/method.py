@@ -150,6 +150,10 @@ class Method(ReadableModel):
         bits = edge.get(slot.site.role, "same")
         return working if bits == "same" else bits
 
+    def may_learn_step(self, slot: Slot) -> bool:
+        """Whether the step of a uniform quantizer may take any value (see ``learn_steps``)."""
+        return True
+
     def excluded_by(self, site: Site) -> str | None:
         """The first pattern in ``exclude`` that matches the site's name, or None."""
         return next((p for p in self.exclude if fnmatch.fnmatchcase(site.name, p)), None)

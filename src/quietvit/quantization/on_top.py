@@ -78,6 +78,9 @@ class OnTop(Method):
     def slot_bits(self, slot: Slot) -> int | None:
         return self.base.slot_bits(slot)
 
+    def may_learn_step(self, slot: Slot) -> bool:
+        return self.base.may_learn_step(slot)
+
     def check_sites(self, trace: Trace) -> None:
         self.base.check_sites(trace)
 

@@ -25,6 +25,7 @@ from quietvit.quantization.adjustments import (
 )
 from quietvit.quantization.calibration import run_model
 from quietvit.quantization.coverage import Coverage, coverage_of
+from quietvit.quantization.floating import FloatingQuantizer
 from quietvit.quantization.kept import State, state_of, unchanged
 from quietvit.quantization.method import Method
 from quietvit.quantization.quantizers import Quantizer
@@ -276,13 +277,17 @@ class QuantizedModel(nn.Module):
     @property
     def coverage(self) -> Coverage:
         """Multiply-accumulates on quantized operands, and each matrix product left out."""
-        bits = {key: int(quantizer.bits) for key, quantizer in self.quantizers.items()}  # type: ignore[arg-type]
-        return coverage_of(self.trace, self.method, bits, self.compensated())
+        labels = {key: str(quantizer.label) for key, quantizer in self.quantizers.items()}
+        return coverage_of(self.trace, self.method, labels, self.compensated())
 
     def report(self) -> str:
         """Return bits, first- and last-layer policy, notes and coverage as text."""
         what = "deployable: standard integer kernels compute with these codes"
-        if not self.deployable:
+        floating = {q.label for q in self.quantizers.values() if isinstance(q, FloatingQuantizer)}
+        if floating:
+            shown = ", ".join(sorted(floating))
+            what = f"simulated: values are rounded to {shown}; no kernel computes with them here"
+        elif not self.deployable:
             what = "simulated: no standard integer kernel computes with all of these codes"
         if self.coverage.quantized_macs == 0:
             what = "no product has both operands quantized: nothing computes in integers"
@@ -352,7 +357,7 @@ class QuantizedModel(nn.Module):
             model=self.model,
             trace=self.trace,
             method=self.method,
-            quantizers={s: q for s, q in quantizers.items() if isinstance(q, Quantizer)},
+            quantizers={s: q.fixed() for s, q in quantizers.items() if isinstance(q, Quantizer)},
             adjustments=self.adjusted(),
             compensations=self.compensated(),
             input_shape=self.input_shape,

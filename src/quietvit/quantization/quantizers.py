@@ -81,6 +81,15 @@ class Quantizer(nn.Module, ABC):
     def from_config(cls, config: dict[str, Any]) -> Quantizer:
         """Inverse of ``config``; the buffers hold placeholders of the right shape."""
 
+    @property
+    def label(self) -> str:
+        """What coverage and reports call it: its bits, or a number format such as ``MXFP4``."""
+        return str(self.bits)
+
+    def fixed(self) -> Quantizer:
+        """Return it without parameters, as files hold it; itself if it has none."""
+        return self
+
 
 def affine_code_range(bits: int, signed: bool) -> tuple[int, int]:
     """[-2^(b-1), 2^(b-1) - 1] if signed, else [0, 2^b - 1]."""
@@ -132,14 +141,40 @@ def affine_fake(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     scale, zero = scale.to(wide), zero_point.to(wide)
-    steps = x.to(wide) * scale.reciprocal()
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        steps = torch.clamp(steps, code_low - zero, code_high - zero)
-        rounded = steps + (steps.round() - steps).detach()
-        return (rounded * scale).to(x.dtype)
+        fake: Tensor = _StraightThrough.apply(x.to(wide), scale, zero, code_low, code_high)
+        return fake.to(x.dtype)
+    return _rounded(x.to(wide), scale, zero, code_low, code_high).to(x.dtype)
+
+
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
     # Clamping with numbers as bounds is many times faster on a CPU than with tensors.
-    steps = steps.round_().add_(zero).clamp_(code_low, code_high).sub_(zero)
-    return steps.mul_(scale).to(x.dtype)
+    steps = x * scale.reciprocal()
+    return steps.round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``_rounded`` with LSQ's gradients. It keeps only x, where autograd keeps five tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        ctx.ends = low, high
+        return _rounded(x, scale, zero, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, scale, zero = ctx.saved_tensors
+        steps = x * scale.reciprocal()
+        places = steps + zero
+        inside = (places >= ctx.ends[0]) & (places <= ctx.ends[1])
+        to_x = gradients[0] * inside if ctx.needs_input_grad[0] else None
+        to_scale = None
+        if ctx.needs_input_grad[1]:
+            ends = places.clamp_(*ctx.ends).sub_(zero)
+            slopes = torch.where(inside, steps.round().sub_(steps), ends).mul_(gradients[0])
+            to_scale = slopes.sum_to_size(scale.shape)
+        return to_x, to_scale, None, None, None
 
 
 @register_quantizer("affine")

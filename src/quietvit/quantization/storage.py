@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,23 +100,7 @@ def write(path: Path, contents: Contents, used: Mapping[str, Tensor], coverage: 
         "model_class": type(model).__name__,
         "input_shape": list(contents.input_shape),
         "sites": signature(contents.trace),
-        "quantizers": [
-            {
-                "site": slot.site.name,
-                "index": slot.index,
-                "kind": quantizer.kind,
-                "config": quantizer.config(),
-            }
-            for slot, quantizer in contents.quantizers.items()
-        ],
-        "adjustments": [
-            {"site": name, "kind": adjustment.kind, "config": adjustment.config()}
-            for name, adjustment in contents.adjustments.items()
-        ],
-        "compensations": [
-            {"block": name, "config": compensation.config()}
-            for name, compensation in contents.compensations.items()
-        ],
+        **parts_of(contents.quantizers, contents.adjustments, contents.compensations),
         "coded_weights": {name: slots for name, (_, slots) in codes.items()},
         "dtypes": {name: str(t.dtype) for name, t in all_tensors(model)},
         "preprocessing": preprocessing_of(model),
@@ -142,33 +126,18 @@ def read(path: Path, model: nn.Module | None) -> Contents:
         compare_weights(path, own, state | coded)
         trace = trace_model(own, zero_image(own, facts["input_shape"]))
         compare_sites(path, trace, facts["sites"])
-        sites = {site.name: site for site in trace.sites}
-        quantizers: dict[Slot, Quantizer] = {}
-        for entry in facts["quantizers"]:
-            slot = Slot(sites[entry["site"]], entry["index"])
-            quantizer = build_quantizer(entry["kind"], entry["config"])
-            quantizers[slot] = _filled(quantizer, _quantizer_prefix(slot), tensors)
-        adjustments = {
-            entry["site"]: _filled(
-                build_adjustment(entry["kind"], entry["config"]),
-                _prefix("adjustments", entry["site"]),
-                tensors,
-            )
-            for entry in facts["adjustments"]
-        }
-        compensations = {
-            entry["block"]: _filled(
-                Compensation.from_config(entry["config"]),
-                _prefix("compensations", entry["block"]),
-                tensors,
-            )
-            for entry in facts["compensations"]
-        }
+        quantizers, adjustments, compensations = build_parts(facts, trace)
+        for slot, quantizer in quantizers.items():
+            _fill(quantizer, _quantizer_prefix(slot), tensors)
+        for name, adjustment in adjustments.items():
+            _fill(adjustment, _prefix("adjustments", name), tensors)
+        for name, compensation in compensations.items():
+            _fill(compensation, _prefix("compensations", name), tensors)
         for name, stored in coded.items():
             dtype = own.state_dict()[name].dtype
             whole = torch.zeros(stored.shape, dtype=dtype)
             for site, index in facts["coded_weights"][name]:
-                slot = Slot(sites[site], index)
+                slot = Slot(trace[site], index)
                 values = _decode(stored, slot.site, quantizers[slot], dtype)
                 _view(slot.site).scatter_add_(whole, values)
             state[name] = whole
@@ -182,14 +151,61 @@ def read(path: Path, model: nn.Module | None) -> Contents:
     return Contents(own, trace, method, quantizers, adjustments, compensations, input_shape, notes)
 
 
-M = TypeVar("M", bound=nn.Module)
+Parts = tuple[dict[Slot, Quantizer], dict[str, Adjustment], dict[str, Compensation]]
 
 
-def _filled(module: M, prefix: str, tensors: dict[str, Tensor]) -> M:
+def parts_of(
+    quantizers: Mapping[Slot, Quantizer],
+    adjustments: Mapping[str, Adjustment],
+    compensations: Mapping[str, Compensation],
+) -> dict[str, Any]:
+    """Return, as JSON, what ``build_parts`` builds the same modules from, without tensors."""
+    return {
+        "quantizers": [
+            {
+                "site": slot.site.name,
+                "index": slot.index,
+                "kind": quantizer.kind,
+                "config": quantizer.config(),
+            }
+            for slot, quantizer in quantizers.items()
+        ],
+        "adjustments": [
+            {"site": name, "kind": adjustment.kind, "config": adjustment.config()}
+            for name, adjustment in adjustments.items()
+        ],
+        "compensations": [
+            {"block": name, "config": compensation.config()}
+            for name, compensation in compensations.items()
+        ],
+    }
+
+
+def build_parts(facts: Mapping[str, Any], trace: Trace) -> Parts:
+    """Build what ``parts_of`` described, with placeholders for its tensors."""
+    sites = {site.name: site for site in trace.sites}
+    return (
+        {
+            Slot(sites[entry["site"]], entry["index"]): build_quantizer(
+                entry["kind"], entry["config"]
+            )
+            for entry in facts["quantizers"]
+        },
+        {
+            entry["site"]: build_adjustment(entry["kind"], entry["config"])
+            for entry in facts["adjustments"]
+        },
+        {
+            entry["block"]: Compensation.from_config(entry["config"])
+            for entry in facts["compensations"]
+        },
+    )
+
+
+def _fill(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
     module.load_state_dict(
         {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     )
-    return module
 
 
 def _view(site: Site) -> Any:
@@ -216,7 +232,8 @@ def _weight_codes(
     for name, readers in by_name.items():
         if name not in state:
             continue
-        dtype = torch.int8 if all(q.bits <= 8 for _, q in readers) else torch.int16
+        spans = [high - low for low, high in (q.code_range for _, q in readers)]
+        dtype = torch.int8 if max(spans) < 1 << 8 else torch.int16
         stored = torch.zeros(state[name].shape, dtype=dtype)
         filled = torch.zeros(state[name].shape, dtype=torch.int32)
         slots = []

@@ -128,7 +128,8 @@ class Detection(Task):
 
     def rebuild(self, result: Any, weights: Any) -> nn.Module:
         model = self._built(result.num_classes, result.class_names, None, untrained=True)
-        load_weights(model, weights)
+        if weights is not None:
+            load_weights(model, weights)
         return model
 
     def refuse_unfit(self, model: nn.Module, output: Any) -> None:

@@ -128,7 +128,10 @@ class Task(ABC):
 
     @abstractmethod
     def rebuild(self, result: Any, weights: Any) -> nn.Module:
-        """Build the model of a finished run (``quietvit.TrainResult``) and load its weights."""
+        """Build the model of a finished run (``quietvit.TrainResult``) and load its weights.
+
+        ``weights`` is their path, or None for random ones.
+        """
 
     @abstractmethod
     def refuse_unfit(self, model: nn.Module, output: Any) -> None:

@@ -26,6 +26,7 @@ from quietvit.decay.registry import RegularizerEntry
 from quietvit.errors import QuietvitError
 from quietvit.section import Section
 from quietvit.tasks import task_named
+from quietvit.train.qat import QATConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -227,6 +228,7 @@ class TrainConfig(Section):
     decay: Annotated[SerializeAsAny[DecayConfig], BeforeValidator(_parsed_decay)] = Field(
         default_factory=lambda: decay_config()()
     )
+    qat: QATConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     epochs: int = Field(default=10, ge=1)
     """Passes over the training images."""
@@ -296,6 +298,7 @@ class TrainConfig(Section):
                 "ema needs unsharded weights, but parallel='fsdp2' shards them; set parallel to "
                 "'ddp', or ema to none"
             )
+        self._qat_fits()
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(
                 f"schedule.min_lr ({self.schedule.min_lr:g}) is above optimizer.lr "
@@ -310,3 +313,17 @@ class TrainConfig(Section):
             if problem := strength.late(self.epochs):
                 raise ValueError(f"{key}: {problem}")
         return self
+
+    def _qat_fits(self) -> None:
+        if self.qat is None:
+            return
+        if self.qat.start_epoch >= self.epochs:
+            raise ValueError(
+                f"qat.start_epoch ({self.qat.start_epoch}) must be below epochs ({self.epochs})"
+            )
+        for key, value, other in (("parallel", "fsdp2", "'ddp'"), ("compile", True, "false")):
+            if getattr(self, key) == value:
+                raise ValueError(
+                    f"qat does not work with {key}={value!r}, because its quantizers follow every "
+                    f"call of the model; set {key} to {other}, or qat to none"
+                )

@@ -14,7 +14,7 @@ from quietvit.errors import QuietvitError
 from quietvit.tasks import task_named
 from quietvit.train.checkpoint import list_checkpoints, step_of
 from quietvit.train.metrics import METRICS, TENSORBOARD
-from quietvit.train.result import CHECKPOINTS, CLASSES, CONFIG, RESULT, WEIGHTS
+from quietvit.train.result import CHECKPOINTS, CLASSES, CONFIG, QUANTIZED, RESULT, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Earlier:
     @property
     def precious(self) -> bool:
         """Whether ``force`` alone must not delete it: checkpoints or weights without a result."""
-        return not self.finished and (bool(self.checkpoints) or WEIGHTS in self.parts)
+        held = {WEIGHTS, f"{QUANTIZED}/"}.intersection(self.parts)
+        return not self.finished and (bool(self.checkpoints) or bool(held))
 
     def __str__(self) -> str:
         """Describe it, such as "an unfinished run (checkpoints: step-00000004)"."""
@@ -96,7 +97,7 @@ def earlier_run(folder: Path) -> Earlier:
         name for name in (CONFIG, CLASSES, METRICS, WEIGHTS, RESULT) if (folder / name).exists()
     ]
     parts += [f"{CHECKPOINTS}/{name}" for name in checkpoints]
-    parts += [f"{TENSORBOARD}/"] if (folder / TENSORBOARD).is_dir() else []
+    parts += [f"{name}/" for name in (QUANTIZED, TENSORBOARD) if (folder / name).is_dir()]
     begun = isinstance(_read(folder / CONFIG), dict) and "recipe" in _read(folder / CONFIG)
     return Earlier(
         folder,

@@ -22,8 +22,10 @@ from quietvit.train.engine import gathered, make_accelerator
 from quietvit.train.evaluation import judged
 from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Stopwatch
+from quietvit.train.prepare import effective_batch
+from quietvit.train.qat import core_of
 from quietvit.train.regularizers import attach, detach
-from quietvit.train.setup import assemble, effective_batch, task_of
+from quietvit.train.setup import assemble, task_of
 from quietvit.train.step import forward_backward
 from quietvit.train.training import Training
 
@@ -122,6 +124,9 @@ def estimate(config: TrainConfig) -> Estimate:
         return task.stand_in(model, count)[0]
 
     steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
+    if config.qat is not None:
+        at_once = config.qat.model_copy(update={"start_epoch": 0})
+        steady = steady.model_copy(update={"qat": at_once})
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     with enough_memory(config, Stage.BUILD):
@@ -257,7 +262,7 @@ def _stand_in(training: Training, count: int) -> Batch:
     """Return a new batch of noise on the device. Mixup and detectors change a batch in place."""
     from accelerate.utils import send_to_device
 
-    batch = training.task.stand_in(training.models.evaluated, count)
+    batch = training.task.stand_in(core_of(training.models.evaluated), count)
     moved: Batch = send_to_device(batch, training.accelerator.device)
     return moved
 

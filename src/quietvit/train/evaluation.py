@@ -21,6 +21,7 @@ from quietvit.tracing import evaluating
 from quietvit.tracing.block_modules import lies_within
 from quietvit.tracing.scales import read_entry
 from quietvit.train.engine import gathered, is_sharded
+from quietvit.train.qat import core_of
 from quietvit.train.stopping import Stoppable, Termination, ignore_in_worker, refuse_if_due
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def score(
     task, own = training.task, None
     with judged(training, average) as model:
         if len(share):
-            loader = task.evaluation_loader(model, share, size, training.config.num_workers)
+            loader = task.evaluation_loader(
+                core_of(model), share, size, training.config.num_workers
+            )
             loader.worker_init_fn = ignore_in_worker
             batches: Any = Stoppable(loader, termination)
             own = task.judge(model, batches, accelerator.device, progress)

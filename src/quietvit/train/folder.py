@@ -27,7 +27,7 @@ from quietvit.train.config import TrainConfig
 from quietvit.train.earlier import earlier_run
 from quietvit.train.metrics import METRICS, TENSORBOARD
 from quietvit.train.recipe import parse_config
-from quietvit.train.result import CHECKPOINTS, CLASSES, CONFIG, RESULT, WEIGHTS
+from quietvit.train.result import CHECKPOINTS, CLASSES, CONFIG, QUANTIZED, RESULT, WEIGHTS
 
 logger = logging.getLogger("quietvit")
 
@@ -59,7 +59,7 @@ def fresh(output: Path) -> None:
         logger.warning("a new run in %s deletes %s: %s.", output, earlier, earlier.deleted())
     for path in own_files(output):
         path.unlink(missing_ok=True)
-    for name in (CHECKPOINTS, TENSORBOARD):
+    for name in (CHECKPOINTS, TENSORBOARD, QUANTIZED):
         shutil.rmtree(output / name, ignore_errors=True)
 
 

@@ -31,10 +31,11 @@ from quietvit.train.folder import (
 from quietvit.train.losses import Losses
 from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Metrics
+from quietvit.train.prepare import quantize_in_place
 from quietvit.train.progress import bar_of, threads
 from quietvit.train.recipe import refuse_not_utf8
 from quietvit.train.regularizers import detach, figures
-from quietvit.train.result import CHECKPOINTS, RESULT, WEIGHTS, TrainResult
+from quietvit.train.result import CHECKPOINTS, RESULT, TrainResult, weights_of
 from quietvit.train.resume import (
     check_same_data,
     collect,
@@ -106,7 +107,7 @@ def train(
         seen = written(output)
         state = load_checkpoint(output / CHECKPOINTS) if begun else None
         with enough_memory(config, Stage.BUILD):
-            run = build(config, resumed=state is not None)
+            run = build(config, state)
         with alone(run.training, begun, force, discard, seen):
             main = run.training.accelerator.is_main_process
             if main:
@@ -184,6 +185,13 @@ class _Loop:
         with worker_errors(), bar_of(progress and main) as bar:
             task = bar.add_task("training", total=self.t.total_steps, completed=self.step, loss="")
             while self.epoch < self.config.epochs:
+                qat = self.config.qat
+                if (
+                    qat
+                    and qat.start_epoch == self.epoch
+                    and self.t.models.core is self.t.models.plain
+                ):
+                    quantize_in_place(self.t)
                 self.r.batches.seek(self.epoch, self.batch)
                 self.t.models.wrapped.train()
                 self._mark = time.perf_counter()
@@ -321,7 +329,7 @@ class _Loop:
                     self.step,
                     state,
                     self.config.checkpoint.keep,
-                    metadata_of(facts_of_names(self.t.models.plain)),
+                    metadata_of(facts_of_names(self.t.models.core)),
                 )
             except QuietvitError as error:
                 problem = str(error)
@@ -366,7 +374,7 @@ class _Loop:
             found = self.score(progress=progress and main)
             without = None if t.models.average is None else self.score(average=False)
         except QuietvitError as error:
-            told = f"{error} The trained weights are in {output / WEIGHTS}."
+            told = f"{error} The trained weights are in {weights_of(self.config)}."
             raise QuietvitError(told) from error
         result = TrainResult(
             output=output,

@@ -21,6 +21,7 @@ import quietvit
 from quietvit.classes import KEY
 from quietvit.errors import QuietvitError
 from quietvit.files import json_text, write_atomic
+from quietvit.quantization import load
 from quietvit.tasks import Metric, Task, task_named
 from quietvit.train.config import TrainConfig
 from quietvit.train.recipe import load_recipe
@@ -28,6 +29,7 @@ from quietvit.train.recipe import load_recipe
 T = TypeVar("T")
 
 WEIGHTS, RESULT, CONFIG = "model.safetensors", "result.json", "config.json"
+QUANTIZED = "model.qvit"
 CHECKPOINTS, CLASSES = "checkpoints", "classes.json"
 
 
@@ -75,7 +77,8 @@ class TrainResult:
 
     @property
     def weights(self) -> Path:
-        return self.output / WEIGHTS
+        """``model.safetensors``, or ``model.qvit`` of a run with ``qat``."""
+        return weights_of(self.config)
 
     @property
     def decay_overhead(self) -> float:
@@ -84,7 +87,13 @@ class TrainResult:
         return 100.0 * self.decay_seconds / rest if rest > 0 else 0.0
 
     def load_model(self) -> nn.Module:
-        """Build the model and load the trained weights, on the CPU, in eval mode."""
+        """Build the model and load the trained weights, on the CPU, in eval mode.
+
+        A run with ``qat`` gives a ``QuantizedModel``.
+        """
+        if self.config.qat is not None:
+            bare = self.task.rebuild(self, None)
+            return load(self.weights, bare)
         return self.task.rebuild(self, self.weights).eval()
 
     def write(self) -> None:
@@ -132,6 +141,11 @@ class TrainResult:
             raise QuietvitError(
                 f"{output} holds no finished training run ({error}); train first, or resume it."
             ) from error
+
+
+def weights_of(config: TrainConfig) -> Path:
+    """Return where a run writes its final weights."""
+    return config.output / (WEIGHTS if config.qat is None else QUANTIZED)
 
 
 _KEPT = ("num_classes", "steps", "train_seconds", "decay_seconds")

@@ -18,6 +18,7 @@ from quietvit.errors import QuietvitError
 from quietvit.train.engine import gathered, is_sharded, load_whole, whole_model, whole_optimizer
 from quietvit.train.folder import as_now, changes, flat
 from quietvit.train.order import generator_states, set_generator_states
+from quietvit.train.qat import state_of
 from quietvit.train.regularizers import detached
 from quietvit.train.together import raise_together
 from quietvit.train.training import Training
@@ -40,7 +41,8 @@ def collect(training: Training) -> dict[str, Any]:
         "config": flat(t.config),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "model": whole_model(t.accelerator, t.models.plain),
+        "model": whole_model(t.accelerator, t.models.core),
+        "quantization": state_of(t.models.plain),
         "ema": None if t.models.average is None else t.models.average.module.state_dict(),
         "optimizer": optimizer,
         "scaler": None if scaler is None else scaler.state_dict(),
@@ -67,7 +69,7 @@ def restore(training: Training, state: Mapping[str, Any]) -> float:
             f"this run has {sorted(t.optim.regularizers)}; resume with the same ones."
         )
     with _quiet(t, True):
-        load_whole(t.accelerator, t.models.plain, t.optim.inner, state["model"], state["optimizer"])
+        load_whole(t.accelerator, t.models.core, t.optim.inner, state["model"], state["optimizer"])
     if t.models.average is not None:
         t.models.average.module.load_state_dict(state["ema"])
     if t.accelerator.scaler is not None and state["scaler"] is not None:

@@ -5,9 +5,8 @@ Nothing is trained here; ``loop`` does that.
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +18,21 @@ from quietvit.decay.config import RunFacts
 from quietvit.errors import QuietvitError
 from quietvit.tasks import Batch, Task, task_named
 from quietvit.tracing import evaluating
-from quietvit.train.config import OptimizerConfig, Rates, TrainConfig
-from quietvit.train.engine import check_groups, is_sharded, make_accelerator, shard_by
-from quietvit.train.evaluation import without_memory
-from quietvit.train.finetune import freeze, parameter_groups
+from quietvit.train.config import TrainConfig
+from quietvit.train.engine import is_sharded, make_accelerator
+from quietvit.train.finetune import freeze
 from quietvit.train.memory import is_want_of_memory
 from quietvit.train.metrics import Stopwatch
-from quietvit.train.order import EpochBatches, SeededImages, epoch_order
-from quietvit.train.regularizers import attach, build_regularizers
+from quietvit.train.order import (
+    EpochBatches,
+    SeededImages,
+    epoch_order,
+)
+from quietvit.train.prepare import effective_batch, prepared
+from quietvit.train.qat import quantized_model, refuse_unfit_sites, restored_model
 from quietvit.train.stopping import ignore_in_worker
-from quietvit.train.training import Models, Observers, Optimization, Run, Training
+from quietvit.train.training import Observers, Run, Training
 from quietvit.train.unused import freeze_unused
-from quietvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,11 +40,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("quietvit")
 
 
-def build(config: TrainConfig, resumed: bool = False) -> Run:
+def build(config: TrainConfig, resumed: Mapping[str, Any] | None = None) -> Run:
     """Build a run. Its random numbers depend on ``config.seed`` and not on the decay.
 
-    A ``resumed`` run gets random weights, because the file in ``config.model`` may be gone. The
-    checkpoint replaces them, and nothing else depends on them.
+    ``resumed`` is the checkpoint that the run continues from. Then the weights are random, because
+    the file in ``config.model`` may be gone. The checkpoint replaces them, and nothing else depends
+    on them.
 
     Raises:
         QuietvitError: data, model, weights or decay settings are bad, or the machine lacks the
@@ -52,6 +55,8 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
     task = task_of(config)
     train, test = task.open_data()
     train = task.subset(train, config.data.train_images)
+    if config.qat is not None and config.qat.images > len(train):
+        raise _too_few("qat.images", config.qat.images, train)
     processes = accelerator.num_processes
     effective = effective_batch(config, processes)
     steps_per_epoch = len(train) // effective
@@ -82,7 +87,7 @@ def build(config: TrainConfig, resumed: bool = False) -> Run:
     )
     images = SeededImages(
         train,
-        task.training_transform(training.models.plain),
+        task.training_transform(training.models.core),
         config.seed,
         max_bad=config.data.max_bad_images,
     )
@@ -115,10 +120,7 @@ def drawn_images(task: Task, train: Any, model: nn.Module, count: int) -> Any:
     """
     config = task.config
     if count > len(train):
-        raise QuietvitError(
-            f"decay.s2d.images is {count}, but {train.name} has {len(train)} images for training; "
-            "lower it."
-        )
+        raise _too_few("decay.s2d.images", count, train)
     readable = SeededImages(train, _unchanged, config.seed, max_bad=config.data.max_bad_images)
     order = epoch_order(len(train), config.seed, 0)[:count]
     samples = [readable[0, int(index)] for index in order]
@@ -126,13 +128,14 @@ def drawn_images(task: Task, train: Any, model: nn.Module, count: int) -> Any:
     return inputs
 
 
+def _too_few(key: str, count: int, train: Any) -> QuietvitError:
+    return QuietvitError(
+        f"{key} is {count}, but {train.name} has {len(train)} images for training; lower it."
+    )
+
+
 def _unchanged(image: Any, target: Any) -> tuple[Any, Any]:
     return image, target
-
-
-def effective_batch(config: TrainConfig, processes: int) -> int:
-    """Return the number of images in an optimizer step."""
-    return config.batch_size * config.accumulation * processes
 
 
 def assemble(
@@ -141,9 +144,12 @@ def assemble(
     train: Any | None,
     some_images: Callable[[nn.Module, int], Any],
     steps_per_epoch: int,
-    resumed: bool = False,
+    resumed: Mapping[str, Any] | None = None,
 ) -> Training:
     """Build models, optimizer and regularizers, and prepare them with accelerate.
+
+    With ``qat`` the model is quantized if it trains quantized from the start, or if ``resumed``
+    holds a quantized one.
 
     Args:
         train: the training data; None in a dry run without data.
@@ -156,45 +162,40 @@ def assemble(
     if accelerator.is_main_process:
         _tell_whole(config, accelerator)
     set_seed(config.seed)
-    plain = task.create_model(train, untrained=resumed).to(accelerator.device)
-    evaluated = without_memory(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
-    average = _average(config, plain)
+    plain = task.create_model(train, untrained=resumed is not None).to(accelerator.device)
     freeze(plain, config.model.freeze, config.model.freeze_blocks)
-    effective = effective_batch(config, accelerator.num_processes)
-    rates = config.rates(effective)
     one, two = (send_to_device(task.stand_in(plain, count), accelerator.device) for count in (1, 2))
     example = one[0]
     _refuse_unfit(task, plain, example)
     _freeze_unused(task, plain, (one, two), accelerator)
-    inner = _optimizer(config.optimizer, plain, rates.lr)
-    regularizers = build_regularizers(
-        config.decay,
-        plain,
-        example,
-        RunFacts(
-            lambda count: send_to_device(some_images(plain, count), accelerator.device),
-            steps_per_epoch,
-            steps_per_epoch * config.epochs,
-        ),
+    bare = plain
+    facts = RunFacts(
+        lambda count: send_to_device(some_images(bare, count), accelerator.device),
+        steps_per_epoch,
+        steps_per_epoch * config.epochs,
     )
-    observers = Observers(Stopwatch(), Watch(plain, example))
-    if not resumed:  # kept for the error of a run that diverges before its first checkpoint
-        observers.watch.amplification(0)
-    shard_by(accelerator, plain, observers.watch.blocks)
-    wrapped, optimizer = accelerator.prepare(plain, inner)
-    attach(regularizers, inner, observers.stopwatch)
+    if config.qat is not None:
+        refuse_unfit_sites(config.qat, plain, example)
+        held = None if resumed is None else resumed.get("quantization")
+        if held is not None:
+            plain = restored_model(config.qat, plain, held)
+        elif resumed is None and config.qat.start_epoch == 0:
+            plain = quantized_model(config.qat, plain, facts.images(config.qat.images))
+    stopwatch = Stopwatch()
+    models, optim, watch = prepared(config, accelerator, plain, example, facts, stopwatch)
+    if resumed is None:  # kept for the error of a run that diverges before its first checkpoint
+        watch.amplification(0)
     set_seed(config.seed, device_specific=True)
-    compiled = torch.compile(wrapped) if config.compile else wrapped
-    scheduler = _scheduler(config, rates, inner, steps_per_epoch)
     return Training(
         config=config,
         accelerator=accelerator,
         task=task,
-        models=Models(plain, wrapped, compiled, evaluated.requires_grad_(False), average),
-        optim=Optimization(inner, optimizer, scheduler, regularizers),
-        observers=observers,
+        models=models,
+        optim=optim,
+        observers=Observers(stopwatch, watch),
+        facts=facts,
         steps_per_epoch=steps_per_epoch,
-        effective_batch=effective,
+        effective_batch=effective_batch(config, accelerator.num_processes),
     )
 
 
@@ -247,35 +248,3 @@ def _tell_whole(config: TrainConfig, accelerator: Accelerator) -> None:
             "parallel is 'fsdp2', but there is one process, so the model is not sharded and needs "
             "the memory of 'ddp'. Start several processes (torchrun), or set parallel to 'ddp'."
         )
-
-
-def _optimizer(chosen: OptimizerConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, chosen)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=chosen.betas, eps=chosen.eps)
-    check_groups(model, optimizer)
-    return optimizer
-
-
-def _scheduler(
-    config: TrainConfig, rates: Rates, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-) -> Any:
-    from timm.scheduler.cosine_lr import CosineLRScheduler
-
-    warmup = round(config.schedule.warmup_epochs * steps_per_epoch)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(1, steps_per_epoch * config.epochs - warmup),
-        lr_min=rates.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=min(rates.warmup_lr, rates.lr),
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-
-
-def _average(config: TrainConfig, model: nn.Module) -> Any:
-    from timm.utils.model_ema import ModelEmaV3
-
-    if config.ema is None:
-        return None
-    return ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup)

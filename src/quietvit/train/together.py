@@ -6,21 +6,23 @@ Every process must call each function, in the same order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from quietvit.classes import facts_of_names, metadata_of
 from quietvit.errors import QuietvitError
 from quietvit.files import held, write_atomic
+from quietvit.quantization import QuantizedModel
 from quietvit.train.checkpoint import set_aside_after
 from quietvit.train.engine import gathered, is_sharded, whole_model
 from quietvit.train.folder import refuse_used, written
-from quietvit.train.result import CHECKPOINTS, WEIGHTS
+from quietvit.train.result import CHECKPOINTS, weights_of
 from quietvit.train.training import Training
 
 logger = logging.getLogger("quietvit")
@@ -111,21 +113,29 @@ def sum_of_bits(tensors: Iterable[Tensor]) -> int:
 
 
 def write_weights(training: Training) -> None:
-    """Write the final weights: those of the moving average if there is one."""
+    """Write the final weights: those of the moving average if there is one.
+
+    A quantized model is saved as ``QuantizedModel.save`` does.
+    """
     problem, ema = None, training.models.average
-    state = (
-        whole_model(training.accelerator, training.models.plain)
-        if ema is None
-        else ema.module.state_dict()
-    )
+    plain = training.models.plain if ema is None else ema.module
+    path = weights_of(training.config)
+    quantized = isinstance(plain, QuantizedModel)
+    state = {} if quantized else whole_model(training.accelerator, plain)
     if training.accelerator.is_main_process:
-        weights = {
-            key: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-            for key, value in state.items()
-        }
         try:
-            metadata = metadata_of(facts_of_names(training.models.plain))
-            write_atomic(training.config.output / WEIGHTS, save(weights, metadata))
+            if isinstance(plain, QuantizedModel):
+                plain.save(path, force=True)
+            else:
+                _write_tensors(path, state, training.models.core)
         except QuietvitError as error:
             problem = str(error)
     raise_together(training, problem)
+
+
+def _write_tensors(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
+    weights = {
+        key: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for key, value in state.items()
+    }
+    write_atomic(path, save(weights, metadata_of(facts_of_names(model))))

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quietvit.decay.config import RunFacts
 from quietvit.tasks import Task
 from quietvit.train.config import TrainConfig
+from quietvit.train.qat import core_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,6 +40,11 @@ class Models:
     evaluated: nn.Module
     average: Any
 
+    @property
+    def core(self) -> nn.Module:
+        """The model inside ``plain`` if that is quantized, else ``plain``."""
+        return core_of(self.plain)
+
 
 @dataclass
 class Optimization:
@@ -59,7 +66,7 @@ class Observers:
 
 @dataclass
 class Training:
-    """Everything of a run except its data.
+    """Everything of a run except its data; ``facts`` are those that regularizers ask for.
 
     ``loss`` is that of the last batch, even if a later part of its step raised.
     """
@@ -70,6 +77,7 @@ class Training:
     models: Models
     optim: Optimization
     observers: Observers
+    facts: RunFacts
     steps_per_epoch: int
     effective_batch: int
     loss: Tensor | None = None

@@ -43,15 +43,17 @@ class Seen:
 class Watch:
     """Measures a model's blocks and pairs. Skips, with a warning, what the model lacks.
 
-    ``example``: one image (1, 3, H, W) for the trace.
+    ``example``: one image (1, 3, H, W) for the trace. ``model`` may be inside a quantized model,
+    ``whole``, which then runs.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Tensor, whole: nn.Module | None = None) -> None:
         from quietvit.decay.activations import ActivationWatch
         from quietvit.pairs import find_pairs
         from quietvit.tracing import trace
 
         self.model = model
+        self.whole = model if whole is None else whole
         self.last: Seen | None = None
         self.pairs: Any = ()
         self._activations: ActivationWatch | None = None
@@ -103,9 +105,9 @@ class Watch:
 
         watch = self._activations
         watch.reset()
-        with evaluating(self.model), torch.compiler.set_stance("force_eager"), watch:
+        with evaluating(self.whole), torch.compiler.set_stance("force_eager"), watch:
             try:
-                self.model(images)
+                self.whole(images)
             finally:
                 reshard(self.model)
         return watch.largest()

@@ -124,6 +124,9 @@ class FQViT(Method):
             return None
         return self.activation_bits if slot.site.kind == "softmax" else self.residual_bits
 
+    def may_learn_step(self, slot: Slot) -> bool:
+        return slot.site.kind not in ("norm", "add")  # their steps differ by powers of two
+
     def why_working_float(self, slot: Slot) -> str:
         if _is_attention(slot) and super().working_bits(slot) is not None:
             return "attention_bits=None"

@@ -110,6 +110,9 @@ class HPTQ(Method):
         self._weights(calibration, first, seen, calibrated)
         return calibrated
 
+    def may_learn_step(self, slot: Slot) -> bool:
+        return False  # thresholds are powers of two
+
     def _statistics(
         self, calibration: Calibration, calibrated: Calibrated
     ) -> dict[Slot, Statistics]:

@@ -5,14 +5,18 @@ It changes no weight; methods that do are in other files.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Iterable
+from typing import Annotated, ClassVar, Self
 
+import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.floating import ELEMENT_OF, NumberFormat, floating_quantizer
 from quietvit.quantization.method import Granularity, Method, between, register_method
-from quietvit.quantization.quantizers import AffineQuantizer
+from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
 from quietvit.quantization.ranges import RangeEstimator, RangeName, make_range
 from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
@@ -50,6 +54,47 @@ class RTN(Method):
     """Whether the zero point of weights is 0."""
     activation_symmetric: bool = False
     """Whether the zero point of activations is 0; codes are unsigned if no value is negative."""
+    number_format: NumberFormat = "integer"
+    """``integer``, or a floating-point format, which is simulated.
+
+    The bits choose the element. ``fp8_e4m3``, ``fp8_e5m2``: 8 bits, with a float32 scale per tensor
+    or channel, from calibration. ``mx``: MXFP4, MXFP6-E2M3 or MXFP8-E4M3, and ``mx_wide``: MXFP4,
+    MXFP6-E3M2 or MXFP8-E5M2; blocks of 32 values. ``nvfp4``: NVFP4 at 4 bits, blocks of 16 values,
+    and FP8-E4M3 at 8 bits. Blocks lie along the axis that the product sums over: the last one of a
+    linear's operands, the channels of a convolution. Formats have no zero point.
+    """
+
+    @model_validator(mode="after")
+    def _format_fits(self) -> Self:
+        if self.number_format == "integer":
+            return self
+        known = ELEMENT_OF[self.number_format]
+        edges = [bits for bits in (self.patch_embed_bits, self.head_bits) if bits != "same"]
+        asked = [self.weight_bits, self.activation_bits, *edges]
+        asked += [bits for pair in self.overrides.values() for bits in pair]
+        for bits in asked:
+            if bits is not None and bits not in known:
+                raise ValueError(
+                    f"number_format={self.number_format!r} has {_listed(known)} bits, not {bits}; "
+                    "change weight_bits, activation_bits, patch_embed_bits, head_bits or overrides"
+                )
+        ranges = {self.weight_range, self.activation_range}
+        if "omse" in ranges:
+            raise ValueError(
+                f"the range omse fits integer codes, not number_format={self.number_format!r}; use "
+                "minmax or percentile"
+            )
+        if self.number_format.startswith("mx") and "percentile" in ranges:
+            raise ValueError(
+                f"number_format={self.number_format!r} takes each block's scale from its values, "
+                "so the range percentile has no effect; use minmax"
+            )
+        if self.conv_output_bits is not None:
+            raise ValueError(
+                "conv_output_bits is for integer kernels, and "
+                f"number_format={self.number_format!r} has none; leave it out"
+            )
+        return self
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """Run one pass over the images; weights are read once."""
@@ -76,6 +121,9 @@ class RTN(Method):
         for slot, watched in ranges.items():
             bits = self.slot_bits(slot)
             assert bits is not None
+            if self.number_format != "integer":
+                calibrated.quantizers[slot] = self._floating(slot, watched, bits)
+                continue
             calibrated.quantizers[slot] = AffineQuantizer.from_range(
                 *watched.finish(),
                 bits=bits,
@@ -84,6 +132,24 @@ class RTN(Method):
                 axis=self._axis(slot),
             )
         return calibrated
+
+    def may_learn_step(self, slot: Slot) -> bool:
+        return self.number_format == "integer"
+
+    def policy(self) -> str:
+        if self.number_format == "integer":
+            return super().policy()
+        return f"{super().policy()}; number format {self.number_format}"
+
+    def _floating(self, slot: Slot, watched: RangeEstimator, bits: int) -> Quantizer:
+        low, high = watched.finish()
+        return floating_quantizer(
+            self.number_format,
+            bits,
+            torch.maximum(low.abs(), high.abs()),
+            channels=self._axis(slot),
+            contracted=_contracted(slot),
+        )
 
     def _symmetric(self, slot: Slot) -> bool:
         return self.weight_symmetric if slot.is_weight else self.activation_symmetric
@@ -98,3 +164,21 @@ class RTN(Method):
         if self.activation_granularity == "per_tensor" or slot.site.kind not in ("linear", "conv"):
             return None
         return -1 if slot.site.kind == "linear" else 1
+
+
+def _contracted(slot: Slot) -> int:
+    """Return the axis of an operand that its product sums over."""
+    site = slot.site
+    if site.kind == "conv" and site.weight_shape is not None:
+        if slot.is_weight:
+            return 1 - weight_axis(site)
+        return 1 - len(site.weight_shape)
+    if site.kind == "linear" or slot.index == 0:
+        return -1
+    # An einsum names its axes itself: values behind an attention map are summed over the tokens.
+    maps = site.operands[0].role == "post_softmax"
+    return -2 if site.kind == "matmul" or maps else -1
+
+
+def _listed(bits: Iterable[int]) -> str:
+    return " or ".join(map(str, bits))

@@ -1,0 +1,131 @@
+"""Quantization-aware training in a run: the recipe section, and the quantized form of a model.
+
+Learned steps are in ``quantization.learned``. ``setup`` builds the run around the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from quietvit.errors import QuietvitError
+from quietvit.quantization import Method, QuantizedModel, Slot, learn_steps, quantize
+from quietvit.quantization.overrides import Overrides, OverridesField
+from quietvit.quantization.settings import parse_method
+from quietvit.quantization.storage import build_parts, parts_of, zero_image
+from quietvit.section import Section
+from quietvit.tracing import evaluating, trace
+
+
+class QATConfig(Section):
+    """Quantization-aware training: quantize the model with ``method``, then train it on.
+
+    ``method`` and ``bits`` are written as for ``quietvit quantize``: ``rtn-omse``, ``W4A4`` or
+    ``W4A4+attention-maps-8``. ``overrides`` gives other bits to roles or sites, and ``options``
+    sets further fields of the method. The run trains in float before ``start_epoch``, counted from
+    0. Then it calibrates on ``images`` training images, which ``seed`` of the run draws.
+    ``steps``: ``learned`` trains the steps of uniform quantizers as LSQ does, ``fixed`` keeps all
+    steps as calibrated.
+    """
+
+    method: str = "rtn-omse"
+    bits: str
+    overrides: OverridesField = Overrides()
+    options: dict[str, Any] = Field(default={})
+    start_epoch: int = Field(default=0, ge=0)
+    steps: Literal["learned", "fixed"] = "learned"
+    images: int = Field(default=32, ge=1)
+
+    def configured(self) -> Method:
+        """Return the method's config. Raises QuietvitError for an unknown method or a bad field."""
+        options = [f"{key}={json.dumps(value)}" for key, value in self.options.items()]
+        if self.overrides:
+            options.append(f"overrides={json.dumps(self.overrides.plain())}")
+        return parse_method(self.method, self.bits, options)
+
+    @model_validator(mode="after")
+    def _method_is_known(self) -> Self:
+        try:
+            self.configured()
+        except QuietvitError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+def core_of(model: nn.Module) -> nn.Module:
+    """Return the model inside a quantized one, and any other model itself."""
+    return model.model if isinstance(model, QuantizedModel) else model
+
+
+def refuse_unfit_sites(config: QATConfig, model: nn.Module, example: Any) -> None:
+    """Raise QuietvitError, before any training, if ``quantized_model`` would refuse the model.
+
+    That is: if ``exclude`` or ``overrides`` match nothing, or no step can be learned.
+    """
+    method = config.configured()
+    with evaluating(model):
+        found = trace(model, example)
+    method.check_sites(found)
+    slots = [Slot(site, index) for site in found.matmuls for index in (0, 1)]
+    quantized = [slot for slot in slots if method.slot_bits(slot) is not None]
+    if config.steps == "learned" and not any(map(method.may_learn_step, quantized)):
+        raise QuietvitError(
+            f"{method.name} with these settings has no step that can be learned. Set qat.steps to "
+            "'fixed', or choose another qat.method."
+        )
+
+
+def quantized_model(config: QATConfig, model: nn.Module, images: Any) -> QuantizedModel:
+    """Return a quantized copy of ``model`` to train, calibrated on ``images``."""
+    with evaluating(model):
+        found = quantize(model, config.configured(), images, progress=False)
+    if config.steps == "learned":
+        learn_steps(found)
+    found.notes += (f"trained after calibration, with {config.steps} steps",)
+    return found
+
+
+def state_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return what ``restored_model`` needs beside the weights; None if nothing is quantized."""
+    if not isinstance(model, QuantizedModel):
+        return None
+    quantizers = {slot: model.quantizer(slot.site.name, slot.operand) for slot in model.slots()}
+    held = {slot: quantizer for slot, quantizer in quantizers.items() if quantizer is not None}
+    return {
+        "parts": parts_of(held, model.adjusted(), model.compensated()),
+        "input_shape": list(model.input_shape),
+        "notes": list(model.notes),
+        "tensors": {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if not name.startswith("model.")
+        },
+    }
+
+
+def restored_model(config: QATConfig, model: nn.Module, state: Mapping[str, Any]) -> QuantizedModel:
+    """Return the quantized model that ``state_of`` described, around the weights of ``model``."""
+    with evaluating(model):
+        found = trace(model, zero_image(model, state["input_shape"]))
+    quantizers, adjustments, compensations = build_parts(state["parts"], found)
+    restored = QuantizedModel(
+        model,
+        found,
+        config.configured(),
+        quantizers,
+        adjustments=adjustments,
+        compensations=compensations,
+        input_shape=tuple(state["input_shape"]),
+        notes=tuple(state["notes"]),
+    )
+    device = next(model.parameters()).device
+    restored.to(device)
+    if config.steps == "learned":
+        learn_steps(restored)
+    own = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    restored.load_state_dict(own | state["tensors"])
+    return restored
