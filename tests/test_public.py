@@ -30,12 +30,12 @@ PUBLIC = """
     MatrixPair Method NormGainDecay PTQ4ViT PairWeightDecay QDrop QuietvitError QwT RepQViT
     SmoothQuant SpectralDecay StrengthSchedule Task WeightView check diagnose evaluate export
     find_pairs list_methods load predict quantize register_method register_regularizer
-    register_target register_task sqnr trace
+    register_target register_task sqnr synthesize trace
 """
 ROOMS = (
     *("quietvit", "quietvit.compare", "quietvit.data", "quietvit.decay", "quietvit.deployment"),
     *("quietvit.measure", "quietvit.pairs", "quietvit.quantization", "quietvit.report"),
-    *("quietvit.tasks", "quietvit.tracing", "quietvit.train"),
+    *("quietvit.synthesis", "quietvit.tasks", "quietvit.tracing", "quietvit.train"),
 )
 
 

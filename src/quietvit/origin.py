@@ -1,0 +1,36 @@
+"""Remember that images were generated, so that a model calibrated on them can say so.
+
+``synthesis`` generates images and marks them; ``quantization`` saves the mark with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+_MARK = "quietvit_origin"
+
+
+def mark(images: Tensor, origin: Mapping[str, Any]) -> Tensor:
+    """Note on a tensor how its images were made. Returns the tensor itself."""
+    setattr(images, _MARK, dict(origin))
+    return images
+
+
+def origin_of(images: Any) -> dict[str, Any] | None:
+    """Return the origin that ``mark`` noted; None for all other images.
+
+    Slices of a marked tensor have its origin, and so do mappings, tuples and lists that hold marked
+    tensors. A copy of a tensor has none.
+    """
+    if isinstance(images, Tensor):
+        base = getattr(images, "_base", None)
+        found = getattr(images, _MARK, None) or getattr(base, _MARK, None)
+        return None if found is None else dict(found)
+    if isinstance(images, Mapping):
+        images = list(images.values())
+    if isinstance(images, list | tuple):
+        return next((found for found in map(origin_of, images) if found is not None), None)
+    return None
