@@ -9,7 +9,7 @@ kept under --cache. Needs QUIETVIT_TEST_DATA (or --data), and for EfficientNet-L
 that ``hptq_efficientnet.py weights`` writes.
 
     python benchmarks/synthesis.py run
-    python benchmarks/synthesis.py run --only 'deit*psaq*' --seeds 0 --images 400
+    python benchmarks/synthesis.py run --only 'deit*, psaq, rtn*' --seeds 0 --images 200
     python benchmarks/synthesis.py summary
 
 model-compression-toolkit's own generator on EfficientNet-Lite0 needs the toolkit's environment,
@@ -48,7 +48,7 @@ DEIT, LITE = "deit_tiny_patch16_224", "tf_efficientnet_lite0"
 OUT, CACHE = Path("results/synthesis.csv"), Path("runs/synthesis")
 # Source -> how its images are generated; real images are drawn from the calibration table.
 # The iterations are those that a slow processor allows; 64 patches cost half as much as all.
-FAST = "iterations=120,patches=64"
+FAST = "iterations=60,patches=64"
 SOURCES: dict[str, dict[str, str]] = {
     DEIT: {
         "real": "",
@@ -58,20 +58,21 @@ SOURCES: dict[str, dict[str, str]] = {
         "psaq, class": f"psaq:{FAST},classes=1,stretching=0",
         "psaq, class only": f"psaq:{FAST},classes=1,stretching=0,entropy=0",
         "psaq, 30 iterations": "psaq:iterations=30,patches=64",
-        "psaq, 240 iterations": "psaq:iterations=240,patches=64",
+        "psaq, 120 iterations": "psaq:iterations=120,patches=64",
+        "psaq, published": "psaq:classes=1,stretching=0",
     },
     LITE: {
         "real": "",
         "noise": "noise",
         "pink": "pink",
-        "dgh": "dgh:iterations=100,batch_size=16",
-        "dgh, 30 iterations": "dgh:iterations=30,batch_size=16",
+        "dgh": "dgh:iterations=50,batch_size=16",
+        "dgh, 100 iterations": "dgh:iterations=100,batch_size=16",
         "mct": "mct",
     },
 }
 # Quantization: (method, bits).
 SETTINGS: dict[str, list[tuple[str, str]]] = {
-    DEIT: [("rtn", "W8A8"), ("repq-vit", "W4A4"), ("repq-vit", "W6A6"), ("gptq", "W4A4")],
+    DEIT: [("rtn", "W8A8"), ("repq-vit", "W4A4"), ("repq-vit", "W6A6"), ("repq-vit+gptq", "W4A4")],
     LITE: [("hptq", "W8A8"), ("hptq", "W6A6")],
 }
 KEYS = ("model", "source", "count", "seed", "method", "bits", "images")
@@ -100,7 +101,9 @@ def run(
     data: DataOption,
     out: OutOption = OUT,
     cache: CacheOption = CACHE,
-    only: Annotated[str, typer.Option(help="'MODEL SOURCE METHOD BITS' must match this.")] = "*",
+    only: Annotated[
+        str, typer.Option(help="'MODEL, SOURCE, METHOD BITS' matches one of these, split by |.")
+    ] = "*",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     count: Annotated[int, typer.Option(help="Calibration images.")] = 32,
     images: Annotated[int, typer.Option(help="Evaluation images.")] = 1000,
@@ -115,21 +118,26 @@ def run(
     jobs = [
         Job(name, source, count, seed, method, bits)
         for name in SOURCES
-        for method, bits in SETTINGS[name]
-        for source in SOURCES[name]
         for seed in map(int, seeds.split(","))
+        for source in SOURCES[name]
+        for method, bits in SETTINGS[name]
     ]
+    patterns = only.split("|")
     done = {tuple(row[key] for key in KEYS) for row in read(out)}
     for name in SOURCES:
         todo = [
             job
             for job in jobs
             if job.model == name
-            and fnmatch.fnmatchcase(f"{name} {job.source} {job.method} {job.bits}", only)
+            and any(fnmatch.fnmatchcase(described(job), pattern) for pattern in patterns)
             and (*map(str, job), str(images)) not in done
         ]
         if todo:
             measure(todo, weights[name], data, cache, out, images)
+
+
+def described(job: Job) -> str:
+    return f"{job.model}, {job.source}, {job.method} {job.bits}"
 
 
 def measure(
@@ -189,9 +197,7 @@ def percentage(hits: Tensor) -> float:
     return 100 * float(hits.float().mean())
 
 
-def calibration(
-    model: nn.Module, job: Job, data: Path, cache: Path
-) -> tuple[Tensor, float] | None:
+def calibration(model: nn.Module, job: Job, data: Path, cache: Path) -> tuple[Tensor, float] | None:
     """Return the images of a job and the CPU seconds that generating them took."""
     from quietvit.synthesis import synthesize
     from quietvit.synthesis.settings import parse_request

@@ -19,6 +19,16 @@ def mark(images: Tensor, origin: Mapping[str, Any]) -> Tensor:
     return images
 
 
+def in_words(origin: Mapping[str, Any]) -> str:
+    """Return an origin as a few words, such as ``psaq, seed 0, 120 iterations``."""
+    words = f"{origin['method']}, seed {origin['seed']}"
+    done = origin.get("iterations_done")
+    if done is None:
+        return words
+    early = f", ended {origin['stopped']}" if origin.get("stopped") else ""
+    return f"{words}, {done} iterations{early}"
+
+
 def origin_of(images: Any) -> dict[str, Any] | None:
     """Return the origin that ``mark`` noted; None for all other images.
 

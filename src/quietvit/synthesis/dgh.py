@@ -35,7 +35,7 @@ class Plateau(ReduceLROnPlateau):
     def __init__(self, optimizer: torch.optim.Optimizer, patience: int) -> None:
         super().__init__(optimizer, factor=0.5, patience=patience, threshold=1e-4, min_lr=1e-4)
 
-    def step(self, metrics: Any, epoch: Any = None) -> None:
+    def step(self, metrics: Any, epoch: Any = None) -> None:  # type: ignore[override]
         before = self.optimizer.param_groups[0]["lr"]
         super().step(metrics, epoch)
         if self.optimizer.param_groups[0]["lr"] < before:
@@ -43,12 +43,14 @@ class Plateau(ReduceLROnPlateau):
 
 
 class Pipeline:
-    """What stands between the optimized images (N, C, h, w) and the model: flip, smooth, crop, clip.
+    """Flips, smooths, crops and clips the optimized images (N, C, h, w) before a pass.
 
     All in natural units. Smoothing pads with zeros. Clipping passes gradients straight through.
     """
 
-    def __init__(self, scale: PixelScale, sigma: float, margin: float, device: torch.device) -> None:
+    def __init__(
+        self, scale: PixelScale, sigma: float, margin: float, device: torch.device
+    ) -> None:
         height, width = scale.size[1:]
         self.target = (height, width)
         self.size = (height + round(margin * height), width + round(margin * width))
@@ -132,8 +134,8 @@ class Statistics:
         self._model, self._trace, self._settings = model, trace, settings
         self._scale, self._random = scale, random
         self._outputs: list[Tensor] = []
-        self._weight = stretching_weight(model) if settings.stretching is None else (
-            settings.stretching
+        self._weight = (
+            stretching_weight(model) if settings.stretching is None else (settings.stretching)
         )
         self.pipeline = Pipeline(scale, settings.sigma, settings.margin, device)
         start = torch.randn(count, scale.size[0], *self.pipeline.size, generator=random)

@@ -69,20 +69,26 @@ class Patches:
         self._kept: dict[str, Tensor] = {}
         self.windows = False
         """Whether an attention runs in windows of the image."""
-        # A value has one row for each token of a self-attention. The rows of a class token or of a
-        # decoder's queries are the same for all images when they first meet attention.
+        # A query has one row for each token. The rows of a class token and of a decoder's queries
+        # are the same for all images when they first meet attention.
         changing: dict[int, Tensor] = {}
+        products: list[tuple[Tensor, torch.Size]] = []  # since the last attention
 
         def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
             output = run(*operands)
-            if site.role != "attention_value" or output.ndim < 3:
+            if site.role != "attention_value":
+                products.append((operands[0], output.shape))
+                return output
+            earlier, scores = list(products), operands[site.operands[0].role == "value"].shape
+            products.clear()
+            if output.ndim < 3:
                 return output
             tokens = self._tokens(site, output)
-            index = int(site.operands[0].role != "value")
-            value = self._tokens(site, operands[index])
             count = tokens.shape[1]
-            if value.shape[1] == count and len(value) % 2 == 0:
-                first, second = value.chunk(2)
+            found = [left for left, shape in earlier if shape == scores]
+            query = self._tokens(site, found[-1]) if found else tokens
+            if query.shape[:2] == tokens.shape[:2]:
+                first, second = query.chunk(2)
                 moved = (first != second).any(-1).any(0)
                 changing[count] = moved & changing.get(count, torch.ones_like(moved))
             numbers = changing.get(count, tokens.new_ones(count, dtype=torch.bool)).nonzero()
