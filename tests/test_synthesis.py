@@ -45,7 +45,11 @@ class Convolutions(nn.Module):
 def cnn() -> nn.Module:
     torch.manual_seed(0)
     model = Convolutions()
-    model.train()(torch.randn(64, 3, 16, 16))
+    natural = synthesize(model.eval(), 64, "pink", seed=9)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    model.train()(natural)
     return model.eval()
 
 
@@ -76,7 +80,7 @@ def test_patch_similarity_works_on_every_library_through_the_trace(name):
 @pytest.mark.parametrize("name", ["levit_128s", "efficientformer_l1", "mobilevit_xxs"])
 def test_hybrids_with_batch_norm_take_their_statistics_by_default(name):
     model = timm.create_model(name).eval()
-    side = model.pretrained_cfg["input_size"][1] if name == "levit_128s" else 64
+    side = 64 if name == "mobilevit_xxs" else 224
     images = quickly(model, 1, DGH(iterations=1), size=side)
     assert images.shape == (1, 3, side, side)
     assert images.isfinite().all()
@@ -160,7 +164,7 @@ def test_a_quantized_model_says_how_its_images_were_made(vit, tmp_path):
         assert quantized.origin["synthetic"] is True
         assert quantized.origin["seed"] == 7
     quantized.save(tmp_path / "m.qvit")
-    origin = quietvit.load(tmp_path / "m.qvit").origin
+    origin = quietvit.load(tmp_path / "m.qvit", vit).origin
     assert origin == quantized.origin
     assert (origin["method"], origin["count"], origin["iterations_done"]) == ("psaq", 4, 2)
     assert origin["fields"]["bandwidth"] == 0.01
@@ -250,7 +254,7 @@ def test_bad_input_is_refused_with_the_remedy(cnn, vit):
             quickly(vit, **keyword)
     with pytest.raises(QuietvitError, match="class loss needs logits"):
         quickly(zoo_encoder(), method=PSAQ(iterations=1, classes=1))
-    with pytest.raises(QuietvitError, match="loss of iteration 1 is"):
+    with pytest.raises(QuietvitError, match="loss of iteration 2 is nan"):
         quickly(vit, method=PSAQ(iterations=3, stretching=1e38, lr=1e38))
 
 

@@ -84,7 +84,7 @@ def optimize(
                     loss = work.step(index, max(done / iterations, spent / limit))
                     if not math.isfinite(loss):
                         raise QuietvitError(
-                            f"the loss of iteration {done + 1} is {loss}, so the images are lost. "
+                            f"the loss of iteration {done + 1} is {loss}, so the images are unusable. "
                             "Lower the learning rate (lr) or the weights of the generator. If it "
                             "happens at once, look for NaN with quietvit.diagnose(model, images)."
                         )
