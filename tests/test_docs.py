@@ -54,7 +54,9 @@ def kept_registries() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kept_registries")
-@pytest.mark.parametrize("page", [*PAGES, "docs/extending.md", "docs/detection.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "docs/extending.md", "docs/detection.md", "docs/synthesis.md"]
+)
 def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = blocks(page)

@@ -18,6 +18,7 @@ from quietvit.synthesis.psaq import PatchSimilarity, rate
 from quietvit.synthesis.scale import PixelScale
 from quietvit.synthesis.terms import (
     Moments,
+    _Kernels,
     alignment,
     image_spread,
     moments,
@@ -39,10 +40,16 @@ def direct_entropy(x: np.ndarray, h: float, points: int) -> float:
     """PSAQ's entropy of one sample (N, D), pair by pair."""
     n = len(x)
     s = np.array(
-        [x[i] @ x[j] / (np.linalg.norm(x[i]) * np.linalg.norm(x[j])) for i in range(n) for j in range(n)]
+        [
+            x[i] @ x[j] / (np.linalg.norm(x[i]) * np.linalg.norm(x[j]))
+            for i in range(n)
+            for j in range(n)
+        ]
     )
     grid = np.linspace(s.min(), s.max(), points)
-    p = np.array([np.exp(-((g - s) ** 2) / (2 * h**2)).mean() / (h * math.sqrt(2 * math.pi)) for g in grid])
+    p = np.array(
+        [np.exp(-((g - s) ** 2) / (2 * h**2)).mean() / (h * math.sqrt(2 * math.pi)) for g in grid]
+    )
     p = p + 1e-4
     return float(np.trapezoid(-p * np.log(p), grid))
 
@@ -53,6 +60,12 @@ def test_the_entropy_is_the_direct_formula(h, points):
     found = patch_entropy(x, h, points)
     for sample, entropy in zip(x, found, strict=True):
         assert float(entropy) == pytest.approx(direct_entropy(sample.numpy(), h, points), rel=2e-3)
+
+
+def test_the_kernels_have_the_gradient_of_finite_differences():
+    grid = torch.rand(2, 3, generator=random(), dtype=torch.float64)
+    x = torch.rand(2, 5, generator=random(1), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: _Kernels.apply(grid, s, 0.2), x)
 
 
 def test_the_entropy_is_larger_for_patches_that_differ_and_its_gradient_raises_it():
@@ -137,7 +150,9 @@ def test_the_pipeline_flips_smooths_crops_and_clips_in_this_order():
     kernel = torch.tensor([[a * b for a in line] for b in line])
     kernel = kernel / kernel.sum()
     padded = F.pad(x, (1, 1, 1, 1))
-    smooth = sum(kernel[i, j] * padded[..., i : i + 20, j : j + 20] for i in range(3) for j in range(3))
+    smooth = sum(
+        kernel[i, j] * padded[..., i : i + 20, j : j + 20] for i in range(3) for j in range(3)
+    )
     low, high = SCALE.bounds(x.device)
     torch.testing.assert_close(pipeline.finished(x), smooth[..., 2:18, 2:18].clamp(low, high))
     candidates = [
@@ -263,7 +278,12 @@ def psaq(settings: PSAQ, name: str = "timm-vit") -> PatchSimilarity:
 
 @pytest.mark.parametrize(
     ("name", "patches", "windows"),
-    [("timm-vit", 16, False), ("hf-yolos", 16, False), ("hf-detr", 16, False), ("tv-swin", 16, True)],
+    [
+        ("timm-vit", 16, False),
+        ("hf-yolos", 16, False),
+        ("hf-detr", 16, False),
+        ("tv-swin", 16, True),
+    ],
 )
 def test_only_patches_are_compared(name, patches, windows):
     """Class tokens, detection tokens and queries of a decoder are left out, on every library."""
@@ -303,8 +323,12 @@ def test_the_loss_of_psaq_is_the_sum_of_its_weighted_terms():
     found = [float(part.loss(images.clone().requires_grad_())) for part in parts]
     assert float(whole.loss(images.clone().requires_grad_())) == pytest.approx(sum(found), rel=1e-5)
     logits = whole._model(whole._scale.to_model(images))
-    assert found[1] == pytest.approx(-0.3 * float((logits.amax(1) - logits.amin(1)).mean()), rel=1e-4)
-    assert found[2] == pytest.approx(0.5 * float(F.cross_entropy(logits, whole._labels[0])), rel=1e-4)
+    assert found[1] == pytest.approx(
+        -0.3 * float((logits.amax(1) - logits.amin(1)).mean()), rel=1e-4
+    )
+    assert found[2] == pytest.approx(
+        0.5 * float(F.cross_entropy(logits, whole._labels[0])), rel=1e-4
+    )
     assert 2500 <= whole._variation <= 3000
 
 

@@ -105,9 +105,7 @@ Calibration = Annotated[
 ]
 Minutes = Annotated[
     float | None,
-    typer.Option(
-        "--minutes", help="With synthetic images: end their generation after this time."
-    ),
+    typer.Option("--minutes", help="With synthetic images: end their generation after this time."),
 ]
 SaveImages = Annotated[
     Path | None,

@@ -69,7 +69,8 @@ def synthesize(
     parameter = next(own.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     random = torch.Generator().manual_seed(seed)
-    images, outcome = _generated(own, chosen, count, scale, random, device, minutes, progress)
+    with torch.inference_mode(False), torch.enable_grad():
+        images, outcome = _generated(own, chosen, count, scale, random, device, minutes, progress)
     origin: dict[str, Any] = {
         "synthetic": True,
         "method": chosen.name,

@@ -64,7 +64,8 @@ def pixel_scale(model: nn.Module, size: Size = None) -> PixelScale:
     """Return the scale of a model; ``size`` replaces its own height and width.
 
     Sources: the canvas of a detector; ``model.pretrained_cfg``, which timm sets, and
-    ``quietvit.data.create_model`` also for transformers; torchvision's weights, which all take ImageNet's normalization.
+    ``quietvit.data.create_model`` also for transformers; torchvision, whose weights all take
+    ImageNet's normalization.
 
     Raises:
         QuietvitError: no source tells mean, standard deviation or size.
@@ -88,8 +89,8 @@ def pixel_scale(model: nn.Module, size: Size = None) -> PixelScale:
         if len(own.mean) == len(own.std) == channels:
             return own
         raise QuietvitError(
-            f"{type(model).__name__} takes images of {channels} channels, but its "
-            f"normalization has mean {own.mean} and std {own.std}. Set one value for each channel in "
+            f"{type(model).__name__} takes images of {channels} channels, but its normalization "
+            f"has mean {own.mean} and std {own.std}. Set one value for each channel in "
             "model.pretrained_cfg."
         )
     if where.startswith("torchvision.models"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +44,38 @@ def patch_entropy(patches: Tensor, bandwidth: float = 0.01, points: int = 10) ->
         high = torch.maximum(above.amax(1), own.amax(1))
         steps = torch.linspace(0, 1, points, device=unit.device)
         grid = low[:, None] + (high - low)[:, None] * steps  # (S, points)
-    total = 2 * _kernels(grid, above, bandwidth) + _kernels(grid, own, bandwidth)
+    both: Any = [_Kernels.apply(grid, pairs, bandwidth) for pairs in (above, own)]
+    total = 2 * both[0] + both[1]
     density = total / (count**2 * bandwidth * math.sqrt(2 * math.pi)) + 1e-4
     return torch.trapezoid(-density * density.log(), grid, dim=-1)
 
 
-def _kernels(grid: Tensor, similarities: Tensor, bandwidth: float) -> Tensor:
-    """Return the sum of unscaled kernels at each grid point, (S, points)."""
-    apart = grid[:, :, None] - similarities[:, None, :]
-    return (apart.square() / (-2 * bandwidth**2)).exp().sum(-1)
+class _Kernels(torch.autograd.Function):
+    """Sums of the unscaled kernels exp(-(x - s)^2 / 2h^2) at each grid point x, (S, points).
+
+    The backward pass computes the kernels again. Autograd alone would keep them all: ten times as
+    many numbers as there are pairs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grid: Tensor, similarities: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(grid, similarities)
+        ctx.bandwidth = bandwidth
+        at = [_kernel(x, similarities, bandwidth).sum(1) for x in grid.unbind(1)]
+        return torch.stack(at, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> tuple[None, Tensor, None]:
+        grid, similarities = ctx.saved_tensors
+        total = torch.zeros_like(similarities)
+        for x, weight in zip(grid.unbind(1), given[0].unbind(1), strict=True):
+            kernel = _kernel(x, similarities, ctx.bandwidth)
+            total += weight[:, None] * kernel * (x[:, None] - similarities)
+        return None, total / ctx.bandwidth**2, None
+
+
+def _kernel(x: Tensor, similarities: Tensor, bandwidth: float) -> Tensor:
+    return (x[:, None] - similarities).square_().mul_(-0.5 / bandwidth**2).exp_()
 
 
 def total_variation(images: Tensor) -> Tensor:
