@@ -18,10 +18,10 @@ from quietvit.data import create_model
 from quietvit.detection import faster_rcnn
 from quietvit.errors import QuietvitError
 from quietvit.origin import origin_of
-from quietvit.synthesis import DGH, PSAQ, Noise, Pink, save_images, synthesize
+from quietvit.synthesis import DGH, PSAQ, Pink, save_images, synthesize
 from quietvit.synthesis import loop as loops
 from quietvit.synthesis.scale import pixel_scale
-from quietvit.synthesis.settings import parse_request
+from quietvit.synthesis.settings import Noise, parse_request
 
 HALF = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 QUICK = {"psaq": PSAQ(iterations=2, batch_size=2), "dgh": DGH(iterations=2, batch_size=2)}

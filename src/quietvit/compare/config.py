@@ -23,9 +23,10 @@ class CompareConfig(Section):
     Each of ``bits`` (``W4A4``) is combined with each of ``methods`` (``rtn-omse``).
     ``W4A4+attention-maps-8`` or ``W4A4+post_softmax=8`` keeps roles or sites at other bits.
     Calibration images come from the training data, ``diagnosed_images`` from the test data; both
-    are drawn by ``calibration_seed``. ``synthesis`` generates the calibration images instead:
-    ``synthetic``, or ``synthetic:32:METHOD`` with the number of ``calibration_images``. ``noise_setting`` is the setting whose noise is measured per
-    site (default: the last bits with the first method). Raises QuietvitError for a bad value.
+    are drawn by ``calibration_seed``. With ``synthesis``, such as ``synthetic:32:pink``, each run's
+    own model generates them instead; its count is that of ``calibration_images``.
+    ``noise_setting`` is the setting whose noise is measured per site (default: the last bits with
+    the first method). Raises QuietvitError for a bad value.
     """
 
     recipe: TrainConfig

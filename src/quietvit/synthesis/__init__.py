@@ -5,6 +5,6 @@
 
 from quietvit.synthesis.generate import synthesize
 from quietvit.synthesis.pictures import save_images
-from quietvit.synthesis.settings import DGH, PSAQ, Generator, Noise, Pink
+from quietvit.synthesis.settings import DGH, PSAQ, Pink
 
-__all__ = ["DGH", "PSAQ", "Generator", "Noise", "Pink", "save_images", "synthesize"]
+__all__ = ["DGH", "PSAQ", "Pink", "save_images", "synthesize"]

@@ -84,8 +84,8 @@ def optimize(
                     loss = work.step(index, max(done / iterations, spent / limit))
                     if not math.isfinite(loss):
                         raise QuietvitError(
-                            f"the loss of iteration {done + 1} is {loss}, so the images are unusable. "
-                            "Lower the learning rate (lr) or the weights of the generator. If it "
+                            f"the loss of iteration {done + 1} is {loss}, so no images can be "
+                            "used. Lower the learning rate (lr) or the weights of the terms. If it "
                             "happens at once, look for NaN with quietvit.diagnose(model, images)."
                         )
                     losses.append(loss)

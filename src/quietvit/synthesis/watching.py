@@ -6,7 +6,7 @@ All of it is found through the trace and by stored statistics, never by module n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from quietvit.errors import QuietvitError
 from quietvit.synthesis.terms import Moments, image_spread, moments
 from quietvit.tracing import SITE_KINDS, Site, Trace, intercept, refusing
+from quietvit.tracing.intercept import Handler
 
 Look = Callable[[Site, Tensor], None]
 
@@ -45,6 +46,12 @@ def watched(model: nn.Module, trace: Trace, looks: Mapping[str, Look], images: T
         return output
 
     kinds = {trace[name].kind for name in looks} & SITE_KINDS
+    return _run(model, trace, handler, kinds, images)
+
+
+def _run(
+    model: nn.Module, trace: Trace, handler: Handler, kinds: Collection[str], images: Tensor
+) -> Any:
     with (
         refusing(
             lambda what: (
@@ -86,7 +93,9 @@ class Patches:
             tokens = self._tokens(site, output)
             count = tokens.shape[1]
             found = [left for left, shape in earlier if shape == scores]
-            query = self._tokens(site, found[-1]) if found else tokens
+            query = _samples(found[-1]) if found else tokens
+            if query.shape[1] != count or site.name in self._channelwise:
+                query = query.mT
             if query.shape[:2] == tokens.shape[:2]:
                 first, second = query.chunk(2)
                 moved = (first != second).any(-1).any(0)
@@ -97,8 +106,8 @@ class Patches:
                 self.windows |= output.ndim > 3 and len(tokens) > len(probes)
             return output
 
-        with torch.no_grad(), intercept(trace, handler, kinds={"matmul"}):
-            model(probes)
+        with torch.no_grad():
+            _run(model, trace, handler, {"matmul"}, probes)
         if not self._kept:
             raise QuietvitError(
                 f"{trace.model_name} has no attention over patches in its trace, so the patch "
@@ -119,15 +128,17 @@ class Patches:
         return tokens if len(kept) == tokens.shape[1] else tokens.index_select(1, kept)
 
     def _tokens(self, site: Site, x: Tensor) -> Tensor:
-        """Average (B, heads, ..., N, D) over heads and flatten to (samples, N, D).
-
-        Three dims hold the heads in the batch; each head is a sample then.
-        """
         if (site.operands[0].role == "value") != (site.name in self._channelwise):
             x = x.mT
-        if x.ndim > 3:
-            x = x.mean(1)
-        return x.flatten(0, -3)
+        return _samples(x)
+
+
+def _samples(x: Tensor) -> Tensor:
+    """Average (B, heads, ..., N, D) over heads and flatten to (samples, N, D).
+
+    Three dims hold the heads in the batch; each head is a sample then.
+    """
+    return (x.mean(1) if x.ndim > 3 else x).flatten(0, -3)
 
 
 def _over_channels(trace: Trace) -> set[str]:
