@@ -249,7 +249,7 @@ def test_bad_input_is_refused_with_the_remedy(cnn, vit):
         with pytest.raises(QuietvitError, match=told):
             synthesize(*given, progress=False)
     for keyword, told in (
-        ({"size": 33}, "33"),
+        ({"size": 33}, r"33 x 33 pixels.*size="),
         ({"size": -1}, "whole pixels"),
         ({"seed": -1}, "seed"),
         ({"minutes": 0}, "above 0"),

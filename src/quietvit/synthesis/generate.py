@@ -21,7 +21,7 @@ from quietvit.synthesis.psaq import PatchSimilarity
 from quietvit.synthesis.scale import PixelScale, Size, pixel_scale
 from quietvit.synthesis.settings import DGH, PSAQ, Generator, Pink, generator_of
 from quietvit.synthesis.watching import has_statistics
-from quietvit.tracing import plain_copy, trace
+from quietvit.tracing import Trace, plain_copy, trace
 
 
 def synthesize(
@@ -99,7 +99,7 @@ def _generated(
     if not isinstance(chosen, PSAQ | DGH):
         return noise(count, scale, random), None
     example = scale.to_model(torch.randn(1, *scale.size, generator=random).to(device))
-    found = trace(model, example)
+    found = _traced(model, example)
     work: Optimization
     if isinstance(chosen, PSAQ):
         start = torch.randn(count, *scale.size, generator=random).to(device)
@@ -108,6 +108,17 @@ def _generated(
         work = Statistics(model, found, chosen, count, scale, random, device)
     outcome = optimize(work, chosen.iterations, random, minutes=minutes, progress=progress)
     return torch.cat(work.finished()), outcome
+
+
+def _traced(model: nn.Module, example: Tensor) -> Trace:
+    try:
+        return trace(model, example)
+    except QuietvitError as error:
+        height, width = example.shape[-2:]
+        raise QuietvitError(
+            f"images of {height} x {width} pixels cannot be generated for {type(model).__name__}, "
+            f"because it does not run on them. Give a size that it takes (size=...). {error}"
+        ) from error
 
 
 def _fitting(model: nn.Module) -> Generator:
@@ -132,9 +143,10 @@ def _check(model: Any, count: Any, seed: Any, minutes: float | None) -> None:
         raise QuietvitError(f"the seed is {seed!r}; give a whole number from 0.")
     if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
         raise QuietvitError(f"minutes is {minutes!r}; give a number above 0, or leave it out.")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise QuietvitError(
-                f"{name} of {type(model).__name__} holds NaN, so nothing can be generated from it. "
-                "Load the weights again, or train the model again."
-            )
+    bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    bad += [name for name, b in model.named_buffers() if bool(b.isnan().any())]  # masks hold -inf
+    if bad:
+        raise QuietvitError(
+            f"{bad[0]} of {type(model).__name__} holds NaN or inf, so nothing can be generated "
+            "from it. Load the weights again, or train the model again."
+        )

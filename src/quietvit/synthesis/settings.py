@@ -64,9 +64,9 @@ class PSAQ(Generator):
 
     name = "psaq"
     iterations: Count = 1000
-    """Steps of each batch; published 2 x 500. Fewer help much already, see docs/synthesis.md."""
-    batch_size: Count = 16
-    """Images in one pass. It bounds the memory; all batches advance together."""
+    """Steps of each batch; published 2 x 500."""
+    batch_size: Count = 8
+    """Images in one pass; published 32. It bounds the memory; all batches advance together."""
     entropy: Weight = 1.0
     """Weight of the entropy of patch similarity."""
     stretching: Weight = 0.3
@@ -105,7 +105,7 @@ class DGH(Generator):
     name = "dgh"
     iterations: Count = 1000
     """Steps of each batch."""
-    batch_size: Count = 32
+    batch_size: Count = 16
     """Images in one pass; published 128. The statistics are always those of all images."""
     lr: Annotated[float, Field(gt=0)] = 16.0
     """Learning rate of RAdam in units of ImageNet's normalization."""
