@@ -43,7 +43,7 @@ DEIT, LITE = "deit_tiny_patch16_224", "tf_efficientnet_lite0"
 OUT, CACHE = Path("results/synthesis.csv"), Path("runs/synthesis")
 # Source -> how its images are generated; real images are drawn from the calibration table.
 # The iterations are those that a slow processor allows. 64 patches take 0.7 of the time of all 196.
-FAST = "iterations=60,patches=64"
+FAST = "iterations=60,patches=64,batch_size=16"
 SOURCES: dict[str, dict[str, str]] = {
     DEIT: {
         "real": "",
@@ -52,8 +52,8 @@ SOURCES: dict[str, dict[str, str]] = {
         "psaq": f"psaq:{FAST}",
         "psaq, class": f"psaq:{FAST},classes=1,stretching=0",
         "psaq, class only": f"psaq:{FAST},classes=1,stretching=0,entropy=0",
-        "psaq, 30 iterations": "psaq:iterations=30,patches=64",
-        "psaq, 120 iterations": "psaq:iterations=120,patches=64",
+        "psaq, 30 iterations": "psaq:iterations=30,patches=64,batch_size=16",
+        "psaq, 120 iterations": "psaq:iterations=120,patches=64,batch_size=16",
         "psaq, published": "psaq:classes=1,stretching=0",
     },
     LITE: {
