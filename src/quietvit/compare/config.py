@@ -23,10 +23,8 @@ class CompareConfig(Section):
     Each of ``bits`` (``W4A4``) is combined with each of ``methods`` (``rtn-omse``).
     ``W4A4+attention-maps-8`` or ``W4A4+post_softmax=8`` keeps roles or sites at other bits.
     Calibration images come from the training data, ``diagnosed_images`` from the test data; both
-    are drawn by ``calibration_seed``. With ``synthesis``, such as ``synthetic:32:pink``, each run's
-    own model generates them instead; its count is that of ``calibration_images``.
-    ``noise_setting`` is the setting whose noise is measured per site (default: the last bits with
-    the first method). Raises QuietvitError for a bad value.
+    are drawn by ``calibration_seed``. ``noise_setting`` is the setting whose noise is measured per
+    site (default: the last bits with the first method). Raises QuietvitError for a bad value.
     """
 
     recipe: TrainConfig
@@ -35,6 +33,8 @@ class CompareConfig(Section):
     methods: tuple[str, ...] = ("rtn-minmax", "rtn-percentile", "rtn-omse")
     calibration_images: int = Field(default=32, ge=1)
     synthesis: str = ""
+    """Generates the calibration images from each run's own model: ``synthetic``, or such as
+    ``synthetic:32:pink`` with the number of ``calibration_images``. Empty: real images."""
     calibration_seed: int = Field(default=0, ge=0)
     diagnosed_images: int = Field(default=32, ge=1)
     noise_setting: str = ""
