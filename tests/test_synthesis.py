@@ -11,6 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import quietvit
 import zoo
@@ -163,7 +164,8 @@ def test_the_default_fits_the_model(cnn, vit, monkeypatch):
 
 def test_a_quantized_model_says_how_its_images_were_made(vit, tmp_path):
     images = quickly(vit, 4, seed=7)
-    for given in (images, images[:2], [images[:2], images[2:]], {"pixel_values": images}):
+    loader = DataLoader(TensorDataset(images), batch_size=2)
+    for given in (images, images[:2], [images[:2], images[2:]], {"pixel_values": images}, loader):
         quantized = quietvit.quantize(vit, "rtn", given, progress=False)
         assert quantized.origin["synthetic"] is True
         assert quantized.origin["seed"] == 7

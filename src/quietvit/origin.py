@@ -32,13 +32,16 @@ def in_words(origin: Mapping[str, Any]) -> str:
 def origin_of(images: Any) -> dict[str, Any] | None:
     """Return the origin that ``mark`` noted; None for all other images.
 
-    Slices of a marked tensor have its origin, and so do mappings, tuples and lists that hold marked
-    tensors. A copy of a tensor has none.
+    Slices of a marked tensor have its origin. So do mappings, tuples, lists, data sets and loaders
+    that hold marked tensors. A copy of a tensor has none.
     """
     if isinstance(images, Tensor):
         base = getattr(images, "_base", None)
         found = getattr(images, _MARK, None) or getattr(base, _MARK, None)
         return None if found is None else dict(found)
+    for holder in ("dataset", "tensors"):  # of a DataLoader or Subset, of a TensorDataset
+        if hasattr(images, holder):
+            return origin_of(getattr(images, holder))
     if isinstance(images, Mapping):
         images = list(images.values())
     if isinstance(images, list | tuple):
