@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -139,6 +140,27 @@ def test_quantize_then_evaluate_gives_the_same_top1(table, tmp_path):
     assert read.output.splitlines()[-1] == top1[-1]
     assert "force" in refused(run("quantize", *given, "-o", file))
     assert run("evaluate", file, "--images", table).output == read.output
+
+
+def test_quantize_generates_its_images_where_there_are_none(table, tmp_path):
+    file, seen = tmp_path / "m.qvit", tmp_path / "seen"
+    given = ["quantize", MODEL, "--classes", 2, *SIZE, "-o", file, "--calibration"]
+    asked = "synthetic:3:psaq:iterations=1"
+    made = run(*given, asked, "--seed", 5, "--save-images", seen)
+    assert made.exit_code == 0, made.output
+    assert len(list((seen / "images").iterdir())) == 3
+    assert f"Images: {seen / 'contact-sheet.png'}" in made.output
+    facts = json.loads((file / "quantization.json").read_text())["calibration"]
+    assert (facts["method"], facts["seed"], facts["count"]) == ("psaq", 5, 3)
+    for wrong, told in (
+        ((asked, "--save-images", seen, "--force"), ""),
+        ((asked, "--save-images", seen), "not empty"),
+        ((asked, "--count", 4, "--force"), "leave one of them out"),
+        ((table, "--minutes", 1, "--force"), "--minutes and --save-images"),
+        (("synthetic:3:dgh", "--force"), "'psaq'"),
+    ):
+        again = run(*given, *wrong)
+        assert told in refused(again) if told else again.exit_code == 0, again.output
 
 
 RECIPE = """

@@ -11,11 +11,12 @@ import pytest
 
 from quietvit.compare import CompareConfig, compare
 from quietvit.compare import run as room
+from quietvit.compare.config import calibration_of
 from quietvit.errors import QuietvitError
 from quietvit.quantization import RTN
 from quietvit.quantization.settings import parse_bits, parse_method
 from quietvit.report import Results, Run
-from quietvit.train import TrainConfig
+from quietvit.train import TrainConfig, TrainResult
 
 SETTINGS = {"bits": ("W8A8", "W4A4"), "methods": ("rtn-minmax",)}
 
@@ -119,6 +120,24 @@ def test_going_on_with_a_finished_comparison_trains_nothing(compared, monkeypatc
     assert again.results.runs == found.results.runs
 
 
+def test_calibration_images_can_be_generated(compared, monkeypatch):
+    asked = config(bits=("W4A4",), **calibration_of("synthetic:8:pink"))
+    made, real = [], room.quantize
+    monkeypatch.setattr(
+        room, "quantize", lambda *args, **given: made.append(real(*args, **given)) or made[-1]
+    )
+    trained = TrainResult.read(compared[0].folder / "runs" / "seed0-without-cd" / "train")
+    room._quantized(asked, trained, 0, False)
+    assert made[0].origin["method"] == "pink"
+    assert made[0].origin["count"] == asked.calibration_images == 8
+    assert "generated from each run's own model" in room._calibrated_on(asked)
+    assert asked.flat()["synthesis"] == "synthetic:8:pink"
+    assert "synthesis" not in config().flat()
+    assert calibration_of("12") == {"calibration_images": 12}
+    with pytest.raises(QuietvitError, match="synthetic:32"):
+        calibration_of("many")
+
+
 def test_other_settings_or_a_used_folder_are_refused_and_nothing_is_lost(compared, tmp_path):
     folder = compared[0].folder
     held = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -184,6 +203,8 @@ def test_which_arm_goes_first_alternates():
         ({"bits": ("w4a4", "W4A4")}, "each once"),
         ({"methods": ("rtn-minmx",)}, "did you mean 'rtn-minmax'"),
         ({"calibration_images": 0}, "calibration_images=0"),
+        ({"synthesis": "generated"}, "write synthetic:32"),
+        ({"synthesis": "synthetic:9"}, "calibration_images is 8"),
         ({"noise_setting": "W3A3 rtn-minmax"}, "choose one of"),
         ({"calibration_image": 3}, "did you mean 'calibration_images'"),
     ],

@@ -55,7 +55,11 @@ def kept_registries() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("kept_registries")
 @pytest.mark.parametrize(
-    "page", [*PAGES, *(f"docs/{name}.md" for name in ("bits", "detection", "extending", "qat"))]
+    "page",
+    [
+        *PAGES,
+        *(f"docs/{name}.md" for name in ("bits", "detection", "extending", "qat", "synthesis")),
+    ],
 )
 def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -43,6 +43,7 @@ from .quantization import list_methods as list_methods
 from .quantization import load as load
 from .quantization import quantize as quantize
 from .quantization import register_method as register_method
+from .synthesis import synthesize as synthesize
 from .tasks import Task as Task
 from .tasks import register_task as register_task
 from .tracing import WeightView as WeightView

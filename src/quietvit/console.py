@@ -98,7 +98,21 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="DATA",
-        help=_DATA.format(_FREE, "training") + _NO_LABELS,
+        help=_DATA.format(_FREE, "training")
+        + _NO_LABELS
+        + " Without data: synthetic:COUNT or synthetic:COUNT:METHOD, such as synthetic:32:pink.",
+    ),
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option("--minutes", help="With synthetic images: end their generation after this time."),
+]
+SaveImages = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-images",
+        metavar="FOLDER",
+        help="With synthetic images: write them as PNG files, and a contact sheet.",
     ),
 ]
 Count = Annotated[int, typer.Option("--count", help="Number of images used.")]

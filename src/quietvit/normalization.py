@@ -40,7 +40,7 @@ def warn_unless_normalized(images: Any, model: nn.Module, what: str) -> bool:
         what: names the images in the message, such as ``calibration``.
     """
     pixels = _pixels(images)
-    config = _mean_and_std(model)
+    config = mean_and_std(model)
     if pixels is None or config is None:
         return False
     mean, std = config
@@ -82,7 +82,8 @@ def _pixels(images: Any) -> Tensor | None:
     return None
 
 
-def _mean_and_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def mean_and_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and std in the model's ``pretrained_cfg``; None if they are not stated there."""
     model = plain_model(model)
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, Mapping):

@@ -21,8 +21,10 @@ from quietvit.console import (
     MethodCount,
     MethodName,
     MethodOptions,
+    Minutes,
     Model,
     Runtime,
+    SaveImages,
     Seed,
     Size,
     Threads,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from quietvit.quantization import Method
+    from quietvit.synthesis.settings import Request
 
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Quantize"
@@ -53,6 +56,8 @@ _PANEL = "Quantize"
         "--calibration calib.parquet --bits W4A8 --method rtn-omse -o tiny.qvit",
         "quietvit quantize runs/mine --calibration calib.parquet --bits W4A4 "
         "--keep post_softmax=8 -o mine.qvit",
+        "quietvit quantize deit_tiny_patch16_224 --weights w.safetensors "
+        "--calibration synthetic:32 --save-images seen -o tiny.qvit",
         "quietvit evaluate tiny.qvit --images val.parquet",
     ),
 )
@@ -69,25 +74,34 @@ def quantize(
     keep: Keep = None,
     count: MethodCount = None,
     seed: Seed = 0,
+    minutes: Minutes = None,
+    save_images: SaveImages = None,
     images: Annotated[
         str | None,
         typer.Option("--images", metavar="DATA", help="Also evaluate the result on these images."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
 ) -> None:
-    """Quantize a model with a method and a few calibration images."""
+    """Quantize a model with a method and a few calibration images, real or generated."""
     from quietvit.detection import is_detection_spec
     from quietvit.quantization import quantize as run
     from quietvit.quantization.settings import parse_method
     from quietvit.quantization.storage import FORMAT
+    from quietvit.synthesis.settings import is_synthetic, parse_request
 
+    synthetic = parse_request(calibration) if is_synthetic(calibration) else None
+    _refuse_unused(synthetic, count, minutes, save_images, force)
     chosen = parse_method(method, bits, options or (), keep or ())
     FORMAT.refuse(output, force)
     if images is not None:
         open_data(images, "test", labels=not is_detection_spec(images))
     built = build_model(model, weights, classes, size)
-    dataset = open_data(calibration, "train", labels=False)
-    drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
+    if synthetic is not None:
+        wanted = synthetic.count or count or chosen.images
+        drawn = _synthesized(built, synthetic, wanted, seed, minutes, save_images, force)
+    else:
+        dataset = open_data(calibration, "train", labels=False)
+        drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
     result = run(built, chosen, drawn)
     written = result.save(output, force=force)
     typer.echo(str(result.coverage))
@@ -154,6 +168,55 @@ def evaluate(
         return
     built = build_model(model, weights, classes, size)
     _evaluate(built, built, images, batch, device)
+
+
+def _refuse_unused(
+    synthetic: Request | None,
+    count: int | None,
+    minutes: float | None,
+    save_images: Path | None,
+    force: bool,
+) -> None:
+    """Raise QuietvitError for options that do not go together, before the long work."""
+    from quietvit.files import refuse_nonempty
+
+    if synthetic is None and (minutes, save_images) != (None, None):
+        raise QuietvitError(
+            "--minutes and --save-images are only for generated images; leave them out, or give "
+            "--calibration synthetic:32."
+        )
+    if synthetic is not None and count is not None and synthetic.count is not None:
+        raise QuietvitError(
+            f"--calibration asks for {synthetic.count} images and --count for {count}; leave one "
+            "of them out."
+        )
+    if save_images is not None:
+        refuse_nonempty(save_images, force)
+
+
+def _synthesized(
+    model: nn.Module,
+    synthetic: Request,
+    count: int,
+    seed: int,
+    minutes: float | None,
+    save_images: Path | None,
+    force: bool,
+) -> Tensor:
+    from quietvit.synthesis import save_images as write
+    from quietvit.synthesis import synthesize
+
+    made = synthesize(
+        model,
+        count,
+        synthetic.method,
+        seed=seed,
+        minutes=minutes,
+        progress=sys.stderr.isatty(),
+    )
+    if save_images is not None:
+        typer.echo(f"Images: {write(made, model, save_images, force)}")
+    return made
 
 
 def _count_of(method: Method, dataset: Any, count: int | None) -> int:

@@ -102,8 +102,14 @@ def compare(
         str, typer.Option(help="Methods, each with its activation range.")
     ] = "rtn-minmax,rtn-percentile,rtn-omse",
     calibration: Annotated[
-        int, typer.Option("--calibration", help="Calibration images, from the training data.")
-    ] = 32,
+        str,
+        typer.Option(
+            "--calibration",
+            metavar="COUNT",
+            help="Calibration images from the training data. Without data: synthetic:COUNT or "
+            "synthetic:COUNT:METHOD, such as synthetic:32:pink.",
+        ),
+    ] = "32",
     calibration_seed: Annotated[
         int, typer.Option(help="Seed that draws the calibration images.")
     ] = 0,
@@ -115,6 +121,7 @@ def compare(
     """Train with and without Colinearity Decay (CD), quantize both, write one report."""
     from quietvit.compare import CompareConfig
     from quietvit.compare import compare as run
+    from quietvit.compare.config import calibration_of
     from quietvit.compare.earlier import refusal
     from quietvit.train import load_recipe
 
@@ -123,7 +130,7 @@ def compare(
         seeds=listed(seeds),
         bits=listed(bits),
         methods=listed(methods),
-        calibration_images=calibration,
+        **calibration_of(calibration),
         calibration_seed=calibration_seed,
     )
     if force and not (resume or discard):

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from quietvit.errors import QuietvitError, nearest
 from quietvit.quantization.settings import setting_names, written_bits
 from quietvit.section import Section
+from quietvit.synthesis.settings import is_synthetic, parse_request
 from quietvit.train import TrainConfig
 
 
@@ -29,7 +30,10 @@ class CompareConfig(Section):
     methods: tuple[str, ...] = ("rtn-minmax", "rtn-percentile", "rtn-omse")
     """Post-training methods with their range estimators, such as ``rtn-omse``."""
     calibration_images: int = Field(default=32, ge=1)
-    """Drawn from the training data."""
+    """Drawn from the training data, unless ``synthesis`` is set."""
+    synthesis: str = ""
+    """Generates the calibration images from each run's own model: ``synthetic``, or such as
+    ``synthetic:32:pink`` with the number of ``calibration_images``. Empty: real images."""
     calibration_seed: int = Field(default=0, ge=0)
     """Decides which images are drawn for calibration and diagnosis."""
     diagnosed_images: int = Field(default=32, ge=1)
@@ -66,6 +70,17 @@ class CompareConfig(Section):
             raise QuietvitError(
                 f"noise_setting {self.noise_setting!r} is not compared"
                 f"{nearest(self.noise_setting, settings)}; choose one of: {', '.join(settings)}."
+            )
+        if self.synthesis and not is_synthetic(self.synthesis):
+            raise QuietvitError(
+                f"synthesis is {self.synthesis!r}; write synthetic:32 or synthetic:32:pink, or "
+                "leave it empty for calibration images of the training data."
+            )
+        asked = parse_request(self.synthesis).count if self.synthesis else None
+        if asked not in (None, self.calibration_images):
+            raise QuietvitError(
+                f"synthesis asks for {asked} images, but calibration_images is "
+                f"{self.calibration_images}; give the same number."
             )
         cd = self.recipe.decay.sections().get("cd")
         if cd is None or not cd.active:
@@ -109,7 +124,25 @@ class CompareConfig(Section):
         whole = self.model_dump(mode="json")
         for key in ("seed", "output"):
             del whole["recipe"][key]
+        if not self.synthesis:  # as in comparisons of earlier versions, which can be resumed
+            del whole["synthesis"]
         return dict(_flat(whole, ""))
+
+
+def calibration_of(text: str) -> dict[str, Any]:
+    """Return the fields that ``32``, ``synthetic`` or ``synthetic:32:METHOD`` stands for.
+
+    Raises QuietvitError for anything else.
+    """
+    if is_synthetic(text):
+        count = parse_request(text).count
+        return {"synthesis": text} | ({} if count is None else {"calibration_images": count})
+    if text.isdecimal():
+        return {"calibration_images": int(text)}
+    raise QuietvitError(
+        f"the calibration is {text!r}; give the number of images of the training data, such as 32, "
+        "or synthetic:32 for generated ones."
+    )
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -49,6 +49,8 @@ from quietvit.report import (
     verdict,
 )
 from quietvit.report.results import ARMS, Spread, overhead
+from quietvit.synthesis import synthesize
+from quietvit.synthesis.settings import parse_request
 from quietvit.tracing import Trace
 from quietvit.tracing import trace as record_trace
 from quietvit.train import TrainConfig, TrainResult, train
@@ -153,7 +155,7 @@ def compare(
 
 def _enough_images(config: CompareConfig) -> None:
     train_set, _ = task_of(config.recipe).open_data()
-    if config.calibration_images > len(train_set):
+    if not config.synthesis and config.calibration_images > len(train_set):
         raise QuietvitError(
             f"calibration_images is {config.calibration_images}, but {train_set.name} has only "
             f"{len(train_set)} images for training; set fewer."
@@ -237,7 +239,16 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
     def score(model: nn.Module) -> float:
         return task.score([task.judge(model, loader, device)])
 
-    calibration = drawn(train_set, config.calibration_images)
+    if config.synthesis:
+        calibration = synthesize(
+            model,
+            config.calibration_images,
+            parse_request(config.synthesis).method,
+            seed=config.calibration_seed,
+            progress=sys.stderr.isatty(),
+        )
+    else:
+        calibration = drawn(train_set, config.calibration_images)
     looked_at = drawn(test_set, min(config.diagnosed_images, len(test_set)))
     trace = record_trace(model, calibration[:1])
     scores: dict[str, float] = {}
@@ -323,7 +334,7 @@ def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
         notes=(
             f"{covered:.1f} % of all multiply-accumulates run on quantized operands, products "
             "inside attention included; patch embedding and head at 8 bits. Ranges come from "
-            f"{config.calibration_images} images of the training data, the same for every run; "
+            f"{_calibrated_on(config)}; "
             f"{task_of(config.recipe).metric.name} is on {runs[0].images} test images, one of "
             f"which is {100 / runs[0].images:.2f} points.",
             *_shares(config, runs[0]),
@@ -335,6 +346,15 @@ def _shares(config: CompareConfig, run: Run) -> list[str]:
     """Return one line for each choice of bits: the shares of multiply-accumulates by bits."""
     first = {bits: setting_names((bits,), config.methods)[0] for bits in config.bits}
     return [f"{bits}: {run.shares[name]}." for bits, name in first.items() if name in run.shares]
+
+
+def _calibrated_on(config: CompareConfig) -> str:
+    if not config.synthesis:
+        return f"{config.calibration_images} images of the training data, the same for every run"
+    return (
+        f"{config.calibration_images} images that were generated from each run's own model "
+        f"({config.synthesis}, seed {config.calibration_seed})"
+    )
 
 
 def _write(results: Results, folder: Path) -> None:

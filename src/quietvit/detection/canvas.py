@@ -61,8 +61,8 @@ class Canvas(GeneralizedRCNNTransform):
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """Return normalized images as one tensor (N, 3, H, W); 0 is the mean."""
         batch = images[0].new_zeros(len(images), images[0].shape[0], *self.size)
-        for place, image in zip(batch, images, strict=True):
-            place[:, : image.shape[1], : image.shape[2]].copy_(image)
+        for index, image in enumerate(images):  # by index, so that gradients reach the images
+            batch[index, :, : image.shape[1], : image.shape[2]].copy_(image)
         return batch
 
     def factor(self, height: int, width: int) -> float:

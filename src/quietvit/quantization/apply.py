@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
+from quietvit.origin import in_words, origin_of
 from quietvit.quantization.calibration import Calibration, ImageStream
 from quietvit.quantization.method import Method, list_methods
 from quietvit.quantization.outputs import with_quantized_outputs
@@ -42,7 +43,7 @@ def quantize(
         calibration: images (N, 3, H, W) after the model's own transform, or an iterable of batches:
             tensors, tuples or lists that begin with one, dicts with ``pixel_values`` or ``images``.
             Batches are read one by one. A method that holds all images in memory says so in its
-            docstring.
+            docstring. Images from ``quietvit.synthesize`` are noted in the result.
         bits: such as ``W4A8``, for a method given by name; None takes the method's defaults, W8A8.
         example: input for tracing; None takes the first image.
         trace: an earlier ``quietvit.trace`` of this model.
@@ -88,7 +89,9 @@ def quantize(
         own, trace, images, progress, lambda slot: method.slot_bits(slot) is not None
     )
     calibrated = method.calibrate(watched)
-    notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}")
+    origin = origin_of(calibration)
+    made = "" if origin is None else f", generated without data ({in_words(origin)})"
+    notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}{made}")
     notes += calibrated.notes
     quantized = QuantizedModel(
         own,
@@ -99,6 +102,7 @@ def quantize(
         compensations=calibrated.compensations,
         input_shape=tuple(first.shape[1:]),
         notes=tuple(notes),
+        origin=origin,
     )
     if method.conv_output_bits is None:
         return quantized

@@ -89,6 +89,7 @@ def _remade(quantized: QuantizedModel, quantizers: Mapping[Slot, Quantizer]) -> 
         adjustments=quantized.adjusted(),
         compensations=quantized.compensated(),
         notes=quantized.notes,
+        origin=quantized.origin,
     )
 
 

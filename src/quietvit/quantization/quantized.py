@@ -52,6 +52,8 @@ class QuantizedModel(nn.Module):
         trace, method: what it was made from.
         input_shape: (C, H, W) of the calibration images.
         notes: notes from calibration for the report.
+        origin: how the calibration images were generated (``quietvit.synthesize``): method, seed,
+            count, fields and iterations; None for real images.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class QuantizedModel(nn.Module):
         adjustments: Mapping[str, Adjustment] | None = None,
         compensations: Mapping[str, Compensation] | None = None,
         notes: tuple[str, ...] = (),
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -72,6 +75,7 @@ class QuantizedModel(nn.Module):
         self.method = method
         self.input_shape = input_shape
         self.notes = notes
+        self.origin = None if origin is None else dict(origin)
         self.quantizers = nn.ModuleDict()
         self._slots: dict[str, dict[int, Slot]] = {}
         for slot, quantizer in quantizers.items():
@@ -362,6 +366,7 @@ class QuantizedModel(nn.Module):
             compensations=self.compensated(),
             input_shape=self.input_shape,
             notes=self.notes,
+            origin=self.origin,
         )
         path = Path(path)
         FORMAT.refuse(path, force)

@@ -65,6 +65,7 @@ class Contents:
     compensations: Mapping[str, Compensation]
     input_shape: tuple[int, ...]
     notes: tuple[str, ...]
+    origin: Mapping[str, Any] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """All modules except the model, by the prefix of their tensors in the file."""
@@ -106,6 +107,7 @@ def write(path: Path, contents: Contents, used: Mapping[str, Tensor], coverage: 
         "preprocessing": preprocessing_of(model),
         **facts_of_names(model),
         "notes": list(contents.notes),
+        "calibration": contents.origin,
         "coverage": coverage.to_dict(),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
     }
@@ -143,12 +145,15 @@ def read(path: Path, model: nn.Module | None) -> Contents:
             state[name] = whole
         own.load_state_dict(state)
         input_shape, notes = tuple(facts["input_shape"]), tuple(facts["notes"])
+        origin = facts.get("calibration")  # earlier versions did not write it
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise QuietvitError(
             f"{path} is not consistent ({type(error).__name__}: {error}); it was changed or cut "
             "short after it was written. Save the model again."
         ) from error
-    return Contents(own, trace, method, quantizers, adjustments, compensations, input_shape, notes)
+    return Contents(
+        own, trace, method, quantizers, adjustments, compensations, input_shape, notes, origin
+    )
 
 
 Parts = tuple[dict[Slot, Quantizer], dict[str, Adjustment], dict[str, Compensation]]

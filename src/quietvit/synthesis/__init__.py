@@ -1,0 +1,10 @@
+"""Calibration images without data: generated from the model's own weights, or from noise.
+
+``quantization`` uses the images like any others.
+"""
+
+from quietvit.synthesis.generate import synthesize
+from quietvit.synthesis.pictures import save_images
+from quietvit.synthesis.settings import DGH, PSAQ, Pink
+
+__all__ = ["DGH", "PSAQ", "Pink", "save_images", "synthesize"]

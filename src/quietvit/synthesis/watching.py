@@ -1,0 +1,209 @@
+"""What generators look at during a pass: patches in attention, outputs, inputs of BatchNorms.
+
+All of it is found through the trace and by stored statistics, never by module names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from quietvit.errors import QuietvitError
+from quietvit.synthesis.terms import Moments, image_spread, moments
+from quietvit.tracing import SITE_KINDS, Site, Trace, intercept, refusing
+from quietvit.tracing.intercept import Handler
+
+Look = Callable[[Site, Tensor], None]
+
+
+def output_sites(trace: Trace) -> tuple[str, ...]:
+    """Return the sites whose outputs count as the model's: its heads, else the last sites.
+
+    Sums at the end are left out where there is anything else: they move a detector's boxes.
+    """
+    heads = tuple(site.name for site in trace.sites if site.role == "head")
+    if heads:
+        return heads
+    direct = tuple(name for name in trace.outputs if trace[name].kind not in ("add", "opaque"))
+    return direct or trace.outputs
+
+
+def watched(model: nn.Module, trace: Trace, looks: Mapping[str, Look], images: Tensor) -> Any:
+    """Run the model on images (B, C, H, W) and pass each named site's output to its ``Look``.
+
+    Returns the model's output.
+    """
+
+    def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+        output = run(*operands)
+        if site.name in looks:
+            looks[site.name](site, output)
+        return output
+
+    kinds = {trace[name].kind for name in looks} & SITE_KINDS
+    return _run(model, trace, handler, kinds, images)
+
+
+def _run(
+    model: nn.Module, trace: Trace, handler: Handler, kinds: Collection[str], images: Tensor
+) -> Any:
+    with (
+        refusing(
+            lambda what: (
+                f"{type(model).__name__} does not run on a batch of images of shape "
+                f"{tuple(images.shape)} ({what}). Give a model that takes one batch of images."
+            )
+        ),
+        intercept(trace, handler, kinds=kinds),
+    ):
+        return model(images)
+
+
+class Patches:
+    """The attention outputs of a model, as patches (samples, N, D) averaged over heads."""
+
+    def __init__(self, model: nn.Module, trace: Trace, probes: Tensor) -> None:
+        """``probes``: two different images, which tell patches from tokens of another origin.
+
+        Raises QuietvitError if the model has no attention over patches.
+        """
+        self._channelwise = _over_channels(trace)
+        self._kept: dict[str, Tensor] = {}
+        self.windows = False
+        """Whether an attention runs in windows of the image."""
+        # A query has one row for each token. The rows of a class token and of a decoder's queries
+        # are the same for all images when they first meet attention.
+        changing: dict[int, Tensor] = {}
+        products: list[tuple[Tensor, torch.Size]] = []  # since the last attention
+
+        def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
+            output = run(*operands)
+            if site.role != "attention_value":
+                products.append((operands[0], output.shape))
+                return output
+            earlier, scores = list(products), operands[site.operands[0].role == "value"].shape
+            products.clear()
+            if output.ndim < 3:
+                return output
+            tokens = self._tokens(site, output)
+            count = tokens.shape[1]
+            found = [left for left, shape in earlier if shape == scores]
+            query = _samples(found[-1]) if found else tokens
+            if query.shape[1] != count or site.name in self._channelwise:
+                query = query.mT
+            if query.shape[:2] == tokens.shape[:2]:
+                first, second = query.chunk(2)
+                moved = (first != second).any(-1).any(0)
+                changing[count] = moved & changing.get(count, torch.ones_like(moved))
+            numbers = changing.get(count, tokens.new_ones(count, dtype=torch.bool)).nonzero()
+            if len(numbers) > 1:
+                self._kept[site.name] = numbers.flatten()
+                self.windows |= output.ndim > 3 and len(tokens) > len(probes)
+            return output
+
+        with torch.no_grad():
+            _run(model, trace, handler, {"matmul"}, probes)
+        if not self._kept:
+            raise QuietvitError(
+                f"{trace.model_name} has no attention over patches in its trace, so the patch "
+                "similarity of method 'psaq' has nothing to measure. Use method 'dgh' for a model "
+                "with BatchNorm, else set entropy=0, or use method 'pink'."
+            )
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self._kept)
+
+    def __call__(self, site: Site, output: Tensor) -> Tensor:
+        """Return the patches in the output of a site: (samples, N, D).
+
+        A sample is an image or a window. Tokens that are no patches are left out.
+        """
+        tokens, kept = self._tokens(site, output), self._kept[site.name]
+        return tokens if len(kept) == tokens.shape[1] else tokens.index_select(1, kept)
+
+    def _tokens(self, site: Site, x: Tensor) -> Tensor:
+        if (site.operands[0].role == "value") != (site.name in self._channelwise):
+            x = x.mT
+        return _samples(x)
+
+
+def _samples(x: Tensor) -> Tensor:
+    """Average (B, heads, ..., N, D) over heads and flatten to (samples, N, D).
+
+    Three dims hold the heads in the batch; each head is a sample then.
+    """
+    return (x.mean(1) if x.ndim > 3 else x).flatten(0, -3)
+
+
+def _over_channels(trace: Trace) -> set[str]:
+    """Return the attentions whose probabilities mix channels, so that tokens are the last dim."""
+    values = {link.source for link in trace.links if "channel_attention" in link.through}
+    return {
+        site.name
+        for site in trace.sites
+        if any(values.intersection(operand.fed_by) for operand in site.operands)
+    }
+
+
+class Norms:
+    """Watches the inputs of all BatchNorms with stored statistics, by hooks on a private copy.
+
+    After a pass, ``seen`` has the moments of each call's input in order, and ``spread`` tells how
+    far single images stray from the statistics of the last one. The last one is the last whose
+    input has several positions for each image.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[Tensor], Any], probe: Tensor) -> None:
+        """``run(probe)`` makes one pass over images (B, C, H, W)."""
+        self.seen: list[Moments] = []
+        self.spread: Tensor | None = None
+        self._batch = 1
+        self._last = -1
+        self._modules: list[Any] = []
+        for module in model.modules():
+            if has_statistics(module):
+                module.register_forward_pre_hook(self._note)
+        shapes: list[tuple[int, ...]] = []
+        self._shapes: list[tuple[int, ...]] | None = shapes
+        with torch.no_grad():
+            run(probe)
+        self._shapes = None
+        if not self.seen:
+            raise QuietvitError(
+                f"{type(model).__name__} has no BatchNorm with stored statistics, so method 'dgh' "
+                "has nothing to match. Use method 'psaq', which needs none."
+            )
+        wide = [i for i, shape in enumerate(shapes) if math.prod(shape) > len(probe) * shape[1]]
+        self._last = wide[-1] if wide else -1
+        self.stored = [
+            (module.running_mean.float(), module.running_var.float()) for module in self._modules
+        ]
+
+    def start(self, batch: int) -> None:
+        """Forget the last pass; the next one has ``batch`` images."""
+        self.seen, self.spread, self._batch = [], None, batch
+
+    def _note(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        if self._shapes is not None:
+            self._shapes.append(tuple(x.shape))
+            self._modules.append(module)
+        elif len(self.seen) == self._last:
+            self.spread = image_spread(x, self._batch, *self.stored[self._last])
+        self.seen.append(moments(x))
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm, frozen or not, with running statistics of its channels."""
+    if isinstance(module, _InstanceNorm):
+        return False
+    mean, variance = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+        return False
+    return mean.ndim == 1 and mean.shape == variance.shape
