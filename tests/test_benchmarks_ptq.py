@@ -19,6 +19,7 @@ from quietvit.data import ImageDataset, calibration_images
 from quietvit.errors import QuietvitError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+INTEGER = "rtn-minmax,rtn-percentile,rtn-omse"
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
 
 
@@ -66,7 +67,7 @@ def fake(job) -> dict[str, object]:
     }
 
 
-def jobs(script, out: Path, settings: str = "rtn*", bits=("W4A4",), seeds=(0, 1, 2), images=20):
+def jobs(script, out: Path, settings: str = INTEGER, bits=("W4A4",), seeds=(0, 1, 2), images=20):
     return script.jobs_for(settings, bits, seeds, images, out)
 
 
@@ -153,9 +154,11 @@ def test_the_command_ends_with_one_after_a_failure(script, tmp_path, data, monke
     monkeypatch.setattr(script, "spawn", spawn)
     monkeypatch.setattr(script, "prepare", lambda *_: data)
     arguments = ["run", "--data", str(tmp_path), "--out", str(tmp_path / "t.csv"), "--seeds", "0"]
-    good = CliRunner().invoke(script.app, [*arguments, "--settings", "rtn-m*", "--bits", "W4A4"])
+    good = CliRunner().invoke(
+        script.app, [*arguments, "--settings", "rtn-minmax", "--bits", "W4A4"]
+    )
     assert good.exit_code == 0, good.output
-    bad = CliRunner().invoke(script.app, [*arguments, "--settings", "rtn*", "--bits", "W4A4"])
+    bad = CliRunner().invoke(script.app, [*arguments, "--settings", INTEGER, "--bits", "W4A4"])
     assert bad.exit_code == 1
     assert len(script.read(tmp_path / "t.csv")) == 3
     shown = CliRunner().invoke(script.app, ["summary", "--out", str(tmp_path / "t.csv")])
