@@ -99,6 +99,7 @@ def test_steps_follow_from_the_numbers():
     assert texts[0].startswith("Deploy rtn-omse W8A8")
     assert texts[1] == "Keep post_gelu at 8 bits: --keep post_gelu=8"
     assert texts[2:4] == ["Use repq-vit for this model", "Do not use SmoothQuant for this model"]
+    assert "recipe section qat" in texts[4]
     better = [replace(r, effect=Effect(0.0, 0.0, 0.0, 0.0)) for r in rows]
     assert len(next_steps(better, None, [], ())) == 1
     assert not any(

@@ -63,17 +63,23 @@ def next_steps(
     steps += _methods(rows, target)
     best = max((row for row in rows if row.bits == target.bits), key=lambda row: row.quality)
     if best.agreement is None or best.agreement < GOOD:
-        outliers = [cause for cause in causes if cause.kind in ("outlier", "tail")]
         why = f"the best of all methods at {target.bits} is {best.method}: {result(best)}"
+        steps.append(
+            Step(
+                f"Use more bits than {target.bits}, or train the quantized model on: recipe "
+                "section qat, or quietvit.learn_steps",
+                why,
+            )
+        )
+        outliers = [cause for cause in causes if cause.kind in ("outlier", "tail")]
         if outliers:
             steps.append(
                 Step(
-                    "Train or fine-tune with Colinearity Decay, then quantize again",
+                    "If you train the model anyway, compare with and without Colinearity Decay: "
+                    "quietvit compare",
                     f"{why}; {outliers[0].site}: {outliers[0].why}",
                 )
             )
-        else:
-            steps.append(Step(f"Use more bits than {target.bits}, or fine-tune the model", why))
     return tuple(steps)
 
 
