@@ -32,13 +32,13 @@ def open_hub(
         QuietvitError: ``datasets`` is missing, the folder or name cannot be opened, or the split or
             column is missing.
     """
-    found = _loaded(rest)
-    data = _split_of(found, split, rest)
-    image = _image_column(data.features, rest)
+    found = opened(rest)
+    data = split_of(found, split, rest)
+    image = image_column(data.features, rest)
     from datasets import Image
 
     encoded = data.select_columns([image]).cast_column(image, Image(decode=False))
-    read = partial(_read_row, encoded, image, rest)
+    read = partial(read_row, encoded, image, rest)
     name = f"hf:{rest}" if split is None else f"hf:{rest} ({split})"
     if not labels:
         return ImageDataset(None, read, "row {}".format, name=name, count=len(data))
@@ -48,7 +48,7 @@ def open_hub(
     if num_classes is None and names is not None:
         num_classes = len(names)
     if num_classes is None and split == "test":
-        num_classes = int(_labels(_split_of(found, "train", rest), label, rest).max()) + 1
+        num_classes = int(_labels(split_of(found, "train", rest), label, rest).max()) + 1
     return ImageDataset(
         _labels(data, label, rest),
         read,
@@ -65,7 +65,8 @@ def has_splits(rest: str) -> bool:
     return (folder / "dataset_dict.json").exists() if folder.is_dir() else True
 
 
-def _loaded(rest: str) -> Any:
+def opened(rest: str) -> Any:
+    """Return the ``Dataset`` or ``DatasetDict``. Raises QuietvitError like ``open_hub``."""
     try:
         import datasets
     except ImportError as error:
@@ -90,7 +91,8 @@ def _loaded(rest: str) -> Any:
         raise QuietvitError(f"hf:{rest} could not be opened ({reason}); {remedy}.") from error
 
 
-def _split_of(found: Any, split: str | None, rest: str) -> Any:
+def split_of(found: Any, split: str | None, rest: str) -> Any:
+    """Return the ``Dataset`` of ``train``, ``test`` or the only split."""
     if not isinstance(found, dict):
         if split == "test":
             raise QuietvitError(
@@ -112,7 +114,8 @@ def _split_of(found: Any, split: str | None, rest: str) -> Any:
     )
 
 
-def _image_column(features: Any, rest: str) -> str:
+def image_column(features: Any, rest: str) -> str:
+    """Return the name of the column of images."""
     from datasets import Image
 
     images = [name for name, kind in features.items() if isinstance(kind, Image)]
@@ -160,7 +163,8 @@ def _labels(data: Any, label: str, rest: str) -> np.ndarray:
     return labels
 
 
-def _read_row(data: Any, image: str, rest: str, index: int) -> bytes:
+def read_row(data: Any, image: str, rest: str, index: int) -> bytes:
+    """Return the encoded image of a row."""
     value = data[int(index)][image] or {}
     if value.get("bytes"):
         return bytes(value["bytes"])

@@ -6,7 +6,7 @@ Where the boxes come from is decided in ``coco`` and ``voc``; what a wrong box i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ Target = dict[str, Any]
 class Record:
     """One image: its file, its id, its stored size (width, height), and its N boxes.
 
-    ``boxes`` (N, 4) holds corners in pixels of the stored image, float32.
+    ``boxes`` (N, 4) holds corners in pixels of the stored image, float32. ``read`` returns the
+    encoded image; None reads the file at ``path``.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Record:
     labels: np.ndarray
     area: np.ndarray
     iscrowd: np.ndarray
+    read: Callable[[], bytes] | None = None
 
 
 class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
@@ -93,7 +95,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
         record = self.records[index]
         try:
-            content = Path(record.path).read_bytes()
+            content = Path(record.path).read_bytes() if record.read is None else record.read()
         except OSError as error:
             raise QuietvitError(
                 f"the image {record.path} could not be read: {error.strerror or error}. Restore "

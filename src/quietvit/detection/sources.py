@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from quietvit.data import hub
 from quietvit.data.paths import part_for, split_parts
 from quietvit.data.sources import Split
 from quietvit.detection.checks import MAX_BAD_BOXES
 from quietvit.detection.coco import open_coco
 from quietvit.detection.dataset import DetectionDataset
+from quietvit.detection.objects import open_objects
 from quietvit.detection.voc import open_voc
 from quietvit.errors import QuietvitError, nearest
 
-FORMS = ("coco", "voc")
+FORMS = ("coco", "voc", "objects")
 _WRITTEN = (
     "'coco:/train.json[@/images][,/test.json[@/images]]' or 'voc:/folder' (with ImageSets/Main), "
-    "'voc:/train,/test'"
+    "'voc:/train,/test', or 'objects:/folder' (as datasets' save_to_disk writes it)"
 )
 
 
@@ -36,6 +38,7 @@ def load_detection_dataset(
             behind ``@``, as in ``coco:/train.json@/images``, where it is not found beside them.
             ``voc:/folder`` with ``Annotations``, ``JPEGImages`` and the lists in
             ``ImageSets/Main``, or ``voc:/train,/test`` with one folder for each.
+            ``objects:/folder`` with a Hugging Face data set that has a column ``objects``.
         split: ``train``, ``test``, or None for the first part (all of a VOC folder).
         class_names: number the classes as these. The test images take the training images' names.
         max_bad_boxes: leave out so many wrong annotations; with more the data set is refused.
@@ -51,6 +54,8 @@ def load_detection_dataset(
         raise QuietvitError(
             f"no data set with boxes is named {spec!r}{nearest(form, FORMS)}; write {_WRITTEN}."
         )
+    if form == "objects":
+        return open_objects(rest.strip(), split, class_names, max_bad_boxes)
     if form == "voc" and len(parts) == 1:
         return open_voc(parts[0], split, class_names, max_bad_boxes)
     example = "'coco:/train.json,/test.json'" if form == "coco" else "'voc:/train,/test'"
@@ -71,6 +76,8 @@ def has_splits(spec: str) -> bool:
     from pathlib import Path
 
     form, _, rest = spec.partition(":")
+    if form == "objects":
+        return hub.has_splits(rest)
     parts = split_parts(rest)
     lists = Path(parts[0]).expanduser() / "ImageSets" / "Main" if parts else None
     return len(parts) > 1 or (form == "voc" and lists is not None and lists.is_dir())

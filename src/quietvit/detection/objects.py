@@ -1,0 +1,164 @@
+"""Hugging Face data sets with boxes: a column ``objects`` as in COCO.
+
+``quietvit.data.hub`` opens the data set and its images.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from quietvit.data.hub import image_column, opened, read_row, split_of
+from quietvit.detection.checks import MAX_BAD_BOXES, Problems, checked_boxes
+from quietvit.detection.dataset import DetectionDataset, Record
+from quietvit.errors import QuietvitError, nearest
+
+CATEGORY = ("category", "category_id", "label", "labels")
+
+
+def open_objects(
+    rest: str,
+    split: str | None = None,
+    class_names: Sequence[str] | None = None,
+    max_bad_boxes: int = MAX_BAD_BOXES,
+) -> DetectionDataset:
+    """Open a folder that ``save_to_disk`` wrote, or a name on the hub.
+
+    The column ``objects`` holds for each object ``bbox`` (x, y, width, height in pixels) and
+    ``category``, and may hold ``area`` and ``iscrowd``. The columns ``image_id``, ``width`` and
+    ``height`` are used if they exist.
+
+    Args:
+        rest: the folder or name, without ``objects:``.
+        split: ``train`` or ``test``; None takes the only split.
+        class_names: number the classes as these. None takes those of the ``ClassLabel``, or the
+            values that occur, in order.
+        max_bad_boxes: see ``checks.Problems``.
+
+    Raises:
+        QuietvitError: as ``quietvit.data.hub.open_hub``; no column of boxes, or more wrong
+            annotations than allowed.
+    """
+    data = split_of(opened(rest), split, rest)
+    image = image_column(data.features, rest)
+    _refuse_without_boxes(data.features, rest)
+    from datasets import Image as ImageFeature
+
+    encoded = data.select_columns([image]).cast_column(image, ImageFeature(decode=False))
+    columns = [name for name in data.column_names if name != image]
+    rows = [dict(row) for row in data.select_columns(columns)]
+    objects = [list(_objects(row["objects"])) for row in rows]
+    own = _class_names(data.features["objects"])
+    if own is None:
+        own = sorted({str(_category(one, rest)) for each in objects for one in each})
+        number = {name: name for name in own}
+    else:
+        number = {str(index): name for index, name in enumerate(own)} | {n: n for n in own}
+    names = list(class_names or own)
+    name = f"objects:{rest}" if split is None else f"objects:{rest} ({split})"
+    problems = Problems(name, max_bad_boxes)
+    records = []
+    for index, (row, found) in enumerate(zip(rows, objects, strict=True)):
+        read = partial(read_row, encoded, image, rest, index)
+        size = _size(row, read)
+        named = [_named(one, number, rest) for one in found]
+        records.append(replace(_record(index, row, named, size, names, problems), read=read))
+    problems.tell()
+    return DetectionDataset(records, names, range(1, len(names) + 1), name)
+
+
+def _record(
+    index: int,
+    row: Mapping[str, Any],
+    objects: Sequence[tuple[str, Mapping[str, Any]]],
+    size: tuple[int, int],
+    names: Sequence[str],
+    problems: Problems,
+) -> Record:
+    kept, told = [], []
+    for place, (category, one) in enumerate(objects):
+        what = f"object {place} of row {index}"
+        if category not in names:
+            problems.add(
+                f"{what} has the class {category!r}, which is unknown{nearest(category, names)}"
+            )
+        elif len(one["bbox"]) != 4:
+            problems.add(f"{what} has a bbox of {len(one['bbox'])} numbers")
+        else:
+            kept.append((names.index(category) + 1, one))
+            told.append(what)
+    given = np.array([one["bbox"] for _, one in kept], np.float64).reshape(-1, 4)
+    corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
+    boxes, sound = checked_boxes(corners, size, told, problems)
+    area = [float(one.get("area") or one["bbox"][2] * one["bbox"][3]) for _, one in kept]
+    crowd = [int(one.get("iscrowd") or 0) for _, one in kept]
+    image_id = row.get("image_id")
+    return Record(
+        path=f"row {index}",
+        image_id=image_id if isinstance(image_id, int) else index + 1,
+        size=size,
+        boxes=boxes[sound],
+        labels=np.array([label for label, _ in kept], np.int64)[sound],
+        area=np.array(area, np.float32)[sound],
+        iscrowd=np.array(crowd, np.int64)[sound],
+    )
+
+
+def _refuse_without_boxes(features: Mapping[str, Any], rest: str) -> None:
+    if "objects" not in features or "bbox" not in str(features["objects"]):
+        raise QuietvitError(
+            f"objects:{rest} has no column 'objects' with 'bbox'; its columns are "
+            f"{', '.join(features)}. Rename the column of boxes, and save the data set again."
+        )
+
+
+def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield objects from a list of dicts, or from a dict of lists (older data sets)."""
+    if not isinstance(value, Mapping):
+        yield from value or ()
+        return
+    for values in zip(*value.values(), strict=True):
+        yield dict(zip(value, values, strict=True))
+
+
+def _category(one: Mapping[str, Any], rest: str) -> Any:
+    for key in CATEGORY:
+        if one.get(key) is not None:
+            return one[key]
+    raise QuietvitError(
+        f"an object of objects:{rest} has no category; it has {', '.join(one)}. Its class must be "
+        f"called {' or '.join(CATEGORY)}."
+    )
+
+
+def _named(
+    one: Mapping[str, Any], number: Mapping[str, str], rest: str
+) -> tuple[str, Mapping[str, Any]]:
+    category = str(_category(one, rest))
+    return number.get(category, category), one
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """Return the names of a ``ClassLabel`` somewhere below the column's feature."""
+    names = getattr(feature, "names", None)
+    if names:
+        return list(names)
+    inner = getattr(feature, "feature", feature)
+    if isinstance(inner, Mapping):
+        found = (_class_names(inner[key]) for key in CATEGORY if key in inner)
+        return next((names for names in found if names), None)
+    return None if inner is feature else _class_names(inner)
+
+
+def _size(row: Mapping[str, Any], read: Any) -> tuple[int, int]:
+    """Return (width, height): from the columns, else from the header of the image."""
+    if row.get("width") and row.get("height"):
+        return int(row["width"]), int(row["height"])
+    with Image.open(io.BytesIO(read())) as image:
+        return image.size
