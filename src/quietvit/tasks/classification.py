@@ -45,7 +45,7 @@ class Classification(Task):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        # Mixup already smooths the labels it mixes, so smoothing here would apply twice.
+        # Mixup applies label_smoothing itself.
         smoothing = 0.0 if config.mix.active else config.label_smoothing
         self._criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
         self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
