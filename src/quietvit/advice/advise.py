@@ -50,8 +50,7 @@ def advise(
     No labels are needed. Half of the images, at most 32, calibrate. The rest measure how often the
     quantized model predicts the same class as the float model. The settings are tried method by
     method until the time is up. Then the three most expensive sites are explained, at the lowest
-    bits with rtn-omse. The given model never changes. Ctrl-C ends the search and returns the
-    results so far.
+    bits with rtn-omse. The model never changes. Ctrl-C ends the search and returns its results.
 
     Args:
         model: a float model in eval mode.
@@ -63,8 +62,8 @@ def advise(
         progress: show a progress bar after 3 seconds.
 
     Raises:
-        QuietvitError: there are fewer than 16 images, the model is in training mode or cannot be
-            traced, no method can quantize it, or a method or bits are unknown.
+        QuietvitError: there are fewer than 16 images, a method or bits are unknown, or the model is
+            in training mode or cannot be traced or quantized.
     """
     refuse_training(model)
     if not minutes > 0:
@@ -150,10 +149,7 @@ def _explain(
 
 
 def _parted(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Split images alternately into batches for calibration and for measuring.
-
-    Alternating avoids a bias if the images are sorted, for example by class.
-    """
+    """Split images alternately for calibration and measuring, in case they are sorted by class."""
     images = torch.cat(list(batches))
     if len(images) < LEAST:
         raise QuietvitError(

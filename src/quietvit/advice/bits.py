@@ -102,8 +102,8 @@ def choose_bits(
         estimate: estimate the costs instead of measuring them.
 
     Raises:
-        QuietvitError: there is not exactly one budget, no choice meets it (the error states the
-            least possible), there are fewer than two choices, or see ``quietvit.sensitivity``.
+        QuietvitError: not exactly one budget, a budget below the least possible, fewer than two
+            choices, or see ``quietvit.sensitivity``.
     """
     search = _Search(model, method, images, choices, trace)
     search.problem().check(average, weight_bytes)
@@ -339,7 +339,7 @@ class _Problem:
         )
         if found.x is None:
             raise QuietvitError(
-                f"scipy's solver found no choice of bits ({found.message}). Raise the budget."
+                f"scipy found no choice of bits ({found.message}). Raise the budget."
             )
         best = found.x.reshape(cost.shape).argmax(1)
         return {site: names[j] for site, j in zip(self.sites, best, strict=True)}

@@ -23,16 +23,14 @@ class Effect:
     """Difference between a quantized model's outputs and the float model's, on the same images.
 
     Attributes:
-        error: ‖ŷ − y‖ / ‖y‖ over all images, for the logits of a classifier, otherwise for all
-            outputs.
+        error: ‖ŷ − y‖ / ‖y‖ over all images, for a classifier's logits, otherwise for all outputs.
         kl: mean over images of KL(softmax y ‖ softmax ŷ), in nats.
         changed: share of the images whose predicted class changes, 0 to 1.
-        drop: forecast of the loss of top-1 accuracy, 0 to 1: the mean over images of p[class of y]
-            − p[class of ŷ], with p = softmax y. It is exact if the float model's probabilities are
-            calibrated (derived here).
+        drop: forecast of the loss of top-1 accuracy, 0 to 1: mean of p[class of y] − p[class of ŷ]
+            with p = softmax y. It is exact if the float model is calibrated (derived here).
 
-    ``kl``, ``changed`` and ``drop`` are None if the model is not a classifier. Values that the fast
-    estimate does not compute are also None.
+    ``kl``, ``changed`` and ``drop`` are None if the model is not a classifier. The fast estimate
+    computes only ``kl`` or ``error``.
     """
 
     error: float | None = None
@@ -66,10 +64,7 @@ class FloatOutputs:
             return logits_of(output)
         found = [x for x in tensors_of(output).values() if x.is_floating_point()]
         if not found:
-            raise QuietvitError(
-                "the model's output holds no float tensor, so the effect of quantization cannot be "
-                "measured. Give a model that returns float tensors."
-            )
+            raise QuietvitError("the output holds no float tensor. Give a model that returns some.")
         return torch.cat([x.flatten() for x in found])[None]
 
     def expected(self, number: int) -> Tensor:

@@ -5,7 +5,7 @@
 Alone: the cost of quantizing only one site, from the float model. The local noise n of a site is
 its output on quantized operands minus its output on float operands. To first order, n changes the
 logits z by J n. For a small change, KL(z ‖ z + J n) is ½ (J n)ᵀ F (J n), with F = diag(p) − p pᵀ
-and p = softmax z. Let e be random signs and u = √p∘e − p (√p·e). Then E[u uᵀ] = F, so the KL is
+and p = softmax z. Let e be random signs and u = √p∘e − p (√p·e). Then E[u uᵀ] = F. So the KL is
 ½ E[(g·n)²], where g = ∇(uᵀz) is the gradient at the site's output. One backward pass gives g for
 all sites. The products g·n of several sites add up before squaring. If the model is not a
 classifier, u is random signs, and E[(g·n)²] = ‖J n‖².
@@ -15,8 +15,7 @@ gradient of KL(p ‖ q) at the site's output. To second order, removing the nois
 g·n − ½ nᵀH n. The last term is approximated by the KL of the noise alone. If the model is not a
 classifier, ‖ŷ − y‖² replaces the KL.
 
-The noise of a site is split over its operands: the first gets the noise that it causes alone, and
-the second gets the rest.
+The first operand of a site gets the noise that it causes alone, and the second gets the rest.
 """
 
 from __future__ import annotations

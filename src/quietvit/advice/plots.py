@@ -30,10 +30,7 @@ class PlottedSite(NamedTuple):
 
 
 def role_by_depth(sites: Sequence[PlottedSite], title: str) -> Figure:
-    """Draw two heat maps: the cost of each site alone, and the gain from leaving it in float.
-
-    ``sites`` are in the order of the forward pass.
-    """
+    """Draw the cost of each site alone and its gain in float. Sites are in forward order."""
     rows = list(dict.fromkeys(place_of(site.name)[0] for site in sites))
     roles = {place_of(site.name)[0]: site.role for site in sites}
     depths = depths_of([site.name for site in sites])

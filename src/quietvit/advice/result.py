@@ -51,9 +51,8 @@ class Sensitivity:
         images: number of images.
         macs: multiply-accumulates of the whole model for one image.
         whole: effect of quantizing everything.
-        roles, sites: parts in the order of the forward pass. A role holds the operands that an
-            override of this role changes. Roles overlap: ``post_softmax`` is in
-            ``attention_value``.
+        roles, sites: parts in the order of the forward pass. A role holds the operands that its
+            override changes. Roles overlap: ``post_softmax`` is in ``attention_value``.
         estimated: whether the effects of parts are estimates.
         complete: False if Ctrl-C ended the measurement. Missing effects are None.
     """

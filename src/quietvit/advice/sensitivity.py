@@ -32,20 +32,18 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure what each site and each role costs when ``method`` quantizes the model.
 
-    For each part, the result holds two effects on the outputs: of quantizing only this part, and of
-    quantizing everything except this part. An effect is the relative error, the KL divergence, and
-    the share of images whose class changes. No labels are needed. The given model never changes.
+    For each part, two effects are measured: of quantizing only it, and everything except it. An
+    effect is the relative error, the KL divergence, and the share of images whose class changes. No
+    labels are needed. The given model never changes.
 
     Measuring runs the model about twice for each site and role, on all images. Ctrl-C ends it and
     returns the results so far. The estimate needs one forward pass each through the float and the
     quantized model, and a few backward passes. It gives only the KL divergence, or the error if the
-    model is not a classifier. ``quietvit.advice.estimate`` derives it, and docs/bits.md reports how
-    well it ranks.
+    model is not a classifier. See ``quietvit.advice.estimate`` and docs/bits.md.
 
     Args:
         model: the float model, in eval mode.
-        method: a config or a name, as for ``quietvit.quantize``. It must not change weights to
-            compensate for rounding.
+        method: as for ``quietvit.quantize``. It must not change weights to compensate for rounding.
         images: as for ``quietvit.quantize``. They are held in memory. 32 give a first impression.
         bits: such as ``W4A4``, for a method given by name.
         calibration: other images to calibrate on. None takes ``images``.

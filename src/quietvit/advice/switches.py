@@ -62,8 +62,7 @@ class Switches:
         slots = self.quantized.slots()
         if not slots:
             raise QuietvitError(
-                "the method leaves every site in float, so there is no cost to measure. Give a "
-                "method that quantizes some sites."
+                "the method leaves every site in float, so there is no cost. Quantize some sites."
             )
         self.sites = _by_site(self.quantized.trace, slots)
         self.roles = _by_role(self.quantized.trace, slots)

@@ -19,15 +19,13 @@ class Canvas(GeneralizedRCNNTransform):
 
     All batches then have one shape. Position tables of vision transformers, traces and exported
     files need that. ViTDet (arXiv 2203.16527, appendix A.2) also pads to a fixed square. Scaling
-    is bilinear and antialiased. On a canvas of (512, 512), an image (3, 300, 400) is scaled to
-    (3, 384, 512), and 128 rows of padding follow.
+    is bilinear and antialiased. Example: on a canvas of (512, 512), an image (3, 300, 400) becomes
+    (3, 384, 512) with 128 rows of padding below.
 
     Args:
         size: height and width in pixels.
-        mean: mean of each channel, for images in 0..1.
-        std: standard deviation of each channel, for images in 0..1.
-        stretch: scale each image to the whole canvas without padding, as RT-DETR does. This
-            changes the aspect ratio.
+        mean, std: of each channel, for images in 0..1.
+        stretch: ignore the aspect ratio and fill the whole canvas, as RT-DETR does.
     """
 
     def __init__(
@@ -67,7 +65,7 @@ class Canvas(GeneralizedRCNNTransform):
         return batch
 
     def factor(self, height: int, width: int) -> float:
-        """Return the scale factor that fits an image and keeps its aspect ratio."""
+        """Return the scale factor of an image that keeps its aspect ratio."""
         return min(self.size[0] / height, self.size[1] / width)
 
     def _scaled(self, image: Tensor) -> Tensor:

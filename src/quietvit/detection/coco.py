@@ -34,15 +34,15 @@ def open_coco(
             ``annotations`` have image_id, category_id and bbox (x, y, width, height in pixels of
             the stored image); area and iscrowd are optional. ``categories`` have id and name.
         images: the folder that the file names are relative to. None tries the folder of
-            ``annotations``. It also tries ``images`` and a folder with the name of the file
-            (``train2017`` for ``instances_train2017.json``), both inside and beside that folder.
+            ``annotations``. Inside and beside it, None also tries ``images`` and the name of the
+            file (``train2017`` for ``instances_train2017.json``).
         class_names: classes of label 1, 2, ... None takes the categories in order of their ids.
         max_bad_boxes: tolerate this many wrong annotations (see ``checks.Problems``).
 
     Raises:
         QuietvitError: the file is missing or has another format, no folder holds the images, or
-            there are too many wrong annotations. Wrong are boxes without area or outside their
-            image, unknown categories, unknown images and missing image files.
+            too many annotations are wrong: no area, outside of the image, an unknown category or
+            image, or a missing image file.
     """
     path = Path(annotations).expanduser()
     content = _read(path)

@@ -52,7 +52,7 @@ def faster_rcnn(
     The model is torchvision's ``FasterRCNN``, but it fits every image to one canvas
     (``quietvit.detection.canvas.Canvas``).
 
-    In eval mode it takes a list of images (3, h, w) of any size with values in 0..1, or one tensor
+    In eval mode it takes a list of images (3, h, w) in 0..1 of any size, or one tensor
     (N, 3, h, w). It normalizes them itself. For each image it returns a dict: ``boxes`` (K, 4),
     corners x1, y1, x2, y2 in pixels of the given image; ``labels`` (K,), 1 to ``num_classes``;
     ``scores`` (K,) in 0..1, in descending order.
@@ -64,8 +64,7 @@ def faster_rcnn(
         backbone: a timm model, such as ``quietvit.data.create_model(name, 0, weights,
             img_size=size)``. Its classifier is removed; see ``quietvit.detection.pyramid``.
         num_classes: number of classes without the background.
-        size: height and width of the canvas, multiples of every stride. None takes the input size
-            of the backbone.
+        size: height and width of the canvas, multiples of every stride. None: the backbone's size.
         channels: channels of the pyramid's maps (256 in arXiv 1612.03144 and 2203.16527).
         scales: see ``quietvit.detection.pyramid``.
         box_channels: width of the box head's two hidden layers.

@@ -79,8 +79,8 @@ class Detections(Sequence[dict[str, Tensor]]):
 class HFDetector(nn.Module):
     """A transformers detector with the interface of torchvision's detectors.
 
-    In eval mode it returns ``Detections``. It takes a list of images (3, h, w) in 0..1 of any size,
-    or a tensor (N, 3, H, W) with the size of the canvas. In training mode it takes ``(images,
+    In eval mode it returns ``Detections``. It takes a list of images (3, h, w) in 0..1, or one
+    tensor (N, 3, H, W) with the size of the canvas. In training mode it takes ``(images,
     targets)`` and returns a dict with the model's own weighted ``loss``.
     """
 
@@ -161,13 +161,11 @@ def hf_detector(
 ) -> HFDetector:
     """Open a transformers detector from a folder that ``save_pretrained`` wrote.
 
-    Images are fitted to one canvas. Models that take a padding mask (DETR) keep the aspect ratio,
-    unless their image processor stretches images. Other models get stretched images, as with
-    RT-DETR's own processor.
+    Images are fitted to one canvas. They keep their aspect ratio if the model takes a padding mask
+    and its image processor does not stretch (DETR). Otherwise they are stretched (RT-DETR).
 
     Args:
-        folder: a local folder with ``config.json`` and safetensors. No pickle is read, and no code
-            of the folder runs.
+        folder: a local folder with ``config.json`` and safetensors. Pickle and code are not loaded.
         num_classes: None keeps the config's number. Another number reinitializes the class heads.
         size: height and width of the canvas. None takes those of ``preprocessor_config.json``. If
             that file has a shortest and a longest edge, the size is (shortest, longest).

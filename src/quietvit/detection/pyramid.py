@@ -24,8 +24,8 @@ class Pyramid(nn.Module):
 
     ``body`` is the timm model. ``neck`` turns its features into the maps ``"0"``, ``"1"``, ... The
     extra map ``"pool"`` takes every second position of the coarsest map. ``strides`` lists the
-    strides without ``"pool"``. Strides 4, 8, 16, 32 on an image of 512 x 512 pixels give maps of
-    128, 64, 32 and 16 pixels, and ``"pool"`` has 8. torchvision needs the name ``out_channels``.
+    strides without ``"pool"``. Example: for an image of 512 x 512 and strides 4, 8, 16 and 32, the
+    maps have sides 128, 64, 32 and 16, and ``"pool"`` has 8.
     """
 
     def __init__(self, body: nn.Module, neck: nn.Module, levels: Sequence[int], norm: bool) -> None:
@@ -50,21 +50,20 @@ class Pyramid(nn.Module):
 def pyramid(body: nn.Module, channels: int = 256, scales: Sequence[float] | None = None) -> Pyramid:
     """Build a feature pyramid on a timm model.
 
-    A plain backbone, where all blocks have one stride (ViT, DeiT, BEiT, EVA, DINOv2), gets ViTDet's
+    A plain backbone (ViT, DeiT, BEiT, EVA, DINOv2) has one stride in all blocks. It gets ViTDet's
     simple feature pyramid (arXiv 2203.16527, section 3) on its last, normalized map. A hierarchical
     backbone (Swin, ConvNeXt, ResNet) gets an FPN (arXiv 1612.03144). The FPN takes the last map of
-    each stride from 4 to 32, after a LayerNorm as in Swin's detectors (arXiv 2103.14030).
+    each stride from 4 to 32. A LayerNorm precedes it, as in Swin's detectors (arXiv 2103.14030).
 
     Args:
         body: a timm model with ``forward_intermediates``. Its head is removed.
         channels: channels of each map.
         scales: for a plain backbone: size of each map relative to the backbone's map. None takes
-            4, 2, 1 and 1/2, which gives strides 4 to 32 for patches of 16 pixels. Scales that give
-            a fractional stride are then left out.
+            those of 4, 2, 1 and 1/2 that give an integer stride (4 to 32 for 16-pixel patches).
 
     Raises:
-        QuietvitError: the backbone has no feature maps; a scale is not one of 4, 2, 1 and 1/2, or
-            gives a fractional stride; or scales are given for a hierarchical backbone.
+        QuietvitError: the backbone has no feature maps, a scale does not fit, or scales are given
+            for a hierarchical backbone.
     """
     name = type(body).__name__
     info = _levels_of(body, name)
@@ -162,8 +161,7 @@ def _levels_of(body: nn.Module, name: str) -> list[dict[str, Any]]:
 def _without_head(body: Any, norm: bool) -> nn.Module:
     """Remove what follows the feature maps: the classifier, the pooling and their norms.
 
-    ``norm``: keep the last norm. In models with mean pooling, ``fc_norm`` after the pooling is the
-    last norm, so it moves before the maps.
+    ``norm``: keep the last norm. With mean pooling it is ``fc_norm``, which moves to ``norm``.
     """
     body.reset_classifier(0)
     last = getattr(body, "norm", None)

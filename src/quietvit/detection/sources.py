@@ -42,8 +42,7 @@ def load_detection_dataset(
 
     Raises:
         QuietvitError: the form is unknown, a file or folder is missing, or there are too many wrong
-            annotations. Reading an image raises if it is missing, truncated, or has another size
-            than annotated.
+            annotations. Later, reading a missing, truncated or differently sized image raises.
     """
     form, _, rest = spec.partition(":")
     parts = split_parts(rest)

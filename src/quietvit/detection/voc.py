@@ -32,16 +32,14 @@ def open_voc(
     them out. Evaluation counts them neither as missed nor as false.
 
     Args:
-        root: a folder with ``Annotations/*.xml`` and ``JPEGImages/``, or with XML files beside
-            their images.
+        root: a folder with ``Annotations/*.xml`` and ``JPEGImages/``, or with both kinds of files.
         split: ``train`` takes the images listed in ``ImageSets/Main/train.txt`` (or
             ``trainval.txt``), ``test`` those in ``val.txt`` (or ``test.txt``), and None all.
         class_names: classes of label 1, 2, ... None takes the names in the files, sorted.
         max_bad_boxes: tolerate this many wrong annotations (see ``checks.Problems``).
 
     Raises:
-        QuietvitError: the folder, a list or the annotations are missing, an XML file lacks an
-            element, or there are too many wrong annotations.
+        QuietvitError: a folder, list or annotation is missing or incomplete, or too many are wrong.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():

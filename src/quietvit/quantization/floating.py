@@ -109,8 +109,7 @@ BLOCKS: Mapping[str, int] = MappingProxyType({"e8m0": 32, "e4m3": 16})
 class FloatingQuantizer(Quantizer):
     """Base class of quantizers with small floats as codes. They only simulate the formats.
 
-    They compute in float32 and return x's dtype. NaN stays NaN. The gradient to x is 1, or 0 where
-    x is clipped.
+    They compute in float32 and return x's dtype. NaN stays NaN. The gradient is 1, or 0 if clipped.
     """
 
     def __init__(self, element: str) -> None:
@@ -215,8 +214,7 @@ class BlockFloatQuantizer(FloatingQuantizer):
     the element), as in section 6.3 of the OCP specification (torchao's FLOOR).
 
     ``e4m3`` scales (NVFP4) have blocks of 16. The scale is e4m3(max|x| / 6 / t) * t, where the e4m3
-    part is 2^-6 to 448. ``tensor_scale`` t = max|x| of all calibration values / (448 * 6) is a
-    float32 scalar.
+    part is 2^-6 to 448. ``tensor_scale`` t, float32, is the calibrated max|x| / (448 * 6).
 
     A code holds the codes of scale and element: 256 * scale + 128 + element.
     """

@@ -76,9 +76,8 @@ def learn_steps(quantized: QuantizedModel) -> list[nn.Parameter]:
     """Make the steps of all uniform quantizers trainable in place, and return the new parameters.
 
     Call it before you create the optimizer, then train ``quantized`` like any module. Without this
-    call, steps stay as calibrated, and only the model's own parameters train. The call itself
-    changes no outputs, and a second call returns the same parameters. ``save`` and ``export`` write
-    the learned steps.
+    call, steps stay as calibrated, and only the model's own parameters train. The call changes no
+    outputs. A second call returns the same parameters. ``save`` and ``export`` write learned steps.
 
     Steps are learned as in LSQ (Esser et al., arXiv 1902.08153). In
     ``quietvit.quantization.LearnedAffine``, N is the number of values of one image that share a

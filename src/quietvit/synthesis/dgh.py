@@ -43,10 +43,9 @@ class Plateau(ReduceLROnPlateau):
 
 
 class Pipeline:
-    """Flip, smooth, crop and clip the optimized images before a pass, in natural units.
+    """Flip, smooth, crop and clip images (N, C, h, w) to (N, C, H, W) before a pass.
 
-    The optimized images (N, C, h, w) are larger than the result (N, C, H, W). Smoothing pads with
-    zeros. Clipping passes gradients straight through.
+    Images are in natural units. Smoothing pads with zeros. Clipping passes gradients unchanged.
     """
 
     def __init__(
@@ -120,10 +119,7 @@ class WholeSet:
 
 
 class Statistics:
-    """Optimize batches of images, each with its own RAdam and plateau schedule.
-
-    The images are on the model's device.
-    """
+    """Optimize batches of images on the model's device, each with its own RAdam and plateau."""
 
     def __init__(
         self,
@@ -161,8 +157,7 @@ class Statistics:
         loss.backward()
         optimizer.step()
         self._schedules[index].step(float(loss.detach()))
-        # As published: layers keep the statistics from before the step. Only the moments of the
-        # images themselves are updated after it.
+        # As published: only the images' own moments are updated after the step, not the layers'.
         with torch.no_grad():
             self._whole.keep(index, [moments(self.pipeline.finished(images)), *found[1:]])
         return float(loss.detach())

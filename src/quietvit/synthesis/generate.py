@@ -37,8 +37,7 @@ def synthesize(
     """Generate calibration images for a model without any data.
 
     Pass the result to ``quietvit.quantize``. The quantized model records how its calibration images
-    were generated. The given model never changes. Ctrl-C ends the optimization early and returns
-    the current images.
+    were generated. The given model never changes. Ctrl-C stops early and returns current images.
 
     Args:
         model: a float model. Its normalization comes from ``model.pretrained_cfg`` (set by timm and
@@ -57,9 +56,8 @@ def synthesize(
         Images (count, C, H, W), float32, in the model's own preprocessing, on its device.
 
     Raises:
-        QuietvitError: the model is quantized, holds NaN, has no known normalization, does not take
-            this size, or lacks what the method needs (BatchNorm for ``"dgh"``, attention for
-            ``"psaq"``); or another argument is invalid.
+        QuietvitError: the model is quantized, holds NaN, or has an unknown normalization; or an
+            argument does not fit. ``"dgh"`` needs BatchNorm, ``"psaq"`` needs attention.
     """
     _check(model, count, seed, minutes)
     own = plain_copy(model).eval().float().requires_grad_(False)

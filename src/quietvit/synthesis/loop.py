@@ -27,10 +27,7 @@ class Optimization(Protocol):
     batches: list[Tensor]
 
     def step(self, index: int, share: float) -> float:
-        """Optimize batch ``index`` by one step and return its loss.
-
-        ``share``: completed share of the run, 0 to 1.
-        """
+        """Step batch ``index`` and return its loss. ``share``: completed part of the run, 0..1."""
 
     def finished(self) -> list[Tensor]:
         """Return the current images of each batch, in natural units (``PixelScale``)."""
@@ -55,8 +52,7 @@ def optimize(
     """Step every batch once per iteration, in random order. Ctrl-C ends the loop without raising.
 
     Args:
-        minutes: stop after this time. ``Optimization.step`` gets a share that fits it, so schedules
-            complete in time.
+        minutes: stop after this time. ``share`` accounts for it, so schedules complete.
         progress: show a progress bar on standard error.
 
     Raises:

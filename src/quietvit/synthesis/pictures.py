@@ -29,8 +29,7 @@ def save_images(images: Tensor, model: nn.Module, folder: str | Path, force: boo
         The path of the contact sheet.
 
     Raises:
-        QuietvitError: the folder is not empty or not writable, or the model's normalization is
-            unknown.
+        QuietvitError: the folder is not empty or is read-only, or the normalization is unknown.
     """
     from torchvision.utils import save_image
 

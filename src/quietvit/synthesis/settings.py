@@ -95,10 +95,9 @@ class DGH(Generator):
     with the running statistics. It also stretches the outputs. Before each pass, images are flipped
     and cropped at random, smoothed and clipped. Each batch has its own RAdam and plateau schedule.
 
-    Differences from the published code: the default patience is at least 20, because iterations /
-    50 cuts the rate far too early in short runs. All BatchNorms with stored statistics count, also
-    one-dimensional and frozen ones. The default batch is smaller. The optimization always uses
-    ImageNet's normalization.
+    The published code differs. Here the default patience is at least 20, because iterations / 50
+    cuts the rate too early in short runs. All BatchNorms with stored statistics count, also frozen
+    and one-dimensional ones. Batches are smaller. Optimization uses ImageNet's normalization.
     """
 
     name = "dgh"

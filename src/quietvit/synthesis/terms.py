@@ -133,8 +133,8 @@ def alignment(found: Moments, mean: Tensor, variance: Tensor, deviation: float =
 def image_spread(x: Tensor, batch: int, mean: Tensor, variance: Tensor) -> Tensor:
     """Return the distance of each image from the statistics of the last BatchNorm, (batch,).
 
-    relu(|mean_i - m|^2 / C - 0.5) + relu(|std_i - s|^2 / C - 0.5), with the mean and the unbiased
-    deviation over the positions of image i. Source: the hinge terms of DGH, arXiv 2410.22110.
+    relu(|mean_i - m|^2 / C - 0.5) + relu(|std_i - s|^2 / C - 0.5). The mean and the unbiased
+    deviation are over the positions of image i. Source: hinge terms of DGH, arXiv 2410.22110.
 
     Args:
         x: (B, C, H, W), (B, C, L), or (B * L, C) with L of at least 2.

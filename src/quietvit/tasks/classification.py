@@ -55,8 +55,8 @@ class Classification(Task):
         """Open both data sets. Test classes are matched by name if both sets have class names.
 
         Raises:
-            QuietvitError: a path or column is missing, a label is out of range, there are fewer
-                images than requested, or a test class is missing in the training images.
+            QuietvitError: a path or column is missing, there are too few images, a label is out of
+                range, or the training images lack a test class.
         """
         data = self.config.data
         train = load_dataset(data.dataset, "train", num_classes=data.num_classes)
@@ -191,8 +191,7 @@ def _of_image(
 def _first_images(train: ImageDataset) -> list[str] | None:
     """Return a checksum of the first image of each class, or "" if none can be read.
 
-    Return None for grouped images. There, reading one image reads many, and no folder can be
-    swapped.
+    Grouped images give None: reading one reads many, and no folder can be swapped.
     """
     if train.groups is not None or train.num_classes > _MOST_CLASSES:
         return None

@@ -59,9 +59,8 @@ class NoSettings(Section):
 class Task(ABC):
     """What a run trains for: classification, detection, ...
 
-    A run makes one task from its ``quietvit.TrainConfig``. It calls ``open_data``,
-    ``create_model`` and ``refuse_unfit``, then makes batches and losses. A dry run without data
-    skips ``open_data``.
+    A run makes one task from its ``quietvit.TrainConfig``. It calls ``open_data`` (not in a dry run
+    without data), ``create_model`` and ``refuse_unfit``, then makes batches and losses.
 
     A batch is a pair (inputs, targets), and ``model(inputs)`` runs the model. A data set has
     ``len``, ``name``, ``groups`` (see ``quietvit.data.ImageDataset``), ``where(index)`` for errors,
