@@ -64,7 +64,7 @@ class FloatOutputs:
             return logits_of(output)
         found = [x for x in tensors_of(output).values() if x.is_floating_point()]
         if not found:
-            raise QuietvitError("the output holds no float tensor. Give a model that returns some.")
+            raise QuietvitError("the model returns no float tensor. Give a model that returns one.")
         return torch.cat([x.flatten() for x in found])[None]
 
     def expected(self, number: int) -> Tensor:

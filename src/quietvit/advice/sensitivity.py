@@ -34,7 +34,7 @@ def sensitivity(
 
     For each part, two effects are measured: of quantizing only it, and everything except it. An
     effect is the relative error, the KL divergence, and the share of images whose class changes. No
-    labels are needed. The given model never changes.
+    labels are needed. The model is calibrated once, and the given model never changes.
 
     Measuring runs the model about twice for each site and role, on all images. Ctrl-C ends it and
     returns the results so far. The estimate needs one forward pass each through the float and the

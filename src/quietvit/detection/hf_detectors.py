@@ -33,7 +33,7 @@ class Detections(Sequence[dict[str, Tensor]]):
 
     Args:
         logits: (B, queries, classes) or (B, queries, classes + 1).
-        boxes: (B, queries, 4), centre x and y, width and height, as shares of ``sizes``.
+        boxes: (B, queries, 4), center x and y, width and height, as shares of ``sizes``.
         sizes: (height, width) in pixels of each given image.
         num_classes: number of classes without "no object".
     """
@@ -213,7 +213,7 @@ def _mask(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _relative(target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-    """Return labels from 0, and boxes as centre and sides, as shares of the image size."""
+    """Return labels from 0, and boxes as center and sides, as shares of the image size."""
     height, width = size
     scale = target["boxes"].new_tensor([width, height, width, height])
     boxes = box_convert(target["boxes"], "xyxy", "cxcywh") / scale

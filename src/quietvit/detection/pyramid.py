@@ -132,7 +132,7 @@ class SimplePyramid(nn.Module):
 
 
 class NormedFPN(nn.Module):
-    """torchvision's FPN, with a LayerNorm over channels before each map."""
+    """torchvision's FPN, after a LayerNorm over channels on each input map."""
 
     def __init__(self, widths: Sequence[int], channels: int, strides: Sequence[int]) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ def open_voc(
     them out. Evaluation counts them neither as missed nor as false.
 
     Args:
-        root: a folder with ``Annotations/*.xml`` and ``JPEGImages/``, or with both kinds of files.
+        root: a folder with ``Annotations/*.xml`` and ``JPEGImages/``, or one with XML and images.
         split: ``train`` takes the images listed in ``ImageSets/Main/train.txt`` (or
             ``trainval.txt``), ``test`` those in ``val.txt`` (or ``test.txt``), and None all.
         class_names: classes of label 1, 2, ... None takes the names in the files, sorted.

@@ -34,7 +34,7 @@ def output_sites(trace: Trace) -> tuple[str, ...]:
 
 
 def watched(model: nn.Module, trace: Trace, looks: Mapping[str, Look], images: Tensor) -> Any:
-    """Run the model on images (B, C, H, W), pass each named site's output to its ``Look``.
+    """Run the model on images (B, C, H, W) and pass each named site's output to its ``Look``.
 
     Returns the model's output.
     """
