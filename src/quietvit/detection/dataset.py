@@ -36,7 +36,7 @@ Target = dict[str, Any]
 class Record:
     """One image: its file, id, size (width, height) as annotated, and N boxes.
 
-    ``boxes`` (N, 4), float32, holds corners in pixels of the annotated size.
+    ``boxes`` (N, 4) holds corners in pixels of the stored image, float32.
     """
 
     path: str

@@ -33,9 +33,9 @@ def load_detection_dataset(
 
     Args:
         spec: ``coco:/train.json,/test.json`` for COCO's JSON. Add an image folder after ``@`` if it
-            is not beside the file: ``coco:/train.json@/images``. Or ``voc:/folder`` with
-            ``Annotations``, ``JPEGImages`` and lists in ``ImageSets/Main``. Or
-            ``voc:/train,/test`` with one folder for each part.
+            is not beside the file: ``coco:/train.json@/images``.
+            ``voc:/folder`` with ``Annotations``, ``JPEGImages`` and the lists in
+            ``ImageSets/Main``, or ``voc:/train,/test`` with one folder for each.
         split: ``train``, ``test``, or None for the first part (all of a VOC folder).
         class_names: classes of label 1, 2, ... Give test images the names of the training images.
         max_bad_boxes: tolerate this many wrong annotations.
