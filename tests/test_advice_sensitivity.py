@@ -176,7 +176,7 @@ def test_nothing_changes_in_the_model(exact):
     [
         (lambda m: m.train(), "rtn", "Call model.eval()"),
         (lambda m: m.blocks[1].train(), "rtn", "blocks.1 is in training mode"),
-        (lambda m: m, "gptq", "gptq changes weights or outputs to make up for rounding"),
+        (lambda m: m, "gptq", "gptq changes weights or outputs to compensate for rounding"),
         (lambda m: m, quietvit.RTN(exclude="*"), "leaves every site in float"),
         (lambda m: m.head.weight.data.fill_(torch.nan), "rtn", "NaN"),
     ],

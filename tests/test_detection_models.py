@@ -212,7 +212,7 @@ def test_a_detector_is_evaluated_and_calibrated_on_its_own_images(tmp_path, mode
     with pytest.raises(QuietvitError, match="ask for 1 to 2"):
         detection_calibration(data, 3, model.transform.fit)
     assert 0 <= evaluate_detector(model, detection_loader(data, 2)).ap <= 100
-    with pytest.raises(QuietvitError, match=r"3 classes apart, and .* has 2"):
+    with pytest.raises(QuietvitError, match=r"3 classes, but .* has 2"):
         evaluate_detector(model, detection_loader(open_coco(path), 2))
     with pytest.raises(QuietvitError, match="not a list with the boxes"):
         predict_all(nn.Identity(), detection_loader(data, 2))

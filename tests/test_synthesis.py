@@ -236,7 +236,7 @@ def test_bad_input_is_refused_with_the_remedy(cnn, vit):
     quantized = quietvit.quantize(vit, "rtn", torch.zeros(1, 3, 32, 32), progress=False)
     bare = PSAQ(iterations=1, entropy=0, variation=0)
     for given, told in (
-        ((vit, 0), "0 images were asked for"),
+        ((vit, 0), "0 images were requested"),
         ((vit, True), "True images"),
         ((broken, 1), "head.weight of VisionTransformer holds NaN"),
         ((unknown, 1), "model.pretrained_cfg"),

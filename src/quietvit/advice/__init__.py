@@ -1,4 +1,4 @@
-"""Advice before quantizing: what each part of a model costs, and what to do about it.
+"""Advice before quantizing: sensitivity, choice of bits, and recommended next steps.
 
 Nothing is trained or exported here.
 """

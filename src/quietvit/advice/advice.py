@@ -1,6 +1,6 @@
-"""``Advice``: the result of ``advise``, as tables for the terminal and JSON.
+"""``Advice``: the result of ``advise``, with tables for the terminal and JSON.
 
-Nothing is measured here.
+``ladder`` and ``causes`` measure.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from quietvit.files import finite, json_text, write_atomic
 
 @dataclass(frozen=True)
 class Advice:
-    """What methods and bits are worth on one model, what holds it back, and what to do next.
+    """The measured settings of one model, the causes of its errors, and the next steps.
 
     Attributes:
         model: class of the model.
-        images: number of images that calibrated, and of images that measured.
-        rows: everything that was tried, in order.
-        target: the row whose sites are explained; None if the lowest bits are good already.
-        causes: the three sites that cost most, and why.
-        steps: what to do next, each with its numbers.
-        failed: (setting, reason) where a method refused the model.
-        skipped: settings for which the time did not suffice.
-        seconds: that everything took.
+        images: number of images for calibration, and for measuring.
+        rows: all measured settings, in order.
+        target: name of the row whose sites are explained. None if the lowest bits are already good.
+        causes: the three most expensive sites, with their causes.
+        steps: recommended next steps, with the numbers behind them.
+        failed: (setting, reason) for each setting that raised an error.
+        skipped: settings that did not fit into the time.
+        seconds: total time.
         complete: False if Ctrl-C ended the search.
     """
 
@@ -48,7 +48,7 @@ class Advice:
 
     @property
     def pareto(self) -> tuple[Row, ...]:
-        """Rows that no other row beats in agreement, bits, size and deployability together."""
+        """The Pareto front of rows in agreement, bits, size and deployability."""
         return pareto(self.rows)
 
     def __repr__(self) -> str:
@@ -69,7 +69,7 @@ class Advice:
             tail.append(f"no time for: {', '.join(self.skipped)}; give more minutes")
         tail += [f"{name} failed: {why}" for name, why in self.failed]
         if not self.complete:
-            tail.append("stopped early: this is what was measured so far")
+            tail.append("stopped early: only these settings were measured")
         parts: list[Any] = [*head, self._row_table(classifier)]
         if self.causes:
             parts.append(self._cause_table())
@@ -84,7 +84,7 @@ class Advice:
         return capture.get()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data; each row says whether it is on the Pareto front."""
+        """Return plain data. ``pareto`` marks the rows on the Pareto front."""
         front = set(self.pareto)
         whole = asdict(self)
         for plain, row in zip(whole["rows"], self.rows, strict=True):
@@ -97,7 +97,7 @@ class Advice:
         return write_atomic(path, json_text(self.to_dict(), indent=1) + "\n")
 
     def _row_table(self, classifier: bool) -> Table:
-        table = Table(title="Settings; * marks those that no other beats", title_justify="left")
+        table = Table(title="Settings (* marks the Pareto front)", title_justify="left")
         table.add_column("")
         table.add_column("method", overflow="fold")
         table.add_column("bits", overflow="fold")

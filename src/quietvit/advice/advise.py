@@ -1,6 +1,6 @@
-"""``advise``: try methods and bits on a model, and say what holds it back and what to do next.
+"""``advise``: try methods and bits on a model, explain the errors and recommend next steps.
 
-``ladder`` measures, ``causes`` explains, ``steps`` concludes, and ``advice`` is the result.
+``ladder`` measures, ``causes`` explains, ``steps`` recommends, and ``advice`` holds the result.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from quietvit.tracing import trace as trace_model
 LEAST = 16
 CALIBRATION = 32
 EXPLAINED = 16
-"""Images on which the worst sites are found and explained."""
+"""Number of images to find and explain the worst sites."""
 EXPLAINER = "rtn-omse"
-"""The method whose sites are explained. It only chooses ranges."""
+"""Sites are explained for this method, because it only chooses ranges."""
 _LADDER = 0.7
-"""Share of the time for the ladder; the rest is for causes and for roles at 8 bits."""
+"""Share of the time for the ladder. The rest is for causes and for roles at 8 bits."""
 
 
 def advise(
@@ -45,25 +45,25 @@ def advise(
     bits: Sequence[str] = BITS,
     progress: bool = True,
 ) -> Advice:
-    """Try methods and bits on a model, and say which are worth it, what holds it back, what to do.
+    """Try methods and bits on a model, explain what costs most, and recommend next steps.
 
-    No labels are needed. Half of the images, 32 at most, calibrate. The others measure how often
-    the class stays that of the float model. The settings are tried method by method until the time
-    is up. Then three sites are explained: those that cost most, at the lowest bits with rtn-omse.
-    The given model never changes. Ctrl-C ends the search and returns what was measured.
+    No labels are needed. Half of the images, at most 32, calibrate. The rest measure how often the
+    quantized model predicts the same class as the float model. The settings are tried method by
+    method until the time is up. Then the three most expensive sites are explained, at the lowest
+    bits with rtn-omse. The model never changes. Ctrl-C ends the search and returns its results.
 
     Args:
         model: a float model in eval mode.
         images: at least 16, as for ``quietvit.quantize``. They are held in memory. Every second one
             of the first 64 calibrates.
-        minutes: time for everything. A setting that has begun is finished.
-        methods: names as for ``quietvit.quantize``, the first one is the baseline.
-        bits: such as ``W4A8``, with overrides as in ``W4A4+attention-maps-8``; lowest last.
-        progress: show a progress bar if it takes more than 3 seconds.
+        minutes: total time. A setting that has started is finished.
+        methods: names as for ``quietvit.quantize``. The first one is the baseline.
+        bits: such as ``W4A8``, or with overrides ``W4A4+attention-maps-8``. Give the lowest last.
+        progress: show a progress bar after 3 seconds.
 
     Raises:
-        QuietvitError: fewer than 16 images, a model in training mode, an unknown method or bits, or
-            a model that cannot be traced.
+        QuietvitError: there are fewer than 16 images, a method or bits are unknown, or the model is
+            in training mode or cannot be traced or quantized.
     """
     refuse_training(model)
     if not minutes > 0:
@@ -89,7 +89,7 @@ def advise(
         if found.target is not None:
             try:
                 _explain(found, ladder, model, trace, calibration, aside, start + 60 * minutes)
-            except QuietvitError as error:  # the rows are worth more than the explanation
+            except QuietvitError as error:  # keep the measured rows if the explanation fails
                 ladder.failed.append((f"explaining {found.target.name}", str(error)))
     except KeyboardInterrupt:
         if not ladder.rows:
@@ -111,7 +111,7 @@ def advise(
 
 @dataclass
 class _Findings:
-    """What is known about the row that the user would like and that is not good yet."""
+    """The target row (lowest bits, not good yet), its causes, and trials with roles at 8 bits."""
 
     target: Row | None = None
     kept: list[tuple[str, Row]] = field(default_factory=list)
@@ -127,7 +127,7 @@ def _explain(
     aside: Sequence[Tensor],
     deadline: float,
 ) -> None:
-    """Find the worst sites at the target's bits, then try the worst roles at 8 bits."""
+    """Explain the worst sites at the target's bits, then try the worst two roles at 8 bits."""
     target = found.target
     assert target is not None
     switches = Switches(
@@ -149,12 +149,12 @@ def _explain(
 
 
 def _parted(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return batches for calibration and for measuring, alternately, so that order does no harm."""
+    """Split images alternately for calibration and measuring, in case they are sorted by class."""
     images = torch.cat(list(batches))
     if len(images) < LEAST:
         raise QuietvitError(
             f"advice needs at least {LEAST} images, because one half calibrates and the other half "
-            f"measures, but there are {len(images)}. Give more; labels are not needed."
+            f"measures, but there are {len(images)}. Give more images. They need no labels."
         )
     count = min(CALIBRATION, len(images) // 2)
     numbers = torch.arange(len(images))
@@ -163,7 +163,7 @@ def _parted(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _target(rows: Sequence[Row]) -> Row | None:
-    """The row with the fewest bits of the first method, unless every row is good already."""
+    """Return the first method's row with the fewest bits, or None if that row is good."""
     own = [row for row in rows if row.method == rows[0].method]
     lowest = min(own, key=lambda row: row.average_bits)
     good = lowest.agreement is not None and lowest.agreement >= GOOD
@@ -171,7 +171,7 @@ def _target(rows: Sequence[Row]) -> Row | None:
 
 
 def _wide(switches: Switches, roles: Sequence[str]) -> list[str]:
-    """The roles that an override can still bring from fewer bits to 8."""
+    """Return the roles below 8 bits that have no override yet."""
     method = switches.quantized.method
     return [
         role

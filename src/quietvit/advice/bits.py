@@ -1,6 +1,6 @@
-"""``choose_bits``: bits of each site under a budget, from what each site costs alone.
+"""``choose_bits``: choose the bits of each site under a budget, from the cost of each site alone.
 
-``sensitivity`` measures the costs, and scipy's ``milp`` solves the choice.
+``sensitivity`` measures the costs, and scipy's ``milp`` finds the best choice.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ CHOICES = ("W4A4", "W6A6", "W8A8")
 
 @dataclass(frozen=True)
 class BitChoice:
-    """Bits that were chosen for each site.
+    """The bits chosen for each site.
 
     Attributes:
         overrides: bits by site name, for ``Method.overrides`` of any method.
-        method: the given method with these bits. ``quietvit.quantize(model, choice.method, ...)``.
-        cost: sum of what the sites cost alone at their bits, in ``measure``.
-        measure: ``kl``, or ``error`` without a classifier (squares are summed).
-        average_bits: of both operands, over all multiply-accumulates; float counts 32.
-        weight_bytes: of the weights of all matrix products, packed; scales are left out.
-        complete: False if Ctrl-C ended the search and some choices were not measured.
+        method: the given method with these bits, for ``quietvit.quantize(model, choice.method)``.
+        cost: sum of the costs of the sites alone at their bits, in ``measure``.
+        measure: ``kl``, or ``error`` for a model that is not a classifier (squares are summed).
+        average_bits: mean over both operands and all multiply-accumulates. Float counts 32.
+        weight_bytes: packed size of the weights of all matrix products, without scales.
+        complete: False if Ctrl-C ended the search before all choices were measured.
     """
 
     overrides: Mapping[str, str]
@@ -55,10 +55,10 @@ class BitChoice:
     def __str__(self) -> str:
         counts = Counter(self.overrides.values()).most_common()
         sites = ", ".join(f"{number} sites {bits}" for bits, number in counts)
-        early = "" if self.complete else "; stopped early, with some of the choices"
+        early = "" if self.complete else "; stopped early, before all choices were measured"
         return (
             f"{self.average_bits:.2f} bits on average, weights {self.weight_bytes / 2**20:.2f} "
-            f"MiB: {sites}; {self.measure} of the sites alone sums to {self.cost:.3g}{early}"
+            f"MiB: {sites}; the {self.measure} of the sites alone sums to {self.cost:.3g}{early}"
         )
 
     def to_json(self, path: str | Path) -> Path:
@@ -80,30 +80,30 @@ def choose_bits(
     trace: Trace | None = None,
     progress: bool = True,
 ) -> BitChoice:
-    """Choose the bits of each site so that the outputs change least under a budget.
+    """Choose the bits of each site to minimize the change of the outputs under a budget.
 
-    For each choice the model is calibrated once, and each site's cost alone is measured or
-    estimated (``quietvit.sensitivity``). The sum of the costs is minimized exactly. Costs of sites
-    are treated as independent, which holds best for small errors. For several budgets, call
-    ``quietvit.advice.bit_costs`` once and ``choose`` for each budget.
+    For each choice, the model is calibrated once, and the cost of each site alone is measured or
+    estimated (``quietvit.sensitivity``). The sum of these costs is minimized exactly. This treats
+    sites as independent, which holds best for small errors. For several budgets, call
+    ``quietvit.advice.bit_costs`` once, and ``choose`` for each budget.
 
-    Sites for which ``method`` has overrides, exclusions or own bits (patch embedding and head, by
-    default) keep these, and count in the budget.
+    Sites with overrides, exclusions or bits of their own in ``method`` keep them and count in the
+    budget. By default, these are the patch embedding and the head.
 
     Args:
         model: the float model, in eval mode.
-        method: a config or a name; its working bits do not matter.
+        method: a config or a name. Its working bits are replaced.
         images: as for ``quietvit.sensitivity``.
-        average: budget of bits, averaged over both operands and all multiply-accumulates. Uniform
-            W6A6 has 6; a float operand counts 32.
-        weight_bytes: budget of bytes for the weights of all matrix products. Give one budget.
+        average: budget of mean bits over both operands and all multiply-accumulates. Uniform W6A6
+            has 6. A float operand counts 32.
+        weight_bytes: budget for the weights of all matrix products. Give exactly one budget.
         choices: bits to choose from.
         calibration, trace, progress: as for ``quietvit.sensitivity``.
-        estimate: estimate the costs, instead of measuring each site.
+        estimate: estimate the costs instead of measuring them.
 
     Raises:
-        QuietvitError: no budget or two, a budget that no choice meets (names the least possible),
-            fewer than two choices, or anything that ``quietvit.sensitivity`` refuses.
+        QuietvitError: not exactly one budget, a budget below the least possible, fewer than two
+            choices, or see ``quietvit.sensitivity``.
     """
     search = _Search(model, method, images, choices, trace)
     search.problem().check(average, weight_bytes)
@@ -122,9 +122,9 @@ def bit_costs(
     trace: Trace | None = None,
     progress: bool = True,
 ) -> BitCosts:
-    """Measure what each site costs at each choice of bits; arguments as for ``choose_bits``.
+    """Measure the cost of each site at each choice of bits. See ``choose_bits`` for arguments.
 
-    Ctrl-C ends it. If two choices were measured by then, it returns these.
+    Ctrl-C ends the search. The result then has the choices so far, if there are at least two.
     """
     search = _Search(model, method, images, choices, trace)
     return search.measure(calibration, estimate, progress)
@@ -132,12 +132,12 @@ def bit_costs(
 
 @dataclass(frozen=True)
 class BitCosts:
-    """What each site costs alone at each choice of bits.
+    """The cost of each site alone at each choice of bits.
 
     Attributes:
-        trace: of the model.
+        trace: trace of the model.
         settings: the method at each choice.
-        costs: by choice and site name, in ``measure``; squares if that is ``error``.
+        costs: costs by choice and site name, in ``measure``. Costs in ``error`` are squared.
         measure: ``kl`` or ``error``.
         complete: False if Ctrl-C ended the search.
     """
@@ -184,7 +184,7 @@ class _Search:
         names = list(dict.fromkeys(written_bits(choice) for choice in choices))
         if len(names) < 2:
             shown = ", ".join(names) or "none"
-            raise QuietvitError(f"give at least two choices of bits, not {shown}.")
+            raise QuietvitError(f"choices is {shown}. Give at least two choices of bits.")
         given = parse_method(method) if isinstance(method, str) else method
         self.settings = {name: with_bits(given, *parse_bits(name)) for name in names}
         self.model = plain_model(model)
@@ -245,7 +245,7 @@ def with_bits(
 
 
 def weight_size(trace: Trace, method: Method) -> float:
-    """Return bytes of the weights of all matrix products at the method's bits; float has 32."""
+    """Return the bytes of the weights of all matrix products at the method's bits. Float has 32."""
     bits: dict[Any, tuple[int, int]] = {}
     for site in trace.matmuls:
         if site.weight_shape is not None:
@@ -262,7 +262,7 @@ def _bits_of(method: Method, site: Site) -> tuple[int | None, int | None]:
 
 
 class _Problem:
-    """Which sites may choose, and what each choice uses of the budget."""
+    """The integer program: sites that can choose, and the use of the budget by each choice."""
 
     def __init__(self, trace: Trace, settings: Mapping[str, Method]) -> None:
         self._trace, self._settings = trace, settings
@@ -275,7 +275,7 @@ class _Problem:
         ]
 
     def _uses(self, average: float | None) -> tuple[np.ndarray, float]:
-        """Return what (site, choice) uses, and what all other sites use, in units of the budget."""
+        """Return each choice's use of the budget, (sites, choices), and that of all other sites."""
         total = sum(site.macs for site in self._trace.matmuls)
         counted = average_bits if average is not None else weight_size
         uses = np.zeros((len(self.sites), len(self._settings)))
@@ -290,9 +290,9 @@ class _Problem:
         return uses, counted(self._trace, method) - float(uses[:, 0].sum())
 
     def check(self, average: float | None, weight_bytes: float | None) -> None:
-        """Raise QuietvitError for no budget or two, or one that even the fewest bits exceed."""
+        """Raise QuietvitError unless there is one budget, and the fewest bits meet it."""
         if (average is None) == (weight_bytes is None):
-            raise QuietvitError("give one budget: average (bits) or weight_bytes.")
+            raise QuietvitError("give one budget, either average (bits) or weight_bytes.")
         uses, fixed = self._uses(average)
         least = fixed + float(uses.min(1).sum())
         budget = average if average is not None else weight_bytes
@@ -302,8 +302,8 @@ class _Problem:
             raise QuietvitError(
                 f"no choice of bits meets the budget of {budget:g} {unit}: the least possible is "
                 f"{math.ceil(1000 * least) / 1000:g} with {', '.join(self._settings)}. Raise the "
-                "budget, or add a choice with fewer bits. Sites that the method keeps at fixed "
-                "bits count too, such as patch embedding and head."
+                "budget, or add a choice with fewer bits. Sites with fixed bits also count, such "
+                "as the patch embedding and the head."
             )
 
     def solve(
@@ -312,7 +312,7 @@ class _Problem:
         average: float | None,
         weight_bytes: float | None,
     ) -> dict[Site, str]:
-        """Return the choice of each site that minimizes the sum of costs within the budget."""
+        """Return the choice of each site with the least total cost within the budget."""
         self.check(average, weight_bytes)
         names = list(self._settings)
         if not self.sites:
@@ -323,8 +323,10 @@ class _Problem:
         uses, fixed = self._uses(average)
         budget = average if average is not None else weight_bytes
         assert budget is not None
+        # One 0/1 variable per (site, choice), flattened. Row i of ``one_each`` sums the choices of
+        # site i: with 2 sites and 3 choices, the rows are 111000 and 000111.
         one_each = np.kron(np.eye(len(self.sites)), np.ones(len(names)))
-        # Of two choices with equal cost, the one that uses less is taken.
+        # The second term breaks ties: between equal costs, the smaller use wins.
         goal = cost.ravel() / max(cost.max(), 1e-30) + 1e-9 * uses.ravel() / max(uses.max(), 1e-30)
         found = milp(
             goal,
@@ -336,6 +338,8 @@ class _Problem:
             ],
         )
         if found.x is None:
-            raise QuietvitError(f"the solver found no choice of bits: {found.message}")
+            raise QuietvitError(
+                f"scipy found no choice of bits ({found.message}). Raise the budget."
+            )
         best = found.x.reshape(cost.shape).argmax(1)
         return {site: names[j] for site, j in zip(self.sites, best, strict=True)}

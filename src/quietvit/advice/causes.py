@@ -1,6 +1,6 @@
-"""Why a site is expensive: the operand that costs most, and what is special about its values.
+"""Explain why a site is expensive: find its worst operand, and inspect the operand's values.
 
-The values are measured by ``quietvit.diagnose`` and in one pass here.
+``quietvit.diagnose`` and one pass here measure the values.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from quietvit.quantization import AffineQuantizer, Slot
 from quietvit.tracing import Site
 
 CHANNEL = 5.0
-"""A channel is an outlier if its maximum is this many times the median channel's."""
+"""A channel is an outlier if its maximum is at least this many times the median channel's."""
 TAIL = 20.0
-"""max/rms from which a tail is long; Gaussian data has about 5."""
+"""A tail is long if max/rms is at least this. Gaussian data has about 5."""
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why one site holds the model back.
+    """Why one site is expensive.
 
     Attributes:
-        site, role: of the trace.
-        cost: effect of quantizing this site alone: KL, or error without a classifier.
-        operand: the operand whose quantization costs most of it.
-        share: its cost, if it alone is quantized, over the site's cost.
-        kind: ``weight``, ``flat map``, ``outlier`` (a channel), ``tail`` or ``bits``.
+        site, role: name and role of the site in the trace.
+        cost: effect of quantizing this site alone: KL for a classifier, otherwise error.
+        operand: the operand that costs most.
+        share: cost of quantizing this operand alone, divided by the site's cost.
+        kind: ``weight``, ``flat map``, ``outlier`` (of a channel), ``tail`` or ``bits``.
         why: one sentence with the measured numbers.
     """
 
@@ -55,7 +55,7 @@ def find_causes(switches: Switches, sites: Sequence[str], measure: str) -> tuple
 
     try:
         diagnosis = diagnose(model, images, trace=switches.quantized.trace)
-    except QuietvitError:  # no pairs in this model: its sites alone are measured
+    except QuietvitError:  # the model has no pairs: measure only its sites
         diagnosis = diagnose(model, images, trace=switches.quantized.trace, pairs=())
     rounding = _rounding(switches, sites)
     found = []
@@ -71,7 +71,7 @@ def find_causes(switches: Switches, sites: Sequence[str], measure: str) -> tuple
 
 @dataclass
 class _Rounding:
-    """Sums over the values x of one operand and q(x)."""
+    """Sums over the values x of one operand: x^2, (x - q(x))^2, |x|, and |x| where q(x) = 0."""
 
     squares: float = 0.0
     noise: float = 0.0
@@ -87,7 +87,7 @@ class _Rounding:
 
 
 def _rounding(switches: Switches, sites: Sequence[str]) -> dict[Slot, _Rounding]:
-    """Measure in one float pass what rounding does to each operand of these sites."""
+    """Measure the rounding error of each operand of these sites in one float pass."""
     found: dict[Slot, _Rounding] = {}
     quantized = switches.quantized
 
@@ -118,10 +118,10 @@ def _why(
     if slot.role == "post_softmax" and rounding is not None and rounding.mass:
         lost = 100 * rounding.lost / rounding.mass
         step = float(quantizer.scale) if isinstance(quantizer, AffineQuantizer) else None
-        size = "" if step is None else f" (half of one is {step / 2:.3f})"
+        size = "" if step is None else f" ({step / 2:.3f})"
         return "flat map", (
             f"the attention map is too flat for {quantizer.bits} bits: {lost:.0f} % of the "
-            f"attention is on probabilities below half a step{size} and becomes 0"
+            f"attention rounds to 0, because it is on probabilities below half a step{size}"
         )
     side = slot.operand
     statistics = next(
@@ -139,7 +139,7 @@ def _why(
     elif statistics.max_over_rms >= TAIL:
         kind = "tail"
         text = (
-            "a long tail over many channels: the largest value is "
+            "long tail over many channels: the largest value is "
             f"{statistics.worst_value:.3g}, {statistics.max_over_rms:.0f} times the rms; {rounded}"
         )
     else:
@@ -156,7 +156,7 @@ def _why(
 
 
 def _sources(switches: Switches, slot: Slot) -> set[str]:
-    """Sites that feed the operand, directly or through one norm, activation or addition."""
+    """Return the sites that feed the operand, directly or via one norm, activation or addition."""
     by_name = {site.name: site for site in switches.quantized.trace.sites}
     near = set(slot.site.operands[slot.index].fed_by) if slot.index >= 0 else set()
     behind = {

@@ -1,6 +1,6 @@
-"""What quantization does to a model's outputs, without labels: ``Effect``, measured on images.
+"""Measure how quantization changes a model's outputs (``Effect``). No labels are needed.
 
-Which operands are quantized is decided by the callers.
+The callers choose the operands to quantize.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Effect:
     """Difference between a quantized model's outputs and the float model's, on the same images.
 
     Attributes:
-        error: ‖ŷ − y‖ / ‖y‖ over all images, for logits or, without a classifier, all outputs.
-        kl: mean over images of KL(softmax y ‖ softmax ŷ), in nats; None without a classifier.
-        changed: share of the images whose class changes, 0 to 1; None without a classifier.
-        drop: forecast of the loss of top-1 accuracy, 0 to 1: the mean of p[class of ŷ] taken from
-            p[class of y], with p = softmax y. It is exact if the float model's probabilities are
-            calibrated (derived here). None without a classifier.
+        error: ‖ŷ − y‖ / ‖y‖ over all images, for a classifier's logits, otherwise for all outputs.
+        kl: mean over images of KL(softmax y ‖ softmax ŷ), in nats.
+        changed: share of the images whose predicted class changes, 0 to 1.
+        drop: forecast of the loss of top-1 accuracy, 0 to 1: mean of p[class of y] − p[class of ŷ]
+            with p = softmax y. It is exact if the float model is calibrated (derived here).
 
-    A fast estimate leaves None where it estimates nothing.
+    ``kl``, ``changed`` and ``drop`` are None if the model is not a classifier. The fast estimate
+    computes only ``kl`` or ``error``.
     """
 
     error: float | None = None
@@ -40,7 +40,7 @@ class Effect:
 
 
 class FloatOutputs:
-    """The float model's outputs on batches of images, to compare other models with."""
+    """The float model's outputs on batches of images, as the reference for other models."""
 
     def __init__(self, model: nn.Module, trace: Trace, batches: Sequence[Tensor]) -> None:
         self.batches = batches
@@ -54,25 +54,25 @@ class FloatOutputs:
         for output in self._outputs:
             if not bool(output.isfinite().all()):
                 raise QuietvitError(
-                    "the float model's outputs hold NaN or inf, so nothing can be compared with "
-                    "them; check the weights, or run the model in float32."
+                    "the float model's outputs hold NaN or inf, so they cannot be a reference. "
+                    "Check the weights, or run the model in float32."
                 )
 
     def read(self, output: Any) -> Tensor:
-        """Return what is compared: logits (B, classes), or all float tensors in one row (1, n)."""
+        """Return the tensor to compare: logits (B, classes), or all float outputs as (1, n)."""
         if self.classifies:
             return logits_of(output)
         found = [x for x in tensors_of(output).values() if x.is_floating_point()]
         if not found:
-            raise QuietvitError("the model's output holds no float tensor to compare.")
+            raise QuietvitError("the model returns no float tensor. Give a model that returns one.")
         return torch.cat([x.flatten() for x in found])[None]
 
     def expected(self, number: int) -> Tensor:
-        """The float output of batch ``number``, as ``read`` returns it, on the CPU."""
+        """Return the float output of batch ``number`` in the form of ``read``, on the CPU."""
         return self._outputs[number]
 
     def effect(self, run: Callable[[Tensor], Any]) -> Effect:
-        """Run a model on all batches and compare it."""
+        """Run a model on all batches and compare its outputs with the float outputs."""
         signal = noise = kl = drop = 0.0
         changed = images = 0
         with torch.no_grad():
@@ -112,6 +112,6 @@ def _check_shapes(found: Tensor, wanted: Tensor) -> None:
     if found.shape != wanted.shape:
         raise QuietvitError(
             f"the outputs have {found.numel()} values when quantized and {wanted.numel()} in "
-            "float, for example because a detector found another number of boxes. Give the part "
-            "of the model whose outputs always have one shape, such as the backbone."
+            "float, for example because a detector found another number of boxes. Give a part of "
+            "the model with a fixed output shape, such as the backbone."
         )

@@ -1,21 +1,21 @@
-"""The fast estimate of ``sensitivity``: one forward pass each through the float and the quantized
-model, and a few backward passes. ``sensitivity`` says what the numbers are used for.
+"""The fast estimate of ``sensitivity``, from forward and backward passes through two models.
 
-Derived here.
+``sensitivity`` builds the result from it. All formulas are derived here.
 
-Alone. Let n be the local noise of a site: its output on quantized operands minus its output on
-float operands. To first order it moves the logits z by J n. For a small move, KL(z ‖ z + J n) is
-½ (J n)ᵀ F (J n) with F = diag(p) − p pᵀ and p = softmax z. Let e hold random signs, and let
-u = √p∘e − p (√p·e). Then E[u uᵀ] = F, so the KL is ½ E[(g·n)²] with the gradient g = ∇(uᵀz) at the
-site's output. One backward pass gives g for all sites. The noise of several sites adds before
-squaring. Without a classifier, u holds the random signs, and E[(g·n)²] = ‖J n‖².
+Alone: the cost of quantizing only one site, from the float model. The local noise n of a site is
+its output on quantized operands minus its output on float operands. To first order, n changes the
+logits z by J n. For a small change, KL(z ‖ z + J n) is ½ (J n)ᵀ F (J n), with F = diag(p) − p pᵀ
+and p = softmax z. Let e be random signs and u = √p∘e − p (√p·e). Then E[u uᵀ] = F. So the KL is
+½ E[(g·n)²], where g = ∇(uᵀz) is the gradient at the site's output. One backward pass gives g for
+all sites. The products g·n of several sites add up before squaring. If the model is not a
+classifier, u is random signs, and E[(g·n)²] = ‖J n‖².
 
-All but it. In the quantized model, let g be the gradient of KL(p ‖ q) at the site's output. Without
-the noise, the KL is smaller by g·n − ½ nᵀH n to second order. The last term is taken to be the KL
-that the noise makes alone. Without a classifier, ‖ŷ − y‖² takes the place of the KL.
+Without: the effect of quantizing everything except one site, from the quantized model. Let g be the
+gradient of KL(p ‖ q) at the site's output. To second order, removing the noise lowers the KL by
+g·n − ½ nᵀH n. The last term is approximated by the KL of the noise alone. If the model is not a
+classifier, ‖ŷ − y‖² replaces the KL.
 
-The noise of a site has two parts: what its first operand makes alone, and the rest, which counts
-for the second operand.
+The first operand of a site gets the noise that it causes alone, and the second gets the rest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from quietvit.quantization import Slot
 from quietvit.tracing import Site
 
 BATCH = 2
-"""Images at a time: the noise of all sites is held in memory."""
+"""Images per pass. It is small, because the noise of all sites is held in memory."""
 PROBES = 4
 """Random vectors u for each image. Each costs one backward pass."""
 _SEED = 0
@@ -44,9 +44,9 @@ Key = tuple[str, str]
 def estimated_effects(
     switches: Switches, whole: Effect
 ) -> tuple[dict[Key, Effect], dict[Key, Effect]]:
-    """Return the estimated effects alone and without, by (``role`` or ``site``, name).
+    """Return the estimated effects ``alone`` and ``without``, by (``role`` or ``site``, name).
 
-    Sites that are no matrix products, such as norms, are left out.
+    Only matrix products are estimated, not norms, for example.
     """
     alone, gains = _Scores(), _Scores()
     signal = 0.0
@@ -78,7 +78,7 @@ def estimated_effects(
 def _probe(
     switches: Switches, images: Tensor, scores: _Scores, generator: torch.Generator
 ) -> Tensor:
-    """Add the scores g·n of ``PROBES`` random u in the float model. Returns the float output."""
+    """Add the scores g·n for ``PROBES`` random u in the float model. Returns its output."""
     listener = _Listener(switches, quantize=False)
     z = listener.run(images)
     for probe in range(PROBES):
@@ -92,7 +92,7 @@ def _probe(
 
 
 def _follow(switches: Switches, images: Tensor, wanted: Tensor, scores: _Scores) -> None:
-    """Add the scores g·n of the outputs' difference in the quantized model."""
+    """Add the scores g·n of the KL (or squared error) in the quantized model."""
     listener = _Listener(switches, quantize=True)
     z = listener.run(images)
     if switches.floats.classifies:
@@ -104,7 +104,7 @@ def _follow(switches: Switches, images: Tensor, wanted: Tensor, scores: _Scores)
 
 @dataclass
 class _Scores:
-    """g·n of each operand, for each probe: a vector for each batch, with one entry per image."""
+    """The scores g·n by operand and probe: one vector (images,) for each batch."""
 
     found: dict[Slot, dict[int, list[Tensor]]] = field(default_factory=dict)
 
@@ -115,7 +115,7 @@ class _Scores:
         return all(slot in self.found for slot in slots)
 
     def total(self, slots: Iterable[Slot]) -> Tensor:
-        """Return the sum over operands, (probes, images)."""
+        """Return the sum of scores over operands, (probes, images)."""
         each = [
             torch.stack([torch.cat(parts) for parts in self.found[slot].values()]) for slot in slots
         ]
@@ -123,9 +123,9 @@ class _Scores:
 
 
 class _Listener:
-    """Observer of the quantized model. It keeps each site's output and the noise of each operand.
+    """Observe the quantized model, and keep each site's output and the noise of each operand.
 
-    ``quantize``: whether the sites run quantized; otherwise they run in float.
+    ``quantize``: run the sites quantized. Otherwise they run in float.
     """
 
     def __init__(self, switches: Switches, *, quantize: bool) -> None:
@@ -135,7 +135,7 @@ class _Listener:
         self._images = 0
 
     def run(self, images: Tensor) -> Tensor:
-        """Run the model once, with gradients. Returns what ``FloatOutputs.read`` reads."""
+        """Run the model once with gradients. Returns its output through ``FloatOutputs.read``."""
         quantized = self._switches.quantized
         self._images = len(images)
         chosen = quantized.slots() if self._quantize else ()
@@ -143,7 +143,7 @@ class _Listener:
             return self._switches.floats.read(quantized(images))
 
     def score(self, loss: Tensor, scores: _Scores, probe: int, *, last: bool) -> None:
-        """Add g·n of each operand for the gradient g of ``loss``; ``last`` frees the graph."""
+        """Add g·n of each operand for the gradient g of ``loss``. ``last`` frees the graph."""
         gradients = torch.autograd.grad(
             loss, self._outputs, retain_graph=not last, allow_unused=True
         )
@@ -153,10 +153,11 @@ class _Listener:
                 scores.add(slot, probe, self._by_image(products))
 
     def _by_image(self, products: Tensor) -> Tensor:
-        """Sum over everything but the images, (images,).
+        """Sum the products of each image, (images,).
 
-        A tensor that is not laid out by images, such as a table shared by all, counts for the first
-        image. Scores of different images are independent, so squares still add up as they should.
+        Windows or heads can be in the first dim: (images * windows, tokens, dim). A tensor without
+        images, such as a shared position table, counts for the first image. Scores of different
+        images are independent, so the sum of squares stays right.
         """
         if products.ndim and products.shape[0] % self._images == 0:
             return products.float().reshape(self._images, -1).sum(1).cpu().double()
@@ -185,4 +186,4 @@ class _Listener:
             output = output.detach().requires_grad_()
         self._outputs.append(output)
         self._noise.append(list(zip(slots, shares, strict=True)))
-        return output.clone()  # an in-place operation behind the site must not change ``output``
+        return output.clone()  # protects ``output`` from later in-place operations

@@ -1,6 +1,6 @@
-"""The ladder of ``advise``: one row for each method and bits, measured on images kept aside.
+"""The ladder of ``advise``: one row per method and bits, measured on held-out images.
 
-``advise`` chooses what to try; ``effects`` compares outputs.
+``advise`` chooses the settings, and ``effects`` compares outputs.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from quietvit.quantization.settings import parse_method, written_bits
 from quietvit.tracing import Trace
 
 METHODS = ("rtn-omse", "smoothquant", "repq-vit", "repq-vit+gptq", "erq")
-"""Methods that ``advise`` tries, the cheap ones first."""
+"""Methods that ``advise`` tries by default, cheap ones first."""
 BITS = ("W8A8", "W6A6", "W4A8", "W4A4+attention-maps-8")
 _MAPS = "+attention-maps-8"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantized model.
+    """One quantized model and its measured numbers.
 
     Attributes:
         method, bits: as on the command line, such as ``rtn-omse`` and ``W4A4+attention-maps-8``.
-        effect: on the images that were kept aside.
-        mib: size of the weights, packed at their bits.
-        average_bits: of both operands, over all multiply-accumulates; float counts 32.
+        effect: effect on the held-out images.
+        mib: packed size of the parameters in MiB.
+        average_bits: mean over both operands and all multiply-accumulates. Float counts 32.
         integer_share: share of the multiply-accumulates with two quantized operands.
-        deployable: whether standard integer kernels compute all of these codes.
-        seconds: that calibration took.
+        deployable: whether standard integer kernels can compute all of its codes.
+        seconds: time of the calibration.
     """
 
     method: str
@@ -55,18 +55,18 @@ class Row:
 
     @property
     def agreement(self) -> float | None:
-        """Share of images whose class stays that of the float model; None without a classifier."""
+        """Share of images with the float model's class. None if the model is not a classifier."""
         return None if self.effect.changed is None else 1 - self.effect.changed
 
     @property
     def quality(self) -> tuple[float, float]:
-        """Larger is better: the agreement, then the smaller KL; or the smaller error."""
+        """(agreement, -KL) of a classifier, otherwise (-error, 0). Larger is better."""
         if self.agreement is None:
             return -(self.effect.error or 0.0), 0.0
         return self.agreement, -(self.effect.kl or 0.0)
 
     def beats(self, other: Row) -> bool:
-        """Whether nothing speaks for ``other``: as good, as cheap, as deployable, one better."""
+        """Whether this row is better than ``other`` in one aspect and worse in none."""
         costs = [(row.average_bits, row.mib, not row.deployable) for row in (self, other)]
         no_worse = self.quality >= other.quality and all(
             a <= b for a, b in zip(*costs, strict=True)
@@ -75,16 +75,16 @@ class Row:
 
 
 def pareto(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Return the rows that no other row beats, in their order."""
+    """Return the rows that no other row beats, in the given order."""
     return tuple(row for row in rows if not any(other.beats(row) for other in rows))
 
 
 def settings(
     methods: Sequence[str], bits: Sequence[str], trace: Trace
 ) -> list[tuple[str, str, Method]]:
-    """Return (method, bits, config) of all rows in the order in which they are tried.
+    """Return (method, bits, config) of all rows, in the order of the trials.
 
-    A model without attention has no maps to keep at 8 bits, so the preset is left out there.
+    A model without attention has no maps, so the preset ``attention-maps-8`` is dropped there.
     """
     maps = any(o.role == "post_softmax" for site in trace.sites for o in site.operands)
     names = [written_bits(each) for each in bits]
@@ -94,12 +94,12 @@ def settings(
 
 
 class Ladder:
-    """Quantizes one model in many ways and measures each, until the time is up.
+    """Quantize one model with each setting and measure it, until the time is up.
 
     Attributes:
-        rows: what was measured, in order.
-        failed: (setting, reason) of what the method refused.
-        skipped: settings for which the time did not suffice.
+        rows: the measured settings, in order.
+        failed: (setting, reason) for each setting that raised an error.
+        skipped: settings that did not fit into the time.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class Ladder:
     def climb(
         self, tries: Sequence[tuple[str, str, Method]], deadline: float, progress: bool
     ) -> None:
-        """Measure the tries for which the time suffices; the first one always runs.
+        """Measure the settings that fit into the time. The first one always runs.
 
-        ``deadline``: on the clock of ``time.monotonic``. Ctrl-C passes through; ``rows`` stay.
+        ``deadline`` is a time of ``time.monotonic``. Ctrl-C raises, and ``rows`` stay.
         """
         with closing(tracked(tries, len(tries), "trying methods", progress)) as steps:
             for method, bits, config in steps:
@@ -131,7 +131,7 @@ class Ladder:
                     self._measure(method, bits, config)
 
     def _expected(self, method: str) -> float:
-        """Seconds of a try: as for this method before, else as the slowest one so far."""
+        """Return the last time of this method in seconds, or else that of the slowest method."""
         return self._seconds.get(method) or max(self._seconds.values(), default=0.0)
 
     def _measure(self, method: str, bits: str, config: Method) -> None:

@@ -1,6 +1,6 @@
-"""Where a site is: its depth (the block), and its name for all depths.
+"""Split a site's name into its block number and a name that all blocks share.
 
-Both come from the numbers in the site's name. They serve tables and plots only.
+Only plots use it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _LEVELS = frozenset({"blocks", "block", "layers", "layer"})
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """Return the name with ``*`` for the block's number, and that number; "" for none.
+    """Return the name with ``*`` for the block number, and that number, or "" if it has none.
 
     ``blocks.3.attn.qkv`` gives ``blocks.*.attn.qkv`` and ``3``; ``layers.0.blocks.1.mlp.fc1`` gives
     ``layers.*.blocks.*.mlp.fc1`` and ``0.1``.
@@ -36,7 +36,7 @@ def place_of(name: str) -> tuple[str, str]:
 
 
 def depths_of(names: Sequence[str]) -> list[str]:
-    """Return a label of each name's column: its block, or ``stem`` and ``head`` outside of blocks.
+    """Return each name's block number, ``stem`` before the first block, or ``head`` after it.
 
     ``names`` are in the order of the forward pass.
     """

@@ -1,6 +1,6 @@
-"""Plots of sensitivities, as figures that ``quietvit.measure.plots.save`` writes.
+"""Plots of sensitivities, as figures for ``quietvit.measure.plots.save``.
 
-The numbers are given; nothing is measured here.
+Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class PlottedSite(NamedTuple):
-    """A site with its cost and gain; None if not measured. Sites come in the model's order."""
+    """A site with its cost and gain, which are None if not measured."""
 
     name: str
     role: str
@@ -30,7 +30,7 @@ class PlottedSite(NamedTuple):
 
 
 def role_by_depth(sites: Sequence[PlottedSite], title: str) -> Figure:
-    """Draw two maps: what each site costs alone, and what is gained when it is left in float."""
+    """Draw the cost of each site alone and its gain in float. Sites are in forward order."""
     rows = list(dict.fromkeys(place_of(site.name)[0] for site in sites))
     roles = {place_of(site.name)[0]: site.role for site in sites}
     depths = depths_of([site.name for site in sites])
@@ -46,7 +46,7 @@ def role_by_depth(sites: Sequence[PlottedSite], title: str) -> Figure:
     figure = new_figure(max(6.0, 4.0 + 0.35 * len(columns)), 2 * height)
     above, below = figure.subplots(2, 1)
     _map(above, cost, labels, columns, "quantized alone")
-    _map(below, gain, labels, columns, "gain if it alone is left in float (grey: none)")
+    _map(below, gain, labels, columns, "gain if only this site stays in float (gray: none)")
     below.set_xlabel("depth (block)")
     figure.suptitle(title, fontsize=10)
     return figure
@@ -60,7 +60,7 @@ def _map(
 
     positive = values[np.isfinite(values) & (values > 0)]
     top = float(positive.max()) if positive.size else 1.0
-    # Three decades show what matters; smaller values look alike.
+    # Show three decades. Smaller positive values share the lowest color.
     norm = LogNorm(top / 1000, top)
     drawn = np.where(values > 0, np.maximum(values, top / 1000), top / 1e6)
     colours = colormaps["cividis"].with_extremes(under="#c8c8c8")

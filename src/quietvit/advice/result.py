@@ -1,6 +1,6 @@
-"""``Sensitivity``: the result of ``sensitivity``, as tables for the terminal, JSON and a plot.
+"""``Sensitivity``: the result of ``sensitivity``, with tables for the terminal, JSON and a plot.
 
-Nothing is measured here; drawing is in ``plots``.
+``sensitivity`` measures, and ``plots`` draws.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Part:
-    """What one site or one role costs.
+    """The cost of one site or one role.
 
     Attributes:
-        name: of the site or role, as a key of ``overrides``.
+        name: name of the site or role, as a key of ``overrides``.
         role: role of the site.
-        sites: number of sites that it touches.
-        macs: their multiply-accumulates at batch 1.
-        bits: of its quantized operands, such as ``4`` or ``4/8``.
-        alone: effect if it alone is quantized.
-        without: effect if everything but it is quantized. Both are None if not measured.
+        sites: number of its sites.
+        macs: multiply-accumulates of these sites at batch size 1.
+        bits: bits of its quantized operands, such as ``4`` or ``4/8``.
+        alone: effect of quantizing only this part; None if not measured.
+        without: effect of quantizing everything except this part; None if not measured.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What each role and each site costs when a model is quantized. ``print`` shows the tables.
+    """The cost of quantizing each role and each site of a model. ``print`` shows the tables.
 
     Attributes:
         model, setting, policy: class of the model, method with bits, and the method's rules.
         images: number of images.
-        macs: multiply-accumulates of one image in the whole model.
-        whole: effect if everything is quantized.
-        roles, sites: in the order of the forward pass. A role includes what an override of that
-            role changes, so parts of roles overlap: ``post_softmax`` is in ``attention_value``.
-        estimated: whether effects of parts are estimates.
-        complete: False if Ctrl-C ended the measurement; the missing effects are None.
+        macs: multiply-accumulates of the whole model for one image.
+        whole: effect of quantizing everything.
+        roles, sites: parts in the order of the forward pass. A role holds the operands that its
+            override changes. Roles overlap: ``post_softmax`` is in ``attention_value``.
+        estimated: whether the effects of parts are estimates.
+        complete: False if Ctrl-C ended the measurement. Missing effects are None.
     """
 
     model: str
@@ -70,26 +70,26 @@ class Sensitivity:
 
     @property
     def measure(self) -> str:
-        """The attribute of ``Effect`` that parts are ordered by: ``kl``, else ``error``."""
+        """The attribute of ``Effect`` that sorts parts: ``kl`` of a classifier, else ``error``."""
         return "error" if self.whole.kl is None else "kl"
 
     def cost(self, part: Part) -> float | None:
-        """Effect of quantizing this part alone, in terms of ``measure``; None if not measured."""
+        """Return the effect of quantizing only this part, in ``measure``; None if not measured."""
         return self._value(part.alone)
 
     def gain(self, part: Part) -> float | None:
-        """How much smaller the effect gets if this part alone is left in float."""
+        """Return how much the effect of quantizing everything shrinks if this part stays float."""
         left, whole = self._value(part.without), self._value(self.whole)
         return None if left is None or whole is None else whole - left
 
     @property
     def worst_sites(self) -> tuple[Part, ...]:
-        """Sites by falling cost; sites that were not measured come last."""
+        """Sites in order of descending cost. Sites that were not measured come last."""
         return self._sorted(self.sites)
 
     @property
     def worst_roles(self) -> tuple[Part, ...]:
-        """Roles by falling cost."""
+        """Roles in order of descending cost. Roles that were not measured come last."""
         return self._sorted(self.roles)
 
     def _value(self, effect: Effect | None) -> float | None:
@@ -109,13 +109,13 @@ class Sensitivity:
     def __rich__(self) -> Group:
         head = [f"{self.model}, {self.setting}, {self.images} images"]
         head.append(f"everything quantized: {shown(self.whole)}")
-        head.append("alone: only this part is quantized; without: everything but this part is")
+        head.append("alone: only this part is quantized; without: all other parts are quantized")
         if self.estimated:
-            head.append("the effects of parts are estimates, from one pass each")
+            head.append("the effects of parts are estimates")
         if not self.complete:
             missing = sum(p.alone is None or p.without is None for p in self.roles + self.sites)
             head.append(
-                f"stopped early: {missing} of {len(self.roles + self.sites)} parts lack data"
+                f"stopped early: {missing} of {len(self.roles + self.sites)} parts are not measured"
             )
         sites = self.worst_sites[:TOP]
         return Group(
@@ -150,7 +150,7 @@ class Sensitivity:
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, with None for what was not measured."""
+        """Return plain data, with None for missing values."""
         plain: dict[str, Any] = finite(asdict(self) | {"measure": self.measure})
         return plain
 
@@ -159,7 +159,7 @@ class Sensitivity:
         return write_atomic(path, json_text(self.to_dict(), indent=1) + "\n")
 
     def plot(self, folder: str | Path) -> tuple[Path, ...]:
-        """Draw ``sensitivity.png`` into ``folder``: role by depth. Returns its path."""
+        """Draw ``sensitivity.png``, a map of roles by depth, into ``folder``. Returns its path."""
         from quietvit.advice.plots import PlottedSite, role_by_depth
         from quietvit.measure.plots import save
 
@@ -173,7 +173,7 @@ class Sensitivity:
 
 
 _TITLES = {"error": "error", "kl": "KL", "changed": "class changed"}
-"""Effects that the tables show; JSON has them all."""
+"""Effects in the tables. JSON has all effects."""
 
 
 def _names(found: Sensitivity) -> tuple[str, ...]:
@@ -191,7 +191,7 @@ def _cell(name: str, value: float | None) -> str:
 
 
 def shown(effect: Effect) -> str:
-    """Return ``error 12 %, KL 0.3, class changes 8 %``, without what is None."""
+    """Return for example ``error 12 %, KL 0.3, class changed 8 %``. Values of None are left out."""
     values = ((name, getattr(effect, name)) for name in _TITLES)
     return ", ".join(f"{_TITLES[n]} {_cell(n, v)}" for n, v in values if v is not None)
 

@@ -1,7 +1,6 @@
-"""``sensitivity``: what each site and each role costs in a quantized model, exact or estimated.
+"""``sensitivity``: measure or estimate the cost of each site and role in a quantized model.
 
-``switches`` switches operands on and off, ``estimate`` computes the estimate, and ``result`` holds
-what was found.
+``switches`` turns operands on and off, ``estimate`` estimates, and ``result`` holds the result.
 """
 
 from __future__ import annotations
@@ -33,30 +32,28 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure what each site and each role costs when ``method`` quantizes the model.
 
-    For each part the result holds two effects on the outputs: of quantizing it alone, and of
-    quantizing everything but it. They need no labels: relative error, KL divergence, and the share
-    of images whose class changes. The model is calibrated once, and the given model never changes.
+    For each part, two effects are measured: of quantizing only it, and everything except it. An
+    effect is the relative error, the KL divergence, and the share of images whose class changes. No
+    labels are needed. The model is calibrated once, and the given model never changes.
 
-    The exact measure runs the model about twice for each site and role on all images. Ctrl-C ends
-    it and returns what was measured so far. The estimate runs one pass forth and back through the
-    float model, and one through the quantized model. It gives the KL divergence alone (or the
-    error, without a classifier); see ``quietvit.advice.estimate`` for the formulas and
-    docs/bits.md for how well it ranks.
+    Measuring runs the model about twice for each site and role, on all images. Ctrl-C ends it and
+    returns the results so far. The estimate needs one forward pass each through the float and the
+    quantized model, and a few backward passes. It gives only the KL divergence, or the error if the
+    model is not a classifier. See ``quietvit.advice.estimate`` and docs/bits.md.
 
     Args:
         model: the float model, in eval mode.
-        method: a config or a name, as for ``quietvit.quantize``. It must not change weights to make
-            up for rounding.
-        images: as for ``quietvit.quantize``; they are held in memory. 32 give a first picture.
+        method: as for ``quietvit.quantize``. It must not change weights to compensate for rounding.
+        images: as for ``quietvit.quantize``. They are held in memory. 32 give a first impression.
         bits: such as ``W4A4``, for a method given by name.
-        calibration: other images to calibrate on; None takes ``images``.
+        calibration: other images to calibrate on. None takes ``images``.
         estimate: estimate instead of measuring.
         trace: an earlier ``quietvit.trace`` of this model.
-        progress: show a progress bar if it takes more than 3 seconds.
+        progress: show a progress bar after 3 seconds.
 
     Raises:
-        QuietvitError: a model in training mode, a method that changes weights, or anything that
-            ``quietvit.quantize`` refuses.
+        QuietvitError: the model is in training mode, the method changes weights, or
+            ``quietvit.quantize`` refuses the arguments.
     """
     switches = Switches(
         model,
@@ -71,7 +68,7 @@ def sensitivity(
 
 
 def measured(switches: Switches, *, estimate: bool = False, progress: bool = True) -> Sensitivity:
-    """Measure or estimate all parts of a model whose operands can be switched."""
+    """Measure or estimate all parts of the model in ``switches``."""
     whole = switches.effect(switches.quantized.slots())
     complete = True
     if estimate:
@@ -119,7 +116,10 @@ def measured(switches: Switches, *, estimate: bool = False, progress: bool = Tru
 
 
 def _jobs(switches: Switches) -> Iterator[tuple[tuple[str, str], list[Slot], bool]]:
-    """Roles first: they are few, and say most if the user stops early."""
+    """Yield (key, operands, whether only these are quantized).
+
+    Roles come first: they are few, and tell most if the user stops early.
+    """
     for kind, groups in (("role", switches.roles), ("site", switches.sites)):
         for only in (True, False):
             for name, slots in groups.items():

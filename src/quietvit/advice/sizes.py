@@ -1,6 +1,6 @@
-"""What a quantized model costs to store and to compute: bytes, and bits averaged over its products.
+"""The size of a quantized model in bytes, and its mean bits over all products (derived here).
 
-Derived here. ``quietvit.quantization.coverage`` counts which products are quantized.
+``quietvit.quantization.coverage`` counts the quantized products.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ FLOAT_BITS = 32
 
 
 def average_bits(trace: Trace, method: Method) -> float:
-    """Return the mean bits of both operands over all multiply-accumulates; a float operand has 32.
+    """Return the mean bits of both operands over all multiply-accumulates. Float operands have 32.
 
-    Uniform W6A6 with its edges at 6 bits gives 6.
+    W6A6 with the patch embedding and head at 6 bits gives 6.
     """
     total = bits = 0.0
     for site in trace.matmuls:
@@ -29,9 +29,9 @@ def average_bits(trace: Trace, method: Method) -> float:
 
 
 def stored_bytes(quantized: QuantizedModel) -> int:
-    """Return bytes of all parameters, with quantized weights packed at their bits.
+    """Return the bytes of all parameters, with quantized weights packed at their bits.
 
-    Scales and zero points are left out. A weight with two readers counts once, with its most bits.
+    Scales and zero points do not count. A weight of two sites counts once, at its highest bits.
     """
     parameters = list(quantized.model.parameters())
     width = 8 * parameters[0].element_size()

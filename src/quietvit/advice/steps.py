@@ -1,4 +1,4 @@
-"""What to do next: each step follows from numbers that ``advise`` measured.
+"""Recommend next steps from the numbers that ``advise`` measured.
 
 Nothing is measured here.
 """
@@ -12,14 +12,14 @@ from quietvit.advice.causes import Cause
 from quietvit.advice.ladder import Row
 
 CLEAR = 0.1
-"""Relative change of the divergence from which a method is said to help or to hurt."""
+"""A method helps or hurts if the relative change of the divergence exceeds this."""
 GOOD = 0.99
-"""Agreement from which a deployable row needs no further step."""
+"""A row is good if at least this share of images keep their class."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to do, and the measured numbers that speak for it."""
+    """One recommendation, and the measured numbers behind it."""
 
     do: str
     because: str
@@ -31,13 +31,13 @@ def next_steps(
     kept: Sequence[tuple[str, Row]],
     causes: Sequence[Cause],
 ) -> tuple[Step, ...]:
-    """Derive the steps.
+    """Return the recommended steps.
 
     Args:
-        rows: the ladder.
-        target: the row whose bits the user would like and that is not good yet.
-        kept: (role, row): ``target`` with this role at 8 bits.
-        causes: why the worst sites are expensive.
+        rows: the rows of the ladder.
+        target: the row with the lowest bits, if it is not good yet.
+        kept: (role, row) for ``target`` with this role at 8 bits.
+        causes: the causes of the worst sites.
     """
     steps = []
     ready = [row for row in rows if row.deployable and row.quality >= (GOOD, float("-inf"))]
@@ -45,7 +45,7 @@ def next_steps(
         best = min(ready, key=lambda row: (row.average_bits, row.mib))
         steps.append(
             Step(
-                f"Deploy {best.name} if its size suffices: quietvit quantize, then quietvit export",
+                f"Deploy {best.name} if small enough: quietvit quantize, then quietvit export",
                 f"{result(best)}, {best.mib:.1f} MiB, deployable",
             )
         )
@@ -56,7 +56,7 @@ def next_steps(
         steps.append(
             Step(
                 f"Keep {role} at 8 bits: --keep {role}=8",
-                f"{target.name}: {result(target)}; with it {result(row)}, at "
+                f"{target.name}: {result(target)}. With this role at 8 bits: {result(row)}, at "
                 f"{row.average_bits:.1f} instead of {target.average_bits:.1f} bits on average",
             )
         )
@@ -84,13 +84,13 @@ def next_steps(
 
 
 def _methods(rows: Sequence[Row], target: Row) -> list[Step]:
-    """Compare SmoothQuant and re-parametrization with plain rounding at the same bits."""
+    """Return steps from the comparison of all methods with the target's at the same bits."""
     same = {row.method: row for row in rows if row.bits == target.bits}
     steps = []
     for method, row in same.items():
         if method == target.method or _gain(target, row) <= CLEAR:
             continue
-        kind = "deployable" if row.deployable else "simulated only, no standard integer kernel"
+        kind = "deployable" if row.deployable else "simulated only: no standard integer kernel"
         steps.append(
             (
                 _gain(target, row),
@@ -114,7 +114,7 @@ def _methods(rows: Sequence[Row], target: Row) -> list[Step]:
 
 
 def _gain(before: Row, after: Row) -> float:
-    """Relative fall of the divergence; negative where it rises."""
+    """Return the relative decrease of the divergence. An increase is negative."""
     old, new = (_divergence(row) for row in (before, after))
     return (old - new) / old if old else 0.0
 
@@ -124,7 +124,7 @@ def _divergence(row: Row) -> float:
 
 
 def result(row: Row) -> str:
-    """Return ``class kept on 97.0 % (KL 0.02)``, or the error without a classifier."""
+    """Return ``class kept on 97.0 % (KL 0.02)``, or the error if it is not a classifier."""
     if row.agreement is None:
         return f"error {100 * (row.effect.error or 0.0):.1f} %"
     return f"class kept on {100 * row.agreement:.1f} % (KL {row.effect.kl or 0.0:.3g})"

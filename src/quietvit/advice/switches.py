@@ -1,6 +1,6 @@
-"""One quantized model whose operands are switched on and off by site and by role.
+"""One quantized model, calibrated once, with operands that can be turned on and off.
 
-It is calibrated once. ``effects`` measures the outputs; ``sensitivity`` decides what is switched.
+``effects`` measures the outputs, and ``sensitivity`` decides which operands to switch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quietvit.quantization import Method, QuantizedModel, Slot, quantize
 from quietvit.quantization.calibration import ImageStream
 from quietvit.tracing import MATMUL_KINDS, Trace, plain_model
 
-# A model whose quantizers are all off computes the float model's outputs, up to rounding.
+# With all quantizers off, outputs match the float model's within this relative error.
 _SAME = {torch.float32: 1e-3, torch.float64: 1e-3}
 _SAME_IN_HALF = 5e-2
 
@@ -31,7 +31,7 @@ class Switches:
         quantized: the quantized model.
         floats: outputs of the float model.
         sites: the quantized operands of each site, in the order of the forward pass.
-        roles: the quantized operands of each role, as ``Method.overrides`` understands roles.
+        roles: the quantized operands of each role, grouped as in ``Method.overrides``.
         images: number of images.
     """
 
@@ -62,7 +62,7 @@ class Switches:
         slots = self.quantized.slots()
         if not slots:
             raise QuietvitError(
-                "the method leaves every site in float; there is nothing to measure."
+                "the method leaves every site in float, so there is no cost. Quantize some sites."
             )
         self.sites = _by_site(self.quantized.trace, slots)
         self.roles = _by_role(self.quantized.trace, slots)
@@ -70,7 +70,7 @@ class Switches:
         self._refuse_changed_weights(next(model.parameters()).dtype)
 
     def effect(self, slots: Iterable[Slot]) -> Effect:
-        """Measure the model with only these operands quantized. Results are kept."""
+        """Return the effect of quantizing only these operands. Results are cached."""
         chosen = frozenset(slots)
         if chosen not in self._known:
             with self.quantized.only(chosen):
@@ -78,7 +78,7 @@ class Switches:
         return self._known[chosen]
 
     def others(self, slots: Collection[Slot]) -> list[Slot]:
-        """All quantized operands but these."""
+        """Return all quantized operands except these."""
         left_out = set(slots)
         return [slot for slot in self.quantized.slots() if slot not in left_out]
 
@@ -88,25 +88,25 @@ class Switches:
             return
         name = self.quantized.method.name
         raise QuietvitError(
-            f"{name} changes weights or outputs to make up for rounding. With all its quantizers "
-            f"off, the outputs still differ from the float model's by {100 * error:.2g} %, so the "
-            "cost of one site alone cannot be measured. Measure a method that only chooses ranges, "
+            f"{name} changes weights or outputs to compensate for rounding. With all quantizers "
+            f"off, its outputs still differ from the float model's by {100 * error:.2g} %. So the "
+            "cost of a single site cannot be measured. Measure a method that only chooses ranges, "
             f"such as rtn-omse, smoothquant or repq-vit. The bits found there suit {name} too."
         )
 
 
 def read_batches(images: Any, model: nn.Module) -> list[Tensor]:
-    """Read images in any form that ``quietvit.quantize`` takes, to run over them many times."""
+    """Read images in any form that ``quietvit.quantize`` takes, and hold them in memory."""
     return list(ImageStream(images, model))
 
 
 def refuse_training(model: nn.Module) -> None:
-    """Raise QuietvitError if any module is in training mode: its outputs would be random."""
+    """Raise QuietvitError if any module is in training mode, where outputs can be random."""
     found = next((name for name, m in model.named_modules() if m.training), None)
     if found is not None:
         raise QuietvitError(
-            f"{found or 'the model'} is in training mode, so two passes over one image may differ. "
-            "Call model.eval() first."
+            f"{found or 'the model'} is in training mode, so repeated passes over one image can "
+            "differ. Call model.eval() first."
         )
 
 

@@ -1,4 +1,4 @@
-"""The commands ``sensitivity`` and ``advise``. Other packages do the work."""
+"""The commands ``sensitivity`` and ``advise``. ``quietvit.advice`` does the work."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def sensitivity(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Measure what each site and role costs when it is quantized. Needs no labels.
+    """Measure the cost of quantizing each site and role. No labels are needed.
 
-    Ctrl-C prints and writes what was measured so far.
+    Ctrl-C prints and writes the results so far.
     """
     from quietvit.advice import sensitivity as run
     from quietvit.files import refuse_nonempty
@@ -99,7 +99,7 @@ def advise(
     weights: Weights = None,
     classes: Classes = None,
     size: Size = None,
-    minutes: Annotated[float, typer.Option(help="Time for everything.")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="Time limit.")] = 10.0,
     methods: Annotated[
         str | None,
         typer.Option(help="Methods to try, comma-separated.", show_default="five, cheap first"),
@@ -118,9 +118,9 @@ def advise(
         Path | None, typer.Option("--output", "-o", help="File to write, such as advice.json.")
     ] = None,
 ) -> None:
-    """Try methods and bits, and say what is worth it and what to do next. Needs no labels.
+    """Try methods and bits, and recommend next steps. No labels are needed.
 
-    Ctrl-C prints and writes what was measured so far.
+    Ctrl-C prints and writes the results so far.
     """
     from quietvit.advice import advise as run
     from quietvit.advice.ladder import BITS, METHODS

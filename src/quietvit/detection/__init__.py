@@ -1,6 +1,6 @@
-"""Object detection: images with boxes, detectors of torchvision and transformers, COCO's box AP.
+"""Object detection: images with boxes, torchvision's and transformers' detectors, COCO's box AP.
 
-Training a detector is a task (``quietvit.tasks.detection``); quantizing it knows nothing of boxes.
+``quietvit.tasks.detection`` trains detectors. ``quietvit.quantization`` quantizes them.
 """
 
 from quietvit.detection.average_precision import BoxAP, box_ap, evaluate_detector, predict_all

@@ -1,6 +1,6 @@
-"""COCO's box AP of predictions, counted by faster-coco-eval.
+"""Compute COCO's box AP of a detector with faster-coco-eval.
 
-The models that predict are in ``detectors``; AP over several processes is put together by the task.
+``detectors`` builds the models. ``tasks.detection`` combines the results of several processes.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from quietvit.errors import QuietvitError
 from quietvit.tracing import evaluating
 
 Judged = list[tuple[dict[str, Any], dict[str, Any]]]
-"""Of each image: what there is (as in ``dataset.Target``), and what was predicted; as lists."""
+"""For each image: its ground truth (keys of ``dataset.Target``) and its predictions, as lists."""
 
 MAX_DETECTIONS = 100
 
 
 @dataclass(frozen=True)
 class BoxAP:
-    """COCO's average precision of boxes, in percent; -1 where there is no box of that size.
+    """COCO's average precision of boxes, in percent. A size without boxes has -1.
 
-    ``ap`` is the mean over the IoU thresholds 0.50, 0.55, ..., 0.95 and over all classes, ``ap50``
-    and ``ap75`` are at one threshold. ``small`` is of boxes below 32 x 32 pixels, ``medium`` below
-    96 x 96, ``large`` of all others. At most 100 boxes of an image count (Lin et al. 2014, arXiv
-    1405.0312, and cocodataset.org/#detection-eval).
+    ``ap`` is the mean over all classes and the IoU thresholds 0.50, 0.55, ..., 0.95. ``ap50`` and
+    ``ap75`` use one threshold. ``small`` covers boxes below 32 x 32 pixels, ``medium`` those below
+    96 x 96, and ``large`` the rest. At most 100 boxes per image count.
+
+    Source: Lin et al. 2014, arXiv 1405.0312, and cocodataset.org/#detection-eval.
     """
 
     ap: float
@@ -50,22 +51,22 @@ class BoxAP:
 
 
 def box_ap(judged: Judged) -> BoxAP:
-    """Return the AP of predictions; images are told apart by ``image_id``.
+    """Return the AP of predictions. ``image_id`` identifies each image.
 
     Raises:
-        QuietvitError: no images, no boxes in them, or faster-coco-eval is missing.
+        QuietvitError: there are no images or no boxes, or faster-coco-eval is not installed.
     """
     truth, results = coco_files(judged)
     if not truth["annotations"]:
         raise QuietvitError(
-            f"the {len(judged)} test images hold no boxes at all, so there is no AP; check the "
+            f"the {len(judged)} test images hold no boxes at all, so AP is undefined. Check the "
             "data set."
         )
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as error:
         raise QuietvitError(
-            "AP needs the package faster-coco-eval: pip install 'quietvit[detection]'."
+            "AP needs the package faster-coco-eval. Run: pip install 'quietvit[detection]'."
         ) from error
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO(truth)
@@ -80,10 +81,10 @@ def box_ap(judged: Judged) -> BoxAP:
 def coco_files(
     judged: Judged, category_ids: Sequence[int] | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return ground truth and predictions as COCO's two JSON files hold them.
+    """Return the contents of COCO's two JSON files: ground truth and predictions.
 
-    Boxes are (x, y, width, height) in pixels of the upright image. ``category_ids`` are the numbers
-    of label 1, 2, ... (``DetectionDataset.category_ids``); None takes the labels.
+    Boxes are (x, y, width, height) in pixels of the upright image. ``category_ids[i]`` is the
+    category of label i + 1 (``DetectionDataset.category_ids``). None writes the labels themselves.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -118,14 +119,14 @@ def predict_all(
     device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> Judged:
-    """Run a detector on batches of a ``loading.detection_loader``; its mode is restored.
+    """Run a detector in eval mode on a ``loading.detection_loader``, then restore its mode.
 
     Args:
-        model: a list of images (3, H, W) -> for each a dict with ``boxes`` (N, 4), ``labels`` and
-            ``scores`` (N,), boxes in pixels of the image given.
+        model: takes a list of images (3, H, W). It returns for each image a dict with ``boxes``
+            (N, 4) in pixels of that image, ``labels`` (N,) and ``scores`` (N,).
 
     Raises:
-        QuietvitError: a model that is no detector, boxes or scores that are no numbers.
+        QuietvitError: the model is not a detector, or a box or score is NaN or infinite.
     """
     judged: Judged = []
     with evaluating(model), worker_errors(), progress_bar(loader, progress) as batches:
@@ -146,14 +147,14 @@ def evaluate_detector(
     """Return COCO's box AP of a detector on a ``loading.detection_loader``.
 
     Raises:
-        QuietvitError: the model tells another number of classes apart than the data set; as
+        QuietvitError: the model and the data set have different numbers of classes; or see
             ``predict_all`` and ``box_ap``.
     """
     data, classes = loader.dataset.dataset, class_count(model)
     if classes is not None and classes != data.num_classes:
         raise QuietvitError(
-            f"the model tells {classes} classes apart, and {data.name} has {data.num_classes}; "
-            "evaluate it on its own data."
+            f"the model distinguishes {classes} classes, but {data.name} has {data.num_classes}. "
+            "Evaluate the model on data with its own classes."
         )
     return box_ap(predict_all(model, loader, device, progress))
 
@@ -164,15 +165,15 @@ _KEPT = ("image_id", "size", "boxes", "labels", "area", "iscrowd")
 def _as_lists(found: Any) -> list[dict[str, Any]]:
     if not isinstance(found, Sequence) or not all(isinstance(one, Mapping) for one in found):
         raise QuietvitError(
-            f"the model returned {type(found).__name__}, not a list with the boxes of each image; "
-            "AP needs a detector (quietvit.detection)."
+            f"the model returned {type(found).__name__}, not a list with the boxes of each image. "
+            "AP needs a detector (see quietvit.detection)."
         )
     predicted = []
     for one in found:
         boxes, labels, scores = (one[key].detach().cpu() for key in ("boxes", "labels", "scores"))
         if not (bool(boxes.isfinite().all()) and bool(scores.isfinite().all())):
             raise QuietvitError(
-                "the model's boxes or scores are no numbers; find the first site with NaN by "
+                "the model's boxes or scores are NaN or infinite. Find the first site with NaN: "
                 "quietvit.diagnose(model, images)."
             )
         predicted.append(
@@ -182,7 +183,7 @@ def _as_lists(found: Any) -> list[dict[str, Any]]:
 
 
 def _as_annotations(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Predictions as pycocotools' ``loadRes`` numbers them; it refuses an empty list."""
+    """Number predictions as pycocotools' ``loadRes`` does. ``loadRes`` refuses an empty list."""
     return [
         {
             **result,

@@ -1,6 +1,6 @@
-"""The size a detector works at: images in any size are fitted to one canvas, boxes come back.
+"""Fit images of any size to one canvas, and map boxes back to the original images.
 
-It stands in the place of torchvision's transform, which gives each batch a size of its own.
+``Canvas`` replaces torchvision's transform, which gives each batch a different size.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from torchvision.transforms.v2 import functional as F
 
 
 class Canvas(GeneralizedRCNNTransform):
-    """Scale each image as large as fits the canvas, put it at the top left, pad with the mean.
+    """Scale each image to the largest size that fits, at the top left, and pad with the mean.
 
-    So all batches have one shape, which position tables of vision transformers need, and traces and
-    exported files too. ViTDet (arXiv 2203.16527, appendix A.2) pads to a fixed square in the same
-    way. Scaling is bilinear and antialiased. ``stretch`` scales each image to the whole canvas,
-    as RT-DETR does, and pads nothing.
+    All batches then have one shape. Position tables of vision transformers, traces and exported
+    files need that. ViTDet (arXiv 2203.16527, appendix A.2) also pads to a fixed square. Scaling
+    is bilinear and antialiased. Example: on a canvas of (512, 512), an image (3, 300, 400) becomes
+    (3, 384, 512) with 128 rows of padding below.
 
     Args:
-        size: height and width.
-        mean: of each channel, of images in 0..1.
-        std: likewise.
-        stretch: change the aspect ratio.
+        size: height and width in pixels.
+        mean, std: of each channel, for images in 0..1.
+        stretch: ignore the aspect ratio and fill the whole canvas, as RT-DETR does.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Canvas(GeneralizedRCNNTransform):
         self.stretch = stretch
 
     def fit(self, image: Tensor) -> Tensor:
-        """Return an image (3, h, w) in 0..1 on the canvas: (3, H, W), padded with the mean."""
+        """Fit an image (3, h, w) in 0..1 to the canvas: (3, H, W), padded with the mean."""
         scaled = self._scaled(image)
         mean = torch.as_tensor(self.image_mean, dtype=image.dtype, device=image.device)
         whole = mean[:, None, None].repeat(1, *self.size)
@@ -59,14 +58,14 @@ class Canvas(GeneralizedRCNNTransform):
         return scaled, target
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
-        """Return normalized images as one tensor (N, 3, H, W); 0 is the mean."""
+        """Stack normalized images to (N, 3, H, W). The padding is 0, which is the mean."""
         batch = images[0].new_zeros(len(images), images[0].shape[0], *self.size)
-        for index, image in enumerate(images):  # by index, so that gradients reach the images
+        for index, image in enumerate(images):  # indexing keeps gradients to the images
             batch[index, :, : image.shape[1], : image.shape[2]].copy_(image)
         return batch
 
     def factor(self, height: int, width: int) -> float:
-        """Return the scale of an image that keeps its aspect ratio."""
+        """Return the scale factor of an image that keeps its aspect ratio."""
         return min(self.size[0] / height, self.size[1] / width)
 
     def _scaled(self, image: Tensor) -> Tensor:

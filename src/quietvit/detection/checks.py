@@ -1,6 +1,6 @@
-"""Checks of boxes as they are read: what is wrong is counted, and refused above a limit.
+"""Check boxes when they are read: count wrong annotations, and raise above a limit.
 
-How files of annotations are read is the matter of ``coco`` and ``voc``.
+``coco`` and ``voc`` read the files.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from quietvit.errors import QuietvitError
 logger = logging.getLogger("quietvit")
 
 MAX_BAD_BOXES = 10
-"""COCO's own training annotations hold two boxes without area."""
+"""Above 0, because COCO's own training annotations hold two boxes without area."""
 
 _ROOM = 1.0
-"""Pixels by which a box may reach outside: tools round, and count from 0 or 1."""
+"""A box may extend this many pixels outside: tools round, and count pixels from 0 or 1."""
 
 
 @dataclass
 class Problems:
-    """What is wrong in the annotations of ``name``; at most ``limit`` of it is passed over."""
+    """The wrong annotations of the data set ``name``. Up to ``limit`` of them are tolerated."""
 
     name: str
     limit: int = MAX_BAD_BOXES
@@ -34,33 +34,33 @@ class Problems:
         self.found.append(what)
 
     def tell(self) -> None:
-        """Log what was left out. Raises QuietvitError where it is more than ``limit``."""
+        """Log the wrong annotations. Raises QuietvitError if there are more than ``limit``."""
         if not self.found:
             return
         told = f"{self.name} has {len(self.found)} wrong annotations: {'; '.join(self.found[:5])}"
         told += "; ..." if len(self.found) > 5 else ""
         if len(self.found) > self.limit:
             raise QuietvitError(
-                f"{told}. At most {self.limit} are left out. Correct them, or allow more "
-                "(max_bad_boxes; in a recipe task_settings.max_bad_boxes)."
+                f"{told}. The limit is {self.limit}. Correct the annotations, or raise "
+                "max_bad_boxes (in a recipe: task_settings.max_bad_boxes)."
             )
-        logger.warning("%s. They are left out or clipped to the image.", told)
+        logger.warning("%s. These are left out or clipped to the image.", told)
 
 
 def checked_boxes(
     boxes: np.ndarray, size: tuple[int, int], names: Sequence[str], problems: Problems
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clip boxes to their image, and tell which have an area.
+    """Clip boxes to their image, and find those with an area.
 
     Args:
         boxes: corners (N, 4) in pixels.
-        size: width and height of the image.
-        names: names each box in messages, such as ``annotation 7 of a.jpg``.
-        problems: receives boxes that are no numbers, have no area, or reach more than a pixel
-            outside. Those that reach outside are clipped, the others are left out.
+        size: width and height of the image in pixels.
+        names: name of each box in messages, such as ``annotation 7 of a.jpg``.
+        problems: collects the wrong boxes. A box without area, with NaN or with inf is left out.
+            A box that extends more than a pixel outside is clipped and kept.
 
     Returns:
-        The clipped boxes (N, 4), float32, and which of them to keep (N,), bool.
+        The clipped boxes (N, 4), float32, and a mask (N,), bool, of the boxes to keep.
     """
     found = np.asarray(boxes, np.float64).reshape(-1, 4)
     bounds = np.array([*size, *size], np.float64)
@@ -73,5 +73,5 @@ def checked_boxes(
         if not sound[index]:
             problems.add(f"the box [{shown}] of {name} has no area in {size[0]} x {size[1]} pixels")
         elif outside[index]:
-            problems.add(f"the box [{shown}] of {name} leaves {size[0]} x {size[1]} pixels")
+            problems.add(f"the box [{shown}] of {name} exceeds {size[0]} x {size[1]} pixels")
     return clipped, sound

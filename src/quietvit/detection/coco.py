@@ -1,6 +1,6 @@
-"""Annotations in COCO's JSON (``images``, ``annotations``, ``categories``), and its images.
+"""Read annotations in COCO's JSON format (``images``, ``annotations``, ``categories``).
 
-Boxes alone are read; keypoints, captions and masks are passed over.
+Only boxes are read. Keypoints, captions and masks are ignored.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ def open_coco(
     class_names: Sequence[str] | None = None,
     max_bad_boxes: int = MAX_BAD_BOXES,
 ) -> DetectionDataset:
-    """Open the images that a file of annotations lists, in the order of the file.
+    """Open the images of an annotation file, in the order of the file.
 
     Args:
-        annotations: COCO's JSON: ``images`` with id, file_name, width and height, ``annotations``
-            with image_id, category_id, bbox (x, y, width, height in pixels of the stored image),
-            perhaps area and iscrowd, and ``categories`` with id and name.
-        images: the folder that the file names are relative to. None looks at the folder of
-            ``annotations``, and for ``images`` and a folder named as the annotations
-            (``train2017`` for ``instances_train2017.json``) in it and beside it.
-        class_names: number the classes as these; None takes the categories in order of id.
-        max_bad_boxes: see ``checks.Problems``.
+        annotations: a JSON file with three lists. ``images`` have id, file_name, width and height.
+            ``annotations`` have image_id, category_id and bbox (x, y, width, height in pixels of
+            the stored image); area and iscrowd are optional. ``categories`` have id and name.
+        images: the folder that the file names are relative to. None tries the folder of
+            ``annotations``. Inside and beside it, None also tries ``images`` and the name of the
+            file (``train2017`` for ``instances_train2017.json``).
+        class_names: classes of label 1, 2, ... None takes the categories in order of their ids.
+        max_bad_boxes: tolerate this many wrong annotations (see ``checks.Problems``).
 
     Raises:
-        QuietvitError: the file is missing or is something else, no folder holds the images, more
-            wrong annotations than allowed (boxes without area or outside their image, unknown
-            categories or images, missing files).
+        QuietvitError: the file is missing or has another format, no folder holds the images, or
+            too many annotations are wrong: no area, outside of the image, an unknown category or
+            image, or a missing image file.
     """
     path = Path(annotations).expanduser()
     content = _read(path)
@@ -78,7 +78,9 @@ def open_coco(
         records.append(_record(image, place, of_image[image["id"]], number, problems))
     problems.tell()
     id_of = {label: id_ for id_, label in number.items()}
-    free = max(ids, default=0)  # for classes that this file does not list
+    # Classes that this file does not list get new ids: names (square, disc, star) with listed ids
+    # 3 and 7 give star, label 3, the id 7 + 3 = 10.
+    free = max(ids, default=0)
     category_ids = [id_of.get(label, free + label) for label in range(1, len(names) + 1)]
     return DetectionDataset(records, names, category_ids, name)
 
@@ -112,16 +114,16 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise QuietvitError(
-            f"the annotations {path} could not be read: {error.strerror or error}; check the path."
+            f"the annotations {path} could not be read: {error.strerror or error}. Check the path."
         ) from error
     except ValueError as error:
         raise QuietvitError(
-            f"the annotations {path} are no JSON ({error}); give a file in COCO's format."
+            f"the annotations {path} are not valid JSON ({error}). Give a file in COCO's format."
         ) from error
     if not isinstance(content, dict) or any(not isinstance(content.get(k), list) for k in _KEYS):
         held = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise QuietvitError(
-            f"{path} is not in COCO's format: it needs lists under {', '.join(_KEYS)}, and holds "
+            f"{path} is not in COCO's format: it needs lists under {', '.join(_KEYS)}, but holds "
             f"{held}."
         )
     try:
@@ -132,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _complete(content: Mapping[str, Any]) -> None:
-    """Raise KeyError or ValueError where an entry lacks what is needed."""
+    """Raise ValueError if an entry lacks a key, has a wrong bbox, or repeats an id."""
     needed = {
         "images": ("id", "file_name", "width", "height"),
         "annotations": ("image_id", "category_id", "bbox"),
@@ -170,7 +172,7 @@ def _folder(path: Path, images: str | Path | None, listed: Sequence[Mapping[str,
         folder = Path(images).expanduser()
         if not folder.is_dir():
             raise QuietvitError(
-                f"the folder of images {folder} does not exist; check the path."
+                f"the image folder {folder} does not exist. Check the path."
             ) from FileNotFoundError(folder)
         return folder
     own = path.stem.removeprefix("instances_")

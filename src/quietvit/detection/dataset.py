@@ -1,6 +1,6 @@
-"""Images with boxes behind one face: ``dataset[i] -> (PIL image, target)``.
+"""The data set of images with boxes: ``dataset[i] -> (PIL image, target)``.
 
-Where the boxes come from is decided in ``coco`` and ``voc``; what a wrong box is, in ``checks``.
+``coco`` and ``voc`` read the annotation files, and ``checks`` finds wrong boxes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Target = dict[str, Any]
 
 - ``boxes``: ``tv_tensors.BoundingBoxes`` (N, 4), float32, corners x1, y1, x2, y2 in pixels;
 - ``labels``: (N,), int64, 1 to the number of classes (0 is the background);
-- ``category_ids``: (N,), int64, the classes as the annotation file numbers them;
-- ``area``: (N,), float32, in pixels, as the file states it;
-- ``iscrowd``: (N,), int64, 1 for what evaluation ignores;
+- ``category_ids``: (N,), int64, the class numbers of the annotation file;
+- ``area``: (N,), float32, in pixels, from the annotation file;
+- ``iscrowd``: (N,), int64, 1 for objects that evaluation ignores;
 - ``image_id``: an integer, ``size``: (H, W).
 """
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image: its file, its id, its stored size (width, height), and its N boxes.
+    """One image: its file, id, size (width, height) as annotated, and N boxes.
 
     ``boxes`` (N, 4) holds corners in pixels of the stored image, float32. ``read`` returns the
     encoded image; None reads the file at ``path``.
@@ -53,22 +53,22 @@ class Record:
 class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
     """Images with boxes, decoded on access: ``dataset[i] -> (PIL image in RGB, Target)``.
 
-    The image is upright, as everywhere in this package. Annotation tools number the pixels of the
-    stored image and do not look at its EXIF orientation, so the boxes are turned with the image.
-    Where the stated width and height are those of the upright image, the boxes are of that one.
+    Images are upright, as everywhere in this package. Most annotation tools ignore the EXIF
+    orientation and use pixels of the stored image. Boxes are therefore rotated with the image.
+    If the annotated width and height fit only the upright image, the boxes are kept as they are.
 
     Args:
         records: one for each image. An image without boxes is background.
-        class_names: of label 1, 2, ... in this order.
+        class_names: classes of label 1, 2, ...
         category_ids: numbers of these classes in the annotation file.
-        name: names the data set in error messages.
+        name: name of the data set in error messages.
 
     Raises:
-        QuietvitError: no images at all.
+        QuietvitError: there are no images.
     """
 
     groups: np.ndarray | None = None
-    """All images can be reached alike (see ``quietvit.data.ImageDataset``)."""
+    """None: every image can be read alone (see ``quietvit.data.ImageDataset``)."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         self.category_ids = tuple(category_ids)
         self.name = name
         if not self.records:
-            raise QuietvitError(f"{name} holds no images at all; check the path and its contents.")
+            raise QuietvitError(f"{name} holds no images at all. Check the path and its contents.")
 
     @property
     def num_classes(self) -> int:
@@ -121,7 +121,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         return self.records[index].path
 
     def checksum(self) -> str:
-        """Return a checksum of all boxes, labels and file names (folders aside)."""
+        """Return a checksum of all boxes, labels, image ids and file names without folders."""
         found = hashlib.sha256()
         for record in self.records:
             found.update(f"{Path(record.path).name} {record.image_id}\n".encode())
@@ -135,7 +135,7 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         return DetectionDataset(records, self.class_names, self.category_ids, self.name)
 
     def _upright(self, record: Record, content: bytes, image: Image.Image) -> np.ndarray:
-        """The boxes of a record in pixels of the upright image."""
+        """Return the boxes of a record in pixels of the upright image."""
         turn = _orientation(content)
         stored = image.size if turn < 5 else image.size[::-1]
         if record.size == image.size != stored:
@@ -143,23 +143,23 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         if record.size != stored:
             raise QuietvitError(
                 f"{record.path} has {stored[0]} x {stored[1]} pixels, but its annotations in "
-                f"{self.name} are of an image of {record.size[0]} x {record.size[1]}. Give the "
-                "folder of images that belongs to the annotations."
+                f"{self.name} say {record.size[0]} x {record.size[1]}. Give the image folder that "
+                "belongs to the annotations."
             )
         return turned(record.boxes, turn, stored)
 
 
 def subset(dataset: DetectionDataset, count: int | None, seed: int = 0) -> DetectionDataset:
-    """Return ``count`` images drawn without replacement (all for None), the same for every call.
+    """Draw ``count`` images without replacement; None returns all. Equal seeds draw the same ones.
 
     Raises:
-        QuietvitError: ``count`` is below 1 or more than there are.
+        QuietvitError: ``count`` is below 1 or above the number of images.
     """
     if count is None:
         return dataset
     if not 1 <= count <= len(dataset):
         raise QuietvitError(
-            f"{count} images of {dataset.name} were asked for, which holds {len(dataset)}; ask "
+            f"{count} images of {dataset.name} were requested, but it holds {len(dataset)}; ask "
             f"for 1 to {len(dataset)}."
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
@@ -167,13 +167,13 @@ def subset(dataset: DetectionDataset, count: int | None, seed: int = 0) -> Detec
 
 
 def turned(boxes: np.ndarray, orientation: int, size: tuple[int, int]) -> np.ndarray:
-    """Return boxes (N, 4) of a stored image of ``size`` (width, height) in the upright image.
+    """Map boxes (N, 4) from a stored image of ``size`` (width, height) to the upright image.
 
-    ``orientation`` is EXIF's, 1 to 8: 2 to 4 are flips, 5 to 8 exchange x and y as well.
+    ``orientation`` is EXIF's, 1 to 8: 2 to 4 flip the image, 5 to 8 also exchange x and y.
     """
     width, height = size
     x1, y1, x2, y2 = boxes.T
-    if orientation in (2, 3, 7, 8):  # what is left comes right, or, where x and y change, below
+    if orientation in (2, 3, 7, 8):  # mirror x; for 7 and 8, x becomes the upright y below
         x1, x2 = width - x2, width - x1
     if orientation in (3, 4, 6, 7):
         y1, y2 = height - y2, height - y1
@@ -182,12 +182,12 @@ def turned(boxes: np.ndarray, orientation: int, size: tuple[int, int]) -> np.nda
 
 
 def _orientation(content: bytes) -> int:
-    """The EXIF orientation that ``decode`` applied."""
+    """Return the EXIF orientation that ``decode`` applied."""
     import io
 
     try:
         with Image.open(io.BytesIO(content)) as image:
             found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged EXIF block is passed over by the decoder, too
+    except Exception:  # the decoder ignores a damaged EXIF block, too
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1

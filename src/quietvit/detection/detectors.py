@@ -1,6 +1,6 @@
-"""torchvision's detectors on timm backbones: Faster R-CNN, RetinaNet, FCOS.
+"""Build torchvision's Faster R-CNN, RetinaNet and FCOS on timm backbones.
 
-The feature pyramid below them is built in ``pyramid``, the images are fitted in ``canvas``.
+``pyramid`` builds the feature pyramid, and ``canvas`` fits the images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quietvit.errors import QuietvitError, nearest
 
 _RATIOS = (0.5, 1.0, 2.0)
 _OURS = ("backbone", "num_classes", "kwargs", "min_size", "max_size", "image_mean", "image_std")
-"""Arguments of torchvision's detectors that are decided here."""
+"""Arguments of torchvision's detectors that this module sets."""
 
 _PREDICTORS = (
     *("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score"),  # torchvision
@@ -33,7 +33,7 @@ _PREDICTORS = (
     *("enc_score_head", "enc_bbox_head"),
 )
 _ANCHOR = 8
-"""Side of an anchor in strides of its map: 32 pixels at stride 4 (arXiv 1612.03144)."""
+"""Side of an anchor as a multiple of its map's stride: 32 pixels at stride 4 (arXiv 1612.03144)."""
 
 
 def faster_rcnn(
@@ -49,32 +49,32 @@ def faster_rcnn(
 ) -> nn.Module:
     """Build a Faster R-CNN (arXiv 1506.01497) on a timm backbone, with a feature pyramid.
 
-    It is torchvision's ``FasterRCNN`` in all but the image size: every image is fitted to one
-    canvas (``quietvit.detection.canvas.Canvas``).
+    The model is torchvision's ``FasterRCNN``, but it fits every image to one canvas
+    (``quietvit.detection.canvas.Canvas``).
 
-    In eval mode it takes a list of images, each (3, h, w) with values in 0..1 and of any size, or
-    one tensor (N, 3, h, w); normalization is inside. It returns for each image a dict: ``boxes``
-    (K, 4), corners x1, y1, x2, y2 in pixels of the image given; ``labels`` (K,), 1 to
-    ``num_classes``; ``scores`` (K,) in 0..1, falling. In training mode it takes ``(images,
-    targets)``, where each target is a dict with ``boxes`` (N, 4) and ``labels`` (N,), N from 0 on,
-    and returns a dict of losses.
+    In eval mode it takes a list of images (3, h, w) in 0..1 of any size, or one tensor
+    (N, 3, h, w). It normalizes them itself. For each image it returns a dict: ``boxes`` (K, 4),
+    corners x1, y1, x2, y2 in pixels of the given image; ``labels`` (K,), 1 to ``num_classes``;
+    ``scores`` (K,) in 0..1, in descending order.
+
+    In training mode it takes ``(images, targets)`` and returns a dict of losses. Each target is a
+    dict with ``boxes`` (N, 4) and ``labels`` (N,). N may be 0.
 
     Args:
         backbone: a timm model, such as ``quietvit.data.create_model(name, 0, weights,
-            img_size=size)``. Its classifier is taken off; see ``quietvit.detection.pyramid``.
-        num_classes: without the background.
-        size: height and width of the canvas, multiples of the largest stride. None takes the size
-            that the backbone was built for.
-        channels: of the pyramid's maps (256 in arXiv 1612.03144 and 2203.16527).
+            img_size=size)``. Its classifier is removed; see ``quietvit.detection.pyramid``.
+        num_classes: number of classes without the background.
+        size: height and width of the canvas, multiples of every stride. None: the backbone's size.
+        channels: channels of the pyramid's maps (256 in arXiv 1612.03144 and 2203.16527).
         scales: see ``quietvit.detection.pyramid``.
-        box_channels: of the box head's two hidden layers.
-        class_names: of label 1, 2, ...
-        options: go to ``torchvision.models.detection.FasterRCNN``, such as
+        box_channels: width of the box head's two hidden layers.
+        class_names: names of label 1, 2, ...
+        options: passed to ``torchvision.models.detection.FasterRCNN``, such as
             ``rpn_post_nms_top_n_test``, ``box_score_thresh`` or ``box_detections_per_img``.
 
     Raises:
-        QuietvitError: a backbone without feature maps, a size that does not fit the strides,
-            options that torchvision refuses.
+        QuietvitError: the backbone has no feature maps, the size does not fit the strides, or
+            torchvision refuses an option.
     """
     body, canvas, names = _parts(backbone, size, channels, scales)
     pool = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
@@ -99,7 +99,7 @@ def retinanet(
     class_names: Sequence[str] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Build a RetinaNet (arXiv 1708.02002) on a timm backbone; all else is as ``faster_rcnn``."""
+    """Build a RetinaNet (arXiv 1708.02002) on a timm backbone. See ``faster_rcnn``."""
     body, canvas, _ = _parts(backbone, size, channels, scales)
     given = {"anchor_generator": _anchors(body, octave=True), **options}
     built = _built(RetinaNet, body, num_classes + 1, given)
@@ -116,7 +116,7 @@ def fcos(
     class_names: Sequence[str] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Build an FCOS (arXiv 1904.01355) on a timm backbone; all else is as ``faster_rcnn``."""
+    """Build an FCOS (arXiv 1904.01355) on a timm backbone. See ``faster_rcnn``."""
     body, canvas, _ = _parts(backbone, size, channels, scales)
     sizes = tuple((stride,) for stride in _all_strides(body))
     given = {"anchor_generator": AnchorGenerator(sizes, ((1.0,),) * len(sizes)), **options}
@@ -131,16 +131,16 @@ DETECTORS: Mapping[str, Callable[..., nn.Module]] = {
 
 
 def is_detector(model: nn.Module) -> bool:
-    """Whether ``model`` was built here, so that it takes images of any size in 0..1."""
+    """Whether quietvit built ``model`` as a detector, which takes images of any size in 0..1."""
     return isinstance(getattr(model, "transform", None), Canvas)
 
 
 def predictors(model: nn.Module) -> tuple[str, ...]:
-    """Return patterns of the sites that tell classes, objectness and boxes: a detector's last ones.
+    """Return name patterns of a detector's last sites: they predict classes, objectness and boxes.
 
-    Quantizers keep the last layer of a classifier at 8 bits by the role ``head``. In a detector the
-    outputs of these layers pass on (proposals, decoding of boxes), so that the trace does not see
-    that they are last. Keep them by ``overrides={site: 8 for site in predictors(model)}``.
+    Methods keep the last layer of a classifier at 8 bits through the role ``head``. A detector
+    processes the outputs of its last layers further, so the trace cannot give them this role. Keep
+    them at 8 bits with ``overrides={site: 8 for site in predictors(model)}``.
     """
     names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _PREDICTORS]
     return tuple(f"{name}*" for name in names)
@@ -160,7 +160,7 @@ def _parts(
         near = [max(step, round(side / step) * step) for side in (height, width)]
         raise QuietvitError(
             f"images of {height} x {width} pixels do not divide into the strides "
-            f"{', '.join(map(str, body.strides))} of the feature pyramid; give multiples of "
+            f"{', '.join(map(str, body.strides))} of the feature pyramid. Give multiples of "
             f"{step}, such as {near[0]} x {near[1]}."
         )
     canvas = Canvas((height, width), config["mean"], config["std"])
@@ -170,17 +170,16 @@ def _parts(
 def _built(kind: Any, body: Pyramid, classes: int | None, options: Mapping[str, Any]) -> nn.Module:
     known = [name for name in signature(kind).parameters if name not in _OURS]
     for name in options:
-        if name not in known:  # torchvision passes over what it does not know
+        if name not in known:  # torchvision silently ignores unknown options
             raise QuietvitError(
-                f"{kind.__name__} of torchvision has no option {name!r}{nearest(name, known)}; it "
-                f"has {', '.join(known)}."
+                f"torchvision's {kind.__name__} has no option {name!r}{nearest(name, known)}. Its "
+                f"options are {', '.join(known)}."
             )
     try:
         model: nn.Module = kind(body, num_classes=classes, **options)
     except (TypeError, ValueError) as error:
         raise QuietvitError(
-            f"torchvision could not build a {kind.__name__}: {error}; change or leave out that "
-            "option."
+            f"torchvision could not build a {kind.__name__}: {error}. Change or remove this option."
         ) from error
     return model
 
@@ -190,7 +189,7 @@ def _finished(
 ) -> nn.Module:
     model.transform = canvas
     model.num_classes = num_classes
-    # What the model takes: images in 0..1. It normalizes by the backbone's mean and std itself.
+    # The model takes images in 0..1 and applies the backbone's mean and std itself.
     model.pretrained_cfg = {
         "input_size": (3, *canvas.size),
         "mean": (0.0, 0.0, 0.0),
@@ -207,7 +206,7 @@ def _finished(
 
 
 class _Names(frozenset[str]):
-    """Names of parameters that a call returns, as timm's ``no_weight_decay()`` does."""
+    """Parameter names that a call returns, like timm's ``no_weight_decay()``."""
 
     def __call__(self) -> set[str]:
         return set(self)
@@ -218,7 +217,7 @@ def _all_strides(body: Pyramid) -> tuple[int, ...]:
 
 
 def _anchors(body: Pyramid, octave: bool = False) -> AnchorGenerator:
-    """Anchors of three shapes for each map; with ``octave`` of three sizes too (RetinaNet)."""
+    """Return anchors of three shapes per map. ``octave`` adds three sizes (RetinaNet)."""
     parts = [2 ** (step / 3) for step in range(3)] if octave else [1.0]
     side = _ANCHOR // 2 if octave else _ANCHOR
     sizes = tuple(tuple(int(side * stride * p) for p in parts) for stride in _all_strides(body))
@@ -226,10 +225,10 @@ def _anchors(body: Pyramid, octave: bool = False) -> AnchorGenerator:
 
 
 def _fix_scales(pool: MultiScaleRoIAlign, strides: Sequence[int]) -> None:
-    """Tell the pooling its strides.
+    """Set the strides of the pooling.
 
-    torchvision guesses them from the first batch, as powers of two of the images before padding.
-    That is wrong for patches of 14 pixels, and for images that fill little of the canvas.
+    torchvision infers them from the first batch: powers of two of the image sizes before padding.
+    That is wrong for patches of 14 pixels, and for images that fill a small part of the canvas.
     """
     pool.scales = [1 / stride for stride in strides]
     first = int(math.log2(strides[0]))

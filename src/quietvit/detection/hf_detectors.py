@@ -1,6 +1,6 @@
-"""transformers' detectors (DETR, Deformable DETR, YOLOS, RT-DETR, D-FINE) from a local folder.
+"""Open transformers' detectors (DETR, Deformable DETR, YOLOS, RT-DETR, D-FINE) from a folder.
 
-They get the interface of torchvision's detectors, so that data, AP and training are the same.
+They get the interface of torchvision's detectors, so they share data, AP and training.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from quietvit.detection.canvas import Canvas
 from quietvit.errors import QuietvitError
 
 MOST = 300
-"""At most so many boxes an image; COCO's AP uses the 100 best."""
+"""Most boxes per image. COCO's AP uses the 100 best."""
 
 
 class Detections(Sequence[dict[str, Tensor]]):
-    """The queries of a batch. Each image's boxes are decoded when they are read.
+    """The queries of a batch. Reading an item decodes the boxes of one image.
 
-    An item is a dict: ``boxes`` (K, 4), corners in pixels of the image given; ``labels`` (K,), from
-    1; ``scores`` (K,) in 0..1, falling. One more logit than classes means softmax with the last
-    logit for no object (DETR, YOLOS). Otherwise scores are sigmoids.
+    An item is a dict: ``boxes`` (K, 4), corners in pixels of the given image; ``labels`` (K,), from
+    1; ``scores`` (K,) in 0..1, in descending order. With classes + 1 logits, scores are a softmax,
+    and the last logit means "no object" (DETR, YOLOS). Otherwise scores are sigmoids.
 
     Args:
         logits: (B, queries, classes) or (B, queries, classes + 1).
-        boxes: (B, queries, 4), centre and sides as shares of ``sizes``.
-        sizes: (height, width) in pixels that the input of each image stands for.
-        num_classes: without "no object".
+        boxes: (B, queries, 4), center x and y, width and height, as shares of ``sizes``.
+        sizes: (height, width) in pixels of each given image.
+        num_classes: number of classes without "no object".
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Detections(Sequence[dict[str, Tensor]]):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """``queries`` (B, queries, logits + 4): logits, then centre and sides. This is exported."""
+        """Return ``queries`` (B, queries, logits + 4): logits, then boxes. Export writes this."""
         return {"queries": torch.cat([self.logits, self.boxes], dim=-1)}
 
     @classmethod
     def of_queries(
         cls, queries: Tensor, sizes: Sequence[tuple[float, float]], num_classes: int
     ) -> Detections:
-        """Take ``tensors["queries"]`` apart again."""
+        """Build from ``tensors["queries"]``."""
         return cls(queries[..., :-4], queries[..., -4:], sizes, num_classes)
 
     def __len__(self) -> int:
@@ -77,10 +77,10 @@ class Detections(Sequence[dict[str, Tensor]]):
 
 
 class HFDetector(nn.Module):
-    """A transformers detector that takes and gives what torchvision's detectors do.
+    """A transformers detector with the interface of torchvision's detectors.
 
-    In eval mode it takes a list of images (3, h, w) in 0..1 of any size, or a tensor (N, 3, H, W)
-    of the canvas's size, and returns ``Detections``. In training mode it takes ``(images,
+    In eval mode it returns ``Detections``. It takes a list of images (3, h, w) in 0..1, or one
+    tensor (N, 3, H, W) with the size of the canvas. In training mode it takes ``(images,
     targets)`` and returns a dict with the model's own weighted ``loss``.
     """
 
@@ -93,7 +93,7 @@ class HFDetector(nn.Module):
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """What an exported file needs to know to find boxes in its queries."""
+        """Return what an exported file needs to decode boxes from its queries."""
         mean = [float(value) for value in self.transform.image_mean]
         return {"classes": self.num_classes, "stretch": self.transform.stretch, "mean": mean}
 
@@ -115,14 +115,16 @@ class HFDetector(nn.Module):
             output = self.model(**given)
             return Detections(output.logits, output.pred_boxes, sizes, self.num_classes)
         if boxed is None:
-            raise QuietvitError("training needs targets: a dict with boxes and labels per image.")
+            raise QuietvitError(
+                "training needs targets. Give a dict with boxes and labels for each image."
+            )
         given["labels"] = [
             _relative(target, size) for target, size in zip(boxed, fitted.image_sizes, strict=True)
         ]
         return {"loss": self.model(**given).loss}
 
     def _whole(self, images: Tensor) -> Detections:
-        """Run images that fill the canvas. No Python depends on their number, as export needs."""
+        """Run images that fill the canvas. No Python code depends on the batch size, for export."""
         mean = images.new_tensor(self.transform.image_mean)[:, None, None]
         std = images.new_tensor(self.transform.image_std)[:, None, None]
         given: dict[str, Any] = {"pixel_values": (images - mean) / std}
@@ -159,22 +161,21 @@ def hf_detector(
 ) -> HFDetector:
     """Open a transformers detector from a folder that ``save_pretrained`` wrote.
 
-    Images are fitted to one canvas. Models that take a mask of the padding (DETR) keep the aspect
-    ratio. The others are given stretched images, as RT-DETR's own processor does.
+    Images are fitted to one canvas. They keep their aspect ratio if the model takes a padding mask
+    and its image processor does not stretch (DETR). Otherwise they are stretched (RT-DETR).
 
     Args:
-        folder: a local folder with ``config.json`` and safetensors. No pickle is read, and no code
-            of the folder runs.
-        num_classes: None keeps the config's. With another number the class heads start anew.
-        size: height and width of the canvas. None takes those of ``preprocessor_config.json``; a
-            shortest and longest edge become (shortest, longest).
-        class_names: of label 1, 2, ...; None takes the config's, if it has any.
+        folder: a local folder with ``config.json`` and safetensors. Pickle and code are not loaded.
+        num_classes: None keeps the config's number. Another number reinitializes the class heads.
+        size: height and width of the canvas. None takes those of ``preprocessor_config.json``. If
+            that file has a shortest and a longest edge, the size is (shortest, longest).
+        class_names: names of label 1, 2, ... None takes the config's, if it has any.
         kwargs: changes to the config, such as ``num_queries``.
-        weights: name -> tensor, loaded strictly instead of the folder's.
+        weights: name -> tensor, loaded strictly instead of the folder's weights.
         untrained: use random weights.
 
     Raises:
-        QuietvitError: as ``quietvit.data.create_hf_model``; no size is known.
+        QuietvitError: no size is known; or see ``quietvit.data.create_hf_model``.
     """
     model, settings = create_hf_detector(folder, num_classes, kwargs, weights, untrained=untrained)
     config: Any = model.config
@@ -194,7 +195,7 @@ def hf_detector(
 
 
 def is_detector_folder(folder: str) -> bool:
-    """Whether the config in a local folder is that of an object detector."""
+    """Whether a local folder holds the config of an object detector."""
     path = Path(folder).expanduser() / "config.json"
     try:
         named = json.loads(path.read_text("utf-8")).get("architectures") or []
@@ -212,7 +213,7 @@ def _mask(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _relative(target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-    """Return labels from 0, and boxes as centre and sides in shares of the image."""
+    """Return labels from 0, and boxes as center and sides, as shares of the image size."""
     height, width = size
     scale = target["boxes"].new_tensor([width, height, width, height])
     boxes = box_convert(target["boxes"], "xyxy", "cxcywh") / scale
@@ -220,7 +221,7 @@ def _relative(target: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, 
 
 
 def _pads(settings: Mapping[str, Any]) -> bool:
-    """Whether the image processor keeps the aspect ratio. Without one, DETR's way is taken."""
+    """Whether the image processor keeps the aspect ratio, as DETR's does. True without one."""
     size = settings.get("size")
     return not (isinstance(size, Mapping) and {"height", "width"} <= {k for k in size if size[k]})
 
@@ -235,14 +236,14 @@ def _size(settings: Mapping[str, Any], config: Any, folder: str) -> tuple[int, i
     own = getattr(config, "image_size", None)
     if own is None:
         raise QuietvitError(
-            f"{folder} does not say which image size its detector takes; give size=(height, width) "
-            "(task_settings.size in a recipe)."
+            f"the configs in {folder} do not state the image size of the detector. Give "
+            "size=(height, width) (in a recipe: task_settings.size)."
         )
     return (own, own) if isinstance(own, int) else (int(own[0]), int(own[1]))
 
 
 def _scale(settings: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
-    """Return mean and std of images in 0..1; ImageNet's where there is no processor."""
+    """Return mean and std for images in 0..1. The default is ImageNet's."""
     if not settings.get("do_normalize", True):
         return (0.0,) * 3, (1.0,) * 3
     mean, std = settings.get("image_mean"), settings.get("image_std")
@@ -250,7 +251,7 @@ def _scale(settings: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float
 
 
 def _names(config: Any, num_classes: int | None) -> list[str] | None:
-    """Return the config's class names; None where it only numbers them, or the number changed."""
+    """Return the config's class names, or None if it has only numbers or their count changed."""
     names = [config.id2label[index] for index in sorted(config.id2label)]
     kept = num_classes in (None, len(names)) and names != [f"LABEL_{i}" for i in range(len(names))]
     return names if kept else None

@@ -1,6 +1,6 @@
-"""From images with boxes to batches: random changes for training, loaders, calibration images.
+"""Turn images with boxes into batches: augmentation, loaders and calibration images.
 
-Images keep their size here; a detector fits them to its own canvas (``canvas``).
+Images keep their own size here. The detector fits them to its canvas (``canvas``).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Factor = Annotated[float, Field(gt=0, le=4)]
 class BoxAugmentation(Section):
     """Random changes of training images and their boxes.
 
-    ``flip`` is the probability of a horizontal flip. ``scale`` is large-scale jitter (Ghiasi et
-    al., arXiv 2012.07177): the image is scaled to a random factor of the model's canvas, and
-    cropped or padded to it; (1, 1) leaves it out. ``color_jitter`` changes brightness, contrast and
-    saturation by up to this share.
+    ``flip`` is the probability of a horizontal flip. ``scale`` is the range of large-scale jitter
+    (Ghiasi et al., arXiv 2012.07177). Jitter scales the image to a random factor of the model's
+    canvas, then crops or pads it to the canvas. (1, 1) turns it off. ``color_jitter`` is the
+    largest relative change of brightness, contrast and saturation.
     """
 
     flip: float = Field(default=0.5, ge=0, le=1)
@@ -42,19 +42,19 @@ class BoxAugmentation(Section):
     @classmethod
     def _low_to_high(cls, scale: tuple[float, float]) -> tuple[float, float]:
         if scale[0] > scale[1]:
-            raise ValueError(f"the lower factor comes first; write [{scale[1]:g}, {scale[0]:g}]")
+            raise ValueError(f"the lower factor comes first. Write [{scale[1]:g}, {scale[0]:g}]")
         return scale
 
 
 class TrainingTransform:
-    """Make one training sample: (image (3, H, W) in 0..1, ``Target``), at random.
+    """Augment one training sample: (image (3, H, W) in 0..1, ``Target``).
 
-    Crowd boxes are left out, and so are boxes that a crop leaves less than a pixel of. Randomness
-    comes from torch's global generator.
+    Crowd boxes are removed. Boxes with a side below one pixel after cropping are removed, too.
+    Randomness comes from torch's global generator.
 
     Args:
         canvas: height and width of the detector's input.
-        mean: colour of padding, 0..1 for each channel.
+        mean: color of the padding, one value in 0..1 for each channel.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class TrainingTransform:
 
 
 def evaluation_sample(image: Image.Image, target: Target) -> Sample:
-    """Return the image (3, H, W) in 0..1, at its own size, and its target unchanged."""
+    """Return the image (3, H, W) in 0..1 at its own size, and its unchanged target."""
     pixels = v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True)
     return _plain(pixels), {**target, "boxes": _plain(target["boxes"])}
 
 
 class DetectionSamples(Dataset[Sample]):
-    """``dataset`` with its images as tensors, without randomness."""
+    """The samples of ``dataset`` with images as tensors, without augmentation."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -111,14 +111,14 @@ class DetectionSamples(Dataset[Sample]):
 
 
 def collate(samples: list[Sample]) -> tuple[list[Tensor], list[Target]]:
-    """Return images of any sizes as a list, and their targets as a list."""
+    """Return a list of images, which may differ in size, and a list of their targets."""
     return [image for image, _ in samples], [target for _, target in samples]
 
 
 def detection_loader(dataset: Any, batch_size: int = 8, num_workers: int = 0) -> DataLoader[Sample]:
-    """Return a loader in order over all of it: batches (images, targets), two lists.
+    """Return a loader over the whole data set, in order. A batch is two lists (images, targets).
 
-    Images are (3, H, W) in 0..1, of their own size; targets are ``dataset.Target``.
+    Images are (3, H, W) in 0..1 at their own size. Targets are ``dataset.Target``.
     """
     return DataLoader(
         DetectionSamples(dataset),
@@ -132,16 +132,16 @@ def detection_loader(dataset: Any, batch_size: int = 8, num_workers: int = 0) ->
 def detection_calibration(
     dataset: Any, count: int, fit: Callable[[Tensor], Tensor], seed: int = 0
 ) -> Tensor:
-    """Return ``count`` images drawn without replacement as one tensor (count, 3, H, W) in 0..1.
+    """Draw ``count`` images without replacement as one tensor (count, 3, H, W) in 0..1.
 
-    ``fit`` brings an image (3, h, w) to the detector's canvas: ``model.transform.fit``.
+    ``fit`` fits an image (3, h, w) to the detector's canvas: use ``model.transform.fit``.
 
     Raises:
-        QuietvitError: ``count`` is below 1 or more than the data set holds.
+        QuietvitError: ``count`` is below 1 or above the number of images.
     """
     if not 1 <= count <= len(dataset):
         raise QuietvitError(
-            f"{count} calibration images were asked for, but {dataset.name} holds {len(dataset)}; "
+            f"{count} calibration images were requested, but {dataset.name} holds {len(dataset)}; "
             f"ask for 1 to {len(dataset)}."
         )
     order = np.random.default_rng(seed).permutation(len(dataset))[:count]

@@ -1,6 +1,6 @@
-"""Feature pyramids on timm backbones: ViTDet's simple one for plain ViTs, FPN for hierarchies.
+"""Build feature pyramids on timm backbones: ViTDet's for plain ViTs, FPN for hierarchical models.
 
-What stands on the pyramid (proposals, box heads) is built in ``detectors``.
+``detectors`` builds proposals and box heads on top of the pyramid.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ SCALES = (4.0, 2.0, 1.0, 0.5)
 class Pyramid(nn.Module):
     """A timm backbone with a pyramid: images (N, 3, H, W) -> maps (N, channels, h, w) by name.
 
-    ``body`` is the timm model, ``neck`` makes the maps ``"0"``, ``"1"``, ... of it. Every second
-    place of the coarsest map makes one more, ``"pool"``. ``strides`` has one number for each map
-    but ``"pool"``. ``out_channels`` is torchvision's name for the channels.
+    ``body`` is the timm model. ``neck`` turns its features into the maps ``"0"``, ``"1"``, ... The
+    extra map ``"pool"`` takes every second position of the coarsest map. ``strides`` lists the
+    strides without ``"pool"``. Example: for an image of 512 x 512 and strides 4, 8, 16 and 32, the
+    maps have sides 128, 64, 32 and 16, and ``"pool"`` has 8.
     """
 
     def __init__(self, body: nn.Module, neck: nn.Module, levels: Sequence[int], norm: bool) -> None:
@@ -49,21 +50,20 @@ class Pyramid(nn.Module):
 def pyramid(body: nn.Module, channels: int = 256, scales: Sequence[float] | None = None) -> Pyramid:
     """Build a feature pyramid on a timm model.
 
-    A backbone whose blocks all have one stride (ViT, DeiT, BEiT, EVA, DINOv2) gets the simple
-    feature pyramid of ViTDet (arXiv 2203.16527, section 3), from its last, normalized map. One with
-    several strides (Swin, ConvNeXt, ResNet) gets an FPN (arXiv 1612.03144) on the last map of each
-    stride from 4 to 32, each behind a LayerNorm, as Swin's detectors have it (arXiv 2103.14030).
+    A plain backbone (ViT, DeiT, BEiT, EVA, DINOv2) has one stride in all blocks. It gets ViTDet's
+    simple feature pyramid (arXiv 2203.16527, section 3) on its last, normalized map. A hierarchical
+    backbone (Swin, ConvNeXt, ResNet) gets an FPN (arXiv 1612.03144). The FPN takes the last map of
+    each stride from 4 to 32. A LayerNorm precedes it, as in Swin's detectors (arXiv 2103.14030).
 
     Args:
-        body: a timm model with ``forward_intermediates``; its head is not used.
-        channels: of each map.
-        scales: of a plain backbone: the size of each map in sizes of the backbone's own. None takes
-            4, 2, 1 and 1/2 (strides 4 to 32 for patches of 16 pixels), without what gives no whole
-            stride.
+        body: a timm model with ``forward_intermediates``. Its head is removed.
+        channels: channels of each map.
+        scales: for a plain backbone: size of each map relative to the backbone's map. None takes
+            those of 4, 2, 1 and 1/2 that give an integer stride (4 to 32 for 16-pixel patches).
 
     Raises:
-        QuietvitError: a backbone without maps, scales that are no power of two from 1/2 to 4 or
-            give no whole stride, scales for a hierarchy.
+        QuietvitError: the backbone has no feature maps, a scale does not fit, or scales are given
+            for a hierarchical backbone.
     """
     name = type(body).__name__
     info = _levels_of(body, name)
@@ -76,15 +76,15 @@ def pyramid(body: nn.Module, channels: int = 256, scales: Sequence[float] | None
         for scale in chosen:
             if scale not in SCALES or strides[0] % scale != 0:
                 raise QuietvitError(
-                    f"the scale {scale:g} does not fit {name} with patches of {strides[0]} pixels; "
-                    f"choose among {', '.join(f'{s:g}' for s in whole)}."
+                    f"the scale {scale:g} does not fit {name} with patches of {strides[0]} pixels. "
+                    f"Choose from {', '.join(f'{s:g}' for s in whole)}."
                 )
         neck: nn.Module = SimplePyramid(width[last], channels, chosen, strides[0])
         return Pyramid(_without_head(body, True), neck, [last], norm=True)
     if scales is not None:
         raise QuietvitError(
-            f"{name} makes maps of several strides itself ({', '.join(map(str, strides))}); leave "
-            "scales out."
+            f"{name} is hierarchical: its maps have the strides {', '.join(map(str, strides))}. "
+            "Scales are for plain backbones, so leave scales out."
         )
     levels = [
         max(place for place, stride in enumerate(strides) if stride == wanted)
@@ -100,8 +100,8 @@ def pyramid(body: nn.Module, channels: int = 256, scales: Sequence[float] | None
 class SimplePyramid(nn.Module):
     """ViTDet's simple feature pyramid (arXiv 2203.16527, section 3 and appendix A.2).
 
-    One map (N, C, h, w) is scaled by transposed convolutions or pooling; each scaled map passes a
-    1 x 1 and a 3 x 3 convolution, each with a LayerNorm over channels.
+    Transposed convolutions or pooling scale one map (N, C, h, w). Each scaled map then passes a
+    1 x 1 and a 3 x 3 convolution, each followed by a LayerNorm over channels.
     """
 
     def __init__(self, width: int, channels: int, scales: Sequence[float], stride: int) -> None:
@@ -132,7 +132,7 @@ class SimplePyramid(nn.Module):
 
 
 class NormedFPN(nn.Module):
-    """torchvision's FPN on maps that each pass a LayerNorm over channels."""
+    """torchvision's FPN, after a LayerNorm over channels on each input map."""
 
     def __init__(self, widths: Sequence[int], channels: int, strides: Sequence[int]) -> None:
         super().__init__()
@@ -153,15 +153,15 @@ def _levels_of(body: nn.Module, name: str) -> list[dict[str, Any]]:
     if info is None or not hasattr(body, "forward_intermediates"):
         raise QuietvitError(
             f"{name} gives no feature maps (timm's forward_intermediates and feature_info), so no "
-            "detector can be built on it; choose a ViT, DeiT, BEiT, EVA, DINOv2, Swin or ConvNeXt."
+            "detector can be built on it. Choose a ViT, DeiT, BEiT, EVA, DINOv2, Swin or ConvNeXt."
         )
     return [dict(level) for level in info]
 
 
 def _without_head(body: Any, norm: bool) -> nn.Module:
-    """The model without what stands behind its maps: classifier, pooling and their norms.
+    """Remove what follows the feature maps: the classifier, the pooling and their norms.
 
-    ``norm``: keep the last norm. Models that pool by a mean have it behind the pooling.
+    ``norm``: keep the last norm. With mean pooling it is ``fc_norm``, which moves to ``norm``.
     """
     body.reset_classifier(0)
     last = getattr(body, "norm", None)

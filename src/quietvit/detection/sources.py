@@ -1,6 +1,6 @@
-"""Data sets of boxes by name: ``coco:`` and ``voc:``, with parts for training and test.
+"""Open detection data sets by name: ``coco:`` and ``voc:``, with parts for training and test.
 
-How each form is read is the matter of ``coco`` and ``voc``.
+``coco`` and ``voc`` read the files.
 """
 
 from __future__ import annotations
@@ -31,28 +31,27 @@ def load_detection_dataset(
     class_names: Sequence[str] | None = None,
     max_bad_boxes: int = MAX_BAD_BOXES,
 ) -> DetectionDataset:
-    """Open the images with boxes that ``spec`` names. Images are decoded when asked for.
+    """Open the detection data set that ``spec`` names. Images are decoded on access.
 
     Args:
-        spec: ``coco:/train.json,/test.json`` with annotations in COCO's JSON; a folder of images
-            behind ``@``, as in ``coco:/train.json@/images``, where it is not found beside them.
+        spec: ``coco:/train.json,/test.json`` for COCO's JSON. Add an image folder after ``@`` if it
+            is not beside the file: ``coco:/train.json@/images``.
             ``voc:/folder`` with ``Annotations``, ``JPEGImages`` and the lists in
             ``ImageSets/Main``, or ``voc:/train,/test`` with one folder for each.
             ``objects:/folder`` with a Hugging Face data set that has a column ``objects``.
         split: ``train``, ``test``, or None for the first part (all of a VOC folder).
-        class_names: number the classes as these. The test images take the training images' names.
-        max_bad_boxes: leave out so many wrong annotations; with more the data set is refused.
+        class_names: classes of label 1, 2, ... Give test images the names of the training images.
+        max_bad_boxes: tolerate this many wrong annotations.
 
     Raises:
-        QuietvitError: unknown form, a missing file or folder, too many wrong annotations. A missing
-            or truncated image raises when it is read, and so does one of another size than its
-            annotations state.
+        QuietvitError: the form is unknown, a file or folder is missing, or there are too many wrong
+            annotations. Later, reading a missing, truncated or differently sized image raises.
     """
     form, _, rest = spec.partition(":")
     parts = split_parts(rest)
     if form not in FORMS or not parts:
         raise QuietvitError(
-            f"no data set with boxes is named {spec!r}{nearest(form, FORMS)}; write {_WRITTEN}."
+            f"no data set with boxes is named {spec!r}{nearest(form, FORMS)}. Write {_WRITTEN}."
         )
     if form == "objects":
         return open_objects(rest.strip(), split, class_names, max_bad_boxes)
@@ -67,12 +66,12 @@ def load_detection_dataset(
 
 
 def is_detection_spec(text: str) -> bool:
-    """Whether ``text`` names a data set with boxes."""
+    """Whether ``text`` names a detection data set."""
     return text.partition(":")[0] in FORMS
 
 
 def has_splits(spec: str) -> bool:
-    """Whether a data set with boxes tells training from test images."""
+    """Whether a detection data set has separate training and test images."""
     from pathlib import Path
 
     form, _, rest = spec.partition(":")

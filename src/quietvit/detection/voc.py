@@ -1,6 +1,6 @@
-"""Annotations in Pascal VOC's XML, one file an image, and its images.
+"""Read annotations in Pascal VOC's XML format, with one file per image.
 
-Boxes alone are read; parts, poses and segmentations are passed over.
+Only boxes are read. Parts, poses and segmentations are ignored.
 """
 
 from __future__ import annotations
@@ -27,25 +27,24 @@ def open_voc(
 ) -> DetectionDataset:
     """Open a folder of annotations and images, in order of file name.
 
-    A box in VOC counts its pixels from 1 and includes the last one, so 1 is subtracted from xmin
-    and ymin. ``difficult`` objects are ``iscrowd``: training leaves them out, and evaluation
-    neither asks for them nor counts them as false. That is nearest to VOC's own rule.
+    VOC counts pixels from 1 and includes the last pixel, so 1 is subtracted from xmin and ymin.
+    ``difficult`` objects get ``iscrowd = 1``, which is closest to VOC's own rule. Training leaves
+    them out. Evaluation counts them neither as missed nor as false.
 
     Args:
-        root: holds ``Annotations/*.xml`` and ``JPEGImages/``; or XML files with their images.
-        split: ``train`` or ``test`` takes the images that ``ImageSets/Main/train.txt`` (or
-            ``trainval.txt``), ``val.txt`` (or ``test.txt``) lists; None takes all of them.
-        class_names: number the classes as these; None takes the names found, in order.
-        max_bad_boxes: see ``checks.Problems``.
+        root: a folder with ``Annotations/*.xml`` and ``JPEGImages/``, or one with XML and images.
+        split: ``train`` takes the images listed in ``ImageSets/Main/train.txt`` (or
+            ``trainval.txt``), ``test`` those in ``val.txt`` (or ``test.txt``), and None all.
+        class_names: classes of label 1, 2, ... None takes the names in the files, sorted.
+        max_bad_boxes: tolerate this many wrong annotations (see ``checks.Problems``).
 
     Raises:
-        QuietvitError: no folder, list or annotations, an XML that lacks something, more wrong
-            annotations than allowed (``checks``).
+        QuietvitError: a folder, list or annotation is missing or incomplete, or too many are wrong.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise QuietvitError(
-            f"the folder {folder} of VOC annotations does not exist; check the path."
+            f"the folder {folder} of VOC annotations does not exist. Check the path."
         ) from FileNotFoundError(folder)
     held = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
     images = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else held
@@ -72,16 +71,16 @@ def _listed(folder: Path, held: Path, split: str | None) -> list[Path]:
         found = sorted(path for path in held.glob("*.xml") if not path.name.startswith("."))
         if not found:
             raise QuietvitError(
-                f"{held} holds no annotations (*.xml); give the folder that holds Annotations/ "
-                "and JPEGImages/, or XML files with their images."
+                f"{held} holds no annotations (*.xml). Give the folder that holds Annotations/ "
+                "and JPEGImages/, or XML files beside their images."
             )
         return found
     lists = [folder / "ImageSets" / "Main" / f"{name}.txt" for name in _SPLITS[split]]
     chosen = next((path for path in lists if path.is_file()), None)
     if chosen is None:
         raise QuietvitError(
-            f"{folder} has no list of images for {split!r} ({' or '.join(map(str, lists))}); add "
-            "one, or name two folders: 'voc:/train,/test'."
+            f"{folder} has no list of images for {split!r} ({' or '.join(map(str, lists))}). Add "
+            "one, or give two folders: 'voc:/train,/test'."
         )
     stems = [line.split()[0] for line in chosen.read_text(encoding="utf-8").splitlines() if line]
     files = [held / f"{stem}.xml" for stem in stems]
@@ -89,7 +88,7 @@ def _listed(folder: Path, held: Path, split: str | None) -> list[Path]:
     if missing or not files:
         raise QuietvitError(
             f"{chosen} lists {len(files)} images, and {len(missing)} have no annotations"
-            f"{f', first {missing[0]}' if missing else ''}; correct the list."
+            f"{f', first {missing[0]}' if missing else ''}. Correct the list."
         )
     return files
 
@@ -99,12 +98,12 @@ def _parsed(file: Path) -> ET.Element:
         return ET.parse(file).getroot()
     except ET.ParseError as error:
         raise QuietvitError(
-            f"{file} could not be read as XML ({error}); correct or remove it."
+            f"{file} could not be read as XML ({error}). Correct or remove it."
         ) from error
 
 
 def _image_of(file: Path, tree: ET.Element, images: Path) -> Path | None:
-    """The image of an annotation: by the name it states, else by its own name."""
+    """Find the image by the name in the annotation, or else by the name of the XML file."""
     stated = images / Path(tree.findtext("filename") or file.stem).name
     if stated.is_file():
         return stated
@@ -156,21 +155,23 @@ def _box(one: ET.Element, file: Path) -> Iterator[float]:
         try:
             yield float(_text(box, key, file)) - first
         except ValueError as error:
-            raise QuietvitError(f"{file}: {key} of a bndbox is no number; correct it.") from error
+            raise QuietvitError(
+                f"{file}: {key} of a bndbox is not a number. Correct it."
+            ) from error
 
 
 def _number(element: ET.Element | None, key: str, file: Path) -> int:
     try:
         return int(_text(element, key, file))
     except ValueError as error:
-        raise QuietvitError(f"{file}: {key} is no integer; correct it.") from error
+        raise QuietvitError(f"{file}: {key} is not an integer. Correct it.") from error
 
 
 def _text(element: ET.Element | None, key: str, file: Path | None = None) -> str:
     found = None if element is None else element.findtext(key)
     if found is None:
         raise QuietvitError(
-            f"{file or 'an annotation'} lacks <{key}>; Pascal VOC's XML has it in <size>, <object> "
-            "or <bndbox>."
+            f"{file or 'an annotation'} lacks <{key}>. Pascal VOC's XML has it in <size>, <object> "
+            "or <bndbox>. Add it, or remove the file."
         )
     return found.strip()

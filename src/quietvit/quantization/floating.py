@@ -1,6 +1,6 @@
-"""Floating-point number formats of GPUs, simulated: FP8, MXFP8, MXFP6, MXFP4 and NVFP4.
+"""Simulate the floating-point formats of GPUs: FP8, MXFP8, MXFP6, MXFP4 and NVFP4.
 
-``methods.rtn`` chooses formats and scales. Uniform quantizers are in ``quantizers``.
+``methods.rtn`` chooses formats and scales. ``quantizers`` has the uniform quantizers.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization.quantizers import SMALLEST_SCALE, Quantizer, register_quantizer
 
 _EXPONENT = 0x7F800000
-"""The exponent's bits of a float32."""
+"""Mask of a float32's exponent bits."""
 _SMALLEST_NORMAL = -126
 """The exponent of the smallest normal float32."""
 
 
 @dataclass(frozen=True)
 class Minifloat:
-    """Floats of few bits: sign, exponent, mantissa; with subnormals, without infinities.
+    """A float format of few bits: sign, exponent, mantissa. It has subnormals but no infinities.
 
-    e4m3 and e5m2 are those of the OCP 8-bit Floating Point Specification. e3m2, e2m3 and e2m1 are
-    those of the OCP Microscaling Formats Specification 1.0, section 5.3.
+    e4m3 and e5m2 come from the OCP 8-bit Floating Point Specification. e3m2, e2m3 and e2m1 come
+    from the OCP Microscaling Formats Specification 1.0, section 5.3.
     """
 
     exponent_bits: int
@@ -42,7 +42,7 @@ class Minifloat:
 
     @property
     def smallest_exponent(self) -> int:
-        """The exponent of the smallest normal number; subnormal ones have it too."""
+        """The exponent of the smallest normal number. Subnormal numbers share it."""
         return 2 - (1 << (self.exponent_bits - 1))
 
     @property
@@ -56,12 +56,16 @@ class Minifloat:
         return int(self.codes(torch.tensor(self.largest)))
 
     def round(self, x: Tensor) -> Tensor:
-        """Return the nearest number to each x (float32): ties to even, at most ``largest``."""
+        """Round each x (float32) to the nearest number, ties to even, and clip to ``largest``."""
         step = self._powers(x).mul_(2.0**-self.mantissa_bits)
         return x.clamp(-self.largest, self.largest).div_(step).round_().mul_(step)
 
     def codes(self, numbers: Tensor) -> Tensor:
-        """Return codes of numbers that ``round`` gave, int32: the magnitude's bits, signed."""
+        """Return the codes of numbers from ``round``, int32.
+
+        A code is the exponent and mantissa bits of the magnitude, with the sign of the number. In
+        e2m1, 1.5 has exponent bits 01 and mantissa bit 1, so its code is 3. -1.5 has the code -3.
+        """
         powers = self._powers(numbers)
         exponents = powers.view(torch.int32).bitwise_right_shift(23) - 127 - self.smallest_exponent
         mantissas = (numbers.abs() / powers * (1 << self.mantissa_bits)).to(torch.int32)
@@ -77,13 +81,13 @@ class Minifloat:
         return mantissas * powers * codes.sign()
 
     def _powers(self, x: Tensor) -> Tensor:
-        """Return 2^e for the exponent e of each x."""
+        """Return 2^e for the exponent e of each x, with e clamped to the range of this format."""
         bits = x.clamp(-self.largest, self.largest).view(torch.int32).bitwise_and_(_EXPONENT)
         return bits.view(torch.float32).clamp_min_(2.0**self.smallest_exponent)
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:
-    """Return 2^e exactly, float32, for whole e from -127 to 127."""
+    """Return 2^e exactly as float32, for integers e from -127 to 127."""
     bits = torch.where(exponents < _SMALLEST_NORMAL, 1 << 22, (exponents + 127) << 23)
     return bits.to(torch.int32).view(torch.float32)
 
@@ -99,30 +103,29 @@ ELEMENTS: Mapping[str, Minifloat] = MappingProxyType(
 )
 E4M3 = ELEMENTS["e4m3"]
 BLOCKS: Mapping[str, int] = MappingProxyType({"e8m0": 32, "e4m3": 16})
-"""Values that share a scale, by the type of the scale: MX formats, and NVFP4."""
+"""Number of values that share a scale, by scale type: e8m0 of MX formats, e4m3 of NVFP4."""
 
 
 class FloatingQuantizer(Quantizer):
-    """The base of quantizers with small floats as codes. They are simulated: no kernel is claimed.
+    """Base class of quantizers with small floats as codes. They only simulate the formats.
 
-    Computed in float32, returned in x's dtype; NaN stays NaN. The gradient to x is 1, and 0 where
-    x is clipped.
+    They compute in float32 and return x's dtype. NaN stays NaN. The gradient is 1, or 0 if clipped.
     """
 
     def __init__(self, element: str) -> None:
         if element not in ELEMENTS:
             raise QuietvitError(
-                f"element {element!r} is unknown; choose from {', '.join(ELEMENTS)}."
+                f"element {element!r} is unknown. Choose from {', '.join(ELEMENTS)}."
             )
         super().__init__(ELEMENTS[element].bits)
         self.element, self.form = element, ELEMENTS[element]
 
     @abstractmethod
     def _fake(self, x: Tensor) -> Tensor:
-        """Return x, float32, quantized and dequantized."""
+        """Quantize and dequantize x (float32)."""
 
     def _clipped(self, x: Tensor) -> Tensor:
-        """Return x without what the scale cannot hold."""
+        """Return x clipped to the range of the scale. Here it has no limit."""
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ class FloatingQuantizer(Quantizer):
 class ScaledFloatQuantizer(FloatingQuantizer):
     """FP8 with a float32 scale per tensor, or per channel of ``axis``: x̂ = scale * fp8(x / scale).
 
-    ``scale``: float32, () or (channels,). Equal to torchao's float8 casts bit for bit.
+    ``scale`` is float32, () or (channels,). Results equal torchao's float8 casts bit for bit.
     """
 
     scale: Tensor
@@ -152,7 +155,7 @@ class ScaledFloatQuantizer(FloatingQuantizer):
     def from_largest(
         cls, largest: Tensor, *, element: str, axis: int | None = None
     ) -> ScaledFloatQuantizer:
-        """Make one whose largest number is ``largest``, () or (channels,)."""
+        """Make a quantizer whose largest number is ``largest``, () or (channels,)."""
         scale = _positive(largest.float() / ELEMENTS[element].largest)
         return cls(scale, element=element, axis=axis)
 
@@ -202,18 +205,18 @@ class ScaledFloatQuantizer(FloatingQuantizer):
 
 @register_quantizer("block_float")
 class BlockFloatQuantizer(FloatingQuantizer):
-    """MXFP8, MXFP6, MXFP4 and NVFP4: small floats with a scale for each block along ``axis``.
+    """MXFP8, MXFP6, MXFP4 and NVFP4: small floats with one scale for each block along ``axis``.
 
-    Scales are computed from the values at each call. A last block that is not full is filled up
-    with zeros. Both are equal to torchao's casts bit for bit:
+    Each call computes the scales from the values. Zeros fill the last block, if it is not full.
+    Results equal torchao's casts bit for bit.
 
-    ``e8m0`` scales (MX): blocks of 32. The scale is 2^(floor(log2 max|x|) - the element's largest
-    exponent), as in section 6.3 of the OCP specification; torchao's FLOOR.
+    ``e8m0`` scales (MX) have blocks of 32. The scale is 2^(floor(log2 max|x|) - largest exponent of
+    the element), as in section 6.3 of the OCP specification (torchao's FLOOR).
 
-    ``e4m3`` scales (NVFP4): blocks of 16. The block's scale is e4m3(max|x| / 6 / t), from 2^-6 to
-    448, times ``tensor_scale`` t. t = max of all calibration values / (448 * 6), a float32 scalar.
+    ``e4m3`` scales (NVFP4) have blocks of 16. The scale is e4m3(max|x| / 6 / t) * t, where the e4m3
+    part is 2^-6 to 448. ``tensor_scale`` t, float32, is the calibrated max|x| / (448 * 6).
 
-    A code holds both: 256 * code of the scale + 128 + code of the element.
+    A code holds the codes of scale and element: 256 * scale + 128 + element.
     """
 
     tensor_scale: Tensor | None
@@ -245,7 +248,7 @@ class BlockFloatQuantizer(FloatingQuantizer):
         return 0, (1 << 16) - 1
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """Return x as (..., blocks, block)."""
+        """Return x as (..., blocks, block): (B, 197, 192) in blocks of 32 is (B, 197, 6, 32)."""
         moved = x.movedim(self.axis, -1)
         return F.pad(moved, (0, -moved.shape[-1] % self.block)).unflatten(-1, (-1, self.block))
 
@@ -254,7 +257,7 @@ class BlockFloatQuantizer(FloatingQuantizer):
         return blocks.flatten(-2)[..., : x.shape[self.axis]].movedim(-1, self.axis)
 
     def _quantized(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the elements, and the code of each block's scale, (..., blocks, 1)."""
+        """Return the elements (..., blocks, block) and the codes of the scales (..., blocks, 1)."""
         largest = blocks.abs().amax(-1, keepdim=True)
         if self.tensor_scale is None:
             exponents = largest.view(torch.int32).bitwise_right_shift(23) - 127
@@ -295,7 +298,7 @@ class BlockFloatQuantizer(FloatingQuantizer):
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """Return 1 for scales so small that float32 treats the tensor as all zeros."""
+    """Replace scales below ``SMALLEST_SCALE`` by 1: float32 treats such a tensor as all zeros."""
     return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
 
 
@@ -309,7 +312,7 @@ ELEMENT_OF: Mapping[str, Mapping[int, str]] = MappingProxyType(
         "nvfp4": MappingProxyType({4: "e2m1", 8: "e4m3"}),
     }
 )
-"""The element of each number format at each number of bits. NVFP4's operands of 8 bits are FP8."""
+"""The element of each number format by bits. At 8 bits, NVFP4 uses FP8 operands."""
 assert {"integer", *ELEMENT_OF} == set(get_args(NumberFormat))
 
 
@@ -319,9 +322,9 @@ def floating_quantizer(
     """Make the quantizer of a number format at ``bits``, which ``ELEMENT_OF`` must list.
 
     Args:
-        largest: largest magnitude, () or (channels,). MX formats do not need it.
-        channels: axis of scales per channel, None for one scale; for FP8 only.
-        contracted: axis that the product sums over, along which blocks lie.
+        largest: largest magnitude, () or (channels,). MX formats ignore it.
+        channels: axis of per-channel scales, or None for one scale. Only FP8 uses it.
+        contracted: axis that the product sums over. Blocks lie along it.
     """
     element = ELEMENT_OF[number_format][bits]
     if number_format.startswith("mx"):

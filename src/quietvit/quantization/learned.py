@@ -1,6 +1,6 @@
 """``learn_steps``: turn the steps of a quantized model's uniform quantizers into parameters.
 
-The straight-through rounding is in ``quantizers``; ``train`` runs whole trainings.
+``quantizers`` does the straight-through rounding, and ``train`` runs the training.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from quietvit.tracing import evaluating
 class LearnedAffine(AffineQuantizer):
     """A uniform quantizer whose step is learned: step = ``start`` * exp(``log_ratio``).
 
-    ``start``: the calibrated step, a buffer. ``log_ratio``: a parameter of the same shape, 0 at the
-    start. So the quantizer starts bit for bit as the calibrated one, and its step stays positive.
-    Adam with learning rate r changes a step by about 100 r percent, whatever its size. Weight decay
-    pulls a step back to the calibrated one.
+    ``start`` is the calibrated step, a buffer of shape () or (channels,). ``log_ratio`` is a
+    parameter of the same shape, 0 at first. So the quantizer initially equals the calibrated one
+    bit for bit, and its step stays positive. One update of Adam with learning rate r changes a step
+    by about 100 r percent, independent of its size. Weight decay pulls it to the calibrated step.
 
-    The gradient of the step s is that of LSQ (Esser et al., arXiv 1902.08153): equation 3, times
-    ``share`` = 1/sqrt(N Q_P) of its section 2.2. ``log_ratio`` gets this gradient divided by s.
-    Then a step of SGD changes s as in LSQ, to first order (derived here). The zero point stays.
+    The gradient of the step s follows LSQ (Esser et al., arXiv 1902.08153): equation 3 times
+    ``share`` = 1/sqrt(N Q_P) of its section 2.2. ``log_ratio`` gets this gradient divided by s, so
+    SGD changes s as in LSQ, to first order (derived here). The zero point is fixed.
     """
 
     start: Tensor
@@ -51,12 +51,14 @@ class LearnedAffine(AffineQuantizer):
         return step
 
     def fixed(self) -> AffineQuantizer:
-        """Return the quantizer with its present step as a buffer."""
+        """Return a quantizer with the current step as a buffer."""
         found = self.scale, self.zero_point.clone()
         return AffineQuantizer(*found, bits=self.bits, signed=self.signed, axis=self.axis)
 
 
 class _Step(torch.autograd.Function):
+    """step = start * exp(log_ratio), with the gradient of LSQ instead of the exact one."""
+
     @staticmethod
     def forward(ctx: Any, start: Tensor, log_ratio: Tensor, share: float) -> Tensor:
         step = start * log_ratio.exp()
@@ -71,20 +73,16 @@ class _Step(torch.autograd.Function):
 
 
 def learn_steps(quantized: QuantizedModel) -> list[nn.Parameter]:
-    """Make the steps of all uniform quantizers trainable, and return the new parameters.
+    """Make the steps of all uniform quantizers trainable in place, and return the new parameters.
 
-    Call it before you make the optimizer, and train ``quantized`` like any module. Without it, all
-    steps stay as calibrated and only the model's own parameters train. The outputs do not change.
-    ``save`` and ``export`` write the learned steps.
+    Call it before you create the optimizer, then train ``quantized`` like any module. Without this
+    call, steps stay as calibrated, and only the model's own parameters train. The call changes no
+    outputs. A second call returns the same parameters. ``save`` and ``export`` write learned steps.
 
-    Steps are learned as in LSQ (Esser et al., arXiv 1902.08153); see
-    ``quietvit.quantization.LearnedAffine``. N is the number of values of one image that share a
-    step, Q_P the largest code. These steps stay fixed: those of quantizers that are not uniform
-    (logarithmic, two ranges, tangent), and those that their method restricts, such as the powers of
-    two of HPTQ. A second call returns the same parameters.
-
-    Args:
-        quantized: changed in place.
+    Steps are learned as in LSQ (Esser et al., arXiv 1902.08153). In
+    ``quietvit.quantization.LearnedAffine``, N is the number of values of one image that share a
+    step, and Q_P is the largest code. Steps of non-uniform quantizers (logarithmic, two ranges,
+    tangent) stay fixed. So do steps that the method restricts, such as HPTQ's powers of two.
 
     Raises:
         QuietvitError: not a QuantizedModel, or no step can be learned. Then nothing is changed.
@@ -119,7 +117,7 @@ def learn_steps(quantized: QuantizedModel) -> list[nn.Parameter]:
 
 
 def with_fixed_steps(quantized: QuantizedModel) -> QuantizedModel:
-    """Return a copy whose learned steps are fixed at their values; the model itself if none is."""
+    """Return a copy with fixed steps, or the model itself if no step is learned."""
     if not any(isinstance(q, LearnedAffine) for q in quantized.quantizers.values()):
         return quantized
     copied = copy.deepcopy(quantized)
@@ -130,6 +128,7 @@ def with_fixed_steps(quantized: QuantizedModel) -> QuantizedModel:
 
 
 def _values_of_one_image(quantized: QuantizedModel) -> dict[Slot, int]:
+    """Return the number of values of each operand for one image."""
     sizes: dict[Slot, int] = {}
 
     def count(slot: Slot, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Calibration images without data: generated from the model's own weights, or from noise.
+"""Generate calibration images without data, from the model's own weights or from noise.
 
-``quantization`` uses the images like any others.
+``quantization`` treats them like other images.
 """
 
 from quietvit.synthesis.generate import synthesize

@@ -1,6 +1,6 @@
-"""Optimize images for the statistics that BatchNorms stored in training (``settings.DGH``).
+"""Optimize images to match the running statistics of BatchNorms (``settings.DGH``).
 
-The terms are in ``terms``; ``watching`` finds BatchNorms and outputs.
+``terms`` holds the loss terms, and ``watching`` finds BatchNorms and outputs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SHORTEST_PATIENCE = 20
 
 
 class Plateau(ReduceLROnPlateau):
-    """Halves the rate after ``patience`` steps without progress, and then forgets the best loss.
+    """Halve the learning rate after ``patience`` steps without progress, then reset the best loss.
 
-    Progress is 1e-4 of the best loss, relative. The least rate is 1e-4. Source: the code of arXiv
-    2410.22110.
+    Progress is a relative decrease of 1e-4 below the best loss. The rate stays at 1e-4 or above.
+    Source: the code of arXiv 2410.22110.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, patience: int) -> None:
@@ -43,9 +43,9 @@ class Plateau(ReduceLROnPlateau):
 
 
 class Pipeline:
-    """Flips, smooths, crops and clips the optimized images (N, C, h, w) before a pass.
+    """Flip, smooth, crop and clip images (N, C, h, w) to (N, C, H, W) before a pass.
 
-    All in natural units. Smoothing pads with zeros. Clipping passes gradients straight through.
+    Images are in natural units. Smoothing pads with zeros. Clipping passes gradients unchanged.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Pipeline:
         return images[..., top : top + self.target[0], left : left + self.target[1]]
 
     def drawn(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """Return images (N, C, H, W), flipped with probability one half and cropped at random."""
+        """Return images (N, C, H, W), cropped at random and flipped with probability 1/2."""
         if float(torch.rand((), generator=random)) < 0.5:
             images = images.flip(3)
         top, left = (
@@ -78,7 +78,7 @@ class Pipeline:
         return self.clipped(self.cropped(self.smoothed(images), top, left))
 
     def finished(self, images: Tensor) -> Tensor:
-        """Return images (N, C, H, W) cropped at the centre, for use and for their statistics."""
+        """Return images (N, C, H, W) cropped at the center, as the result and for statistics."""
         top, left = (room // 2 for room in self._room(images))
         return self.clipped(self.cropped(self.smoothed(images), top, left))
 
@@ -87,9 +87,9 @@ class Pipeline:
 
 
 class WholeSet:
-    """Moments of each layer for each batch; their means are the statistics of the whole set.
+    """Moments of each layer and batch. Their mean over batches is the statistic of the whole set.
 
-    All batches weigh equally. Only the batch that is worked on carries gradients.
+    All batches have equal weight. Gradients flow only to the batch of the current step.
     """
 
     def __init__(self, batches: list[list[Moments]]) -> None:
@@ -99,7 +99,7 @@ class WholeSet:
         self._seconds = [torch.stack([m.second for m in layer]).detach() for layer in layers]
 
     def with_batch(self, index: int, found: list[Moments]) -> list[Moments]:
-        """Return the moments of each layer over all batches, where batch ``index`` is ``found``."""
+        """Return each layer's moments over all batches, with ``found`` in place of ``index``."""
         merged = []
         for own, means, seconds in zip(found, self._means, self._seconds, strict=True):
             rest = torch.arange(len(means), device=means.device) != index
@@ -112,14 +112,14 @@ class WholeSet:
         return merged
 
     def keep(self, index: int, found: list[Moments]) -> None:
-        """Store the moments of batch ``index``, for the first layers that ``found`` has."""
+        """Store the moments of batch ``index`` for the first ``len(found)`` layers."""
         for layer, own in enumerate(found):
             self._means[layer][index] = own.mean.detach()
             self._seconds[layer][index] = own.second.detach()
 
 
 class Statistics:
-    """Batches of images on the model's device, each with its own RAdam and plateau schedule."""
+    """Optimize batches of images on the model's device, each with its own RAdam and plateau."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Statistics:
         loss.backward()
         optimizer.step()
         self._schedules[index].step(float(loss.detach()))
-        # As published, the layers keep the statistics of the images before the step.
+        # As published: only the images' own moments are updated after the step, not the layers'.
         with torch.no_grad():
             self._whole.keep(index, [moments(self.pipeline.finished(images)), *found[1:]])
         return float(loss.detach())
@@ -166,7 +166,7 @@ class Statistics:
         return [self.pipeline.finished(batch).detach() for batch in self.batches]
 
     def loss(self, images: Tensor, index: int) -> tuple[Tensor, list[Moments]]:
-        """Return the loss of images that batch ``index`` would have, and their moments by layer."""
+        """Return the loss with ``images`` as batch ``index``, and their moments by layer."""
         found = self._moments(images)
         apart = [
             alignment(merged, *target, self._settings.deviation)
@@ -183,7 +183,7 @@ class Statistics:
         return loss, found
 
     def _moments(self, images: Tensor) -> list[Moments]:
-        """Run the model; return the moments of the images and of each BatchNorm's input."""
+        """Run the model and return the moments of the images and of each BatchNorm's input."""
         self._run(images)
         return [moments(images), *self._norms.seen]
 
@@ -202,7 +202,7 @@ class Statistics:
 
 
 def stretching_weight(model: nn.Module) -> float:
-    """Return the published weight of the outputs for timm's name of a model, else the default."""
+    """Return the published weight of the output term for this timm architecture, or the default."""
     config = getattr(model, "pretrained_cfg", None)
     name = str(config.get("architecture", "")) if isinstance(config, dict) else ""
     family = name.partition("_")[0].partition(".")[0]

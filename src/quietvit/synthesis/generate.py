@@ -1,6 +1,6 @@
-"""``synthesize``: calibration images from a model alone.
+"""``synthesize``: generate calibration images from a model alone.
 
-``settings`` lists the ways to generate them, and ``loop`` runs them.
+``settings`` defines the methods, and ``loop`` runs them.
 """
 
 from __future__ import annotations
@@ -36,31 +36,28 @@ def synthesize(
 ) -> Tensor:
     """Generate calibration images for a model without any data.
 
-    Pass the result to ``quietvit.quantize``. The quantized model then says that its calibration
-    images were generated, and how. The given model never changes.
+    Pass the result to ``quietvit.quantize``. The quantized model records how its calibration images
+    were generated. The given model never changes. Ctrl-C stops early and returns current images.
 
     Args:
-        model: a float model. Its normalization comes from ``model.pretrained_cfg`` (timm, and
+        model: a float model. Its normalization comes from ``model.pretrained_cfg`` (set by timm and
             ``quietvit.data.create_model``), or is torchvision's.
         count: number of images.
         method: ``"dgh"`` matches the statistics of BatchNorms. ``"psaq"`` makes the patches of a
-            vision transformer differ. ``"pink"`` and ``"noise"`` are noise, in a moment. Or the
-            settings of one, such as ``quietvit.synthesis.PSAQ(iterations=200)``. None takes
-            ``"dgh"`` for a model with BatchNorm, else ``"psaq"``.
+            vision transformer differ. ``"pink"`` and ``"noise"`` draw noise, without optimization.
+            You can also give settings, such as ``quietvit.synthesis.PSAQ(iterations=200)``. None
+            takes ``"dgh"`` for a model with BatchNorm, otherwise ``"psaq"``.
         seed: the same seed gives the same images on the same machine.
-        size: side, or height and width, in pixels; None takes the model's own.
-        minutes: end after this time and return the images as they are.
-        progress: show a bar with the time left.
+        size: side, or height and width, in pixels. None takes the model's own.
+        minutes: stop after this time and return the current images.
+        progress: show a progress bar with the time left.
 
     Returns:
         Images (count, C, H, W), float32, in the model's own preprocessing, on its device.
 
-    Ctrl-C ends the optimization early and returns the images as they are.
-
     Raises:
-        QuietvitError: no images, NaN in the model, unknown normalization, a size that the model
-            does not take, a quantized model, a model without BatchNorm for ``"dgh"`` or without
-            attention for ``"psaq"``, an unknown method or a bad field.
+        QuietvitError: the model is quantized, holds NaN, or has an unknown normalization; or an
+            argument does not fit. ``"dgh"`` needs BatchNorm, ``"psaq"`` needs attention.
     """
     _check(model, count, seed, minutes)
     own = plain_copy(model).eval().float().requires_grad_(False)
@@ -93,7 +90,7 @@ def _generated(
     minutes: float | None,
     progress: bool,
 ) -> tuple[Tensor, Outcome | None]:
-    """Return images in natural units, and what the optimization did if there was one."""
+    """Return images in natural units, and the outcome of the optimization, if any."""
     if isinstance(chosen, Pink):
         return pink(count, scale, random, chosen), None
     if not isinstance(chosen, PSAQ | DGH):
@@ -117,7 +114,7 @@ def _traced(model: nn.Module, example: Tensor) -> Trace:
         height, width = example.shape[-2:]
         raise QuietvitError(
             f"images of {height} x {width} pixels cannot be generated for {type(model).__name__}, "
-            f"because it does not run on them. Give a size that it takes (size=...). {error}"
+            f"because it does not run on them. Give another size (size=...). {error}"
         ) from error
 
 
@@ -126,27 +123,27 @@ def _fitting(model: nn.Module) -> Generator:
 
 
 def _check(model: Any, count: Any, seed: Any, minutes: float | None) -> None:
-    """Raise QuietvitError for arguments from which no images can be generated."""
+    """Raise QuietvitError for arguments that cannot work."""
     if not isinstance(model, nn.Module):
         raise QuietvitError(
-            f"the model is a {type(model).__name__}, not a torch.nn.Module; give the float model, "
-            "because no gradient flows through an exported one."
+            f"the model is a {type(model).__name__}, not a torch.nn.Module. Give the float model, "
+            "because gradients cannot flow through an exported one."
         )
     if any(isinstance(module, QuantizedModel) for module in model.modules()):
         raise QuietvitError(
-            f"this {type(model).__name__} is quantized; generate images from the float model that "
-            "it was made from."
+            f"this {type(model).__name__} is quantized. Generate images from the original float "
+            "model."
         )
     if type(count) is not int or count < 1:
-        raise QuietvitError(f"{count!r} images were asked for; ask for at least one (32 is usual).")
+        raise QuietvitError(f"{count!r} images were requested. Request at least 1; 32 is usual.")
     if type(seed) is not int or seed < 0:
-        raise QuietvitError(f"the seed is {seed!r}; give a whole number from 0.")
+        raise QuietvitError(f"the seed is {seed!r}. Give an integer of at least 0.")
     if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
-        raise QuietvitError(f"minutes is {minutes!r}; give a number above 0, or leave it out.")
+        raise QuietvitError(f"minutes is {minutes!r}. Give a number above 0, or leave it out.")
     bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     bad += [name for name, b in model.named_buffers() if bool(b.isnan().any())]  # masks hold -inf
     if bad:
         raise QuietvitError(
-            f"{bad[0]} of {type(model).__name__} holds NaN or inf, so nothing can be generated "
-            "from it. Load the weights again, or train the model again."
+            f"{bad[0]} of {type(model).__name__} holds NaN or inf, so no images can be generated "
+            "from it. Reload the weights, or train the model again."
         )

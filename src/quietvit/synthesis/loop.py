@@ -1,6 +1,6 @@
-"""The loop over iterations and batches: order, progress, time limit, Ctrl-C.
+"""The loop over iterations and batches: order, progress bar, time limit and Ctrl-C.
 
-``psaq`` and ``dgh`` make the steps.
+``psaq`` and ``dgh`` implement the steps.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ logger = logging.getLogger("quietvit")
 
 
 class Optimization(Protocol):
-    """Batches of images that are being optimized."""
+    """Batches of images, and the steps that optimize them."""
 
     batches: list[Tensor]
 
     def step(self, index: int, share: float) -> float:
-        """Make one step of a batch; return its loss. ``share``: of the run that is done, 0 to 1."""
+        """Step batch ``index`` and return its loss. ``share``: completed part of the run, 0..1."""
 
     def finished(self) -> list[Tensor]:
-        """Return the images of each batch as they are, in natural units (``PixelScale``)."""
+        """Return the current images of each batch, in natural units (``PixelScale``)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a loop did. ``iterations``: completed ones; ``stopped``: why it ended early, or None."""
+    """Number of completed ``iterations``, and why the loop ``stopped`` early, or None."""
 
     iterations: int
     stopped: str | None
@@ -49,13 +49,11 @@ def optimize(
     minutes: float | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Step every batch once in each iteration, in random order.
+    """Step every batch once per iteration, in random order. Ctrl-C ends the loop without raising.
 
     Args:
-        minutes: end after this time. The schedule of a generator is shortened to fit.
-        progress: show a bar with the time left on standard error.
-
-    Ctrl-C ends the loop early and is not raised.
+        minutes: stop after this time. ``share`` accounts for it, so schedules complete.
+        progress: show a progress bar on standard error.
 
     Raises:
         QuietvitError: a loss is NaN or infinite.
@@ -84,9 +82,9 @@ def optimize(
                     loss = work.step(index, max(done / iterations, spent / limit))
                     if not math.isfinite(loss):
                         raise QuietvitError(
-                            f"the loss of iteration {done + 1} is {loss}, so no images can be "
-                            "used. Lower the learning rate (lr) or the weights of the terms. If it "
-                            "happens at once, look for NaN with quietvit.diagnose(model, images)."
+                            f"the loss of iteration {done + 1} is {loss}, so the images are "
+                            "unusable. Lower the learning rate (lr) or the weights of the terms. "
+                            "If it fails at once, look for NaN: quietvit.diagnose(model, images)."
                         )
                     losses.append(loss)
                 done += 1
@@ -98,14 +96,13 @@ def optimize(
 
 def _early(done: int, iterations: int, why: str) -> Outcome:
     logger.warning(
-        "generating images ended %s, with %d of %d iterations done. The images are used as they "
-        "are.",
+        "generating images ended %s, with %d of %d iterations done. The current images are used.",
         why, done, iterations,
     )  # fmt: skip
     return Outcome(done, why)
 
 
 def in_batches(images: Tensor, most: int) -> list[Tensor]:
-    """Split images into batches of nearly one size, at most ``most`` each; each needs gradients."""
+    """Split images into leaf tensors of nearly equal size, at most ``most`` images each."""
     parts = images.tensor_split(-(-len(images) // most))
     return [part.clone().requires_grad_() for part in parts]

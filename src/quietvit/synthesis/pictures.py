@@ -1,6 +1,6 @@
-"""Images as files: one PNG for each, and a contact sheet to look at.
+"""Save generated images: one PNG file per image, and a contact sheet.
 
-Tensors are made in ``generate``.
+``generate`` makes the images.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ SHEET = "contact-sheet.png"
 
 
 def save_images(images: Tensor, model: nn.Module, folder: str | Path, force: bool = False) -> Path:
-    """Write images as ``contact-sheet.png`` and as single files under ``images``.
+    """Write ``contact-sheet.png`` and one PNG file per image in the subfolder ``images``.
 
-    The folder ``images`` can be given to ``--calibration``; its pixels have 8 bits.
+    ``--calibration`` accepts the subfolder. Its pixels have 8 bits.
 
     Args:
         images: (N, C, H, W) in the preprocessing of ``model``, as from ``quietvit.synthesize``.
         folder: created if missing.
-        force: write into a folder that is not empty. Files of the same names are replaced.
+        force: write into a folder that is not empty, and replace files of the same name.
 
     Returns:
         The path of the contact sheet.
 
     Raises:
-        QuietvitError: the folder is not empty or cannot be written, or the model's normalization
-            is unknown.
+        QuietvitError: the folder is not empty or is read-only, or the normalization is unknown.
     """
     from torchvision.utils import save_image
 

@@ -1,6 +1,6 @@
-"""Images from noise alone: the honest baselines of every generator.
+"""Images of noise, the baselines for the other generators.
 
-Both are in natural units, see ``PixelScale``.
+They are in natural units (see ``PixelScale``), and nothing is optimized here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from quietvit.synthesis.settings import Pink
 
 
 def noise(count: int, scale: PixelScale, random: torch.Generator) -> Tensor:
-    """Return Gaussian noise (count, C, H, W) of mean 0 and deviation 1, clipped to valid pixels."""
+    """Return Gaussian noise (count, C, H, W), mean 0 and deviation 1, clipped to valid pixels."""
     return clipped(torch.randn(count, *scale.size, generator=random), scale)
 
 
 def pink(count: int, scale: PixelScale, random: torch.Generator, settings: Pink) -> Tensor:
-    """Return noise (count, C, H, W) of mean 0 and deviation 1 whose amplitude is 1 / f^exponent."""
+    """Return noise (count, C, H, W), mean 0 and deviation 1, with amplitude 1 / f^exponent."""
     white = torch.randn(count, *scale.size, generator=random)
     height, width = scale.size[1:]
     down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]

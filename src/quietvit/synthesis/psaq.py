@@ -1,6 +1,6 @@
 """Optimize images for the patch similarity of a vision transformer (``settings.PSAQ``).
 
-The terms are in ``terms``; ``watching`` finds patches and outputs in the trace.
+``terms`` holds the loss terms, and ``watching`` finds patches and outputs in the trace.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from quietvit.tracing import Site, Trace
 
 _WARM_UP = 0.2
 _ROLLS = 15 / 224, 30 / 224
-"""Largest roll in each half of a run, as a share of the side."""
+"""Largest roll in the first and second half of a run, as a share of the shorter side."""
 
 
 class PatchSimilarity:
-    """Batches of images on the model's device, each with its own Adam.
+    """Optimize batches of images on the model's device, each with its own Adam.
 
-    Raises QuietvitError if a term with a weight has nothing to measure.
+    Raises QuietvitError if the model lacks what a term with a weight above 0 needs.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PatchSimilarity:
         return [batch.detach().clamp(*self._bounds) for batch in self.batches]
 
     def loss(self, images: Tensor, index: int = 0) -> Tensor:
-        """Return the weighted sum of the terms for images in natural units, of batch ``index``."""
+        """Return the weighted sum of the terms for batch ``index``, given in natural units."""
         chosen = self._settings
         outputs: list[Tensor] = []
         entropies: list[Tensor] = []
@@ -121,7 +121,7 @@ class PatchSimilarity:
             count = logits_of(found).shape[1]
         except QuietvitError as error:
             raise QuietvitError(
-                f"the class loss needs logits, but {error} Or leave classes at 0, which needs none."
+                f"the class loss needs logits, but {error} Or set classes=0 to drop this loss."
             ) from error
         return [
             torch.randint(count, (len(batch),), generator=self._random).to(batch.device)
@@ -129,7 +129,7 @@ class PatchSimilarity:
         ]
 
     def _moved(self, images: Tensor, most: float) -> Tensor:
-        """Roll all images by one offset in both dims, and flip them with probability one half."""
+        """Roll all images by one random offset in both dims, and flip them with probability 1/2."""
         limit = round(most * min(images.shape[-2:]))
         offset = int(torch.randint(-limit, limit + 1, (), generator=self._random))
         moved = images.roll((offset, offset), (2, 3))
@@ -146,7 +146,7 @@ class PatchSimilarity:
 def rate(within: float, step: float) -> float:
     """Return the factor of the learning rate: linear warm-up for 20 %, then half a cosine.
 
-    ``within``: share of the half run that is done; ``step``: what one iteration adds to it.
+    ``within``: completed share of this half of the run; ``step``: the share of one iteration.
     """
     if within < _WARM_UP:
         return min(1.0, (within + step) / _WARM_UP)

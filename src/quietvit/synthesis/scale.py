@@ -1,6 +1,6 @@
-"""The pixels of a model: its image size, and the scale in which it takes them.
+"""A model's image size and normalization, and the conversion from natural units.
 
-Generators work in ImageNet's normalization, so that published settings hold for every model.
+Generators use ImageNet's normalization, so published settings fit every model.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Size = int | tuple[int, int] | None
 
 @dataclass(frozen=True)
 class PixelScale:
-    """A model takes images (C, H, W) of ``size`` whose pixels p in 0..1 became (p - mean) / std.
+    """The ``size`` (C, H, W) of a model's images, and its normalization (p - mean) / std.
 
-    Natural units are those of ImageNet's normalization: pixels of natural images have mean 0 and
-    deviation 1 there. Models with other than 3 channels have the average over ImageNet's colours.
+    p are pixels in 0..1. Natural units are pixels in ImageNet's normalization, where natural images
+    have mean 0 and deviation 1. If C is not 3, each channel has the average of ImageNet's channels.
     """
 
     size: tuple[int, int, int]
@@ -33,7 +33,7 @@ class PixelScale:
     std: tuple[float, ...]
 
     def natural(self) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation of natural pixels in 0..1, each (C, 1, 1)."""
+        """Return mean and deviation of natural images in 0..1, each (C, 1, 1)."""
         parts = (torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD))
         if self.size[0] != 3:
             parts = tuple(part.mean().repeat(self.size[0]) for part in parts)  # type: ignore[assignment]
@@ -45,13 +45,13 @@ class PixelScale:
         return (-mean / std).to(device), ((1 - mean) / std).to(device)
 
     def to_model(self, images: Tensor) -> Tensor:
-        """Map images (N, C, H, W) from natural units to what the model takes."""
+        """Convert images (N, C, H, W) from natural units to the model's normalization."""
         mean, std = (part.to(images) for part in self.natural())
         shift, factor = self._own(images)
         return (images * std + mean - shift) / factor
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Map images (N, C, H, W) from what the model takes to pixels in 0..1."""
+        """Convert images (N, C, H, W) from the model's normalization to pixels in 0..1."""
         shift, factor = self._own(images)
         return (images * factor + shift).clamp(0, 1)
 
@@ -61,14 +61,13 @@ class PixelScale:
 
 
 def pixel_scale(model: nn.Module, size: Size = None) -> PixelScale:
-    """Return the scale of a model; ``size`` replaces its own height and width.
+    """Return the scale of a model. ``size`` replaces its own height and width.
 
-    Sources: the canvas of a detector; ``model.pretrained_cfg``, which timm sets, and
-    ``quietvit.data.create_model`` also for transformers; torchvision, whose weights all take
-    ImageNet's normalization.
+    A detector states its canvas. timm and ``quietvit.data.create_model`` set
+    ``model.pretrained_cfg``. torchvision's classifiers all use ImageNet's normalization.
 
     Raises:
-        QuietvitError: no source tells mean, standard deviation or size.
+        QuietvitError: the mean, standard deviation or size is unknown.
     """
     model = plain_model(model)
     where = type(model).__module__
@@ -89,8 +88,8 @@ def pixel_scale(model: nn.Module, size: Size = None) -> PixelScale:
         if len(own.mean) == len(own.std) == channels:
             return own
         raise QuietvitError(
-            f"{type(model).__name__} takes images of {channels} channels, but its normalization "
-            f"has mean {own.mean} and std {own.std}. Set one value for each channel in "
+            f"{type(model).__name__} takes images with {channels} channels, but its normalization "
+            f"has mean {own.mean} and std {own.std}. Set one value per channel in "
             "model.pretrained_cfg."
         )
     if where.startswith("torchvision.models"):
@@ -108,6 +107,6 @@ def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise QuietvitError(
-            f"the image size is {size!r}; give one side, or height and width, in whole pixels."
+            f"the image size is {size!r}. Give one side, or height and width, in whole pixels."
         )
     return sides[0], sides[1]

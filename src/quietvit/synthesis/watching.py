@@ -1,6 +1,6 @@
-"""What generators look at during a pass: patches in attention, outputs, inputs of BatchNorms.
+"""Capture what the loss terms need in a pass: attention patches, outputs, BatchNorm inputs.
 
-All of it is found through the trace and by stored statistics, never by module names.
+The trace and the stored statistics locate them; module names play no role.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Look = Callable[[Site, Tensor], None]
 
 
 def output_sites(trace: Trace) -> tuple[str, ...]:
-    """Return the sites whose outputs count as the model's: its heads, else the last sites.
+    """Return the sites that produce the model's outputs: its heads, or else its last sites.
 
-    Sums at the end are left out where there is anything else: they move a detector's boxes.
+    Final sums, which shift a detector's boxes, are skipped if there are other last sites.
     """
     heads = tuple(site.name for site in trace.sites if site.role == "head")
     if heads:
@@ -65,19 +65,22 @@ def _run(
 
 
 class Patches:
-    """The attention outputs of a model, as patches (samples, N, D) averaged over heads."""
+    """Read a model's attention outputs as patches (samples, N, D), averaged over heads."""
 
     def __init__(self, model: nn.Module, trace: Trace, probes: Tensor) -> None:
-        """``probes``: two different images, which tell patches from tokens of another origin.
+        """Find the attention sites and their patch tokens.
 
+        ``probes`` are two different images. Tokens that differ between them are patches.
         Raises QuietvitError if the model has no attention over patches.
         """
         self._channelwise = _over_channels(trace)
         self._kept: dict[str, Tensor] = {}
         self.windows = False
-        """Whether an attention runs in windows of the image."""
-        # A query has one row for each token. The rows of a class token and of a decoder's queries
-        # are the same for all images when they first meet attention.
+        """Whether any attention runs in windows of the image."""
+        # The query (samples, N, D) has one row per token. In the first attention with N tokens, a
+        # row is the same for both probes if it is a class token or a decoder's query. A ViT with
+        # 197 tokens keeps rows 1 to 196. Later attentions mix tokens, so ``changing`` collects the
+        # rows that differ in every attention with N tokens so far.
         changing: dict[int, Tensor] = {}
         products: list[tuple[Tensor, torch.Size]] = []  # since the last attention
 
@@ -110,9 +113,9 @@ class Patches:
             _run(model, trace, handler, {"matmul"}, probes)
         if not self._kept:
             raise QuietvitError(
-                f"{trace.model_name} has no attention over patches in its trace, so the patch "
-                "similarity of method 'psaq' has nothing to measure. Use method 'dgh' for a model "
-                "with BatchNorm, else set entropy=0, or use method 'pink'."
+                f"the trace of {trace.model_name} has no attention over patches, so method 'psaq' "
+                "cannot measure patch similarity. Use method 'dgh' if the model has BatchNorm. "
+                "Otherwise set entropy=0, or use method 'pink'."
             )
 
     @property
@@ -120,9 +123,9 @@ class Patches:
         return tuple(self._kept)
 
     def __call__(self, site: Site, output: Tensor) -> Tensor:
-        """Return the patches in the output of a site: (samples, N, D).
+        """Return the patches in the output of a site: (samples, N, D), without other tokens.
 
-        A sample is an image or a window. Tokens that are no patches are left out.
+        A sample is an image or a window.
         """
         tokens, kept = self._tokens(site, output), self._kept[site.name]
         return tokens if len(kept) == tokens.shape[1] else tokens.index_select(1, kept)
@@ -136,13 +139,13 @@ class Patches:
 def _samples(x: Tensor) -> Tensor:
     """Average (B, heads, ..., N, D) over heads and flatten to (samples, N, D).
 
-    Three dims hold the heads in the batch; each head is a sample then.
+    A tensor (B * heads, N, D) has no dim for heads, so each head counts as a sample.
     """
     return (x.mean(1) if x.ndim > 3 else x).flatten(0, -3)
 
 
 def _over_channels(trace: Trace) -> set[str]:
-    """Return the attentions whose probabilities mix channels, so that tokens are the last dim."""
+    """Return the attentions that mix channels. Their tokens are in the last dim."""
     values = {link.source for link in trace.links if "channel_attention" in link.through}
     return {
         site.name
@@ -152,15 +155,14 @@ def _over_channels(trace: Trace) -> set[str]:
 
 
 class Norms:
-    """Watches the inputs of all BatchNorms with stored statistics, by hooks on a private copy.
+    """Record the inputs of all BatchNorms with stored statistics, with hooks on a private copy.
 
-    After a pass, ``seen`` has the moments of each call's input in order, and ``spread`` tells how
-    far single images stray from the statistics of the last one. The last one is the last whose
-    input has several positions for each image.
+    After a pass, ``seen`` holds the moments of each call's input in order. ``spread`` is the
+    ``image_spread`` at the last BatchNorm whose input has several positions per image.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[Tensor], Any], probe: Tensor) -> None:
-        """``run(probe)`` makes one pass over images (B, C, H, W)."""
+        """Add the hooks, then call ``run(probe)``: one pass over images (B, C, H, W)."""
         self.seen: list[Moments] = []
         self.spread: Tensor | None = None
         self._batch = 1
@@ -177,7 +179,7 @@ class Norms:
         if not self.seen:
             raise QuietvitError(
                 f"{type(model).__name__} has no BatchNorm with stored statistics, so method 'dgh' "
-                "has nothing to match. Use method 'psaq', which needs none."
+                "cannot match them. Use method 'psaq', which needs no BatchNorm."
             )
         wide = [i for i, shape in enumerate(shapes) if math.prod(shape) > len(probe) * shape[1]]
         self._last = wide[-1] if wide else -1
@@ -186,7 +188,7 @@ class Norms:
         ]
 
     def start(self, batch: int) -> None:
-        """Forget the last pass; the next one has ``batch`` images."""
+        """Forget the last pass. The next one has ``batch`` images."""
         self.seen, self.spread, self._batch = [], None, batch
 
     def _note(self, module: Any, inputs: tuple[Any, ...]) -> None:
@@ -200,7 +202,7 @@ class Norms:
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm, frozen or not, with running statistics of its channels."""
+    """Whether a module is a BatchNorm with running statistics, frozen or not."""
     if isinstance(module, _InstanceNorm):
         return False
     mean, variance = (getattr(module, name, None) for name in ("running_mean", "running_var"))

@@ -1,6 +1,6 @@
-"""Tasks: what a run trains for. ``Task`` is what the training loop asks; one file is one task.
+"""Training tasks. The training loop works through ``Task``, and each task is one file.
 
-The loop, checkpoints and result files are in ``quietvit.train`` and know no task by name.
+``quietvit.train`` holds the loop, checkpoints and result files. It never names a task.
 """
 
 from quietvit.tasks.classification import Classification

@@ -1,6 +1,6 @@
-"""Classification: integer labels, logits (B, classes), cross-entropy, top-1 in percent.
+"""The classification task: integer labels, logits (B, classes), cross-entropy, top-1 in percent.
 
-Data sets and single evaluations of a classifier are in ``quietvit.data``.
+``quietvit.data`` opens data sets and evaluates classifiers outside of a run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from quietvit.outputs import heads
 from quietvit.tasks.task import Batch, Metric, Task
 
 _MOST_CLASSES = 2000
-"""With more classes, the first image of each is not looked at (``facts``)."""
+"""``facts`` reads the first image of each class, unless there are more classes than this."""
 
 
 class Classification(Task):
@@ -45,17 +45,18 @@ class Classification(Task):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        smoothing = 0.0 if config.mix.active else config.label_smoothing  # else mixing smooths
+        # Mixup applies label_smoothing itself.
+        smoothing = 0.0 if config.mix.active else config.label_smoothing
         self._criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
         self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self._classes: int | None = config.data.num_classes
 
     def open_data(self) -> tuple[ImageDataset, ImageDataset]:
-        """Open both data sets. Classes of the test images are found by name where both have names.
+        """Open both data sets. Test classes are matched by name if both sets have class names.
 
         Raises:
-            QuietvitError: a missing path or column, a label out of range, fewer images than asked
-                for, test images of a class that the training images do not have.
+            QuietvitError: a path or column is missing, there are too few images, a label is out of
+                range, or the training images lack a test class.
         """
         data = self.config.data
         train = load_dataset(data.dataset, "train", num_classes=data.num_classes)
@@ -64,11 +65,12 @@ class Classification(Task):
         return train, subset(test, data.test_images)
 
     def facts(self, train: ImageDataset) -> dict[str, Any]:
-        """Number, classes and labels of the images, and the first image of each class.
+        """Return the number of images, the classes, and checksums of labels and first images.
 
-        The first images tell folders that were exchanged, where no names tell it.
+        The first image of each class reveals swapped folders when there are no class names.
         """
-        windowed = self.config.data.shuffle_window is not None  # the order follows the groups
+        # With a shuffle window, the order of images depends on the groups.
+        windowed = self.config.data.shuffle_window is not None
         told = {"labels": train.labels, "groups": train.groups if windowed else None}
         hashed = {
             key: hashlib.sha256(values.tobytes()).hexdigest()
@@ -141,7 +143,7 @@ class Classification(Task):
         return images, torch.arange(count) % (self._classes or class_count(model) or 1)
 
     def tensors(self, output: Any) -> tuple[Tensor, ...]:
-        """Return the logits (B, classes) of each head: a distilled model trains two."""
+        """Return the logits (B, classes) of each head. A distilled model has two."""
         return heads(output)
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
@@ -158,7 +160,7 @@ class Classification(Task):
         device: str | torch.device = "cpu",
         progress: bool = False,
     ) -> tuple[int, int]:
-        """Return how many images are right, and how many there are."""
+        """Return the number of correct images and the number of all images."""
         return count_right(model, batches, device, progress)
 
     def score(self, judged: Sequence[tuple[int, int]]) -> float:
@@ -187,9 +189,9 @@ def _of_image(
 
 
 def _first_images(train: ImageDataset) -> list[str] | None:
-    """A checksum of the first image of each class, "" where there is none that can be read.
+    """Return a checksum of the first image of each class, or "" if none can be read.
 
-    None for images that lie together on disk: reading one reads many, and no folder is exchanged.
+    Grouped images give None: reading one reads many, and no folder can be swapped.
     """
     if train.groups is not None or train.num_classes > _MOST_CLASSES:
         return None

@@ -1,6 +1,6 @@
-"""Detection: images with boxes, a detector of ``quietvit.detection``, COCO's box AP in percent.
+"""The detection task: images with boxes, a detector, and COCO's box AP in percent.
 
-Data sets, models and AP are in ``quietvit.detection``; here is what a training run asks for.
+``quietvit.detection`` holds the data sets, models and AP. This file connects them to a run.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from quietvit.section import Section
 from quietvit.tasks.task import Batch, Metric, Task
 
 _OF_TORCHVISION = ("detector", "channels", "scales", "options")
-"""Settings of detectors that are built on a backbone here."""
+"""Settings for detectors on a timm backbone only."""
 
 
 class DetectionSettings(Section):
     """The detector and its data.
 
-    ``size``: height and width that every image is fitted to; None takes the backbone's own.
-    ``channels`` and ``scales`` are of the feature pyramid, ``options`` go to the detector (see
-    ``quietvit.detection.faster_rcnn``). ``max_bad_boxes``: leave out so many wrong annotations of
-    the training images, and so many of the test images; with more the run is refused.
+    ``size`` is the height and width of the canvas; None takes the backbone's own. ``channels`` and
+    ``scales`` belong to the feature pyramid, and ``options`` are passed to the detector (see
+    ``quietvit.detection.faster_rcnn``). ``max_bad_boxes`` wrong annotations are tolerated in the
+    training images, and as many in the test images.
     """
 
     detector: Literal["faster_rcnn", "retinanet", "fcos"] = "faster_rcnn"
@@ -55,7 +55,7 @@ class DetectionSettings(Section):
 
 
 class Detection(Task):
-    """Object detection. ``model.name`` is a timm backbone, or ``hf:/folder`` of a detector."""
+    """Object detection. ``model.name`` is a timm backbone, or ``hf:/folder`` with a detector."""
 
     name = "detection"
     metric = Metric("ap", "box AP", "%")
@@ -70,22 +70,23 @@ class Detection(Task):
         ):
             if used:
                 raise QuietvitError(
-                    f"{key} belongs to classification, and the task is detection; leave it out. "
-                    "Boxes are augmented by task_settings.augmentation."
+                    f"{key} belongs to classification, but the task is detection. Remove it. "
+                    "task_settings.augmentation augments images with boxes."
                 )
 
     def open_data(self) -> tuple[DetectionDataset, DetectionDataset]:
-        """Open both data sets. Classes of the test images are found by name.
+        """Open both data sets. Test classes are matched by name.
 
         Raises:
-            QuietvitError: as ``load_detection_dataset``; more classes than ``data.num_classes``.
+            QuietvitError: ``data.num_classes`` differs from the number of classes; or see
+                ``load_detection_dataset``.
         """
         data, most = self.config.data, self.own.max_bad_boxes
         train = load_detection_dataset(data.dataset, "train", max_bad_boxes=most)
         if data.num_classes not in (None, train.num_classes):
             raise QuietvitError(
-                f"data.num_classes is {data.num_classes}, and {train.name} has "
-                f"{train.num_classes} classes; leave data.num_classes out."
+                f"data.num_classes is {data.num_classes}, but {train.name} has "
+                f"{train.num_classes} classes. Remove data.num_classes."
             )
         test = load_detection_dataset(
             data.dataset, "test", class_names=train.class_names, max_bad_boxes=most
@@ -113,7 +114,7 @@ class Detection(Task):
     def evaluation_loader(
         self, model: nn.Module, dataset: Any, batch_size: int, num_workers: int
     ) -> Any:
-        # Callers ask for a classifier's batches; a detector's images are many times as large.
+        # Callers choose the batch size for classifiers. A detector's images are much larger.
         return detection_loader(dataset, min(batch_size, 2 * self.config.batch_size), num_workers)
 
     def calibration(self, model: nn.Module, dataset: Any, count: int, seed: int) -> Tensor:
@@ -135,7 +136,7 @@ class Detection(Task):
     def refuse_unfit(self, model: nn.Module, output: Any) -> None:
         if not (isinstance(output, Sequence) and output and "boxes" in output[0]):
             raise QuietvitError(
-                f"{self.built} gives {type(output).__name__} for one image, not its boxes, so it "
+                f"{self.built} returns {type(output).__name__} for one image, not its boxes, so it "
                 "cannot be trained as a detector. Change model.kwargs or task_settings."
             )
 
@@ -149,7 +150,7 @@ class Detection(Task):
     def call(self, forward: Callable[..., Any], batch: Batch) -> Any:
         """Return the losses by name in training mode, the boxes of each image in eval mode."""
         images, targets = batch
-        # torchvision writes scaled boxes into a copy of each target, and reads these two alone.
+        # torchvision reads only these two keys, and writes scaled boxes into a copy of the target.
         return forward(images, [{key: one[key] for key in ("boxes", "labels")} for one in targets])
 
     def tensors(self, output: Any) -> tuple[Tensor, ...]:
@@ -168,15 +169,15 @@ class Detection(Task):
         device: str | torch.device = "cpu",
         progress: bool = False,
     ) -> Judged:
-        """Return what there is and what was predicted, image by image."""
+        """Return ground truth and predictions of each image."""
         return predict_all(model, batches, device, progress)
 
     def score(self, judged: Sequence[Judged]) -> float:
-        """Return the AP of all images together. It is no mean over processes."""
+        """Return the AP over all images. This differs from the mean of the processes' APs."""
         return box_ap([image for part in judged for image in part]).ap
 
     def _whole(self, classes: int, names: Sequence[str] | None, untrained: bool) -> nn.Module:
-        """Open a transformers detector. Settings that only torchvision's take are refused."""
+        """Open a transformers detector. Refuse settings for detectors on a timm backbone."""
         chosen, own, default = self.config.model, self.own, DetectionSettings()
         ours = {f"task_settings.{key}": getattr(own, key) for key in _OF_TORCHVISION}
         usual = {f"task_settings.{key}": getattr(default, key) for key in _OF_TORCHVISION}
@@ -185,8 +186,8 @@ class Detection(Task):
         given = [key for key, value in ours.items() if value != usual[key]]
         if given:
             raise QuietvitError(
-                f"{chosen.name} is a whole detector with its own weights and preprocessing; leave "
-                f"{', '.join(given)} out."
+                f"{chosen.name} is a whole detector with its own weights and preprocessing, so "
+                f"leave {', '.join(given)} out."
             )
         return hf_detector(
             chosen.name[3:],

@@ -1,6 +1,6 @@
-"""The tasks by name. A new task is one file with a ``Task``, and one row here.
+"""The registry of tasks. A new task is one file with a ``Task``, and one row here.
 
-What a task has to answer is in ``task``.
+``task`` defines the interface.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, De
 
 
 def register_task(task: type[Task]) -> type[Task]:
-    """Make a task known by its ``name``, so that ``task = "..."`` in a recipe finds it.
+    """Register a task, so that ``task = "<its name>"`` in a recipe finds it.
 
-    It returns the class, so that it can stand as a decorator.
+    Returns the class, so it also works as a decorator.
 
     Raises:
         QuietvitError: another task has this name.
@@ -25,7 +25,7 @@ def register_task(task: type[Task]) -> type[Task]:
     if known is not task:
         raise QuietvitError(
             f"a task named {task.name!r} is registered already ({known.__module__}."
-            f"{known.__qualname__}); give {task.__qualname__} another name."
+            f"{known.__qualname__}). Give {task.__qualname__} another name."
         )
     return task
 
@@ -34,7 +34,7 @@ def task_named(name: str) -> type[Task]:
     """Return the class of a task. Raises QuietvitError for a name that is not registered."""
     if name not in _TASKS:
         raise QuietvitError(
-            f"no task is named {name!r}{nearest(name, _TASKS)}; there are: "
+            f"no task is named {name!r}{nearest(name, _TASKS)}. The tasks are "
             f"{', '.join(task_names())}. Register your own with quietvit.register_task."
         )
     return _TASKS[name]

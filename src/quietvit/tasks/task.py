@@ -1,6 +1,6 @@
-"""What a run asks its task: data, model, batches, loss, and the figure that it is judged by.
+"""The interface of a task: its data, model, batches, loss and metric.
 
-A task trains nothing and writes no file; ``train`` does both, for every task alike.
+``train`` trains and writes files, in the same way for every task.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from quietvit.data.images import subset
 from quietvit.section import Section
 
 Batch = tuple[Any, Any]
-"""What the model is called with, and the targets. For a classifier: (B, 3, H, W) and (B,)."""
+"""The model's inputs and the targets. For a classifier: (B, 3, H, W) and (B,)."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The figure a task is judged by. More is better.
+    """The metric of a task. Higher is better.
 
-    ``key`` names it in files (``top1``), ``name`` in sentences (``top-1``), ``unit`` follows the
-    number.
+    ``key`` is its name in files (``top1``), and ``name`` its name in sentences (``top-1``).
+    ``unit`` follows the number.
     """
 
     key: str
@@ -44,34 +44,33 @@ class Metric:
 
     @property
     def in_words(self) -> str:
-        """For a title: ``top-1 in percent``."""
+        """The metric with its unit in words: ``top-1 in percent``."""
         return self.axis.replace("%", "percent")
 
     def text(self, value: float) -> str:
-        """Return for example ``top-1 81.20 %``."""
+        """Return the metric with a value, such as ``top-1 81.20 %``."""
         return f"{self.name} {value:.2f} {self.unit}".rstrip()
 
 
 class NoSettings(Section):
-    """A task without keys of its own in ``task_settings``."""
+    """The settings of a task that takes no ``task_settings``."""
 
 
 class Task(ABC):
-    """One kind of training: classification, detection, ...
+    """What a run trains for: classification, detection, ...
 
-    A run makes one task from its ``quietvit.TrainConfig``. Calls come in this order: ``open_data``,
-    ``create_model``, ``refuse_unfit``, then batches and losses. A dry run leaves out ``open_data``
-    where the data is missing.
+    A run makes one task from its ``quietvit.TrainConfig``. It calls ``open_data`` (not in a dry run
+    without data), ``create_model`` and ``refuse_unfit``, then makes batches and losses.
 
-    A batch is a pair (inputs, targets): ``model(inputs)`` runs the model. A data set has a length,
-    ``name``, ``groups`` (as ``quietvit.data.ImageDataset``), ``where(index)`` for errors, and
-    ``dataset[index] -> (PIL image, target)``.
+    A batch is a pair (inputs, targets), and ``model(inputs)`` runs the model. A data set has
+    ``len``, ``name``, ``groups`` (see ``quietvit.data.ImageDataset``), ``where(index)`` for errors,
+    and ``dataset[index] -> (PIL image, target)``.
     """
 
     name: ClassVar[str]
     metric: ClassVar[Metric]
     settings: ClassVar[type[Section]] = NoSettings
-    """The keys that ``task_settings`` may hold in a recipe."""
+    """The schema of ``task_settings`` in a recipe."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -81,49 +80,49 @@ class Task(ABC):
 
     @abstractmethod
     def open_data(self) -> tuple[Any, Any]:
-        """Open all training images, and the test images that the run is judged by."""
+        """Return the data sets of training images and test images."""
 
     @abstractmethod
     def facts(self, train: Any) -> dict[str, Any]:
-        """Return what tells one training set from another, as JSON, for a checkpoint.
+        """Return JSON data that identifies the training set, to store in a checkpoint.
 
-        ``images`` is their number. A resumed run must find the same facts.
+        ``images`` is the number of images. A resumed run must find the same facts.
         """
 
     @abstractmethod
     def training_transform(self, model: nn.Module) -> Callable[[Any, Any], tuple[Any, Any]]:
-        """Return what makes one sample of a batch from an image and its target, at random.
+        """Return the random augmentation: (image, target) -> one sample of a batch.
 
-        It can be pickled, and draws from Python's, numpy's and torch's global generators alone.
+        It must be picklable, and use only the global generators of Python, numpy and torch.
         """
 
     def subset(self, dataset: Any, count: int | None) -> Any:
-        """Return ``count`` images of a data set, always the same ones; all of them for None."""
+        """Return ``count`` images of a data set, always the same ones. None returns all."""
         return subset(dataset, count)
 
     def collate(self) -> Callable[[list[Any]], Batch] | None:
-        """Return what makes a batch of samples; None takes torch's default."""
+        """Return the function that makes a batch from samples; None means torch's default."""
         return None
 
     @abstractmethod
     def evaluation_loader(
         self, model: nn.Module, dataset: Any, batch_size: int, num_workers: int
     ) -> Any:
-        """Return a ``DataLoader`` of batches in the order of the data set, without randomness."""
+        """Return a ``DataLoader`` over the data set in order, without augmentation."""
 
     @abstractmethod
     def calibration(self, model: nn.Module, dataset: Any, count: int, seed: int) -> Any:
-        """Return ``count`` images drawn by ``seed``, as the model takes them."""
+        """Return ``count`` images drawn with ``seed``, as input of the model."""
 
     # Model
 
     @abstractmethod
     def create_model(self, train: Any | None, *, untrained: bool) -> nn.Module:
-        """Build the model that the configuration names, with a head for the training data.
+        """Build the configured model with a head for the training data.
 
         Args:
             train: the training data; None in a dry run without data.
-            untrained: random weights, since a checkpoint is loaded next.
+            untrained: use random weights, because a checkpoint is loaded next.
         """
 
     @abstractmethod
@@ -135,29 +134,29 @@ class Task(ABC):
 
     @abstractmethod
     def refuse_unfit(self, model: nn.Module, output: Any) -> None:
-        """Refuse a model that cannot be trained for this task.
+        """Raise QuietvitError if the model cannot be trained for this task (see ``built``).
 
-        ``output`` is what it returns in eval mode for one image. ``model.kwargs`` can make a model
-        that returns something else than the loss takes. Raises QuietvitError; see ``built``.
+        ``output`` is the model's output for one image in eval mode. With unsuitable
+        ``model.kwargs``, a model returns output that the loss cannot take.
         """
 
     @abstractmethod
     def stand_in(self, model: nn.Module, count: int) -> Batch:
-        """Return a batch of ``count`` images of noise, the same each time, on the CPU.
+        """Return a batch of ``count`` noise images on the CPU, the same in each call.
 
-        The model is traced with its inputs, and a dry run is measured on it.
+        The run traces the model with it, and a dry run measures time and memory with it.
         """
 
     def call(self, forward: Callable[..., Any], batch: Batch) -> Any:
-        """Call the model on a batch, as ``loss`` does: ``forward(inputs)``.
+        """Call the model on a batch as ``loss`` does: ``forward(inputs)``.
 
-        A model that computes its losses itself takes the targets too.
+        Override it for a model that takes the targets and computes its own losses.
         """
         return forward(batch[0])
 
     @abstractmethod
     def tensors(self, output: Any) -> tuple[Tensor, ...]:
-        """Return the tensors of what ``call`` returns, that the loss can reach."""
+        """Return the tensors in the output of ``call`` that a loss can use."""
 
     @property
     def built(self) -> str:
@@ -170,7 +169,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
-        """Return the loss of one batch, a scalar. ``forward`` is the model to call."""
+        """Return the scalar loss of one batch. ``forward`` calls the model."""
 
     @abstractmethod
     def judge(
@@ -180,11 +179,11 @@ class Task(ABC):
         device: str | torch.device = "cpu",
         progress: bool = False,
     ) -> Any:
-        """Run the model on batches; return what ``score`` needs of them.
+        """Run the model on batches and return what ``score`` needs.
 
-        Each process judges its share. What is returned can be pickled.
+        Each process judges its own share. The result must be picklable.
         """
 
     @abstractmethod
     def score(self, judged: Sequence[Any]) -> float:
-        """Return the metric from what every process has judged."""
+        """Return the metric from the results of all processes."""

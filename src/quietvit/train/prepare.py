@@ -1,6 +1,6 @@
-"""Build what trains a model (optimizer, schedule, average, regularizers), also in mid-run.
+"""Build optimizer, schedule, moving average and regularizers, also when a run gets quantized.
 
-``setup`` builds the run around it. The quantized model itself is made in ``qat``.
+``setup`` builds the run around them. ``qat`` makes the quantized model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def prepared(
     facts: RunFacts,
     stopwatch: Stopwatch,
 ) -> tuple[Models, Optimization, Watch]:
-    """Build what trains ``plain``, and prepare both with accelerate."""
+    """Build optimizer, schedule, average and regularizers, and prepare them with accelerate."""
     core = core_of(plain)
     evaluated = without_memory(plain) if is_sharded(accelerator) else copy.deepcopy(plain)
     average = _average(config, plain)
@@ -65,10 +65,10 @@ def prepared(
 
 
 def quantize_in_place(training: Training) -> None:
-    """Quantize the model of a run that has trained in float, and go on with the quantized one.
+    """Replace the model of a run that trained in float by a quantized copy.
 
-    Adam's moments stay where the method leaves a weight as it was. Regularizers go on counting
-    steps. The moving average starts again. The run's random numbers do not change.
+    Adam's moments are kept for weights that the method does not change. Regularizers keep their
+    step counts. The moving average restarts. The random state of the run does not change.
     """
     from accelerate.utils import send_to_device
 

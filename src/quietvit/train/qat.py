@@ -1,6 +1,6 @@
-"""Quantization-aware training in a run: the recipe section, and the quantized form of a model.
+"""Quantization-aware training: the recipe section, and the quantized model of a run.
 
-Learned steps are in ``quantization.learned``. ``setup`` builds the run around the model.
+``quantization.learned`` makes steps trainable. ``setup`` builds the run around the model.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from quietvit.tracing import evaluating, trace
 
 
 class QATConfig(Section):
-    """Quantization-aware training: quantize the model with ``method``, then train it on.
+    """Quantization-aware training: quantize the model with ``method``, then continue training.
 
     ``method`` and ``bits`` are written as for ``quietvit quantize``: ``rtn-omse``, ``W4A4`` or
-    ``W4A4+attention-maps-8``. ``overrides`` gives other bits to roles or sites, and ``options``
-    sets further fields of the method. The run trains in float before ``start_epoch``, counted from
-    0. Then it calibrates on ``images`` training images, which ``seed`` of the run draws.
-    ``steps``: ``learned`` trains the steps of uniform quantizers as LSQ does, ``fixed`` keeps all
-    steps as calibrated.
+    ``W4A4+attention-maps-8``. ``overrides`` sets other bits for roles or sites, and ``options``
+    sets other fields of the method. The run trains in float until ``start_epoch``, counted from 0.
+    Then it calibrates on ``images`` training images, drawn with the run's ``seed``. With ``steps =
+    "learned"``, the steps of uniform quantizers train as in LSQ; ``"fixed"`` keeps them.
     """
 
     method: str = "rtn-omse"
@@ -41,7 +40,7 @@ class QATConfig(Section):
     images: int = Field(default=32, ge=1)
 
     def configured(self) -> Method:
-        """Return the method's config. Raises QuietvitError for an unknown method or a bad field."""
+        """Return the method's config. Raises QuietvitError for an unknown method or bad field."""
         options = [f"{key}={json.dumps(value)}" for key, value in self.options.items()]
         if self.overrides:
             options.append(f"overrides={json.dumps(self.overrides.plain())}")
@@ -57,14 +56,14 @@ class QATConfig(Section):
 
 
 def core_of(model: nn.Module) -> nn.Module:
-    """Return the model inside a quantized one, and any other model itself."""
+    """Return the model inside a QuantizedModel, or any other model unchanged."""
     return model.model if isinstance(model, QuantizedModel) else model
 
 
 def refuse_unfit_sites(config: QATConfig, model: nn.Module, example: Any) -> None:
-    """Raise QuietvitError, before any training, if ``quantized_model`` would refuse the model.
+    """Raise QuietvitError before any training if ``quantized_model`` would fail.
 
-    That is: if ``exclude`` or ``overrides`` match nothing, or no step can be learned.
+    It fails if ``exclude`` or ``overrides`` match nothing, or if no step can be learned.
     """
     method = config.configured()
     with evaluating(model):
@@ -80,7 +79,7 @@ def refuse_unfit_sites(config: QATConfig, model: nn.Module, example: Any) -> Non
 
 
 def quantized_model(config: QATConfig, model: nn.Module, images: Any) -> QuantizedModel:
-    """Return a quantized copy of ``model`` to train, calibrated on ``images``."""
+    """Return a quantized copy of ``model`` for training, calibrated on ``images``."""
     with evaluating(model):
         found = quantize(model, config.configured(), images, progress=False)
     if config.steps == "learned":
@@ -90,7 +89,7 @@ def quantized_model(config: QATConfig, model: nn.Module, images: Any) -> Quantiz
 
 
 def state_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return what ``restored_model`` needs beside the weights; None if nothing is quantized."""
+    """Return what ``restored_model`` needs besides the weights, or None for a float model."""
     if not isinstance(model, QuantizedModel):
         return None
     quantizers = {slot: model.quantizer(slot.site.name, slot.operand) for slot in model.slots()}
@@ -108,7 +107,7 @@ def state_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def restored_model(config: QATConfig, model: nn.Module, state: Mapping[str, Any]) -> QuantizedModel:
-    """Return the quantized model that ``state_of`` described, around the weights of ``model``."""
+    """Rebuild a quantized model from ``state_of`` and the weights of ``model``."""
     with evaluating(model):
         found = trace(model, zero_image(model, state["input_shape"]))
     quantizers, adjustments, compensations = build_parts(state["parts"], found)
