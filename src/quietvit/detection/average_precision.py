@@ -22,8 +22,6 @@ from quietvit.tracing import evaluating
 Judged = list[tuple[dict[str, Any], dict[str, Any]]]
 """For each image: its ground truth (keys of ``dataset.Target``) and its predictions, as lists."""
 
-MAX_DETECTIONS = 100
-
 
 @dataclass(frozen=True)
 class BoxAP:

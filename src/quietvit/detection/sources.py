@@ -1,6 +1,6 @@
-"""Open detection data sets by name: ``coco:`` and ``voc:``, with parts for training and test.
+"""Open detection data sets by name: ``coco:``, ``voc:`` and ``objects:``.
 
-``coco`` and ``voc`` read the files.
+``coco``, ``voc`` and ``objects`` read the files.
 """
 
 from __future__ import annotations
