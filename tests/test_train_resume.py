@@ -224,10 +224,10 @@ def test_a_run_that_went_on_meanwhile_is_not_set_back(tmp_path, monkeypatch):
     build = loop.build
     interrupt(tmp_path / "run", monkeypatch, 5)
 
-    def slow(chosen, **given):
+    def slow(*given):
         monkeypatch.setattr(loop, "build", build)
         run(tmp_path / "run", resume=True)
-        return build(chosen, **given)
+        return build(*given)
 
     monkeypatch.setattr(loop, "build", slow)
     with pytest.raises(QuietvitError, match="another process wrote into"):
@@ -300,10 +300,10 @@ def test_a_run_that_began_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     """Between the first look at the folder and the first byte, another run came and went."""
     build = loop.build
 
-    def slow(chosen, **given):
+    def slow(*given):
         monkeypatch.setattr(loop, "build", build)
         run(tmp_path / "run", seed=1)
-        return build(chosen, **given)
+        return build(*given)
 
     monkeypatch.setattr(loop, "build", slow)
     with pytest.raises(QuietvitError, match="holds a finished run"):
