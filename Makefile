@@ -9,6 +9,7 @@
 PYTHON ?= python3
 PYTHON_LOWER ?= python3.12
 VENV_LOWER ?= .venv-lower
+VENV_DOCS ?= .venv-docs
 PYTEST_ARGS ?=
 DEMO ?= quietvit compare --recipe digits --seeds 0,1,2,3,4 --output demo-output --force
 
@@ -21,6 +22,7 @@ BIN := $(VENV)/bin
 
 STAMP := $(VENV)/.quietvit-installed
 STAMP_LOWER := $(VENV_LOWER)/.quietvit-installed
+STAMP_DOCS := $(VENV_DOCS)/.quietvit-installed
 ifneq ($(VENV),.venv)
 READY := $(if $(wildcard $(BIN)/lint-imports),,$(STAMP))
 else
@@ -33,7 +35,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-lower lint format clean
+.PHONY: help install demo test test-lower lint format docs clean
 
 help:
 	@echo "make demo        train with and without Colinearity Decay on embedded digits, quantize, report"
@@ -41,6 +43,7 @@ help:
 	@echo "make test-lower  every test, on the lowest versions that pyproject.toml claims ($(PYTHON_LOWER))"
 	@echo "make lint        ruff, format, types, import direction"
 	@echo "make format      rewrite the code as ruff formats it"
+	@echo "make docs        the documentation site, in site/ (its own small environment $(VENV_DOCS))"
 	@echo "make install     only make the environment $(VENV)"
 	@echo "make clean       remove the environments and the caches"
 
@@ -71,6 +74,18 @@ $(STAMP_LOWER): pyproject.toml requirements/lower-bounds.txt
 	"$(VENV_LOWER)/bin/python" -m pip check
 	@touch "$@"
 
+# The site is made from the source as text, so this environment needs only the extra, not torch.
+$(STAMP_DOCS): pyproject.toml
+	$(call environment,$(PYTHON),$(VENV_DOCS))
+	"$(VENV_DOCS)/bin/python" -c 'import tomllib; \
+	  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	  print(*extras["docs"], sep="\n")' > "$(VENV_DOCS)/requirements.txt"
+	"$(VENV_DOCS)/bin/python" -m pip install --requirement "$(VENV_DOCS)/requirements.txt"
+	@touch "$@"
+
+docs: $(STAMP_DOCS)
+	NO_MKDOCS_2_WARNING=1 "$(VENV_DOCS)/bin/mkdocs" build --strict
+
 demo: $(READY)
 	"$(BIN)/"$(DEMO)
 
@@ -91,5 +106,5 @@ format: $(READY)
 	"$(BIN)/ruff" format
 
 clean:
-	rm -rf .venv .venv-lower demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+	rm -rf .venv .venv-lower .venv-docs site demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
 	  .hypothesis build dist

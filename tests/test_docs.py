@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import quietvit
 from huggingface_cases import classifier, saved
 from quietvit import cli
 from quietvit.data import create_model
@@ -58,7 +59,10 @@ def kept_registries() -> Iterator[None]:
     "page",
     [
         *PAGES,
-        *(f"docs/{name}.md" for name in ("bits", "detection", "extending", "qat", "synthesis")),
+        *(
+            f"docs/{name}.md"
+            for name in ("bits", "detection", "extending", "qat", "serving", "synthesis")
+        ),
     ],
 )
 def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +126,9 @@ def test_the_commands_and_options_named_exist() -> None:
     texts += [re.sub(r"\\\n#", " ", path.read_text("utf-8")) for path in list_recipes().values()]
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
     texts += [f"{command.epilog}" for command in commands.values()]
-    calls = re.findall(r"^[#$ ]*quietvit ([a-z]+) (.*)$", "\n".join(texts), re.MULTILINE)
+    calls = re.findall(
+        r"^[#$ ]*(?:\.venv/bin/)?quietvit ([a-z]+) (.*)$", "\n".join(texts), re.MULTILINE
+    )
     assert len(calls) > 10
     for command, rest in calls:
         options = {name for option in commands[command].params for name in option.opts} | {"--help"}
@@ -140,21 +146,20 @@ TIMM = f"{FEW} -s model.kwargs.depth=1 -s model.kwargs.img_size=32"
 # How a command of the README begins, and what makes it short. They run in this order.
 SHORT = {
     "quietvit --help": "",
-    "quietvit pairs swin_tiny_patch4_window7_224": "",
+    "quietvit train --recipe digits": "-s epochs=1 -s schedule.warmup_epochs=0 "
+    "-s data.train_images=64 -s data.test_images=20",
+    "quietvit quantize runs/digits": "--count 4",
+    "quietvit export digits.qvit": "",
+    "quietvit check digits.onnx": "--count 4 --seconds 0",
     "quietvit train --recipe imagenet1k_deit_small --dry-run": TIMM
     + " -s data.dataset=imagefolder:/my/images",
     "torchrun --nproc-per-node 8 -m quietvit.cli train": TIMM,  # as one process
     "quietvit train --recipe finetune_hf_folder": FEW + " -s model.freeze_blocks=0 --force",
     "quietvit train --recipe finetune_imagefolder": TIMM + " --force",
     "quietvit quantize runs/mine": "--count 4",
-    "quietvit compare --recipe digits": "--seeds 0 --bits W8A8 --methods rtn-minmax "
-    "--calibration 4 -s epochs=1 -s schedule.warmup_epochs=0 "
-    "-s data.train_images=64 -s data.test_images=20",
+    "quietvit export mine.qvit": "",
 }
 ELSEWHERE = {
-    ". .venv/bin/activate": "changes the shell, and nothing else",
-    "quietvit export": "tests/test_deployment_commands.py",
-    "quietvit check": "tests/test_deployment_commands.py",
     "quietvit predict": "tests/test_deployment_commands.py",
     "pip install": "changes the environment; make and the CI do it",
     "make demo": "is the comparison of digits at full length",
@@ -164,7 +169,7 @@ ELSEWHERE = {
 
 def readme_commands() -> list[str]:
     """Each command of the README's sh blocks on one line, without its comment."""
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / "README.md").read_text("utf-8").replace(".venv/bin/", "")
     lines = "\n".join(SHELL.findall(text)).replace("\\\n", " ").splitlines()
     return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
 
@@ -207,5 +212,19 @@ def test_the_commands_of_the_readme_run(my_files: dict[str, str]) -> None:
         arguments = shlex.split(text.partition("quietvit.cli " if "torchrun" in text else " ")[2])
         done = CliRunner().invoke(cli.app, arguments)
         assert done.exit_code == 0, f"{text}\n{done.output}"
-    assert {"deit", "mine", "digits"} <= {path.name for path in Path("runs").iterdir()}
+    assert {"deit", "mine", "hf", "digits"} <= {path.name for path in Path("runs").iterdir()}
     assert Path("mine.qvit").is_dir()
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    text = (ROOT / "docs/reference.md").read_text("utf-8")
+    assert sorted(re.findall(r"^::: quietvit\.(\w+)$", text, re.M)) == sorted(quietvit.__all__)
+
+
+def test_no_sentence_of_the_readme_has_more_than_twenty_words() -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / "README.md").read_text("utf-8"), flags=re.S | re.M)
+    text = re.sub(r"^\|.*$|!?\]\([^)]*\)|^!\[.*$", "\n", text, flags=re.M)
+    sentences = re.split(r"(?<=[.:?!])\s|\n\s*\n(?=[^a-z])|\n(?=- |#)", text)
+    counted = [(len(re.findall(r"\S*\w\S*", sentence)), sentence) for sentence in sentences]
+    assert len(counted) > 60
+    assert max(counted)[0] <= 20, max(counted)[1]

@@ -48,7 +48,7 @@ class ERQ(OnTop):
     of ones for the bias, and λ = ``ridge``:
 
     1. Activation error: [W, b] += [(ÂᵀÂ + λI)⁻¹ Âᵀ(Y - Â[W, b]ᵀ)]ᵀ. Â has the rows [x̂, 1], and
-       Y = [x, 1][W, b]ᵀ is the float layer's output.
+       Y = ``[x, 1] [W, b]ᵀ`` is the float layer's output.
     2. Weight error: round half of the columns that remain, in order. δ is the change. Compensate it
        in the other half and the bias: -(Â₂ᵀÂ₂ + λI)⁻¹ Â₂ᵀÂ₁ δ. Repeat until all are rounded.
        ``refine``: before each compensation, round up to 100 weights per output the other way, each
