@@ -107,7 +107,7 @@ def test_a_dry_run_measures_a_detector_without_data(tmp_path):
         ({"label_smoothing": 0.1}, "label_smoothing belongs to classification"),
         ({"data": {"dataset": "embedded:digits"}}, "no data set with boxes is named"),
         ({"model": {"name": "hf:/folder"}}, "is a whole detector with its own weights"),
-        ({"data": {"num_classes": 5}}, r"data\.num_classes is 5, and .* has 2"),
+        ({"data": {"num_classes": 5}}, r"data\.num_classes is 5, but .* has 2"),
         ({"task_settings": SETTINGS | {"size": [60, 64]}}, "do not divide into the strides"),
     ],
 )

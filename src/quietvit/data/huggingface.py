@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -258,14 +259,15 @@ def _without_weights(source: str) -> bool:
 def _pretrained(kind: _Kind, source: str, config: Any) -> dict[str, Tensor]:
     """Read the weights under this transformers' names, with the size and classes of ``config``."""
     try:
-        model, info = getattr(_transformers(), kind.auto).from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            **_local(source),
-        )
+        with _without_bars():
+            model, info = getattr(_transformers(), kind.auto).from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **_local(source),
+            )
     except Exception as error:
         raise QuietvitError(_unreadable(source, "the weights", error)) from error
     missing = sorted(info["missing_keys"])
@@ -282,6 +284,20 @@ def _pretrained(kind: _Kind, source: str, config: Any) -> dict[str, Tensor]:
         logger.warning("%s: %d weights are not used (first %s).", source, len(extra), extra[0])
     state: dict[str, Tensor] = model.state_dict()
     return state
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide transformers' bars; reading a local file takes a moment."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _of_head(key: str) -> bool:
