@@ -11,7 +11,9 @@ PYTHON_LOWER ?= python3.12
 VENV_LOWER ?= .venv-lower
 VENV_DOCS ?= .venv-docs
 PYTEST_ARGS ?=
-DEMO ?= quietvit compare --recipe digits --seeds 0,1,2,3,4 --output demo-output --force
+# Three bits: the digits lose next to nothing at four.
+DEMO ?= quietvit compare --recipe digits --seeds 0,1,2,3,4 \
+  --bits W8A8,W4A4+attention-maps-8,W3A3+attention-maps-8 --output demo-output --force
 
 # An active environment is used when it holds the tools already; nothing is ever installed into it.
 ifneq ($(and $(VIRTUAL_ENV),$(wildcard $(VIRTUAL_ENV)/bin/lint-imports)),)

@@ -206,6 +206,12 @@ def test_diagnose_writes_what_it_prints(table, tmp_path):
     assert sorted(path.stat().st_mtime_ns for path in out.iterdir()) == before
 
 
+def test_a_model_that_is_neither_a_folder_nor_a_name_says_both():
+    result = run("evaluate", "run2", "--images", "embedded:digits")
+    assert "there is no folder run2, and timm has no model named 'run2'" in refused(result)
+    assert "random" not in result.output
+
+
 @pytest.mark.parametrize("bits", ["W1A8", "W8A17", "8", "W4"])
 def test_bits_out_of_range_are_refused_before_anything_is_loaded(bits, tmp_path):
     out = tmp_path / "m.qvit"

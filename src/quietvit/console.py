@@ -185,15 +185,21 @@ def build_model(
                 f"here; give {result.weights} to evaluate, export and check."
             )
         return result.load_model()
-    if weights is None and not name.startswith("hf:"):
-        typer.echo("note: the weights of the model are random. Give some with --weights.", err=True)
     if name.startswith("hf:") and is_detector_folder(name[3:]):
         if weights is not None:
             raise QuietvitError(f"{name} is a detector with its own weights; leave --weights out.")
         sides = None if size is None else (size, size)
         return hf_detector(name[3:], classes, size=sides).eval()
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
-    return create_model(name, classes, weights, **sized).eval()
+    try:
+        model = create_model(name, classes, weights, **sized).eval()
+    except QuietvitError as error:
+        if name.startswith("hf:") or not str(error).startswith("timm has no model"):
+            raise
+        raise QuietvitError(f"there is no folder {name}, and {error}") from error
+    if weights is None and not name.startswith("hf:"):
+        typer.echo("note: the weights of the model are random. Give some with --weights.", err=True)
+    return model
 
 
 def build_bare(name: str, size: int | None) -> nn.Module:
