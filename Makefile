@@ -76,12 +76,12 @@ $(STAMP_LOWER): pyproject.toml requirements/lower-bounds.txt
 	"$(VENV_LOWER)/bin/python" -m pip check
 	@touch "$@"
 
-# The site is made from the source as text, so this environment needs only the extra, not torch.
+# The site is made from the source as text, so this environment needs only the group, not torch.
 $(STAMP_DOCS): pyproject.toml
 	$(call environment,$(PYTHON),$(VENV_DOCS))
 	"$(VENV_DOCS)/bin/python" -c 'import tomllib; \
-	  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-	  print(*extras["docs"], sep="\n")' > "$(VENV_DOCS)/requirements.txt"
+	  groups = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
+	  print(*groups["docs"], sep="\n")' > "$(VENV_DOCS)/requirements.txt"
 	"$(VENV_DOCS)/bin/python" -m pip install --requirement "$(VENV_DOCS)/requirements.txt"
 	@touch "$@"
 

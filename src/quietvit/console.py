@@ -168,6 +168,7 @@ def build_model(
     Raises QuietvitError for an unknown model, or if a run is given with weights, classes or size.
     """
     from quietvit.data import create_model
+    from quietvit.data.weights import UnknownModelError
     from quietvit.detection import hf_detector, is_detector_folder
 
     if Path(name).is_dir():
@@ -193,9 +194,7 @@ def build_model(
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
     try:
         model = create_model(name, classes, weights, **sized).eval()
-    except QuietvitError as error:
-        if name.startswith("hf:") or not str(error).startswith("timm has no model"):
-            raise
+    except UnknownModelError as error:
         raise QuietvitError(f"there is no folder {name}, and {error}") from error
     if weights is None and not name.startswith("hf:"):
         typer.echo("note: the weights of the model are random. Give some with --weights.", err=True)

@@ -1,4 +1,4 @@
-"""Encode text for any terminal or file by replacing characters that the encoding lacks.
+"""Text for any terminal or file: encode it, and turn a rich renderable into it.
 
 The callers choose the text and its layout.
 """
@@ -130,3 +130,13 @@ def printable_streams() -> Iterator[None]:
             with suppress(OSError, ValueError, AttributeError):
                 printer.flush()
         sys.stdout, sys.stderr = before
+
+
+def in_text(part: Any) -> str:
+    """Return a rich renderable as plain text, 120 columns wide, for ``str`` of a result."""
+    from rich.console import Console
+
+    console = Console(width=120, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(part)
+    return capture.get()

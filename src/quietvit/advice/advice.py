@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from quietvit.advice.causes import Cause
 from quietvit.advice.ladder import Row, pareto
 from quietvit.advice.steps import Step
 from quietvit.files import finite, json_text, write_atomic
+from quietvit.text import in_text
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,7 @@ class Advice:
         return Group(*parts, *tail)
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return in_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data. ``pareto`` marks the rows on the Pareto front."""

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from quietvit.advice.effects import Effect
 from quietvit.files import finite, json_text, write_atomic
+from quietvit.text import in_text
 
 TOP = 10
 
@@ -125,10 +126,7 @@ class Sensitivity:
         )
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return in_text(self)
 
     def _table(self, title: str, parts: Sequence[Part]) -> Table:
         table = Table(title=title, title_justify="left")

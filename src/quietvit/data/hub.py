@@ -5,6 +5,7 @@ Needs the package ``datasets``, which maps its arrow tables from disk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,7 @@ def open_hub(
     found = opened(rest)
     data = split_of(found, split, rest)
     image = image_column(data.features, rest)
-    from datasets import Image
-
-    encoded = data.select_columns([image]).cast_column(image, Image(decode=False))
-    read = partial(read_row, encoded, image, rest)
+    read = reader(data, image, rest)
     name = f"hf:{rest}" if split is None else f"hf:{rest} ({split})"
     if not labels:
         return ImageDataset(None, read, "row {}".format, name=name, count=len(data))
@@ -163,8 +161,15 @@ def _labels(data: Any, label: str, rest: str) -> np.ndarray:
     return labels
 
 
-def read_row(data: Any, image: str, rest: str, index: int) -> bytes:
-    """Return the encoded image of a row."""
+def reader(data: Any, image: str, rest: str) -> Callable[[int], bytes]:
+    """Return a function from the number of a row to its encoded image."""
+    from datasets import Image
+
+    encoded = data.select_columns([image]).cast_column(image, Image(decode=False))
+    return partial(_read_row, encoded, image, rest)
+
+
+def _read_row(data: Any, image: str, rest: str, index: int) -> bytes:
     value = data[int(index)][image] or {}
     if value.get("bytes"):
         return bytes(value["bytes"])

@@ -29,6 +29,10 @@ _PRETRAINING = (
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
+class UnknownModelError(QuietvitError):
+    """timm has no model of the given name."""
+
+
 def create_model(
     name: str,
     num_classes: int | None = None,
@@ -64,7 +68,7 @@ def create_model(
     state = read_weights(weights) if weights is not None else None
     facts = class_names_in(weights) if weights is not None else {}
     if not name.startswith("hf:") and not timm.is_model(name):
-        raise QuietvitError(
+        raise UnknownModelError(
             f"timm has no model named {name!r}{nearest(name, timm.list_models())}; "
             "timm.list_models('*vit*') lists them."
         )

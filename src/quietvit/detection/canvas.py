@@ -64,6 +64,21 @@ class Canvas(GeneralizedRCNNTransform):
             batch[index, :, : image.shape[1], : image.shape[2]].copy_(image)
         return batch
 
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """What a detector with this canvas takes, in timm's keys: images in 0..1.
+
+        The canvas itself normalizes by the backbone's mean and std.
+        """
+        return {
+            "input_size": (3, *self.size),
+            "mean": (0.0, 0.0, 0.0),
+            "std": (1.0, 1.0, 1.0),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash" if self.stretch else "border",
+        }
+
     def factor(self, height: int, width: int) -> float:
         """Return the scale factor of an image that keeps its aspect ratio."""
         return min(self.size[0] / height, self.size[1] / width)

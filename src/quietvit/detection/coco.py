@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,18 @@ def open_coco(
         if not place.is_file():
             problems.add(f"the image {place} (id {image['id']}) does not exist")
             continue
-        records.append(_record(image, place, of_image[image["id"]], number, problems))
+        own_ones = of_image[image["id"]]
+        records.append(
+            record_of(
+                str(place),
+                int(image["id"]),
+                (int(image["width"]), int(image["height"])),
+                own_ones,
+                [number[a["category_id"]] for a in own_ones],
+                [f"annotation {a.get('id')} of {place.name}" for a in own_ones],
+                problems,
+            )
+        )
     problems.tell()
     id_of = {label: id_ for id_, label in number.items()}
     # Classes that this file does not list get new ids: names (square, disc, star) with listed ids
@@ -85,27 +96,34 @@ def open_coco(
     return DetectionDataset(records, names, category_ids, name)
 
 
-def _record(
-    image: Mapping[str, Any],
-    place: Path,
+def record_of(
+    path: str,
+    image_id: int,
+    size: tuple[int, int],
     annotations: Sequence[Mapping[str, Any]],
-    number: Mapping[int, int],
+    labels: Sequence[int],
+    told: Sequence[str],
     problems: Problems,
+    read: Callable[[], bytes] | None = None,
 ) -> Record:
-    size = (int(image["width"]), int(image["height"]))
+    """Return the record of one image from its annotations with COCO's ``bbox``.
+
+    ``area`` and ``iscrowd`` are optional. ``told`` names each annotation in messages. Wrong boxes
+    go to ``problems`` and are left out.
+    """
     given = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
     corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
-    told = [f"annotation {a.get('id')} of {place.name}" for a in annotations]
     boxes, kept = checked_boxes(corners, size, told, problems)
     area = [float(a.get("area", a["bbox"][2] * a["bbox"][3])) for a in annotations]
     return Record(
-        path=str(place),
-        image_id=int(image["id"]),
+        path=path,
+        image_id=image_id,
         size=size,
         boxes=boxes[kept],
-        labels=np.array([number[a["category_id"]] for a in annotations], np.int64)[kept],
+        labels=np.array(labels, np.int64)[kept],
         area=np.array(area, np.float32)[kept],
         iscrowd=np.array([int(a.get("iscrowd", 0)) for a in annotations], np.int64)[kept],
+        read=read,
     )
 
 

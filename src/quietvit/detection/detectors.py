@@ -189,15 +189,7 @@ def _finished(
 ) -> nn.Module:
     model.transform = canvas
     model.num_classes = num_classes
-    # The model takes images in 0..1 and applies the backbone's mean and std itself.
-    model.pretrained_cfg = {
-        "input_size": (3, *canvas.size),
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "crop_mode": "border",
-    }
+    model.pretrained_cfg = canvas.data_config
     kept: Any = getattr(getattr(model.backbone, "body", None), "no_weight_decay", set)
     model.no_weight_decay = _Names(f"backbone.body.{name}" for name in kept())
     name_classes(model, class_names)

@@ -182,14 +182,7 @@ def hf_detector(
     masked = "pixel_mask" in signature(model.forward).parameters and _pads(settings)
     canvas = Canvas(size or _size(settings, config, folder), *_scale(settings), stretch=not masked)
     detector = HFDetector(model, canvas)
-    detector.pretrained_cfg = {  # type: ignore[assignment]
-        "input_size": (3, *canvas.size),
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "crop_mode": "squash" if canvas.stretch else "border",
-    }
+    detector.pretrained_cfg = canvas.data_config  # type: ignore[assignment]
     name_classes(detector, class_names or _names(config, num_classes))
     return detector
 

@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from quietvit.data.hub import image_column, opened, read_row, split_of
-from quietvit.detection.checks import MAX_BAD_BOXES, Problems, checked_boxes
+from quietvit.data.hub import image_column, opened, reader, split_of
+from quietvit.detection.checks import MAX_BAD_BOXES, Problems
+from quietvit.detection.coco import record_of
 from quietvit.detection.dataset import DetectionDataset, Record
 from quietvit.errors import QuietvitError, nearest
 
@@ -48,9 +47,7 @@ def open_objects(
     data = split_of(opened(rest), split, rest)
     image = image_column(data.features, rest)
     _refuse_without_boxes(data.features, rest)
-    from datasets import Image as ImageFeature
-
-    encoded = data.select_columns([image]).cast_column(image, ImageFeature(decode=False))
+    read_image = reader(data, image, rest)
     columns = [name for name in data.column_names if name != image]
     rows = [dict(row) for row in data.select_columns(columns)]
     objects = [list(_objects(row["objects"])) for row in rows]
@@ -65,10 +62,10 @@ def open_objects(
     problems = Problems(name, max_bad_boxes)
     records = []
     for index, (row, found) in enumerate(zip(rows, objects, strict=True)):
-        read = partial(read_row, encoded, image, rest, index)
+        read = partial(read_image, index)
         size = _size(row, read)
         named = [_named(one, number, rest) for one in found]
-        records.append(replace(_record(index, row, named, size, names, problems), read=read))
+        records.append(_record(index, row, named, size, names, problems, read))
     problems.tell()
     return DetectionDataset(records, names, range(1, len(names) + 1), name)
 
@@ -80,8 +77,9 @@ def _record(
     size: tuple[int, int],
     names: Sequence[str],
     problems: Problems,
+    read: Callable[[], bytes],
 ) -> Record:
-    kept, told = [], []
+    kept, labels, told = [], [], []
     for place, (category, one) in enumerate(objects):
         what = f"object {place} of row {index}"
         if category not in names:
@@ -91,22 +89,20 @@ def _record(
         elif len(one["bbox"]) != 4:
             problems.add(f"{what} has a bbox of {len(one['bbox'])} numbers")
         else:
-            kept.append((names.index(category) + 1, one))
+            # Missing values are None here; record_of expects them left out.
+            kept.append({key: value for key, value in one.items() if value or key == "bbox"})
+            labels.append(names.index(category) + 1)
             told.append(what)
-    given = np.array([one["bbox"] for _, one in kept], np.float64).reshape(-1, 4)
-    corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
-    boxes, sound = checked_boxes(corners, size, told, problems)
-    area = [float(one.get("area") or one["bbox"][2] * one["bbox"][3]) for _, one in kept]
-    crowd = [int(one.get("iscrowd") or 0) for _, one in kept]
     image_id = row.get("image_id")
-    return Record(
-        path=f"row {index}",
-        image_id=image_id if isinstance(image_id, int) else index + 1,
-        size=size,
-        boxes=boxes[sound],
-        labels=np.array([label for label, _ in kept], np.int64)[sound],
-        area=np.array(area, np.float32)[sound],
-        iscrowd=np.array(crowd, np.int64)[sound],
+    return record_of(
+        f"row {index}",
+        image_id if isinstance(image_id, int) else index + 1,
+        size,
+        kept,
+        labels,
+        told,
+        problems,
+        read,
     )
 
 

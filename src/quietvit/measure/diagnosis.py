@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from quietvit.files import finite, json_text, write_atomic
@@ -18,6 +18,7 @@ from quietvit.measure.colinearity import PairStatistics
 from quietvit.measure.outliers import SiteStatistics
 from quietvit.measure.plots import amplification_spectra, outliers_by_depth, save, site_channels
 from quietvit.measure.root_cause import RootCause
+from quietvit.text import in_text
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,7 @@ class Diagnosis:
         return Group(*tables)
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return in_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data with None for nan and inf; only ``top`` sites keep ``channel_max``."""
