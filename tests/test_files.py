@@ -181,6 +181,24 @@ def test_an_empty_or_missing_folder_is_accepted_and_a_full_one_refused(tmp_path)
         refuse_nonempty(tmp_path / "file", force=True)
 
 
+def test_a_folder_that_another_process_probes_is_empty(tmp_path, monkeypatch):
+    probed = []
+    remove = Path.rmdir
+
+    def remove_later(folder):
+        probed.append(folder)
+
+    monkeypatch.setattr(Path, "rmdir", remove_later)
+    assert refuse_nonempty(tmp_path) == tmp_path
+    assert refuse_nonempty(tmp_path) == tmp_path
+    assert sorted(tmp_path.iterdir()) == sorted(probed) != []
+    (tmp_path / ".probe.mine").mkdir()
+    with pytest.raises(QuietvitError, match=r"holds \.probe\.mine\)"):
+        refuse_nonempty(tmp_path)
+    for folder in probed:
+        remove(folder)
+
+
 def test_tensors_may_be_read_by_whom_the_umask_lets(tmp_path):
     plain = tmp_path / "plain"
     plain.write_text("x")

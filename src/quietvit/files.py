@@ -28,6 +28,7 @@ LOCK = ".lock"
 
 # The random suffix that tempfile.mkdtemp appends to a prefix.
 _RANDOM = re.compile("[a-z0-9_]{8}")
+_PROBE = ".probe."
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
@@ -204,7 +205,7 @@ def refuse_nonempty(
 ) -> Path:
     """Return ``directory``, created if missing. Nothing is ever deleted.
 
-    The entries ``ignored`` do not count.
+    The entries ``ignored`` do not count. Several processes may call it at the same time.
 
     Raises:
         QuietvitError: the folder is not empty and ``force`` is False, the path is a file, or the
@@ -215,8 +216,12 @@ def refuse_nonempty(
         raise QuietvitError(f"{directory} is a file, not a folder; choose another output folder.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        Path(tempfile.mkdtemp(prefix=".probe.", dir=directory)).rmdir()  # raises if not writable
-        held = sorted(entry.name for entry in directory.iterdir() if entry not in ignored)
+        Path(tempfile.mkdtemp(prefix=_PROBE, dir=directory)).rmdir()  # raises if not writable
+        held = sorted(
+            entry.name
+            for entry in directory.iterdir()
+            if entry not in ignored and not _is_probe(entry.name)
+        )
     except OSError as error:
         raise QuietvitError(
             f"could not use {directory} as the output folder: {error.strerror or error}; choose "
@@ -229,6 +234,14 @@ def refuse_nonempty(
             "or pass force (--force) to write into it."
         )
     return directory
+
+
+def _is_probe(name: str) -> bool:
+    """Whether another process made the entry ``name`` to see if it may write into the folder.
+
+    All processes of a distributed run look at the same folder at the same time.
+    """
+    return name.startswith(_PROBE) and _RANDOM.fullmatch(name.removeprefix(_PROBE)) is not None
 
 
 @contextmanager
