@@ -58,6 +58,18 @@ def test_a_name_goes_before_patterns_and_those_before_roles_in_any_order(trace, 
     assert hash(RTN(overrides=given)) == hash(RTN(overrides=pairs))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_name_with_its_operand_goes_before_the_name_of_the_site(trace, turned):
+    maps = first(trace, "attention_value")
+    pairs = {"blocks.0.*": 5, "*:left": 8, maps: 6, f"{maps}:left": 7, "*.fc2:weight": 3}
+    given = dict(reversed(pairs.items())) if turned else pairs
+    assert bits(trace, maps, overrides=given) == (7, 6)
+    assert bits(trace, first(trace, "query_key"), overrides=given) == (8, 5)
+    assert bits(trace, "blocks.0.mlp.fc2", overrides=given) == (5, 3)
+    assert bits(trace, "blocks.1.mlp.fc2", overrides=given) == (4, 3)
+    assert bits(trace, "blocks.0.mlp.fc2", overrides={"*.fc2:input": "W3A6"}) == (6, 4)
+
+
 def test_exclude_goes_before_all_and_an_override_before_the_other_fields(trace):
     given = {"blocks.*": 8, "head": 4}
     assert bits(trace, "blocks.0.mlp.fc1", overrides=given, exclude="*.fc1") == (None, None)
@@ -71,6 +83,8 @@ def test_exclude_goes_before_all_and_an_override_before_the_other_fields(trace):
     [
         ({"overrides": {"post_sofmax": 8}}, "did you mean 'post_softmax'"),
         ({"overrides": {"blocks.0.mlp.fc9": 8}}, r"did you mean .*blocks\.0\.mlp\.fc"),
+        ({"overrides": {"blocks.0.mlp.fc2:left": 8}}, r"did you mean 'blocks\.0\.mlp\.fc2:"),
+        ({"overrides": {"*.fc1:*": 8, "*:weight": 6}}, r"both match blocks\.0\.mlp\.fc1:weight"),
         ({"overrides": {"blocks.0.norm1": 8}}, "matches none of its"),
         ({"overrides": {"weight": 8}}, "is not a role of this model"),
         ({"overrides": {"*.fc1": 8}, "exclude": "*.mlp.*"}, "Remove one of the two"),

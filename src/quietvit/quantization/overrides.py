@@ -1,4 +1,4 @@
-"""``Overrides``: bits of single roles or sites, which replace a method's working bits.
+"""``Overrides``: bits of single roles, sites or operands, which replace a method's working bits.
 
 Parsing, lookup and checks are here; ``Method.slot_bits`` decides what comes before them.
 """
@@ -30,7 +30,11 @@ _PAIR = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
 
 
 class Overrides(Mapping[str, BitPair]):
-    """Bits by role or by pattern of site names. Immutable, hashable, equal in any order."""
+    """Bits by role, site or operand. Immutable, hashable, equal in any order.
+
+    A key is a role, a site name or pattern (``blocks.0.*``), or one of these names with an operand
+    (``blocks.0.attn.qkv:weight``, ``*:right``).
+    """
 
     def __init__(self, pairs: Mapping[str, BitPair] | None = None) -> None:
         self._pairs = dict(pairs or {})
@@ -63,18 +67,26 @@ class Overrides(Mapping[str, BitPair]):
     def key_for(self, slot: Slot) -> str | None:
         """Return the key that decides this operand's bits, or None.
 
-        The most specific key decides: the full site name, then a matching pattern, then the
-        operand's role, then the site's role. In patch embedding and head, only the site's role
-        counts.
+        The most specific key decides: the name with its operand, then the site name, then a
+        matching pattern with an operand, then one without, then the operand's role, then the site's
+        role. In patch embedding and head, only the site's role counts.
         """
         if slot.site.kind not in MATMUL_KINDS:
             return None
-        name = slot.site.name
-        if name in self._pairs:
-            return name
-        matching = [key for key in self._pairs if fnmatch.fnmatchcase(name, key)]
+        named = next((name for name in _names(slot) if name in self._pairs), None)
+        if named is not None:
+            return named
+        matching = [key for keys in self._patterns(slot) for key in keys]
         matching += [role for role in (slot.role, slot.site.role) if role in self._pairs]
         return matching[0] if matching else None
+
+    def _patterns(self, slot: Slot) -> tuple[list[str], list[str]]:
+        """Return the keys that match the name with its operand, and those that match the site."""
+        operand, site = _names(slot)
+        return (
+            [key for key in self._pairs if ":" in key and fnmatch.fnmatchcase(operand, key)],
+            [key for key in self._pairs if ":" not in key and fnmatch.fnmatchcase(site, key)],
+        )
 
     def bits(self, key: str, slot: Slot) -> int | None:
         """Return the bits that ``key`` gives to an operand; None is float."""
@@ -86,15 +98,21 @@ class Overrides(Mapping[str, BitPair]):
         ``excluded``: patterns of sites that stay float. A key that matches only these is an error.
         """
         sites = [site for site in trace.sites if site.kind in MATMUL_KINDS]
+        slots = [Slot(site, index) for site in sites for index in (0, 1)]
         for key in self._pairs:
-            touched = [site for site in sites if key in (site.name, *_roles(site))]
-            touched += [site for site in sites if fnmatch.fnmatchcase(site.name, key)]
+            touched = [
+                slot.site
+                for slot in slots
+                if key in (*_names(slot), *_roles(slot.site))
+                or any(key in keys for keys in self._patterns(slot))
+            ]
             if not touched:
                 known = sorted({role for site in sites for role in _roles(site)})
+                names = [_names(slot)[0 if ":" in key else 1] for slot in slots]
                 raise QuietvitError(
                     f"overrides: {key!r} is not a role of this model and matches none of its "
                     f"{len(sites)} matrix products"
-                    f"{nearest(key, [*known, *(site.name for site in sites)])}. "
+                    f"{nearest(key, [*known, *names])}. "
                     f"Roles here: {', '.join(known)}."
                 )
             if all(any(fnmatch.fnmatchcase(s.name, p) for p in excluded) for s in touched):
@@ -102,17 +120,25 @@ class Overrides(Mapping[str, BitPair]):
                     f"overrides: {key!r} only gives bits to sites that exclude keeps in float, "
                     f"such as {touched[0].name}. Remove one of the two."
                 )
-        for site in sites:
-            self._check_patterns(site)
+        for slot in slots:
+            self._check_patterns(slot)
 
-    def _check_patterns(self, site: Site) -> None:
-        matching = [key for key in self._pairs if fnmatch.fnmatchcase(site.name, key)]
-        if site.name not in self._pairs and len({self._pairs[key] for key in matching}) > 1:
-            said = " and ".join(f"{key!r} ({_shown(self._pairs[key])})" for key in matching)
+    def _check_patterns(self, slot: Slot) -> None:
+        operand, site = _names(slot)
+        if operand in self._pairs or site in self._pairs:
+            return
+        keys = next((keys for keys in self._patterns(slot) if keys), [])
+        if len({self._pairs[key] for key in keys}) > 1:
+            shown = " and ".join(f"{key!r} ({_shown(self._pairs[key])})" for key in keys)
             raise QuietvitError(
-                f"overrides: {said} both match {site.name}. Narrow one pattern, or give the site "
-                "by its full name, which comes first."
+                f"overrides: {shown} both match {operand if ':' in keys[0] else site}. Narrow one "
+                "pattern, or give the full name, which comes first."
             )
+
+
+def _names(slot: Slot) -> tuple[str, str]:
+    """Return the names of an operand, the most specific first: with its operand, and the site's."""
+    return f"{slot.site.name}:{slot.operand}", slot.site.name
 
 
 def _roles(site: Site) -> set[str]:
@@ -135,7 +161,7 @@ def _overrides(value: Any) -> Overrides:
     pairs: dict[str, BitPair] = {}
     for key, bits in value.items():
         if not isinstance(key, str) or not key:
-            raise ValueError(f"{key!r} is neither a role nor a pattern of site names")
+            raise ValueError(f"{key!r} is neither a role nor a pattern of names")
         pairs[key] = _pair(key, bits)
     return Overrides(pairs)
 
