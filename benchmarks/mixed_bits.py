@@ -1,10 +1,9 @@
-"""Bits chosen for each site against uniform bits at the same budget: DeiT-Tiny, ImageNet.
+"""Bits chosen for each operand against uniform bits at the same budget: DeiT-Tiny, ImageNet.
 
-``quietvit.advice.bit_costs`` estimates what each site costs at W4A4, W6A6 and W8A8, once, on
-calibration images without labels. Its ``choose`` then chooses. The budgets are the average bits of
-uniform W6A6 and of W4A4 with 8-bit attention maps, and one between. Each row is top-1 on the first
-images of imagenet_dev_1000. A row that exists is not run again. Needs QUIETVIT_TEST_DATA (or
---data).
+``quietvit.advice.bit_costs`` measures or estimates what each operand costs at 4, 6 and 8 bits,
+once, on calibration images without labels. Its ``choose`` then chooses. The budgets are the average
+bits of the uniform settings. Each row is top-1 on the first images of imagenet_dev_1000. A row that
+exists is not run again. Needs QUIETVIT_TEST_DATA (or --data).
 
     python benchmarks/mixed_bits.py run
     python benchmarks/mixed_bits.py plot docs/mixed_bits.png
@@ -37,8 +36,8 @@ from quietvit.quantization.settings import parse_method
 
 MODEL = "deit_tiny_patch16_224"
 OUT = Path("results/mixed_bits.csv")
-UNIFORM = ("W6A6", "W4A4+attention-maps-8")
-BETWEEN = (5.0,)
+UNIFORM = ("W4A4+attention-maps-8", "W5A5", "W6A6")
+CHOSEN = {"measured": False, "estimated": True}
 FIELDS = ("method", "setting", "average_bits", "mib", "top1", "images", "chosen")
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -57,21 +56,31 @@ def settings(
 ) -> Iterator[tuple[str, Method, str]]:
     """Yield (setting, method, what was chosen) of each row that is missing."""
     trace = quietvit.trace(model, images[:1])
-    budgets = list(BETWEEN)
+    budgets = []
     for bits in UNIFORM:
         method = parse_method(name, bits)
         budgets.append(average_bits(trace, method))
         if bits not in done:
             yield bits, method, ""
-    missing = [budget for budget in sorted(budgets) if f"mixed {budget:.2f}" not in done]
-    if not missing:
-        return
-    costs = bit_costs(model, name, images, choices=CHOICES, calibration=calibration, trace=trace)
-    for budget in missing:
-        choice = costs.choose(average=budget)
-        counts = Counter(choice.overrides.values())
-        chosen = " ".join(f"{number}x{bits}" for bits, number in sorted(counts.items()))
-        yield f"mixed {budget:.2f}", choice.method, chosen
+    for how, estimate in CHOSEN.items():
+        missing = [budget for budget in budgets if f"{how} {budget:.2f}" not in done]
+        if not missing:
+            continue
+        costs = bit_costs(
+            model,
+            name,
+            images,
+            choices=CHOICES,
+            calibration=calibration,
+            estimate=estimate,
+            trace=trace,
+            progress=False,
+        )
+        for budget in missing:
+            choice = costs.choose(average=budget)
+            counts = Counter(choice.overrides.values())
+            chosen = " ".join(f"{number}x{bits}" for bits, number in sorted(counts.items()))
+            yield f"{how} {budget:.2f}", choice.method, chosen
 
 
 @app.command()
@@ -115,14 +124,15 @@ def plot(path: Path, out: OutOption = OUT) -> None:
     rows = read(out)
     figure = new_figure(5.5, 3.6)
     axes = figure.subplots()
-    for mixed, label, colour, marker in (
-        (True, "chosen for each site", COLOURS[0], "o-"),
-        (False, "the same everywhere", COLOURS[1], "s"),
+    for how, label, colour, marker in (
+        ("measured", "chosen, costs measured", COLOURS[0], "o-"),
+        ("estimated", "chosen, costs estimated", COLOURS[2], "^--"),
+        ("W", "the same everywhere", COLOURS[1], "s:"),
     ):
-        part = [row for row in rows if row["setting"].startswith("mixed") == mixed]
+        part = [row for row in rows if row["setting"].startswith(how)]
         points = sorted((float(row["average_bits"]), float(row["top1"])) for row in part)
         axes.plot(*zip(*points, strict=True), marker, color=colour, label=label)
-        for row in part if not mixed else ():
+        for row in part if how == "W" else ():
             axes.annotate(
                 row["setting"],
                 (float(row["average_bits"]), float(row["top1"])),

@@ -75,6 +75,21 @@ def estimated_effects(
     return first, second
 
 
+def estimated_costs(switches: Switches) -> dict[Slot, float]:
+    """Return the estimated cost of each operand alone: the KL, or the squared relative error."""
+    scores, signal = _Scores(), 0.0
+    generator = torch.Generator().manual_seed(_SEED)
+    for batch in switches.floats.batches:
+        for images in batch.split(BATCH):
+            output = _probe(switches, images, scores, generator)
+            signal += float(output.float().square().sum())
+    scale = 2 * switches.images if switches.floats.classifies else signal
+    return {
+        slot: float(scores.total([slot]).square().mean(0).sum()) / scale if scale else 0.0
+        for slot in scores.found
+    }
+
+
 def _probe(
     switches: Switches, images: Tensor, scores: _Scores, generator: torch.Generator
 ) -> Tensor:

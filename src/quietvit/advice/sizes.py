@@ -28,6 +28,18 @@ def average_bits(trace: Trace, method: Method) -> float:
     return bits / total if total else float(FLOAT_BITS)
 
 
+def weight_size(trace: Trace, method: Method) -> float:
+    """Return the bytes of the weights of all matrix products at the method's bits. Float has 32."""
+    bits: dict[Any, tuple[int, int]] = {}
+    for site in trace.matmuls:
+        if site.weight_shape is not None:
+            quantizes = _quantizes(method, site.kind)
+            own = (method.slot_bits(Slot(site, 1)) if quantizes else None) or FLOAT_BITS
+            key = site.weight or site.name
+            bits[key] = max(own, bits.get(key, (0, 0))[0]), math.prod(site.weight_shape)
+    return sum(own * entries for own, entries in bits.values()) / 8
+
+
 def stored_bytes(quantized: QuantizedModel) -> int:
     """Return the bytes of all parameters, with quantized weights packed at their bits.
 
