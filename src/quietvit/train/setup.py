@@ -176,9 +176,9 @@ def assemble(
     )
     if config.qat is not None:
         refuse_unfit_sites(config.qat, plain, example)
-        held = None if resumed is None else resumed.get("quantization")
-        if held is not None:
-            plain = restored_model(config.qat, plain, held)
+        quantization = None if resumed is None else resumed.get("quantization")
+        if quantization is not None:
+            plain = restored_model(config.qat, plain, quantization)
         elif resumed is None and config.qat.start_epoch == 0:
             plain = quantized_model(config.qat, plain, facts.images(config.qat.images))
     stopwatch = Stopwatch()
@@ -220,7 +220,7 @@ def _refuse_unfit(task: Task, model: nn.Module, inputs: Any) -> None:
 def _freeze_unused(
     task: Task, model: nn.Module, batches: tuple[Batch, Batch], accelerator: Accelerator
 ) -> None:
-    names = freeze_unused(model, batches, lambda *given: task.tensors(task.call(*given)))
+    names = freeze_unused(model, batches, lambda *args: task.tensors(task.call(*args)))
     if names and accelerator.is_main_process:
         logger.warning(
             "%d parameters take no part in the forward pass and are frozen: %s.",
