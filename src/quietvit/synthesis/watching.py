@@ -95,8 +95,8 @@ class Patches:
                 return output
             tokens = self._tokens(site, output)
             count = tokens.shape[1]
-            found = [left for left, shape in earlier if shape == scores]
-            query = _samples(found[-1]) if found else tokens
+            matching = [left for left, shape in earlier if shape == scores]
+            query = _samples(matching[-1]) if matching else tokens
             if query.shape[1] != count or site.name in self._channelwise:
                 query = query.mT
             if query.shape[:2] == tokens.shape[:2]:
