@@ -88,10 +88,10 @@ def _opened(content: bytes | Image.Image | np.ndarray) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a damaged EXIF block: the pixels are good, and viewers ignore it, too
         return 1
-    return found if isinstance(found, int) else 1
+    return value if isinstance(value, int) else 1
 
 
 def _in_colours(image: Image.Image) -> Image.Image:

@@ -134,9 +134,9 @@ def _model(
     _, config = _configs(transformers, source, changes)
     if num_classes is not None and num_classes != config.num_labels:
         config.num_labels = num_classes
-    for one in (plain, config):
-        if getattr(one, "use_pretrained_backbone", False):
-            one.use_pretrained_backbone = False  # the folder holds the backbone's weights
+    for settings in (plain, config):
+        if getattr(settings, "use_pretrained_backbone", False):
+            settings.use_pretrained_backbone = False  # the folder holds the backbone's weights
     model = _built(kind, source, config)
     if weights is not None:
         _load(model, unwrapped(model.state_dict(), weights, "the weights")[0], "the weights")
@@ -163,9 +163,9 @@ def _source(folder: str) -> str:
     path = Path(folder).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            held = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+            names = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
             raise QuietvitError(
-                f"{path} holds no config.json (it holds {held}); give the folder that "
+                f"{path} holds no config.json (it holds {names}); give the folder that "
                 "save_pretrained() of a transformers image classifier wrote."
             )
         return str(path)
@@ -190,9 +190,11 @@ def _configs(transformers: Any, source: str, changes: Mapping[str, Any]) -> tupl
             str(raw.get("model_type")), **{**rest, **changes}
         )
     except Exception as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in changes.items())
-        if given:
-            problem = f"{source} cannot be built with {given}: {_first(error)}; change or remove"
+        arguments = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+        if arguments:
+            problem = (
+                f"{source} cannot be built with {arguments}: {_first(error)}; change or remove"
+            )
             raise QuietvitError(f"{problem} that argument.") from error
         raise QuietvitError(f"{_unreadable(source, 'config.json', error)}") from error
     return raw, config
@@ -434,16 +436,16 @@ def _preprocessing(transformers: Any, source: str, config: Any) -> dict[str, Any
             "crop_pct": 1.0,
             "crop_mode": "squash",
         }
-    found, settings = _processor(transformers, source)
+    processor, settings = _processor(transformers, source)
     translated = translated_preprocessing(settings, _input_size(config), source)
-    check_translation(found, translated, source)
+    check_translation(processor, translated, source)
     return translated
 
 
 def _processor(transformers: Any, source: str) -> tuple[Any, dict[str, Any]]:
     """Return the folder's image processor and its settings."""
     try:
-        found = transformers.AutoImageProcessor.from_pretrained(source, **_local(source))
-        return found, json.loads(found.to_json_string())
+        processor = transformers.AutoImageProcessor.from_pretrained(source, **_local(source))
+        return processor, json.loads(processor.to_json_string())
     except Exception as error:
         raise QuietvitError(_unreadable(source, "preprocessor_config.json", error)) from error

@@ -63,8 +63,8 @@ class ImageDataset(Dataset[Sample]):
         count: int = 0,
     ) -> None:
         self.labelled = labels is not None
-        found = np.full(count, UNLABELLED) if labels is None else np.asarray(labels)
-        self._labels = found.astype(np.int64, copy=False)
+        numbers = np.full(count, UNLABELLED) if labels is None else np.asarray(labels)
+        self._labels = numbers.astype(np.int64, copy=False)
         self.name = name
         self.groups = groups
         self.class_names: tuple[str, ...] | None = None

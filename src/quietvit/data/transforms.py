@@ -55,15 +55,15 @@ class Augmentation(Section):
 
     def idle(self) -> list[str]:
         """Return a text for each setting that has no effect with this crop."""
-        found = []
+        useless = []
         for key, crop in (("shift", "shift"), ("scale", "resized")):
             value, default = getattr(self, key), type(self).model_fields[key].default
             if self.crop != crop and value != default:
-                found.append(
+                useless.append(
                     f"{key} ({value}) belongs to crop {crop!r}; with crop {self.crop!r} it does "
                     "nothing"
                 )
-        return found
+        return useless
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

@@ -122,12 +122,12 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
 
     def checksum(self) -> str:
         """Return a checksum of all boxes, labels, image ids and file names without folders."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for record in self.records:
-            found.update(f"{Path(record.path).name} {record.image_id}\n".encode())
+            digest.update(f"{Path(record.path).name} {record.image_id}\n".encode())
             for values in (record.boxes, record.labels, record.iscrowd):
-                found.update(np.ascontiguousarray(values).tobytes())
-        return found.hexdigest()
+                digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
 
     def chosen(self, indices: Sequence[int]) -> DetectionDataset:
         """Return these images in this order."""

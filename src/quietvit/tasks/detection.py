@@ -151,12 +151,14 @@ class Detection(Task):
         """Return the losses by name in training mode, the boxes of each image in eval mode."""
         images, targets = batch
         # torchvision reads only these two keys, and writes scaled boxes into a copy of the target.
-        return forward(images, [{key: one[key] for key in ("boxes", "labels")} for one in targets])
+        return forward(
+            images, [{key: target[key] for key in ("boxes", "labels")} for target in targets]
+        )
 
     def tensors(self, output: Any) -> tuple[Tensor, ...]:
         if isinstance(output, dict):
             return tuple(output.values())
-        return tuple(one[key] for one in output for key in ("boxes", "scores"))
+        return tuple(boxes[key] for boxes in output for key in ("boxes", "scores"))
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
         """Return the sum of the detector's own losses."""
@@ -183,11 +185,11 @@ class Detection(Task):
         usual = {f"task_settings.{key}": getattr(default, key) for key in _OF_TORCHVISION}
         ours |= {"model.weights": chosen.weights, "model.preprocessing": chosen.preprocessing}
         usual |= {"model.weights": None, "model.preprocessing": {}}
-        given = [key for key, value in ours.items() if value != usual[key]]
-        if given:
+        changed = [key for key, value in ours.items() if value != usual[key]]
+        if changed:
             raise QuietvitError(
                 f"{chosen.name} is a whole detector with its own weights and preprocessing, so "
-                f"leave {', '.join(given)} out."
+                f"leave {', '.join(changed)} out."
             )
         return hf_detector(
             chosen.name[3:],
