@@ -45,12 +45,12 @@ class Section(ReadableModel):
                 key = f"{info.field_name}.{next(iter(section.model_fields))}"
                 raise ValueError(f"this is a section; set its keys, such as {key}{off}")
             return value
-        held = [value]
+        values = [value]
         if isinstance(value, Mapping | list | tuple):
-            held = list(value.values() if isinstance(value, Mapping) else value)
-        found = next((one for one in held if isinstance(one, bool)), None)
-        if found is not None:
-            raise ValueError(f"give a value, not {str(found).lower()}{off}")
+            values = list(value.values() if isinstance(value, Mapping) else value)
+        truth = next((entry for entry in values if isinstance(entry, bool)), None)
+        if truth is not None:
+            raise ValueError(f"give a value, not {str(truth).lower()}{off}")
         return value
 
 
