@@ -206,7 +206,7 @@ def _packed(state: dict[str, Any]) -> str:
 
 
 def _unpacked(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(
+    state: dict[str, Any] = torch.load(
         io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True
     )
-    return found
+    return state

@@ -80,10 +80,10 @@ def metadata_of(facts: Mapping[str, Any]) -> dict[str, str]:
 def names_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """Return the facts in the metadata of a safetensors file; empty if quietvit wrote none."""
     try:
-        found = json.loads((metadata or {}).get("quietvit", "{}"))
+        content = json.loads((metadata or {}).get("quietvit", "{}"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def fitted(names: Sequence[str], count: int) -> tuple[str, ...]:
@@ -100,9 +100,9 @@ def _stated(model: Any) -> Any:
     named = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(named, Mapping) or not named:
         return _UNSAID
-    found = tuple(str(named[key]) for key in sorted(named, key=int))
+    stated = tuple(str(named[key]) for key in sorted(named, key=int))
     # transformers fills in LABEL_0, LABEL_1, ... if it was given no names.
-    return None if found == tuple(f"LABEL_{index}" for index in range(len(found))) else found
+    return None if stated == tuple(f"LABEL_{index}" for index in range(len(stated))) else stated
 
 
 def _presumed(model: Any) -> tuple[str, ...] | None:

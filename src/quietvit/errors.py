@@ -32,7 +32,7 @@ def _holding(name: str, known: list[str]) -> list[str]:
     whole = "_".join(wanted)
     if len(whole) < 2:
         return []
-    found: dict[str, tuple[int, int]] = {}
+    ranks: dict[str, tuple[int, int]] = {}
     for other in known:
         words = _words(other)
         joined = "_".join(words)
@@ -44,8 +44,8 @@ def _holding(name: str, known: list[str]) -> list[str]:
         )
         tier = next((place for place, holds in enumerate(tiers) if holds), None)
         if tier is not None:
-            found[other] = tier, len(other)
-    return sorted(found, key=lambda other: (*found[other], other))
+            ranks[other] = tier, len(other)
+    return sorted(ranks, key=lambda other: (*ranks[other], other))
 
 
 def _words(name: str) -> list[str]:

@@ -173,9 +173,9 @@ def put_in_place(folder: Path, *paths: Path) -> None:
     """
     for path in paths:
         new = folder / path.name
-        for part in new.rglob("*") if new.is_dir() else [new]:
-            if not part.is_dir():
-                flush(part)
+        for inner in new.rglob("*") if new.is_dir() else [new]:
+            if not inner.is_dir():
+                flush(inner)
     earlier = Path(tempfile.mkdtemp(prefix=f".{paths[0].name}.", dir=folder.parent))
     try:
         for path in paths:
@@ -217,7 +217,7 @@ def refuse_nonempty(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         Path(tempfile.mkdtemp(prefix=_PROBE, dir=directory)).rmdir()  # raises if not writable
-        held = sorted(
+        names = sorted(
             entry.name
             for entry in directory.iterdir()
             if entry not in ignored and not _is_probe(entry.name)
@@ -227,8 +227,8 @@ def refuse_nonempty(
             f"could not use {directory} as the output folder: {error.strerror or error}; choose "
             "another place."
         ) from error
-    if held and not force:
-        shown = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
+    if names and not force:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise QuietvitError(
             f"the output folder {directory} is not empty (it holds {shown}); choose another one, "
             "or pass force (--force) to write into it."

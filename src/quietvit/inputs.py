@@ -43,14 +43,14 @@ class ImageBatch:
         """The images (B, C, H, W). Raises QuietvitError if no key of ``IMAGE_KEYS`` holds them."""
         if isinstance(self.inputs, Tensor):
             return self.inputs
-        found = next((self.inputs[key] for key in IMAGE_KEYS if key in self.inputs), None)
-        if found is None or found.ndim != 4:
-            held = ", ".join(f"{key} {tuple(value.shape)}" for key, value in self.inputs.items())
+        images = next((self.inputs[key] for key in IMAGE_KEYS if key in self.inputs), None)
+        if images is None or images.ndim != 4:
+            shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in self.inputs.items())
             raise QuietvitError(
-                f"a batch of images is a mapping with {held}. Give images (B, C, H, W) under one "
+                f"a batch of images is a mapping with {shapes}. Give images (B, C, H, W) under one "
                 f"of the keys {', '.join(IMAGE_KEYS)}."
             )
-        return found
+        return images
 
     @property
     def example(self) -> Tensor | dict[str, Tensor]:
@@ -96,20 +96,20 @@ def image_batches(images: Images, size: int, *, labelled: bool = False) -> Itera
         QuietvitError: another form or shape, integer images, NaN or inf, or not one label for each
             image. No images at all are not an error.
     """
-    seen = 0
+    before = 0
     for inputs, labels in _stacked(_items(images), size):
-        given = ImageBatch(inputs)
-        numbers = _numbers(labels, given.size) if labelled and labels is not None else None
-        for start in range(0, given.size, size):
-            part = slice(start, start + size)
+        whole = ImageBatch(inputs)
+        numbers = _numbers(labels, whole.size) if labelled and labels is not None else None
+        for start in range(0, whole.size, size):
+            rows = slice(start, start + size)
             batch = ImageBatch(
-                inputs[part]
+                inputs[rows]
                 if isinstance(inputs, Tensor)
-                else {key: value[part] for key, value in inputs.items()},
-                None if numbers is None else numbers[part],
+                else {key: value[rows] for key, value in inputs.items()},
+                None if numbers is None else numbers[rows],
             )
-            _check(batch, seen)
-            seen += batch.size
+            _check(batch, before)
+            before += batch.size
             yield batch
 
 
@@ -136,27 +136,27 @@ def _items(images: Any) -> Iterable[Any]:
 
 def _stacked(items: Iterable[Any], size: int) -> Iterator[tuple[Tensor | dict[str, Tensor], Any]]:
     """Yield (inputs, labels) of batches: consecutive single images of one shape are stacked."""
-    held: list[tuple[Tensor, Any]] = []
+    waiting: list[tuple[Tensor, Any]] = []
 
     def collected() -> tuple[Tensor, Any]:
-        images, labels = zip(*held, strict=True)
-        held.clear()
+        images, labels = zip(*waiting, strict=True)
+        waiting.clear()
         known = None if any(label is None for label in labels) else list(labels)
         return torch.stack(images), known
 
     for item in items:
         inputs, labels = _parted(item)
         single = isinstance(inputs, Tensor) and inputs.ndim == 3
-        if held and not (single and inputs.shape == held[0][0].shape):  # type: ignore[union-attr]
+        if waiting and not (single and inputs.shape == waiting[0][0].shape):  # type: ignore[union-attr]
             yield collected()
         if not single:
             yield inputs, labels
             continue
         assert isinstance(inputs, Tensor)
-        held.append((inputs, labels))
-        if len(held) == size:
+        waiting.append((inputs, labels))
+        if len(waiting) == size:
             yield collected()
-    if held:
+    if waiting:
         yield collected()
 
 
@@ -190,11 +190,11 @@ def _parted(item: Any) -> tuple[Tensor | dict[str, Tensor], Any]:
 def _tensors(item: Mapping[Any, Any]) -> dict[str, Tensor]:
     """Return the batched tensors of a mapping; leave out other entries, such as names."""
     inputs = {key: value for key, value in item.items() if key not in LABEL_KEYS}
-    found = {key: v for key, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
-    if not found or (len(found) < len(inputs) and not set(IMAGE_KEYS) & set(found)):
+    tensors = {key: v for key, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
+    if not tensors or (len(tensors) < len(inputs) and not set(IMAGE_KEYS) & set(tensors)):
         shown = {key: type(value).__name__ for key, value in inputs.items()}
         raise QuietvitError(f"a batch holds {shown}; a mapping must hold batched tensors only.")
-    return found
+    return tensors
 
 
 def _numbers(labels: Any, count: int) -> Tensor:
@@ -209,8 +209,8 @@ def _numbers(labels: Any, count: int) -> Tensor:
     return numbers
 
 
-def _check(batch: ImageBatch, seen: int) -> None:
-    """Check the images of a batch; ``seen`` images came before, so errors can number them."""
+def _check(batch: ImageBatch, before: int) -> None:
+    """Check the images of a batch; ``before`` images came before, so errors can number them."""
     alone = isinstance(batch.inputs, Tensor)
     for x in [batch.inputs] if isinstance(batch.inputs, Tensor) else batch.inputs.values():
         if alone and not x.is_floating_point():
@@ -221,6 +221,6 @@ def _check(batch: ImageBatch, seen: int) -> None:
         if x.is_floating_point() and not bool(x.isfinite().all()):
             bad = ~x.isfinite().flatten(1).all(1)
             raise QuietvitError(
-                f"image {seen + int(bad.int().argmax())} holds NaN or inf; check how it is read "
+                f"image {before + int(bad.int().argmax())} holds NaN or inf; check how it is read "
                 "and normalized, or leave it out."
             )

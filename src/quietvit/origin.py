@@ -37,13 +37,13 @@ def origin_of(images: Any) -> dict[str, Any] | None:
     """
     if isinstance(images, Tensor):
         base = getattr(images, "_base", None)
-        found = getattr(images, _MARK, None) or getattr(base, _MARK, None)
-        return None if found is None else dict(found)
+        stated = getattr(images, _MARK, None) or getattr(base, _MARK, None)
+        return None if stated is None else dict(stated)
     for holder in ("dataset", "tensors"):  # of a DataLoader or Subset, of a TensorDataset
         if hasattr(images, holder):
             return origin_of(getattr(images, holder))
     if isinstance(images, Mapping):
         images = list(images.values())
     if isinstance(images, list | tuple):
-        return next((found for found in map(origin_of, images) if found is not None), None)
+        return next((origin for origin in map(origin_of, images) if origin is not None), None)
     return None

@@ -33,15 +33,15 @@ def heads(output: Any) -> tuple[Tensor, ...]:
     Raises:
         QuietvitError: the output has neither form.
     """
-    found = tensors_of(output)
-    named = [x for path, x in found.items() if path.partition(".")[0] == LOGITS]
+    tensors = tensors_of(output)
+    named = [x for path, x in tensors.items() if path.partition(".")[0] == LOGITS]
     if named:
         return tuple(named)
     if isinstance(output, Tensor):
         return (output,)
     if isinstance(output, tuple | list) and output and all(isinstance(x, Tensor) for x in output):
         return tuple(output)
-    names = f" with {', '.join(found)}" if found else ""
+    names = f" with {', '.join(tensors)}" if tensors else ""
     raise QuietvitError(
         f"the model returned {type(output).__name__}{names}, not logits of shape (batch, classes). "
         "Wrap it so that it returns one tensor, or name one 'logits'."
@@ -54,10 +54,10 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         QuietvitError: there are several heads, or the logits are not 2-D.
     """
-    found = heads(output)
-    if len(found) == 1 and found[0].ndim == 2:
-        return found[0]
-    shown = ", ".join(str(tuple(x.shape)) for x in found)
+    tensors = heads(output)
+    if len(tensors) == 1 and tensors[0].ndim == 2:
+        return tensors[0]
+    shown = ", ".join(str(tuple(x.shape)) for x in tensors)
     raise QuietvitError(
         f"the model returned {shown}, not logits of shape (batch, classes) of one head. Give a "
         "classifier."

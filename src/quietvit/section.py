@@ -45,13 +45,20 @@ class Section(ReadableModel):
                 key = f"{info.field_name}.{next(iter(section.model_fields))}"
                 raise ValueError(f"this is a section; set its keys, such as {key}{off}")
             return value
-        held = [value]
+        values = [value]
         if isinstance(value, Mapping | list | tuple):
-            held = list(value.values() if isinstance(value, Mapping) else value)
-        found = next((one for one in held if isinstance(one, bool)), None)
-        if found is not None:
-            raise ValueError(f"give a value, not {str(found).lower()}{off}")
+            values = list(value.values() if isinstance(value, Mapping) else value)
+        truth = next((entry for entry in values if isinstance(entry, bool)), None)
+        if truth is not None:
+            raise ValueError(f"give a value, not {str(truth).lower()}{off}")
         return value
+
+
+def low_to_high(ends: tuple[float, float]) -> tuple[float, float]:
+    """Return the ends of a range. Raises ValueError, for a validator, if the higher comes first."""
+    if ends[0] > ends[1]:
+        raise ValueError(f"the lower number comes first; write [{ends[1]:g}, {ends[0]:g}]")
+    return ends
 
 
 def _parts(annotation: Any) -> Iterator[Any]:

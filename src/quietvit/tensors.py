@@ -52,8 +52,8 @@ def is_sharded(tensor: Tensor) -> bool:
 def gathered(tensor: Tensor) -> Tensor:
     """Return the tensor whole and detached. All processes must call it if it is sharded."""
     whole: Any = tensor.detach()
-    found: Tensor = whole.full_tensor() if is_sharded(whole) else whole
-    return found
+    full: Tensor = whole.full_tensor() if is_sharded(whole) else whole
+    return full
 
 
 def all_gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,9 +20,9 @@ _ENDLESS = 100_000
 
 def columns(stream: Any) -> int | None:
     """Return the width of ``stream``: COLUMNS, else that of the terminal, else None (a file)."""
-    given = os.environ.get("COLUMNS", "")
-    if given.isdigit() and int(given) > 0:
-        return int(given)
+    text = os.environ.get("COLUMNS", "")
+    if text.isdigit() and int(text) > 0:
+        return int(text)
     if stream is not None and stream.isatty():
         return shutil.get_terminal_size().columns
     return None

@@ -76,10 +76,10 @@ class CompareConfig(Section):
                 f"synthesis is {self.synthesis!r}; write synthetic:32 or synthetic:32:pink, or "
                 "leave it empty for calibration images of the training data."
             )
-        asked = parse_request(self.synthesis).count if self.synthesis else None
-        if asked not in (None, self.calibration_images):
+        count = parse_request(self.synthesis).count if self.synthesis else None
+        if count not in (None, self.calibration_images):
             raise QuietvitError(
-                f"synthesis asks for {asked} images, but calibration_images is "
+                f"synthesis asks for {count} images, but calibration_images is "
                 f"{self.calibration_images}; give the same number."
             )
         cd = self.recipe.decay.sections().get("cd")

@@ -22,15 +22,15 @@ def named(arm: str) -> str:
 
 def earlier_runs(folder: Path) -> dict[Path, str]:
     """Return the runs of an earlier comparison: folder -> description. Empty runs are left out."""
-    found = {}
+    runs = {}
     places = [place for arm in ARMS for place in folder.glob(f"runs/seed*-{named(arm)}")]
     for place in sorted(places):
         earlier = earlier_run(place / "train")
         if (place / "run.json").is_file() or earlier.finished:
-            found[place] = f"{place.name} (a finished run)"
+            runs[place] = f"{place.name} (a finished run)"
         elif earlier.parts:
-            found[place] = f"{place.name} ({earlier})"
-    return found
+            runs[place] = f"{place.name} ({earlier})"
+    return runs
 
 
 def refusal(folder: Path, force: bool, discard: bool) -> QuietvitError | None:

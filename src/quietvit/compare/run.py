@@ -233,8 +233,9 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
     loader = task.evaluation_loader(model, test_set, _BATCH, arm.num_workers)
 
     def drawn(images: Any, count: int) -> Any:
-        found = task.calibration(model, images, count, config.calibration_seed)
-        return send_to_device(found, device)
+        return send_to_device(
+            task.calibration(model, images, count, config.calibration_seed), device
+        )
 
     def score(model: nn.Module) -> float:
         return task.score([task.judge(model, loader, device)])
@@ -281,7 +282,7 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
 
 
 def _outliers(model: nn.Module, images: Tensor, trace: Trace) -> tuple[SiteOutlier, ...]:
-    found = diagnose(model, images, pairs=(), trace=trace)
+    diagnosis = diagnose(model, images, pairs=(), trace=trace)
     return tuple(
         SiteOutlier(
             site=f"{site.site}:{site.operand}",
@@ -289,7 +290,7 @@ def _outliers(model: nn.Module, images: Tensor, trace: Trace) -> tuple[SiteOutli
             ratio=site.max_over_rms,
             maximum=site.max,
         )
-        for site in found.sites
+        for site in diagnosis.sites
         if site.operand != "output"
     )
 
@@ -306,8 +307,8 @@ def _noise(
 
 
 def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
-    made = provenance()
-    machine = made["machine"]
+    provided = provenance()
+    machine = provided["machine"]
     covered = 100 * min(run.coverage for run in runs)
     return Results(
         task=config.recipe.task,
@@ -319,7 +320,7 @@ def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
         seeds=config.seeds,
         runs=runs,
         configuration=config.flat(),
-        versions=made["versions"],
+        versions=provided["versions"],
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         machine=", ".join(
             [

@@ -43,11 +43,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     content = _loaded(path)
     taken: list[str] = []
     while isinstance(content, Mapping) and not _is_state(content):
-        held = [str(key) for key, value in content.items() if _holds_tensors(value)]
-        key = next((name for name in _CONTAINERS if name in held), None)
+        containers = [str(key) for key, value in content.items() if _holds_tensors(value)]
+        key = next((name for name in _CONTAINERS if name in containers), None)
         if key is None:
-            raise _unknown(path, content, held, taken)
-        others = [name for name in held if name != key]
+            raise _unknown(path, content, containers, taken)
+        others = [name for name in containers if name != key]
         if others or key in _AVERAGES:
             why = ", the moving average," if key in _AVERAGES else ""
             besides = f"; left out: {', '.join(others)}" if others else ""
@@ -117,10 +117,10 @@ def _foreign_objects(path: Path) -> str:
         return ""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # not a torch file
         return ""
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return ", ".join(objects[:3]) + (f" and {len(objects) - 3} more" if len(objects) > 3 else "")
 
 
 def _first(error: Exception) -> str:
@@ -145,11 +145,12 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _unknown(
-    path: Path, content: Mapping[Any, Any], held: list[str], taken: list[str]
+    path: Path, content: Mapping[Any, Any], containers: list[str], taken: list[str]
 ) -> QuietvitError:
     inside = "".join(f" under '{key}'" for key in taken)
-    if held:
-        what = f"state dicts under {', '.join(map(repr, held[:5]))}, none of which is a known name"
+    if containers:
+        shown = ", ".join(map(repr, containers[:5]))
+        what = f"state dicts under {shown}, none of which is a known name"
         return QuietvitError(f"{path} holds{inside} {what}; save the model's state_dict() alone.")
     entries = ", ".join(f"{key!r} ({type(v).__name__})" for key, v in list(content.items())[:5])
     return QuietvitError(

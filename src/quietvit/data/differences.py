@@ -14,16 +14,16 @@ _FILE_LACKS, _MODEL_LACKS = "the file lacks", "the model lacks"
 
 def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """Return a text for each key or shape that differs between ``state`` (file) and ``own``."""
-    found = [
+    lines = [
         f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    found += [f"{_FILE_LACKS} {key} {tuple(own[key].shape)}" for key in own if key not in state]
-    found += [
+    lines += [f"{_FILE_LACKS} {key} {tuple(own[key].shape)}" for key in own if key not in state]
+    lines += [
         f"{_MODEL_LACKS} {key} {tuple(state[key].shape)}" for key in sorted(state) if key not in own
     ]
-    return found
+    return lines
 
 
 def shown(problems: list[str], count: int = 4) -> str:

@@ -46,17 +46,18 @@ def open_folder(
     if not root.is_dir():
         return _open_files(root, labels)
     if split is None and holds_splits(root):
-        held = sorted(entry.name for entry in root.iterdir() if entry.name in _SPLITS)
+        splits = sorted(entry.name for entry in root.iterdir() if entry.name in _SPLITS)
         raise QuietvitError(
-            f"{root} holds {' and '.join(map(repr, held))}, which are splits, not classes; request "
-            f"the split 'train' or 'test', or open one of them: 'imagefolder:{root / held[0]}'."
+            f"{root} holds {' and '.join(map(repr, splits))}, which are splits, not classes; "
+            f"request the split 'train' or 'test', or open one of them: "
+            f"'imagefolder:{root / splits[0]}'."
         )
     folder = root if split is None else _split_folder(root, split)
     around = frozenset(map(_identity, folder.absolute().parents))
     passed = PassedOver()
     if not labels:
-        found = _images_in(folder, _files_below(folder, around), passed)
-        return _dataset(root, folder, found, passed)
+        images = _images_in(folder, _files_below(folder, around), passed)
+        return _dataset(root, folder, images, passed)
     reference = root / "train" if split == "test" and (root / "train").is_dir() else folder
     classes, present = _folders_in(reference), _folders_in(folder)
     unknown = [name for name in present if name not in classes]
@@ -71,16 +72,16 @@ def open_folder(
     for name in present:
         of_class = PassedOver()
         inside = list(_files_below(folder / name, around))
-        found = _images_in(folder, inside, of_class)
-        if not found and split == "train":
+        images = _images_in(folder, inside, of_class)
+        if not images and split == "train":
             beside = f" It holds {of_class}." if str(of_class) else ""
             raise QuietvitError(
                 f"the class {name!r} of {folder} holds no images that can be read here.{beside} "
                 "Put images there (.jpg, .png, ...), or remove the folder."
             )
         passed.update(of_class)
-        files += found
-        numbers += [classes.index(name)] * len(found)
+        files += images
+        numbers += [classes.index(name)] * len(images)
     if not files and (outside := _count_images(folder)):
         raise NoLabelsError(
             f"{folder} holds {outside} images but no class folders, so they have no labels. "
@@ -117,17 +118,17 @@ def image_files(text: str) -> tuple[list[str], PassedOver]:
         raise QuietvitError(
             f"the image or folder {path} does not exist; check the path."
         ) from FileNotFoundError(text)
-    found = []
+    paths = []
     for name in sorted(names):
         if Path(name).name.startswith("."):
             continue
         if is_readable(name):
-            found.append(name)
+            paths.append(name)
         else:
             passed.add(name)
-    if not found:
+    if not paths:
         raise QuietvitError(_without_images(str(path), passed))
-    return found, passed
+    return paths, passed
 
 
 def _open_files(path: Path, labels: bool) -> ImageDataset:
@@ -180,9 +181,9 @@ def _dataset(
 
 
 def _without_images(place: str, passed: PassedOver) -> str:
-    held = f" It holds {passed}." if str(passed) else ""
+    holds = f" It holds {passed}." if str(passed) else ""
     return (
-        f"{place} holds no images that can be read here.{held} Give a folder with files such as "
+        f"{place} holds no images that can be read here.{holds} Give a folder with files such as "
         ".jpg and .png; for training and evaluation, one folder for each class. For tables and "
         "shards write 'table:...' and 'shards:...'."
     )
@@ -190,14 +191,14 @@ def _without_images(place: str, passed: PassedOver) -> str:
 
 def _images_in(folder: Path, paths: Iterable[str], passed: PassedOver) -> list[bytes]:
     """Return the images among ``paths``, sorted by name and relative to ``folder``."""
-    found = []
+    names = []
     for path in paths:
         if is_readable(path):
-            found.append(path)
+            names.append(path)
         else:
             passed.add(path)
-    found.sort(key=lambda path: Path(path).parts)
-    return [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path in found]
+    names.sort(key=lambda path: Path(path).parts)
+    return [os.fsencode(path.removeprefix(f"{folder}{os.sep}")) for path in names]
 
 
 def _count_images(folder: Path) -> int:
@@ -208,8 +209,8 @@ def holds_splits(root: Path) -> bool:
     """Whether a folder holds splits: train/ and val/ or test/, or no other folders than these."""
     if not root.is_dir():
         return False
-    held = set(_folders_in(root))
-    return ("train" in held and len(held & _SPLITS) > 1) or (bool(held) and held <= _SPLITS)
+    splits = set(_folders_in(root))
+    return ("train" in splits and len(splits & _SPLITS) > 1) or (bool(splits) and splits <= _SPLITS)
 
 
 def _folders_in(folder: Path) -> list[str]:
@@ -223,8 +224,8 @@ def _split_folder(root: Path, split: str) -> Path:
     for name in wanted:
         if (root / name).is_dir():
             return root / name
-    held = sorted(entry.name for entry in root.iterdir())
-    shown = ", ".join(held[:5]) + (", ..." if len(held) > 5 else "") if held else "nothing"
+    names = sorted(entry.name for entry in root.iterdir())
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
     raise QuietvitError(
         f"{root} has no folder {' or '.join(repr(name) for name in wanted)} (it holds {shown}); "
         "arrange the images as train/<class>/*.jpg and val/<class>/*.jpg."

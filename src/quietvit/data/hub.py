@@ -33,8 +33,8 @@ def open_hub(
         QuietvitError: ``datasets`` is missing, the folder or name cannot be opened, or the split or
             column is missing.
     """
-    found = opened(rest)
-    data = split_of(found, split, rest)
+    data_set = opened(rest)
+    data = split_of(data_set, split, rest)
     image = image_column(data.features, rest)
     read = reader(data, image, rest)
     name = f"hf:{rest}" if split is None else f"hf:{rest} ({split})"
@@ -46,7 +46,7 @@ def open_hub(
     if num_classes is None and names is not None:
         num_classes = len(names)
     if num_classes is None and split == "test":
-        num_classes = int(_labels(split_of(found, "train", rest), label, rest).max()) + 1
+        num_classes = int(_labels(split_of(data_set, "train", rest), label, rest).max()) + 1
     return ImageDataset(
         _labels(data, label, rest),
         read,
@@ -89,21 +89,23 @@ def opened(rest: str) -> Any:
         raise QuietvitError(f"hf:{rest} could not be opened ({reason}); {remedy}.") from error
 
 
-def split_of(found: Any, split: str | None, rest: str) -> Any:
+def split_of(data_set: Any, split: str | None, rest: str) -> Any:
     """Return the ``Dataset`` of ``train``, ``test`` or the only split."""
-    if not isinstance(found, dict):
+    if not isinstance(data_set, dict):
         if split == "test":
             raise QuietvitError(
                 f"hf:{rest} is one data set without splits, so it has no test images; save a "
                 "DatasetDict with 'train' and 'test'."
             )
-        return found
-    wanted = list(found) if split is None and len(found) == 1 else _SPLITS.get(split or "", ())
+        return data_set
+    wanted = (
+        list(data_set) if split is None and len(data_set) == 1 else _SPLITS.get(split or "", ())
+    )
     for name in wanted:
-        if name in found:
-            return found[name]
+        if name in data_set:
+            return data_set[name]
     raise QuietvitError(
-        f"hf:{rest} has the splits {', '.join(map(repr, found))}; "
+        f"hf:{rest} has the splits {', '.join(map(repr, data_set))}; "
         + (
             "ask for 'train' or 'test'."
             if split is None
@@ -140,14 +142,14 @@ def _label_column(features: Any, rest: str) -> str:
         ) from error
 
 
-def _one(found: list[str], usual: tuple[str, ...], what: str, features: Any, rest: str) -> str:
-    chosen = found if len(found) == 1 else [name for name in usual if name in found]
+def _one(columns: list[str], usual: tuple[str, ...], what: str, features: Any, rest: str) -> str:
+    chosen = columns if len(columns) == 1 else [name for name in usual if name in columns]
     if not chosen:
-        held = ", ".join(f"{name!r} ({type(kind).__name__})" for name, kind in features.items())
+        listing = ", ".join(f"{name!r} ({type(kind).__name__})" for name, kind in features.items())
         raise QuietvitError(
-            f"hf:{rest} has {len(found) or 'no'} columns of {what}{' to choose from' * bool(found)}"
-            f": it has {held}. Cast or rename the columns to 'image' and 'label', or remove the "
-            "others; then save it again."
+            f"hf:{rest} has {len(columns) or 'no'} columns of {what}"
+            f"{' to choose from' * bool(columns)}: it has {listing}. Cast or rename "
+            "the columns to 'image' and 'label', or remove the others; then save it again."
         )
     return chosen[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from quietvit.errors import QuietvitError
 
 Sample = tuple[Image.Image, int]
 T = TypeVar("T")
+D = TypeVar("D")
 
 UNLABELLED = -1
 """The label of each image of a data set without labels."""
@@ -63,8 +64,8 @@ class ImageDataset(Dataset[Sample]):
         count: int = 0,
     ) -> None:
         self.labelled = labels is not None
-        found = np.full(count, UNLABELLED) if labels is None else np.asarray(labels)
-        self._labels = found.astype(np.int64, copy=False)
+        numbers = np.full(count, UNLABELLED) if labels is None else np.asarray(labels)
+        self._labels = numbers.astype(np.int64, copy=False)
         self.name = name
         self.groups = groups
         self.class_names: tuple[str, ...] | None = None
@@ -114,6 +115,20 @@ class ImageDataset(Dataset[Sample]):
         """Return a few words that name image ``index``: its file, its row, its sample."""
         return self._where(index)
 
+    def chosen(self, indices: Sequence[int]) -> ImageDataset:
+        """Return these images in this order."""
+        places = np.asarray(indices, np.int64)
+        return ImageDataset(
+            self.labels[places] if self.labelled else None,
+            partial(_chosen, self._read, places),
+            partial(_chosen, self._where, places),
+            num_classes=self.num_classes,
+            name=self.name,
+            class_names=self.class_names,
+            groups=None if self.groups is None else self.groups[places],
+            count=len(places),
+        )
+
 
 class Transformed(Dataset[tuple[Tensor, int]]):
     """``dataset`` with transformed images: samples are (tensor (3, H, W), label)."""
@@ -129,30 +144,34 @@ class Transformed(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
 
-def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageDataset:
+def drawn(dataset: Any, count: int, seed: int, what: str = "images") -> np.ndarray:
+    """Return ``count`` different indices of a data set in random order; ``seed`` fixes them.
+
+    Raises:
+        QuietvitError: ``count`` is below 1 or exceeds the number of images; it names ``what``.
+    """
+    if not 1 <= count <= len(dataset):
+        raise QuietvitError(
+            f"{count} {what} were requested, but {dataset.name} holds {len(dataset)}; ask for 1 "
+            f"to {len(dataset)}."
+        )
+    return np.random.default_rng(seed).permutation(len(dataset))[:count]
+
+
+def subset(dataset: D, count: int | None, seed: int = 0) -> D:
     """Return ``count`` images drawn without replacement (all for None); ``seed`` fixes them.
+
+    ``dataset`` is an ``ImageDataset``, a ``quietvit.detection.DetectionDataset``, or another data
+    set with ``name`` and ``chosen(indices)``.
 
     Raises:
         QuietvitError: ``count`` is below 1 or exceeds the number of images.
     """
     if count is None:
         return dataset
-    if not 1 <= count <= len(dataset):
-        raise QuietvitError(
-            f"{count} images of {dataset.name} were requested, but it holds {len(dataset)}; "
-            f"request 1 to {len(dataset)}."
-        )
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])
-    return ImageDataset(
-        dataset.labels[chosen] if dataset.labelled else None,
-        partial(_chosen, dataset._read, chosen),
-        partial(_chosen, dataset._where, chosen),
-        num_classes=dataset.num_classes,
-        name=dataset.name,
-        class_names=dataset.class_names,
-        groups=None if dataset.groups is None else dataset.groups[chosen],
-        count=len(chosen),
-    )
+    whole: Any = dataset
+    chosen: D = whole.chosen(np.sort(drawn(whole, count, seed)).tolist())
+    return chosen
 
 
 def relabelled(dataset: ImageDataset, labels: np.ndarray, names: Sequence[str]) -> ImageDataset:

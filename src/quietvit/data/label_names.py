@@ -21,10 +21,10 @@ COLUMNS = ("label_name", "class_name", "label_text")
 class NamesByLabel:
     """Collects label -> name from single images, and detects labels with two names."""
 
-    def __init__(self, found: Iterable[tuple[int, str]] = ()) -> None:
+    def __init__(self, pairs: Iterable[tuple[int, str]] = ()) -> None:
         self.names: dict[int, str] = {}
         self.conflict: tuple[int, str, str] | None = None
-        for label, name in found:
+        for label, name in pairs:
             self.add(label, name)
 
     def add(self, label: int, name: str) -> None:
@@ -92,14 +92,14 @@ def pairs_of(labels: Any, names: Any) -> list[tuple[int, str]]:
 
     if pa.types.is_dictionary(names.type):
         names = names.cast(names.type.value_type)
-    found = pa.table({"label": labels, "name": names}).group_by(["label", "name"]).aggregate([])
-    pairs = zip(found["label"].to_pylist(), found["name"].to_pylist(), strict=True)
+    distinct = pa.table({"label": labels, "name": names}).group_by(["label", "name"]).aggregate([])
+    pairs = zip(distinct["label"].to_pylist(), distinct["name"].to_pylist(), strict=True)
     return sorted((int(label), str(name)) for label, name in pairs if name is not None)
 
 
-def name_in_json(found: Mapping[str, Any]) -> str | None:
+def name_in_json(content: Mapping[str, Any]) -> str | None:
     """Return the class name in the JSON of a sample, or None."""
-    values = [found.get(key) for key in COLUMNS]
+    values = [content.get(key) for key in COLUMNS]
     return next((value for value in values if isinstance(value, str)), None)
 
 

@@ -64,7 +64,7 @@ def label_numbers(loader: Any, names: Sequence[str] | None, count: int) -> Tenso
         own, total, labels, name = data.class_names, data.num_classes, data.labels, data.name
     else:
         own = getattr(data, "classes", None)
-        if not isinstance(own, list | tuple) or not all(isinstance(one, str) for one in own):
+        if not isinstance(own, list | tuple) or not all(isinstance(text, str) for text in own):
             return None
         total, name = len(own), type(data).__name__
         labels = np.asarray(getattr(data, "targets", range(total)), dtype=np.int64)
@@ -98,8 +98,8 @@ def _numbers(
         return None
     if tuple(own) == tuple(names):
         return None
-    found = _found(own, names)
-    missing = [own[label] for label in present if found[label] < 0]
+    numbers = _found(own, names)
+    missing = [own[label] for label in present if numbers[label] < 0]
     if missing:
         told = "; ".join(f"{name!r}{nearest(name, names)}" for name in missing[:_SHOWN])
         more = f"; and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -108,21 +108,21 @@ def _numbers(
             f"names: {told}{more}. It knows {count}: {_listed(names)}. Rename the classes (their "
             "folders) to these names, or leave their images out."
         )
-    used = found[present]
+    used = numbers[present]
     if len(np.unique(used)) < len(used):
         first = next(int(place) for place in used if (used == place).sum() > 1)
-        both = [own[label] for label in present if found[label] == first]
+        both = [own[label] for label in present if numbers[label] == first]
         raise QuietvitError(
             f"{data} has several classes that all match {names[first]!r} of {owner}: "
             f"{_listed(both)}. Put their images into one class."
         )
-    if np.array_equal(found[present], present):
+    if np.array_equal(numbers[present], present):
         return None
     logger.warning(
         "%s: classes are matched by name; it has images of %d of the %d classes of %s.",
         data, len(present), count, owner,
     )  # fmt: skip
-    return found
+    return numbers
 
 
 def _compare_counts(total: int, present: np.ndarray, count: int, data: str, owner: str) -> None:
@@ -143,7 +143,7 @@ def _compare_counts(total: int, present: np.ndarray, count: int, data: str, owne
 
 def _found(own: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """Return the index of each of ``own`` in ``names``; -1 if it is missing or ambiguous."""
-    found = np.full(len(own), -1, np.int64)
+    numbers = np.full(len(own), -1, np.int64)
     for spelling in (_exact, _alike, _imagenet):
         places: dict[str, int] = {}
         for place, keys in enumerate(spelling(names)):
@@ -151,11 +151,11 @@ def _found(own: Sequence[str], names: Sequence[str]) -> np.ndarray:
                 places[key] = place if places.get(key, place) == place else -1
         for label, keys in enumerate(spelling(own)):
             hits = [places[key] for key in keys if places.get(key, -1) >= 0]
-            if found[label] < 0 and hits:
-                found[label] = hits[0]
-        if (found >= 0).all():
+            if numbers[label] < 0 and hits:
+                numbers[label] = hits[0]
+        if (numbers >= 0).all():
             break
-    return found
+    return numbers
 
 
 def _exact(names: Sequence[str]) -> list[list[str]]:
@@ -172,12 +172,12 @@ def _imagenet(names: Sequence[str]) -> list[list[str]]:
     ids, words, synonyms = _wordnet()
     if tuple(names) == tuple(ids.values()):  # two classes are called "crane"
         return [[wnid] for wnid in ids]
-    found = []
+    wnids = []
     for name in names:
         plain = _plain(name)
         known = [plain] if plain in ids else words.get(plain, synonyms.get(plain, []))
-        found.append(known if len(known) == 1 else [])
-    return found
+        wnids.append(known if len(known) == 1 else [])
+    return wnids
 
 
 @cache
@@ -190,8 +190,8 @@ def _wordnet() -> tuple[dict[str, str], dict[str, list[str]], dict[str, list[str
     synonyms: dict[str, list[str]] = {}
     for wnid, description in ids.items():
         words.setdefault(_plain(description), []).append(wnid)
-        for part in dict.fromkeys(map(_plain, description.split(","))):
-            synonyms.setdefault(part, []).append(wnid)
+        for synonym in dict.fromkeys(map(_plain, description.split(","))):
+            synonyms.setdefault(synonym, []).append(wnid)
     return ids, words, synonyms
 
 

@@ -61,36 +61,36 @@ def expand(part: str, suffixes: tuple[str, ...], what: str) -> list[Path]:
         QuietvitError: a file is missing, or a pattern or folder gives no file; the message calls
             files ``what``. Caused by FileNotFoundError if a path does not exist.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for text in _expand_braces(part):
         path = Path(text).expanduser()
         if path.is_dir():
-            held = sorted(entry for entry in path.iterdir() if _is_one(entry, suffixes))
-            if not held:
+            matching = sorted(entry for entry in path.iterdir() if _is_one(entry, suffixes))
+            if not matching:
                 raise QuietvitError(
                     f"the folder {path} holds no {what} ending in {', '.join(suffixes)}; check "
                     "the path."
                 )
-            found += held
+            paths += matching
         elif path.exists():
-            found.append(path)
+            paths.append(path)
         elif glob.has_magic(text):
             matches = map(Path, glob.glob(str(path)))  # noqa: PTH207
-            held = sorted(match for match in matches if _is_one(match, suffixes))
-            if not held:
+            matching = sorted(match for match in matches if _is_one(match, suffixes))
+            if not matching:
                 raise QuietvitError(
                     f"no {what} ending in {', '.join(suffixes)} matches {text}; check the path."
                 ) from FileNotFoundError(text)
-            found += held
+            paths += matching
         else:
             raise QuietvitError(
                 f"the {what} {path} does not exist; check the path"
                 + (f" and the range in {part}." if text != part else ".")
             ) from FileNotFoundError(path)
-    twice = [path for path, count in Counter(found).items() if count > 1]
+    twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise QuietvitError(f"{part} names {twice[0]} more than once; name each {what} once.")
-    return found
+    return paths
 
 
 def _is_one(path: Path, suffixes: tuple[str, ...]) -> bool:

@@ -21,8 +21,8 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
-    found: Image.Image = auto_augment.posterize(image, bits_to_keep)
-    return found
+    result: Image.Image = auto_augment.posterize(image, bits_to_keep)
+    return result
 
 
 def mend(transform: Any) -> Any:
@@ -35,16 +35,16 @@ def mend(transform: Any) -> Any:
     return transform
 
 
-def _operations(part: Any) -> Iterator[Any]:
-    """Yield the policy operations in ``part``: a list, or an object with lists as attributes."""
+def _operations(policy: Any) -> Iterator[Any]:
+    """Yield the policy operations in ``policy``: a list, or an object with lists as attributes."""
     from timm.data.auto_augment import AugmentOp
 
-    if isinstance(part, AugmentOp):
-        yield part
-    elif isinstance(part, list | tuple):
-        for inner in part:
+    if isinstance(policy, AugmentOp):
+        yield policy
+    elif isinstance(policy, list | tuple):
+        for inner in policy:
             yield from _operations(inner)
-    elif hasattr(part, "__dict__"):
-        for inner in vars(part).values():
+    elif hasattr(policy, "__dict__"):
+        for inner in vars(policy).values():
             if isinstance(inner, list | tuple):
                 yield from _operations(inner)

@@ -34,15 +34,15 @@ def unwrapped(
     least = min(len(own), len(state)) / 2
     if sum(key in own for key in state) >= least:
         return dict(state), ""
-    found = _fitting(own, state, least)
-    averages = [prefix for prefix in found if _AVERAGE & set(prefix.split("."))]
-    if len(found) > 1 and len(averages) != 1:
+    prefixes = _fitting(own, state, least)
+    averages = [prefix for prefix in prefixes if _AVERAGE & set(prefix.split("."))]
+    if len(prefixes) > 1 and len(averages) != 1:
         raise QuietvitError(
-            f"{source} holds several copies of the model, below {', '.join(map(repr, found))}; "
+            f"{source} holds several copies of the model, below {', '.join(map(repr, prefixes))}; "
             "save the weights of only one of them."
         )
-    if found:
-        prefix = (averages or found)[0]
+    if prefixes:
+        prefix = (averages or prefixes)[0]
         below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         rest = [key for key in state if not key.startswith(prefix)]
         if rest:

@@ -83,16 +83,16 @@ def _check_labels(chosen: str, paths: list[Path], indexes: list[TarIndex]) -> No
 def _readable(name: str, indexes: list[TarIndex]) -> list[TarIndex]:
     """Leave out samples whose image cannot be read here, and log the skipped files."""
     passed = PassedOver()
-    found = []
+    chosen = []
     for index in indexes:
         good = np.array([is_readable(suffix) for suffix in index.suffixes], bool)
         for suffix in index.suffixes[~good]:
             passed.add(suffix)
         for member in index.passed:
             passed.add(str(member))
-        found.append(index.chosen(good))
-    passed.tell(name, sum(len(index.offsets) for index in found))
-    return found
+        chosen.append(index.chosen(good))
+    passed.tell(name, sum(len(index.offsets) for index in chosen))
+    return chosen
 
 
 class ShardReader:

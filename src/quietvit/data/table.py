@@ -58,18 +58,18 @@ def open_table(
     chosen = part_for(parts, split, "table", _EXAMPLE)
     columns = ["image", "label"] if labels else ["image"]
     table = TableReader(expand(chosen, SUFFIXES, "table"), columns)
-    found = table.labels() if labels else None
+    numbers = table.labels() if labels else None
     if table.rows.sum() == 0:
         raise QuietvitError(f"the table {chosen} holds no rows, so no images; check the file.")
     names = table.class_names() if labels else None
-    if found is not None and num_classes is None:
+    if numbers is not None and num_classes is None:
         if split == "test":
             reference = TableReader(expand(parts[0], SUFFIXES, "table"), ["label"])
             num_classes = _count(reference.labels(), reference.class_names())
         else:
-            num_classes = _count(found, names)
+            num_classes = _count(numbers, names)
     return ImageDataset(
-        found,
+        numbers,
         table.read,
         table.where,
         num_classes=num_classes,
@@ -126,7 +126,7 @@ class TableReader:
         noted = names_in_metadata(self._file(0).schema)
         if noted is not None:
             return noted
-        found = NamesByLabel()
+        by_label = NamesByLabel()
         for index, path in enumerate(self.paths):
             file = self._file(index)
             column = names_column(file.schema)
@@ -134,8 +134,8 @@ class TableReader:
                 return None
             both = (_guarded(path, partial(file.column, name)) for name in ("label", column))
             for label, name in pairs_of(*both):
-                found.add(label, name)
-        return found.tuple(f"the table {self.paths[0]}")
+                by_label.add(label, name)
+        return by_label.tuple(f"the table {self.paths[0]}")
 
     def read(self, index: int) -> bytes:
         """Return the encoded image of row ``index``."""
@@ -203,8 +203,8 @@ class _Parquet:
         return self.file.read(columns=[name], use_threads=False).column(name)
 
     def chunk(self, number: int) -> Any:
-        found = self.file.read_row_group(number, columns=["image"], use_threads=False)
-        return found.column("image")
+        group = self.file.read_row_group(number, columns=["image"], use_threads=False)
+        return group.column("image")
 
 
 class _Arrow:

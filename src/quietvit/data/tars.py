@@ -69,10 +69,10 @@ class _Sample:
     label: int | None = None
     labelled_by: str = ""
     name: str | None = None
-    held: list[str] = field(default_factory=list)
+    extensions: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return ", ".join(f".{name}" for name in self.held)
+        return ", ".join(f".{name}" for name in self.extensions)
 
 
 def read_index(path: Path) -> TarIndex:
@@ -135,8 +135,8 @@ def build_index(path: Path, labels: bool = False) -> TarIndex:
     def close(sample: _Sample | None) -> None:
         if sample is None:
             return
-        if sample.image is None and sample.label is None and "cls" not in sample.held:
-            passed.extend(f"{sample.key}.{name}" for name in sample.held)
+        if sample.image is None and sample.label is None and "cls" not in sample.extensions:
+            passed.extend(f"{sample.key}.{name}" for name in sample.extensions)
             return
         _check_sample(sample, path, labels)
         assert sample.image is not None
@@ -161,11 +161,11 @@ def build_index(path: Path, labels: bool = False) -> TarIndex:
             raise _truncated(path, str(error)) from error
         _check_end(path, tar)
         close(current)
-    offsets, sizes, found = np.array(samples, np.int64).reshape(-1, 3).T.copy()
+    offsets, sizes, numbers = np.array(samples, np.int64).reshape(-1, 3).T.copy()
     return TarIndex(
         offsets,
         sizes,
-        found,
+        numbers,
         np.array(suffixes, np.str_),
         np.array(passed, np.str_),
         tuple(sorted(names)),
@@ -201,7 +201,7 @@ def _add(
     path: Path,
     labels: bool,
 ) -> None:
-    sample.held.append(extension)
+    sample.extensions.append(extension)
     if f".{extension}" in IMAGE_SUFFIXES:
         ranks = [name in PREFERRED for name in (extension, sample.suffix)]
         if sample.image is not None and ranks[0] == ranks[1]:
@@ -238,14 +238,14 @@ def _label_in(content: bytes, extension: str) -> tuple[int | None, str | None]:
     try:
         if extension == "cls":
             return int(content), None
-        found = json.loads(content)
+        entry = json.loads(content)
     except ValueError:
         return None, None
-    if not isinstance(found, dict):
+    if not isinstance(entry, dict):
         return None, None
-    label = found.get("label")
+    label = entry.get("label")
     is_label = isinstance(label, int) and not isinstance(label, bool)
-    return (label if is_label else None), name_in_json(found)
+    return (label if is_label else None), name_in_json(entry)
 
 
 def _check_sample(sample: _Sample, path: Path, labels: bool) -> None:

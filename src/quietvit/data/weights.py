@@ -105,9 +105,9 @@ def _built(name: str, kwargs: Mapping[str, Any], preprocessing: Mapping[str, Any
         TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError, LookupError,
         AttributeError,
     ) as error:  # fmt: skip
-        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+        arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
         raise QuietvitError(
-            f"timm could not build {name} with {given or 'its defaults'}: {error}; change or "
+            f"timm could not build {name} with {arguments or 'its defaults'}: {error}; change or "
             "remove that argument."
         ) from error
     config: dict[str, Any] = {**getattr(model, "pretrained_cfg", {}), **preprocessing}
@@ -179,13 +179,13 @@ def _classes_in(state: Mapping[str, Tensor], config: Any) -> int | None:
 
 
 def _fitted(
-    model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+    model: nn.Module, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str], bool]:
-    """Return ``given`` adapted to the model, the log messages, and whether a head is new.
+    """Return ``weights`` adapted to the model, the log messages, and whether a head is new.
 
     The model keeps its own head if the given one differs; parts of pre-training are left out.
     """
-    state, told, new_head = dict(given), list[str](), False
+    state, told, new_head = dict(weights), list[str](), False
     heads = _heads(getattr(model, "pretrained_cfg", {}))
     for head in heads:
         key = f"{head}.weight"

@@ -96,8 +96,8 @@ class ActivationWatch:
             with torch.no_grad():
                 low, high = first_tensor(output).detach().aminmax()
                 peak = torch.maximum(-low, high).float()
-                seen = self._peaks.get(name)
-                self._peaks[name] = peak if seen is None else torch.maximum(seen, peak)
+                largest = self._peaks.get(name)
+                self._peaks[name] = peak if largest is None else torch.maximum(largest, peak)
 
         return look
 

@@ -94,22 +94,22 @@ class WeightRegularizer(BaseRegularizer):
         """
         self._refuse_if_attached()
         inner = innermost(optimizer)
-        held = self._groups(inner)
-        if not held:
+        groups = self._groups(inner)
+        if not groups:
             raise self._nothing_to_update(inner)
         if not self.coupled:
-            for group in held.values():
+            for group in groups.values():
                 refuse_unknown_rate(inner, group, type(self).__name__)
-        self._warn_of_others(held, inner)
-        self._warn_of_rounding(held)
+        self._warn_of_others(groups, inner)
+        self._warn_of_rounding(groups)
         self._optimizer = weakref.ref(inner)
-        self._held = set(held)
+        self._held = set(groups)
         self._handles = [
             inner.register_step_pre_hook(self._before_step),
             inner.register_step_post_hook(self._after_step),
         ]
         # The first and the last parameter tell whether another optimizer steps: both change then.
-        names = list(held)
+        names = list(groups)
         self._watched = [WatchedParameter(name, self._read(name)) for name in {names[0], names[-1]}]
         for watched in self._watched:
             hook = MissedStepHook(self, watched)
@@ -165,10 +165,10 @@ class WeightRegularizer(BaseRegularizer):
             "parameters, after any load_state_dict(assign=True) or .to()."
         )
 
-    def _warn_of_others(self, held: Collection[str], optimizer: Optimizer) -> None:
+    def _warn_of_others(self, regularized: Collection[str], optimizer: Optimizer) -> None:
         """Warn of trainable parameters that this optimizer does not hold."""
         names = dict.fromkeys(self.parameter_names())
-        others = [n for n in names if n not in held and self._read(n).requires_grad]
+        others = [n for n in names if n not in regularized and self._read(n).requires_grad]
         if others:
             warnings.warn(
                 f"{type(self).__name__}: {len(others)} of {len(names)} {self.concerns} are "
@@ -178,16 +178,16 @@ class WeightRegularizer(BaseRegularizer):
                 stacklevel=3,
             )
 
-    def _warn_of_rounding(self, held: Collection[str]) -> None:
+    def _warn_of_rounding(self, regularized: Collection[str]) -> None:
         """Warn that a decoupled change may be too small for weights below float32."""
-        low = [name for name in held if self._read(name).dtype.itemsize < 4]
+        low = [name for name in regularized if self._read(name).dtype.itemsize < 4]
         if low and not self.coupled:
             dtype = self._read(low[0]).dtype
             warnings.warn(
-                f"{type(self).__name__}: {len(low)} of {len(held)} {self.concerns} are {dtype} "
-                f"(first: {low[0]}). A change below about {torch.finfo(dtype).eps / 2:.2g} of a "
-                "weight rounds away there, and most changes are smaller. Keep the weights in "
-                "float32 and compute in autocast.",
+                f"{type(self).__name__}: {len(low)} of {len(regularized)} {self.concerns} are "
+                f"{dtype} (first: {low[0]}). A change below about "
+                f"{torch.finfo(dtype).eps / 2:.2g} of a weight rounds away there, and most changes "
+                "are smaller. Keep the weights in float32 and compute in autocast.",
                 stacklevel=3,
             )
 

@@ -157,13 +157,13 @@ def windows(
         one, two = (id(parameters[view.parameter_name]) for view in pair.sides)
         groups.setdefault((one, two), []).append(position)
     result: list[list[int]] = []
-    held: set[int] = set()
+    window: set[int] = set()
     for ids in sorted(groups, key=lambda ids: sorted(order[i] for i in ids)):
-        if not result or sum(size[i] for i in held | set(ids)) > room:
+        if not result or sum(size[i] for i in window | set(ids)) > room:
             result.append([])
-            held = set()
+            window = set()
         result[-1] += groups[ids]
-        held |= set(ids)
+        window |= set(ids)
     return result
 
 
@@ -175,8 +175,8 @@ def block_size(pairs: Sequence[MatrixPair], parameters: Mapping[str, Tensor]) ->
     """
     largest = 0
     for pair in pairs:
-        held = {id(w): w for w in (parameters[v.parameter_name] for v in pair.sides)}
-        largest = max(largest, sum(parameter.numel() for parameter in held.values()))
+        matrices = {id(w): w for w in (parameters[v.parameter_name] for v in pair.sides)}
+        largest = max(largest, sum(parameter.numel() for parameter in matrices.values()))
     return largest * 303 // 200
 
 

@@ -53,8 +53,8 @@ def chosen_pairs(
                 f"{owner} needs an example input to find the pairs (one image is enough), or "
                 "pairs=..."
             )
-        asked = tuple(kinds or DEFAULT_KINDS)
-        result = find_pairs(model, example, kinds=asked, fold_gains=fold_gains)
+        wanted = tuple(kinds or DEFAULT_KINDS)
+        result = find_pairs(model, example, kinds=wanted, fold_gains=fold_gains)
         warn_of_left_out(owner, [s for s in result.skipped if s[1] in (COMPUTED, ADAPTED)])
         _warn_of_unused_kinds(owner, (*(kinds or ()), *scheduled), result)
         return tuple(result)

@@ -206,7 +206,7 @@ class ColinearityDecay(DecoupledUpdate):
             for batch, basis in zip(self._plan[1].batches, self._bases, strict=False):
                 if basis is not None:
                     for row, member in enumerate(batch.members):
-                        result[member] = [part[row].clone() for part in basis]
+                        result[member] = [directions[row].clone() for directions in basis]
         return [result[member] for member in sorted(result)]
 
     def parameter_names(self) -> tuple[str, ...]:

@@ -76,12 +76,12 @@ class Source(Mapping[str, Tensor]):
 
     def stand_ins(self) -> dict[str, Tensor]:
         """Return tensors of the same shapes, dtypes and devices that take no memory."""
-        made = {
+        shells = {
             owner: torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
             for owner, p in self.parameters.items()
             if self.first[owner] == owner
         }
-        return {name: made[owner] for name, owner in self.first.items()}
+        return {name: shells[owner] for name, owner in self.first.items()}
 
     def signature(self) -> tuple[object, ...]:
         return tuple(
@@ -174,22 +174,22 @@ def make_plan(
         total = sum(p.numel() for name, p in stand_ins.items() if source.first[name] == name)
         room = max(room, min(LARGEST_BATCH, math.ceil(total / divided_by)))
         joined = LARGEST_BATCH
-    made: list[PairBatch] = []
+    pair_batches: list[PairBatch] = []
     spans: list[range] = []
     for positions in windows(pairs, stand_ins, room):
-        start = len(made)
-        made += batches(pairs, stand_ins, positions, room=joined)
-        spans.append(range(start, len(made)))
+        start = len(pair_batches)
+        pair_batches += batches(pairs, stand_ins, positions, room=joined)
+        spans.append(range(start, len(pair_batches)))
     order: list[int] = []
     slices: list[tuple[slice, slice]] = []
-    for batch in made:
+    for batch in pair_batches:
         ends = [len(order), len(order) + len(batch.members), len(order) + 2 * len(batch.members)]
         for side in (0, 1):
             order += [2 * member + side for member in batch.members]
         slices.append((slice(ends[0], ends[1]), slice(ends[1], ends[2])))
     uses = [
         tuple(dict.fromkeys(source.first[v.parameter_name] for p in batch.pairs for v in p.views))
-        for batch in made
+        for batch in pair_batches
     ]
     last_batch = {owner: place for place, owners in enumerate(uses) for owner in owners}
     last_window = {
@@ -202,9 +202,9 @@ def make_plan(
         return len(places) if name is None else places[source.first[name]]
 
     return UpdatePlan(
-        tuple(made),
+        tuple(pair_batches),
         tuple(spans),
-        TrustRegion(pairs, stand_ins, made, rule),
+        TrustRegion(pairs, stand_ins, pair_batches, rule),
         tuple(order),
         tuple(slices),
         last_batch,

@@ -50,25 +50,25 @@ def both_products(
     D is the identity, or the diagonal matrix of ``shares`` if ``weighed``.
     """
     if A.ndim == 2:
-        seen = A.square()[:, None, :]
+        AA = A.square()[:, None, :]
         if not weighed:
-            return A * B.square().sum(1), B * seen
-        weights, _ = shares((B.square() * seen).sum(-1))
+            return A * B.square().sum(1), B * AA
+        weights, _ = shares((B.square() * AA).sum(-1))
         DB = B * weights[:, :, None]
         PA = A * (DB * B).sum(1)
-        return PA, DB.mul_(seen)
+        return PA, DB.mul_(AA)
     if dtype is not None:
         A, B = A.to(dtype), B.to(dtype)
     (h, d), o = A.shape[1:], B.shape[1]
     # Multiply-accumulates / h of four products with an (h, h) matrix, or of three with B A (o, d).
     # ViT-Tiny: a head's (v, proj) has h = 64, o = d = 192: (h, h) wins. For (fc1, fc2), h = 768.
     if 2 * h * (o + d) < 3 * o * d:
-        seen = mm(B, mm(A, A.mT))
+        BAA = mm(B, mm(A, A.mT))
         if not weighed:
-            return mm(mm(B.mT, B), A), seen
-        energy = (seen.to(wide_dtype(seen)) * B).sum(-1).clamp_min(0)
+            return mm(mm(B.mT, B), A), BAA
+        energy = (BAA.to(wide_dtype(BAA)) * B).sum(-1).clamp_min(0)
         weights = shares(energy)[0].to(B.dtype)[:, :, None]
-        return mm(mm(B.mT, B * weights), A), seen * weights
+        return mm(mm(B.mT, B * weights), A), BAA * weights
     BA = mm(B, A)
     if weighed:
         weights, _ = shares(BA.to(wide_dtype(BA)).square().sum(-1))

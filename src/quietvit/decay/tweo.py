@@ -125,11 +125,11 @@ class TWEO(BaseRegularizer):
             raise QuietvitError(
                 "TWEO has a schedule, but no optimizer counts the steps. Call attach(optimizer)."
             )
-        seen, self._seen = self._seen, []
-        self._last = _by_block([(name, term.detach()) for name, term in seen])
+        named_terms, self._seen = self._seen, []
+        self._last = _by_block([(name, term.detach()) for name, term in named_terms])
         self._used, self._unused = True, 0
-        terms = torch.stack([term.to(seen[0][1].device) for _, term in seen])
-        if not self._warned and not any(term.requires_grad for _, term in seen):
+        terms = torch.stack([term.to(named_terms[0][1].device) for _, term in named_terms])
+        if not self._warned and not any(term.requires_grad for _, term in named_terms):
             self._warned = True
             logger.warning(
                 "TWEO changes nothing: no output of its %d blocks depends on a parameter that "
@@ -217,11 +217,11 @@ class TWEO(BaseRegularizer):
 
     def _is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether it holds a parameter of the model, or the model has none that trains."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(map(id, self.model.parameters())):
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if trained.isdisjoint(map(id, self.model.parameters())):
             reshard(self.model)  # the parameters may be FSDP2's whole ones of the last pass
         own = list(self.model.parameters())
-        return not held.isdisjoint(map(id, own)) or not any(p.requires_grad for p in own)
+        return not trained.isdisjoint(map(id, own)) or not any(p.requires_grad for p in own)
 
     def _watch(self) -> None:
         if self._hooks:

@@ -56,12 +56,12 @@ def directed(rule: Penalty, *, compiled: bool = False) -> Directed:
         step_A: Tensor,
         step_B: Tensor,
     ) -> Factors:
-        given = (operands.A, operands.B, operands.before, operands.between)
+        matrices = (operands.A, operands.B, operands.before, operands.between)
         if not compiled:
-            return run(*given, basis, products, step_A, step_B)
+            return run(*matrices, basis, products, step_A, step_B)
         # torch compiles one graph for each shape of pairs. Swin has more than its limit of eight.
         with torch._dynamo.config.patch(recompile_limit=256):
-            return run(*given, basis, products, step_A, step_B)
+            return run(*matrices, basis, products, step_A, step_B)
 
     return call
 

@@ -36,18 +36,18 @@ class Check:
     @property
     def failures(self) -> tuple[str, ...]:
         """One sentence for each claim that the file does not keep."""
-        found = [
+        failures = [
             f"{ran.product} ran in float as {ran.operator}: {ran.reason}"
             for ran in self.proof.broken
         ]
-        found += [
+        failures += [
             f"{a.product}: {a.wrong} of {a.codes} codes and {a.off} of {a.sums} sums of products "
             "differ from the simulated model"
             for a in self.agreements
             if not a.equal
         ]
         compared = self.classes or self.features
-        return (*found, *(() if compared is None else compared.failures))
+        return (*failures, *(() if compared is None else compared.failures))
 
     @property
     def ok(self) -> bool:
@@ -131,12 +131,12 @@ def _features_lines(features: Features) -> list[str]:
     ]
 
 
-def _text(found: Check) -> str:
+def _text(check: Check) -> str:
     """Format the check: what ran in integers, what agrees, size, speed and verdict."""
-    proof = found.proof
+    proof = check.proof
     integers = sum(ran.integer for ran in proof.ran)
     lines = [
-        f"{found.path} in {proof.runtime} on {found.machine}",
+        f"{check.path} in {proof.runtime} on {check.machine}",
         "",
         f"integers   {100 * proof.integer_share:.2f} % of the multiply-accumulates, "
         f"{integers} of {len(proof.ran)} products",
@@ -148,35 +148,35 @@ def _text(found: Check) -> str:
         lines.append(f"           float: {ran.product} ({share:.2f} %), {ran.reason}")
     if len(in_float) > SHOWN:
         lines.append(f"           ... and {len(in_float) - SHOWN} more in float")
-    if found.agreements:
-        codes = sum(a.codes for a in found.agreements)
-        ties = sum(a.ties for a in found.agreements)
-        wrong = sum(a.wrong for a in found.agreements)
-        sums = sum(a.sums for a in found.agreements)
-        off = sum(a.off for a in found.agreements)
+    if check.agreements:
+        codes = sum(a.codes for a in check.agreements)
+        ties = sum(a.ties for a in check.agreements)
+        wrong = sum(a.wrong for a in check.agreements)
+        sums = sum(a.sums for a in check.agreements)
+        off = sum(a.off for a in check.agreements)
         lines.append(
-            f"the same   {len(found.agreements)} products on given inputs: of {codes} codes "
+            f"the same   {len(check.agreements)} products on given inputs: of {codes} codes "
             f"{wrong} differ ({ties} ties), of {sums} sums {off}"
         )
-    if found.classes is not None:
-        lines += _classes_lines(found.classes)
-    if found.features is not None:
-        lines += _features_lines(found.features)
-    size = f"size       {found.bytes / 1e6:.2f} MB"
-    if found.float_bytes is not None:
-        size += f", float {found.float_bytes / 1e6:.2f} MB: "
-        size += f"{found.float_bytes / found.bytes:.2f} times smaller"
+    if check.classes is not None:
+        lines += _classes_lines(check.classes)
+    if check.features is not None:
+        lines += _features_lines(check.features)
+    size = f"size       {check.bytes / 1e6:.2f} MB"
+    if check.float_bytes is not None:
+        size += f", float {check.float_bytes / 1e6:.2f} MB: "
+        size += f"{check.float_bytes / check.bytes:.2f} times smaller"
     lines.append(size)
-    for speed in found.speeds:
+    for speed in check.speeds:
         lines.append(
             f"speed      batch {speed.batch}: {speed.integer_ms:.1f} ms, float "
             f"{speed.float_ms:.1f} ms: {speed.ratio:.2f} times as fast "
             f"({speed.ratio_low:.2f} to {speed.ratio_high:.2f}), "
             f"{speed.images_per_second:.0f} images/s"
         )
-    lines += [f"note       {note}" for note in found.notes]
+    lines += [f"note       {note}" for note in check.notes]
     lines.append("")
-    failures = found.failures
+    failures = check.failures
     lines += [f"FAILED     {failure}" for failure in failures[:SHOWN]]
     if len(failures) > SHOWN:
         lines.append(f"FAILED     ... and {len(failures) - SHOWN} more")

@@ -84,8 +84,8 @@ def check(
     proof = prove(loaded, facts)
     quantized = _simulated(against, facts)
     _same_model(loaded.path, facts, quantized)
-    given = _batches(images)
-    first = next(given)
+    labelled = _batches(images)
+    first = next(labelled)
     warn_unless_normalized(first[0], quantized.model, "given")
     loaded.check_images(tuple(first[0].shape))
     notes = [*facts.notes, *loaded.notes]
@@ -97,7 +97,7 @@ def check(
             graph = float_onnx(quantized.model, quantized.input_shape, facts.output)
             float_bytes = write_onnx(graph, floating)
         compared = _compared(loaded, facts, quantized, first[0][:2], notes)
-        everything = itertools.chain([first], given)
+        everything = itertools.chain([first], labelled)
         classes = features = None
         if facts.output.of_classes:
             classes = compare_classes(loaded, quantized, everything, facts.output, images)

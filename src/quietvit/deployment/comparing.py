@@ -73,12 +73,12 @@ class Classes:
         Top-1 must agree within 0.3 points, or within two standard errors of the paired difference
         (one is the square root of ``only_one_right``).
         """
-        found = []
+        failures = []
         n, p = self.images, self.steadiness / 100
         chance = 300 * math.sqrt(2 * max(p * (1 - p), 1 / n) / n)
         least = min(AGREEMENT, self.steadiness - chance)
         if self.agreement < least:
-            found.append(
+            failures.append(
                 f"the class agrees with the simulated model on {self.agreement:.2f} % of {n} "
                 f"images, less than {least:.2f} %. That model keeps its own class on "
                 f"{self.steadiness:.2f} % of images perturbed by {DISTURBANCE:g}"
@@ -87,11 +87,11 @@ class Classes:
             apart = abs(self.right - self.simulated_right)
             room = max(DIFFERENCE * n / 100, 2 * math.sqrt(self.only_one_right or 0))
             if apart > room:
-                found.append(
+                failures.append(
                     f"top-1 is {self.top1:.2f} %, but {self.top1_simulated:.2f} % in the simulated "
                     f"model: a difference of {apart} of {n} images, more than {room:.1f}"
                 )
-        return tuple(found)
+        return tuple(failures)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Features:
 def compare_classes(
     loaded: Runtime,
     quantized: QuantizedModel,
-    given: Iterable[Labelled],
+    batches: Iterable[Labelled],
     output: Output,
     loader: Any = None,
 ) -> Classes:
@@ -164,7 +164,7 @@ def compare_classes(
     """
     count = same = steady = right = simulated_right = only_one = 0
     labelled, numbers = True, None
-    for (x, labels), (theirs, own, again) in _outputs(loaded, quantized, given, output):
+    for (x, labels), (theirs, own, again) in _outputs(loaded, quantized, batches, output):
         labelled = labelled and labels is not None
         if count == 0 and labels is not None:
             numbers = class_numbers(loader, quantized, own.shape[-1])
@@ -189,12 +189,12 @@ def compare_classes(
 
 
 def compare_features(
-    loaded: Runtime, quantized: QuantizedModel, given: Iterable[Labelled], output: Output
+    loaded: Runtime, quantized: QuantizedModel, batches: Iterable[Labelled], output: Output
 ) -> Features:
     """Measure errors and cosines on images (B, C, H, W), ignoring labels."""
     errors, moved, cosines, places = [], [], [], []
     choosing = Choosing()
-    for _, outputs in _outputs(loaded, quantized, given, output, choosing):
+    for _, outputs in _outputs(loaded, quantized, batches, output, choosing):
         theirs, own, again = (x.double() for x in outputs)
         if output.of_queries:
             theirs, place = paired(theirs, own)
@@ -231,13 +231,13 @@ def _errors(theirs: Tensor, own: Tensor, by_query: bool) -> Tensor:
 def _outputs(
     loaded: Runtime,
     quantized: QuantizedModel,
-    given: Iterable[Labelled],
+    batches: Iterable[Labelled],
     output: Output,
     watching: AbstractContextManager[Any] | None = None,
 ) -> Iterator[tuple[Labelled, tuple[Tensor, Tensor, Tensor]]]:
     """Yield each batch with the outputs of file, simulated model, and that on noisy images."""
     noise = torch.Generator().manual_seed(0)
-    for x, labels in given:
+    for x, labels in batches:
         loaded.check_images(tuple(x.shape))
         disturbed = x * (1 + DISTURBANCE * torch.randn(x.shape, generator=noise))
         with torch.no_grad(), watching or nullcontext():

@@ -102,30 +102,30 @@ def export(
     prepared = plain_preprocessing(
         preprocessing_of(own.model) if preprocessing is None else preprocessing, own.input_shape
     )
-    given = output_of(own, own.input_shape, output, named_classes=labels is not None)
-    detector = getattr(own.model, "decoding", None) if given.path == "queries" else None
-    named = given.of_classes or detector is not None
+    chosen = output_of(own, own.input_shape, output, named_classes=labels is not None)
+    detector = getattr(own.model, "decoding", None) if chosen.path == "queries" else None
+    named = chosen.of_classes or detector is not None
     if labels is not None and not named:
-        raise QuietvitError(f"labels name classes, but the output is {given}; leave out labels.")
+        raise QuietvitError(f"labels name classes, but the output is {chosen}; leave out labels.")
     if as_ is not None:
         own, replaced = replacing_codes(own, as_)
     elif not target.leaves_float:
         _refuse_simulated(own, signed)
     grids = grids_of(own, strict=not target.leaves_float, signed=signed)
-    unused = unused_products(own, given)
+    unused = unused_products(own, chosen)
     facts = facts_of(
         own,
         grids,
         preprocessing=prepared,
         labels=_labels(own, labels) if named else None,
         notes=[
-            *_presumed(own, given, labels),
+            *_presumed(own, chosen, labels),
             *_rounding_notes(own, grids),
-            *_unused_notes(given, unused),
+            *_unused_notes(chosen, unused),
             *map(str, replaced),
         ],
         replaced=as_,
-        output=given,
+        output=chosen,
         unused=unused,
         detector=detector,
     )
@@ -134,8 +134,8 @@ def export(
     return Artifact(path, written, tuple(replaced))
 
 
-def _labels(quantized: QuantizedModel, given: Sequence[str] | None) -> tuple[str, ...] | None:
-    return names_of(quantized) if given is None else checked_names(quantized.model, given)
+def _labels(quantized: QuantizedModel, labels: Sequence[str] | None) -> tuple[str, ...] | None:
+    return names_of(quantized) if labels is None else checked_names(quantized.model, labels)
 
 
 def _refuse_uncalibrated(quantized: QuantizedModel) -> None:

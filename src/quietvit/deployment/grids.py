@@ -85,9 +85,9 @@ class Grid:
 
     def codes(self, quantizer: Quantizer, x: Tensor) -> np.ndarray:
         """Return the codes of x on this grid in the 8-bit type, with the shape of x."""
-        found = quantizer.codes(x).cpu().numpy().astype(np.int64) + self.moved
-        assert found.size == 0 or (found.min() >= self.low and found.max() <= self.high)
-        return found.astype(self.dtype)
+        codes = quantizer.codes(x).cpu().numpy().astype(np.int64) + self.moved
+        assert codes.size == 0 or (codes.min() >= self.low and codes.max() <= self.high)
+        return codes.astype(self.dtype)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -108,13 +108,13 @@ def grids_of(
 
     A slot without a grid is left out, or raises QuietvitError if ``strict``.
     """
-    found = {}
+    grids = {}
     for slot in quantized.slots():
         quantizer = quantized.quantizers[slot.key]
         assert isinstance(quantizer, Quantizer)
         if strict or why_none(slot, quantizer, signed) is None:
-            found[slot.key] = Grid.of(slot, quantizer, signed)
-    return found
+            grids[slot.key] = Grid.of(slot, quantizer, signed)
+    return grids
 
 
 def remedy(signed: bool) -> str:

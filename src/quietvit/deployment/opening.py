@@ -29,9 +29,9 @@ def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0)
     if target is None or not target.holds(path):
         raise QuietvitError(_why_not(path))
     fitting = {
-        each.runtime: each
-        for each in (target, *TARGETS.values())
-        if each is target or target.suffix in each.reads
+        candidate.runtime: candidate
+        for candidate in (target, *TARGETS.values())
+        if candidate is target or target.suffix in candidate.reads
     }
     chosen = runtime or target.runtime
     if chosen not in fitting:

@@ -53,14 +53,14 @@ class Output:
 
     def of(self, output: Any) -> Tensor:
         """Return this tensor from a model's output. Raises QuietvitError if it is missing."""
-        found = tensors_of(output)
-        path = _default(found) if self.path is None else self.path
-        if path not in found:
+        tensors = tensors_of(output)
+        path = _default(tensors) if self.path is None else self.path
+        if path not in tensors:
             raise QuietvitError(
-                f"the model gives no tensor {path!r}, but {_listed(found)}; give the model that "
+                f"the model gives no tensor {path!r}, but {_listed(tensors)}; give the model that "
                 "was exported."
             )
-        return found[path]
+        return tensors[path]
 
 
 def output_of(
@@ -83,7 +83,7 @@ def output_of(
     images = torch.zeros(2, *input_shape, device=device)
     try:
         with torch.no_grad(), evaluating(model), Choosing() as choosing:
-            found = tensors_of(model(images))
+            tensors = tensors_of(model(images))
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise QuietvitError(
@@ -91,16 +91,17 @@ def output_of(
             f"({type(error).__name__}: {reason}); "
             "export needs a model whose only input is images, with any batch size."
         ) from error
-    if not found:
+    if not tensors:
         raise QuietvitError("the model returns no tensor; wrap it so that it returns one.")
-    path = _default(found) if wanted is None else _chosen(found, wanted)
-    shape = tuple(found[path].shape)
+    path = _default(tensors) if wanted is None else _chosen(tensors, wanted)
+    shape = tuple(tensors[path].shape)
     if len(shape) < 2 or shape[0] != 2:
         raise QuietvitError(
             f"the output {path or 'of the model'} is {shape} for two images, so its first dim is "
-            f"not the batch; choose another tensor (output=..., --output-tensor): {_listed(found)}."
+            f"not the batch; choose another tensor (output=..., --output-tensor): "
+            f"{_listed(tensors)}."
         )
-    unnamed = len(found) == 1 and path in ("", "0")  # "0": a tuple or list of one tensor
+    unnamed = len(tensors) == 1 and path in ("", "0")  # "0": a tuple or list of one tensor
     output = _described(model, path, unnamed, wanted, shape[1:], named_classes)
     if len(shape) == 3 and shape[1] in choosing.taken:
         return replace(output, kind=QUERIES)
@@ -115,8 +116,8 @@ def _described(
     shape: tuple[int, ...],
     named_classes: bool,
 ) -> Output:
-    asked = wanted if isinstance(wanted, str) and not wanted.isdigit() else ""
-    own = asked if unnamed else path
+    wanted_name = wanted if isinstance(wanted, str) and not wanted.isdigit() else ""
+    own = wanted_name if unnamed else path
     without_classes = getattr(getattr(model, "model", model), "num_classes", None) == 0
     scores = named_classes or own == LOGITS or (not own and not without_classes)
     if len(shape) == 1 and scores:
@@ -131,41 +132,41 @@ def unused_products(quantized: QuantizedModel, output: Output) -> tuple[str, ...
     """
     if output.path in ("", None):
         return ()
-    seen: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
 
     def keep(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
         result = run(*operands)
         if result.requires_grad:
-            seen[site.name] = result
+            results[site.name] = result
         return result
 
     model = quantized.model
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(1, *quantized.input_shape, device=device, requires_grad=True)
     with torch.enable_grad(), evaluating(model), intercept(quantized.trace, keep):
-        found = output.of(model(images))
-    if not found.requires_grad or not seen:
+        tensor = output.of(model(images))
+    if not tensor.requires_grad or not results:
         return ()
-    reached = torch.autograd.grad(found.sum(), list(seen.values()), allow_unused=True)
-    return tuple(name for name, gradient in zip(seen, reached, strict=True) if gradient is None)
+    reached = torch.autograd.grad(tensor.sum(), list(results.values()), allow_unused=True)
+    return tuple(name for name, gradient in zip(results, reached, strict=True) if gradient is None)
 
 
-def _default(found: Mapping[str, Tensor]) -> str:
+def _default(tensors: Mapping[str, Tensor]) -> str:
     for name in (LOGITS, *EMBEDDINGS):
-        if name in found:
+        if name in tensors:
             return name
-    if len(found) == 1:
-        return next(iter(found))
+    if len(tensors) == 1:
+        return next(iter(tensors))
     raise QuietvitError(
-        f"the model gives {len(found)} tensors, and none is called logits or pooler_output: "
-        f"{_listed(found)}. Choose one by name or index: output=... (--output-tensor)."
+        f"the model gives {len(tensors)} tensors, and none is called logits or pooler_output: "
+        f"{_listed(tensors)}. Choose one by name or index: output=... (--output-tensor)."
     )
 
 
-def _chosen(found: Mapping[str, Tensor], wanted: str | int) -> str:
-    paths = list(found)
+def _chosen(tensors: Mapping[str, Tensor], wanted: str | int) -> str:
+    paths = list(tensors)
     if isinstance(wanted, str):
-        if wanted in found:
+        if wanted in tensors:
             return wanted
         if paths == [""] and not wanted.isdigit() and re.fullmatch(r"[A-Za-z][\w.]*", wanted):
             return ""
@@ -174,15 +175,15 @@ def _chosen(found: Mapping[str, Tensor], wanted: str | int) -> str:
         return paths[place]
     raise QuietvitError(
         f"the model has no output {wanted!r}; choose one of its tensors by name or index: "
-        f"{_listed(found)}."
+        f"{_listed(tensors)}."
     )
 
 
-def _listed(found: Mapping[str, Tensor]) -> str:
+def _listed(tensors: Mapping[str, Tensor]) -> str:
     """List index, name and shape of each tensor. ``B`` is the batch."""
     shown = [
         f"{place}: {path or 'the only tensor'} ({', '.join(['B', *map(str, x.shape[1:])])})"
-        for place, (path, x) in enumerate(found.items())
+        for place, (path, x) in enumerate(tensors.items())
     ]
     more = f" and {len(shown) - 12} more" if len(shown) > 12 else ""
     return "; ".join(shown[:12]) + more

@@ -71,7 +71,7 @@ def agreements(
             )
     operands = _operands(quantized, images)
     parts = runtime.parts([product.name for product in wanted])
-    given = {
+    entering = {
         name: [
             operands[name][slot.index]
             if facts.product(name).rounded is None
@@ -81,8 +81,8 @@ def agreements(
         ]
         for name in parts.codes
     }
-    codes, sums = parts.run(given)
-    found = []
+    codes, sums = parts.run(entering)
+    results = []
     for product in wanted:
         here, name = slots[product.name], product.name
         compared, sides, scale, corrected = _operand_codes(
@@ -93,8 +93,8 @@ def agreements(
         else:
             count, middle, off = _rounded(runtime, product, slots, quantized, operands, sums[name])
             compared = (compared[0], compared[1] + middle, compared[2])
-        found.append(Agreement(name, *compared, count, off))
-    return found
+        results.append(Agreement(name, *compared, count, off))
+    return results
 
 
 def _operands(quantized: QuantizedModel, images: Tensor) -> dict[str, dict[int, Tensor]]:
@@ -207,7 +207,7 @@ def _along(values: np.ndarray, axis: int | None, ndim: int) -> np.ndarray:
 
 
 def _sums(
-    product: Product, sides: list[np.ndarray], scale: np.ndarray, found: np.ndarray, corrected: bool
+    product: Product, sides: list[np.ndarray], scale: np.ndarray, sums: np.ndarray, corrected: bool
 ) -> tuple[int, int]:
     """Return how many scaled sums of products there are, and how many are off.
 
@@ -225,7 +225,7 @@ def _sums(
     size = np.abs(exact)
     if corrected:
         size = multiplied(np.abs(left), np.abs(right) + 128) * scale
-    apart = np.abs(found.astype(np.float64).reshape(exact.shape) - exact)
+    apart = np.abs(sums.astype(np.float64).reshape(exact.shape) - exact)
     return exact.size, int((apart > ROUNDING * size).sum())
 
 

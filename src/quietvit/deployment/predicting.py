@@ -75,16 +75,16 @@ def predict(
     """
     runtime = model if isinstance(model, Runtime) else open_runtime(model)
     if isinstance(image, list | tuple):
-        return [predict(runtime, one, top) for one in image]
+        return [predict(runtime, source, top) for source in image]
     facts = runtime.facts
     if facts.detector is not None:
         return _boxes(runtime, read_image(image), top)
     x = preprocess(facts, image, runtime.path)
     runtime.check_images(x.shape)
-    found = runtime(x)[0]
+    output = runtime(x)[0]
     if not facts.output.of_classes:
-        return Embedding(facts.output.name, found)
-    logits = found.astype(np.float64)
+        return Embedding(facts.output.name, output)
+    logits = output.astype(np.float64)
     odds = np.exp(logits - logits.max())
     probabilities = odds / odds.sum()
     order = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
@@ -101,9 +101,11 @@ def predict(
 
 def _boxes(runtime: Runtime, image: Image.Image, top: int) -> list[Box]:
     pixels = functional.to_dtype(functional.to_image(image), torch.float32, scale=True)
-    (found,) = FileDetector(runtime)([pixels.as_subclass(Tensor)])
+    (detected,) = FileDetector(runtime)([pixels.as_subclass(Tensor)])
     names = None if runtime.facts.labels is None else in_words(runtime.facts.labels)
-    best = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"], strict=True)
+    best = zip(
+        detected["labels"].tolist(), detected["scores"].tolist(), detected["boxes"], strict=True
+    )
     return [
         Box(
             label - 1,

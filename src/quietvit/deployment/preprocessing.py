@@ -25,8 +25,10 @@ ASK = (
 )
 
 
-def plain_preprocessing(given: Any, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """Return ``given`` as timm's data config for images of ``shape`` (C, H, W); None for None.
+def plain_preprocessing(preprocessing: Any, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """Return ``preprocessing`` as timm's data config for images of ``shape`` (C, H, W).
+
+    None stays None.
 
     A timm config gets the size ``shape``, like in timm for a model built at another size. Any other
     form must produce images of that size. Transforms are compared with timm's on two pictures.
@@ -34,28 +36,30 @@ def plain_preprocessing(given: Any, shape: tuple[int, ...]) -> dict[str, Any] | 
     Raises QuietvitError for an unknown form, values that JSON cannot hold, another image size, and
     steps that timm's evaluation transform does not have.
     """
-    if given is None:
+    if preprocessing is None:
         return None
-    if hasattr(given, "image_processor"):  # a processor of images and texts, as CLIP's
-        given = given.image_processor
-    if isinstance(given, Mapping) and "image_mean" not in given:
-        return _of_timm(given) | {"input_size": list(shape)}
+    if hasattr(preprocessing, "image_processor"):  # a processor of images and texts, as CLIP's
+        preprocessing = preprocessing.image_processor
+    if isinstance(preprocessing, Mapping) and "image_mean" not in preprocessing:
+        return _of_timm(preprocessing) | {"input_size": list(shape)}
     channels, height, width = shape
-    if isinstance(given, Mapping):
-        found = translated_preprocessing(given, (channels, height, width), "the preprocessing")
-    elif hasattr(given, "to_json_string"):
-        settings = json.loads(given.to_json_string())
-        found = translated_preprocessing(settings, (channels, height, width), "the preprocessing")
-        _tried(given, found)
+    if isinstance(preprocessing, Mapping):
+        config = translated_preprocessing(
+            preprocessing, (channels, height, width), "the preprocessing"
+        )
+    elif hasattr(preprocessing, "to_json_string"):
+        settings = json.loads(preprocessing.to_json_string())
+        config = translated_preprocessing(settings, (channels, height, width), "the preprocessing")
+        _tried(preprocessing, config)
     else:
-        found = _of_torchvision(given, channels)
-        _tried(_as_processor(given), found)
-    if tuple(found["input_size"]) != tuple(shape):
+        config = _of_torchvision(preprocessing, channels)
+        _tried(_as_processor(preprocessing), config)
+    if tuple(config["input_size"]) != tuple(shape):
         raise QuietvitError(
-            f"the preprocessing makes images of {tuple(found['input_size'])}, but the model was "
+            f"the preprocessing makes images of {tuple(config['input_size'])}, but the model was "
             f"quantized with images of {tuple(shape)}; give the preprocessing of this model."
         )
-    return _json(found)
+    return _json(config)
 
 
 def transform_of(config: Mapping[str, Any] | None, path: Path) -> Callable[[Image.Image], Tensor]:
@@ -70,36 +74,36 @@ def transform_of(config: Mapping[str, Any] | None, path: Path) -> Callable[[Imag
         )
     from timm.data.transforms_factory import create_transform
 
-    given: dict[str, Any] = dict(config)
-    given["input_size"] = tuple(given["input_size"])
-    transform: Callable[[Image.Image], Tensor] = create_transform(**given, is_training=False)
+    settings: dict[str, Any] = dict(config)
+    settings["input_size"] = tuple(settings["input_size"])
+    transform: Callable[[Image.Image], Tensor] = create_transform(**settings, is_training=False)
     return transform
 
 
-def _tried(processor: Any, found: Mapping[str, Any]) -> None:
-    """Raise QuietvitError if timm's transform of ``found`` and ``processor`` differ on images."""
+def _tried(processor: Any, config: Mapping[str, Any]) -> None:
+    """Raise QuietvitError if timm's transform of ``config`` and ``processor`` differ on images."""
     try:
-        check_translation(processor, found, "the preprocessing")
+        check_translation(processor, config, "the preprocessing")
     except QuietvitError as error:  # replace its remedy, which is for transformers folders
         told = str(error).partition(" Take preprocessor_config.json")[0]
         raise QuietvitError(f"{told} {ASK}") from error
 
 
-def _of_timm(given: Mapping[str, Any]) -> dict[str, Any]:
+def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``KEYS`` of a data config. A whole ``pretrained_cfg`` may have more keys."""
     from timm.models import PretrainedCfg
 
     known = {*KEYS, *PretrainedCfg.__dataclass_fields__}
-    unknown = [str(key) for key in given if key not in known]
+    unknown = [str(key) for key in config if key not in known]
     if unknown:
         raise QuietvitError(
             f"the preprocessing has an unknown key {unknown[0]!r}{nearest(unknown[0], KEYS)}; "
             f"timm's data config has {', '.join(KEYS)}."
         )
-    missing = [key for key in ("mean", "std") if given.get(key) is None]
+    missing = [key for key in ("mean", "std") if config.get(key) is None]
     if missing:
         raise QuietvitError(f"the preprocessing has no {' and no '.join(missing)}. {ASK}")
-    return _json({key: given[key] for key in KEYS if given.get(key) is not None})
+    return _json({key: config[key] for key in KEYS if config.get(key) is not None})
 
 
 def _json(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,21 +117,25 @@ def _json(content: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _of_torchvision(given: Any, channels: int) -> dict[str, Any]:
+def _of_torchvision(transform: Any, channels: int) -> dict[str, Any]:
     from torchvision.transforms._presets import ImageClassification
 
-    if isinstance(given, ImageClassification):
+    if isinstance(transform, ImageClassification):
         return _config(
-            given.resize_size,
-            given.crop_size,
-            given.mean,
-            given.std,
-            given.interpolation,
+            transform.resize_size,
+            transform.crop_size,
+            transform.mean,
+            transform.std,
+            transform.interpolation,
             channels,
         )
-    steps = getattr(given, "transforms", None)
+    steps = getattr(transform, "transforms", None)
     if not isinstance(steps, Sequence) or isinstance(steps, str):
-        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+        what = (
+            f"the class {transform.__name__}"
+            if isinstance(transform, type)
+            else type(transform).__name__
+        )
         raise QuietvitError(f"preprocessing={what} is not understood. {ASK}")
     by_name = {type(step).__name__: step for step in steps}
     resize = by_name.get("Resize") or by_name.get("ResizeKeepRatio")

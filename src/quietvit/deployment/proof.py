@@ -45,10 +45,10 @@ class Proof:
     @property
     def counts(self) -> dict[str, int]:
         """The number of products by operator of the runtime, largest first."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for ran in self.ran:
-            found[ran.operator] = found.get(ran.operator, 0) + 1
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+            counts[ran.operator] = counts.get(ran.operator, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def prove(runtime: Runtime, facts: Facts) -> Proof:

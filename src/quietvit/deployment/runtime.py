@@ -39,7 +39,7 @@ class Parts(Protocol):
         """Whether the file corrects sums in float for the zero points of weights."""
 
     def run(
-        self, given: dict[str, list[Tensor]]
+        self, operands: dict[str, list[Tensor]]
     ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
         """Return codes of the operands, and the output, by product name for given operands."""
 

@@ -86,9 +86,9 @@ class Target:
             return self.folder.holds(path)
         return path.is_file() and path.suffix == self.suffix
 
-    def refuse_settings(self, **given: Any) -> None:
-        """Raise QuietvitError if ``given`` changes a setting that the target does not take."""
-        for name, value in given.items():
+    def refuse_settings(self, **settings: Any) -> None:
+        """Raise QuietvitError if ``settings`` change one that the target does not take."""
+        for name, value in settings.items():
             if value != SETTINGS[name] and name not in self.settings:
                 raise QuietvitError(
                     f"{name}={value!r} has no meaning for {self.name}; leave out {_GIVEN[name]}."

@@ -60,7 +60,7 @@ def target_to_write(path: Path, to: str | None) -> Target:
     by_suffix = _by_suffix(path)
     target = by_suffix if to is None else TARGETS.get(to)
     if target is None or by_suffix not in (None, target):
-        choices = listed([f"model{each.suffix} (to={each.name!r})" for each in TARGETS.values()])
+        choices = listed([f"model{known.suffix} (to={known.name!r})" for known in TARGETS.values()])
         raise QuietvitError(f"{path} with to={to!r} fits no target; choose {choices}.")
     if by_suffix is None and target.folder is None:
         raise QuietvitError(
@@ -74,8 +74,7 @@ def target_of(path: Path) -> Target | None:
 
     ``path`` need not exist. Returns None if no target fits.
     """
-    found = next((target for target in TARGETS.values() if target.holds(path)), None)
-    return found or _by_suffix(path)
+    return next((t for t in TARGETS.values() if t.holds(path)), None) or _by_suffix(path)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -68,8 +68,8 @@ def box_ap(judged: Judged) -> BoxAP:
         ) from error
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO(truth)
-        found = COCO({**truth, "annotations": _as_annotations(results)})
-        counted = COCOeval_faster(reference, found, iouType="bbox")
+        detected = COCO({**truth, "annotations": _as_annotations(results)})
+        counted = COCOeval_faster(reference, detected, iouType="bbox")
         counted.evaluate()
         counted.accumulate()
         counted.summarize()
@@ -89,8 +89,8 @@ def coco_files(
     results: list[dict[str, Any]] = []
     categories: set[int] = set()
 
-    def objects(id_: int, found: Mapping[str, Any], **keys: str) -> Iterator[dict[str, Any]]:
-        columns = [found[key] for key in ("boxes", "labels", *keys.values())]
+    def objects(id_: int, boxes: Mapping[str, Any], **keys: str) -> Iterator[dict[str, Any]]:
+        columns = [boxes[key] for key in ("boxes", "labels", *keys.values())]
         for box, label, *rest in zip(*columns, strict=True):
             category = label if category_ids is None else category_ids[label - 1]
             categories.add(category)
@@ -129,8 +129,8 @@ def predict_all(
     judged: Judged = []
     with evaluating(model), worker_errors(), progress_bar(loader, progress) as batches:
         for images, targets in batches:
-            found = model([image.to(device) for image in images])
-            for target, boxes in zip(targets, _as_lists(found), strict=True):
+            output = model([image.to(device) for image in images])
+            for target, boxes in zip(targets, _as_lists(output), strict=True):
                 kept = {key: _listed(target[key]) for key in _KEPT}
                 judged.append((kept, boxes))
     return judged
@@ -160,15 +160,19 @@ def evaluate_detector(
 _KEPT = ("image_id", "size", "boxes", "labels", "area", "iscrowd")
 
 
-def _as_lists(found: Any) -> list[dict[str, Any]]:
-    if not isinstance(found, Sequence) or not all(isinstance(one, Mapping) for one in found):
+def _as_lists(output: Any) -> list[dict[str, Any]]:
+    if not isinstance(output, Sequence) or not all(
+        isinstance(prediction, Mapping) for prediction in output
+    ):
         raise QuietvitError(
-            f"the model returned {type(found).__name__}, not a list with the boxes of each image. "
+            f"the model returned {type(output).__name__}, not a list with the boxes of each image. "
             "AP needs a detector (see quietvit.detection)."
         )
     predicted = []
-    for one in found:
-        boxes, labels, scores = (one[key].detach().cpu() for key in ("boxes", "labels", "scores"))
+    for prediction in output:
+        boxes, labels, scores = (
+            prediction[key].detach().cpu() for key in ("boxes", "labels", "scores")
+        )
         if not (bool(boxes.isfinite().all()) and bool(scores.isfinite().all())):
             raise QuietvitError(
                 "the model's boxes or scores are NaN or infinite. Find the first site with NaN: "

@@ -28,18 +28,18 @@ class Problems:
 
     name: str
     limit: int = MAX_BAD_BOXES
-    found: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
 
     def add(self, what: str) -> None:
-        self.found.append(what)
+        self.wrong.append(what)
 
     def tell(self) -> None:
         """Log the wrong annotations. Raises QuietvitError if there are more than ``limit``."""
-        if not self.found:
+        if not self.wrong:
             return
-        told = f"{self.name} has {len(self.found)} wrong annotations: {'; '.join(self.found[:5])}"
-        told += "; ..." if len(self.found) > 5 else ""
-        if len(self.found) > self.limit:
+        told = f"{self.name} has {len(self.wrong)} wrong annotations: {'; '.join(self.wrong[:5])}"
+        told += "; ..." if len(self.wrong) > 5 else ""
+        if len(self.wrong) > self.limit:
             raise QuietvitError(
                 f"{told}. The limit is {self.limit}. Correct the annotations, or raise "
                 "max_bad_boxes (in a recipe: task_settings.max_bad_boxes)."
@@ -62,14 +62,14 @@ def checked_boxes(
     Returns:
         The clipped boxes (N, 4), float32, and a mask (N,), bool, of the boxes to keep.
     """
-    found = np.asarray(boxes, np.float64).reshape(-1, 4)
+    corners = np.asarray(boxes, np.float64).reshape(-1, 4)
     bounds = np.array([*size, *size], np.float64)
-    finite = np.asarray(np.isfinite(found).all(axis=1))
-    clipped = np.clip(np.where(finite[:, None], found, 0.0), 0.0, bounds).astype(np.float32)
+    finite = np.asarray(np.isfinite(corners).all(axis=1))
+    clipped = np.clip(np.where(finite[:, None], corners, 0.0), 0.0, bounds).astype(np.float32)
     sound = finite & np.asarray((clipped[:, 2:] > clipped[:, :2]).all(axis=1))
-    outside = np.abs(found - clipped).max(1, initial=0.0) > _ROOM
+    outside = np.abs(corners - clipped).max(1, initial=0.0) > _ROOM
     for index, name in enumerate(names):
-        shown = ", ".join(f"{value:g}" for value in found[index])
+        shown = ", ".join(f"{value:g}" for value in corners[index])
         if not sound[index]:
             problems.add(f"the box [{shown}] of {name} has no area in {size[0]} x {size[1]} pixels")
         elif outside[index]:

@@ -111,8 +111,8 @@ def record_of(
     ``area`` and ``iscrowd`` are optional. ``told`` names each annotation in messages. Wrong boxes
     go to ``problems`` and are left out.
     """
-    given = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
-    corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
+    sized = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
+    corners = np.concatenate([sized[:, :2], sized[:, :2] + sized[:, 2:]], axis=1)
     boxes, kept = checked_boxes(corners, size, told, problems)
     area = [float(a.get("area", a["bbox"][2] * a["bbox"][3])) for a in annotations]
     return Record(
@@ -139,10 +139,10 @@ def _read(path: Path) -> dict[str, Any]:
             f"the annotations {path} are not valid JSON ({error}). Give a file in COCO's format."
         ) from error
     if not isinstance(content, dict) or any(not isinstance(content.get(k), list) for k in _KEYS):
-        held = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        keys = ", ".join(content) if isinstance(content, dict) else type(content).__name__
         raise QuietvitError(
             f"{path} is not in COCO's format: it needs lists under {', '.join(_KEYS)}, but holds "
-            f"{held}."
+            f"{keys}."
         )
     try:
         _complete(content)
@@ -158,30 +158,30 @@ def _complete(content: Mapping[str, Any]) -> None:
         "annotations": ("image_id", "category_id", "bbox"),
         "categories": ("id", "name"),
     }
-    for part, keys in needed.items():
-        for place, entry in enumerate(content[part]):
+    for section, keys in needed.items():
+        for place, entry in enumerate(content[section]):
             lacking = [key for key in keys if key not in entry]
             if lacking:
-                raise ValueError(f"entry {place} of {part} has no {lacking[0]!r}")
-            if part == "annotations" and len(entry["bbox"]) != 4:
+                raise ValueError(f"entry {place} of {section} has no {lacking[0]!r}")
+            if section == "annotations" and len(entry["bbox"]) != 4:
                 raise ValueError(f"entry {place} of annotations has a bbox of {entry['bbox']}")
-        ids = Counter(entry["id"] for entry in content[part] if part != "annotations")
+        ids = Counter(entry["id"] for entry in content[section] if section != "annotations")
         twice = [id_ for id_, count in ids.items() if count > 1]
         if twice:
-            raise ValueError(f"{part} has the id {twice[0]} more than once")
+            raise ValueError(f"{section} has the id {twice[0]} more than once")
 
 
 def _unknown_category(
     annotation: Mapping[str, Any], categories: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> str:
     named = {category["id"]: str(category["name"]) for category in categories}
-    found = annotation["category_id"]
+    id_ = annotation["category_id"]
     what = f"annotation {annotation.get('id')} of image {annotation['image_id']}"
-    if found not in named:
-        return f"{what} has the category {found}, which is not listed"
+    if id_ not in named:
+        return f"{what} has the category {id_}, which is not listed"
     return (
-        f"{what} has the category {named[found]!r}, which the training images do not have"
-        f"{nearest(named[found], names)}"
+        f"{what} has the category {named[id_]!r}, which the training images do not have"
+        f"{nearest(named[id_], names)}"
     )
 
 

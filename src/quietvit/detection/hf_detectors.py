@@ -108,29 +108,29 @@ class HFDetector(nn.Module):
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         listed = None if targets is None else [dict(target) for target in targets]
         fitted, boxed = self.transform(list(images), listed)
-        given: dict[str, Any] = {"pixel_values": fitted.tensors}
+        inputs: dict[str, Any] = {"pixel_values": fitted.tensors}
         if self.masks:
-            given["pixel_mask"] = _mask(fitted.tensors, fitted.image_sizes)
+            inputs["pixel_mask"] = _mask(fitted.tensors, fitted.image_sizes)
         if not self.training:
-            output = self.model(**given)
+            output = self.model(**inputs)
             return Detections(output.logits, output.pred_boxes, sizes, self.num_classes)
         if boxed is None:
             raise QuietvitError(
                 "training needs targets. Give a dict with boxes and labels for each image."
             )
-        given["labels"] = [
+        inputs["labels"] = [
             _relative(target, size) for target, size in zip(boxed, fitted.image_sizes, strict=True)
         ]
-        return {"loss": self.model(**given).loss}
+        return {"loss": self.model(**inputs).loss}
 
     def _whole(self, images: Tensor) -> Detections:
         """Run images that fill the canvas. No Python code depends on the batch size, for export."""
         mean = images.new_tensor(self.transform.image_mean)[:, None, None]
         std = images.new_tensor(self.transform.image_std)[:, None, None]
-        given: dict[str, Any] = {"pixel_values": (images - mean) / std}
+        inputs: dict[str, Any] = {"pixel_values": (images - mean) / std}
         if self.masks:
-            given["pixel_mask"] = torch.ones_like(images[:, 0], dtype=torch.long)
-        output = self.model(**given)
+            inputs["pixel_mask"] = torch.ones_like(images[:, 0], dtype=torch.long)
+        output = self.model(**inputs)
         return Detections(
             output.logits, output.pred_boxes, _Always(self.transform.size), self.num_classes
         )

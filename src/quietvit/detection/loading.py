@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, field_validator
@@ -17,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from quietvit.data.images import drawn
 from quietvit.detection.dataset import Target
-from quietvit.errors import QuietvitError
-from quietvit.section import Section
+from quietvit.section import Section, low_to_high
 
 Sample = tuple[Tensor, Target]
 Factor = Annotated[float, Field(gt=0, le=4)]
@@ -38,12 +37,7 @@ class BoxAugmentation(Section):
     scale: tuple[Factor, Factor] = (1.0, 1.0)
     color_jitter: float = Field(default=0.0, ge=0, le=1)
 
-    @field_validator("scale")
-    @classmethod
-    def _low_to_high(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if scale[0] > scale[1]:
-            raise ValueError(f"the lower factor comes first. Write [{scale[1]:g}, {scale[0]:g}]")
-        return scale
+    _low_to_high = field_validator("scale")(low_to_high)
 
 
 class TrainingTransform:
@@ -139,12 +133,7 @@ def detection_calibration(
     Raises:
         QuietvitError: ``count`` is below 1 or above the number of images.
     """
-    if not 1 <= count <= len(dataset):
-        raise QuietvitError(
-            f"{count} calibration images were requested, but {dataset.name} holds {len(dataset)}; "
-            f"ask for 1 to {len(dataset)}."
-        )
-    order = np.random.default_rng(seed).permutation(len(dataset))[:count]
+    order = drawn(dataset, count, seed, "calibration images")
     samples = (evaluation_sample(*dataset[int(index)]) for index in order)
     return torch.stack([fit(image) for image, _ in samples])
 

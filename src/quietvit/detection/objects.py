@@ -53,7 +53,7 @@ def open_objects(
     objects = [list(_objects(row["objects"])) for row in rows]
     own = _class_names(data.features["objects"])
     if own is None:
-        own = sorted({str(_category(one, rest)) for each in objects for one in each})
+        own = sorted({str(_category(entry, rest)) for of_image in objects for entry in of_image})
         number = {name: name for name in own}
     else:
         number = {str(index): name for index, name in enumerate(own)} | {n: n for n in own}
@@ -61,10 +61,10 @@ def open_objects(
     name = f"objects:{rest}" if split is None else f"objects:{rest} ({split})"
     problems = Problems(name, max_bad_boxes)
     records = []
-    for index, (row, found) in enumerate(zip(rows, objects, strict=True)):
+    for index, (row, entries) in enumerate(zip(rows, objects, strict=True)):
         read = partial(read_image, index)
         size = _size(row, read)
-        named = [_named(one, number, rest) for one in found]
+        named = [_named(entry, number, rest) for entry in entries]
         records.append(_record(index, row, named, size, names, problems, read))
     problems.tell()
     return DetectionDataset(records, names, range(1, len(names) + 1), name)
@@ -80,17 +80,17 @@ def _record(
     read: Callable[[], bytes],
 ) -> Record:
     kept, labels, told = [], [], []
-    for place, (category, one) in enumerate(objects):
+    for place, (category, entry) in enumerate(objects):
         what = f"object {place} of row {index}"
         if category not in names:
             problems.add(
                 f"{what} has the class {category!r}, which is unknown{nearest(category, names)}"
             )
-        elif len(one["bbox"]) != 4:
-            problems.add(f"{what} has a bbox of {len(one['bbox'])} numbers")
+        elif len(entry["bbox"]) != 4:
+            problems.add(f"{what} has a bbox of {len(entry['bbox'])} numbers")
         else:
             # Missing values are None here; record_of expects them left out.
-            kept.append({key: value for key, value in one.items() if value or key == "bbox"})
+            kept.append({key: value for key, value in entry.items() if value or key == "bbox"})
             labels.append(names.index(category) + 1)
             told.append(what)
     image_id = row.get("image_id")
@@ -123,21 +123,21 @@ def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
         yield dict(zip(value, values, strict=True))
 
 
-def _category(one: Mapping[str, Any], rest: str) -> Any:
+def _category(entry: Mapping[str, Any], rest: str) -> Any:
     for key in CATEGORY:
-        if one.get(key) is not None:
-            return one[key]
+        if entry.get(key) is not None:
+            return entry[key]
     raise QuietvitError(
-        f"an object of objects:{rest} has no category; it has {', '.join(one)}. Its class must be "
-        f"called {' or '.join(CATEGORY)}."
+        f"an object of objects:{rest} has no category; it has {', '.join(entry)}. Its class must "
+        f"be called {' or '.join(CATEGORY)}."
     )
 
 
 def _named(
-    one: Mapping[str, Any], number: Mapping[str, str], rest: str
+    entry: Mapping[str, Any], number: Mapping[str, str], rest: str
 ) -> tuple[str, Mapping[str, Any]]:
-    category = str(_category(one, rest))
-    return number.get(category, category), one
+    category = str(_category(entry, rest))
+    return number.get(category, category), entry
 
 
 def _class_names(feature: Any) -> list[str] | None:
@@ -147,8 +147,8 @@ def _class_names(feature: Any) -> list[str] | None:
         return list(names)
     inner = getattr(feature, "feature", feature)
     if isinstance(inner, Mapping):
-        found = (_class_names(inner[key]) for key in CATEGORY if key in inner)
-        return next((names for names in found if names), None)
+        candidates = (_class_names(inner[key]) for key in CATEGORY if key in inner)
+        return next((names for names in candidates if names), None)
     return None if inner is feature else _class_names(inner)
 
 

@@ -38,12 +38,12 @@ class Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         body: Any = self.body
-        found = body.forward_intermediates(
+        features = body.forward_intermediates(
             x, indices=self._levels, norm=self._norm, output_fmt="NCHW", intermediates_only=True
         )
-        maps = self.neck(found)
+        maps = self.neck(features)
         names = [str(index) for index in range(len(maps))]
-        maps, names = self._pool(maps, found, names)
+        maps, names = self._pool(maps, features, names)
         return OrderedDict(zip(names, maps, strict=True))
 
 

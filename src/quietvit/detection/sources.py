@@ -58,10 +58,10 @@ def load_detection_dataset(
     if form == "voc" and len(parts) == 1:
         return open_voc(parts[0], split, class_names, max_bad_boxes)
     example = "'coco:/train.json,/test.json'" if form == "coco" else "'voc:/train,/test'"
-    part = part_for(parts, split, "annotations", example)
+    place = part_for(parts, split, "annotations", example)
     if form == "voc":
-        return open_voc(part, None, class_names, max_bad_boxes)
-    annotations, _, images = part.partition("@")
+        return open_voc(place, None, class_names, max_bad_boxes)
+    annotations, _, images = place.partition("@")
     return open_coco(annotations, images or None, class_names, max_bad_boxes)
 
 

@@ -46,9 +46,9 @@ def open_voc(
         raise QuietvitError(
             f"the folder {folder} of VOC annotations does not exist. Check the path."
         ) from FileNotFoundError(folder)
-    held = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
-    images = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else held
-    files = _listed(folder, held, split)
+    annotations = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
+    images = folder / "JPEGImages" if (folder / "JPEGImages").is_dir() else annotations
+    files = _listed(folder, annotations, split)
     name = f"voc:{folder}" if split is None else f"voc:{folder} ({split})"
     parsed = [(file, _parsed(file)) for file in files]
     if class_names is None:
@@ -66,15 +66,15 @@ def open_voc(
     return DetectionDataset(records, class_names, range(1, len(class_names) + 1), name)
 
 
-def _listed(folder: Path, held: Path, split: str | None) -> list[Path]:
+def _listed(folder: Path, annotations: Path, split: str | None) -> list[Path]:
     if split is None:
-        found = sorted(path for path in held.glob("*.xml") if not path.name.startswith("."))
-        if not found:
+        every = sorted(path for path in annotations.glob("*.xml") if not path.name.startswith("."))
+        if not every:
             raise QuietvitError(
-                f"{held} holds no annotations (*.xml). Give the folder that holds Annotations/ "
-                "and JPEGImages/, or XML files beside their images."
+                f"{annotations} holds no annotations (*.xml). Give the folder that holds "
+                "Annotations/ and JPEGImages/, or XML files beside their images."
             )
-        return found
+        return every
     lists = [folder / "ImageSets" / "Main" / f"{name}.txt" for name in _SPLITS[split]]
     chosen = next((path for path in lists if path.is_file()), None)
     if chosen is None:
@@ -83,7 +83,7 @@ def _listed(folder: Path, held: Path, split: str | None) -> list[Path]:
             "one, or give two folders: 'voc:/train,/test'."
         )
     stems = [line.split()[0] for line in chosen.read_text(encoding="utf-8").splitlines() if line]
-    files = [held / f"{stem}.xml" for stem in stems]
+    files = [annotations / f"{stem}.xml" for stem in stems]
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
         raise QuietvitError(
@@ -121,15 +121,15 @@ def _record(
 ) -> Record:
     size = _size(file, tree)
     corners, labels, crowd, told = [], [], [], []
-    for index, one in enumerate(tree.iter("object"), start=1):
+    for index, element in enumerate(tree.iter("object"), start=1):
         what = f"object {index} of {file.name}"
-        found = _text(one, "name", file)
-        if found not in names:
-            problems.add(f"{what} has the class {found!r}, which is unknown{nearest(found, names)}")
+        name = _text(element, "name", file)
+        if name not in names:
+            problems.add(f"{what} has the class {name!r}, which is unknown{nearest(name, names)}")
             continue
-        corners.append(list(_box(one, file)))
-        labels.append(names.index(found) + 1)
-        crowd.append(int((one.findtext("difficult") or "0").strip() == "1"))
+        corners.append(list(_box(element, file)))
+        labels.append(names.index(name) + 1)
+        crowd.append(int((element.findtext("difficult") or "0").strip() == "1"))
         told.append(what)
     boxes, kept = checked_boxes(np.array(corners), size, told, problems)
     boxes = boxes[kept]
@@ -149,8 +149,8 @@ def _size(file: Path, tree: ET.Element) -> tuple[int, int]:
     return _number(size, "width", file), _number(size, "height", file)
 
 
-def _box(one: ET.Element, file: Path) -> Iterator[float]:
-    box = one.find("bndbox")
+def _box(element: ET.Element, file: Path) -> Iterator[float]:
+    box = element.find("bndbox")
     for key, first in (("xmin", 1.0), ("ymin", 1.0), ("xmax", 0.0), ("ymax", 0.0)):
         try:
             yield float(_text(box, key, file)) - first
@@ -168,10 +168,10 @@ def _number(element: ET.Element | None, key: str, file: Path) -> int:
 
 
 def _text(element: ET.Element | None, key: str, file: Path | None = None) -> str:
-    found = None if element is None else element.findtext(key)
-    if found is None:
+    text = None if element is None else element.findtext(key)
+    if text is None:
         raise QuietvitError(
             f"{file or 'an annotation'} lacks <{key}>. Pascal VOC's XML has it in <size>, <object> "
             "or <bndbox>. Add it, or remove the file."
         )
-    return found.strip()
+    return text.strip()

@@ -123,7 +123,9 @@ class _Recorder:
     @property
     def unreached(self) -> list[tuple[str, str]]:
         """(site, reason) for each site that got no values."""
-        return [(key[0], UNREACHED) for key, (_, seen) in self._running.items() if not seen.count]
+        return [
+            (key[0], UNREACHED) for key, (_, moments) in self._running.items() if not moments.count
+        ]
 
     def _handle(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]

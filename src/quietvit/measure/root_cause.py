@@ -94,7 +94,7 @@ class PeakTracker:
         self.peaks: list[Peak] = []
         self.skipped: list[tuple[str, str]] = []
         self._by_site: dict[str, list[Peak]] = {}
-        found: dict[tuple[str, tuple[int, ...] | None], Peak] = {}
+        peaks: dict[tuple[str, tuple[int, ...] | None], Peak] = {}
         for pair in pairs:
             if pair.kind not in EXPLAINED:
                 self.skipped.append((pair.name, f"{pair.kind} pairs write no channel of their own"))
@@ -106,11 +106,11 @@ class PeakTracker:
             assert site.weight is not None
             channels = _positions(_outputs(pair.second), _outputs(site.weight))
             key = (site.name, channels)
-            if key not in found:
-                found[key] = Peak(site, channels, [])
-                self.peaks.append(found[key])
-                self._by_site.setdefault(site.name, []).append(found[key])
-            found[key].pairs.append(pair)
+            if key not in peaks:
+                peaks[key] = Peak(site, channels, [])
+                self.peaks.append(peaks[key])
+                self._by_site.setdefault(site.name, []).append(peaks[key])
+            peaks[key].pairs.append(pair)
 
     def update(
         self,
@@ -210,11 +210,11 @@ class CauseFinder:
         leading: tuple[int, ...],
     ) -> Contribution | None:
         site = _site_of(self._trace, pair.first)
-        seen = None if site is None or site.weight is None else self._seen.get(_key(site.weight))
-        if seen is None:
+        reading = None if site is None or site.weight is None else self._seen.get(_key(site.weight))
+        if reading is None:
             self._skipped.append((pair.name, "its first matrix did not run before its second"))
             return None
-        site, inputs, bias = seen
+        site, inputs, bias = reading
         assert site.weight is not None
         decomposition = read_first(self._model, pair)
         if pair.kind not in TOKENWISE:
@@ -271,8 +271,8 @@ def _site_of(trace: Trace, view: WeightView) -> Site | None:
     for site in reversed(trace.sites):
         if site.weight is None or site.weight.parameter_name != view.parameter_name:
             continue
-        held = _outputs(site.weight)
-        if held is None or (wanted is not None and set(wanted) <= set(held)):
+        rows = _outputs(site.weight)
+        if rows is None or (wanted is not None and set(wanted) <= set(rows)):
             return site
     return None
 
@@ -292,11 +292,11 @@ def _inputs(view: WeightView) -> tuple[int, ...] | None:
 
 
 def _positions(
-    wanted: tuple[int, ...] | None, held: tuple[int, ...] | None
+    wanted: tuple[int, ...] | None, rows: tuple[int, ...] | None
 ) -> tuple[int, ...] | None:
-    if wanted is None or wanted == held:
+    if wanted is None or wanted == rows:
         return None
-    if held is None:
+    if rows is None:
         return wanted
-    place = {row: i for i, row in enumerate(held)}
+    place = {row: i for i, row in enumerate(rows)}
     return tuple(place[row] for row in wanted)

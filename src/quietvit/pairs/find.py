@@ -81,8 +81,8 @@ def find_pairs(
             )
         trace = _trace(model, example)
     findings = dict.fromkeys(_findings(trace, kinds))
-    pairs = tuple(found for found in findings if isinstance(found, MatrixPair))
-    skipped = tuple(found for found in findings if not isinstance(found, MatrixPair))
+    pairs = tuple(finding for finding in findings if isinstance(finding, MatrixPair))
+    skipped = tuple(finding for finding in findings if not isinstance(finding, MatrixPair))
     if not pairs:
         raise _no_pairs(trace, kinds, skipped)
     return FoundPairs(folded(pairs, trace) if fold_gains else pairs, skipped)
@@ -226,10 +226,11 @@ def _no_pairs(
     trace: Trace, kinds: Collection[str], skipped: Iterable[tuple[str, str]]
 ) -> QuietvitError:
     counts = Counter(site.kind for site in trace.sites)
-    seen = ", ".join(f"{n} {kind}" for kind, n in counts.most_common()) or "no matrix product"
+    sites = ", ".join(f"{n} {kind}" for kind, n in counts.most_common()) or "no matrix product"
     left_out = "; ".join(f"{name}: {reason}" for name, reason in list(skipped)[:5])
     return QuietvitError(
-        f"{trace.model_name} has no matrix pair of the kinds {tuple(kinds)}. Seen instead: {seen}. "
+        f"{trace.model_name} has no matrix pair of the kinds {tuple(kinds)}. Seen instead: "
+        f"{sites}. "
         + (f"Left out: {left_out}. " if left_out else "")
         + "If this is a transformer, choose other kinds, or give the pairs yourself: "
         "pairs=[MatrixPair(WeightView('blocks.0.mlp.fc1'), WeightView('blocks.0.mlp.fc2'), 'mlp')]."

@@ -51,7 +51,7 @@ def gain_of(norm: Site, channels: tuple[int, ...]) -> WeightView | None:
 
 def _channels(site: Site, link: Link, trace: Trace) -> tuple[int, ...] | None:
     """Return the channel of ``site`` that each column of the link's consumer carries."""
-    found = [
+    candidates = [
         other.channels
         for other in trace.links
         if other.source == site.name
@@ -60,6 +60,6 @@ def _channels(site: Site, link: Link, trace: Trace) -> tuple[int, ...] | None:
             c >= 0 for c, wanted in zip(other.channels, link.channels, strict=True) if wanted >= 0
         )
     ]
-    if link.channels in found:
+    if link.channels in candidates:
         return link.channels
-    return found[0] if len(found) == 1 else None
+    return candidates[0] if len(candidates) == 1 else None

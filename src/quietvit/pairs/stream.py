@@ -75,8 +75,8 @@ def _writers(norm: Site, sites: Mapping[str, Site]) -> Iterator[str]:
 def folded(pairs: tuple[MatrixPair, ...], trace: Trace) -> tuple[MatrixPair, ...]:
     """Return the pairs with the gain of the norm that the first matrix reads as ``before``."""
     gains = {
-        reader.weight.parameter_name: found
-        for _, reader, found, _ in norm_readers(trace)
+        reader.weight.parameter_name: gain
+        for _, reader, gain, _ in norm_readers(trace)
         if reader.weight is not None
     }
     return tuple(

@@ -90,8 +90,10 @@ def quantize(
     )
     calibrated = method.calibrate(watched)
     origin = origin_of(calibration)
-    made = "" if origin is None else f", generated without data ({in_words(origin)})"
-    notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}{made}")
+    origin_text = "" if origin is None else f", generated without data ({in_words(origin)})"
+    notes.append(
+        f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}{origin_text}"
+    )
     notes += calibrated.notes
     quantized = QuantizedModel(
         own,
@@ -114,9 +116,9 @@ def _configured(method: Any, bits: str | None) -> Method:
     if isinstance(method, str):
         return parse_method(method, bits)
     if not isinstance(method, Method):
-        given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        text = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise QuietvitError(
-            f"the method is {given}; give a config such as quietvit.RTN(weight_bits=8), or one of "
+            f"the method is {text}; give a config such as quietvit.RTN(weight_bits=8), or one of "
             f"the names {', '.join(list_methods())}."
         )
     if bits is not None:

@@ -65,15 +65,15 @@ def architecture_of(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] 
     candidates = [plain]
     if size is not None:
         candidates.insert(0, plain | {"img_size": list(size)})
-    given = (config or {}).get("arguments")  # as ``quietvit.data.create_model`` notes them
-    if isinstance(given, dict) and _is_json(given):
-        candidates.insert(0, given)
+    noted = (config or {}).get("arguments")  # as ``quietvit.data.create_model`` notes them
+    if isinstance(noted, dict) and _is_json(noted):
+        candidates.insert(0, noted)
     wanted = _structure(model)
     for arguments in candidates:
-        found = {"library": "timm", "name": name, "arguments": arguments}
-        built = _unweighted(found)
+        architecture = {"library": "timm", "name": name, "arguments": arguments}
+        built = _unweighted(architecture)
         if built is not None and _structure(built) == wanted:
-            return found
+            return architecture
     return None
 
 
@@ -82,14 +82,14 @@ def _of_transformers(model: nn.Module) -> dict[str, Any] | None:
     content = config.to_dict() if hasattr(config, "to_dict") else None
     if content is None or not _is_json(content):
         return None
-    found = {
+    architecture = {
         "library": "transformers",
         "name": type(model).__name__,
         "arguments": json.loads(json.dumps(content)),
         "attention": getattr(config, "_attn_implementation", None),
     }
-    built = _unweighted(found)
-    return found if built is not None and _structure(built) == _structure(model) else None
+    built = _unweighted(architecture)
+    return architecture if built is not None and _structure(built) == _structure(model) else None
 
 
 def _structure(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], list[tuple[str, str, str]]]:
@@ -144,8 +144,8 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any] | None:
         return None
     from timm.data.config import resolve_model_data_config
 
-    found: dict[str, Any] = resolve_model_data_config(model)
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+    config: dict[str, Any] = resolve_model_data_config(model)
+    return json.loads(json.dumps(config))  # type: ignore[no-any-return]
 
 
 def build(path: Path, facts: dict[str, Any]) -> nn.Module:
@@ -214,10 +214,10 @@ def compare_weights(path: Path, model: nn.Module, stored: dict[str, Tensor]) -> 
 
 def compare_sites(path: Path, trace: Trace, stored: list[list[Any]]) -> None:
     """Raise QuietvitError with the first difference if the matrix products differ."""
-    found = signature(trace)
+    own = signature(trace)
     # Files of earlier versions count every row of a linear.
     counted = [[site.name, site.kind, site.macs] for site in trace.matmuls]
-    for mine, whole, theirs in zip(found, counted, stored, strict=False):
+    for mine, whole, theirs in zip(own, counted, stored, strict=False):
         if theirs not in (mine, whole):
             raise QuietvitError(
                 f"{path} was saved from a model whose matrix products differ from this one's, "
@@ -225,9 +225,9 @@ def compare_sites(path: Path, trace: Trace, stored: list[list[Any]]) -> None:
                 "accumulates). Build it with the same arguments and "
                 "library version, and give it: quietvit.load(path, model=my_model)."
             )
-    if len(found) != len(stored):
+    if len(own) != len(stored):
         raise QuietvitError(
             f"{path} was saved from a model with {len(stored)} matrix products, this one has "
-            f"{len(found)}; build it with the same arguments and library "
+            f"{len(own)}; build it with the same arguments and library "
             "version, and give it: quietvit.load(path, model=my_model)."
         )

@@ -52,18 +52,18 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
         sites = [site for site in trace.sites if lies_within(site.module, module)]
         if not sites or not any(site.macs for site in sites):
             continue
-        part = subtrace(trace, sites)
-        if part is None:
+        block_trace = subtrace(trace, sites)
+        if block_trace is None:
             continue
         inside |= {site.name for site in sites}
-        blocks.append((order[sites[0].name], Block(module, part, True)))
+        blocks.append((order[sites[0].name], Block(module, block_trace, True)))
     for site in trace.matmuls:
         if site.name in inside or site.kind not in ("linear", "conv") or not site.module:
             continue
         sites = [other for other in trace.sites if other.module == site.module]
-        part = subtrace(trace, sites)
-        if part is not None and sum(other.macs > 0 for other in sites) == 1:
-            blocks.append((order[site.name], Block(site.module, part, False)))
+        block_trace = subtrace(trace, sites)
+        if block_trace is not None and sum(other.macs > 0 for other in sites) == 1:
+            blocks.append((order[site.name], Block(site.module, block_trace, False)))
     return tuple(block for _, block in sorted(blocks, key=lambda pair: pair[0]))
 
 

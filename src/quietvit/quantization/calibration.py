@@ -83,8 +83,8 @@ class ImageStream:
             )
         self._spent = isinstance(self.source, Iterator)
         self.seen = 0
-        for given in image_batches(self.source, BATCH):
-            images = given.images
+        for batch in image_batches(self.source, BATCH):
+            images = batch.images
             if self.shape is None:
                 self.shape = tuple(images.shape[1:])
             elif tuple(images.shape[1:]) != self.shape:
@@ -92,7 +92,7 @@ class ImageStream:
                     f"a calibration batch has images of shape {tuple(images.shape[1:])}, earlier "
                     f"ones had {self.shape}; resize all to one shape."
                 )
-            self.seen += given.size
+            self.seen += batch.size
             yield images.to(self.device, self.dtype)
 
 
@@ -169,8 +169,8 @@ class Calibration:
         self.observe(handler, label=label)
         missed = [
             s.site.name
-            for s, found in reached.items()
-            if not found and (not self.chosen or self.chosen(s))
+            for s, was_reached in reached.items()
+            if not was_reached and (not self.chosen or self.chosen(s))
         ]
         if missed:
             names = list(dict.fromkeys(missed))

@@ -20,10 +20,10 @@ def unchanged(kept: State, sources: tuple[Tensor, ...]) -> bool:
     """Whether the tensors are still in the state that ``state_of`` recorded."""
     return len(kept) == len(sources) and all(
         version == source._version
-        and held.data_ptr() == source.data_ptr()
-        and held.shape == source.shape
-        and held.stride() == source.stride()
-        and held.dtype == source.dtype
-        and held.device == source.device
-        for (held, version), source in zip(kept, sources, strict=True)
+        and tensor.data_ptr() == source.data_ptr()
+        and tensor.shape == source.shape
+        and tensor.stride() == source.stride()
+        and tensor.dtype == source.dtype
+        and tensor.device == source.device
+        for (tensor, version), source in zip(kept, sources, strict=True)
     )

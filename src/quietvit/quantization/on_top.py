@@ -52,19 +52,19 @@ class OnTop(Method):
 
     @model_validator(mode="before")
     @classmethod
-    def _agree(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        fields = dict(given)
+    def _agree(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        fields = dict(value)
         shared = {name: fields[name] for name in SHARED if name in fields}
         if fields.get("base") is None:
             fields["base"] = get_method(cls.default_base)(**shared)
         base = _method(fields["base"])
         if isinstance(fields["base"], str):
             base = type(base)(**shared)
-        asked = type(base)(**shared)
+        rebuilt = type(base)(**shared)
         for name in shared:
-            have, wanted = getattr(base, name), getattr(asked, name)
+            have, wanted = getattr(base, name), getattr(rebuilt, name)
             if have != wanted:
                 raise ValueError(
                     f"{name}={wanted!r} differs from the base's {have!r}; give bits, exclusions "

@@ -28,7 +28,7 @@ def outputs_to_quantize(trace: Trace, quantizers: Mapping[Slot, Quantizer]) -> l
     folds into it. Two kinds are left out, since they run in integers anyway: convolutions of
     separate patches, and outputs that are read only by products with one common quantizer.
     """
-    found = []
+    sites = []
     for site in trace.sites:
         operands = (Slot(site, 0), Slot(site, 1))
         if site.kind != "conv" or any(slot not in quantizers for slot in operands):
@@ -37,8 +37,8 @@ def outputs_to_quantize(trace: Trace, quantizers: Mapping[Slot, Quantizer]) -> l
             continue
         last = _last_folded(trace, site)
         if last.name in trace.outputs or not _quantized_at_once(trace, last, quantizers):
-            found.append(last)
-    return found
+            sites.append(last)
+    return sites
 
 
 def with_quantized_outputs(
@@ -72,11 +72,11 @@ def with_quantized_outputs(
     with torch.no_grad(), watched.replacing(look):
         for batch in calibration.track(images, images.batches_expected(), "outputs"):
             run_model(watched, batch)
-    made: dict[Slot, Quantizer] = {
-        slot: AffineQuantizer.from_range(*seen.finish(), bits=bits, symmetric=False)
-        for slot, seen in ranges.items()
+    fitted: dict[Slot, Quantizer] = {
+        slot: AffineQuantizer.from_range(*stream.finish(), bits=bits, symmetric=False)
+        for slot, stream in ranges.items()
     }
-    return _remade(quantized, quantizers | made)
+    return _remade(quantized, quantizers | fitted)
 
 
 def _remade(quantized: QuantizedModel, quantizers: Mapping[Slot, Quantizer]) -> QuantizedModel:
@@ -95,10 +95,10 @@ def _remade(quantized: QuantizedModel, quantizers: Mapping[Slot, Quantizer]) -> 
 
 def _separate_patches(site: Site) -> bool:
     """Whether the convolution reads each input value once, as a matrix product of patches does."""
-    weight, given, made = site.weight_shape, site.operands[0].shape, site.output_shape
-    if weight is None or weight[1] != given[1]:
+    weight, input_shape, output_shape = site.weight_shape, site.operands[0].shape, site.output_shape
+    if weight is None or weight[1] != input_shape[1]:
         return False
-    pairs = zip(weight[2:], given[2:], made[2:], strict=True)
+    pairs = zip(weight[2:], input_shape[2:], output_shape[2:], strict=True)
     return all(out * kernel == size for kernel, size, out in pairs)
 
 

@@ -168,16 +168,16 @@ def _overrides(value: Any) -> Overrides:
 
 def _pair(key: str, bits: Any) -> BitPair:
     """Parse bits: ``8`` or ``None`` for both, ``"W4A8"``, or (weight, activation)."""
-    given: Any = bits
+    widths: Any = bits
     if isinstance(bits, str):
         match = _PAIR.fullmatch(bits.strip())
-        given = tuple(map(int, match.groups())) if match else None
+        widths = tuple(map(int, match.groups())) if match else None
         if match is None and bits.strip().lower() != "float":
-            given = "?"
-    both = tuple(given) if isinstance(given, list | tuple) else (given, given)
-    for each in both:
-        whole = isinstance(each, int) and not isinstance(each, bool)
-        if len(both) != 2 or (each is not None and not (whole and MIN_BITS <= each <= MAX_BITS)):
+            widths = "?"
+    both = tuple(widths) if isinstance(widths, list | tuple) else (widths, widths)
+    for width in both:
+        whole = isinstance(width, int) and not isinstance(width, bool)
+        if len(both) != 2 or (width is not None and not (whole and MIN_BITS <= width <= MAX_BITS)):
             raise ValueError(
                 f"{key!r}: bits are an integer from {MIN_BITS} to {MAX_BITS}, 'W4A8' for weight "
                 f"and activation, or 'float', not {bits!r}"

@@ -117,9 +117,9 @@ class QuantizedModel(nn.Module):
             return self.model(*args, **kwargs)
         running = intercept(self.trace, handler, kinds=kinds)
 
-        def compensate(name: str, given: Any, named: Any, output: Any) -> Any:
+        def compensate(name: str, inputs: Any, named: Any, output: Any) -> Any:
             with running.paused():
-                x, y = first_tensor((given, named)), first_tensor(output)
+                x, y = first_tensor((inputs, named)), first_tensor(output)
                 return with_first_tensor(output, self.compensations[module_key(name)](x, y))
 
         with watching_modules(self.model, self._blocks, compensate), running:
@@ -205,7 +205,7 @@ class QuantizedModel(nn.Module):
             return self._handle(site, operands, run)
         moved = self._moved.get(site.name)
         if moved is None:
-            return self._observer(site, operands, lambda *given: self._handle(site, given, run))
+            return self._observer(site, operands, lambda *changed: self._handle(site, changed, run))
         # A re-parametrized norm gives x' = gain x + shift, and the reader's weight undoes that. The
         # observer must see x, as in the float model. So x' is moved back for it, then forth again.
         forth, back = moved
@@ -259,11 +259,11 @@ class QuantizedModel(nn.Module):
 
         None if it has none. Raises QuietvitError for an unknown site or operand.
         """
-        found = self.trace[site]
-        names = (*OPERANDS.get(found.kind, ("operand0", "operand1")), "output")
+        own = self.trace[site]
+        names = (*OPERANDS.get(own.kind, ("operand0", "operand1")), "output")
         if operand not in names:
             raise QuietvitError(f"{site} has operands {', '.join(names)}, not {operand!r}.")
-        slot = Slot(found, OUTPUT if operand == "output" else names.index(operand))
+        slot = Slot(own, OUTPUT if operand == "output" else names.index(operand))
         found_quantizer = self.quantizers._modules.get(slot.key)
         return found_quantizer if isinstance(found_quantizer, Quantizer) else None
 
@@ -271,12 +271,12 @@ class QuantizedModel(nn.Module):
         return [slot for slots in self._slots.values() for slot in slots.values()]
 
     def adjusted(self) -> dict[str, Adjustment]:
-        found = {name: self.adjustments[key] for name, key in self._adjusted.items()}
-        return {name: a for name, a in found.items() if isinstance(a, Adjustment)}
+        adjustments = {name: self.adjustments[key] for name, key in self._adjusted.items()}
+        return {name: a for name, a in adjustments.items() if isinstance(a, Adjustment)}
 
     def compensated(self) -> dict[str, Compensation]:
-        found = {name: self.compensations[module_key(name)] for name in self._blocks}
-        return {name: c for name, c in found.items() if isinstance(c, Compensation)}
+        compensations = {name: self.compensations[module_key(name)] for name in self._blocks}
+        return {name: c for name, c in compensations.items() if isinstance(c, Compensation)}
 
     @property
     def coverage(self) -> Coverage:
@@ -305,7 +305,7 @@ class QuantizedModel(nn.Module):
 
         They need at most 8 bits, uniform steps, and one scale per tensor for activations.
         """
-        found = [(slot, self.quantizers[slot.key]) for slot in self.slots()]
+        quantizers = [(slot, self.quantizers[slot.key]) for slot in self.slots()]
         return (
             self.coverage.quantized_macs > 0
             and all(adjustment.deployable for adjustment in self.adjusted().values())
@@ -315,7 +315,7 @@ class QuantizedModel(nn.Module):
                 and q.deployable
                 and q.bits <= 8
                 and (slot.is_weight or getattr(q, "axis", None) is None)
-                for slot, q in found
+                for slot, q in quantizers
             )
         )
 
@@ -334,17 +334,17 @@ class QuantizedModel(nn.Module):
         A model may compute a weight, for example divide it by its spectral norm. Then the simulated
         model multiplies by this weight, not by the parameter.
         """
-        seen: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
 
         def keep(slot: Slot, x: Tensor) -> Tensor:
             if slot.is_weight:
-                seen[slot.site.name] = x.detach()
+                weights[slot.site.name] = x.detach()
             result: Tensor = self.quantizers[slot.key](x)
             return result
 
         with evaluating(self), torch.no_grad(), self.replacing(keep):
             run_model(self, zero_image(self.model, self.input_shape))
-        return seen
+        return weights
 
     def save(self, path: str | Path, force: bool = False) -> Path:
         """Write the folder ``path``: ``model.safetensors`` and ``quantization.json``. Returns it.

@@ -182,7 +182,7 @@ class Stream:
         rows = _rows(x, self.axis)
         if self.counts is None:
             self.kept.append(rows.clone() if rows.data_ptr() == x.data_ptr() else rows)
-            if self.exact or sum(part.numel() for part in self.kept) <= EXACT_VALUES:
+            if self.exact or sum(piece.numel() for piece in self.kept) <= EXACT_VALUES:
                 return
             parts, self.kept = self.kept, []
             channels = rows.shape[0]
@@ -191,8 +191,8 @@ class Stream:
             self.bound = torch.zeros(channels, device=x.device)
         else:
             parts = [rows]
-        for part in parts:
-            self._count(part)
+        for piece in parts:
+            self._count(piece)
 
     def _count(self, rows: Tensor) -> None:
         assert self.counts is not None

@@ -57,11 +57,11 @@ def norm_links(model: nn.Module, trace: Trace) -> NormLinks:
     for norm in trace.sites:
         if norm.kind != "norm" or norm.function == "batch_norm" or not _feeds_weight(norm, sites):
             continue
-        found = _link(model, trace, norm, [sites[name] for name in norm.feeds])
-        if isinstance(found, str):
-            skipped.append((norm.name, found))
+        link = _link(model, trace, norm, [sites[name] for name in norm.feeds])
+        if isinstance(link, str):
+            skipped.append((norm.name, link))
         else:
-            links.append(found)
+            links.append(link)
     return NormLinks(tuple(links), tuple(skipped))
 
 
@@ -71,9 +71,9 @@ def hidden_norm_links(model: nn.Module, trace: Trace) -> NormLinks:
     If the head reads one token, each image gives only one value per channel. That is too few to fit
     channels one by one.
     """
-    found = norm_links(model, trace)
-    links, skipped = [], list(found.skipped)
-    for link in found.links:
+    plain = norm_links(model, trace)
+    links, skipped = [], list(plain.skipped)
+    for link in plain.links:
         heads = [site.name for site in link.consumers if site.role == "head"]
         if heads:
             skipped.append((link.norm.name, f"it feeds the head {heads[0]}"))
@@ -126,10 +126,10 @@ def _link(model: nn.Module, trace: Trace, norm: Site, fed: list[Site]) -> NormLi
             return f"it feeds the residual at {site.name}"
         if site.kind not in ("linear", "conv"):
             return f"it feeds {site.name}, a {site.kind}"
-        found = _columns(trace, norm, site)
-        if isinstance(found, str):
-            return found
-        columns.append(found)
+        channels = _columns(trace, norm, site)
+        if isinstance(channels, str):
+            return channels
+        columns.append(channels)
         reason = why_fixed(model, trace, site)
         if reason is not None:
             return reason

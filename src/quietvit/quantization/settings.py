@@ -131,7 +131,7 @@ def _parse_name(text: str) -> tuple[type[Method], str | None]:
         return get_method(whole), None
     name, _, estimator = whole.rpartition("-")
     if estimator not in RANGES or name not in known:
-        forms = [f"{each}-{form}" for each in known for form in RANGES if _has_range(each)]
+        forms = [f"{method}-{form}" for method in known for form in RANGES if _has_range(method)]
         raise QuietvitError(
             f"there is no method {text!r}{nearest(whole, [*known, *forms])}; "
             "'quietvit methods' lists them."
@@ -162,8 +162,8 @@ def _has_range(name: str) -> bool:
 def setting_names(bits: Sequence[str], methods: Sequence[str]) -> tuple[str, ...]:
     """Return the names of all combinations, such as ``W4A4 rtn-minmax``, after checking each."""
     for method in methods:
-        for each in bits:
-            parse_method(method, each)
+        for width in bits:
+            parse_method(method, width)
     return tuple(
-        f"{written_bits(each)} {method.strip().lower()}" for each in bits for method in methods
+        f"{written_bits(width)} {method.strip().lower()}" for width in bits for method in methods
     )

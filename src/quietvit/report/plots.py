@@ -82,7 +82,7 @@ def _accuracy(
     limits: tuple[float, float],
     metric: Metric,
 ) -> Panel:
-    settings = [FLOAT, *(f"{each} {method}" for each in bits)]
+    settings = [FLOAT, *(f"{width} {method}" for width in bits)]
 
     def draw(look: Look) -> Figure:
         with _panel(look, metric.axis) as (figure, axes):
@@ -134,7 +134,7 @@ def _depth_panels(
     for _, points in runs:
         for site, role, _ in points:
             sites.setdefault(role, set()).add(site)
-    roles = [role for role, found in sites.items() if len(found) > 1]
+    roles = [role for role, positions in sites.items() if len(positions) > 1]
     if not roles:
         return []
     values = [value for _, points in runs for _, role, value in points if role in roles]
@@ -175,9 +175,9 @@ def _depth(
         return figure
 
     means = [
-        f"{ARMS[arm]} {statistics.fmean(found):.1f}"
+        f"{ARMS[arm]} {statistics.fmean(heights):.1f}"
         for arm in (0, 1)
-        if (found := [v for decay, values in lines if decay == bool(arm) for v in values])
+        if (heights := [v for decay, values in lines if decay == bool(arm) for v in values])
     ]
     title = role.replace("_", " ")
     return Panel(title, f"{label} of {title} sites along the depth; mean {', '.join(means)}.", draw)

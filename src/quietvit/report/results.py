@@ -103,11 +103,11 @@ class Results(_Data):
 
     def pairs(self) -> tuple[tuple[Run, Run], ...]:
         """Return (without CD, with CD) for each seed that has both runs."""
-        found = {(run.seed, run.decay): run for run in self.runs}
+        by_arm = {(run.seed, run.decay): run for run in self.runs}
         return tuple(
-            (found[seed, False], found[seed, True])
+            (by_arm[seed, False], by_arm[seed, True])
             for seed in self.seeds
-            if (seed, False) in found and (seed, True) in found
+            if (seed, False) in by_arm and (seed, True) in by_arm
         )
 
     @property
@@ -262,9 +262,9 @@ def verdict(rows: Sequence[Row], metric: str = "top-1") -> str:
             "nothing follows from it."
         )
     parts = [
-        f"{outcome} in {len(found)} of {total} rows, {_listed(found)}"
+        f"{outcome} in {len(alike)} of {total} rows, {_listed(alike)}"
         for outcome in ("worse", "better", NO_DIFFERENCE)
-        if (found := [row for row in rows if row.outcome == outcome])
+        if (alike := [row for row in rows if row.outcome == outcome])
     ]
     return f"Training with CD: {'; '.join(parts)}. {_saved(rows[1:])}".rstrip()
 
@@ -272,16 +272,16 @@ def verdict(rows: Sequence[Row], metric: str = "top-1") -> str:
 def _saved(rows: Sequence[Row]) -> str:
     """Return the sentence on ``Row.saved``: the difference without that of the float models."""
     parts = [
-        f"{words} in {', '.join(f'{row.setting} ({signed(row.saved)} points)' for row in found)}"
+        f"{words} in {', '.join(f'{row.setting} ({signed(row.saved)} points)' for row in alike)}"
         for outcome, words in (("worse", "it costs more"), ("better", "it costs less"))
-        if (found := [row for row in rows if row.saved_outcome == outcome])
+        if (alike := [row for row in rows if row.saved_outcome == outcome])
     ]
     if not rows:
         return ""
     if not parts:
         return "What quantization itself costs: no difference seen in any row."
-    seen = sum(row.saved_outcome != NO_DIFFERENCE for row in rows)
-    rest = "; no difference seen in the others" if seen < len(rows) else ""
+    decided = sum(row.saved_outcome != NO_DIFFERENCE for row in rows)
+    rest = "; no difference seen in the others" if decided < len(rows) else ""
     return f"What quantization itself costs, with CD: {'; '.join(parts)}{rest}."
 
 

@@ -98,10 +98,10 @@ class WholeSet:
         self._means = [torch.stack([m.mean for m in layer]).detach() for layer in layers]
         self._seconds = [torch.stack([m.second for m in layer]).detach() for layer in layers]
 
-    def with_batch(self, index: int, found: list[Moments]) -> list[Moments]:
-        """Return each layer's moments over all batches, with ``found`` in place of ``index``."""
+    def with_batch(self, index: int, batch_moments: list[Moments]) -> list[Moments]:
+        """Return each layer's moments over all batches, with these in place of batch ``index``."""
         merged = []
-        for own, means, seconds in zip(found, self._means, self._seconds, strict=True):
+        for own, means, seconds in zip(batch_moments, self._means, self._seconds, strict=True):
             rest = torch.arange(len(means), device=means.device) != index
             merged.append(
                 Moments(
@@ -111,9 +111,9 @@ class WholeSet:
             )
         return merged
 
-    def keep(self, index: int, found: list[Moments]) -> None:
-        """Store the moments of batch ``index`` for the first ``len(found)`` layers."""
-        for layer, own in enumerate(found):
+    def keep(self, index: int, batch_moments: list[Moments]) -> None:
+        """Store the moments of batch ``index`` for the first ``len(batch_moments)`` layers."""
+        for layer, own in enumerate(batch_moments):
             self._means[layer][index] = own.mean.detach()
             self._seconds[layer][index] = own.second.detach()
 
@@ -153,13 +153,13 @@ class Statistics:
     def step(self, index: int, share: float) -> float:
         images, optimizer = self.batches[index], self._optimizers[index]
         optimizer.zero_grad()
-        loss, found = self.loss(self.pipeline.drawn(images, self._random), index)
+        loss, batch_moments = self.loss(self.pipeline.drawn(images, self._random), index)
         loss.backward()
         optimizer.step()
         self._schedules[index].step(float(loss.detach()))
         # As published: only the images' own moments are updated after the step, not the layers'.
         with torch.no_grad():
-            self._whole.keep(index, [moments(self.pipeline.finished(images)), *found[1:]])
+            self._whole.keep(index, [moments(self.pipeline.finished(images)), *batch_moments[1:]])
         return float(loss.detach())
 
     def finished(self) -> list[Tensor]:
@@ -167,11 +167,11 @@ class Statistics:
 
     def loss(self, images: Tensor, index: int) -> tuple[Tensor, list[Moments]]:
         """Return the loss with ``images`` as batch ``index``, and their moments by layer."""
-        found = self._moments(images)
+        batch_moments = self._moments(images)
         apart = [
             alignment(merged, *target, self._settings.deviation)
             for merged, target in zip(
-                self._whole.with_batch(index, found), self._targets, strict=True
+                self._whole.with_batch(index, batch_moments), self._targets, strict=True
             )
         ]
         loss = torch.stack(apart).mean()
@@ -180,12 +180,12 @@ class Statistics:
                 loss = loss + self._weight * stretch(self._outputs)
             if self._norms.spread is not None:
                 loss = loss + self._weight * self._norms.spread.mean()
-        return loss, found
+        return loss, batch_moments
 
     def _moments(self, images: Tensor) -> list[Moments]:
         """Run the model and return the moments of the images and of each BatchNorm's input."""
         self._run(images)
-        return [moments(images), *self._norms.seen]
+        return [moments(images), *self._norms.moments]
 
     def _run(self, images: Tensor) -> None:
         self._outputs = []

@@ -96,13 +96,13 @@ def _generated(
     if not isinstance(chosen, PSAQ | DGH):
         return noise(count, scale, random), None
     example = scale.to_model(torch.randn(1, *scale.size, generator=random).to(device))
-    found = _traced(model, example)
+    recorded = _traced(model, example)
     work: Optimization
     if isinstance(chosen, PSAQ):
         start = torch.randn(count, *scale.size, generator=random).to(device)
-        work = PatchSimilarity(model, found, chosen, start, scale, random)
+        work = PatchSimilarity(model, recorded, chosen, start, scale, random)
     else:
-        work = Statistics(model, found, chosen, count, scale, random, device)
+        work = Statistics(model, recorded, chosen, count, scale, random, device)
     outcome = optimize(work, chosen.iterations, random, minutes=minutes, progress=progress)
     return torch.cat(work.finished()), outcome
 

@@ -116,9 +116,9 @@ class PatchSimilarity:
 
     def _drawn_labels(self, probes: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            found: Any = self._model(probes)
+            output: Any = self._model(probes)
         try:
-            count = logits_of(found).shape[1]
+            count = logits_of(output).shape[1]
         except QuietvitError as error:
             raise QuietvitError(
                 f"the class loss needs logits, but {error} Or set classes=0 to drop this loss."

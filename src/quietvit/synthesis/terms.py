@@ -63,10 +63,10 @@ class _Kernels(torch.autograd.Function):
         return torch.stack(at, 1)
 
     @staticmethod
-    def backward(ctx: Any, *given: Any) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[None, Tensor, None]:
         grid, similarities = ctx.saved_tensors
         total = torch.zeros_like(similarities)
-        for x, weight in zip(grid.unbind(1), given[0].unbind(1), strict=True):
+        for x, weight in zip(grid.unbind(1), gradients[0].unbind(1), strict=True):
             kernel = _kernel(x, similarities, ctx.bandwidth)
             total += weight[:, None] * kernel * (x[:, None] - similarities)
         return None, total / ctx.bandwidth**2, None
@@ -87,7 +87,7 @@ def total_variation(images: Tensor) -> Tensor:
     down = images[..., :-1, :] - images[..., 1:, :]
     falling = images[..., :-1, :-1] - images[..., 1:, 1:]
     rising = images[..., 1:, :-1] - images[..., :-1, 1:]
-    norms = sum(part.norm() for part in (across, down, falling, rising))
+    norms = sum(difference.norm() for difference in (across, down, falling, rising))
     scale = math.sqrt(_IMAGES * _VALUES / images.numel())
     return scale * norms  # type: ignore[return-value]
 
@@ -119,15 +119,15 @@ def moments(x: Tensor) -> Moments:
     return Moments(wide.mean(dims), wide.square().mean(dims))
 
 
-def alignment(found: Moments, mean: Tensor, variance: Tensor, deviation: float = 10.0) -> Tensor:
+def alignment(layer: Moments, mean: Tensor, variance: Tensor, deviation: float = 10.0) -> Tensor:
     """Return the distance of a layer's statistics from the stored ones, averaged over channels.
 
     |mean - m|^2 / C + deviation * |sqrt(var + 1e-6) - sqrt(v + 1e-6)|^2 / C, with var = second
     moment - mean^2 and the stored m and v. Source: DGH, arXiv 2410.22110, and its code.
     """
-    own = (found.second - found.mean.square()).clamp_min(0)
+    own = (layer.second - layer.mean.square()).clamp_min(0)
     apart = (own + 1e-6).sqrt() - (variance + 1e-6).sqrt()
-    return (found.mean - mean).square().mean() + deviation * apart.square().mean()
+    return (layer.mean - mean).square().mean() + deviation * apart.square().mean()
 
 
 def image_spread(x: Tensor, batch: int, mean: Tensor, variance: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from quietvit.classes import KEY
-from quietvit.data import create_model, data_config, load_weights
+from quietvit.data import create_model, data_config, load_weights, subset
 from quietvit.data.transforms import Augmentation
 from quietvit.detection.average_precision import Judged, box_ap, predict_all
 from quietvit.detection.checks import MAX_BAD_BOXES
-from quietvit.detection.dataset import DetectionDataset, subset
+from quietvit.detection.dataset import DetectionDataset
 from quietvit.detection.detectors import DETECTORS
 from quietvit.detection.hf_detectors import hf_detector
 from quietvit.detection.loading import (
@@ -105,9 +105,6 @@ class Detection(Task):
         canvas: Any = model.transform
         return TrainingTransform(canvas.size, tuple(canvas.image_mean), self.own.augmentation)
 
-    def subset(self, dataset: DetectionDataset, count: int | None) -> DetectionDataset:
-        return subset(dataset, count)
-
     def collate(self) -> Callable[[list[Any]], Batch]:
         return collate
 
@@ -151,12 +148,14 @@ class Detection(Task):
         """Return the losses by name in training mode, the boxes of each image in eval mode."""
         images, targets = batch
         # torchvision reads only these two keys, and writes scaled boxes into a copy of the target.
-        return forward(images, [{key: one[key] for key in ("boxes", "labels")} for one in targets])
+        return forward(
+            images, [{key: target[key] for key in ("boxes", "labels")} for target in targets]
+        )
 
     def tensors(self, output: Any) -> tuple[Tensor, ...]:
         if isinstance(output, dict):
             return tuple(output.values())
-        return tuple(one[key] for one in output for key in ("boxes", "scores"))
+        return tuple(boxes[key] for boxes in output for key in ("boxes", "scores"))
 
     def loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
         """Return the sum of the detector's own losses."""
@@ -183,11 +182,11 @@ class Detection(Task):
         usual = {f"task_settings.{key}": getattr(default, key) for key in _OF_TORCHVISION}
         ours |= {"model.weights": chosen.weights, "model.preprocessing": chosen.preprocessing}
         usual |= {"model.weights": None, "model.preprocessing": {}}
-        given = [key for key, value in ours.items() if value != usual[key]]
-        if given:
+        changed = [key for key, value in ours.items() if value != usual[key]]
+        if changed:
             raise QuietvitError(
                 f"{chosen.name} is a whole detector with its own weights and preprocessing, so "
-                f"leave {', '.join(given)} out."
+                f"leave {', '.join(changed)} out."
             )
         return hf_detector(
             chosen.name[3:],

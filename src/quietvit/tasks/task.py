@@ -162,8 +162,8 @@ class Task(ABC):
     def built(self) -> str:
         """The model's name and arguments, for errors."""
         chosen = self.config.model
-        given = ", ".join(f"{key}={value!r}" for key, value in chosen.kwargs.items())
-        return f"{chosen.name} with {given or 'its defaults'}"
+        arguments = ", ".join(f"{key}={value!r}" for key, value in chosen.kwargs.items())
+        return f"{chosen.name} with {arguments or 'its defaults'}"
 
     # Training and evaluation
 

@@ -32,8 +32,8 @@ def residual_modules(trace: Trace) -> list[str]:
         places = [i for i, part in enumerate(parts) if part.rpartition("_")[2].isdigit()]
         cut = places[-1] + 1 if places else len(parts)
         numbered[".".join(parts[:cut])] = None
-    found = list(numbered)
-    return [p for p in found if not any(q != p and lies_within(p, q) for q in found)]
+    blocks = list(numbered)
+    return [p for p in blocks if not any(q != p and lies_within(p, q) for q in blocks)]
 
 
 def lies_within(module: str, outer: str) -> bool:

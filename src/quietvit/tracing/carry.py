@@ -137,13 +137,13 @@ def _moved(
         moved = labels.move(value, replay)
     except (RuntimeError, TypeError, IndexError):
         return None
-    flows = [flow.labels for part in moved for flow in part.flows.values()]
+    flows = [flow.labels for piece in moved for flow in piece.flows.values()]
     if len(moved) != len(outputs) or any(entry.dtype != torch.long for entry in flows):
         return None
     same = (
         flow.labels.shape == output.shape
-        for part, output in zip(moved, outputs, strict=True)
-        for flow in part.flows.values()
+        for piece, output in zip(moved, outputs, strict=True)
+        for flow in piece.flows.values()
     )
     return moved if all(same) else None
 

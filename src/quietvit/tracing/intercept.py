@@ -137,9 +137,9 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
 
     def _check_complete(self) -> None:
         for family in sorted(self._families & STEADY):
-            made, traced = self._places.counts[family], self._trace.counts[family]
-            if made != traced:
-                self._refuse(f"made {made} {family} calls")
+            called, traced = self._places.counts[family], self._trace.counts[family]
+            if called != traced:
+                self._refuse(f"made {called} {family} calls")
 
     def _refuse(self, what: str) -> None:
         counts = {family: self._trace.counts[family] for family in sorted(self._families & STEADY)}

@@ -319,7 +319,7 @@ def score_channels(left: Value, right: Value) -> list[tuple[str, str, Heads, tup
     ``heads`` holds, for each head, the channels of Q and of K that multiply, each (D,). ``steps``
     are those between either source and the product.
     """
-    found = []
+    meetings = []
     for query, q_flow in left.flows.items():
         for key, k_flow in right.flows.items():
             q, k = collapse(q_flow.labels, -2), collapse(k_flow.labels, -1)
@@ -331,8 +331,8 @@ def score_channels(left: Value, right: Value) -> list[tuple[str, str, Heads, tup
             both = torch.stack([q % HEAD, k % HEAD], dim=-2).reshape(-1, 2, q.shape[-1])
             heads = torch.unique(both, dim=0)  # images and windows repeat the same heads
             through = tuple(dict.fromkeys((*q_flow.through, *k_flow.through)))
-            found.append((query, key, [(head[0], head[1]) for head in heads], through))
-    return found
+            meetings.append((query, key, [(head[0], head[1]) for head in heads], through))
+    return meetings
 
 
 def _heads(labels: Tensor) -> Tensor:

@@ -74,9 +74,9 @@ class Recorder(TorchFunctionMode):
         self._parameters = {plain_name(name): p for name, p in model.named_parameters()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         for module in model.modules():
-            for held in tree_flatten(vars(module))[0]:  # buffers and cached tensors
-                if isinstance(held, Tensor):
-                    self._keep(held, CONSTANT)
+            for value in tree_flatten(vars(module))[0]:  # buffers and cached tensors
+                if isinstance(value, Tensor):
+                    self._keep(value, CONSTANT)
 
     def mark_inputs(self, inputs: Any) -> None:
         for tensor in tree_flatten(inputs)[0]:

@@ -36,9 +36,9 @@ def read_entry(model: nn.Module, name: str) -> Tensor:
     model = plain_model(model)
     if not is_scale(name):
         module, _, attribute = name.rpartition(".")
-        found = getattr(model.get_submodule(module), attribute)
-        assert isinstance(found, Tensor)
-        return found
+        entry = getattr(model.get_submodule(module), attribute)
+        assert isinstance(entry, Tensor)
+        return entry
     parts = [part.removesuffix(f".{SCALE}") for part in name.split(_TIMES)]
     scales = [_scale(plain_model(model.get_submodule(part))) for part in parts]
     return torch.stack(scales).prod(0) if len(scales) > 1 else scales[0]

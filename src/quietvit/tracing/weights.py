@@ -94,14 +94,14 @@ class WeightView:
 
 
 def view_of(
-    part: tuple[str, Tensor], parameters: Mapping[str, Tensor], *, gain: bool = False
+    entry: tuple[str, Tensor], parameters: Mapping[str, Tensor], *, gain: bool = False
 ) -> WeightView | None:
-    """Return the view that selects ``part``, or None if its entries are not a matrix.
+    """Return the view that selects ``entry``, or None if its entries are not a matrix.
 
-    ``part``: (parameter name, flat indices into it), the indices of shape (out, in, ...), or (h,)
+    ``entry``: (parameter name, flat indices into it), the indices of shape (out, in, ...), or (h,)
     with ``gain``. Example: rows 384 to 575 of a weight (576, 192) have the indices 73728 to 110591.
     """
-    name, entries = part
+    name, entries = entry
     module, _, attribute = name.rpartition(".")
     whole = parameters[name]
     if gain:

@@ -86,9 +86,9 @@ def eagerly() -> Iterator[None]:
 
 def _inside(model: nn.Module) -> nn.Module | None:
     """Return the module inside the outermost wrapper; None without a wrapper."""
-    found = _passes_on(model)
-    if found is not None:
-        return found
+    inner = _passes_on(model)
+    if inner is not None:
+        return inner
     for where, kind in _PARALLEL:
         wrapper = getattr(sys.modules.get(where), kind, None)
         if wrapper is not None and isinstance(model, wrapper):
@@ -102,5 +102,5 @@ def _passes_on(model: nn.Module) -> nn.Module | None:
     return next((_module(children[name]) for name in _INNER if name in children), None)
 
 
-def _module(found: Any) -> nn.Module | None:
-    return found if isinstance(found, nn.Module) else None
+def _module(value: Any) -> nn.Module | None:
+    return value if isinstance(value, nn.Module) else None

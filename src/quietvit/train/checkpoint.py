@@ -96,16 +96,16 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     Raises:
         QuietvitError: every checkpoint is damaged.
     """
-    found = list_checkpoints(folder)
-    for path in reversed(found):
+    checkpoints = list_checkpoints(folder)
+    for path in reversed(checkpoints):
         damage = _damage(path)
         if damage is None:
             return _read(path)
         logger.warning("the checkpoint %s is damaged (%s); trying the one before.", path, damage)
-    if found:
+    if checkpoints:
         raise QuietvitError(
-            f"all {len(found)} checkpoints in {folder} are damaged; start a new run in another "
-            "output folder, or pass force and discard (--force --discard)."
+            f"all {len(checkpoints)} checkpoints in {folder} are damaged; start a new run in "
+            "another output folder, or pass force and discard (--force --discard)."
         )
     return None
 

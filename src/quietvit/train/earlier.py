@@ -44,8 +44,8 @@ class Earlier:
     @property
     def precious(self) -> bool:
         """Whether ``force`` alone must not delete it: checkpoints or weights without a result."""
-        held = {WEIGHTS, f"{QUANTIZED}/"}.intersection(self.parts)
-        return not self.finished and (bool(self.checkpoints) or bool(held))
+        trained = {WEIGHTS, f"{QUANTIZED}/"}.intersection(self.parts)
+        return not self.finished and (bool(self.checkpoints) or bool(trained))
 
     def __str__(self) -> str:
         """Describe it, such as "an unfinished run (checkpoints: step-00000004)"."""
@@ -90,9 +90,9 @@ class Earlier:
 
 def earlier_run(folder: Path) -> Earlier:
     """Return what ``folder`` holds of an earlier run. Nothing is changed."""
-    held = folder / CHECKPOINTS
-    whole = list_checkpoints(held)
-    checkpoints = sorted(path.name for path in held.glob("step-*"))
+    place = folder / CHECKPOINTS
+    whole = list_checkpoints(place)
+    checkpoints = sorted(path.name for path in place.glob("step-*"))
     parts = [
         name for name in (CONFIG, CLASSES, METRICS, WEIGHTS, RESULT) if (folder / name).exists()
     ]

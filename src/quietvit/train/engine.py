@@ -111,8 +111,8 @@ def gathered(accelerator: Accelerator, value: Any) -> list[Any]:
         return [value]
     from accelerate.utils import gather_object
 
-    found: list[Any] = gather_object([value])
-    return found
+    values: list[Any] = gather_object([value])
+    return values
 
 
 def whole_model(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
@@ -218,9 +218,9 @@ def check_optimizer_state(optimizer: Optimizer, state: Any) -> None:
 
 def check_groups(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse trainable parameters that are in no group or in several groups."""
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    optimized = [id(p) for group in optimizer.param_groups for p in group["params"]]
     for name, parameter in model.named_parameters():
-        times = held.count(id(parameter)) if parameter.requires_grad else 1
+        times = optimized.count(id(parameter)) if parameter.requires_grad else 1
         if times != 1:
             raise QuietvitError(
                 f"the trainable parameter {name} is in {times} groups of the optimizer; each "
@@ -236,11 +236,11 @@ def _places(groups: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def _plugin(config: TrainConfig) -> Any:
     from accelerate import FullyShardedDataParallelPlugin
 
-    found = version("accelerate")
-    if tuple(int(part) for part in found.split(".")[:2]) < _FSDP2_SINCE:
+    installed = version("accelerate")
+    if tuple(int(part) for part in installed.split(".")[:2]) < _FSDP2_SINCE:
         raise QuietvitError(
             f"parallel='fsdp2' needs accelerate {'.'.join(map(str, _FSDP2_SINCE))} or later, but "
-            f"{found} is installed; pip install -U accelerate, or set parallel to 'ddp'."
+            f"{installed} is installed; pip install -U accelerate, or set parallel to 'ddp'."
         )
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -277,16 +277,16 @@ def _check_as_asked(config: TrainConfig, accelerator: Accelerator, sharded: bool
     kind = getattr(accelerator.distributed_type, "value", "")
     shared = "fsdp2" if is_sharded(accelerator) else kind
     in_parts = is_sharded(accelerator) or kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-    found = {
+    compared = {
         "device": (config.device, accelerator.device.type, config.device == "cpu"),
         "precision": (config.precision, accelerator.mixed_precision, True),
         "accumulation": (config.accumulation, accelerator.gradient_accumulation_steps, True),
         "parallel": (config.parallel, shared, in_parts != sharded),
     }
-    for key, (asked, used, counts) in found.items():
-        if counts and asked != used:
+    for key, (wanted, used, counts) in compared.items():
+        if counts and wanted != used:
             raise QuietvitError(
-                f"{key} is {asked!r}, but accelerate runs with {used!r}, because of its "
+                f"{key} is {wanted!r}, but accelerate runs with {used!r}, because of its "
                 "environment or an earlier run in the same processes. Unset the variables whose "
                 "names begin with ACCELERATE_, and start the run in new processes."
             )

@@ -109,7 +109,11 @@ def estimate(config: TrainConfig) -> Estimate:
             little memory for a batch.
     """
     accelerator = make_accelerator(config)
-    task = task_of(config)
+    steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
+    if config.qat is not None:
+        at_once = config.qat.model_copy(update={"start_epoch": 0})
+        steady = steady.model_copy(update={"qat": at_once})
+    task = task_of(steady)
     train, missing = _training_set(task)
     images = None if train is None else len(train)
     effective = effective_batch(config, accelerator.num_processes)
@@ -123,14 +127,10 @@ def estimate(config: TrainConfig) -> Estimate:
     def noise(model: nn.Module, count: int) -> Any:
         return task.stand_in(model, count)[0]
 
-    steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
-    if config.qat is not None:
-        at_once = config.qat.model_copy(update={"start_epoch": 0})
-        steady = steady.model_copy(update={"qat": at_once})
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     with enough_memory(config, Stage.BUILD):
-        training = assemble(task_of(steady), accelerator, train, noise, steps or _STAND_IN)
+        training = assemble(task, accelerator, train, noise, steps or _STAND_IN)
         count, steps_measured = _affordable(training)
     parameters = list(training.models.evaluated.parameters())
     trainable = sum(p.numel() for p in training.models.plain.parameters() if p.requires_grad)
@@ -171,15 +171,16 @@ def _affordable(training: Training) -> tuple[int, int]:
     accelerator, config = training.accelerator, training.config
     count = min(_FEWEST, config.batch_size)
     inputs, _ = _stand_in(training, count)
-    found: list[float] = []
+    seconds: list[float] = []
     with torch.no_grad(), accelerator.autocast(), judged(training) as model:
         for _ in range(2):  # the first pass is slower than the others
             began = _now(accelerator.device)
             model.eval()(inputs)
-            found.append(_now(accelerator.device) - began)
-    one = 3 * min(found) / count  # a backward pass takes about twice as long as a forward pass
+            seconds.append(_now(accelerator.device) - began)
+    # A backward pass takes about twice as long as a forward pass.
+    per_image = 3 * min(seconds) / count
     fits = config.batch_size
-    while fits > count and fits * one > _PATIENCE:
+    while fits > count and fits * per_image > _PATIENCE:
         fits //= 2
     fits = fits if fits == config.batch_size else max(count, fits - fits % 2)  # even, for mixup
     fits = min(gathered(accelerator, fits))
@@ -239,12 +240,12 @@ def _timed_apart(training: Training) -> Iterator[dict[str, Stopwatch]]:
     watches = {name: Stopwatch() for name in training.optim.regularizers}
     detach(training.optim.regularizers, training.observers.stopwatch)
     try:
-        for name, part in training.optim.regularizers.items():
-            attach({name: part}, training.optim.inner, watches[name])
+        for name, regularizer in training.optim.regularizers.items():
+            attach({name: regularizer}, training.optim.inner, watches[name])
         yield {**watches, "": training.observers.stopwatch}
     finally:
-        for name, part in training.optim.regularizers.items():
-            detach({name: part}, watches[name])
+        for name, regularizer in training.optim.regularizers.items():
+            detach({name: regularizer}, watches[name])
 
 
 def _every(regularizer: Any) -> int:

@@ -62,7 +62,7 @@ def score(
             refuse_if_due(termination)
             if is_sharded(accelerator):
                 _run_along(training, model)
-    return task.score([part for part in gathered(accelerator, own) if part is not None])
+    return task.score([result for result in gathered(accelerator, own) if result is not None])
 
 
 @contextmanager

@@ -143,16 +143,16 @@ def block_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     Raises QuietvitError if the model has no block or does not run on an image of its input size.
     """
     device = next(model.parameters()).device
-    found = trace(model, torch.zeros(1, *data_config(model)["input_size"], device=device))
-    blocks = residual_modules(found)
+    recorded = trace(model, torch.zeros(1, *data_config(model)["input_size"], device=device))
+    blocks = residual_modules(recorded)
     if not blocks:
         raise QuietvitError(
             f"{type(model).__name__} has no residual blocks, by which layers are counted; leave "
             "out model.freeze_blocks and optimizer.layer_decay."
         )
-    starts = {block: len(found.sites) for block in blocks}
+    starts = {block: len(recorded.sites) for block in blocks}
     used: dict[str, int] = {}
-    for place, site in enumerate(found.sites):
+    for place, site in enumerate(recorded.sites):
         for block in blocks:
             if lies_within(site.module, block):
                 starts[block] = min(starts[block], place)

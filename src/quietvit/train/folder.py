@@ -134,8 +134,8 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 def changes(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """Describe the differences from ``before`` (``flat``), without keys that change no weight."""
-    found = _differences(dict(before), flat(config))
-    return [f"{key} was {old!r} and is {new!r}" for key, old, new in found]
+    differing = _differences(dict(before), flat(config))
+    return [f"{key} was {old!r} and is {new!r}" for key, old, new in differing]
 
 
 def write_config(config: TrainConfig) -> None:
@@ -152,8 +152,8 @@ def write_classes(config: TrainConfig, train: ImageDataset) -> None:
 
 def written(output: Path) -> tuple[bool, list[str]]:
     """Return what a run has written: (has a result, names of its checkpoints)."""
-    held = output / CHECKPOINTS
-    names = sorted(path.name for path in held.iterdir()) if held.is_dir() else []
+    checkpoints = output / CHECKPOINTS
+    names = sorted(path.name for path in checkpoints.iterdir()) if checkpoints.is_dir() else []
     return (output / RESULT).exists(), [name for name in names if not name.startswith(".")]
 
 

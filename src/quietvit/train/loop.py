@@ -104,11 +104,11 @@ def train(
     if before is not None and (output / RESULT).exists():
         return _finished(config, before)
     with threads(config.threads):
-        seen = written(output)
+        files_before = written(output)
         state = load_checkpoint(output / CHECKPOINTS) if begun else None
         with enough_memory(config, Stage.BUILD):
             run = build(config, state)
-        with alone(run.training, begun, force, discard, seen):
+        with alone(run.training, begun, force, discard, files_before):
             main = run.training.accelerator.is_main_process
             if main:
                 if not begun:
@@ -243,11 +243,11 @@ class _Loop:
     def _log(self, loss: float, batch: Batch) -> None:
         t, every = self.t, self.config.decay.watch_every
         rate = max(group["lr"] for group in t.optim.wrapped.param_groups)
-        seen = self._speed()
-        values: dict[str, float | str] = {"loss": loss, "lr": rate, "images_per_second": seen}
+        speed = self._speed()
+        values: dict[str, float | str] = {"loss": loss, "lr": rate, "images_per_second": speed}
         if self.config.data.max_bad_images:
             bad = gathered(self.accelerator, self.r.images.bad_images)
-            values["bad_images"] = len({index for found in bad for index in found})
+            values["bad_images"] = len({index for own in bad for index in own})
         with t.observers.stopwatch.running():
             values |= figures(t.optim.regularizers)
             if every and (self.step // self.config.log_every) % every == 0:
@@ -263,13 +263,13 @@ class _Loop:
     def _watched(self, batch: Batch) -> dict[str, float | str]:
         values: dict[str, float | str] = {}
         watch = self.t.observers.watch
-        seen = watch.amplification(self.step)
-        if seen is not None:
-            values = {"worst_amplification": seen.amplification, "worst_pair": seen.pair}
+        worst = watch.amplification(self.step)
+        if worst is not None:
+            values = {"worst_amplification": worst.amplification, "worst_pair": worst.pair}
         with self.accelerator.autocast():
             own = watch.activation(batch[0])
         if own is not None:
-            name, value = max(gathered(self.accelerator, own), key=lambda found: found[1])
+            name, value = max(gathered(self.accelerator, own), key=lambda block: block[1])
             values |= {"largest_activation": value, "largest_block": name}
         return values
 
@@ -371,7 +371,7 @@ class _Loop:
         main = self.accelerator.is_main_process
         write_weights(self.t)
         try:
-            found = self.score(progress=progress and main)
+            score = self.score(progress=progress and main)
             without = None if t.models.average is None else self.score(average=False)
         except QuietvitError as error:
             told = f"{error} The trained weights are in {weights_of(self.config)}."
@@ -381,7 +381,7 @@ class _Loop:
             config=self.config,
             num_classes=self.r.train.num_classes,
             class_names=self.r.train.class_names,
-            score=found,
+            score=score,
             score_without_ema=without,
             steps=self.step,
             train_seconds=self.train_seconds,

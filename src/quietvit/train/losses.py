@@ -63,7 +63,7 @@ class Losses:
         """Raise QuietvitError if the mean loss or a weight is NaN or infinite."""
         self.mean(step)
         own = [getattr(p, "to_local", lambda p=p: p)() for p in self.t.models.plain.parameters()]
-        bad = sum((~part.isfinite()).sum() for part in own)
+        bad = sum((~loss.isfinite()).sum() for loss in own)
         if int(self.t.accelerator.reduce(torch.as_tensor(bad), reduction="sum")):
             raise self._diverged(f"weights became NaN or infinite at step {step}", step)
 
@@ -95,10 +95,10 @@ class Losses:
         return float(total) / max(1, self._count)
 
     def _bad_loss(self, mean: float, step: int) -> str:
-        bad = [found for found in gathered(self.t.accelerator, int(self._bad_step)) if found]
+        bad = [at for at in gathered(self.t.accelerator, int(self._bad_step)) if at]
         first = min(bad, default=step)
-        seen = f" (seen at step {step})" if step > first else ""
-        return f"the loss became {mean} at step {first}{seen}"
+        noticed = f" (seen at step {step})" if step > first else ""
+        return f"the loss became {mean} at step {first}{noticed}"
 
     def _diverged(self, what: str, step: int) -> QuietvitError:
         config = self.t.config
@@ -113,9 +113,9 @@ class Losses:
         """Name the pair with the largest amplification and the last intact checkpoint."""
         main, folder = self.t.accelerator.is_main_process, self.t.config.output / CHECKPOINTS
         saved = gathered(self.t.accelerator, newest_whole(folder) if main else None)[0]
-        seen = self.t.observers.watch.amplification(step)
-        pair = "" if seen is None else f" The largest amplification is {seen}"
-        before = self._before(saved) if seen is not None and seen.infinite else None
+        worst = self.t.observers.watch.amplification(step)
+        pair = "" if worst is None else f" The largest amplification is {worst}"
+        before = self._before(saved) if worst is not None and worst.infinite else None
         if before is not None:
             of = " (that of the last checkpoint)" if saved and step_of(saved) == before.step else ""
             when = f"at step {before.step}{of}" if before.step else "before step 1"
@@ -131,5 +131,5 @@ class Losses:
         if saved is None or (last is not None and last.step >= step):
             return last
         main, watch = self.t.accelerator.is_main_process, self.t.observers.watch
-        found = watch.amplification_of(weights_of(saved), step) if main else None
-        return gathered(self.t.accelerator, found)[0] or last
+        pair = watch.amplification_of(weights_of(saved), step) if main else None
+        return gathered(self.t.accelerator, pair)[0] or last

@@ -47,8 +47,8 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> TrainConfi
     except (OSError, ValueError) as error:
         raise QuietvitError(f"the recipe {path} could not be read: {error}; correct it.") from error
     if not isinstance(content, dict) or content.get("recipe") != VERSION:
-        found = content.get("recipe") if isinstance(content, dict) else None
-        stated = "states no version" if found is None else f"is of version {found!r}"
+        version = content.get("recipe") if isinstance(content, dict) else None
+        stated = "states no version" if version is None else f"is of version {version!r}"
         raise QuietvitError(
             f"the recipe {path} {stated}; this quietvit ({quietvit.__version__}) reads 'recipe = "
             f"{VERSION}'. Add that line, or install a quietvit that reads the version."
@@ -152,11 +152,11 @@ def refuse_not_utf8(config: TrainConfig) -> None:
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves(part, key)
+        for inner in value:
+            yield from _leaves(inner, key)
     else:
         yield key, value
 

@@ -39,15 +39,15 @@ def build_regularizers(
 
 def loss_terms(regularizers: Mapping[str, Any]) -> list[Any]:
     """Return the regularizers that add a term to the loss."""
-    return [each for each in regularizers.values() if hasattr(each, "loss")]
+    return [regularizer for regularizer in regularizers.values() if hasattr(regularizer, "loss")]
 
 
 def figures(regularizers: Mapping[str, Any]) -> dict[str, float]:
     """Return what is logged: ``penalty_<name>`` of each, and its own ``<figure>_<name>``."""
     values: dict[str, float] = {}
-    for name, each in regularizers.items():
-        values[f"penalty_{name}"] = float(each.penalty())
-        own = each.figures() if hasattr(each, "figures") else {}
+    for name, regularizer in regularizers.items():
+        values[f"penalty_{name}"] = float(regularizer.penalty())
+        own = regularizer.figures() if hasattr(regularizer, "figures") else {}
         values |= {f"{key}_{name}": float(value) for key, value in own.items()}
     return values
 

@@ -46,7 +46,9 @@ def collect(training: Training) -> dict[str, Any]:
         "ema": None if t.models.average is None else t.models.average.module.state_dict(),
         "optimizer": optimizer,
         "scaler": None if scaler is None else scaler.state_dict(),
-        "decays": {name: part.state_dict() for name, part in t.optim.regularizers.items()},
+        "decays": {
+            name: regularizer.state_dict() for name, regularizer in t.optim.regularizers.items()
+        },
         "generators": generators,
     }
 
@@ -74,8 +76,8 @@ def restore(training: Training, state: Mapping[str, Any]) -> float:
         t.models.average.module.load_state_dict(state["ema"])
     if t.accelerator.scaler is not None and state["scaler"] is not None:
         t.accelerator.scaler.load_state_dict(state["scaler"])
-    for name, part in t.optim.regularizers.items():
-        part.load_state_dict(state["decays"][name])
+    for name, regularizer in t.optim.regularizers.items():
+        regularizer.load_state_dict(state["decays"][name])
     rank, generators = t.accelerator.process_index, state["generators"]
     if len(generators) == t.accelerator.num_processes:
         set_generator_states(generators[rank], t.accelerator.device)
@@ -104,8 +106,8 @@ def check_steps(training: Training, processes: int, before: Mapping[str, Any]) -
                 "images, but other random numbers (dropout, mixup).", _shown(then), _shown(now),
             )  # fmt: skip
         return float(before["batch_size"] / config.batch_size)
-    each, rest = divmod(then["accumulation"] * processes, now["processes"])
-    other = "" if rest else f", or batch_size {then['batch_size']} and accumulation {each} here"
+    needed, rest = divmod(then["accumulation"] * processes, now["processes"])
+    other = "" if rest else f", or batch_size {then['batch_size']} and accumulation {needed} here"
     raise QuietvitError(
         f"the checkpoint was written with {_shown(then)}, but this run has {_shown(now)}, so its "
         f"steps would have other images. Resume with the old values{other} (the product must "
@@ -132,16 +134,16 @@ def differences(
     that the run began with.
     """
     then = as_now(state["config"], "the checkpoint") if "config" in state else before
-    found = changes(then, training.config)
+    changed = changes(then, training.config)
     processes = training.accelerator.num_processes
     if state["processes"] != processes:
-        found.append(f"processes was {state['processes']} and is {processes}")
-    if found and "config" not in state:
+        changed.append(f"processes was {state['processes']} and is {processes}")
+    if changed and "config" not in state:
         raise QuietvitError(
-            f"{'; '.join(found[:3])}, but the checkpoint is from a version that allowed no "
+            f"{'; '.join(changed[:3])}, but the checkpoint is from a version that allowed no "
             "changes; resume with the same settings until a new checkpoint is written."
         )
-    return found
+    return changed
 
 
 def check_same_data(training: Training, then: Any, now: Mapping[str, Any], name: str) -> None:

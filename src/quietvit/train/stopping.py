@@ -146,8 +146,8 @@ def end_workers(loader: Any) -> None:
     At the end of the program torch cannot shut them down cleanly: it would wait for workers that
     survive the first SIGTERM.
     """
-    for part in (loader, getattr(loader, "base_dataloader", None)):
-        workers = getattr(part, "_iterator", None)
-        if part is not None and workers is not None:
+    for wrapped in (loader, getattr(loader, "base_dataloader", None)):
+        workers = getattr(wrapped, "_iterator", None)
+        if wrapped is not None and workers is not None:
             workers._shutdown_workers()
-            part._iterator = None
+            wrapped._iterator = None

@@ -31,10 +31,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def alone(training: Training, begun: bool, force: bool, discard: bool, seen: Any) -> Iterator[None]:
+def alone(
+    training: Training, begun: bool, force: bool, discard: bool, before: Any
+) -> Iterator[None]:
     """Lock the output folder inside, so that no other run writes into it.
 
-    ``seen`` is the result of ``written`` from before this run read the folder.
+    ``before`` is the result of ``written`` from before this run read the folder.
 
     Raises:
         QuietvitError: another run holds the folder, or has written to it since then.
@@ -46,7 +48,7 @@ def alone(training: Training, begun: bool, force: bool, discard: bool, seen: Any
                 stack.enter_context(held(output))
                 if not begun:
                     refuse_used(output, force, discard)
-                elif written(output) != seen:
+                elif written(output) != before:
                     problem = f"another process wrote into {output} in the meantime; resume again."
             except QuietvitError as error:
                 problem = str(error)
@@ -56,7 +58,7 @@ def alone(training: Training, begun: bool, force: bool, discard: bool, seen: Any
 
 def raise_together(training: Training, error: str | None) -> None:
     """Raise QuietvitError in every process if ``error`` is not None in one of them."""
-    errors = [found for found in gathered(training.accelerator, error) if found is not None]
+    errors = [message for message in gathered(training.accelerator, error) if message is not None]
     if errors:
         raise QuietvitError(errors[0])
 
@@ -90,8 +92,8 @@ def weights_alike(training: Training, step: int) -> bool:
     """
     if is_sharded(training.accelerator):
         return True
-    found = gathered(training.accelerator, sum_of_bits(training.models.plain.parameters()))
-    if len(set(found)) == 1:
+    sums = gathered(training.accelerator, sum_of_bits(training.models.plain.parameters()))
+    if len(set(sums)) == 1:
         return True
     if training.accelerator.is_main_process:
         logger.warning(

@@ -60,8 +60,8 @@ def _reached(
 ) -> set[str]:
     """Return the names of the parameters that get a gradient. Buffers are copied, and so stay."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    found = outputs(lambda *given: functional_call(model, buffers, given), batch)
-    total = torch.stack([output.sum() for output in found])
+    tensors = outputs(lambda *args: functional_call(model, buffers, args), batch)
+    total = torch.stack([output.sum() for output in tensors])
     if not total.requires_grad:
         return set()
     gradients = torch.autograd.grad(total.sum(), list(parameters.values()), allow_unused=True)

@@ -76,10 +76,10 @@ class Watch:
             return None
         from quietvit.decay import amplifications
 
-        seen = _worst(amplifications(self.model, self.pairs), step)
-        if not seen.infinite:
-            self.last = seen
-        return seen
+        worst = _worst(amplifications(self.model, self.pairs), step)
+        if not worst.infinite:
+            self.last = worst
+        return worst
 
     def amplification_of(self, weights: Mapping[str, Tensor], step: int) -> Seen | None:
         """Return the pair with the largest amplification in ``weights`` (name -> full tensor).
@@ -113,10 +113,10 @@ class Watch:
         return watch.largest()
 
 
-def _worst(found: Mapping[str, float], step: int) -> Seen:
-    pair = max(found, key=found.__getitem__)
-    infinite = sum(math.isinf(value) for value in found.values())
-    return Seen(step, pair, found[pair], infinite, len(found))
+def _worst(amplifications: Mapping[str, float], step: int) -> Seen:
+    pair = max(amplifications, key=amplifications.__getitem__)
+    infinite = sum(math.isinf(value) for value in amplifications.values())
+    return Seen(step, pair, amplifications[pair], infinite, len(amplifications))
 
 
 def _or_warn(make: Callable[[], Any]) -> Any:

@@ -74,10 +74,10 @@ def captured(quantized: QuantizedModel, opset: int, output: Output) -> Any:
 
     def marked(slot: Slot, x: Tensor) -> Tensor:
         name = WEIGHT if slot.is_weight else OPERAND
-        given = [] if slot.is_weight else [x]
+        inputs = [] if slot.is_weight else [x]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{name}",
-            given,
+            inputs,
             {"slot": slot.key},
             dtype=x.dtype,
             shape=x.shape,
@@ -102,13 +102,15 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int, output: Ou
         )
     need("onnxscript", install=INSTALL)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    found = _exported(model, torch.zeros(2, *input_shape, device=device), opset, output, free=True)
-    if fixed_batch(found) is not None:
-        found = _exported(
+    exported = _exported(
+        model, torch.zeros(2, *input_shape, device=device), opset, output, free=True
+    )
+    if fixed_batch(exported) is not None:
+        exported = _exported(
             model, torch.zeros(1, *input_shape, device=device), opset, output, free=False
         )
-    _register_constants(found.graph)
-    return found
+    _register_constants(exported.graph)
+    return exported
 
 
 def fixed_batch(model: Any) -> int | None:
@@ -159,12 +161,12 @@ def _exported(model: nn.Module, example: Tensor, opset: int, output: Output, fre
 
 def _named_once(model: Any, name: str) -> Any:
     """Reserve ``name`` for the output. torch may also have used it inside the graph."""
-    given = model.graph.outputs[0]
+    output = model.graph.outputs[0]
     for node in model.graph:
         for value in node.outputs:
-            if value is not given and value.name == name:
+            if value is not output and value.name == name:
                 value.name = f"{name}:inner"
-    given.name = name
+    output.name = name
     return model
 
 

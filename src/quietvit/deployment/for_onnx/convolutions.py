@@ -85,16 +85,16 @@ def quantized_at_once(writer: Writer, conv: Any, stored: Stored) -> str | Rounde
 
     Returns what was written, or the reason why nothing was changed.
     """
-    codes, given = stored.codes, conv.inputs[0].producer()
+    codes, producer = stored.codes, conv.inputs[0].producer()
     assert codes is not None
     if codes.ndim != 4:
         return "onnxruntime has integer convolutions only for images (2-D)"
-    if given is None or given.op_type != "DequantizeLinear":
+    if producer is None or producer.op_type != "DequantizeLinear":
         return "its input is float"
     behind = _behind(conv, len(codes))
     if behind is None:
         return UNROUNDED
-    step = float(_constant(given.inputs[1]))
+    step = float(_constant(producer.inputs[1]))
     weight = _integers(stored, behind, step)
     if isinstance(weight, str):
         return weight
@@ -112,26 +112,28 @@ def _behind(conv: Any, channels: int) -> Behind | None:
     if bias is None:
         return None
     offset = bias.astype(np.float64)
-    found = Behind(None, np.ones(channels), offset, np.abs(offset))
+    behind = Behind(None, np.ones(channels), offset, np.abs(offset))
     value, affine = conv.outputs[0], True
     while True:
         if value.is_graph_output() or len(list(value.uses())) != 1:
             return None
         node = next(iter(value.uses())).node
         if node.op_type == "QuantizeLinear" and node.inputs[0] is value:
-            found.quantizer = node
-            return found
+            behind.quantizer = node
+            return behind
         if affine and (folded := _affine(node, value, channels)) is not None:
             gain, offset, terms = folded
-            found.gain, found.offset = found.gain * gain, found.offset * gain + offset
-            found.terms = found.terms * np.abs(gain) + terms
+            behind.gain, behind.offset = behind.gain * gain, behind.offset * gain + offset
+            behind.terms = behind.terms * np.abs(gain) + terms
         elif (clipped := _clip(node, value)) is not None:
             affine = False
             low, high = clipped
-            found.low, found.high = (min(max(end, low), high) for end in (found.low, found.high))
+            behind.low, behind.high = (
+                min(max(end, low), high) for end in (behind.low, behind.high)
+            )
         elif node.op_type in MOVES and node.inputs[0] is value:
             affine = False
-            found.moves.append(node)
+            behind.moves.append(node)
         else:
             return None
         value = node.outputs[0]
@@ -142,7 +144,7 @@ def _affine(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return gain, offset and terms (see ``Behind``) of a node that is affine per channel."""
     if node.op_type == "BatchNormalization" and node.inputs[0] is value:
-        arrays = [constant_of(given) for given in node.inputs[1:5]]
+        arrays = [constant_of(source) for source in node.inputs[1:5]]
         if any(array is None for array in arrays):
             return None
         weight, bias, mean, variance = (np.asarray(a, dtype=np.float64) for a in arrays)
@@ -171,9 +173,9 @@ def _clip(node: Any, value: Any) -> tuple[float, float] | None:
         return None
     ends = []
     for place, free in ((1, -np.inf), (2, np.inf)):
-        given = node.inputs[place] if len(node.inputs) > place else None
-        array = None if given is None else constant_of(given)
-        if given is not None and array is None:
+        end = node.inputs[place] if len(node.inputs) > place else None
+        array = None if end is None else constant_of(end)
+        if end is not None and array is None:
             return None
         ends.append(free if array is None else float(array))
     return ends[0], ends[1]
@@ -241,8 +243,8 @@ def _write(
     )
     values = _weight(writer, conv, stored, weight)
     kept = {name: attribute.value for name, attribute in conv.attributes.items()}
-    given = [conv.inputs[0], values, shift]
-    product = writer.node(conv, "Conv", given, f"{site}:product", like, **kept)
+    inputs = [conv.inputs[0], values, shift]
+    product = writer.node(conv, "Conv", inputs, f"{site}:product", like, **kept)
     codes = writer.node(conv, "QuantizeLinear", [product, *old.inputs[1:]], f"{site}:quantized")
     codes.shape, codes.type = like.shape, old.outputs[0].type
     codes = _clipped(writer, conv, site, behind, codes)
@@ -284,15 +286,15 @@ def _clipped(writer: Writer, before: Any, site: str, behind: Behind, codes: Any)
     """Clip the codes to those of ``behind.low`` and ``behind.high``, if 8 bits hold others."""
     scale = np.float32(1) / _constant(behind.quantizer.inputs[1])
     zero = _constant(behind.quantizer.inputs[2])
-    held = np.iinfo(zero.dtype)
+    limits = np.iinfo(zero.dtype)
     ends = [
-        int(np.clip(np.rint(np.float32(end) * scale) + int(zero), held.min, held.max))
+        int(np.clip(np.rint(np.float32(end) * scale) + int(zero), limits.min, limits.max))
         for end in (behind.low, behind.high)
     ]
-    if ends == [held.min, held.max]:
+    if ends == [limits.min, limits.max]:
         return codes
-    given = [
+    bounds = [
         writer.constant(f"{site}:{side}", np.array(end, dtype=zero.dtype))
         for side, end in zip(("low", "high"), ends, strict=True)
     ]
-    return writer.node(before, "Clip", [codes, *given], f"{site}:clipped", codes)
+    return writer.node(before, "Clip", [codes, *bounds], f"{site}:clipped", codes)

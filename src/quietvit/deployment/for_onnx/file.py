@@ -54,13 +54,15 @@ def quantized_onnx(
     weights = quantized.weights_in_use()
     convolutions = lower(model, stored_of(quantized, grids, weights), at_once)
     written = {node.name for node in model.graph if node.op_type == "MatMul"}
-    rounded = {name: found for name, found in convolutions.items() if isinstance(found, Rounded)}
-    reasons = {name: found for name, found in convolutions.items() if isinstance(found, str)}
+    rounded = {
+        name: outcome for name, outcome in convolutions.items() if isinstance(outcome, Rounded)
+    }
+    reasons = {name: outcome for name, outcome in convolutions.items() if isinstance(outcome, str)}
     reasons |= {s.name: CONSTANT for s in quantized.trace.matmuls if s.role == "constant"}
     facts = facts.claiming(
         {name.removesuffix(":product") for name in written} | set(rounded),
         reasons,
-        {name: asdict(found) for name, found in rounded.items()},
+        {name: asdict(rounding) for name, rounding in rounded.items()},
     )
     if fixed_batch(model) is not None:
         facts = replace(facts, notes=(*facts.notes, FIXED_BATCH))

@@ -80,7 +80,7 @@ def _into_norm(writer: Writer, norm: Any) -> None:
     offset = np.zeros_like(scale) if offset is None else offset
     wide = [array.astype(np.float64) for array in (scale, offset, gain, bias)]
     folded = wide[0] * wide[2], wide[1] * wide[2] + wide[3]
-    given = [
+    affine = [
         writer.constant(f"{norm.name}:{name}", array.astype(np.float32))
         for name, array in zip(("gain", "bias"), folded, strict=True)
     ]
@@ -89,7 +89,7 @@ def _into_norm(writer: Writer, norm: Any) -> None:
     new = writer.node(
         norm,
         "LayerNormalization",
-        [norm.inputs[0], *given],
+        [norm.inputs[0], *affine],
         f"{norm.name}:folded",
         like,
         **attributes,

@@ -38,24 +38,24 @@ def kernels_of(path: Path) -> dict[str, Kernel]:
         written = Path(folder) / "optimized.onnx"
         open_session(path, optimized=written)
         graph = onnx.load(written, load_external_data=False).graph
-    made = {output: node for node in graph.node for output in node.output}
-    found: dict[str, Kernel] = {}
+    producers = {output: node for node in graph.node for output in node.output}
+    kernels: dict[str, Kernel] = {}
     for node in graph.node:
         kind = node.op_type
         if kind in INTEGER_OPS:
-            found[LAYOUT_SUFFIX.sub("", node.name)] = Kernel(kind, True)
+            kernels[LAYOUT_SUFFIX.sub("", node.name)] = Kernel(kind, True)
         elif kind in WEIGHT_ONLY_OPS:
             reason = "only its weight is quantized, its activations are float"
-            found[node.name] = Kernel(kind, False, reason)
+            kernels[node.name] = Kernel(kind, False, reason)
         elif kind in FLOAT_OPS:
             # A fused node has another name, but its output keeps the product's name.
             for name in (node.name, *node.output):
-                found[name] = Kernel(kind, False, _why_float(node, made))
-    return found
+                kernels[name] = Kernel(kind, False, _why_float(node, producers))
+    return kernels
 
 
-def _why_float(node: Any, made: dict[str, Any]) -> str:
-    inputs = [made[name].op_type for name in node.input[:2] if name in made]
+def _why_float(node: Any, producers: dict[str, Any]) -> str:
+    inputs = [producers[name].op_type for name in node.input[:2] if name in producers]
     if node.op_type in CONVOLUTIONS:
         return (
             "onnxruntime has integer convolutions only with a quantized output, and this one is "

@@ -103,19 +103,19 @@ def _pair_quantizers(writer: Writer) -> None:
     """
     for values in [node for node in writer.graph if node.op_type == "DequantizeLinear"]:
         codes, moves = values.inputs[0], list[Any]()
-        while (made := codes.producer()) is not None and made.op_type in MOVES:
+        while (producer := codes.producer()) is not None and producer.op_type in MOVES:
             if len(list(codes.uses())) != 1:
                 break
-            moves.append(made)
-            codes = made.inputs[0]
-        if not moves or made is None or made.op_type != "QuantizeLinear":
+            moves.append(producer)
+            codes = producer.inputs[0]
+        if not moves or producer is None or producer.op_type != "QuantizeLinear":
             continue
-        moves[-1].replace_input_with(0, made.inputs[0])
+        moves[-1].replace_input_with(0, producer.inputs[0])
         for move in moves:
-            move.outputs[0].type = made.inputs[0].type
+            move.outputs[0].type = producer.inputs[0].type
         moved = moves[0].outputs[0]
-        given = [moved, *made.inputs[1:]]
-        again = writer.node(values, "QuantizeLinear", given, f"{made.name}:moved")
+        inputs = [moved, *producer.inputs[1:]]
+        again = writer.node(values, "QuantizeLinear", inputs, f"{producer.name}:moved")
         again.shape, again.type = moved.shape, codes.type
         values.replace_input_with(0, again)
 

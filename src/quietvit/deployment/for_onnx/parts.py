@@ -43,7 +43,7 @@ class OnnxParts:
 
         model = onnx.load(path)
         _cut_behind_rounded(model.graph)
-        made = {output: node for node in model.graph.node for output in node.output}
+        producers = {output: node for node in model.graph.node for output in node.output}
         kept: dict[str, Any] = {}
         outputs: dict[str, str] = {}
         inputs: dict[str, list[str]] = {}
@@ -51,23 +51,23 @@ class OnnxParts:
         quantizers: dict[str, Any] = {}
 
         def back(value: str, name: str) -> None:
-            node = made.get(value)
+            node = producers.get(value)
             if node is None:
                 return
             kept[node.name] = node
             if node.op_type != "QuantizeLinear":
-                for given in node.input:
-                    back(given, name)
+                for source in node.input:
+                    back(source, name)
                 return
-            first, before = node, made.get(node.input[0])
+            first, before = node, producers.get(node.input[0])
             while before is not None and before.op_type in MOVES and _of(name, before):
                 kept[before.name], first = before, before
-                before = made.get(before.input[0])
+                before = producers.get(before.input[0])
             clip = before if before is not None and before.op_type == "Clip" else None
             if clip is not None:
                 kept[clip.name] = quantizers[clip.name] = first = clip
-            given = first.input[0].removesuffix(GIVEN)
-            first.input[0] = f"{given}{GIVEN}"  # fed, even if another part computes this value
+            source = first.input[0].removesuffix(GIVEN)
+            first.input[0] = f"{source}{GIVEN}"  # fed, even if another part computes this value
             inputs[name].append(first.input[0])
             codes[name].append(node.output[0])
             alone = copy.deepcopy(node)
@@ -77,15 +77,17 @@ class OnnxParts:
         for name in names:
             inputs[name], codes[name] = [], []
             product = f"{name}:product"
-            if product not in made:
+            if product not in producers:
                 raise QuietvitError(f"{path} has no product named {name}; export it again.")
-            outputs[name] = value = f"{name}{ROUNDED}" if f"{name}{ROUNDED}" in made else product
+            outputs[name] = value = (
+                f"{name}{ROUNDED}" if f"{name}{ROUNDED}" in producers else product
+            )
             while value != product:  # from a convolution's codes back through moves and Clip
-                node = made[value]
+                node = producers[value]
                 kept[node.name], value = node, node.input[0]
             back(product, name)
         order = [node for node in model.graph.node if node.name in kept]
-        used = {given for node in (*order, *quantizers.values()) for given in node.input}
+        used = {source for node in (*order, *quantizers.values()) for source in node.input}
         stored = [entry for entry in model.graph.initializer if entry.name in used]
         del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
         del model.graph.input[:], model.graph.output[:]
@@ -94,28 +96,28 @@ class OnnxParts:
         return cls(model, list(quantizers.values()), inputs, codes, outputs)
 
     def run(
-        self, given: dict[str, list[Tensor]]
+        self, operands: dict[str, list[Tensor]]
     ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
         """Return codes of the operands, and the output, by product name for given operands."""
         from onnx import TensorProto
 
         fed: dict[str, np.ndarray] = {}
         for name, values in self.inputs.items():
-            fed |= {v: x.cpu().numpy() for v, x in zip(values, given[name], strict=True)}
+            fed |= {v: x.cpu().numpy() for v, x in zip(values, operands[name], strict=True)}
         kinds = {entry.name: entry.data_type for entry in self.model.graph.initializer}
-        made = {output: node for node in self.model.graph.node for output in node.output}
+        producers = {output: node for node in self.model.graph.node for output in node.output}
 
         def kind_of(value: str) -> int:
-            return kinds[_quantizer_of(value, made).input[2]]
+            return kinds[_quantizer_of(value, producers).input[2]]
 
         levels = {value: kind_of(value) for values in self.codes.values() for value in values}
         outputs = {
             value: kind_of(value) if value.endswith(ROUNDED) else TensorProto.FLOAT
             for value in self.outputs.values()
         }
-        found = self._computed(self.quantizers, levels, fed)
+        integers = self._computed(self.quantizers, levels, fed)
         sums = self._computed(list(self.model.graph.node), outputs, fed)
-        codes = {name: [found[v] for v in values] for name, values in self.codes.items()}
+        codes = {name: [integers[v] for v in values] for name, values in self.codes.items()}
         return codes, {name: sums[value] for name, value in self.outputs.items()}
 
     def _computed(
@@ -125,7 +127,7 @@ class OnnxParts:
         import onnx
         from onnx import TensorProto, helper
 
-        used = {given for node in nodes for given in node.input}
+        used = {value for node in nodes for value in node.input}
         fed = {name: array for name, array in fed.items() if name in used}
         graph = helper.make_graph(
             nodes,
@@ -139,8 +141,8 @@ class OnnxParts:
         )
 
         def run(source: bytes | Path) -> dict[str, np.ndarray]:
-            found = open_session(source).run(list(outputs), fed)
-            return dict(zip(outputs, found, strict=True))
+            arrays = open_session(source).run(list(outputs), fed)
+            return dict(zip(outputs, arrays, strict=True))
 
         if not too_large(sum(len(entry.raw_data) for entry in graph.initializer)):
             return run(model.SerializeToString())
@@ -155,11 +157,11 @@ def _of(product: str, node: Any) -> bool:
     return bool(node.name.startswith(f"{product}:"))
 
 
-def _quantizer_of(value: str, made: dict[str, Any]) -> Any:
+def _quantizer_of(value: str, producers: dict[str, Any]) -> Any:
     """Return the QuantizeLinear that computes ``value``, perhaps followed by moves or Clip."""
-    node = made[value]
+    node = producers[value]
     while node.op_type != "QuantizeLinear":
-        node = made[node.input[0]]
+        node = producers[node.input[0]]
     return node
 
 
@@ -167,13 +169,13 @@ def _cut_behind_rounded(graph: Any) -> None:
     """Give readers of a convolution's codes their own quantizer, so that each part has an input."""
     from onnx import helper
 
-    made = {output: node for node in graph.node for output in node.output}
-    for value in [value for value in made if value.endswith(ROUNDED)]:
-        node = _quantizer_of(value, made)
+    producers = {output: node for node in graph.node for output in node.output}
+    for value in [value for value in producers if value.endswith(ROUNDED)]:
+        node = _quantizer_of(value, producers)
         own = f"{value}:read"
         for reader in graph.node:
-            for place, given in enumerate(reader.input):
-                if given == value:
+            for place, source in enumerate(reader.input):
+                if source == value:
                     reader.input[place] = own
         again = helper.make_node("QuantizeLinear", [own + GIVEN, *node.input[1:]], [own], own)
         graph.node.insert(0, again)

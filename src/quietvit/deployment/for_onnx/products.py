@@ -52,10 +52,10 @@ def _gemm(writer: Writer, node: Any, stored: Stored) -> bool:
     site = stored.name.rpartition(":")[0]
     x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
     middle = writer.constant("quietvit:axis1", np.array([1], dtype=np.int64))
-    given = x.producer()
-    if given is not None and given.op_type == "DequantizeLinear":
-        rows = writer.node(node, "Unsqueeze", [given.inputs[0], middle], f"{site}:rows")
-        tall = writer.node(node, "DequantizeLinear", [rows, *given.inputs[1:]], f"{site}:tall")
+    producer = x.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        rows = writer.node(node, "Unsqueeze", [producer.inputs[0], middle], f"{site}:rows")
+        tall = writer.node(node, "DequantizeLinear", [rows, *producer.inputs[1:]], f"{site}:tall")
     else:
         tall = writer.node(node, "Unsqueeze", [x, middle], f"{site}:tall")
     tall.type = x.type
@@ -83,21 +83,21 @@ def patches_as_product(writer: Writer, mark: Any, stored: Stored) -> bool:
     conv = users[0].node
     assert stored.codes is not None
     out, channels, *kernel = stored.codes.shape
-    found = {name: attribute.value for name, attribute in conv.attributes.items()}
+    attributes = {name: attribute.value for name, attribute in conv.attributes.items()}
     x, shape = conv.inputs[0], conv.inputs[0].shape
     sides = [] if shape is None else [side for side in list(shape)[2:] if isinstance(side, int)]
     plain = (
         len(kernel) == 2
-        and list(found.get("strides", [1, 1])) == kernel
-        and not any(found.get("pads", [0]))
-        and all(n == 1 for n in found.get("dilations", [1]))
-        and found.get("group", 1) == 1
-        and found.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        and list(attributes.get("strides", [1, 1])) == kernel
+        and not any(attributes.get("pads", [0]))
+        and all(n == 1 for n in attributes.get("dilations", [1]))
+        and attributes.get("group", 1) == 1
+        and attributes.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
         and len(sides) == 2
         and all(side >= k for side, k in zip(sides, kernel, strict=False))
     )
-    given = x.producer()
-    if not plain or given is None or given.op_type != "DequantizeLinear":
+    producer = x.producer()
+    if not plain or producer is None or producer.op_type != "DequantizeLinear":
         return False
     if any(side % k for side, k in zip(sides, kernel, strict=True)):
         return False
@@ -107,10 +107,12 @@ def patches_as_product(writer: Writer, mark: Any, stored: Stored) -> bool:
     rows = writer.constant(
         f"{site}:rows", np.array([-1, h * w, channels * kh * kw], dtype=np.int64)
     )
-    pixels = writer.node(conv, "Reshape", [given.inputs[0], cut], f"{site}:cut_codes")
+    pixels = writer.node(conv, "Reshape", [producer.inputs[0], cut], f"{site}:cut_codes")
     pixels = writer.node(conv, "Transpose", [pixels], f"{site}:ordered", perm=[0, 2, 4, 1, 3, 5])
     pixels = writer.node(conv, "Reshape", [pixels, rows], f"{site}:patches")
-    patches = writer.node(conv, "DequantizeLinear", [pixels, *given.inputs[1:]], f"{site}:values")
+    patches = writer.node(
+        conv, "DequantizeLinear", [pixels, *producer.inputs[1:]], f"{site}:values"
+    )
     flat = stored.codes.reshape(out, -1).T
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     codes = writer.weight(conv, stored, flat)
@@ -153,10 +155,10 @@ def apart_from_limits(writer: Writer) -> None:
     """
     for node in [n for n in writer.graph if n.op_type in ("Relu", "Clip")]:
         x, output = node.inputs[0], node.outputs[0]
-        made = x.producer()
-        if made is None or made.op_type != "MatMul":
+        producer = x.producer()
+        if producer is None or producer.op_type != "MatMul":
             continue
-        name = f"{made.name}:limited"
+        name = f"{producer.name}:limited"
         if node.op_type == "Relu":
             zero = writer.constant("quietvit:zero", np.zeros((), np.float32))
             limited = writer.node(node, "Max", [x, zero], name, output)

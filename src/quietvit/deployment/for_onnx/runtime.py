@@ -33,18 +33,18 @@ class OnnxRuntime(Runtime):
     def _run(self, images: np.ndarray) -> np.ndarray:
         name = self.session.get_inputs()[0].name
         try:
-            found: np.ndarray = self.session.run(None, {name: images})[0]
+            output: np.ndarray = self.session.run(None, {name: images})[0]
         except Exception as error:
             raise QuietvitError(
                 f"onnxruntime cannot run {self.path} on images of shape {images.shape}: "
                 f"{str(error).strip().splitlines()[0]}."
             ) from error
-        return found
+        return output
 
     @property
     def metadata(self) -> str | None:
-        found: str | None = self.session.get_modelmeta().custom_metadata_map.get(KEY)
-        return found
+        text: str | None = self.session.get_modelmeta().custom_metadata_map.get(KEY)
+        return text
 
     @property
     def input_shape(self) -> tuple[int | None, ...]:

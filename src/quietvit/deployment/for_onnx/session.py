@@ -58,9 +58,9 @@ def open_session(
         options.add_session_config_entry(*EXTERNAL)  # one file cannot exceed 2 GB
     if exactness() is not None if exact is None else exact:
         options.add_session_config_entry(*EXACT)
-    given = str(source) if isinstance(source, Path) else source
+    model = str(source) if isinstance(source, Path) else source
     try:
-        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no other common class
         shown = source if isinstance(source, Path) else "a model in memory"
         raise QuietvitError(

@@ -79,14 +79,14 @@ class Writer:
         name = stored.name
         if (codes := self._codes_of(x, stored)) is not None:
             return codes
-        given = x
+        clipped = x
         if grid.ends is not None:
             low, high = (
                 self.constant(f"{name}:{side}", end)
                 for side, end in zip(("low", "high"), grid.ends, strict=True)
             )
-            given = self.node(before, "Clip", [x, low, high], f"{name}:clipped", x)
-        ends = [given, *self.scale(stored)]
+            clipped = self.node(before, "Clip", [x, low, high], f"{name}:clipped", x)
+        ends = [clipped, *self.scale(stored)]
         codes = self.node(before, "QuantizeLinear", ends, f"{name}:codes")
         kind = ir.DataType.INT8 if grid.signed else ir.DataType.UINT8
         codes.shape, codes.type = x.shape, ir.TensorType(kind)
@@ -95,22 +95,22 @@ class Writer:
 
     def _codes_of(self, x: Any, stored: Stored) -> Any:
         """Return the 8-bit codes that x was dequantized from, if their grid is the same."""
-        made = x.producer()
-        if made is None or made.op_type != "DequantizeLinear" or stored.grid.bits != 8:
+        producer = x.producer()
+        if producer is None or producer.op_type != "DequantizeLinear" or stored.grid.bits != 8:
             return None
-        known = [constant_of(given) for given in made.inputs[1:]]
-        own = [constant_of(given) for given in self.scale(stored)]
+        known = [constant_of(value) for value in producer.inputs[1:]]
+        own = [constant_of(value) for value in self.scale(stored)]
         same = len(known) == len(own) and all(
             a is not None and b is not None and a.dtype == b.dtype and np.array_equal(a, b)
             for a, b in zip(known, own, strict=False)
         )
-        return made.inputs[0] if same else None
+        return producer.inputs[0] if same else None
 
     def dequantized(self, before: Any, codes: Any, stored: Stored, axis: int | None = None) -> Any:
         """Return the values of codes by DequantizeLinear, along ``axis`` for scales per channel."""
         extra = {} if stored.grid.scale.ndim == 0 else {"axis": axis}
-        given = [codes, *self.scale(stored)]
-        return self.node(before, "DequantizeLinear", given, f"{stored.name}:values", **extra)
+        inputs = [codes, *self.scale(stored)]
+        return self.node(before, "DequantizeLinear", inputs, f"{stored.name}:values", **extra)
 
     def scale(self, stored: Stored) -> list[Any]:
         """Return scale and zero point, even if the zero point is 0.
@@ -150,21 +150,21 @@ class Writer:
 
         grid, codes = stored.grid, stored.codes
         assert codes is not None
-        inputs = codes.shape[1]
-        block = next((size for size in (128, 64, 32, 16) if inputs % size == 0), None)
+        width = codes.shape[1]
+        block = next((size for size in (128, 64, 32, 16) if width % size == 0), None)
         if grid.bits > 4 or block is None or not self._packs():
             return None
-        shape = (inputs // block, codes.shape[0])
+        shape = (width // block, codes.shape[0])
         scale = np.broadcast_to(grid.scale, shape)
         zero = np.broadcast_to(grid.zero_point, shape)
-        given = [
+        inputs = [
             self.constant(f"{stored.name}:codes4", codes.T.astype(ml_dtypes.int4)),
             self.constant(f"{stored.name}:scale", scale),
         ]
         if zero.any():
-            given.append(self.constant(f"{stored.name}:zero_point", zero.astype(ml_dtypes.int4)))
+            inputs.append(self.constant(f"{stored.name}:zero_point", zero.astype(ml_dtypes.int4)))
         return self.node(
-            before, "DequantizeLinear", given, f"{stored.name}:values", axis=0, block_size=block
+            before, "DequantizeLinear", inputs, f"{stored.name}:values", axis=0, block_size=block
         )
 
 
@@ -172,8 +172,8 @@ def constant_of(value: Any) -> np.ndarray | None:
     """Return the array of an initializer or Constant, or None if the value is computed."""
     import onnx_ir as ir
 
-    found = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if found is None else np.asarray(found.numpy())
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else np.asarray(tensor.numpy())
 
 
 def only_user(value: Any, op: str) -> Any:

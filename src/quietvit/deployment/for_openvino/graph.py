@@ -25,7 +25,7 @@ def without_zero_points(model: Any) -> frozenset[str]:
 
     graph = model.graph
     stored = {entry.name: entry for entry in graph.initializer}
-    made = {output: node for node in graph.node for output in node.output}
+    producers = {output: node for node in graph.node for output in node.output}
     kept: set[str] = set()
     for node in list(graph.node):
         if node.op_type != "DequantizeLinear" or len(node.input) < 3:
@@ -36,10 +36,10 @@ def without_zero_points(model: Any) -> frozenset[str]:
             del node.input[2]
             continue
         readers = [user for user in graph.node if node.output[0] in user.input]
-        if any(not _quantized(made.get(reader.input[0])) for reader in readers):
+        if any(not _quantized(producers.get(reader.input[0])) for reader in readers):
             continue  # a float input: the product is float anyway
         site = node.input[2].removesuffix(SUFFIX)
-        if not _moved(graph, node, stored, made) and not _corrected(graph, node, stored):
+        if not _moved(graph, node, stored, producers) and not _corrected(graph, node, stored):
             kept.add(site)
     return frozenset(kept)
 
@@ -48,11 +48,11 @@ def _quantized(node: Any) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"
 
 
-def _moved(graph: Any, node: Any, stored: dict[str, Any], made: dict[str, Any]) -> bool:
+def _moved(graph: Any, node: Any, stored: dict[str, Any], producers: dict[str, Any]) -> bool:
     """Subtract the zero point from the codes. Returns False if int8 cannot hold the result."""
     from onnx import helper, numpy_helper
 
-    cast = made.get(node.input[0])
+    cast = producers.get(node.input[0])
     entry = stored.get(cast.input[0] if cast is not None else node.input[0])
     if entry is None:
         return False
@@ -97,8 +97,8 @@ def _corrected(graph: Any, node: Any, stored: dict[str, Any]) -> bool:
     ]
     product.output[0] = raw
     place = list(graph.node).index(product)
-    for later, each in enumerate(added, start=1):
-        graph.node.insert(place + later, each)
+    for later, new in enumerate(added, start=1):
+        graph.node.insert(place + later, new)
     del node.input[2]
     return True
 
@@ -108,8 +108,8 @@ def _before(graph: Any, node: Any, new: Any) -> None:
 
 
 def _axis(node: Any) -> int | None:
-    found = [attribute.i for attribute in node.attribute if attribute.name == "axis"]
-    return int(found[0]) if found else None
+    axes = [attribute.i for attribute in node.attribute if attribute.name == "axis"]
+    return int(axes[0]) if axes else None
 
 
 def _along(values: np.ndarray, axis: int | None, ndim: int) -> np.ndarray:

@@ -50,12 +50,12 @@ def kernels_of(compiled: Any, facts: Facts) -> dict[str, Kernel]:
     products = {f"{product.name}:product": product for product in facts.products}
     # A layer that fuses a product with its bias has the name of the addition.
     products |= {f"{product.name}:biased": product for product in facts.products}
-    found: dict[str, Kernel] = {}
+    kernels: dict[str, Kernel] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: str(value.astype(str)) for key, value in node.get_rt_info().items()}
         layer, kernel = info.get("layerType", "?"), info.get("primitiveType", "?")
         fused = info.get("originalLayersNames", "").split(",")
-        for name in dict.fromkeys(each.partition("/Dequantization")[0] for each in fused):
+        for name in dict.fromkeys(entry.partition("/Dequantization")[0] for entry in fused):
             if name not in products or (name.endswith(":biased") and layer == "Eltwise"):
                 continue
             integer = (
@@ -64,8 +64,8 @@ def kernels_of(compiled: Any, facts: Facts) -> dict[str, Kernel]:
                 and kernel.lower().endswith("_i8")
             )
             reason = None if integer else _why_float(products[name], layer, kernel)
-            found[f"{products[name].name}:product"] = Kernel(f"{layer} {kernel}", integer, reason)
-    return found
+            kernels[f"{products[name].name}:product"] = Kernel(f"{layer} {kernel}", integer, reason)
+    return kernels
 
 
 def _why_float(product: Product, layer: str, kernel: str) -> str:

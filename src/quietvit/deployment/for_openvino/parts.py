@@ -52,24 +52,24 @@ class IRParts:
     @classmethod
     def of(cls, path: Path, names: list[str]) -> IRParts:
         """Find the products of these names. Raises QuietvitError if one is missing."""
-        made = _outputs(read(path))
+        outputs = _outputs(read(path))
         inputs: dict[str, list[str]] = {}
         codes: dict[str, list[str]] = {}
         for name in names:
-            if f"{name}:product" not in made:
+            if f"{name}:product" not in outputs:
                 raise QuietvitError(f"{path} has no product named {name}; export it again.")
-            found = _quantizers(made[f"{name}:product"].get_node())
-            inputs[name] = codes[name] = list(dict.fromkeys(found))
+            quantizers = _quantizers(outputs[f"{name}:product"].get_node())
+            inputs[name] = codes[name] = list(dict.fromkeys(quantizers))
         return cls(path, inputs, codes)
 
     def run(
-        self, given: dict[str, list[Tensor]]
+        self, operands: dict[str, list[Tensor]]
     ) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
         """Return codes of the operands, and the sums, by product name for given operands."""
         fed = {
             key: x.cpu().numpy()
             for name, keys in self.inputs.items()
-            for key, x in zip(keys, given[name], strict=True)
+            for key, x in zip(keys, operands[name], strict=True)
         }
         levels = self._computed(fed, list(fed), quantizers=True)
         sums = self._computed(fed, [f"{name}:product" for name in self.inputs], quantizers=False)
@@ -85,15 +85,15 @@ class IRParts:
 
         model = read(self.path)
         named = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
-        made = _outputs(model)
+        outputs = _outputs(model)
         parameters = []
         for key, array in fed.items():
             parameters.append(ops.parameter(list(array.shape), np.float32, name=key))
             _entrance(named[key].input(0)).replace_source_output(parameters[-1].output(0))
-        values = [named[each].output(0) if quantizers else made[each] for each in wanted]
-        part = openvino.Model([ops.result(value) for value in values], parameters, "part")
-        found = compiled(part)(list(fed.values()))
-        return {name: np.array(found[n]) for n, name in enumerate(wanted)}
+        values = [named[name].output(0) if quantizers else outputs[name] for name in wanted]
+        submodel = openvino.Model([ops.result(value) for value in values], parameters, "part")
+        arrays = compiled(submodel)(list(fed.values()))
+        return {name: np.array(arrays[n]) for n, name in enumerate(wanted)}
 
 
 def _outputs(model: Any) -> dict[str, Any]:
@@ -105,15 +105,15 @@ def _outputs(model: Any) -> dict[str, Any]:
     }
 
 
-def _entrance(given: Any) -> Any:
+def _entrance(operand: Any) -> Any:
     """Return the input where a value enters its quantizer, or the clipping before it."""
-    node = given.get_source_output().get_node()
+    node = operand.get_source_output().get_node()
     if node.get_type_name() not in CLIPS:
-        return given
+        return operand
     computed = [
-        each
-        for each in node.inputs()
-        if each.get_source_output().get_node().get_type_name() != "Constant"
+        side
+        for side in node.inputs()
+        if side.get_source_output().get_node().get_type_name() != "Constant"
     ]
     return _entrance(computed[0])
 

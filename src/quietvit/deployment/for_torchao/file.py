@@ -84,13 +84,13 @@ class TorchAO:
         return path
 
 
-def write_folder(made: TorchAO, path: Path, facts: Facts | None = None) -> None:
+def write_folder(converted: TorchAO, path: Path, facts: Facts | None = None) -> None:
     """Write ``model.safetensors`` and ``torchao.json`` (with the facts) to the folder ``path``.
 
     The folder appears only when it is complete, and replaces an earlier one.
     """
     tensors, int8 = {}, {}
-    for name, tensor in made.model.state_dict().items():
+    for name, tensor in converted.model.state_dict().items():
         parts = _parts(tensor)
         if parts is None:
             tensors[name] = tensor
@@ -98,15 +98,15 @@ def write_folder(made: TorchAO, path: Path, facts: Facts | None = None) -> None:
         int8[name] = [part for part in PARTS if parts[part] is not None]
         tensors |= {f"{name}:{part}": parts[part] for part in int8[name]}
     content = {
-        "architecture": made.architecture,
-        "model_class": type(made.model).__name__,
+        "architecture": converted.architecture,
+        "model_class": type(converted.model).__name__,
         "dtypes": {name: str(tensor.dtype) for name, tensor in tensors.items()},
         "int8": int8,
-        "extended": [n for n, m in made.model.named_modules() if isinstance(m, IntegerLinear)],
-        "made": list(made.made),
-        "integer": list(made.integer),
-        "integer_share": made.integer_share,
-        "left_float": [list(entry) for entry in made.left_float],
+        "extended": [n for n, m in converted.model.named_modules() if isinstance(m, IntegerLinear)],
+        "made": list(converted.made),
+        "integer": list(converted.integer),
+        "integer_share": converted.integer_share,
+        "left_float": [list(entry) for entry in converted.left_float],
         "facts": None if facts is None else json.loads(facts.to_json()),
         "versions": {"quietvit": quietvit.__version__, "torch": torch.__version__},
     }
@@ -139,7 +139,7 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
         own.eval()
         for name in content["made"]:
             _set(own, name, tensors[name])
-        parts = {f"{name}:{part}" for name, held in content["int8"].items() for part in held}
+        parts = {f"{name}:{part}" for name, kept in content["int8"].items() for part in kept}
         state = {name: t for name, t in tensors.items() if name not in parts}
         codes = {name: tensors[f"{name}:codes"] for name in content["int8"]}
         for name in content["extended"]:
@@ -153,10 +153,10 @@ def load_torchao(path: str | Path, model: nn.Module | None = None) -> TorchAO:
         set_dtypes(own, content["dtypes"])
         own.load_state_dict(state, strict=False)
         for name in content["int8"]:
-            given = [tensors.get(f"{name}:{part}") for part in PARTS]
-            assert given[0] is not None
-            assert given[1] is not None
-            _set(own, name, int8_tensor(given[0], given[1], *given[2:]))
+            pieces = [tensors.get(f"{name}:{part}") for part in PARTS]
+            assert pieces[0] is not None
+            assert pieces[1] is not None
+            _set(own, name, int8_tensor(pieces[0], pieces[1], *pieces[2:]))
         for parameter in own.parameters():
             parameter.requires_grad_(False)
         if content["facts"] is not None:

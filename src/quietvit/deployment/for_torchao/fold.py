@@ -77,10 +77,10 @@ def _into_bias(model: nn.Module, trace: Trace, site: Site, by: ChannelAffine) ->
 
 
 def _value(module: nn.Module, name: str, like: Tensor, default: float) -> Tensor:
-    found = getattr(module, name, None)
-    if found is None:
+    tensor = getattr(module, name, None)
+    if tensor is None:
         return torch.full_like(like, default, dtype=torch.float64)
-    return found.detach().double()  # type: ignore[no-any-return]
+    return tensor.detach().double()  # type: ignore[no-any-return]
 
 
 def _put(where: str, module: Any, name: str, value: Tensor) -> list[str]:

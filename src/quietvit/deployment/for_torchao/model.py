@@ -59,12 +59,14 @@ def to_torchao(quantized: QuantizedModel) -> TorchAO:
     integer, macs, left = [], 0, []
     for site in own.trace.matmuls:
         here = slots.get(site.name, {})
-        found = _converted(model, own, site, here, used.get(site.name))
-        if found is None:
+        reason = _converted(model, own, site, here, used.get(site.name))
+        if reason is None:
             integer.append(site.name)
             macs += site.macs
             continue
-        left.append((site.name, found if found == WEIGHT_ONLY else untouched.get(site.name, found)))
+        left.append(
+            (site.name, reason if reason == WEIGHT_ONLY else untouched.get(site.name, reason))
+        )
         _round_weight(model, own, site, here)
     for name, here in slots.items():
         site = own.trace[name]
@@ -98,21 +100,21 @@ def _converted(
     assert isinstance(module, nn.Linear)
     if used is None or not torch.equal(used, module.weight):
         return "its weight is computed from the parameter in every pass"
-    found = _weight_codes(own.quantizers[here[1].key], module.weight)
-    if isinstance(found, str):
-        return found
-    codes, steps, offset = found
-    given = own.quantizers[here[0].key] if 0 in here else None
-    reason = None if given is None else _why_no_input(given)
+    weight_codes = _weight_codes(own.quantizers[here[1].key], module.weight)
+    if isinstance(weight_codes, str):
+        return weight_codes
+    codes, steps, offset = weight_codes
+    quantizer = own.quantizers[here[0].key] if 0 in here else None
+    reason = None if quantizer is None else _why_no_input(quantizer)
     if reason is not None:
         return reason
     rank = len(site.operands[0].shape)
-    low, high = (None, None) if given is None else _ends(given)
-    scale, zero = (None, None) if given is None else _input_grid(given, rank)
+    low, high = (None, None) if quantizer is None else _ends(quantizer)
+    scale, zero = (None, None) if quantizer is None else _input_grid(quantizer, rank)
     if low is not None or offset is not None:
         IntegerLinear.in_place_of(module, low, high, offset)
     module.weight = nn.Parameter(int8_tensor(codes, steps, scale, zero), requires_grad=False)
-    if given is None:
+    if quantizer is None:
         return WEIGHT_ONLY
     return None
 

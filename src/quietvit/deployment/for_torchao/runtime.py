@@ -26,7 +26,7 @@ class TorchRuntime(Runtime):
     def __init__(self, path: Path, threads: int = 0) -> None:
         self.path, self.threads = path, threads
         self._facts = FORMAT.read(path)[0].get("facts")
-        self.made = load_torchao(path)
+        self.converted = load_torchao(path)
         self.name = f"torchao {version('torchao')}"
         self._output = self.facts.output
         self._shape = self.facts.input_shape
@@ -36,13 +36,13 @@ class TorchRuntime(Runtime):
     def _run(self, images: np.ndarray) -> np.ndarray:
         try:
             with torch.no_grad():
-                found = self._output.of(self.made(torch.from_numpy(images)))
+                output = self._output.of(self.converted(torch.from_numpy(images)))
         except RuntimeError as error:
             raise QuietvitError(
                 f"torch cannot run {self.path} on images of shape {images.shape}: "
                 f"{str(error).splitlines()[0]}."
             ) from error
-        return found.numpy()
+        return output.numpy()
 
     @property
     def metadata(self) -> str | None:

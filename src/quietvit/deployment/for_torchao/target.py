@@ -13,14 +13,14 @@ from quietvit.deployment.target import Export, Target
 
 
 def _write(export: Export) -> Facts:
-    made = to_torchao(export.quantized)
-    why = dict(made.left_float)
+    converted = to_torchao(export.quantized)
+    why = dict(converted.left_float)
     products = tuple(
         replace(product, why_float=why.get(product.name, product.why_float))
         for product in export.facts.products
     )
     facts = replace(export.facts, products=products)
-    write_folder(made, export.path, facts)
+    write_folder(converted, export.path, facts)
     return facts
 
 

@@ -83,11 +83,11 @@ def fold_batchnorms(calibration: Calibration, calibrated: Calibrated, image: Ten
     if not norms:
         return Folds((), ())
     for norm in norms:
-        found = _pair(model, trace, norm)
-        if isinstance(found, str):
-            skipped[norm.name] = found
+        pair = _pair(model, trace, norm)
+        if isinstance(pair, str):
+            skipped[norm.name] = pair
         else:
-            pairs[norm.name] = found
+            pairs[norm.name] = pair
     sources = {norm: source.name for norm, (source, _) in pairs.items()}
     biases = _biases_in_front(calibration, image, sources) if sources else {}
     folded = []
@@ -159,13 +159,13 @@ def _biases_in_front(
     """
     wanted = set(sources.values())
     outputs: dict[str, tuple[Tensor, Tensor]] = {}
-    found: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
 
     def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
         if site.name in sources:
             output, bias = outputs.pop(sources[site.name])
             if torch.equal(_rows(operands[0], 1), output):
-                found[site.name] = bias
+                biases[site.name] = bias
         result = run(*operands)
         if site.name in wanted:
             axis = channel_axis(site)
@@ -175,7 +175,7 @@ def _biases_in_front(
 
     with torch.no_grad():
         calibration.run(image, handler, kinds=_WATCHED)
-    return found
+    return biases
 
 
 def _folded(source: Site, norm: Site, module: nn.Module, bias: Tensor) -> Folded:

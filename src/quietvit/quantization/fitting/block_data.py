@@ -50,10 +50,10 @@ class BlockLayout:
     shape: tuple[int, ...]
     output_shape: tuple[int, ...]
 
-    def arguments(self, given: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, batch: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments and keyword arguments for these images."""
         leaves = list(self.leaves)
-        for (place, dim, _), leaf in zip(self.places, given, strict=True):
+        for (place, dim, _), leaf in zip(self.places, batch, strict=True):
             leaves[place] = leaf.flatten(0, 1).movedim(0, dim)
         args, kwargs = _tree.tree_unflatten(leaves, self.spec)
         return args, kwargs
@@ -168,10 +168,10 @@ def _layout(one: _Call, two: _Call, before: tuple[Tensor, int] | None) -> BlockL
     places.sort(key=lambda place: leaves[place[0]] is not x)
     if output is None or not places or leaves[places[0][0]] is not x:
         return "does not compute each image by itself"
-    held = {place for place, _, _ in places}
+    moving = {place for place, _, _ in places}
     return BlockLayout(
         spec=spec,
-        leaves=tuple(None if i in held else leaf for i, leaf in enumerate(leaves)),
+        leaves=tuple(None if i in moving else leaf for i, leaf in enumerate(leaves)),
         places=tuple(places),
         output=output,
         chained=len(places) == 1
@@ -257,28 +257,28 @@ class BlockData:
         compensations = self.calibrated.compensations
         running = intercept(self.trace, self.calibrated.handle, kinds=self.kinds)
 
-        def compensate(name: str, given: Any, named: Any, output: Any) -> Any:
+        def compensate(name: str, args: Any, named: Any, output: Any) -> Any:
             with running.paused():
-                x, y = first_tensor((given, named)), first_tensor(output)
+                x, y = first_tensor((args, named)), first_tensor(output)
                 return with_first_tensor(output, compensations[name](x, y))
 
         with watching_modules(self.model, tuple(compensations), compensate), running:
             return run_model(self.model, images)
 
     def quantized(
-        self, block: Block, layout: BlockLayout, given: Leaves, handler: Any = None
+        self, block: Block, layout: BlockLayout, leaves: Leaves, handler: Any = None
     ) -> Tensor:
         """Return the quantized block's output (images, rows, ...), without its compensation."""
-        args, kwargs = layout.arguments(given)
+        args, kwargs = layout.arguments(leaves)
         handler = handler or self.calibrated.handle
         kinds = self.block_kinds
         output = run_block(self.model, block, args, kwargs, handler, kinds=kinds)
         x = first_tensor(output)
         return x.movedim(layout.output[0], 0).unflatten(0, (-1, layout.output[1]))
 
-    def float(self, block: Block, layout: BlockLayout, given: Leaves) -> Tensor:
+    def float(self, block: Block, layout: BlockLayout, leaves: Leaves) -> Tensor:
         """Return the float block's output (images, rows, ...)."""
-        args, kwargs = layout.arguments(given)
+        args, kwargs = layout.arguments(leaves)
         with naming_block(block.name):
             output = self.reference.get_submodule(block.name)(*args, **kwargs)
         return layout.split_output(output)
@@ -295,20 +295,20 @@ class BlockData:
         return None
 
 
-def chunks(given: Leaves) -> Iterable[Leaves]:
+def chunks(leaves: Leaves) -> Iterable[Leaves]:
     """Yield the leaves, a few images at a time."""
-    for start in range(0, given[0].shape[0], CHUNK):
-        yield [leaf[start : start + CHUNK] for leaf in given]
+    for start in range(0, leaves[0].shape[0], CHUNK):
+        yield [leaf[start : start + CHUNK] for leaf in leaves]
 
 
 @torch.no_grad()
-def each(given: Leaves, run: Callable[[Leaves], Tensor]) -> Tensor:
+def in_chunks(leaves: Leaves, run: Callable[[Leaves], Tensor]) -> Tensor:
     """Run on all images, a few at a time, without gradients, and join the results."""
     whole: Tensor | None = None
-    for start, part in zip(range(0, given[0].shape[0], CHUNK), chunks(given), strict=True):
-        done = run(part)
+    for start, chunk in zip(range(0, leaves[0].shape[0], CHUNK), chunks(leaves), strict=True):
+        done = run(chunk)
         if whole is None:
-            whole = done.new_empty(given[0].shape[0], *done.shape[1:])
+            whole = done.new_empty(leaves[0].shape[0], *done.shape[1:])
         whole[start : start + CHUNK] = done
     assert whole is not None
     return whole

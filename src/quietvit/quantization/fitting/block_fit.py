@@ -109,12 +109,12 @@ def schedule(step: int, iterations: int, warm_up: float) -> float | None:
 class Samples:
     """The data that a block is fitted to, all (images, rows, ...).
 
-    ``given``: the block's arguments in the quantized model. ``mixed``: its first argument in the
-    float model; each entry is taken from there with the probability ``keep``. None mixes nothing.
+    ``arguments``: the block's arguments in the quantized model. ``mixed``: its first argument in
+    the float model; each entry is taken from there with probability ``keep``. None mixes nothing.
     ``importance``: weights of the squared errors.
     """
 
-    given: Leaves
+    arguments: Leaves
     targets: Tensor
     mixed: Tensor | None = None
     importance: Tensor | None = None
@@ -152,7 +152,7 @@ def fit(
         rows = torch.randperm(targets.shape[0], generator=generator)[: settings.batch_size].to(
             targets.device
         )
-        leaves = [leaf[rows] for leaf in samples.given]
+        leaves = [leaf[rows] for leaf in samples.arguments]
         if mixed is not None:
             keep = random_keep(leaves[0], settings.keep, generator)
             leaves[0] = leaves[0].lerp(mixed[rows], keep.to(leaves[0].dtype))

@@ -77,16 +77,16 @@ def equalize(
     scales on.
     """
     model = calibration.model
-    found, skipped = [], []
+    links, skipped = [], []
     for folded in folds.folded:
         between = _between(model, calibration.trace, folded)
         if isinstance(between, Between):
-            found.append(between)
+            links.append(between)
         elif between is not None:
             skipped.append((folded.norm.name, between))
-    kept = _hand_on_scales(calibration, found, image) if found else set()
+    kept = _hand_on_scales(calibration, links, image) if links else set()
     scales = {}
-    for between in found:
+    for between in links:
         name = between.folded.norm.name
         if name not in kept:
             skipped.append((name, "an operation after its activation does not pass the scales on"))
@@ -135,7 +135,7 @@ def _between(model: nn.Module, trace: Trace, folded: Folded) -> Between | str | 
     return Between(folded, tuple(consumers), tuple(columns))
 
 
-def _hand_on_scales(calibration: Calibration, found: Sequence[Between], image: Tensor) -> set[str]:
+def _hand_on_scales(calibration: Calibration, links: Sequence[Between], image: Tensor) -> set[str]:
     """Return the BatchNorms whose readers get scaled channels if the BatchNorm is scaled.
 
     The scales are powers of two, so the comparison is exact. Each reader runs on its unscaled
@@ -145,11 +145,11 @@ def _hand_on_scales(calibration: Calibration, found: Sequence[Between], image: T
         between.folded.norm.name: torch.exp2(
             (torch.arange(len(between.folded.mean), device=image.device) * 3 % 7 - 3).to(image)
         )
-        for between in found
+        for between in links
     }
     readers = {
         site.name: tried[between.folded.norm.name][list(columns)]
-        for between in found
+        for between in links
         for site, columns in zip(between.consumers, between.columns, strict=True)
     }
     plain: dict[str, Tensor] = {}
@@ -177,7 +177,7 @@ def _hand_on_scales(calibration: Calibration, found: Sequence[Between], image: T
         calibration.run(image, scaled, kinds=_WATCHED)
     return {
         between.folded.norm.name
-        for between in found
+        for between in links
         if not any(site.name in wrong for site in between.consumers)
     }
 
@@ -187,6 +187,6 @@ def _scale_inputs(model: nn.Module, site: Site, scale: Tensor) -> None:
     weight = read_weight(model, site)
     out, width = weight.shape[:2]
     groups = len(scale) // width
-    each = scale.view(groups, width).repeat_interleave(out // groups, 0)
-    shaped = each.view([out, width] + [1] * (weight.dim() - 2))
+    factors = scale.view(groups, width).repeat_interleave(out // groups, 0)
+    shaped = factors.view([out, width] + [1] * (weight.dim() - 2))
     write_weight(model, site, (weight.double() * shaped).to(weight.dtype))

@@ -66,7 +66,7 @@ def patches(
     own = weight.transpose(0, 1) if transposed else weight
     filters, taps = own.shape[0] // groups, own[0].numel()
     bias = run(x, torch.zeros_like(weight))
-    found = []
+    columns = []
     for start in range(0, taps, filters):
         stop = min(start + filters, taps)
         ones = weight.new_zeros(own.shape[0], taps)
@@ -75,8 +75,8 @@ def patches(
         kernels = ones.view(own.shape)
         met = run(x, kernels.transpose(0, 1) if transposed else kernels) - bias
         met = met.flatten(2).unflatten(1, (groups, filters))[:, :, : stop - start]
-        found.append(met.permute(1, 0, 3, 2).flatten(1, 2))
-    return torch.cat(found, -1)
+        columns.append(met.permute(1, 0, 3, 2).flatten(1, 2))
+    return torch.cat(columns, -1)
 
 
 def some_rows(

@@ -43,8 +43,8 @@ def rows(x: Tensor, weight: Tensor, run: Callable[..., Tensor]) -> Iterator[Tens
             count = min(at_once, features - start)
             kernels = weight.new_zeros(groups, at_once, features)
             kernels[:, :count, start : start + count] = torch.eye(count).to(weight)
-            seen = (run(image, kernels.view_as(weight)) - bias).movedim(-spatial - 1, -1)
-            parts.append(seen.reshape(-1, groups, at_once)[..., :count])
+            products = (run(image, kernels.view_as(weight)) - bias).movedim(-spatial - 1, -1)
+            parts.append(products.reshape(-1, groups, at_once)[..., :count])
         yield torch.cat(parts, -1).movedim(1, 0).float()
 
 
@@ -237,7 +237,7 @@ def movable(
             f"{what} cannot work on a base that compensates whole blocks "
             f"({', '.join(list(calibrated.compensations)[:3])}): make it the base of that method."
         )
-    found, left = [], []
+    sites, left = [], []
     for site in calibration.trace.matmuls:
         if site.kind not in ("linear", "conv") or not wanted(site):
             continue
@@ -248,9 +248,9 @@ def movable(
         elif not isinstance(calibrated.adjustments.get(site.name), ChannelAffine | None):
             left.append(f"{site.name}: the base changes its output")
         else:
-            found.append(site)
+            sites.append(site)
     if left:
         calibrated.notes.append(
             f"{what} kept the base's rounding of {len(left)} weights: {'; '.join(left)}"
         )
-    return found
+    return sites

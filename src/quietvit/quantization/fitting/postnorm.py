@@ -50,7 +50,7 @@ def quantiles(
 
 
 def _tail(rows: Tensor, count: int, upper: bool) -> Tensor:
-    parts = [part.topk(min(count, part.shape[1]), 1, upper).values for part in blocks(rows)]
+    parts = [block.topk(min(count, block.shape[1]), 1, upper).values for block in blocks(rows)]
     return torch.cat(parts, 1).topk(count, 1, upper).values
 
 

@@ -127,9 +127,9 @@ class Recorder:
         self.sites[site.name] = site
         with torch.no_grad():
             plain = tuple(operand.detach() for operand in operands)
-            seen = tuple(_range(site, operand) for operand in plain)
+            ranges = tuple(_range(site, operand) for operand in plain)
             before = self.ranges.get(site.name)
-            self.ranges[site.name] = seen if before is None else _wider(before, seen)
+            self.ranges[site.name] = ranges if before is None else _wider(before, ranges)
             laid = lay_out(site, plain, output, run)
             if laid is None:
                 values = tuple(self._some(operand) for operand in plain)
@@ -169,22 +169,22 @@ class Recorder:
                 kept.gradient.put(some, images / of)
 
     def products(self) -> dict[str, Product]:
-        found = {}
+        products = {}
         for name, site in self.sites.items():
             if name in self.loose:
                 columns = zip(*self.loose[name], strict=True)
                 values = tuple(torch.cat(column) for column in columns)
-                found[name] = Product(site, self.ranges[name], loose=values)
+                products[name] = Product(site, self.ranges[name], loose=values)
                 continue
             kept = self.kept.pop(name)
-            found[name] = Product(
+            products[name] = Product(
                 site,
                 self.ranges[name],
                 left=kept.left.finish(),
                 right=kept.right.finish(),
                 gradient=kept.gradient.finish() if kept.weighed else None,
             )
-        return found
+        return products
 
     def _some(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1).float()
@@ -212,15 +212,15 @@ def record(
 
     Raises QuietvitError for gradients inside ``torch.inference_mode``.
     """
-    given = calibration.images.source
+    source = calibration.images.source
     stream: Iterable[Tensor] = calibration.images
-    if not isinstance(given, Tensor):
+    if not isinstance(source, Tensor):
         # The number of images must be known beforehand.
-        given = calibration.everything()
-        stream = (given,)
-    count = len(given)
+        source = calibration.everything()
+        stream = (source,)
+    count = len(source)
     recorder = Recorder(wanted, None if rows is None else rows / count, seed)
-    batches = (part for batch in stream for part in batch.split(_BATCH))
+    batches = (piece for batch in stream for piece in batch.split(_BATCH))
     for batch in calibration.track(batches, -(-count // _BATCH), label):
         if gradients:
             with frozen(calibration.model), torch.enable_grad():

@@ -26,7 +26,7 @@ from quietvit.quantization.fitting.block_data import (
     BlockLayout,
     Leaves,
     channel_dim,
-    each,
+    in_chunks,
     layouts,
 )
 from quietvit.quantization.fitting.block_fit import FitSettings, Learned, Samples, fit
@@ -102,12 +102,12 @@ class Reconstruction(OnTop):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_base(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("base") is not None:
-            return given
-        shared = {name: given[name] for name in SHARED if name in given}
+    def _default_base(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("base") is not None:
+            return fields
+        shared = {name: fields[name] for name in SHARED if name in fields}
         ranges = {"weight_range": "omse", "activation_range": "omse"}
-        return given | {"base": get_method("rtn")(**ranges, **shared)}
+        return fields | {"base": get_method("rtn")(**ranges, **shared)}
 
     @property
     def rounding_rate(self) -> float:
@@ -183,7 +183,7 @@ def few(calibration: Calibration, count: int) -> Calibration:
     kept: list[Tensor] = []
     for batch in calibration.images:
         kept.append(batch)
-        if sum(part.shape[0] for part in kept) >= count:
+        if sum(images.shape[0] for images in kept) >= count:
             break
     first = ImageStream(torch.cat(kept)[:count], calibration.model)
     return replace(calibration, images=first)
@@ -221,10 +221,10 @@ class _BlockLoop:
         seconds = spent = 0.0
         for block in blocks:
             layout = self.layouts[block.name]
-            given = first.reach(block.name, layout, quantized=False)
+            leaves = first.reach(block.name, layout, quantized=False)
             with torch.no_grad():
-                target = self.data.float(block, layout, given)
-            samples = Samples(given, target, given[0] if self.method.keep else None)
+                target = self.data.float(block, layout, leaves)
+            samples = Samples(leaves, target, leaves[0] if self.method.keep else None)
             for _ in range(2):  # the first iteration also allocates memory
                 start = time.monotonic()
                 learned = Learned.of(self.data, block, self.method.keep)
@@ -241,18 +241,21 @@ class _BlockLoop:
             layout = self.layouts[block.name]
             if way is None or not layout.chained:
                 way = None  # free the memory before the next inputs are collected
-                given = self.data.reach(block.name, layout, quantized=True)
+                leaves = self.data.reach(block.name, layout, quantized=True)
                 floats = self.data.reach(block.name, layout, quantized=False)
             else:
-                given, floats = way
-            targets = each(floats, lambda part: self.data.float(block, layout, part))  # noqa: B023
-            samples = Samples(given, targets, floats[0] if self.method.keep else None)
+                leaves, floats = way
+            targets = in_chunks(floats, lambda chunk: self.data.float(block, layout, chunk))  # noqa: B023
+            samples = Samples(leaves, targets, floats[0] if self.method.keep else None)
             way, floats = None, []
             self._block(block, samples, tick)
             after = blocks[place + 1] if place + 1 < len(blocks) else None
             if after is not None and self.layouts[after.name].chained:
                 samples.mixed = samples.importance = None
-                quantized = each(given, lambda part: self.data.quantized(block, layout, part))  # noqa: B023
+                quantized = in_chunks(
+                    leaves,
+                    lambda chunk: self.data.quantized(block, layout, chunk),  # noqa: B023
+                )
                 way = [quantized], [targets]
 
     def _block(self, block: Block, samples: Samples, tick: Callable[[], Any]) -> None:
@@ -306,8 +309,8 @@ class _BlockLoop:
     def _error(self, block: Block, samples: Samples) -> float:
         """Mean squared error of the quantized block's output on the first images."""
         layout = self.layouts[block.name]
-        given = [leaf[:CHECKED] for leaf in samples.given]
-        output = each(given, lambda part: self.data.quantized(block, layout, part))
+        leaves = [leaf[:CHECKED] for leaf in samples.arguments]
+        output = in_chunks(leaves, lambda chunk: self.data.quantized(block, layout, chunk))
         return float((output - samples.targets[:CHECKED]).double().square().mean())
 
     def _notes(self, blocks: tuple[Block, ...], missing: dict[str, str]) -> None:

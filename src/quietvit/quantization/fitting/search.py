@@ -38,7 +38,7 @@ def product_dtype(device: torch.device, bits: Sequence[int | None]) -> torch.dty
     In bfloat16, products of such codes are exact; only their sums are rounded, by a relative 2^-9.
     Values of other quantizers are rounded by the same amount before they are multiplied.
     """
-    is_exact = all(each is not None and each <= 8 for each in bits)
+    is_exact = all(width is not None and width <= 8 for width in bits)
     return torch.bfloat16 if is_exact and has_fast_bfloat16(device) else torch.float32
 
 
@@ -180,7 +180,7 @@ class TwinSoftmax(Side):
 
     def fake(self, parameters: Tensor) -> Fake:
         if parameters.dim() > 2:
-            return torch.stack([self.fake(each)[0] for each in parameters]), None
+            return torch.stack([self.fake(row)[0] for row in parameters]), None
         return self.quantizer(parameters)(self.x).to(self.dtype), None
 
     def quantizer(self, parameters: Tensor, axis: int | None = None) -> Quantizer:
@@ -199,7 +199,7 @@ class Log(Side):
         self.octaves = (x + shift).clamp_min_(0).log2_()
 
     def fake(self, parameters: Tensor) -> Fake:
-        scale, q = (_alone(each) for each in parameters.double().unbind(-1))
+        scale, q = (_alone(column) for column in parameters.double().unbind(-1))
         rate, last = q / ADALOG_DENOMINATOR, (1 << self.bits) - 1
         codes = (self.octaves * (-1 / rate).float()).add_((scale.log2() / rate).float()).round_()
         values = (codes.clamp_min_(0) * (-rate).float()).exp2_().mul_(scale.float())
@@ -267,12 +267,12 @@ def evaluate(
     matrices, heads, rows of left, columns of right.
     """
     side = sides[index]
-    found = []
+    errors = []
     for parameters in portions(table, max(output.target.numel(), side.x.numel())):
         fake = side.fake(parameters)
         pair = (fake, other) if index == 0 else (other, fake)
-        found.append(output.errors(*pair, side.groups))
-    return torch.cat(found)
+        errors.append(output.errors(*pair, side.groups))
+    return torch.cat(errors)
 
 
 def portions(table: Tensor, entries: int) -> tuple[Tensor, ...]:
@@ -318,7 +318,7 @@ def alternate(
     """
     chosen = list(start)
     fakes = [side.fake(parameters) for side, parameters in zip(sides, start, strict=True)]
-    fresh = [bool(each) for each in proposals]
+    fresh = [bool(proposal) for proposal in proposals]
     totals = [float(output.errors(fakes[0], fakes[1], Groups.along(output.target)))]
     for turn in range(rounds):
         totals.append(totals[-1])

@@ -108,19 +108,19 @@ class SearchMethod(Method):
         bits = (self.slot_bits(slots[0]), self.slot_bits(slots[1]))
         if product.left is None or product.right is None:
             return {
-                slot: nearest_step(product.loose[slot.index], each)
-                for slot, each in zip(slots, bits, strict=True)
-                if each is not None
+                slot: nearest_step(product.loose[slot.index], width)
+                for slot, width in zip(slots, bits, strict=True)
+                if width is not None
             }
         dtype = product_dtype(product.left.device, bits)
         sides, starts, proposals = [], [], []
-        for slot, each, x in zip(slots, bits, (product.left, product.right), strict=True):
-            side = Float(x, dtype) if each is None else self.side(slot, x, dtype, trace)
-            start = x.new_zeros(1, 0) if each is None else self.start(side, product, slot.index)
+        for slot, width, x in zip(slots, bits, (product.left, product.right), strict=True):
+            side = Float(x, dtype) if width is None else self.side(slot, x, dtype, trace)
+            start = x.new_zeros(1, 0) if width is None else self.start(side, product, slot.index)
             sides.append(side)
             starts.append(start)
-            proposals.append(() if each is None else self.proposals(side, start))
-        found, _ = alternate(
+            proposals.append(() if width is None else self.proposals(side, start))
+        best, _ = alternate(
             Output.of(product.left, product.right, product.gradient),
             (sides[0], sides[1]),
             (proposals[0], proposals[1]),
@@ -130,7 +130,7 @@ class SearchMethod(Method):
         )
         return {
             slot: side.quantizer(parameters, _axis(side, slot))
-            for slot, side, parameters in zip(slots, sides, found, strict=True)
+            for slot, side, parameters in zip(slots, sides, best, strict=True)
             if not isinstance(side, Float)
         }
 

@@ -59,8 +59,8 @@ class Statistics(RangeEstimator):
 
     def _collect(self, x: Tensor) -> None:
         if self.stream is not None:
-            for part in x.reshape(-1).split(_PART):  # small enough to stay in the cache
-                self.stream.update(part)
+            for piece in x.reshape(-1).split(_PART):  # small enough to stay in the cache
+                self.stream.update(piece)
         if self.channels is None:
             return
         axis = self.channels % x.dim()

@@ -104,9 +104,9 @@ class AdaLog(SearchMethod):
     ) -> None:
         if not self.reparametrization:
             return
-        found = hidden_norm_links(calibration.model, calibration.trace)
-        calibrated.notes += found.notes(self.name)
-        for link in found.links:
+        hidden = hidden_norm_links(calibration.model, calibration.trace)
+        calibrated.notes += hidden.notes(self.name)
+        for link in hidden.links:
             self._reparametrize(calibration.model, link, products, calibrated)
 
     def _reparametrize(

@@ -91,11 +91,11 @@ class ERQ(OnTop):
             for site, sums in self._sums(calibration, calibrated, lot, label).items():
                 solved[site.name] = self._solve(read_weight(calibration.model, site), site, sums)
         for site in sites:
-            found = solved.pop(site.name)
-            write_weight(calibration.model, site, found.weight)
-            calibrated.add(site, ChannelAffine.of(site, bias=found.bias))
-            if found.grid is not None:
-                calibrated.quantizers[Slot(site, 1)] = found.grid
+            solution = solved.pop(site.name)
+            write_weight(calibration.model, site, solution.weight)
+            calibrated.add(site, ChannelAffine.of(site, bias=solution.bias))
+            if solution.grid is not None:
+                calibrated.quantizers[Slot(site, 1)] = solution.grid
         return calibrated
 
     def _touches(self, site: Site) -> bool:

@@ -169,10 +169,10 @@ def factor_quantizer(
     errors = values.new_zeros(len(steps), len(values), dtype=torch.float64)
     low, high = -float(zero_point), float((1 << bits) - 1 - zero_point)
     for start in range(0, len(values), _BLOCK):
-        part = values[start : start + _BLOCK]
+        block = values[start : start + _BLOCK]
         weight = None if counts is None else counts[start : start + _BLOCK]
         for a, step in enumerate(steps):
-            off = (part / step).round_().clamp_(low, high).mul_(step).sub_(part).square_()
+            off = (block / step).round_().clamp_(low, high).mul_(step).sub_(block).square_()
             errors[a, start : start + _BLOCK] = (off if weight is None else off * weight).sum(1)
     # Of equal steps the largest: a constant channel is exact with all, and this one clips least.
     exponents = LARGEST_EXPONENT - errors.flip(0).argmin(0)
@@ -191,13 +191,13 @@ class IntegerSoftmax(Adjustment):
     deployable: ClassVar[bool] = False
 
     def forward(self, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
-        (given,) = operands
-        x = given.to(torch.promote_types(given.dtype, torch.float32))
+        (scores,) = operands
+        x = scores.to(torch.promote_types(scores.dtype, torch.float32))
         x = x - x.amax(-1, keepdim=True)
         n = (x * (-1 / math.log(2))).floor().clamp_(max=126)
         p = torch.add(x, n, alpha=math.log(2)).clamp_(min=-math.log(2))
         exponential = (0.3585 * (p + 1.353).square() + 0.344) * torch.exp2(-n)
-        return (exponential / exponential.sum(-1, keepdim=True)).to(given.dtype)
+        return (exponential / exponential.sum(-1, keepdim=True)).to(scores.dtype)
 
     def config(self) -> dict[str, Any]:
         return {}

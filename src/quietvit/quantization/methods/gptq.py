@@ -102,8 +102,8 @@ class GPTQ(OnTop):
         def look(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> None:
             if site.name in grams:
                 x, weight = operands
-                for part in rows(x, weight, run):
-                    grams[site.name].update(part, part)
+                for piece in rows(x, weight, run):
+                    grams[site.name].update(piece, piece)
 
         run_to(calibration, calibrated, group[-1], look, quantized=True, label=label)
         return grams

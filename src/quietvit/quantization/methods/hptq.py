@@ -105,9 +105,9 @@ class HPTQ(Method):
             if self.equalization:
                 equalized = equalize(calibration, calibrated, folds, first)
                 calibrated.notes += equalized.notes(self.name)
-        seen = self._statistics(calibration, calibrated)
-        self._activations(calibration.trace, seen, calibrated)
-        self._weights(calibration, first, seen, calibrated)
+        statistics = self._statistics(calibration, calibrated)
+        self._activations(calibration.trace, statistics, calibrated)
+        self._weights(calibration, first, statistics, calibrated)
         return calibrated
 
     def may_learn_step(self, slot: Slot) -> bool:
@@ -117,33 +117,33 @@ class HPTQ(Method):
         self, calibration: Calibration, calibrated: Calibrated
     ) -> dict[Slot, Statistics]:
         """Return statistics of the activations of the float model, folded and equalized."""
-        seen: dict[Slot, Statistics] = {}
+        statistics: dict[Slot, Statistics] = {}
 
         def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
             slots = [Slot(site, index) for index in range(len(operands))]
             for slot, operand in zip(slots, operands, strict=True):
                 if site.kind not in MATMUL_KINDS or slot.is_weight:
                     continue
-                if slot not in seen:
+                if slot not in statistics:
                     means = self.bias_correction and slots[1].is_weight and self.slot_bits(slots[1])
-                    seen[slot] = Statistics(
+                    statistics[slot] = Statistics(
                         channels=channel_axis(site) if means else None,
                         histogram=self.slot_bits(slot) is not None,
                     )
                 try:
-                    seen[slot].update(operand)
+                    statistics[slot].update(operand)
                 except QuietvitError as error:
                     raise QuietvitError(f"{site.name} ({slot.operand}): {error}") from error
             return calibrated.adjust(site, operands, run)
 
         calibration.observe(handler, kinds=_KINDS, label=f"{self.name} {self.label}")
-        return seen
+        return statistics
 
     def _activations(
-        self, trace: Trace, seen: dict[Slot, Statistics], calibrated: Calibrated
+        self, trace: Trace, collected: dict[Slot, Statistics], calibrated: Calibrated
     ) -> None:
         shifted, refused = 0, []
-        for slot, statistics in seen.items():
+        for slot, statistics in collected.items():
             bits = self.slot_bits(slot)
             if bits is None:
                 continue
@@ -186,7 +186,7 @@ class HPTQ(Method):
         self,
         calibration: Calibration,
         image: Tensor,
-        seen: dict[Slot, Statistics],
+        statistics: dict[Slot, Statistics],
         calibrated: Calibrated,
     ) -> None:
         uncorrected = []
@@ -197,13 +197,13 @@ class HPTQ(Method):
             if not slot.is_weight or bits is None:
                 return run(*operands)
             weight = operands[1]
-            found = self._weight_quantizer(site, weight, bits)
-            calibrated.quantizers[slot] = found
+            fitted = self._weight_quantizer(site, weight, bits)
+            calibrated.quantizers[slot] = fitted
             if self.bias_correction and "transpose" in site.function:
                 uncorrected.append(site.name)
             elif self.bias_correction:
-                means = seen[Slot(site, 0)].means()
-                off = mean_error(found(weight).double() - weight.double(), means)
+                means = statistics[Slot(site, 0)].means()
+                off = mean_error(fitted(weight).double() - weight.double(), means)
                 scaled = calibrated.adjustments.get(site.name)
                 if isinstance(scaled, ChannelAffine):
                     off = off * scaled.gain
@@ -240,8 +240,8 @@ def mean_error(off: Tensor, means: Tensor) -> Tensor:
     """
     summed = off.flatten(2).sum(2) if off.dim() > 2 else off
     groups = len(means) // summed.shape[1]
-    each = means.view(groups, -1).repeat_interleave(summed.shape[0] // groups, 0)
-    return (summed * each).sum(1)
+    per_output = means.view(groups, -1).repeat_interleave(summed.shape[0] // groups, 0)
+    return (summed * per_output).sum(1)
 
 
 def _from_shifted(trace: Trace, slot: Slot) -> bool:

@@ -21,7 +21,7 @@ from quietvit.quantization.fitting.block_data import (
     BlockLayout,
     Leaves,
     channel_dim,
-    each,
+    in_chunks,
     layouts,
 )
 from quietvit.quantization.fitting.reconstruct import check_base, few, replayable
@@ -74,8 +74,7 @@ class QwT(OnTop):
         data = BlockData(
             calibration.model, reference, calibration.trace, calibrated, calibration.images
         )
-        found = find_blocks(calibration.trace)
-        blocks = [block for block in found if block.residual]
+        blocks = [block for block in find_blocks(calibration.trace) if block.residual]
         first = calibration.images.peek()
         known, without = layouts(reference, blocks, first[:1])
         way: Leaves | None = None
@@ -99,21 +98,21 @@ class QwT(OnTop):
 
 
 def compensate(
-    data: BlockData, block: Block, layout: BlockLayout, given: Leaves
+    data: BlockData, block: Block, layout: BlockLayout, leaves: Leaves
 ) -> tuple[Tensor, Compensation | None, str]:
     """Return the block's output (compensated if kept), the compensation or None, and why not."""
     same = layout.shape == layout.output_shape
     axis = channel_dim(block, layout)
     sums = LinearFit()
 
-    def run(part: Leaves) -> Tensor:
-        output = data.quantized(block, layout, part)
+    def run(chunk: Leaves) -> Tensor:
+        output = data.quantized(block, layout, chunk)
         if same:
-            error = data.float(block, layout, part) - output
-            sums.update(vectors(part[0], axis), vectors(error, axis))
+            error = data.float(block, layout, chunk) - output
+            sums.update(vectors(chunk[0], axis), vectors(error, axis))
         return output
 
-    output = each(given, run)
+    output = in_chunks(leaves, run)
     if not same:
         return (
             output,
@@ -123,9 +122,9 @@ def compensate(
     weight, bias, r2 = sums.finish()
     if not r2 > 0:
         return output, None, f"has an error that x does not explain (adjusted R² {r2:.2g})"
-    positions = sums.count // given[0].shape[0]
+    positions = sums.count // leaves[0].shape[0]
     compensation = Compensation(weight.float(), bias.float(), axis=axis, positions=positions)
-    done = each([given[0], output], lambda part: compensation(*part))
+    done = in_chunks([leaves[0], output], lambda chunk: compensation(*chunk))
     return done, compensation, ""
 
 

@@ -75,9 +75,9 @@ class RepQViT(Method):
 
     def calibrate(self, calibration: Calibration) -> Calibrated:
         """Run one pass of all images; set ranges and weights site by site on the way."""
-        found = self._links(calibration)
-        links = {link.norm.name: link for link in found.links}
-        calibrated = Calibrated(notes=found.notes(f"{self.name}'s re-parametrization"))
+        norm_links = self._links(calibration)
+        links = {link.norm.name: link for link in norm_links.links}
+        calibrated = Calibrated(notes=norm_links.notes(f"{self.name}'s re-parametrization"))
 
         def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
             try:
@@ -109,13 +109,13 @@ class RepQViT(Method):
 
     def _links(self, calibration: Calibration) -> NormLinks:
         """Return linked norms, except before the head or if all consumers are excluded."""
-        found = hidden_norm_links(calibration.model, calibration.trace)
+        hidden = hidden_norm_links(calibration.model, calibration.trace)
         links = (
             link
-            for link in found.links
+            for link in hidden.links
             if any(self.excluded_by(site) is None for site in link.consumers)
         )
-        return NormLinks(tuple(links), found.skipped)
+        return NormLinks(tuple(links), hidden.skipped)
 
     def _move(
         self, calibration: Calibration, calibrated: Calibrated, link: NormLink, x: Tensor
@@ -132,8 +132,8 @@ class RepQViT(Method):
         low, high = percentile_range(x, used, axis=axis, hold_zero=False)
         moved = self.layerwise(ChannelSteps.of(low, high, used))
         reparametrize(calibration.model, link, calibrated, gain=moved.gain, shift=moved.shift)
-        for slot, asked in bits.items():
-            if asked == used:
+        for slot, wanted in bits.items():
+            if wanted == used:
                 calibrated.quantizers[slot] = copy.deepcopy(moved.quantizer)
 
     def _add_quantizers(

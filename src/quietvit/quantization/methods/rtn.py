@@ -70,9 +70,9 @@ class RTN(Method):
             return self
         known = ELEMENT_OF[self.number_format]
         edges = [bits for bits in (self.patch_embed_bits, self.head_bits) if bits != "same"]
-        asked = [self.weight_bits, self.activation_bits, *edges]
-        asked += [bits for pair in self.overrides.values() for bits in pair]
-        for bits in asked:
+        wanted = [self.weight_bits, self.activation_bits, *edges]
+        wanted += [bits for pair in self.overrides.values() for bits in pair]
+        for bits in wanted:
             if bits is not None and bits not in known:
                 raise ValueError(
                     f"number_format={self.number_format!r} has {_listed(known)} bits, not {bits}; "

@@ -53,13 +53,13 @@ class SmoothQuant(RTN):
         model = calibration.model
         images = ImageStream(calibration.everything(), model)
         first = replace(calibration, images=images)
-        found = norm_links(model, calibration.trace)
+        linked = norm_links(model, calibration.trace)
         links = [
             link
-            for link in found.links
+            for link in linked.links
             if any(self.excluded_by(site) is None for site in link.consumers)
         ]
-        smoothed = Calibrated(notes=found.notes(f"{self.name}'s smoothing"))
+        smoothed = Calibrated(notes=linked.notes(f"{self.name}'s smoothing"))
         for link, largest in zip(links, largest_inputs(first, links), strict=True):
             scale = smoothing_scale(largest, largest_columns(first, link), self.alpha)
             reparametrize(
@@ -91,10 +91,10 @@ def largest_inputs(calibration: Calibration, links: list[NormLink]) -> list[Tens
             return
         index, channels = readers[slot.site.name]
         axis = -1 if slot.site.kind == "linear" else 1
-        seen = x.abs().movedim(axis, -1).flatten(0, -2).amax(0).float()
-        if not bool(seen.isfinite().all()):
+        largest_now = x.abs().movedim(axis, -1).flatten(0, -2).amax(0).float()
+        if not bool(largest_now.isfinite().all()):
             raise QuietvitError(NOT_FINITE)
-        largest[index] = _raise(largest[index].to(x.device), channels, seen)
+        largest[index] = _raise(largest[index].to(x.device), channels, largest_now)
 
     calibration.watch(look, label="largest magnitudes")
     return largest
