@@ -1,13 +1,12 @@
 """Create transformers image classifiers and object detectors from a local folder.
 
-``image_processor`` translates their preprocessing; ``weights`` creates timm models.
+``image_processor`` translates preprocessing, ``adapting`` resizes; ``weights`` makes timm models.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quietvit.data.adapting import adapted, input_size_of
 from quietvit.data.differences import differences, shown
 from quietvit.data.image_processor import check_translation, translated_preprocessing
 from quietvit.data.prefixes import unwrapped
@@ -79,11 +79,11 @@ def create_hf_model(
     raw, plain = _configs(transformers, source, {})
     changes = _changes(kwargs, raw, plain, source)
     prepared = _preprocessing(transformers, source, plain)
-    if "image_size" not in changes and prepared["input_size"] != _input_size(plain):
+    if "image_size" not in changes and prepared["input_size"] != input_size_of(plain):
         changes["image_size"] = list(prepared["input_size"][1:])
     model = _model(CLASSIFIER, source, plain, changes, num_classes, weights, untrained)
     config: Any = model.config
-    data = {**prepared, "input_size": _input_size(config), **(preprocessing or {})}
+    data = {**prepared, "input_size": input_size_of(config), **(preprocessing or {})}
     model.pretrained_cfg = {**data, "num_classes": config.num_labels}  # type: ignore[assignment]
     return model
 
@@ -144,7 +144,7 @@ def _model(
         logger.warning("%s holds no weights: the model's weights are random.", source)
     elif not untrained:
         state = _pretrained(kind, source, plain)
-        _load(model, _adapted(state, model, plain, config, source), source)
+        _load(model, adapted(state, model, plain, config, source), source)
     return model
 
 
@@ -306,108 +306,6 @@ def _of_head(key: str) -> bool:
     return "classifier" in key or "class_embed" in key or key.startswith(("head.", "fc."))
 
 
-def _adapted(
-    state: dict[str, Tensor], model: nn.Module, before: Any, after: Any, source: str
-) -> dict[str, Tensor]:
-    """Replace the head and resample position tables where only classes or sizes differ."""
-    own = model.state_dict()
-    resampled: list[str] = []
-    for key in [key for key in own if key in state]:
-        old, new = state[key], own[key]
-        table = _table(key, old, new.shape, before, after)
-        labels = (before.num_labels, after.num_labels)
-        # Detectors may have one class more, for no object.
-        more = tuple(count + 1 for count in labels)
-        if table is not None:
-            state[key] = table
-            resampled.append(f"{key} from {tuple(old.shape)} to {tuple(new.shape)}")
-        elif old.shape == new.shape:
-            continue
-        elif (len(old), len(new)) in (labels, more) and old.shape[1:] == new.shape[1:]:
-            if key.endswith(".weight"):
-                logger.warning(
-                    "%s: the head '%s' has %d classes, but %d are requested: it starts anew.",
-                    source, key.removesuffix(".weight"), *labels,
-                )  # fmt: skip
-            state[key] = new
-        elif key.endswith("relative_position_index"):
-            state[key] = new
-    if resampled:
-        logger.warning("%s: resampled bicubically: %s.", source, "; ".join(resampled[:2]))
-    return state
-
-
-def _table(key: str, old: Tensor, shape: torch.Size, before: Any, after: Any) -> Tensor | None:
-    """Return the position table ``key`` at the size of the new config; None for other weights.
-
-    Also None if a config's grid does not match its table; strict loading then names the key.
-    """
-    if old.shape[-1:] != shape[-1:]:
-        return None
-    if key.endswith("relative_position_bias_table"):
-        grids = _displacements(before), _displacements(after)
-        return _resampled(old, shape, *grids, extra_last=True) if old.ndim == 2 else None
-    if "position_embedding" not in key:
-        return None
-    grids = _grid(before), _grid(after)
-    if old.ndim == 2:
-        return _resampled(old, shape, *grids)
-    table = _resampled(old[0], shape[1:], *grids) if len(old) == 1 and old.ndim == 3 else None
-    return None if table is None else table[None]
-
-
-def _resampled(
-    table: Tensor,
-    shape: torch.Size,
-    old: tuple[int, int] | None,
-    new: tuple[int, int] | None,
-    *,
-    extra_last: bool = False,
-) -> Tensor | None:
-    """Resample a table (extra + h w, D) to a new grid (h, w); keep its extra rows, first or last.
-
-    None if the grid stays or does not match the table. Example: DeiT's class token is 1 extra row:
-    (1 + 14 * 14, D) becomes (1 + 16 * 16, D) for 256 pixels.
-    """
-    if old is None or new is None or old == new:
-        return None
-    extra = len(table) - math.prod(old)
-    if extra < 0 or extra != shape[0] - math.prod(new):
-        return None
-    from timm.layers.pos_embed import resample_abs_pos_embed
-
-    if extra_last:
-        table = table.roll(extra, 0)  # timm expects extra rows in front
-    resized: Tensor = resample_abs_pos_embed(
-        table[None], list(new), list(old), num_prefix_tokens=extra, antialias=False
-    )[0]
-    return resized.roll(-extra, 0) if extra_last else resized
-
-
-def _sides(value: Any) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) else tuple(value)
-    return int(sides[0]), int(sides[1])
-
-
-def _grid(config: Any) -> tuple[int, int] | None:
-    """Return the number of patches, (down, across); None if the config does not state it."""
-    if getattr(config, "image_size", None) is None or getattr(config, "patch_size", None) is None:
-        return None
-    size, patch = _sides(config.image_size), _sides(config.patch_size)
-    return size[0] // patch[0], size[1] // patch[1]
-
-
-def _displacements(config: Any) -> tuple[int, int] | None:
-    """Return the number of displacements, (down, across), in a window or else the whole grid."""
-    window = getattr(config, "window_size", None)
-    sides = _grid(config) if window is None else _sides(window)
-    return None if sides is None else (2 * sides[0] - 1, 2 * sides[1] - 1)
-
-
-def _input_size(config: Any) -> tuple[int, int, int]:
-    return (int(getattr(config, "num_channels", 3)), *_sides(getattr(config, "image_size", 224)))
-
-
 def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     problems = differences(model.state_dict(), state)
     if problems:
@@ -429,7 +327,7 @@ def _preprocessing(transformers: Any, source: str, config: Any) -> dict[str, Any
             source,
         )
         return {
-            "input_size": _input_size(config),
+            "input_size": input_size_of(config),
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "interpolation": "bicubic",
@@ -437,7 +335,7 @@ def _preprocessing(transformers: Any, source: str, config: Any) -> dict[str, Any
             "crop_mode": "squash",
         }
     processor, settings = _processor(transformers, source)
-    translated = translated_preprocessing(settings, _input_size(config), source)
+    translated = translated_preprocessing(settings, input_size_of(config), source)
     check_translation(processor, translated, source)
     return translated
 
