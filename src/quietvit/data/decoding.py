@@ -54,15 +54,22 @@ def decode(content: bytes | Image.Image | np.ndarray, where: Callable[[], str]) 
         QuietvitError: the image is empty, truncated, damaged or of an unknown format, an array of
             another shape, or values outside the ranges above.
     """
+    return upright(content, where)[0]
+
+
+def upright(
+    content: bytes | Image.Image | np.ndarray, where: Callable[[], str]
+) -> tuple[Image.Image, int]:
+    """Return the image like ``decode``, and the EXIF orientation (1 to 8) that was applied."""
     register_plugins()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = _opened(content)
             image.load()
-            turn = _TURNS.get(_orientation(image))
+            turn = _orientation(image)
             colours = _in_colours(image)
-            return colours if turn is None else colours.transpose(turn)
+            return (colours.transpose(_TURNS[turn]) if turn in _TURNS else colours), turn
     except _UnclearError as error:
         raise QuietvitError(f"the image at {where()} {error}") from error
     except Exception as error:  # damaged files raise any exception
@@ -91,7 +98,7 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a damaged EXIF block: the pixels are good, and viewers ignore it, too
         return 1
-    return value if isinstance(value, int) else 1
+    return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def _in_colours(image: Image.Image) -> Image.Image:

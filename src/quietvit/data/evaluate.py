@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from quietvit.classes import names_of
+from quietvit.data.images import drawn
 from quietvit.data.matching import label_numbers
 from quietvit.data.sources import ImageDataset, Transformed
 from quietvit.errors import QuietvitError
@@ -117,17 +117,7 @@ def calibration_images(
     Raises:
         QuietvitError: ``n`` is below 1 or more than the data set holds.
     """
-    if n < 1:
-        raise QuietvitError(
-            f"{n} calibration images were requested, but the ranges of activations need at least "
-            "one (32 is usual)."
-        )
-    if n > len(dataset):
-        raise QuietvitError(
-            f"{n} calibration images were requested, but {dataset.name} holds {len(dataset)}; "
-            "request fewer."
-        )
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:n]
+    chosen = drawn(dataset, n, seed, "calibration images")
     return torch.stack([transform(dataset[int(index)][0]) for index in chosen])
 
 

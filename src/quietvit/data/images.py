@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -129,6 +129,20 @@ class Transformed(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
 
+def drawn(dataset: Any, count: int, seed: int, what: str = "images") -> np.ndarray:
+    """Return ``count`` different indices of a data set in random order; ``seed`` fixes them.
+
+    Raises:
+        QuietvitError: ``count`` is below 1 or exceeds the number of images; it names ``what``.
+    """
+    if not 1 <= count <= len(dataset):
+        raise QuietvitError(
+            f"{count} {what} were requested, but {dataset.name} holds {len(dataset)}; ask for 1 "
+            f"to {len(dataset)}."
+        )
+    return np.random.default_rng(seed).permutation(len(dataset))[:count]
+
+
 def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageDataset:
     """Return ``count`` images drawn without replacement (all for None); ``seed`` fixes them.
 
@@ -137,12 +151,7 @@ def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageData
     """
     if count is None:
         return dataset
-    if not 1 <= count <= len(dataset):
-        raise QuietvitError(
-            f"{count} images of {dataset.name} were requested, but it holds {len(dataset)}; "
-            f"request 1 to {len(dataset)}."
-        )
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])
+    chosen = np.sort(drawn(dataset, count, seed))
     return ImageDataset(
         dataset.labels[chosen] if dataset.labelled else None,
         partial(_chosen, dataset._read, chosen),

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes
 
-from quietvit.data.decoding import decode
+from quietvit.data.decoding import upright
+from quietvit.data.images import drawn
 from quietvit.errors import QuietvitError
 
 Target = dict[str, Any]
@@ -101,8 +102,8 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
                 f"the image {record.path} could not be read: {error.strerror or error}. Restore "
                 f"the file, or remove its annotations from {self.name}."
             ) from error
-        image = decode(content, lambda: record.path)
-        boxes = self._upright(record, content, image)
+        image, turn = upright(content, lambda: record.path)
+        boxes = self._upright_boxes(record, turn, image)
         ids = np.asarray(self.category_ids, np.int64)[record.labels - 1]
         return image, {
             "boxes": BoundingBoxes(
@@ -134,9 +135,8 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         records = [self.records[index] for index in indices]
         return DetectionDataset(records, self.class_names, self.category_ids, self.name)
 
-    def _upright(self, record: Record, content: bytes, image: Image.Image) -> np.ndarray:
-        """Return the boxes of a record in pixels of the upright image."""
-        turn = _orientation(content)
+    def _upright_boxes(self, record: Record, turn: int, image: Image.Image) -> np.ndarray:
+        """Return the boxes in pixels of the image, which the EXIF orientation ``turn`` rotated."""
         stored = image.size if turn < 5 else image.size[::-1]
         if record.size == image.size != stored:
             return record.boxes
@@ -157,13 +157,7 @@ def subset(dataset: DetectionDataset, count: int | None, seed: int = 0) -> Detec
     """
     if count is None:
         return dataset
-    if not 1 <= count <= len(dataset):
-        raise QuietvitError(
-            f"{count} images of {dataset.name} were requested, but it holds {len(dataset)}; ask "
-            f"for 1 to {len(dataset)}."
-        )
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    return dataset.chosen(np.sort(order[:count]).tolist())
+    return dataset.chosen(np.sort(drawn(dataset, count, seed)).tolist())
 
 
 def turned(boxes: np.ndarray, orientation: int, size: tuple[int, int]) -> np.ndarray:
@@ -179,15 +173,3 @@ def turned(boxes: np.ndarray, orientation: int, size: tuple[int, int]) -> np.nda
         y1, y2 = height - y2, height - y1
     corners = (y1, x1, y2, x2) if orientation >= 5 else (x1, y1, x2, y2)
     return np.stack(corners, axis=1).astype(np.float32)
-
-
-def _orientation(content: bytes) -> int:
-    """Return the EXIF orientation that ``decode`` applied."""
-    import io
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # the decoder ignores a damaged EXIF block, too
-        return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1

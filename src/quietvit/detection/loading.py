@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, field_validator
@@ -17,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from quietvit.data.images import drawn
 from quietvit.detection.dataset import Target
-from quietvit.errors import QuietvitError
 from quietvit.section import Section
 
 Sample = tuple[Tensor, Target]
@@ -139,12 +138,7 @@ def detection_calibration(
     Raises:
         QuietvitError: ``count`` is below 1 or above the number of images.
     """
-    if not 1 <= count <= len(dataset):
-        raise QuietvitError(
-            f"{count} calibration images were requested, but {dataset.name} holds {len(dataset)}; "
-            f"ask for 1 to {len(dataset)}."
-        )
-    order = np.random.default_rng(seed).permutation(len(dataset))[:count]
+    order = drawn(dataset, count, seed, "calibration images")
     samples = (evaluation_sample(*dataset[int(index)]) for index in order)
     return torch.stack([fit(image) for image, _ in samples])
 
