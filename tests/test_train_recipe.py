@@ -86,7 +86,7 @@ def test_a_runs_config_is_a_recipe(tmp_path):
         ("data.augmentation.color_jitter=inf", r"color_jitter: .*finite number"),
         (
             "data.augmentation.scale=[1.0, 0.08]",
-            r"augmentation\.scale: the lower share .* write \[0\.08, 1\] \(given: \[1\.0, 0\.08",
+            r"augmentation\.scale: the lower number .* write \[0\.08, 1\] \(given: \[1\.0, 0\.08",
         ),
     ],
 )

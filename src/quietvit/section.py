@@ -54,6 +54,13 @@ class Section(ReadableModel):
         return value
 
 
+def low_to_high(ends: tuple[float, float]) -> tuple[float, float]:
+    """Return the ends of a range. Raises ValueError, for a validator, if the higher comes first."""
+    if ends[0] > ends[1]:
+        raise ValueError(f"the lower number comes first; write [{ends[1]:g}, {ends[0]:g}]")
+    return ends
+
+
 def _parts(annotation: Any) -> Iterator[Any]:
     """A type and, of a union or container, all that are in it."""
     yield annotation

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quietvit.data.policies import mend
 from quietvit.errors import QuietvitError
-from quietvit.section import Section
+from quietvit.section import Section, low_to_high
 
 Transform = Callable[[Image.Image], Tensor]
 Area = Annotated[float, Field(gt=0, le=1)]
@@ -46,12 +46,7 @@ class Augmentation(Section):
         """Read a recipe's ``none``, which means "unset" for other keys, as a crop."""
         return "none" if crop is None else crop
 
-    @field_validator("scale")
-    @classmethod
-    def _low_to_high(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if scale[0] > scale[1]:
-            raise ValueError(f"the lower share comes first; write [{scale[1]:g}, {scale[0]:g}]")
-        return scale
+    _low_to_high = field_validator("scale")(low_to_high)
 
     def idle(self) -> list[str]:
         """Return a text for each setting that has no effect with this crop."""

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from quietvit.data.images import drawn
 from quietvit.detection.dataset import Target
-from quietvit.section import Section
+from quietvit.section import Section, low_to_high
 
 Sample = tuple[Tensor, Target]
 Factor = Annotated[float, Field(gt=0, le=4)]
@@ -37,12 +37,7 @@ class BoxAugmentation(Section):
     scale: tuple[Factor, Factor] = (1.0, 1.0)
     color_jitter: float = Field(default=0.0, ge=0, le=1)
 
-    @field_validator("scale")
-    @classmethod
-    def _low_to_high(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if scale[0] > scale[1]:
-            raise ValueError(f"the lower factor comes first. Write [{scale[1]:g}, {scale[0]:g}]")
-        return scale
+    _low_to_high = field_validator("scale")(low_to_high)
 
 
 class TrainingTransform:
