@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quietvit.outputs import tensors_of
 from quietvit.tracing import labels
 from quietvit.tracing.inputs import call, one_sample, refusing
 from quietvit.tracing.places import STEADY
@@ -84,15 +85,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _tensors(nested: Any) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_flatten(nested)[0]
-    return [part for leaf in leaves for part in _parts(leaf) if isinstance(part, Tensor)]
-
-
-def _parts(leaf: Any) -> tuple[Any, ...]:
-    if isinstance(leaf, Tensor):
-        return (leaf,)
-    if isinstance(getattr(leaf, "tensors", None), Mapping):  # detections, boxes not decoded
-        return tuple(leaf.tensors.values())
-    return tuple(vars(leaf).values()) if hasattr(leaf, "__dataclass_fields__") else ()
+    return [tensor for leaf in leaves for tensor in tensors_of(leaf).values()]
 
 
 def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Trace:
