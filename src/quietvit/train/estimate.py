@@ -109,7 +109,11 @@ def estimate(config: TrainConfig) -> Estimate:
             little memory for a batch.
     """
     accelerator = make_accelerator(config)
-    task = task_of(config)
+    steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
+    if config.qat is not None:
+        at_once = config.qat.model_copy(update={"start_epoch": 0})
+        steady = steady.model_copy(update={"qat": at_once})
+    task = task_of(steady)
     train, missing = _training_set(task)
     images = None if train is None else len(train)
     effective = effective_batch(config, accelerator.num_processes)
@@ -123,14 +127,10 @@ def estimate(config: TrainConfig) -> Estimate:
     def noise(model: nn.Module, count: int) -> Any:
         return task.stand_in(model, count)[0]
 
-    steady = config.model_copy(update={"decay": _without_schedules(config.decay)})
-    if config.qat is not None:
-        at_once = config.qat.model_copy(update={"start_epoch": 0})
-        steady = steady.model_copy(update={"qat": at_once})
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     with enough_memory(config, Stage.BUILD):
-        training = assemble(task_of(steady), accelerator, train, noise, steps or _STAND_IN)
+        training = assemble(task, accelerator, train, noise, steps or _STAND_IN)
         count, steps_measured = _affordable(training)
     parameters = list(training.models.evaluated.parameters())
     trainable = sum(p.numel() for p in training.models.plain.parameters() if p.requires_grad)
