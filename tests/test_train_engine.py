@@ -173,7 +173,7 @@ def test_the_log_tells_how_many_layers_s2d_acts_on(tmp_path, caplog, threshold):
 
 
 def test_more_images_for_s2d_than_there_are_are_refused(tmp_path):
-    with pytest.raises(QuietvitError, match=r"decay\.s2d\.images is 100, but .* has 60"):
+    with pytest.raises(QuietvitError, match=r"needs 100 images .*decay\.s2d\.images.* has 60"):
         run(tmp_path / "run", decay={"s2d": {"images": 100}})
 
 

@@ -56,7 +56,7 @@ def build(config: TrainConfig, resumed: Mapping[str, Any] | None = None) -> Run:
     train, test = task.open_data()
     train = task.subset(train, config.data.train_images)
     if config.qat is not None and config.qat.images > len(train):
-        raise _too_few("qat.images", config.qat.images, train)
+        raise _too_few(f"qat.images is {config.qat.images}", train)
     processes = accelerator.num_processes
     effective = effective_batch(config, processes)
     steps_per_epoch = len(train) // effective
@@ -120,7 +120,7 @@ def drawn_images(task: Task, train: Any, model: nn.Module, count: int) -> Any:
     """
     config = task.config
     if count > len(train):
-        raise _too_few("decay.s2d.images", count, train)
+        raise _too_few(f"a regularizer needs {count} images (S2D: decay.s2d.images)", train)
     readable = SeededImages(train, _unchanged, config.seed, max_bad=config.data.max_bad_images)
     order = epoch_order(len(train), config.seed, 0)[:count]
     samples = [readable[0, int(index)] for index in order]
@@ -128,9 +128,9 @@ def drawn_images(task: Task, train: Any, model: nn.Module, count: int) -> Any:
     return inputs
 
 
-def _too_few(key: str, count: int, train: Any) -> QuietvitError:
+def _too_few(need: str, train: Any) -> QuietvitError:
     return QuietvitError(
-        f"{key} is {count}, but {train.name} has {len(train)} images for training; lower it."
+        f"{need}, but {train.name} has {len(train)} images for training; lower that number."
     )
 
 
