@@ -52,8 +52,8 @@ class LearnedAffine(AffineQuantizer):
 
     def fixed(self) -> AffineQuantizer:
         """Return a quantizer with the current step as a buffer."""
-        found = self.scale, self.zero_point.clone()
-        return AffineQuantizer(*found, bits=self.bits, signed=self.signed, axis=self.axis)
+        grid = self.scale, self.zero_point.clone()
+        return AffineQuantizer(*grid, bits=self.bits, signed=self.signed, axis=self.axis)
 
 
 class _Step(torch.autograd.Function):

@@ -67,9 +67,9 @@ def refuse_unfit_sites(config: QATConfig, model: nn.Module, example: Any) -> Non
     """
     method = config.configured()
     with evaluating(model):
-        found = trace(model, example)
-    method.check_sites(found)
-    slots = [Slot(site, index) for site in found.matmuls for index in (0, 1)]
+        recorded = trace(model, example)
+    method.check_sites(recorded)
+    slots = [Slot(site, index) for site in recorded.matmuls for index in (0, 1)]
     quantized = [slot for slot in slots if method.slot_bits(slot) is not None]
     if config.steps == "learned" and not any(map(method.may_learn_step, quantized)):
         raise QuietvitError(
@@ -81,11 +81,11 @@ def refuse_unfit_sites(config: QATConfig, model: nn.Module, example: Any) -> Non
 def quantized_model(config: QATConfig, model: nn.Module, images: Any) -> QuantizedModel:
     """Return a quantized copy of ``model`` for training, calibrated on ``images``."""
     with evaluating(model):
-        found = quantize(model, config.configured(), images, progress=False)
+        quantized = quantize(model, config.configured(), images, progress=False)
     if config.steps == "learned":
-        learn_steps(found)
-    found.notes += (f"trained after calibration, with {config.steps} steps",)
-    return found
+        learn_steps(quantized)
+    quantized.notes += (f"trained after calibration, with {config.steps} steps",)
+    return quantized
 
 
 def state_of(model: nn.Module) -> dict[str, Any] | None:
@@ -93,9 +93,9 @@ def state_of(model: nn.Module) -> dict[str, Any] | None:
     if not isinstance(model, QuantizedModel):
         return None
     quantizers = {slot: model.quantizer(slot.site.name, slot.operand) for slot in model.slots()}
-    held = {slot: quantizer for slot, quantizer in quantizers.items() if quantizer is not None}
+    learned = {slot: quantizer for slot, quantizer in quantizers.items() if quantizer is not None}
     return {
-        "parts": parts_of(held, model.adjusted(), model.compensated()),
+        "parts": parts_of(learned, model.adjusted(), model.compensated()),
         "input_shape": list(model.input_shape),
         "notes": list(model.notes),
         "tensors": {
@@ -109,11 +109,11 @@ def state_of(model: nn.Module) -> dict[str, Any] | None:
 def restored_model(config: QATConfig, model: nn.Module, state: Mapping[str, Any]) -> QuantizedModel:
     """Rebuild a quantized model from ``state_of`` and the weights of ``model``."""
     with evaluating(model):
-        found = trace(model, zero_image(model, state["input_shape"]))
-    quantizers, adjustments, compensations = build_parts(state["parts"], found)
+        recorded = trace(model, zero_image(model, state["input_shape"]))
+    quantizers, adjustments, compensations = build_parts(state["parts"], recorded)
     restored = QuantizedModel(
         model,
-        found,
+        recorded,
         config.configured(),
         quantizers,
         adjustments=adjustments,
