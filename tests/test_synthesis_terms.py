@@ -262,7 +262,7 @@ def test_frozen_and_flat_batch_norms_count_and_the_last_has_positions():
     assert len(norms.stored) == 3
     norms.start(3)
     model(torch.randn(3, 3, 8, 8))
-    assert [m.mean.shape for m in norms.seen] == [(4,)] * 3
+    assert [m.mean.shape for m in norms.moments] == [(4,)] * 3
     assert norms.spread.shape == (3,)
     assert norms.spread.isfinite().all()
 

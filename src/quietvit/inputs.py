@@ -96,7 +96,7 @@ def image_batches(images: Images, size: int, *, labelled: bool = False) -> Itera
         QuietvitError: another form or shape, integer images, NaN or inf, or not one label for each
             image. No images at all are not an error.
     """
-    seen = 0
+    before = 0
     for inputs, labels in _stacked(_items(images), size):
         whole = ImageBatch(inputs)
         numbers = _numbers(labels, whole.size) if labelled and labels is not None else None
@@ -108,8 +108,8 @@ def image_batches(images: Images, size: int, *, labelled: bool = False) -> Itera
                 else {key: value[rows] for key, value in inputs.items()},
                 None if numbers is None else numbers[rows],
             )
-            _check(batch, seen)
-            seen += batch.size
+            _check(batch, before)
+            before += batch.size
             yield batch
 
 

@@ -185,7 +185,7 @@ class Statistics:
     def _moments(self, images: Tensor) -> list[Moments]:
         """Run the model and return the moments of the images and of each BatchNorm's input."""
         self._run(images)
-        return [moments(images), *self._norms.seen]
+        return [moments(images), *self._norms.moments]
 
     def _run(self, images: Tensor) -> None:
         self._outputs = []

@@ -157,13 +157,13 @@ def _over_channels(trace: Trace) -> set[str]:
 class Norms:
     """Record the inputs of all BatchNorms with stored statistics, with hooks on a private copy.
 
-    After a pass, ``seen`` holds the moments of each call's input in order. ``spread`` is the
+    After a pass, ``moments`` holds the moments of each call's input in order. ``spread`` is the
     ``image_spread`` at the last BatchNorm whose input has several positions per image.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[Tensor], Any], probe: Tensor) -> None:
         """Add the hooks, then call ``run(probe)``: one pass over images (B, C, H, W)."""
-        self.seen: list[Moments] = []
+        self.moments: list[Moments] = []
         self.spread: Tensor | None = None
         self._batch = 1
         self._last = -1
@@ -176,7 +176,7 @@ class Norms:
         with torch.no_grad():
             run(probe)
         self._shapes = None
-        if not self.seen:
+        if not self.moments:
             raise QuietvitError(
                 f"{type(model).__name__} has no BatchNorm with stored statistics, so method 'dgh' "
                 "cannot match them. Use method 'psaq', which needs no BatchNorm."
@@ -189,16 +189,16 @@ class Norms:
 
     def start(self, batch: int) -> None:
         """Forget the last pass. The next one has ``batch`` images."""
-        self.seen, self.spread, self._batch = [], None, batch
+        self.moments, self.spread, self._batch = [], None, batch
 
     def _note(self, module: Any, inputs: tuple[Any, ...]) -> None:
         x = inputs[0]
         if self._shapes is not None:
             self._shapes.append(tuple(x.shape))
             self._modules.append(module)
-        elif len(self.seen) == self._last:
+        elif len(self.moments) == self._last:
             self.spread = image_spread(x, self._batch, *self.stored[self._last])
-        self.seen.append(moments(x))
+        self.moments.append(moments(x))
 
 
 def has_statistics(module: nn.Module) -> bool:

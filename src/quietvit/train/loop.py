@@ -263,9 +263,9 @@ class _Loop:
     def _watched(self, batch: Batch) -> dict[str, float | str]:
         values: dict[str, float | str] = {}
         watch = self.t.observers.watch
-        seen = watch.amplification(self.step)
-        if seen is not None:
-            values = {"worst_amplification": seen.amplification, "worst_pair": seen.pair}
+        worst = watch.amplification(self.step)
+        if worst is not None:
+            values = {"worst_amplification": worst.amplification, "worst_pair": worst.pair}
         with self.accelerator.autocast():
             own = watch.activation(batch[0])
         if own is not None:
