@@ -21,6 +21,7 @@ from quietvit.errors import QuietvitError
 
 Sample = tuple[Image.Image, int]
 T = TypeVar("T")
+D = TypeVar("D")
 
 UNLABELLED = -1
 """The label of each image of a data set without labels."""
@@ -114,6 +115,20 @@ class ImageDataset(Dataset[Sample]):
         """Return a few words that name image ``index``: its file, its row, its sample."""
         return self._where(index)
 
+    def chosen(self, indices: Sequence[int]) -> ImageDataset:
+        """Return these images in this order."""
+        places = np.asarray(indices, np.int64)
+        return ImageDataset(
+            self.labels[places] if self.labelled else None,
+            partial(_chosen, self._read, places),
+            partial(_chosen, self._where, places),
+            num_classes=self.num_classes,
+            name=self.name,
+            class_names=self.class_names,
+            groups=None if self.groups is None else self.groups[places],
+            count=len(places),
+        )
+
 
 class Transformed(Dataset[tuple[Tensor, int]]):
     """``dataset`` with transformed images: samples are (tensor (3, H, W), label)."""
@@ -143,25 +158,20 @@ def drawn(dataset: Any, count: int, seed: int, what: str = "images") -> np.ndarr
     return np.random.default_rng(seed).permutation(len(dataset))[:count]
 
 
-def subset(dataset: ImageDataset, count: int | None, seed: int = 0) -> ImageDataset:
+def subset(dataset: D, count: int | None, seed: int = 0) -> D:
     """Return ``count`` images drawn without replacement (all for None); ``seed`` fixes them.
+
+    ``dataset`` is an ``ImageDataset``, a ``quietvit.detection.DetectionDataset``, or another data
+    set with ``name`` and ``chosen(indices)``.
 
     Raises:
         QuietvitError: ``count`` is below 1 or exceeds the number of images.
     """
     if count is None:
         return dataset
-    chosen = np.sort(drawn(dataset, count, seed))
-    return ImageDataset(
-        dataset.labels[chosen] if dataset.labelled else None,
-        partial(_chosen, dataset._read, chosen),
-        partial(_chosen, dataset._where, chosen),
-        num_classes=dataset.num_classes,
-        name=dataset.name,
-        class_names=dataset.class_names,
-        groups=None if dataset.groups is None else dataset.groups[chosen],
-        count=len(chosen),
-    )
+    whole: Any = dataset
+    chosen: D = whole.chosen(np.sort(drawn(whole, count, seed)).tolist())
+    return chosen
 
 
 def relabelled(dataset: ImageDataset, labels: np.ndarray, names: Sequence[str]) -> ImageDataset:

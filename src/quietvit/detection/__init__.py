@@ -3,10 +3,11 @@
 ``quietvit.tasks.detection`` trains detectors. ``quietvit.quantization`` quantizes them.
 """
 
+from quietvit.data.images import subset
 from quietvit.detection.average_precision import BoxAP, box_ap, evaluate_detector, predict_all
 from quietvit.detection.canvas import Canvas
 from quietvit.detection.coco import open_coco
-from quietvit.detection.dataset import DetectionDataset, Record, subset
+from quietvit.detection.dataset import DetectionDataset, Record
 from quietvit.detection.detectors import (
     DETECTORS,
     faster_rcnn,

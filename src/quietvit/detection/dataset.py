@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes
 
 from quietvit.data.decoding import upright
-from quietvit.data.images import drawn
 from quietvit.errors import QuietvitError
 
 Target = dict[str, Any]
@@ -147,17 +146,6 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
                 "belongs to the annotations."
             )
         return turned(record.boxes, turn, stored)
-
-
-def subset(dataset: DetectionDataset, count: int | None, seed: int = 0) -> DetectionDataset:
-    """Draw ``count`` images without replacement; None returns all. Equal seeds draw the same ones.
-
-    Raises:
-        QuietvitError: ``count`` is below 1 or above the number of images.
-    """
-    if count is None:
-        return dataset
-    return dataset.chosen(np.sort(drawn(dataset, count, seed)).tolist())
 
 
 def turned(boxes: np.ndarray, orientation: int, size: tuple[int, int]) -> np.ndarray:

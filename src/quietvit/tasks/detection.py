@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from quietvit.classes import KEY
-from quietvit.data import create_model, data_config, load_weights
+from quietvit.data import create_model, data_config, load_weights, subset
 from quietvit.data.transforms import Augmentation
 from quietvit.detection.average_precision import Judged, box_ap, predict_all
 from quietvit.detection.checks import MAX_BAD_BOXES
-from quietvit.detection.dataset import DetectionDataset, subset
+from quietvit.detection.dataset import DetectionDataset
 from quietvit.detection.detectors import DETECTORS
 from quietvit.detection.hf_detectors import hf_detector
 from quietvit.detection.loading import (
@@ -104,9 +104,6 @@ class Detection(Task):
     def training_transform(self, model: nn.Module) -> Callable[[Any, Any], tuple[Any, Any]]:
         canvas: Any = model.transform
         return TrainingTransform(canvas.size, tuple(canvas.image_mean), self.own.augmentation)
-
-    def subset(self, dataset: DetectionDataset, count: int | None) -> DetectionDataset:
-        return subset(dataset, count)
 
     def collate(self) -> Callable[[list[Any]], Batch]:
         return collate
