@@ -180,6 +180,8 @@ def test_a_file_of_bits_stands_for_overrides_everywhere(net, images, tmp_path):
     assert parse_method("rtn", "W4A4", keep=[path]).overrides == wanted
     assert parse_method("rtn", f"W4A4+{path}").overrides == wanted
     assert QATConfig(bits="W4A4", overrides=path).configured().overrides == wanted
+    with pytest.raises(ValueError, match="overrides = '"):
+        QATConfig(bits=f"W4A4+{path}")
     recipe = load_recipe("digits")
     compared = CompareConfig(recipe=recipe, bits=(f"W4A4+{path}",), methods=("rtn",))
     assert compared.settings == (f"W4A4+{path} rtn",)

@@ -22,6 +22,7 @@ from quietvit.quantization import (
     quantize,
 )
 from quietvit.quantization.overrides import Overrides, OverridesField
+from quietvit.quantization.overrides_file import is_overrides_file
 from quietvit.quantization.settings import parse_method
 from quietvit.quantization.storage import build_parts, parts_of, zero_image
 from quietvit.section import Section
@@ -55,6 +56,12 @@ class QATConfig(Section):
 
     @model_validator(mode="after")
     def _method_is_known(self) -> Self:
+        file = next(filter(is_overrides_file, self.bits.split("+")), None)
+        if file is not None:
+            raise ValueError(
+                f"bits names the file {file}, which may change before the run is resumed; set "
+                f"overrides = {file!r} instead, so that the run keeps its content"
+            )
         try:
             self.configured()
         except QuietvitError as error:
