@@ -127,7 +127,7 @@ def test_the_commands_and_options_named_exist() -> None:
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
     texts += [f"{command.epilog}" for command in commands.values()]
     calls = re.findall(
-        r"^[#$ ]*(?:\.venv/bin/)?quietvit ([a-z]+) (.*)$", "\n".join(texts), re.MULTILINE
+        r"^[#$ ]*(?:\.venv/bin/)?quietvit ([a-z][a-z-]*) (.*)$", "\n".join(texts), re.MULTILINE
     )
     assert len(calls) > 10
     for command, rest in calls:
@@ -214,6 +214,21 @@ def test_the_commands_of_the_readme_run(my_files: dict[str, str]) -> None:
         assert done.exit_code == 0, f"{text}\n{done.output}"
     assert {"deit", "mine", "hf", "digits"} <= {path.name for path in Path("runs").iterdir()}
     assert Path("mine.qvit").is_dir()
+
+
+def test_the_commands_that_choose_bits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/bits.md").read_text("utf-8")
+    commands = [
+        line for line in text.splitlines() if line.startswith("quietvit") and " 32 " in line
+    ]
+    assert len(commands) == 2
+    for command in commands:
+        done = CliRunner().invoke(cli.app, shlex.split(command)[1:])
+        assert done.exit_code == 0, done.output
+    held = quietvit.load("mixed.qvit").method.overrides
+    assert held == quietvit.RTN(overrides="bits.toml").overrides
+    assert held.plain().keys() > {"blocks.0.attn.qkv"}
 
 
 def test_the_reference_lists_every_public_name() -> None:
