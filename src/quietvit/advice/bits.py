@@ -26,7 +26,7 @@ from quietvit.quantization.settings import parse_bits, parse_method, written_bit
 from quietvit.tracing import Trace, plain_model
 from quietvit.tracing import trace as trace_model
 
-CHOICES = ("W4A4", "W6A6", "W8A8")
+CHOICES = ("W4A4", "W4A8", "W6A6", "W8A8")
 
 
 @dataclass(frozen=True)

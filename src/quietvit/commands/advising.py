@@ -117,7 +117,7 @@ def choose_bits(
         float | None, typer.Option("--bytes", help="Budget: bytes of all weights.")
     ] = None,
     choices: Annotated[str, typer.Option(help="Bits to choose from, comma-separated.")] = (
-        "W4A4,W6A6,W8A8"
+        "W4A4,W4A8,W6A6,W8A8"
     ),
     weights: Weights = None,
     classes: Classes = None,
