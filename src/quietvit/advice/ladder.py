@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from quietvit.advice.effects import Effect, FloatOutputs
 from quietvit.advice.sizes import average_bits, stored_bytes
 from quietvit.errors import QuietvitError
+from quietvit.progress import tracked
 from quietvit.quantization import Method, quantize
-from quietvit.quantization.calibration import tracked
 from quietvit.quantization.settings import parse_method, written_bits
 from quietvit.tracing import Trace
 
