@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from quietvit import completion
+from quietvit.answers import Form, Format, answer
 from quietvit.console import (
     AnyImages,
     Bits,
     Classes,
     Count,
+    Device,
     Force,
     Keep,
     MethodName,
@@ -26,7 +29,7 @@ from quietvit.console import (
     listed,
     open_data,
 )
-from quietvit.width import show
+from quietvit.devices import checked_device
 
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Look at a model"
@@ -60,6 +63,8 @@ def sensitivity(
         typer.Option("--output", "-o", help="Folder for sensitivity.json and the plot."),
     ] = None,
     force: Force = False,
+    device: Device = "cpu",
+    form: Format = Form.TABLE,
 ) -> None:
     """Measure the cost of quantizing each site and role. No labels are needed.
 
@@ -69,16 +74,19 @@ def sensitivity(
     from quietvit.files import refuse_nonempty
     from quietvit.quantization.settings import parse_method
 
+    device = checked_device(device)
     chosen = parse_method(method, bits, options or (), keep or ())
     if output is not None:
         refuse_nonempty(output, force)
-    built = build_model(model, weights, classes, size)
+    built = build_model(model, weights, classes, size).to(device)
     drawn = draw_images(built, open_data(images, "test", labels=False), count, seed)
     found = run(built, chosen, drawn, estimate=estimate)
     written = []
     if output is not None:
         written = [found.to_json(output / "sensitivity.json"), *found.plot(output)]
-    show(found)
+    plain = found.to_dict()
+    parts = [{"kind": kind} | part for kind in ("role", "site") for part in plain[f"{kind}s"]]
+    answer(form, found, data=plain, rows=parts)
     if written:
         typer.echo("Written: " + ", ".join(map(str, written)))
     if not found.complete:
@@ -102,7 +110,11 @@ def advise(
     minutes: Annotated[float, typer.Option(help="Time limit.")] = 10.0,
     methods: Annotated[
         str | None,
-        typer.Option(help="Methods to try, comma-separated.", show_default="five, cheap first"),
+        typer.Option(
+            help="Methods to try, comma-separated.",
+            show_default="five, cheap first",
+            autocompletion=completion.methods,
+        ),
     ] = None,
     bits: Annotated[
         str | None,
@@ -117,6 +129,8 @@ def advise(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write, such as advice.json.")
     ] = None,
+    device: Device = "cpu",
+    form: Format = Form.TABLE,
 ) -> None:
     """Try methods and bits, and recommend next steps. No labels are needed.
 
@@ -127,17 +141,19 @@ def advise(
     from quietvit.files import refuse_unwritable
     from quietvit.quantization.settings import setting_names
 
+    device = checked_device(device)
     names = METHODS if methods is None else listed(methods)
     widths = BITS if bits is None else listed(bits)
     setting_names(widths, names)
     if output is not None:
         refuse_unwritable(output)
-    built = build_model(model, weights, classes, size)
+    built = build_model(model, weights, classes, size).to(device)
     dataset = open_data(images, "test", labels=False)
     drawn = draw_images(built, dataset, min(count, len(dataset)), seed)
     found = run(built, drawn, minutes=minutes, methods=names, bits=widths)
     written = None if output is None else found.to_json(output)
-    show(found)
+    plain = found.to_dict()
+    answer(form, found, data=plain, rows=plain["rows"])
     if written is not None:
         typer.echo(f"Written: {written}")
     if not found.complete:
