@@ -65,7 +65,7 @@ def _global(
         import_plugin(module)
 
 
-for group in (training, looking, advising, quantizing, evaluating, deploying):
+for group in (training, looking, advising, quantizing, comparing, evaluating, deploying):
     for command in group.app.registered_commands:
         command.cls = Command
     app.add_typer(group.app)
