@@ -280,7 +280,9 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
 
 
 def _curve(folder: Path) -> tuple[tuple[int, float], ...]:
-    """Return (step, training loss) of a run, at most about ``_POINTS`` of them."""
+    """Return (step, training loss) of a run, at most ``_POINTS``. Empty if its log is gone."""
+    if not (folder / METRICS).is_file():
+        return ()
     found = [
         (entry["step"], entry["loss"])
         for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()
