@@ -201,7 +201,7 @@ def test_exported_files_are_evaluated_in_their_runtime(qvit: Path, table: Path) 
     file = qvit.with_suffix(".onnx")
     for arguments, match in (
         ((file, "--classes", 2), "leave out --weights, --classes and --size"),
-        ((file, "--model", MODEL), "--model is only for a .qvit"),
+        ((file, "--model", MODEL), "--model is only for a quantized model"),
         ((qvit, "--threads", 2), "only for exported files"),
         ((file, "--device", "cuda"), "on the CPU"),
         ((file, "--runtime", "tensorrt"), "choose onnxruntime or openvino"),
