@@ -25,7 +25,8 @@ KEYS = {
     "pairs": "pairs skipped",
     "trace": "model macs sites",
     "diagnose": "sites pairs root_causes skipped images top",
-    "sensitivity": "model setting policy images part_images macs whole roles sites estimated complete measure",
+    "sensitivity": "model setting policy images part_images macs whole roles sites estimated "
+    "complete measure",
     "advise": "model images rows target causes steps failed skipped seconds complete",
     "quantize": "path method bits policy deployable calibration_images seconds coverage notes "
     "evaluation",
