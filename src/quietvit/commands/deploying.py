@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quietvit.complaints import complain
-from quietvit.console import FloatModel, Runtime, Threads, build_model, epilog, open_data
+from quietvit.console import (
+    FloatModel,
+    Runtime,
+    Threads,
+    build_model,
+    epilog,
+    open_boxes,
+    open_data,
+)
 from quietvit.errors import QuietvitError
 from quietvit.files import json_text, refuse_unwritable, write_atomic
 
@@ -72,6 +80,7 @@ def export(
 ) -> None:
     """Write a quantized model as a file that a runtime computes in integers."""
     from quietvit.deployment import export as run
+    from quietvit.deployment.paths import boxes_of
     from quietvit.deployment.targets import target_named
 
     if output is None:
@@ -93,7 +102,8 @@ def export(
         if note not in map(str, found.replaced):
             typer.echo(f"note: {note}")
     typer.echo(f"Output: {found.facts.output}")
-    typer.echo(f"Written: {found.path} ({found.size / 1e6:.2f} MB)")
+    second = "" if found.box_head is None else f", {boxes_of(found.path)}"
+    typer.echo(f"Written: {found.path}{second} ({found.size / 1e6:.2f} MB)")
 
 
 @app.command(
@@ -107,7 +117,9 @@ def check(
     against: Annotated[Path, typer.Option("--against", help="The .qvit that was exported.")],
     images: Annotated[
         str,
-        typer.Option("--images", metavar="DATA", help="Images to compare on; labels add top-1."),
+        typer.Option(
+            "--images", metavar="DATA", help="Images to compare on; labels add top-1, boxes AP."
+        ),
     ],
     model: FloatModel = None,
     count: Annotated[
@@ -127,27 +139,22 @@ def check(
 
     The exit code is 1 if the file does not keep its claims.
     """
-    from quietvit.data import evaluation_loader, evaluation_transform
-    from quietvit.data.images import NoLabelsError, subset
+    from quietvit.data.images import subset
     from quietvit.deployment import check as run
     from quietvit.deployment import open_runtime
-    from quietvit.deployment.evaluation import file_transform
+    from quietvit.detection import detection_loader, is_detection_spec
 
     if json is not None:
         refuse_unwritable(json)
     loaded = open_runtime(file, runtime, threads)
     quantized = _load(against, model)
-    carried = loaded.facts.preprocessing is not None
-    transform = file_transform(loaded) if carried else evaluation_transform(quantized.model)
-    try:
-        whole = open_data(images, "test")
-    except NoLabelsError:
-        whole = open_data(images, "test", labels=False)
-        typer.echo("note: the images have no labels, so top-1 is not compared.", err=True)
-    dataset = subset(whole, count)
-    loader = evaluation_loader(dataset, transform, 32)
-    batches = loader if dataset.labelled else (x for x, _ in loader)
-    found = run(loaded, quantized, batches, seconds=seconds)
+    loader: Any
+    if loaded.facts.detector is not None and is_detection_spec(images):
+        boxes = subset(open_boxes(images, "test", loaded.facts.labels), count)
+        loader = detection_loader(boxes, 8)
+    else:
+        loader = _pictures(loaded, quantized, images, count)
+    found = run(loaded, quantized, loader, seconds=seconds)
     written = None if json is None else found.to_json(json)
     typer.echo(str(found))
     if written is not None:
@@ -251,6 +258,24 @@ def predict(
         typer.echo(f"Written: {save_embeddings(npy, embeddings)}")
     if failed:
         raise typer.Exit(1)
+
+
+def _pictures(loaded: Any, quantized: QuantizedModel, images: str, count: int | None) -> Any:
+    """Return batches of images after the file's preprocessing, with labels if there are any."""
+    from quietvit.data import evaluation_loader, evaluation_transform
+    from quietvit.data.images import NoLabelsError, subset
+    from quietvit.deployment.evaluation import file_transform
+
+    carried = loaded.facts.preprocessing is not None
+    transform = file_transform(loaded) if carried else evaluation_transform(quantized.model)
+    try:
+        whole = open_data(images, "test")
+    except NoLabelsError:
+        whole = open_data(images, "test", labels=False)
+        typer.echo("note: the images have no labels, so top-1 is not compared.", err=True)
+    dataset = subset(whole, count)
+    loader = evaluation_loader(dataset, transform, 32)
+    return loader if dataset.labelled else (x for x, _ in loader)
 
 
 def _load(file: Path, model: str | None) -> QuantizedModel:

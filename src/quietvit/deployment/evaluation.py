@@ -73,9 +73,7 @@ class FileDetector(nn.Module):
         self.whole: nn.Module | None = None
         if "kind" in facts.detector:
             boxes = None if self.box_head is None else partial(_run, self.box_head)
-            self.whole = assembled(
-                facts.detector, partial(_run, runtime), boxes, self.transform
-            )
+            self.whole = assembled(facts.detector, partial(_run, runtime), boxes, self.transform)
         name_classes(self, facts.labels)
 
     def forward(self, images: Sequence[Tensor]) -> Sequence[dict[str, Tensor]]:

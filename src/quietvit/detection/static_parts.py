@@ -1,6 +1,6 @@
-"""Cut torchvision's detectors into parts of fixed shapes, and put a detector together from such parts.
+"""Cut torchvision's detectors into networks of fixed shapes, and assemble a detector from them.
 
-Anchors, proposals, pooling and NMS are torchvision's own code in both. ``deployment`` exports the parts.
+Anchors, proposals, pooling and NMS are torchvision's own code. ``deployment`` exports the networks.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def static_parts(model: Any) -> dict[str, nn.Module]:
     name = type(model).__name__
     if not isinstance(model.transform, Canvas):
         raise QuietvitError(
-            f"{name} gives each batch another image size, so it has no parts of fixed shapes. Build "
-            "it with quietvit.detection (faster_rcnn, retinanet, fcos), or give it the transform "
-            "quietvit.detection.Canvas(size, mean, std)."
+            f"{name} gives each batch another image size, so it has no parts of fixed shapes. "
+            "Build it with quietvit.detection (faster_rcnn, retinanet, fcos), or set its transform "
+            "to quietvit.detection.Canvas(size, mean, std)."
         )
     if not hasattr(model, "roi_heads"):
         return {DENSE: DensePart(model)}
@@ -125,7 +125,9 @@ def decoding_of(model: Any) -> dict[str, Any]:
         "classes": int(model.num_classes),
         "stretch": canvas.stretch,
         "mean": [float(value) for value in canvas.image_mean],
-        "anchors": [[list(sides) for sides in each] for each in (anchors.sizes, anchors.aspect_ratios)],
+        "anchors": [
+            [list(sides) for sides in each] for each in (anchors.sizes, anchors.aspect_ratios)
+        ],
         "maps": {name: list(x.shape[1:]) for name, x in maps.items()},
     }
     if not two_stage:
@@ -165,7 +167,9 @@ def decoding_of(model: Any) -> dict[str, Any]:
     }
 
 
-def assembled(decoding: Mapping[str, Any], dense: Run, boxes: Run | None, canvas: Canvas) -> nn.Module:
+def assembled(
+    decoding: Mapping[str, Any], dense: Run, boxes: Run | None, canvas: Canvas
+) -> nn.Module:
     """Return a torchvision detector in eval mode whose networks are ``dense`` and ``boxes``.
 
     ``dense`` and ``boxes`` map tensors like ``DensePart`` and ``BoxPart``. ``canvas`` must give
