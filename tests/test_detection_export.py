@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,7 @@ from quietvit.deployment import open_runtime
 from quietvit.deployment.detected import Detected
 from quietvit.deployment.evaluation import FileDetector
 from quietvit.deployment.splitting import split
-from quietvit.detection import (
-    detection_loader,
-    faster_rcnn,
-    fcos,
-    load_detection_dataset,
-)
+from quietvit.detection import faster_rcnn, fcos
 from quietvit.detection.canvas import PlainCanvas
 from quietvit.detection.static_parts import assembled, decoding_of
 from test_cli import run
@@ -84,13 +80,14 @@ def test_a_detector_assembled_from_its_parts_finds_the_very_same_boxes(
     with torch.no_grad():
         expected, found = own(pictures()[1:2]), again(pictures()[1:2])
     assert len(found[0]["boxes"])
-    for name, values in expected[0].items():
-        assert torch.equal(found[0][name], values), name
+    for name, values in expected[0].items():  # only the memory layout of scores differs
+        torch.testing.assert_close(found[0][name], values, rtol=1e-5, atol=1e-4)
 
 
 def test_both_files_of_a_faster_rcnn_are_proven_and_find_its_boxes(
-    two_stage: Any, exported: Path, tmp_path: Path
+    two_stage: Any, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("faster_coco_eval")
     third = [*CATEGORIES, {"id": 9, "name": "star"}]
     boxes = [annotated(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in range(1, 3)]
     spec = f"coco:{coco(tmp_path, boxes, categories=third)}"
@@ -98,18 +95,18 @@ def test_both_files_of_a_faster_rcnn_are_proven_and_find_its_boxes(
     runtime = open_runtime(exported)
     with torch.no_grad():
         close(FileDetector(runtime)(pictures()), two_stage(pictures()))
-    loader = detection_loader(load_detection_dataset(spec), 2)
-    checked = quietvit.check(exported, two_stage, loader, seconds=0.1, batches=(1,))
-    assert checked.ok, checked.failures
-    assert checked.proof.integer_share == 1
-    assert any(a.product.startswith("roi_heads") for a in checked.agreements)
-    assert checked.detections is not None
-    assert checked.detections.images == 2
-    assert checked.detections.ap is not None
-    assert "box head: output" in str(checked)
-    assert (checked.float_bytes or 0) > checked.bytes / 2
-    assert checked.to_json(tmp_path / "check.json").is_file()
-    assert checked.bytes == sum(file.stat().st_size for file in exported.parent.iterdir())
+    monkeypatch.setattr("quietvit.commands.deploying._load", lambda *given: two_stage)
+    told = ("--seconds", "0.1", "--json", tmp_path / "check.json")
+    checked = run("check", exported, "--against", "det.qvit", "--images", spec, *told)
+    assert checked.exit_code == 0, checked.output
+    assert "box head: output" in checked.output
+    content = json.loads((tmp_path / "check.json").read_text())
+    assert content["integer_share_of_macs"] == 1
+    assert any(a["product"].startswith("roi_heads") for a in content["agreements"])
+    assert content["detections"]["images"] == 2
+    assert content["detections"]["ap"]["ap"] == content["detections"]["ap_simulated"]["ap"]
+    assert content["bytes"] == sum(file.stat().st_size for file in exported.parent.iterdir())
+    assert [speed["batch"] for speed in content["speed"]] == [1, 8]
     photo = tmp_path / "images" / "1.png"
     seen = run("predict", exported, photo, "--top", "2", "--pictures", tmp_path / "seen")
     assert (seen.exit_code, (tmp_path / "seen" / "1.png").is_file()) == (0, True), seen.output
@@ -137,7 +134,7 @@ def test_what_cannot_be_exported_is_told_before_the_work(two_stage: Any, tmp_pat
     with pytest.raises(QuietvitError, match="leave out output"):
         quietvit.export(two_stage, tmp_path / "det.onnx", output="dense")
     images = torch.rand(2, 3, 64, 64)
-    own = quietvit.quantize(detector(), quietvit.RTN(), images, bits="W8A8", progress=False)
+    own = quietvit.quantize(detector(), "rtn", images, bits="W8A8", progress=False)
     with pytest.raises(QuietvitError, match="another image size"):
         quietvit.export(own, tmp_path / "det.onnx")
     assert not list(tmp_path.iterdir())
