@@ -128,9 +128,17 @@ def test_the_two_files_stay_together(two_stage: Any, exported: Path, tmp_path: P
         quietvit.check(exported, two_stage, torch.rand(2, 3, 32, 32), seconds=0)
 
 
-def test_what_cannot_be_exported_is_told_before_the_work(two_stage: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_told_before_the_work(
+    two_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(QuietvitError, match="export it to onnx or openvino"):
         quietvit.export(two_stage, tmp_path / "det.torchao")
+    heads = two_stage.model.roi_heads
+    for name in ("mask_roi_pool", "mask_head", "mask_predictor"):
+        monkeypatch.setattr(heads, name, heads.box_head)
+    with pytest.raises(QuietvitError, match="predicts masks"):
+        quietvit.export(two_stage, tmp_path / "det.onnx")
+    monkeypatch.undo()
     with pytest.raises(QuietvitError, match="leave out output"):
         quietvit.export(two_stage, tmp_path / "det.onnx", output="dense")
     images = torch.rand(2, 3, 64, 64)

@@ -137,8 +137,8 @@ Keep = Annotated[
         "--keep",
         "-k",
         metavar="WHAT=BITS",
-        help="Other bits for a role or sites: post_softmax=8, '*.fc1=W4A8' or head=float. "
-        "Repeatable.",
+        help="Other bits for a role, sites or a detector's part: post_softmax=8, '*.fc1=W4A8', "
+        "head=float or part:decoder=float. Repeatable.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]

@@ -83,6 +83,7 @@ def sensitivity(
     Ctrl-C prints and writes the results so far.
     """
     from quietvit.advice import sensitivity as run
+    from quietvit.detection.parts import with_parts
     from quietvit.files import refuse_nonempty
     from quietvit.quantization.settings import parse_method
 
@@ -98,7 +99,7 @@ def sensitivity(
         _by_part(built, chosen, images, count, seed, output)
         return
     drawn = draw_images(built, open_data(images, "test", labels=False), count, seed)
-    found = run(built, chosen, drawn, estimate=estimate)
+    found = run(built, with_parts(chosen, built, drawn[:1]), drawn, estimate=estimate)
     written = []
     if output is not None:
         written = [found.to_json(output / "sensitivity.json"), *found.plot(output)]
