@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import quietvit
-from detection_cases import CATEGORIES, annotated, coco
+from detection_cases import annotated, coco
 from quietvit import QuietvitError
-from quietvit.detection import ap_by_part, detection_loader, load_detection_dataset, sites_by_part
+from quietvit.detection import ap_by_part, sites_by_part
 from quietvit.detection.detectors import PREDICTORS
 from quietvit.detection.parts import part_of, with_parts
+from test_cli import refused, run
 from test_detection_huggingface import KINDS, folders  # noqa: F401 - a fixture
 from test_detection_models import small
 
@@ -99,19 +100,21 @@ def test_the_loss_of_each_part_alone_and_of_all_but_it_is_measured(
     assert sum(part.macs for part in found.parts) == found.macs
 
 
-def test_ap_of_each_part_is_printed_and_written(
-    model: Any, images: torch.Tensor, tmp_path: Path
+def test_the_command_prints_and_writes_the_ap_of_each_part(
+    folders: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     pytest.importorskip("faster_coco_eval")
-    third = [*CATEGORIES, {"id": 9, "name": "star"}]
-    data = load_detection_dataset(
-        f"coco:{coco(tmp_path, [annotated(1, 1, (10, 20, 30, 15))], pictures=1, categories=third)}"
-    )
-    found = ap_by_part(model, METHOD, images[:1], detection_loader(data), progress=False)
-    assert found.float_ap is not None
-    assert all(part.alone.ap and part.without.ap for part in found.parts)
-    assert "without: AP" in str(found)
-    assert json.loads(found.to_json(tmp_path / "p.json").read_text())["parts"][0]["alone"]["ap"]
+    given = ("sensitivity", f"hf:{folders['yolos']}", "--by", "part", "--bits", "W4A4")
+    boxes = [annotated(1, 1, (10, 20, 30, 15)), annotated(2, 2, (1, 2, 9, 9), 3)]
+    spec = f"coco:{coco(tmp_path, boxes)}"
+    written = run(*given, "--images", spec, "--count", "2", "--output", tmp_path / "out")
+    assert written.exit_code == 0, written.output
+    assert "without: AP" in written.output
+    content = json.loads((tmp_path / "out" / "parts.json").read_text())
+    assert [part["name"] for part in content["parts"]] == ["backbone", "heads"]
+    assert all(part[when]["ap"] for part in content["parts"] for when in ("alone", "without"))
+    assert "--by sites does not fit" in refused(run(*given, "--by", "sites", "--images", spec))
 
 
 def test_a_method_that_changes_weights_and_a_model_without_parts_are_refused(

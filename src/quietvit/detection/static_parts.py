@@ -35,6 +35,9 @@ class DensePart(nn.Module):
     that they have in the detector.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         canvas: Canvas = model.transform
