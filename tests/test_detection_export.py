@@ -16,6 +16,7 @@ from quietvit.data import create_model
 from quietvit.deployment import open_runtime
 from quietvit.deployment.detected import Detected
 from quietvit.deployment.evaluation import FileDetector
+from quietvit.deployment.networks import networks_of, timed
 from quietvit.deployment.splitting import split
 from quietvit.detection import faster_rcnn, fcos
 from quietvit.detection.canvas import PlainCanvas
@@ -96,7 +97,7 @@ def test_both_files_of_a_faster_rcnn_are_proven_and_find_its_boxes(
     with torch.no_grad():
         close(FileDetector(runtime)(pictures()), two_stage(pictures()))
     monkeypatch.setattr("quietvit.commands.deploying._load", lambda *given: two_stage)
-    told = ("--seconds", "0.1", "--json", tmp_path / "check.json")
+    told = ("--seconds", "0", "--json", tmp_path / "check.json")
     checked = run("check", exported, "--against", "det.qvit", "--images", spec, *told)
     assert checked.exit_code == 0, checked.output
     assert "box head: output" in checked.output
@@ -106,7 +107,10 @@ def test_both_files_of_a_faster_rcnn_are_proven_and_find_its_boxes(
     assert content["detections"]["images"] == 2
     assert content["detections"]["ap"]["ap"] == content["detections"]["ap_simulated"]["ap"]
     assert content["bytes"] == sum(file.stat().st_size for file in exported.parent.iterdir())
-    assert [speed["batch"] for speed in content["speed"]] == [1, 8]
+    networks = networks_of(runtime, runtime.facts, two_stage)
+    batch = torch.stack(pictures()[1:2] * 2).numpy()
+    integer, other = timed(networks, [network.runtime.path for network in networks])
+    assert [len(found) for found in (integer(batch), other(batch))] == [2, 2]
     photo = tmp_path / "images" / "1.png"
     seen = run("predict", exported, photo, "--top", "2", "--pictures", tmp_path / "seen")
     assert (seen.exit_code, (tmp_path / "seen" / "1.png").is_file()) == (0, True), seen.output
