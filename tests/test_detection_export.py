@@ -152,6 +152,16 @@ def test_what_cannot_be_exported_is_told_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_another_model_replaces_both_files_of_a_detector(tmp_path: Path) -> None:
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)).eval()
+    own = quietvit.quantize(plain, "rtn", torch.rand(4, 3, 4, 4), bits="W8A8", progress=False)
+    (tmp_path / "det.boxes.onnx").write_bytes(b"earlier")
+    with pytest.raises(QuietvitError, match=r"det\.boxes\.onnx exists already"):
+        quietvit.export(own, tmp_path / "det.onnx")
+    quietvit.export(own, tmp_path / "det.onnx", force=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["det.onnx"]
+
+
 def test_lost_boxes_beyond_chance_fail_a_check() -> None:
     assert Detected(500, 2000, 1980, 2000).failures == ()
     (failure,) = Detected(500, 2000, 1900, 1990).failures

@@ -128,7 +128,7 @@ def export(
         parts = split(own)
     elif not target.leaves_float:
         _refuse_simulated(own, signed)
-    notes = [*_presumed(own, chosen, labels), *map(str, replaced)]
+    presumed = _presumed(own, chosen, labels)
 
     def exported(part: QuantizedModel, place: Path, tensor: Output, **known: Any) -> Export:
         grids = grids_of(part, strict=not target.leaves_float, signed=signed)
@@ -136,7 +136,12 @@ def export(
         facts = facts_of(
             part,
             grids,
-            notes=[*_rounding_notes(part, grids), *_unused_notes(tensor, unused), *notes],
+            notes=[
+                *presumed,
+                *_rounding_notes(part, grids),
+                *_unused_notes(tensor, unused),
+                *map(str, replaced),
+            ],
             replaced=as_,
             output=tensor,
             unused=unused,
@@ -146,11 +151,10 @@ def export(
 
     about = {"preprocessing": prepared, "labels": names}
     if parts is None:
-        return Artifact(
-            path,
-            target.write(exported(own, path, chosen, **about, detector=detector)),
-            tuple(replaced),
-        )
+        facts = target.write(exported(own, path, chosen, **about, detector=detector))
+        for stale in target.box_files_of(path):  # of a Faster R-CNN that was there before
+            stale.unlink(missing_ok=True)
+        return Artifact(path, facts, tuple(replaced))
     with beside(path) as folder:
         written, box_head = list[Path](), None
         if BOXES in parts:

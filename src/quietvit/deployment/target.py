@@ -82,11 +82,15 @@ class Target:
 
         A detector of torchvision also has those of its box head (``paths.boxes_of``).
         """
-        if self.folder is not None:
-            return [path]
         own = [path] if self.files is None else self.files(path)
+        return [*own, *self.box_files_of(path)]
+
+    def box_files_of(self, path: Path) -> list[Path]:
+        """Return the files that the box head of a detector at ``path`` may have."""
+        if self.folder is not None:
+            return []
         boxes = boxes_of(path)
-        return [*own, *([boxes] if self.files is None else self.files(boxes))]
+        return [boxes] if self.files is None else self.files(boxes)
 
     def holds(self, path: Path) -> bool:
         """Return whether ``path`` exists and looks like an export of this target."""
