@@ -31,7 +31,7 @@ KEYS = {
     "quantize": "path method bits policy deployable calibration_images seconds coverage notes "
     "evaluation",
     "evaluate": "model kind scores images data device runtime",
-    "export": "path bytes output replaced notes",
+    "export": "path box_head bytes output replaced notes",
     "check": "path machine runtime ok failures integer_share_of_macs products agreements classes "
     "features speed bytes float_bytes notes",
     "predict": "file images failed",

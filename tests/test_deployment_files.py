@@ -175,7 +175,7 @@ def test_check_refuses_before_an_image_runs(
     def full(*_: Any) -> int:
         raise QuietvitError("the disk is full.")
 
-    monkeypatch.setattr(quietvit.deployment.checking, "write_onnx", full)
+    monkeypatch.setattr(quietvit.deployment.networks, "write_onnx", full)
     with pytest.raises(QuietvitError, match="disk is full"):
         quietvit.check(path, own, images(), seconds=1)
     with pytest.raises(QuietvitError, match="labels from 0 to 99"):

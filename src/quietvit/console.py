@@ -148,8 +148,8 @@ Keep = Annotated[
         "--keep",
         "-k",
         metavar="WHAT=BITS",
-        help="Other bits for a role or sites: post_softmax=8, '*.fc1=W4A8', head=float, or a file "
-        "from choose-bits. Repeatable.",
+        help="Other bits for a role, sites or a detector's part: post_softmax=8, '*.fc1=W4A8', "
+        "head=float, part:decoder=float, or a file from choose-bits. Repeatable.",
         autocompletion=completion.roles,
     ),
 ]

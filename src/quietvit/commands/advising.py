@@ -28,6 +28,7 @@ from quietvit.console import (
     draw_images,
     epilog,
     listed,
+    open_boxes,
     open_data,
 )
 from quietvit.devices import checked_device
@@ -36,9 +37,13 @@ from quietvit.errors import QuietvitError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from quietvit.quantization import Method
+
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Look at a model"
 _LEAST = 16
+CALIBRATION = 32
+"""Images that calibrate with --by part, and give the errors."""
 
 
 @app.command(
@@ -47,6 +52,7 @@ _LEAST = 16
         "quietvit sensitivity deit_tiny_patch16_224 --weights w.safetensors --images val.parquet "
         "--bits W4A4 --method rtn-omse",
         "quietvit sensitivity runs/mine --images /my/images --bits W4A4 --estimate -o sensitivity",
+        "quietvit sensitivity runs/cells --images coco:train.json,test.json --bits W4A4 --by part",
     ),
 )
 def sensitivity(
@@ -64,6 +70,10 @@ def sensitivity(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Estimate in two passes instead of measuring.")
     ] = False,
+    by: Annotated[
+        str,
+        typer.Option(help="site, or part: the parts of a detector, in AP if boxes are given."),
+    ] = "site",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for sensitivity.json and the plot."),
@@ -74,19 +84,30 @@ def sensitivity(
 ) -> None:
     """Measure the cost of quantizing each site and role. No labels are needed.
 
+    With --by part, measure the parts of a detector. Images with boxes (coco:, voc:, objects:) give
+    the AP of --count images; the training images calibrate if there are any.
+
     Ctrl-C prints and writes the results so far.
     """
     from quietvit.advice import sensitivity as run
+    from quietvit.detection.parts import with_parts
     from quietvit.files import refuse_nonempty
     from quietvit.quantization.settings import parse_method
 
     device = checked_device(device)
     chosen = parse_method(method, bits, options or (), keep or ())
+    if by not in ("site", "part") or (by == "part" and estimate):
+        raise QuietvitError(
+            f"--by {by} does not fit; give site or part, and leave --estimate out with part."
+        )
     if output is not None:
         refuse_nonempty(output, force)
     built = build_model(model, weights, classes, size).to(device)
+    if by == "part":
+        _by_part(built, chosen, images, count, seed, output, form)
+        return
     drawn = _drawn(built, images, count, seed)
-    found = run(built, chosen, drawn, estimate=estimate)
+    found = run(built, with_parts(chosen, built, drawn[:1]), drawn, estimate=estimate)
     written = []
     if output is not None:
         written = [found.to_json(output / "sensitivity.json"), *found.plot(output)]
@@ -95,6 +116,33 @@ def sensitivity(
     answer(form, found, data=plain, rows=parts)
     if written:
         typer.echo("Written: " + ", ".join(map(str, written)))
+    if not found.complete:
+        raise typer.Exit(130)
+
+
+def _by_part(
+    built: nn.Module,
+    method: Method,
+    images: str,
+    count: int,
+    seed: int,
+    output: Path | None,
+    form: Form,
+) -> None:
+    from quietvit.classes import names_of
+    from quietvit.detection import ap_by_part, detection_loader, is_detection_spec, subset
+
+    loader = None
+    if is_detection_spec(images):
+        loader = detection_loader(subset(open_boxes(images, "test", names_of(built)), count, seed))
+    known = open_data(images, "train", labels=False)
+    drawn = draw_images(built, known, min(CALIBRATION, len(known)), seed)
+    found = ap_by_part(built, method, drawn, loader)
+    written = None if output is None else found.to_json(output / "parts.json")
+    plain = found.to_dict()
+    answer(form, found, data=plain, rows=plain["parts"])
+    if written is not None:
+        typer.echo(f"Written: {written}")
     if not found.complete:
         raise typer.Exit(130)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,11 +17,15 @@ from quietvit.console import (
     Threads,
     epilog,
     load_quantized,
+    open_boxes,
     open_data,
     quantized_run,
 )
 from quietvit.errors import QuietvitError
 from quietvit.files import json_text, refuse_unwritable, write_atomic
+
+if TYPE_CHECKING:
+    from quietvit.quantization import QuantizedModel
 
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Deploy"
@@ -86,6 +90,7 @@ def export(
 ) -> None:
     """Write a quantized model as a file that a runtime computes in integers."""
     from quietvit.deployment import export as run
+    from quietvit.deployment.paths import boxes_of
     from quietvit.deployment.targets import target_named
 
     if output is None:
@@ -105,19 +110,22 @@ def export(
     )
     replaced = [str(each) for each in found.replaced]
     notes = [note for note in found.facts.notes if note not in replaced]
+    second = None if found.box_head is None else str(boxes_of(found.path))
     plain = {
         "path": str(found.path),
+        "box_head": second,
         "bytes": found.size,
         "output": str(found.facts.output),
         "replaced": replaced,
         "notes": notes,
     }
+    paths = found.path if second is None else f"{found.path}, {second}"
     answer(
         form,
         *(f"replaced: {each}" for each in replaced),
         *(f"note: {note}" for note in notes),
         f"Output: {found.facts.output}",
-        f"Written: {found.path} ({found.size / 1e6:.2f} MB)",
+        f"Written: {paths} ({found.size / 1e6:.2f} MB)",
         data=plain,
         rows=[plain],
     )
@@ -134,7 +142,9 @@ def check(
     against: Annotated[Path, typer.Option("--against", help="The .qvit or run that was exported.")],
     images: Annotated[
         str,
-        typer.Option("--images", metavar="DATA", help="Images to compare on; labels add top-1."),
+        typer.Option(
+            "--images", metavar="DATA", help="Images to compare on; labels add top-1, boxes AP."
+        ),
     ],
     model: FloatModel = None,
     count: Annotated[
@@ -155,27 +165,22 @@ def check(
 
     The exit code is 1 if the file does not keep its claims.
     """
-    from quietvit.data import evaluation_loader, evaluation_transform
-    from quietvit.data.images import NoLabelsError, subset
+    from quietvit.data.images import subset
     from quietvit.deployment import check as run
     from quietvit.deployment import open_runtime
-    from quietvit.deployment.evaluation import file_transform
+    from quietvit.detection import detection_loader, is_detection_spec
 
     if json is not None:
         refuse_unwritable(json)
     loaded = open_runtime(file, runtime, threads)
     quantized = load_quantized(against, model)
-    carried = loaded.facts.preprocessing is not None
-    transform = file_transform(loaded) if carried else evaluation_transform(quantized.model)
-    try:
-        whole = open_data(images, "test")
-    except NoLabelsError:
-        whole = open_data(images, "test", labels=False)
-        typer.echo("note: the images have no labels, so top-1 is not compared.", err=True)
-    dataset = subset(whole, count)
-    loader = evaluation_loader(dataset, transform, 32)
-    batches = loader if dataset.labelled else (x for x, _ in loader)
-    found = run(loaded, quantized, batches, seconds=seconds)
+    loader: Any
+    if loaded.facts.detector is not None and is_detection_spec(images):
+        boxes = subset(open_boxes(images, "test", loaded.facts.labels), count)
+        loader = detection_loader(boxes, 8)
+    else:
+        loader = _pictures(loaded, quantized, images, count)
+    found = run(loaded, quantized, loader, seconds=seconds)
     written = None if json is None else found.to_json(json)
     plain = found.to_dict()
     agreed = {
@@ -304,6 +309,24 @@ def _in_columns(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a class or a box with a column for each coordinate."""
     corners = dict(zip(("x1", "y1", "x2", "y2"), entry.get("corners", ()), strict=False))
     return {key: value for key, value in entry.items() if key != "corners"} | corners
+
+
+def _pictures(loaded: Any, quantized: QuantizedModel, images: str, count: int | None) -> Any:
+    """Return batches of images after the file's preprocessing, with labels if there are any."""
+    from quietvit.data import evaluation_loader, evaluation_transform
+    from quietvit.data.images import NoLabelsError, subset
+    from quietvit.deployment.evaluation import file_transform
+
+    carried = loaded.facts.preprocessing is not None
+    transform = file_transform(loaded) if carried else evaluation_transform(quantized.model)
+    try:
+        whole = open_data(images, "test")
+    except NoLabelsError:
+        whole = open_data(images, "test", labels=False)
+        typer.echo("note: the images have no labels, so top-1 is not compared.", err=True)
+    dataset = subset(whole, count)
+    loader = evaluation_loader(dataset, transform, 32)
+    return loader if dataset.labelled else (x for x, _ in loader)
 
 
 def _lines(path: Path) -> list[str]:

@@ -80,6 +80,7 @@ def quantize(
 ) -> None:
     """Quantize a model with a method and a few calibration images, real or generated."""
     from quietvit.detection import is_detection_spec
+    from quietvit.detection.parts import with_parts
     from quietvit.quantization import quantize as run
     from quietvit.quantization.settings import parse_method
     from quietvit.quantization.storage import FORMAT
@@ -100,7 +101,7 @@ def quantize(
         dataset = open_data(calibration, "train", labels=False)
         drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
     start = time.perf_counter()
-    result = run(built, chosen, drawn)
+    result = run(built, with_parts(chosen, built, drawn[:1]), drawn)
     seconds = time.perf_counter() - start
     written = result.save(output, force=force)
     typer.echo(str(result.coverage))

@@ -8,6 +8,7 @@ from typing import Any
 
 from quietvit.deployment.checking import check
 from quietvit.deployment.facts import Facts
+from quietvit.deployment.paths import boxes_of
 from quietvit.deployment.targets import files_of
 from quietvit.deployment.uniform import Replaced
 
@@ -16,11 +17,15 @@ SHOWN = 12
 
 @dataclass(frozen=True, repr=False)
 class Artifact:
-    """An exported file, the facts stored in it, and the quantizers that export replaced."""
+    """An exported file, the facts stored in it, and the quantizers that export replaced.
+
+    ``box_head`` holds the facts of the second file of a Faster R-CNN, ``paths.boxes_of(path)``.
+    """
 
     path: Path
     facts: Facts
     replaced: tuple[Replaced, ...] = ()
+    box_head: Facts | None = None
 
     @property
     def size(self) -> int:
@@ -37,14 +42,18 @@ class Artifact:
     def __str__(self) -> str:
         """List the method, input, output, claims and notes of the file."""
         facts = self.facts
-        claimed = [product for product in facts.products if product.why_float is None]
-        share = sum(product.macs for product in claimed) / (facts.total_macs or 1)
+        both = [facts] if self.box_head is None else [facts, self.box_head]
+        products = [product for each in both for product in each.products]
+        claimed = [product for product in products if product.why_float is None]
+        macs = sum(each.total_macs for each in both)
+        share = sum(product.macs for product in claimed) / (macs or 1)
         shape = " x ".join(map(str, facts.input_shape))
+        name = str(self.path) if self.box_head is None else f"{self.path}, {boxes_of(self.path)}"
         lines = [
-            f"{self.path} ({self.size / 1e6:.2f} MB): {facts.method}",
+            f"{name} ({self.size / 1e6:.2f} MB): {facts.method}",
             f"input      images, batch x {shape}, float32 after the preprocessing",
             f"output     {facts.output}",
-            f"claims     {len(claimed)} of {len(facts.products)} products in integers, "
+            f"claims     {len(claimed)} of {len(products)} products in integers, "
             f"{100 * share:.2f} % of the multiply-accumulates; 'quietvit check' proves it in a "
             "runtime",
             f"carries    {'preprocessing' if facts.preprocessing else 'no preprocessing'}, "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quietvit.deployment.comparing import Classes, Features
+from quietvit.deployment.detected import IOU, LEAST_SCORE, Detected
 from quietvit.deployment.parity import Agreement
 from quietvit.deployment.proof import Proof
 from quietvit.deployment.speed import Speed
@@ -19,8 +20,9 @@ SHOWN = 12
 class Check:
     """The result of ``check``.
 
-    ``classes`` is set if the file gives class scores, else ``features`` is. ``bytes`` is the size
-    of the file. ``float_bytes`` is that of the float file, or None if nothing was timed.
+    ``classes`` is set if the file gives class scores, else ``features`` is. ``detections`` is set
+    for a detector, and ``box_head`` compares the second file of a Faster R-CNN. ``bytes`` is the
+    size of all files. ``float_bytes`` is that of the float file, or None if nothing was timed.
     """
 
     path: Path
@@ -33,6 +35,8 @@ class Check:
     bytes: int
     float_bytes: int | None
     notes: tuple[str, ...]
+    box_head: Features | None = None
+    detections: Detected | None = None
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -47,8 +51,9 @@ class Check:
             for a in self.agreements
             if not a.equal
         ]
-        compared = self.classes or self.features
-        return (*failures, *(() if compared is None else compared.failures))
+        for compared in (self.classes, self.features, self.box_head, self.detections):
+            failures += () if compared is None else compared.failures
+        return tuple(failures)
 
     @property
     def ok(self) -> bool:
@@ -78,6 +83,14 @@ class Check:
                 "top1_simulated": self.classes.top1_simulated,
             },
             "features": None if self.features is None else asdict(self.features),
+            "box_head": None if self.box_head is None else asdict(self.box_head),
+            "detections": None
+            if self.detections is None
+            else asdict(self.detections)
+            | {
+                "agreement_percent": self.detections.agreement,
+                "steadiness_percent": self.detections.steadiness,
+            },
             "speed": [asdict(speed) for speed in self.speeds],
             "bytes": self.bytes,
             "float_bytes": self.float_bytes,
@@ -135,6 +148,19 @@ def _features_lines(features: Features) -> list[str]:
     ]
 
 
+def _detections_lines(found: Detected) -> list[str]:
+    lines = [
+        f"boxes      {found.agreement:.2f} % of {found.boxes} boxes of the simulated model are "
+        f"found on {found.images} images",
+        f"           (score from {LEAST_SCORE}, same class, IoU from {IOU}); that model finds "
+        f"{found.steadiness:.2f} % again",
+        "           if images are perturbed by 1e-6",
+    ]
+    if found.ap is not None and found.ap_simulated is not None:
+        lines += [f"           {found.ap}", f"           simulated {found.ap_simulated}"]
+    return lines
+
+
 def _text(check: Check) -> str:
     """Format the check: what ran in integers, what agrees, size, speed and verdict."""
     proof = check.proof
@@ -166,6 +192,11 @@ def _text(check: Check) -> str:
         lines += _classes_lines(check.classes)
     if check.features is not None:
         lines += _features_lines(check.features)
+    if check.box_head is not None:
+        error = check.box_head.error
+        lines.append(f"           box head: output {100 * error:.3f} % from the simulated model's")
+    if check.detections is not None:
+        lines += _detections_lines(check.detections)
     size = f"size       {check.bytes / 1e6:.2f} MB"
     if check.float_bytes is not None:
         size += f", float {check.float_bytes / 1e6:.2f} MB: "

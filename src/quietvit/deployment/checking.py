@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,19 @@ from torch import Tensor
 
 from quietvit.deployment import processor
 from quietvit.deployment.checked import Check
-from quietvit.deployment.comparing import Labelled, compare_classes, compare_features
+from quietvit.deployment.comparing import (
+    Features,
+    Labelled,
+    compare_classes,
+    compare_features,
+)
+from quietvit.deployment.detected import canvases, compare_detections, detection_batches
+from quietvit.deployment.evaluation import FileDetector
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.for_onnx.file import float_onnx, write_onnx
 from quietvit.deployment.model import as_float32
+from quietvit.deployment.networks import Network, networks_of, pooled_rows, proof_of, timed
 from quietvit.deployment.opening import open_runtime
 from quietvit.deployment.parity import Agreement, agreements
-from quietvit.deployment.proof import prove
 from quietvit.deployment.runtime import Runtime
 from quietvit.deployment.speed import Speed, measure
 from quietvit.deployment.targets import files_of
@@ -60,6 +66,8 @@ def check(
       for ties.
     - Classes and top-1 agree within ``Classes.failures``. Embeddings and feature maps agree within
       ``Features.failures``.
+    - The boxes of a detector agree within ``Detected.failures``. ``images`` from a
+      ``detection_loader`` add the AP of both. The two files of a Faster R-CNN are checked together.
 
     Logits are not compared. One value that rounds the other way changes later roundings. After a
     few blocks two correct computations differ as much as quantization itself (see the lab log).
@@ -85,50 +93,66 @@ def check(
     _refuse_settings(seconds, batches)
     loaded = _opened(path, runtime, threads)
     facts = loaded.facts
-    proof = prove(loaded, facts)
+    detects = facts.detector is not None
+    if detects and isinstance(images, Iterator):
+        images = list(images)  # they are read twice
     quantized = _simulated(against, facts)
-    _same_model(loaded.path, facts, quantized)
-    labelled = _batches(images)
+    networks = networks_of(loaded, facts, quantized)
+    proof = proof_of(networks)
+    labelled = _batches(canvases(images, loaded, BATCH) if detects else images)
     first = next(labelled)
     warn_unless_normalized(first[0], quantized.model, "given")
     loaded.check_images(tuple(first[0].shape))
-    notes = [*facts.notes, *loaded.notes]
+    notes = [note for network in networks for note in network.facts.notes] + [*loaded.notes]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # Export the float model first: if that fails, no time is lost on the images.
-        floating, float_bytes = None, None
+        floating = list[tuple[Path, int]]()
         if seconds > 0 and loaded.opens_float_onnx:
-            floating = Path(folder) / "float.onnx"
-            graph = float_onnx(quantized.model, quantized.input_shape, facts.output)
-            float_bytes = write_onnx(graph, floating)
-        compared = _compared(loaded, facts, quantized, first[0][:2], notes)
+            floating = [network.write_float(Path(folder)) for network in networks]
+        compared, box_head = list[Agreement](), None
+        for network in networks:
+            rows = first[0][:2] if network.runtime is loaded else pooled_rows(quantized, first[0])
+            compared += _compared(network, rows, notes)
+            if network.runtime is not loaded:
+                box_head = _features(network, [(rows, None)])
         joined = itertools.chain([first], labelled)
         everything = tracked(joined, _expected(images), "comparing batches of images", progress)
-        classes = features = None
-        if facts.output.of_classes:
-            with closing(everything):
+        classes = features = detections = None
+        with closing(everything):
+            if facts.output.of_classes:
                 classes = compare_classes(loaded, quantized, everything, facts.output, images)
-            if classes.images < FEW:
-                notes.append(
-                    f"{classes.images} images are few; use about {FEW} or more to judge whether "
-                    "classes agree"
-                )
-        else:
-            with closing(everything):
-                features = compare_features(loaded, quantized, everything, facts.output)
+            else:
+                features = _features(networks[0], everything)
+        if detects:
+            given = detection_batches(images, BATCH)
+            detections = compare_detections(FileDetector(loaded), quantized, given)
+        compared_images = detections or classes
+        if compared_images is not None and compared_images.images < FEW:
+            notes.append(
+                f"{compared_images.images} images are few; use about {FEW} or more to judge "
+                f"whether {'boxes' if detects else 'classes'} agree"
+            )
         with closing(tracked(batches, len(batches), "timing batch sizes", progress)) as sizes:
-            speeds = tuple(_speeds(loaded, floating, first[0], seconds, sizes))
+            paths = [path for path, _ in floating]
+            speeds = tuple(_speeds(networks, paths, first[0], seconds, sizes))
     return Check(
         path=loaded.path,
         machine=processor.described(),
         proof=proof,
-        agreements=compared,
+        agreements=tuple(compared),
         classes=classes,
         features=features,
         speeds=speeds,
         bytes=sum(file.stat().st_size for file in files_of(loaded.path)),
-        float_bytes=float_bytes,
+        float_bytes=sum(size for _, size in floating) if floating else None,
         notes=tuple(dict.fromkeys(notes)),
+        box_head=box_head,
+        detections=detections,
     )
+
+
+def _features(network: Network, batches: Iterable[Labelled]) -> Features:
+    return compare_features(network.runtime, network.quantized, batches, network.facts.output)
 
 
 def _opened(path: str | Path | Runtime, runtime: str | None, threads: int) -> Runtime:
@@ -150,13 +174,12 @@ def _refuse_settings(seconds: float, batches: tuple[int, ...]) -> None:
         raise QuietvitError(f"batches={batches} must be batch sizes: integers of 1 or more.")
 
 
-def _compared(
-    loaded: Runtime, facts: Facts, quantized: QuantizedModel, images: Tensor, notes: list[str]
-) -> tuple[Agreement, ...]:
+def _compared(network: Network, images: Tensor, notes: list[str]) -> tuple[Agreement, ...]:
     """Compare the products on a few images. Adds a note for products that are not compared."""
+    loaded, facts = network.runtime, network.facts
     compared: tuple[Agreement, ...] = ()
     if loaded.uncompared is None:
-        compared = tuple(agreements(loaded, facts, quantized, images))
+        compared = tuple(agreements(loaded, facts, network.quantized, images))
     else:
         notes.append(loaded.uncompared)
     left = sum(p.why_float is not None for p in facts.products)
@@ -180,24 +203,6 @@ def _simulated(against: QuantizedModel | str | Path, facts: Facts) -> QuantizedM
     return own if facts.replaced is None else replacing_codes(own, facts.replaced)[0]
 
 
-def _same_model(path: Path, facts: Facts, quantized: QuantizedModel) -> None:
-    """Raise QuietvitError unless both have the same products and the same image shape."""
-    unused = set(facts.unused)
-    sites = [site for site in quantized.trace.matmuls if site.name not in unused]
-    own = [(site.name, site.macs) for site in sites]
-    theirs = [(p.name, p.macs) for p in facts.products if p.kind != "compensation"]
-    if own != theirs or quantized.input_shape != facts.input_shape:
-        differing = next(
-            (pair for pair in zip(own, theirs, strict=False) if pair[0] != pair[1]), ""
-        )
-        raise QuietvitError(
-            f"{path} was exported from another model than the one it is checked against: images of "
-            f"{facts.input_shape} against {quantized.input_shape}, {len(theirs)} products against "
-            f"{len(own)}{f', first {differing[1]} against {differing[0]}' if differing else ''}. "
-            "Give the .qvit that it was exported from."
-        )
-
-
 def _batches(images: Any) -> Iterator[Labelled]:
     """Yield images (B, C, H, W), float32 on the CPU, with labels (B,) or None."""
     batch = None
@@ -219,17 +224,16 @@ def _expected(images: Any) -> int | None:
 
 
 def _speeds(
-    loaded: Runtime,
-    floating: Path | None,
+    networks: Sequence[Network],
+    floating: Sequence[Path],
     first: Tensor,
     seconds: float,
     batches: Iterable[int],
 ) -> Iterator[Speed]:
-    if floating is None:
+    if not floating:
         return
-    kind: Any = type(loaded)
-    other = kind(floating, loaded.threads)
+    integer, other = timed(networks, floating)
     pool = first.numpy()
     for size in batches:
         images = np.ascontiguousarray(np.resize(pool, (size, *pool.shape[1:])))
-        yield measure(loaded, other, images, seconds)
+        yield measure(integer, other, images, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from quietvit.classes import name_classes
+from quietvit.deployment.companion import box_head_of
+from quietvit.deployment.facts import Facts
 from quietvit.deployment.preprocessing import transform_of
 from quietvit.deployment.runtime import Runtime
-from quietvit.detection.canvas import Canvas
+from quietvit.detection.canvas import PlainCanvas
 from quietvit.detection.hf_detectors import Detections
+from quietvit.detection.static_parts import assembled
 from quietvit.errors import QuietvitError
 
 
@@ -42,30 +46,44 @@ class FileModel(nn.Module):
 class FileDetector(nn.Module):
     """A detector's file in its runtime, with the interface of ``quietvit.detection``.
 
-    It takes a list of images (3, h, w) in 0..1 of any size and returns ``Detections``. An image
-    that keeps its aspect ratio is padded with the mean, and the file has no mask of the padding.
+    It takes a list of images (3, h, w) in 0..1 of any size. It returns for each image a dict with
+    ``boxes``, ``labels`` and ``scores``, as the model does that was exported. An image that keeps
+    its aspect ratio is padded with the mean, and the file has no mask of the padding.
 
-    Raises QuietvitError if the file is no detector's.
+    ``facts`` and ``box_head`` are for a file of the float networks, which has no facts.
+
+    Raises QuietvitError if the file is no detector's, or its second file is missing.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(
+        self, runtime: Runtime, facts: Facts | None = None, box_head: Runtime | None = None
+    ) -> None:
         super().__init__()
-        facts = runtime.facts
+        facts = facts or runtime.facts
         if facts.detector is None or facts.preprocessing is None:
             raise QuietvitError(
                 f"{runtime.path} gives {facts.output} and no boxes, so it has no AP. Evaluate it "
                 "on images with classes."
             )
-        self.runtime = runtime
+        self.runtime, self.box_head = runtime, box_head or box_head_of(runtime, facts)
         self.num_classes = int(facts.detector["classes"])
         height, width = facts.input_shape[1:]
         mean, stretch = facts.detector["mean"], bool(facts.detector["stretch"])
-        self.transform = Canvas((height, width), mean, (1.0, 1.0, 1.0), stretch)
+        self.transform = PlainCanvas((height, width), mean, (1.0, 1.0, 1.0), stretch)
+        self.whole: nn.Module | None = None
+        if "kind" in facts.detector:
+            boxes = None if self.box_head is None else partial(_run, self.box_head)
+            self.whole = assembled(facts.detector, partial(_run, runtime), boxes, self.transform)
         name_classes(self, facts.labels)
 
-    def forward(self, images: Sequence[Tensor]) -> Detections:
-        fitted = torch.stack([self.transform.fit(image.cpu()) for image in images])
-        queries = torch.from_numpy(self.runtime(fitted.numpy()))
+    def forward(self, images: Sequence[Tensor]) -> Sequence[dict[str, Tensor]]:
+        images = [image.detach().cpu().float() for image in images]
+        if self.whole is not None:
+            with torch.no_grad():
+                found: list[dict[str, Tensor]] = self.whole(images)
+            return found
+        fitted = torch.stack([self.transform.fit(image) for image in images])
+        queries = _run(self.runtime, fitted)
         return Detections.of_queries(queries, [*map(self._stands_for, images)], self.num_classes)
 
     def _stands_for(self, image: Tensor) -> tuple[float, float]:
@@ -75,6 +93,10 @@ class FileDetector(nn.Module):
             return height, width
         factor = self.transform.factor(height, width)
         return self.transform.size[0] / factor, self.transform.size[1] / factor
+
+
+def _run(runtime: Runtime, rows: Tensor) -> Tensor:
+    return torch.from_numpy(runtime(rows.contiguous().numpy()))
 
 
 def file_transform(runtime: Runtime) -> Callable[[Image.Image], Tensor]:

@@ -12,16 +12,21 @@ from typing import Any
 
 from quietvit.classes import are_presumed, checked_names, names_of
 from quietvit.deployment.artifact import Artifact
+from quietvit.deployment.companion import digest
 from quietvit.deployment.facts import facts_of
 from quietvit.deployment.for_onnx.file import quantized_onnx
 from quietvit.deployment.grids import Grid, grids_of, remedy, why_none
 from quietvit.deployment.model import as_float32
 from quietvit.deployment.outputs import Output, output_of, unused_products
+from quietvit.deployment.paths import boxes_of
 from quietvit.deployment.preprocessing import plain_preprocessing
-from quietvit.deployment.target import Export
+from quietvit.deployment.splitting import split
+from quietvit.deployment.target import Export, Target
 from quietvit.deployment.targets import target_to_write
 from quietvit.deployment.uniform import REPLACEMENTS, Replaced, replacing_codes
+from quietvit.detection.static_parts import BOXES, DENSE, decoding_of
 from quietvit.errors import QuietvitError
+from quietvit.files import beside, put_in_place
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.architecture import preprocessing_of
 from quietvit.quantization.quantizers import AffineQuantizer, Quantizer
@@ -53,6 +58,11 @@ def export(
     have at most 4 bits (opset 21, not for torchao or ``signed``). Activations of fewer than 8 bits
     use 8-bit codes: accuracy is that of their bits, speed that of 8 bits. Weights above 2 GB go to
     a second file, ``model.onnx.data``.
+
+    A detector of torchvision becomes files for its networks: backbone, neck and dense heads in
+    ``path``, and the box head of a Faster R-CNN beside it, in ``model.boxes.onnx``. Both are
+    written together. ``predict``, ``check`` and ``evaluate`` take ``path``, and compute anchors,
+    proposals, pooling and NMS with torchvision.
 
     Args:
         quantized: the calibrated model.
@@ -102,36 +112,83 @@ def export(
     prepared = plain_preprocessing(
         preprocessing_of(own.model) if preprocessing is None else preprocessing, own.input_shape
     )
-    chosen = output_of(own, own.input_shape, output, named_classes=labels is not None)
-    detector = getattr(own.model, "decoding", None) if chosen.path == "queries" else None
+    parts = split(own)
+    if parts is None:
+        chosen = output_of(own, own.input_shape, output, named_classes=labels is not None)
+        detector = getattr(own.model, "decoding", None) if chosen.path == "queries" else None
+    else:
+        _refuse_output(target, output)
+        chosen, detector = _whole(DENSE, parts[DENSE]), decoding_of(own.model)
     named = chosen.of_classes or detector is not None
     if labels is not None and not named:
         raise QuietvitError(f"labels name classes, but the output is {chosen}; leave out labels.")
+    names = _labels(own, labels) if named else None
     if as_ is not None:
         own, replaced = replacing_codes(own, as_)
+        parts = split(own)
     elif not target.leaves_float:
         _refuse_simulated(own, signed)
-    grids = grids_of(own, strict=not target.leaves_float, signed=signed)
-    unused = unused_products(own, chosen)
-    facts = facts_of(
-        own,
-        grids,
-        preprocessing=prepared,
-        labels=_labels(own, labels) if named else None,
-        notes=[
-            *_presumed(own, chosen, labels),
-            *_rounding_notes(own, grids),
-            *_unused_notes(chosen, unused),
-            *map(str, replaced),
-        ],
-        replaced=as_,
-        output=chosen,
-        unused=unused,
-        detector=detector,
-    )
-    graph = partial(quantized_onnx, own, grids, facts, opset)
-    written = target.write(Export(own, path, facts, grids, graph))
-    return Artifact(path, written, tuple(replaced))
+    presumed = _presumed(own, chosen, labels)
+
+    def exported(part: QuantizedModel, place: Path, tensor: Output, **known: Any) -> Export:
+        grids = grids_of(part, strict=not target.leaves_float, signed=signed)
+        unused = unused_products(part, tensor)
+        facts = facts_of(
+            part,
+            grids,
+            notes=[
+                *presumed,
+                *_rounding_notes(part, grids),
+                *_unused_notes(tensor, unused),
+                *map(str, replaced),
+            ],
+            replaced=as_,
+            output=tensor,
+            unused=unused,
+            **known,
+        )
+        return Export(part, place, facts, grids, partial(quantized_onnx, part, grids, facts, opset))
+
+    about = {"preprocessing": prepared, "labels": names}
+    if parts is None:
+        facts = target.write(exported(own, path, chosen, **about, detector=detector))
+        for stale in target.box_files_of(path):  # of a Faster R-CNN that was there before
+            stale.unlink(missing_ok=True)
+        return Artifact(path, facts, tuple(replaced))
+    with beside(path) as folder:
+        written, box_head = list[Path](), None
+        if BOXES in parts:
+            boxes, place = parts[BOXES], boxes_of(folder / path.name)
+            box_head = target.write(
+                exported(boxes, place, _whole(BOXES, boxes), preprocessing=None, labels=None)
+            )
+            detector = {**(detector or {}), "box_head": digest(place)}
+        facts = target.write(
+            exported(parts[DENSE], folder / path.name, chosen, **about, detector=detector)
+        )
+        files = target.files_of(path)
+        written = [file for file in files if (folder / file.name).exists()]
+        put_in_place(folder, *written)
+    for stale in set(files) - set(written):
+        stale.unlink(missing_ok=True)
+    return Artifact(path, facts, tuple(replaced), box_head)
+
+
+def _whole(name: str, part: QuantizedModel) -> Output:
+    """Return the only output of a detector's part, under its name."""
+    return output_of(part, part.input_shape, name)
+
+
+def _refuse_output(target: Target, output: str | int | None) -> None:
+    if output is not None:
+        raise QuietvitError(
+            f"a detector's file has one output, so output={output!r} has no meaning; leave out "
+            "output (--output-tensor)."
+        )
+    if target.folder is not None:
+        raise QuietvitError(
+            f"{target.name} cannot hold the parts of a detector; export it to onnx or openvino."
+        )
 
 
 def _labels(quantized: QuantizedModel, labels: Sequence[str] | None) -> tuple[str, ...] | None:

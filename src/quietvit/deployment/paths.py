@@ -1,4 +1,4 @@
-"""Decide whether the weights of an ONNX graph need a file of their own, and name it."""
+"""Name the files beside an exported file: large weights, and the box head of a detector."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def too_large(weights: int) -> bool:
 def data_of(path: Path) -> Path:
     """Return the path of the weights' own file, next to the ONNX file ``path``."""
     return path.with_name(path.name + DATA)
+
+
+def boxes_of(path: Path) -> Path:
+    """Return the path of the box head's own file, next to the file of the detector at ``path``."""
+    return path.with_name(f"{path.stem}.boxes{path.suffix}")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-
-from quietvit.deployment.runtime import Runtime
 
 WARM_UP, LEAST, MOST = 2, 5, 100
 
@@ -33,9 +33,10 @@ class Speed:
         return 1000 * self.batch / self.integer_ms
 
 
-def measure(
-    integer: Runtime, floating: Runtime, images: np.ndarray, seconds: float = 10.0
-) -> Speed:
+Run = Callable[[np.ndarray], Any]
+
+
+def measure(integer: Run, floating: Run, images: np.ndarray, seconds: float = 10.0) -> Speed:
     """Time alternating calls of both on images (batch, C, H, W) for about ``seconds``."""
     spent: dict[str, list[float]] = {"integer": [], "float": []}
     for _ in range(WARM_UP):

@@ -13,6 +13,7 @@ from typing import Any
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.grids import Grid
+from quietvit.deployment.paths import boxes_of
 from quietvit.deployment.runtime import Runtime
 from quietvit.errors import QuietvitError
 from quietvit.files import refuse_other_bytes, refuse_unwritable
@@ -77,8 +78,19 @@ class Target:
     reads: tuple[str, ...] = ()
 
     def files_of(self, path: Path) -> list[Path]:
-        """Return all files that an export to ``path`` may write."""
-        return [path] if self.files is None else self.files(path)
+        """Return all files that an export to ``path`` may write.
+
+        A detector of torchvision also has those of its box head (``paths.boxes_of``).
+        """
+        own = [path] if self.files is None else self.files(path)
+        return [*own, *self.box_files_of(path)]
+
+    def box_files_of(self, path: Path) -> list[Path]:
+        """Return the files that the box head of a detector at ``path`` may have."""
+        if self.folder is not None:
+            return []
+        boxes = boxes_of(path)
+        return [boxes] if self.files is None else self.files(boxes)
 
     def holds(self, path: Path) -> bool:
         """Return whether ``path`` exists and looks like an export of this target."""

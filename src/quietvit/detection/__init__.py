@@ -5,6 +5,7 @@
 
 from quietvit.data.images import subset
 from quietvit.detection.average_precision import BoxAP, box_ap, evaluate_detector, predict_all
+from quietvit.detection.by_part import PartLosses, ap_by_part
 from quietvit.detection.canvas import Canvas
 from quietvit.detection.coco import open_coco
 from quietvit.detection.dataset import DetectionDataset, Record
@@ -24,6 +25,7 @@ from quietvit.detection.loading import (
     detection_calibration,
     detection_loader,
 )
+from quietvit.detection.parts import sites_by_part
 from quietvit.detection.sources import is_detection_spec, load_detection_dataset
 from quietvit.detection.voc import open_voc
 
@@ -34,8 +36,10 @@ __all__ = [
     "Canvas",
     "DetectionDataset",
     "HFDetector",
+    "PartLosses",
     "Record",
     "TrainingTransform",
+    "ap_by_part",
     "box_ap",
     "collate",
     "detection_calibration",
@@ -53,5 +57,6 @@ __all__ = [
     "predict_all",
     "predictors",
     "retinanet",
+    "sites_by_part",
     "subset",
 ]

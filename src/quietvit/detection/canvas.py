@@ -41,10 +41,13 @@ class Canvas(GeneralizedRCNNTransform):
 
     def fit(self, image: Tensor) -> Tensor:
         """Fit an image (3, h, w) in 0..1 to the canvas: (3, H, W), padded with the mean."""
-        scaled = self._scaled(image)
+        return self.padded(self._scaled(image))
+
+    def padded(self, image: Tensor) -> Tensor:
+        """Pad an image (3, h, w) in 0..1 to the canvas with the mean, without scaling it."""
         mean = torch.as_tensor(self.image_mean, dtype=image.dtype, device=image.device)
         whole = mean[:, None, None].repeat(1, *self.size)
-        whole[:, : scaled.shape[1], : scaled.shape[2]] = scaled
+        whole[:, : image.shape[1], : image.shape[2]] = image
         return whole
 
     def resize(
@@ -96,3 +99,13 @@ class Canvas(GeneralizedRCNNTransform):
 
     def __repr__(self) -> str:
         return f"Canvas(size={self.size}, mean={self.image_mean}, std={self.image_std})"
+
+
+class PlainCanvas(Canvas):
+    """A canvas for networks that normalize by themselves: its batches are in 0..1."""
+
+    def normalize(self, image: Tensor) -> Tensor:
+        return image
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        return torch.stack([self.padded(image) for image in images])

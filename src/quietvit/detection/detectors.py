@@ -27,7 +27,7 @@ _RATIOS = (0.5, 1.0, 2.0)
 _OURS = ("backbone", "num_classes", "kwargs", "min_size", "max_size", "image_mean", "image_std")
 """Arguments of torchvision's detectors that this module sets."""
 
-_PREDICTORS = (
+PREDICTORS = (
     *("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score"),  # torchvision
     *("class_labels_classifier", "bbox_predictor", "class_embed", "bbox_embed"),  # transformers
     *("enc_score_head", "enc_bbox_head"),
@@ -142,7 +142,7 @@ def predictors(model: nn.Module) -> tuple[str, ...]:
     processes the outputs of its last layers further, so the trace cannot give them this role. Keep
     them at 8 bits with ``overrides={site: 8 for site in predictors(model)}``.
     """
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _PREDICTORS]
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in PREDICTORS]
     return tuple(f"{name}*" for name in names)
 
 
