@@ -31,7 +31,9 @@ from quietvit.tasks.registry import _TASKS
 from quietvit.train.recipe import known_keys, list_recipes
 
 ROOT = Path(__file__).parents[1]
+TUTORIALS = sorted(f"docs/tutorials/{path.name}" for path in ROOT.glob("docs/tutorials/*.md"))
 PAGES = ["README.md", "docs/getting-started.md", "docs/methods.md", "docs/deployment.md"]
+ALL_PAGES = ["README.md", *(f"docs/{path.relative_to(ROOT / 'docs')}" for path in sorted(ROOT.glob("docs/**/*.md")))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -79,9 +81,7 @@ def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(code, namespace)
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
-)
+@pytest.mark.parametrize("page", [*ALL_PAGES, "CONTRIBUTING.md"])
 def test_relative_links_lead_somewhere(page: str) -> None:
     for target in LINK.findall((ROOT / page).read_text("utf-8")):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
@@ -111,8 +111,7 @@ def test_the_recipe_keys_of_the_guide_exist() -> None:
 
 
 def test_the_recipe_keys_set_on_command_lines_exist() -> None:
-    pages = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
-    text = "\n".join((ROOT / page).read_text("utf-8") for page in pages).replace("\\\n", " ")
+    text = "\n".join((ROOT / page).read_text("utf-8") for page in ALL_PAGES).replace("\\\n", " ")
     text = re.sub(r"^quietvit quantize .*$", "", text, flags=re.M)  # fields of a method
     found = set(re.findall(r"(?:(?<!\w)-s|--set)[ =]'?([\w.]+)=", text))
     known = set(known_keys()) | {"key", "field"}
@@ -122,7 +121,8 @@ def test_the_recipe_keys_set_on_command_lines_exist() -> None:
 
 
 def test_the_commands_and_options_named_exist() -> None:
-    texts = [(ROOT / page).read_text("utf-8").replace("\\\n", " ") for page in PAGES]
+    pages = [*PAGES, *TUTORIALS]
+    texts = [(ROOT / page).read_text("utf-8").replace("\\\n", " ") for page in pages]
     texts += [re.sub(r"\\\n#", " ", path.read_text("utf-8")) for path in list_recipes().values()]
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
     texts += [f"{command.epilog}" for command in commands.values()]
