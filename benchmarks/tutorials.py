@@ -3,9 +3,9 @@
     python benchmarks/tutorials.py methods                    # from results/ptq_deit_tiny.csv
     python benchmarks/tutorials.py diagnosis                  # DeiT-Tiny, 32 images
     python benchmarks/tutorials.py loops                      # trains on the digits, in seconds
-    python benchmarks/tutorials.py folder photos              # 900 photos of CIFAR-10, as a user has them
+    python benchmarks/tutorials.py folder photos              # 900 photos of CIFAR-10 as PNGs
     python benchmarks/tutorials.py photos mine.onnx photos    # after the commands of photos.md
-    python benchmarks/tutorials.py detector model.safetensors # of a run of the recipe detect_bccd_deit
+    python benchmarks/tutorials.py detector model.safetensors # of the recipe detect_bccd_deit
 
 Commands that need real weights or images read QUIETVIT_TEST_DATA (or --data). The pictures are not
 results: figures come from results/*.csv or from the page's own commands.
@@ -44,7 +44,7 @@ from quietvit.train import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "tutorials"
-CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 PHOTOS = ("airplane", "bird", "dog", "ship")
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -58,9 +58,7 @@ def stored(picture: Figure | Image.Image, name: str) -> None:
         picture.savefig(whole, format="png", dpi=100)
         picture = Image.open(whole)
     small = io.BytesIO()
-    picture.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(
-        small, "png", optimize=True
-    )
+    picture.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     path = write_atomic(PAGES / f"{name}.png", small.getvalue())
     print(path, f"{len(small.getvalue()) / 1000:.0f} kB")
 
@@ -123,7 +121,7 @@ def loops() -> None:
 
 
 def learned(images: Tensor, labels: Tensor, strength: float) -> tuple[list[float], list[float]]:
-    """Train as examples/plain_loop.py does; return penalty and top-1 before and after each epoch."""
+    """Train as examples/plain_loop.py does; return penalty and top-1 after each epoch."""
     torch.manual_seed(0)
     small = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **small)
@@ -173,7 +171,9 @@ def photos(file: Path, images: Path) -> None:
             panel.imshow(Image.open(path))
             panel.set_axis_off()
             colour = COLOURS[0] if found.label == name else COLOURS[1]
-            panel.set_title(f"{found.label} {100 * found.probability:.0f} %", fontsize=9, color=colour)
+            panel.set_title(
+                f"{found.label} {100 * found.probability:.0f} %", fontsize=9, color=colour
+            )
     stored(figure, "photos")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import quietvit
+from detection_cases import annotated, coco
 from huggingface_cases import classifier, saved
 from quietvit import cli
 from quietvit.data import create_model
@@ -33,7 +35,7 @@ from quietvit.train.recipe import known_keys, list_recipes
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted(f"docs/tutorials/{path.name}" for path in ROOT.glob("docs/tutorials/*.md"))
 PAGES = ["README.md", "docs/getting-started.md", "docs/methods.md", "docs/deployment.md"]
-ALL_PAGES = ["README.md", *(f"docs/{path.relative_to(ROOT / 'docs')}" for path in sorted(ROOT.glob("docs/**/*.md")))]
+ALL_PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -114,7 +116,7 @@ def test_the_recipe_keys_set_on_command_lines_exist() -> None:
     text = "\n".join((ROOT / page).read_text("utf-8") for page in ALL_PAGES).replace("\\\n", " ")
     text = re.sub(r"^quietvit quantize .*$", "", text, flags=re.M)  # fields of a method
     found = set(re.findall(r"(?:(?<!\w)-s|--set)[ =]'?([\w.]+)=", text))
-    known = set(known_keys()) | {"key", "field"}
+    known = set(known_keys()) | {"key", "field", "conv_output_bits"}
     kwargs = {key for key in found if key.startswith("model.kwargs.")}
     assert len(found) > 5
     assert found - kwargs <= known, sorted(found - kwargs - known)
@@ -198,6 +200,7 @@ def my_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     model = create_model("deit_tiny_patch16_224", 10, **SMALL)
     save_file(model.state_dict(), tmp_path / "deit_tiny.safetensors")
     saved(tmp_path / "vit", classifier("ViT", 2))
+    Image.open(tmp_path / "images/val/class0/0.png").save(tmp_path / "photo.jpg")
     images = str(tmp_path / "images")
     return {"/my/images": images, "/data/imagenet": images, "/my/vit": str(tmp_path / "vit")}
 
@@ -214,6 +217,83 @@ def test_the_commands_of_the_readme_run(my_files: dict[str, str]) -> None:
         assert done.exit_code == 0, f"{text}\n{done.output}"
     assert {"deit", "mine", "hf", "digits"} <= {path.name for path in Path("runs").iterdir()}
     assert Path("mine.qvit").is_dir()
+
+
+# The tutorials: what is replaced in each, and what makes its commands short.
+SMALL_VIT = {"deit_tiny_patch16_224": "test_vit", "/my/photos": "images", "--count 32": "--count 4"}
+SMALL_DETECTOR = (
+    "-s model.name=vit_tiny_patch16_224 -s model.weights=none -s model.kwargs.patch_size=8 "
+    "-s model.kwargs.embed_dim=32 -s model.kwargs.depth=1 -s model.kwargs.num_heads=2 "
+    "-s task_settings.size=[64,64] -s task_settings.channels=16 "
+    "-s task_settings.options.box_channels=32 -s checkpoint.every=0 -s epochs=1 "
+    "-s schedule.warmup_epochs=0 -s batch_size=2 -s tensorboard=false -s threads=1"
+)
+SHORTER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "photos": (
+        SMALL_VIT | {"deit_tiny_patch16_224.safetensors": "none"},
+        {
+            "train": f"{FEW} -s model.name=test_vit",
+            "quantize": "--count 4",
+            "check": "--count 4 --seconds 0",
+        },
+    ),
+    "given-model": (
+        SMALL_VIT | {"--minutes 20": "--minutes 0.05 --methods rtn --bits W8A8"},
+        {"quantize": "--count 4", "check": "--count 4 --seconds 0"},
+    ),
+    "diagnosis": (SMALL_VIT, {"sensitivity": ""}),
+    "detector": (
+        {"/my/boxes": "boxes", "hf:/my/detector": "hf:detector"},
+        {"train": SMALL_DETECTOR, "quantize": "--count 2"},
+    ),
+    "training-loops": ({}, {}),
+}
+NEEDS = {
+    "photos": ["onnxscript", "onnxruntime"],
+    "given-model": ["onnxscript", "onnxruntime"],
+    "detector": ["faster_coco_eval", "transformers", "onnxscript", "onnxruntime"],
+    "training-loops": ["transformers", "lightning"],
+}
+FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def my_boxes(tmp_path: Path) -> None:
+    """Two pictures with boxes, and a small detector of transformers."""
+    boxes = [annotated(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in range(1, 3)]
+    file = coco(tmp_path / "boxes", boxes)
+    for name in ("train", "test"):
+        shutil.copy(file, file.with_name(f"{name}.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("my_files", "my_boxes")
+@pytest.mark.parametrize("page", [Path(page).stem for page in TUTORIALS])
+def test_a_tutorial_runs_from_top_to_bottom(page: str) -> None:
+    for package in NEEDS.get(page, []):
+        pytest.importorskip(package)
+    if page == "detector":
+        from test_detection_huggingface import yolos
+
+        yolos().save_pretrained("detector")
+    else:
+        save_file(create_model("test_vit", 1000).state_dict(), "test_vit.safetensors")
+    replaced, shorter = SHORTER[page]
+    path = ROOT / f"docs/tutorials/{page}.md"
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    for theirs, ours in replaced.items():
+        text = text.replace(theirs, ours)
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for kind, source in FENCE.findall(text):
+        if kind == "python":
+            exec(compile(source, str(path), "exec"), namespace)
+            continue
+        for line in source.splitlines():
+            command, *arguments = shlex.split(line, comments=True)
+            assert command == "quietvit", line
+            more = shlex.split(shorter.get(arguments[0], ""))
+            done = CliRunner().invoke(cli.app, [*arguments, *more])
+            assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception!r}"
 
 
 def test_the_reference_lists_every_public_name() -> None:
