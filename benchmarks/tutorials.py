@@ -90,7 +90,7 @@ def diagnosis(data: Data) -> None:
     """Activations of DeiT-Tiny by depth, and the cause of the largest one."""
     weights = data / "deit_tiny_patch16_224.safetensors"
     model = create_model("deit_tiny_patch16_224", 1000, weights).eval()
-    photos = load_dataset(f"table:{data / 'imagenet_dev_1000.parquet'}", "test")
+    photos = load_dataset(f"table:{data / 'imagenet_dev_1000.parquet'}")
     images = calibration_images(photos, 32, evaluation_transform(model))
     found = quietvit.diagnose(model, images)
     print(found)
