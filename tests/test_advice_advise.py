@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from torch import nn
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ import quietvit
 import zoo
 from quietvit import cli
 from quietvit.advice import Advice, Effect, Row
+from quietvit.advice.budget import Budget
 from quietvit.advice.causes import find_causes
 from quietvit.advice.ladder import Ladder, pareto
 from quietvit.advice.sizes import average_bits, stored_bytes
@@ -21,6 +24,7 @@ from quietvit.advice.steps import next_steps
 from quietvit.advice.switches import Switches
 from quietvit.errors import QuietvitError
 
+module = sys.modules["quietvit.advice.advise"]
 SMALL = {"methods": ("rtn-omse", "smoothquant"), "bits": ("W8A8", "W4A4+attention-maps-8")}
 
 
@@ -159,12 +163,55 @@ def test_ctrl_c_returns_the_rows_so_far(monkeypatch):
     assert "stopped early" in str(found)
 
 
-def test_without_time_the_first_row_is_measured_and_the_others_are_named():
-    model, images = model_and_images()
-    found = quietvit.advise(model, images, minutes=1e-6, progress=False, **SMALL)
-    assert [r.name for r in found.rows] == ["rtn-omse W8A8"]
-    assert "smoothquant W8A8" in found.skipped
-    assert "give more minutes" in str(found)
+class Clock:
+    """A clock that counts the images in forward passes, one second each, of all models."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0.0
+        forward = timm.models.VisionTransformer.forward
+
+        def counting(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            self.seconds += len(x)
+            return forward(model, x)
+
+        monkeypatch.setattr(timm.models.VisionTransformer, "forward", counting)
+
+    def advise(self, seconds: float) -> Advice:
+        self.seconds = 0.0
+        model, images = model_and_images(16)
+        budget = Budget(seconds, lambda: self.seconds)
+        return module._within(budget, model, images, *SMALL.values(), progress=False)
+
+
+def test_the_time_covers_all_work_and_what_is_skipped_is_named(monkeypatch):
+    monkeypatch.setattr(module, "_PASSES", 12)  # the clock does not count backward passes
+    clock = Clock(monkeypatch)
+    whole = clock.advise(1e9)
+    assert whole.causes
+    assert not whole.skipped
+    setting = max(row.seconds for row in whole.rows) + 8
+    for share in (0.9, 0.4, 0.01):
+        limit = share * whole.seconds
+        found = clock.advise(limit)
+        assert found.seconds <= limit + setting + 16
+        assert found.rows[0].name == "rtn-omse W8A8"
+        assert found.causes or share < 0.9
+        assert len(found.rows) == 1 or share > 0.1
+        left_out = {row.name for row in whole.rows[:4]} - {row.name for row in found.rows}
+        if not found.causes and found.target:
+            left_out |= {f"causes of {found.target}", "roles at 8 bits"}
+        assert left_out <= set(found.skipped)
+        assert "give more minutes" in str(found)
+
+
+def test_what_takes_longer_than_expected_is_stopped_and_the_rows_stay(monkeypatch):
+    monkeypatch.setattr(module, "_PASSES", 0)
+    clock = Clock(monkeypatch)
+    found = clock.advise(140)
+    assert len(found.rows) == 4
+    assert found.complete
+    assert "roles at 8 bits" in found.skipped
+    assert found.seconds <= 140 + 24
 
 
 @pytest.mark.parametrize(
@@ -172,7 +219,10 @@ def test_without_time_the_first_row_is_measured_and_the_others_are_named():
     [
         ({}, {"images": 15}, "at least 16 images"),
         ({}, {"minutes": 0}, "give more than 0"),
+        ({}, {"minutes": "3"}, "give more than 0"),
         ({}, {"methods": ("rnt",)}, "did you mean"),
+        ({}, {"methods": "rtn"}, "methods is the text 'rtn'"),
+        ({}, {"bits": ("W8A8", "W4A4+post_sofmax=8")}, "^overrides: 'post_sofmax'"),
         ({}, {"bits": ("W1A4",)}, "outside 2..16"),
         ({}, {"bits": ()}, "at least one"),
         ({"train": True}, {}, "Call model.eval"),
@@ -200,3 +250,37 @@ def test_the_commands_print_and_write(tmp_path):
     text = run("advise", "--methods", "rtn", "--bits", "W8A8,W4A4", "-o", str(tmp_path / "a.json"))
     assert "measured on 8 others without labels" in text
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["bits"] == "W8A8"
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "name", "told"),
+    [
+        (["sensitivity", "--estimate"], "estimate", "_follow", "parts are estimated on 4 of the"),
+        (["advise", "--methods", "rtn"], "advise", "Ladder._measure", "stopped early: only these"),
+        (
+            ["choose-bits", "--average", "7", "-o", "b.toml"],
+            "bits",
+            "operand_costs",
+            "stopped early",
+        ),
+    ],
+)
+def test_ctrl_c_prints_what_was_measured(command, place, name, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *holder, last = name.split(".")
+    owner = sys.modules[f"quietvit.advice.{place}"]
+    owner = getattr(owner, holder[0]) if holder else owner
+    whole, calls = getattr(owner, last), []
+
+    def interrupted(*given, **fields):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*given, **fields)
+
+    monkeypatch.setattr(owner, last, interrupted)
+    given = ["test_vit", "--size", "32", "--images", "embedded:digits", "--count", "16"]
+    done = CliRunner().invoke(cli.app, [command[0], *given, *command[1:]])
+    assert done.exit_code == 130, done.output
+    assert told in " ".join(done.stdout.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["b.toml"] * ("-o" in command)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import quietvit
 import zoo
+from quietvit import cli
 from quietvit.advice import bits as module
 from quietvit.advice.sizes import average_bits, weight_size
+from quietvit.compare.config import CompareConfig
 from quietvit.errors import QuietvitError
+from quietvit.quantization.settings import parse_method
+from quietvit.train.qat import QATConfig
+from quietvit.train.recipe import load_recipe
 
 CHOICES = ("W4A4", "W8A8")
 
@@ -103,7 +110,7 @@ def test_the_method_quantizes_as_chosen(tmp_path):
         names = (f"{slot.site.name}:{slot.operand}", slot.site.name)
         chosen = next((choice.overrides[name] for name in names if name in choice.overrides), None)
         if slot.site.role not in ("patch_embed", "head"):
-            assert quantized.quantizers[slot.key].bits == int(chosen[1])
+            assert quantized.quantizers[slot.key].bits == int(chosen[1 if slot.is_weight else 3])
     assert "patch_embed.proj" not in choice.overrides
     assert choice.method.activation_range == "omse"
     assert "bits on average" in str(choice)
@@ -145,6 +152,93 @@ def test_ctrl_c_chooses_among_what_was_measured(net, images, monkeypatch):
         quietvit.choose_bits(net, "rtn", images, average=7, progress=False)
 
 
+def test_after_ctrl_c_the_fewest_bits_can_meet_the_budget(net, images, monkeypatch):
+    measured, calls = module.operand_costs, []
+
+    def interrupted(*given, **fields):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(*given, **fields)
+
+    monkeypatch.setattr(module, "operand_costs", interrupted)
+    choices = ("W8A8", "W6A6", "W4A4")
+    choice = quietvit.choose_bits(net, "rtn", images, average=5, choices=choices, progress=False)
+    assert not choice.complete
+    assert "W4A4" in choice.overrides.values()
+
+
+def test_a_file_of_bits_stands_for_overrides_everywhere(net, images, tmp_path):
+    method = quietvit.RTN(overrides={"third": [3, None], "head": "float"})
+    choice = quietvit.choose_bits(net, method, images, average=30, progress=False)
+    path = str(choice.to_toml(tmp_path / "bits.toml"))
+    wanted = choice.method.overrides
+    assert wanted["third"] == (3, None)
+    assert wanted["head"] == (None, None)
+    assert "second" in wanted
+    assert quietvit.RTN(overrides=path).overrides == wanted
+    assert parse_method("rtn", "W4A4", keep=[path]).overrides == wanted
+    assert parse_method("rtn", f"W4A4+{path}").overrides == wanted
+    assert QATConfig(bits="W4A4", overrides=path).configured().overrides == wanted
+    with pytest.raises(ValueError, match="overrides = '"):
+        QATConfig(bits=f"W4A4+{path}")
+    recipe = load_recipe("digits")
+    compared = CompareConfig(recipe=recipe, bits=(f"W4A4+{path}",), methods=("rtn",))
+    assert compared.settings == (f"W4A4+{path} rtn",)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "could not read the overrides"),
+        ("overrides = 3", "is not a file of overrides"),
+        ("[model]\nname = 'x'", "holds 'model'"),
+        ("[overrides", "is not a TOML file"),
+        ("[overrides]\n'first' = 99", "bits are an integer from 2 to 16"),
+        ("[overrides]\n'first' = [4, 4, 4]", "bits are an integer from 2 to 16"),
+    ],
+)
+def test_a_file_that_holds_no_bits_is_refused(tmp_path, content, text):
+    path = tmp_path / "bits.toml"
+    if content is not None:
+        path.write_text(content)
+    for build in (
+        lambda: quietvit.RTN(overrides=str(path)),
+        lambda: parse_method("rtn", keep=[str(path)]),
+    ):
+        with pytest.raises(QuietvitError, match=text):
+            build()
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ([], "give one budget: --average"),
+        (["--average", "6", "--bytes", "9"], "give one budget: --average"),
+        (["--average", "3"], "the least possible is 4."),
+        (["--average", "-1"], "Give a positive number"),
+        (["--average", "nan"], "Give a positive number"),
+        (["--average", "6", "--count", "15"], "needs at least 16 images, and there are 15"),
+        (["--average", "6", "--choices", "W4A4"], "at least two choices"),
+        (["--average", "6", "--choices", "W4A4,W1A4"], "outside 2..16"),
+        (["--average", "6", "--method", "gptq"], "changes weights or outputs to compensate"),
+        (["--average", "6", "--keep", "post_sofmax=8"], "did you mean"),
+        (["--average", "6", "--keep", "*=8"], "nothing to choose"),
+        (["--average", "6", "-o", "bits.json"], "Name it bits.toml"),
+        (["--average", "6", "-o", "there.toml"], "exists already"),
+    ],
+)
+def test_what_the_command_refuses(given, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there.toml").touch()
+    output = [] if "-o" in given else ["-o", "bits.toml"]
+    command = ["choose-bits", "test_vit", "--size", "32", "--images", "embedded:digits"]
+    done = CliRunner().invoke(cli.app, [*command, *output, *given])
+    assert done.exit_code == 2, done.output
+    assert text in " ".join(done.stderr.split())
+    assert not Path("bits.toml").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
@@ -152,7 +246,9 @@ def test_ctrl_c_chooses_among_what_was_measured(net, images, monkeypatch):
         ({"average": 5, "weight_bytes": 9}, "give one budget"),
         ({"average": 3.0}, "the least possible is 4"),
         ({"weight_bytes": 10}, "bytes of weights: the least possible is"),
+        ({"average": "6"}, "the budget is '6'"),
         ({"average": 6, "choices": ("W4A4", "w4a4")}, "at least two choices"),
+        ({"average": 6, "choices": "W4A4,W8A8"}, "choices is the text"),
         ({"average": 6, "choices": ("W4A4", "W99A4")}, "outside 2..16"),
     ],
 )

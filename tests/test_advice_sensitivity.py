@@ -12,9 +12,11 @@ from torch import nn
 
 import quietvit
 import zoo
-from quietvit.advice import Part, Sensitivity
+from quietvit.advice import Part, Sensitivity, estimate
 from quietvit.advice.places import depths_of, place_of
 from quietvit.advice.switches import Switches
+from quietvit.detection.canvas import Canvas
+from quietvit.detection.hf_detectors import HFDetector
 from quietvit.errors import QuietvitError
 
 W4A4 = {"bits": "W4A4", "progress": False}
@@ -151,10 +153,63 @@ def test_ctrl_c_returns_what_was_measured(monkeypatch, tmp_path):
     assert found.plot(tmp_path)
 
 
+def test_ctrl_c_leaves_the_estimate_of_the_images_so_far(monkeypatch):
+    model, images = model_and_images(count=6)
+    fields = {"calibration": images, "estimate": True, **W4A4}
+    first = quietvit.sensitivity(model, "rtn", images[:4], **fields)
+    follow, calls = estimate._follow, []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return follow(*given)
+
+    monkeypatch.setattr(estimate, "_follow", interrupted)
+    stop = 3
+    found = quietvit.sensitivity(model, "rtn", images, **fields)
+    assert (found.complete, found.part_images) == (False, 4)
+    assert "parts are estimated on 4 of the images" in str(found)
+    for part, same in zip(found.sites, first.sites, strict=True):
+        assert found.cost(part) == first.cost(same)
+    calls.clear()
+    stop = 1
+    found = quietvit.sensitivity(model, "rtn", images, **fields)
+    assert found.whole.kl > 0
+    assert found.cost(found.sites[0]) is None
+    assert "stopped early" in str(found)
+
+
 def test_two_heads_that_are_averaged_make_a_classifier():
     model, images = model_and_images("timm-deit-distilled", count=2)
     found = quietvit.sensitivity(model, "rtn", images, estimate=True, **W4A4)
     assert found.measure == "kl"
+
+
+def test_a_transformers_detector_is_measured_and_gets_bits():
+    model, example = zoo.build("hf-detr")
+    images = torch.randn(16, *example["pixel_values"].shape[1:])
+    whole = HFDetector(model, Canvas((32, 32), (0.5,) * 3, (0.5,) * 3)).eval()
+    found = quietvit.sensitivity(whole, "rtn", images[:2].sigmoid(), estimate=True, **W4A4)
+    assert found.measure == "error"
+    assert all(found.cost(site) >= 0 for site in found.sites)
+    choice = quietvit.choose_bits(model, "rtn", images[:2], average=6, progress=False)
+    assert len(set(choice.overrides.values())) > 1
+    advice = quietvit.advise(model, images, methods=("rtn",), bits=("W8A8",), progress=False)
+    assert advice.rows[0].effect.error < 0.1
+
+
+def test_boxes_in_varying_number_are_refused_and_the_backbone_is_measured():
+    model, images = zoo.detector(), torch.rand(16, 3, 64, 64)
+    for measure in (
+        lambda: quietvit.sensitivity(model, "rtn", images, **W4A4),
+        lambda: quietvit.choose_bits(model, "rtn", images, average=6, progress=False),
+        lambda: quietvit.advise(model, images, progress=False),
+    ):
+        with pytest.raises(QuietvitError, match=r"such as model\.backbone"):
+            measure()
+    found = quietvit.sensitivity(model.backbone, "rtn", images[:2], **W4A4)
+    assert found.cost(found.sites[0]) > 0
 
 
 def test_a_half_precision_model_is_estimated():
@@ -202,3 +257,15 @@ def test_what_cannot_be_measured_is_refused(change, method, text):
 def test_a_place_is_read_from_the_name(name, pattern, depth):
     assert place_of(name) == (pattern, depth)
     assert depths_of(["a", name, "b"])[::2] == (["stem", "head"] if depth else ["stem", "stem"])
+
+
+def test_only_a_float_model_is_measured():
+    model, images = model_and_images(count=2)
+    quantized = quietvit.quantize(model, "rtn", images, progress=False)
+    for given, text in ((quantized, "is quantized already"), (None, "the model is a NoneType")):
+        with pytest.raises(QuietvitError, match=text):
+            quietvit.sensitivity(given, "rtn", images, progress=False)
+        with pytest.raises(QuietvitError, match=text):
+            quietvit.advise(given, images, progress=False)
+        with pytest.raises(QuietvitError, match=text):
+            quietvit.choose_bits(given, "rtn", images, average=6, progress=False)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from huggingface_cases import FAMILIES, PLAIN, classifier, processor, saved
-from quietvit.data import create_model, data_config, evaluation_transform, huggingface
+from quietvit.data import adapting, create_model, data_config, evaluation_transform
 from quietvit.data.image_processor import translated_preprocessing
 from quietvit.errors import QuietvitError
 
@@ -132,7 +132,7 @@ def test_bias_tables_of_beit_are_resampled_by_rows_and_columns(tmp_path, caplog,
 
 
 def test_a_table_that_cannot_be_resampled_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "_displacements", lambda config: None)
+    monkeypatch.setattr(adapting, "_displacements", lambda config: None)
     name, _ = beit(tmp_path, [32, 32])
     with pytest.raises(QuietvitError, match=r"cannot be loaded.*relative_position_bias_table is"):
         create_model(name, image_size=[32, 64])

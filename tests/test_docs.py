@@ -129,7 +129,7 @@ def test_the_commands_and_options_named_exist() -> None:
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
     texts += [f"{command.epilog}" for command in commands.values()]
     calls = re.findall(
-        r"^[#$ ]*(?:\.venv/bin/)?quietvit ([a-z]+) (.*)$", "\n".join(texts), re.MULTILINE
+        r"^[#$ ]*(?:\.venv/bin/)?quietvit ([a-z][a-z-]*) (.*)$", "\n".join(texts), re.MULTILINE
     )
     assert len(calls) > 10
     for command, rest in calls:
@@ -188,8 +188,8 @@ def test_every_command_of_the_readme_is_run_or_it_is_said_why_not() -> None:
 
 
 @pytest.fixture
-def my_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What the README calls the user's own, and where it is here."""
+def my_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder of photos; it lies in a folder that becomes the current one."""
     monkeypatch.chdir(tmp_path)
     noise = np.random.default_rng(0)
     for part in ("train", "val"):
@@ -197,12 +197,17 @@ def my_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             path = tmp_path / "images" / part / f"class{number % 2}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+    Image.open(path).save(tmp_path / "photo.jpg")
+    return str(tmp_path / "images")
+
+
+@pytest.fixture
+def my_files(tmp_path: Path, my_photos: str) -> dict[str, str]:
+    """What the README calls the user's own, and where it is here."""
     model = create_model("deit_tiny_patch16_224", 10, **SMALL)
     save_file(model.state_dict(), tmp_path / "deit_tiny.safetensors")
     saved(tmp_path / "vit", classifier("ViT", 2))
-    Image.open(tmp_path / "images/val/class0/0.png").save(tmp_path / "photo.jpg")
-    images = str(tmp_path / "images")
-    return {"/my/images": images, "/data/imagenet": images, "/my/vit": str(tmp_path / "vit")}
+    return {"/my/images": my_photos, "/data/imagenet": my_photos, "/my/vit": str(tmp_path / "vit")}
 
 
 @pytest.mark.slow
@@ -219,6 +224,21 @@ def test_the_commands_of_the_readme_run(my_files: dict[str, str]) -> None:
     assert Path("mine.qvit").is_dir()
 
 
+def test_the_commands_that_choose_bits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/bits.md").read_text("utf-8")
+    commands = [
+        line for line in text.splitlines() if line.startswith("quietvit") and " 32 " in line
+    ]
+    assert len(commands) == 2
+    for command in commands:
+        done = CliRunner().invoke(cli.app, shlex.split(command)[1:])
+        assert done.exit_code == 0, done.output
+    held = quietvit.load("mixed.qvit").method.overrides
+    assert held == quietvit.RTN(overrides="bits.toml").overrides
+    assert held.plain().keys() > {"blocks.0.attn.qkv"}
+
+
 # The tutorials: what is replaced in each, and what makes its commands short.
 SMALL_VIT = {"deit_tiny_patch16_224": "test_vit", "/my/photos": "images", "--count 32": "--count 4"}
 SMALL_DETECTOR = (
@@ -230,7 +250,7 @@ SMALL_DETECTOR = (
 )
 SHORTER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "photos": (
-        SMALL_VIT | {"deit_tiny_patch16_224.safetensors": "none"},
+        SMALL_VIT,
         {
             "train": f"{FEW} -s model.name=test_vit",
             "quantize": "--count 4",
@@ -267,7 +287,7 @@ def my_boxes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("my_files", "my_boxes")
+@pytest.mark.usefixtures("my_photos", "my_boxes")
 @pytest.mark.parametrize("page", [Path(page).stem for page in TUTORIALS])
 def test_a_tutorial_runs_from_top_to_bottom(page: str) -> None:
     for package in NEEDS.get(page, []):

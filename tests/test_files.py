@@ -266,3 +266,39 @@ def test_what_only_looks_like_a_leftover_is_never_swept(tmp_path):
     sweep(folder / "a.json")
     assert held(tmp_path) == before
     assert (folder / ".a.json.abcd1237").is_symlink()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_next_save_of_a_folder_sweeps_what_killed_ones_left(tmp_path, monkeypatch, before):
+    path = tmp_path / "model"
+    if before:
+        put({"model/a": "old"}, path)
+    for rename in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+            if rename:  # killed when the earlier folder is moved away already
+                failing_rename(patch, path, SystemExit(), times=9)
+            else:
+                patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(SystemExit()))
+            with pytest.raises(SystemExit):
+                put({"model/a": "half"}, path)
+    assert len(leftovers(path, parts=["a"])) == 2 + before
+    put({"model/a": "new"}, path)
+    assert held(tmp_path) == {"model/a": "new"}
+
+
+def test_a_write_that_goes_on_is_not_swept_by_another(tmp_path):
+    path = tmp_path / "model"
+    with beside(path) as folder:
+        (folder / "model").mkdir()
+        (folder / "model" / "a").write_text("late")
+        put({"model/a": "early"}, path)
+        sweep(path, parts=["a"])
+        assert (path / "a").read_text() == "early"
+        put_in_place(folder, path)
+    assert held(tmp_path) == {"model/a": "late"}
+    killed_bin = tmp_path / ".m.xml.abcd1234" / "m.bin"
+    killed_bin.parent.mkdir()
+    killed_bin.touch()
+    put({"m.bin": "1", "m.xml": "2"}, tmp_path / "m.bin", tmp_path / "m.xml")
+    assert not killed_bin.parent.exists()

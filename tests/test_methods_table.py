@@ -279,11 +279,22 @@ def test_excluded_sites_stay_float(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_overrides_decide_the_bits_of_every_operand(name):
+def test_overrides_decide_the_bits_of_every_operand(name, tmp_path):
     model, example, images = built("timm-vit")
-    overrides = {"post_softmax": 7, "post_gelu": "W5A6", "blocks.1.attn.proj": "float"}
+    overrides = {
+        "post_softmax": 7,
+        "post_gelu": "W5A6",
+        "blocks.1.attn.proj": "float",
+        "blocks.0.*.qkv": "W6A7",
+        "blocks.1.mlp.fc1:weight": 4,
+    }
     whole = quantized(model, name, images, example, overrides=overrides)
     expected = {
+        ("blocks.0.attn.qkv", "input"): 7,
+        ("blocks.0.attn.qkv", "weight"): 6,
+        ("blocks.1.attn.qkv", "weight"): 8,
+        ("blocks.1.mlp.fc1", "input"): 8,
+        ("blocks.1.mlp.fc1", "weight"): 4,
         ("blocks.0.mlp.fc2", "input"): 6,
         ("blocks.0.mlp.fc2", "weight"): 5,
         ("blocks.0.mlp.fc1", "weight"): 8,
@@ -296,6 +307,16 @@ def test_overrides_decide_the_bits_of_every_operand(name):
     assert [whole.quantizers[slot.key].bits for slot in maps] == [7, 7]
     for slot in whole.slots():
         assert whole.quantizers[slot.key].bits == whole.method.slot_bits(slot)
+    loaded = quietvit.load(whole.save(tmp_path / "a.qvit"), model=copy.deepcopy(whole.model))
+    assert (
+        loaded.method.overrides
+        == whole.method.overrides
+        == quietvit.RTN(overrides=overrides).overrides
+    )
+    assert {k: q.bits for k, q in loaded.quantizers.items()} == {
+        k: q.bits for k, q in whole.quantizers.items()
+    }
+    assert torch.equal(logits(whole, images), logits(loaded, images))
 
 
 @pytest.mark.parametrize("name", METHODS)

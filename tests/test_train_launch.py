@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from quietvit.train import TrainResult
+from quietvit.train import TrainResult, train
 from test_train_distributed import CD, SHARED, assert_close
 from test_train_loop import config, lines
 
@@ -31,13 +31,12 @@ ACCELERATE = (
 
 
 def started(launcher: tuple[str, ...], output: Path, **changes: Any) -> subprocess.Popen[bytes]:
-    """A run by the command line, its configuration a recipe beside the output folder."""
+    """A run by the launcher, its configuration a recipe beside the output folder."""
     recipe = output.with_suffix(".json")
     recipe.write_text(config(output, **changes).model_dump_json())
-    train = ["quietvit.cli", "train", "--recipe", str(recipe), "--output", str(output)]
-    train = ["-m", *train] if launcher else train
+    run = ["-m", "quietvit.cli", "train", "--recipe", str(recipe), "--output", str(output)]
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, *train],
+        [sys.executable, "-m", *launcher, *run],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=output.with_suffix(f".{len(list(output.parent.iterdir()))}.log").open("w"),
         stderr=subprocess.STDOUT,
@@ -70,22 +69,31 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
+CHANGES: dict[str, Any] = {**SHARED, "epochs": 1, "decay": CD}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, which steps through the whole batch."""
+    output = tmp_path_factory.mktemp("alone") / "one"
+    train(config(output, accumulation=4, **CHANGES), progress=False)
+    return output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_two_machines_train_as_one_process_with_the_whole_batch(
-    launcher: tuple[str, ...], tmp_path: Path
+    launcher: tuple[str, ...], alone: Path, tmp_path: Path
 ) -> None:
-    both, one = tmp_path / "both", tmp_path / "one"
-    changes: dict[str, Any] = {**SHARED, "epochs": 1, "decay": CD}
+    both = tmp_path / "both"
     port = free_port()
     commands = [[part.format(rank=rank, port=port) for part in launcher] for rank in range(2)]
-    launched = [started(tuple(each), both, accumulation=2, **changes) for each in commands]
+    launched = [started(tuple(each), both, accumulation=2, **CHANGES) for each in commands]
     finish(launched, tmp_path)
-    finish([started((), one, accumulation=4, **changes)], tmp_path)
-    found, expected = TrainResult.read(both), TrainResult.read(one)
+    found, expected = TrainResult.read(both), TrainResult.read(alone)
     assert found.steps == expected.steps == 3
     assert found.top1 == expected.top1
     assert_close(load_file(found.weights), load_file(expected.weights))
-    losses = [[line["loss"] for line in lines(each) if "loss" in line] for each in (both, one)]
+    losses = [[line["loss"] for line in lines(each) if "loss" in line] for each in (both, alone)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert len(losses[0]) == 3

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import quietvit
 from detection_cases import BACKBONE, SETTINGS
+from quietvit import cli
 from quietvit.compare import CompareConfig
 from quietvit.console import build_model
 from quietvit.errors import QuietvitError
@@ -80,6 +83,34 @@ def test_the_saved_model_is_the_trained_one(tmp_path, whole):
     assert "trained after calibration, with learned steps" in model.report()
     assert model.deployable
     assert not (result.output / "model.safetensors").exists()
+
+
+def test_commands_take_the_folder_of_a_run_also_after_a_move(tmp_path, whole):
+    moved = shutil.copytree(whole(1).output, tmp_path / "moved")
+    saved, images = moved / "model.qvit", ["--images", "embedded:digits"]
+
+    def command(*given):
+        done = CliRunner().invoke(cli.app, list(map(str, given)))
+        return done.exit_code, " ".join(done.output.split())
+
+    code, told = command("evaluate", moved, *images)
+    assert (code, "top-1" in told) == (0, True), told
+    assert command("evaluate", saved, *images, "--model", moved) == (0, told)
+    code, told = command("export", moved)
+    assert code == 0, told
+    file = moved / "model.onnx"
+    assert f"Written: {file}" in told
+    code, told = command("check", file, "--against", moved, *images, "--count", 8, "--seconds", 0)
+    assert code == 0, told
+    for given, remedy in (
+        (("quantize", moved, "--calibration", "embedded:digits", "-o", tmp_path / "a.qvit"), "run"),
+        (("sensitivity", moved, *images), "Give the run or the weights that it began with"),
+        (("sensitivity", saved, *images), "Give the model that it was made from"),
+        (("predict", moved, "photo.png"), f"quietvit export {moved}"),
+    ):
+        code, told = command(*given)
+        assert code == 2, told
+        assert remedy in told
 
 
 def test_a_run_is_float_before_its_start_and_then_begins_as_the_quantized_model(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from quietvit.detection import DetectionDataset
+    from quietvit.quantization import QuantizedModel
+    from quietvit.train import TrainResult
 
 
 Recipe = Annotated[
@@ -137,8 +139,8 @@ Keep = Annotated[
         "--keep",
         "-k",
         metavar="WHAT=BITS",
-        help="Other bits for a role or sites: post_softmax=8, '*.fc1=W4A8' or head=float. "
-        "Repeatable.",
+        help="Other bits for a role or sites: post_softmax=8, '*.fc1=W4A8', head=float, or a file "
+        "from choose-bits. Repeatable.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
@@ -170,9 +172,16 @@ def build_model(
     from quietvit.data import create_model
     from quietvit.data.weights import UnknownModelError
     from quietvit.detection import hf_detector, is_detector_folder
+    from quietvit.quantization.storage import FORMAT
 
+    if FORMAT.holds(Path(name)):
+        raise QuietvitError(
+            f"{name} is a quantized model, and this command needs a float model. Give the model "
+            "that it was made from. The commands evaluate, export and check take a .qvit."
+        )
     if Path(name).is_dir():
         from quietvit.train import TrainResult
+        from quietvit.train.result import QUANTIZED
 
         if (weights, classes, size) != (None, None, None):
             raise QuietvitError(
@@ -182,8 +191,9 @@ def build_model(
         result = TrainResult.read(name)
         if result.config.qat is not None:
             raise QuietvitError(
-                f"{name} is a run that trained a quantized model, and a float model is needed "
-                f"here; give {result.weights} to evaluate, export and check."
+                f"{name} is a run that trained a quantized model, and this command needs a float "
+                "model. Give the run or the weights that it began with. Give this run or its "
+                f"{QUANTIZED} to evaluate, export and check."
             )
         return result.load_model()
     if name.startswith("hf:") and is_detector_folder(name[3:]):
@@ -199,6 +209,32 @@ def build_model(
     if weights is None and not name.startswith("hf:"):
         typer.echo("note: the weights of the model are random. Give some with --weights.", err=True)
     return model
+
+
+def quantized_run(path: str | Path) -> TrainResult | None:
+    """Return the finished run in the folder ``path`` if it trained a quantized model, else None."""
+    from quietvit.train import TrainResult
+    from quietvit.train.result import QUANTIZED
+
+    if not (Path(path) / QUANTIZED).is_dir():
+        return None
+    result = TrainResult.read(path)
+    return result if result.config.qat is not None else None
+
+
+def load_quantized(path: str | Path, original: str | None) -> QuantizedModel:
+    """Load a saved .qvit, or the quantized model of a training run by its folder.
+
+    ``original``: the float model or run with its architecture, if no library builds it.
+    """
+    from quietvit.quantization import load
+
+    run = quantized_run(path)
+    if original is None:
+        return load(path) if run is None else run.load_model()  # type: ignore[return-value]
+    of = quantized_run(original)
+    model = build_model(original, None, None, None) if of is None else of.task.rebuild(of, None)
+    return load(path if run is None else run.weights, model)
 
 
 def build_bare(name: str, size: int | None) -> nn.Module:

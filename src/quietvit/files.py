@@ -119,11 +119,12 @@ def beside(path: Path, *failures: type[Exception]) -> Iterator[Path]:
     told: tuple[type[Exception], ...] = (OSError, *failures)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        folder, lock = _hidden(path)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            _unlock(lock)
     except told as error:
         raise QuietvitError(
             f"could not write {path}: {getattr(error, 'strerror', None) or error}. What was there "
@@ -131,52 +132,100 @@ def beside(path: Path, *failures: type[Exception]) -> Iterator[Path]:
         ) from error
 
 
-def leftovers(*paths: Path) -> list[Path]:
-    """Return the hidden folders that a killed ``write_atomic`` of ``paths`` left behind.
+def _hidden(path: Path) -> tuple[Path, int | None]:
+    """Make a hidden folder beside ``path`` and lock it. Returns the folder and the lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        lock = _lock_folder(folder, wait=True)
+        if lock is None or folder.exists():
+            return folder, lock
+        _unlock(lock)  # another process swept the folder before it was locked
 
-    They have a name from ``beside`` and hold nothing or a file with the path's name. Other folders
-    with the same prefix, and unreadable ones, belong to somebody else.
+
+def _lock_folder(folder: Path, wait: bool) -> int | None:
+    """Lock a folder against ``sweep`` until ``_unlock`` or the end of the process.
+
+    None if it is locked already and ``wait`` is False, or if the system has no such locks.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def leftovers(*paths: Path, parts: Collection[str] = ()) -> list[Path]:
+    """Return the hidden folders that a killed write of ``paths`` left behind, or writes now.
+
+    They have a name from ``beside`` and hold nothing, or a file with the path's name. Other folders
+    with the same prefix, and unreadable ones, belong to somebody else. ``parts``: names of more
+    files that may be in such a folder, or in a folder with the path's name.
     """
     return [
         folder
         for path in paths
         for folder in sorted(path.parent.glob(f".{glob.escape(path.name)}.*"))
         if _RANDOM.fullmatch(folder.name.removeprefix(f".{path.name}."))
-        and _holds_at_most(folder, path.name)
+        and _holds_at_most(folder, path.name, parts)
     ]
 
 
-def sweep(*paths: Path) -> None:
-    """Remove the ``leftovers`` of ``paths``. No other process may be writing them."""
-    for folder in leftovers(*paths):
-        shutil.rmtree(folder, ignore_errors=True)
+def sweep(*paths: Path, parts: Collection[str] = ()) -> None:
+    """Remove the ``leftovers`` of ``paths``, except those that another write uses now.
+
+    Without locks of folders (Windows, some network disks) nothing is removed.
+    """
+    for folder in leftovers(*paths, parts=parts):
+        lock = _lock_folder(folder, wait=False)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _unlock(lock)
 
 
-def _holds_at_most(folder: Path, name: str) -> bool:
-    """Whether ``folder`` is a real folder (no link) that is empty or holds only a file ``name``."""
+def _holds_at_most(folder: Path, name: str, parts: Collection[str]) -> bool:
+    """Whether ``folder`` is a real folder (no link) that holds at most what ``leftovers`` tells."""
     try:
-        parts = list(folder.iterdir())
+        held = list(folder.iterdir())
+        if parts and [path.name for path in held] == [name] and held[0].is_dir():
+            folder, held = held[0], list(held[0].iterdir())
     except OSError:
         return False
-    return not folder.is_symlink() and all(p.name == name and p.is_file() for p in parts)
+    known = {name, *parts}
+    return not folder.is_symlink() and all(p.name in known and p.is_file() for p in held)
 
 
 def put_in_place(folder: Path, *paths: Path) -> None:
     """Move the files that ``folder`` (from ``beside``) holds under the names of ``paths`` there.
 
     The files are flushed to disk first. Old files are deleted only when all new ones are in place.
-    If a rename fails, the old files are restored and no new file stays.
+    If a rename fails, the old files are restored and no new file stays. What killed writes of the
+    same paths left is swept at the end.
 
     Raises:
         QuietvitError: a rename failed, and the old files could not be restored. The message names
             the hidden folder that keeps them.
     """
+    parts = set[str]()
     for path in paths:
         new = folder / path.name
+        if new.is_dir():
+            parts |= {inner.name for inner in new.iterdir()}
         for inner in new.rglob("*") if new.is_dir() else [new]:
             if not inner.is_dir():
                 flush(inner)
-    earlier = Path(tempfile.mkdtemp(prefix=f".{paths[0].name}.", dir=folder.parent))
+    earlier, lock = _hidden(folder.parent / paths[0].name)
     try:
         for path in paths:
             if os.path.lexists(path):
@@ -191,13 +240,19 @@ def put_in_place(folder: Path, *paths: Path) -> None:
                 if os.path.lexists(earlier / path.name):
                     (earlier / path.name).replace(path)
         if any(earlier.iterdir()):
+            with suppress(OSError):  # no later write sweeps a folder of another name
+                earlier = earlier.rename(f"{earlier}.kept")
             raise QuietvitError(
                 f"could not write {paths[0]}: {getattr(error, 'strerror', None) or error}. The "
                 f"earlier file could not be restored and is in {earlier}; move it from there."
             ) from error
         earlier.rmdir()
         raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    else:
+        shutil.rmtree(earlier, ignore_errors=True)
+    finally:
+        _unlock(lock)
+    sweep(*paths, parts=[*(path.name for path in paths), *parts])
 
 
 def refuse_nonempty(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.advice.advice import Advice
+from quietvit.advice.budget import Budget, OutOfTimeError
 from quietvit.advice.causes import Cause, find_causes
 from quietvit.advice.effects import FloatOutputs
 from quietvit.advice.ladder import BITS, METHODS, Ladder, Row, settings
 from quietvit.advice.sensitivity import measured
 from quietvit.advice.steps import GOOD, next_steps
-from quietvit.advice.switches import Switches, read_batches, refuse_training
+from quietvit.advice.switches import (
+    Switches,
+    number_above_0,
+    read_batches,
+    refuse_text,
+    refuse_unfit,
+)
 from quietvit.errors import QuietvitError
 from quietvit.quantization.calibration import BATCH
 from quietvit.quantization.settings import parse_method
@@ -28,12 +34,14 @@ from quietvit.tracing import trace as trace_model
 
 LEAST = 16
 CALIBRATION = 32
-EXPLAINED = 16
-"""Number of images to find and explain the worst sites."""
+EXPLAINED = (16, 8, 4)
+"""Number of images to find and explain the worst sites, from much time to little."""
 EXPLAINER = "rtn-omse"
 """Sites are explained for this method, because it only chooses ranges."""
-_LADDER = 0.7
-"""Share of the time for the ladder. The rest is for causes and for roles at 8 bits."""
+_PASSES = 50
+"""Time to explain the sites, in quantized forward passes (measured on DeiT-Tiny)."""
+_TRIALS = 2
+"""Number of roles that are tried at 8 bits."""
 
 
 def advise(
@@ -49,14 +57,15 @@ def advise(
 
     No labels are needed. Half of the images, at most 32, calibrate. The rest measure how often the
     quantized model predicts the same class as the float model. The settings are tried method by
-    method until the time is up. Then the three most expensive sites are explained, at the lowest
-    bits with rtn-omse. The model never changes. Ctrl-C ends the search and returns its results.
+    method. Then the three most expensive sites are explained, at the lowest bits with rtn-omse, and
+    two roles are tried at 8 bits. Up to half of the time is kept for this. What does not fit is
+    skipped and named. The model never changes. Ctrl-C ends the search and returns its results.
 
     Args:
         model: a float model in eval mode.
         images: at least 16, as for ``quietvit.quantize``. They are held in memory. Every second one
             of the first 64 calibrates.
-        minutes: total time. A setting that has started is finished.
+        minutes: total time. A setting that has started is finished, and the first one always runs.
         methods: names as for ``quietvit.quantize``. The first one is the baseline.
         bits: such as ``W4A8``, or with overrides ``W4A4+attention-maps-8``. Give the lowest last.
         progress: show a progress bar after 3 seconds.
@@ -65,87 +74,130 @@ def advise(
         QuietvitError: there are fewer than 16 images, a method or bits are unknown, or the model is
             in training mode or cannot be traced or quantized.
     """
-    refuse_training(model)
-    if not minutes > 0:
-        raise QuietvitError(f"minutes is {minutes:g}; give more than 0, such as 10.")
+    refuse_unfit(model)
+    if not number_above_0(minutes):
+        raise QuietvitError(f"minutes is {minutes!r}; give more than 0, such as 10.")
+    refuse_text("methods", methods, "['rtn-omse', 'erq']")
+    refuse_text("bits", bits, "['W8A8', 'W4A8']")
     if not methods or not bits:
         raise QuietvitError("give at least one method and one setting of bits.")
-    start = time.monotonic()
-    model = plain_model(model)
+    return _within(Budget(60 * minutes), plain_model(model), images, methods, bits, progress)
+
+
+def _within(
+    budget: Budget,
+    model: nn.Module,
+    images: Any,
+    methods: Sequence[str],
+    bits: Sequence[str],
+    progress: bool,
+) -> Advice:
+    """Do the work of ``advise`` within a budget."""
     calibration, aside = _parted(read_batches(images, model))
     trace = trace_model(model, calibration[0][:1])
     tries = settings(methods, bits, trace)
+    for *_, method in tries:
+        method.check_sites(trace)
     floats = FloatOutputs(model, trace, aside)
-    ladder = Ladder(model, trace, calibration, floats)
-    found = _Findings()
+    ladder = Ladder(model, trace, calibration, floats, budget)
+    search = _Search(budget, model, trace, calibration, torch.cat(aside), ladder)
     complete = True
     try:
-        ladder.climb(tries, start + 60 * _LADDER * minutes, progress)
+        ladder.climb(tries, lambda needed: needed <= budget.left - search.reserved(), progress)
         if not ladder.rows:
             reasons = {why: name for name, why in reversed(ladder.failed)}
             shown = " ".join(f"{name}: {why}" for why, name in reasons.items())
             raise QuietvitError(f"no method could quantize this model. {shown}")
-        found.target = _target(ladder.rows)
-        if found.target is not None:
-            try:
-                _explain(found, ladder, model, trace, calibration, aside, start + 60 * minutes)
-            except QuietvitError as error:  # keep the measured rows if the explanation fails
-                ladder.failed.append((f"explaining {found.target.name}", str(error)))
+        search.target = _target(ladder.rows)
+        if search.target is not None:
+            search.explain(search.target)
     except KeyboardInterrupt:
         if not ladder.rows:
             raise
         complete = False
+    causes = tuple(sorted(search.causes, key=lambda cause: -cause.cost))
     return Advice(
         model=trace.model_name,
         images=(sum(map(len, calibration)), sum(map(len, aside))),
         rows=tuple(ladder.rows),
-        target=None if found.target is None else found.target.name,
-        causes=found.causes,
-        steps=next_steps(ladder.rows, found.target, found.kept, found.causes),
+        target=None if search.target is None else search.target.name,
+        causes=causes,
+        steps=next_steps(ladder.rows, search.target, search.kept, causes),
         failed=tuple(ladder.failed),
         skipped=tuple(ladder.skipped),
-        seconds=time.monotonic() - start,
+        seconds=budget.spent,
         complete=complete,
     )
 
 
 @dataclass
-class _Findings:
-    """The target row (lowest bits, not good yet), its causes, and trials with roles at 8 bits."""
+class _Search:
+    """What follows the ladder: causes of the target row, and trials with roles at 8 bits.
 
+    ``target``: the row with the lowest bits, if it is not good yet. ``images``: those that measure.
+    """
+
+    budget: Budget
+    model: nn.Module
+    trace: Trace
+    calibration: Sequence[Tensor]
+    images: Tensor
+    ladder: Ladder
     target: Row | None = None
     kept: list[tuple[str, Row]] = field(default_factory=list)
-    causes: tuple[Cause, ...] = ()
+    causes: list[Cause] = field(default_factory=list)
 
+    def reserved(self) -> float:
+        """Return the seconds kept for the work after the ladder, at most half of all."""
+        trials = _TRIALS * self.ladder.expected(self.ladder.rows[0].method)
+        return min(self.budget.seconds / 2, self._expected(EXPLAINED[0]) + trials)
 
-def _explain(
-    found: _Findings,
-    ladder: Ladder,
-    model: nn.Module,
-    trace: Trace,
-    calibration: Sequence[Tensor],
-    aside: Sequence[Tensor],
-    deadline: float,
-) -> None:
-    """Explain the worst sites at the target's bits, then try the worst two roles at 8 bits."""
-    target = found.target
-    assert target is not None
-    switches = Switches(
-        model,
-        parse_method(EXPLAINER, target.bits),
-        torch.cat(list(aside))[:EXPLAINED],
-        calibration=calibration,
-        trace=trace,
-        progress=False,
-    )
-    costs = measured(switches, estimate=True)
-    causes = find_causes(switches, [part.name for part in costs.worst_sites[:3]], costs.measure)
-    found.causes = tuple(sorted(causes, key=lambda cause: -cause.cost))
-    for role in _wide(switches, [part.name for part in costs.worst_roles])[:2]:
-        bits = f"{target.bits}+{role}=8"
-        before = len(ladder.rows)
-        ladder.climb([(target.method, bits, parse_method(target.method, bits))], deadline, False)
-        found.kept += [(role, row) for row in ladder.rows[before:]]
+    def explain(self, target: Row) -> None:
+        """Explain the worst sites at the target's bits, then try the worst roles at 8 bits."""
+        skipped = [f"causes of {target.name}", "roles at 8 bits"]
+        count = next((n for n in EXPLAINED if self._expected(n) <= self.budget.left), None)
+        if count is None:
+            self.ladder.skipped += skipped
+            return
+        try:
+            roles = self._explain(target, count)
+        except OutOfTimeError:
+            self.ladder.skipped += skipped
+            return
+        except QuietvitError as error:  # keep the measured rows if the explanation fails
+            self.ladder.failed.append((f"explaining {target.name}", str(error)))
+            return
+        for role in roles:
+            bits = f"{target.bits}+{role}=8"
+            before = len(self.ladder.rows)
+            tries = [(target.method, bits, parse_method(target.method, bits))]
+            self.ladder.climb(tries, lambda needed: needed <= self.budget.left, False)
+            self.kept += [(role, row) for row in self.ladder.rows[before:]]
+
+    def _explain(self, target: Row, count: int) -> list[str]:
+        """Find the causes on ``count`` images. Returns the roles to try at 8 bits."""
+        switches = Switches(
+            self.model,
+            parse_method(EXPLAINER, target.bits),
+            self.images[:count],
+            calibration=self.calibration,
+            trace=self.trace,
+            progress=False,
+            check=self.budget.check,
+        )
+        costs = measured(switches, estimate=True, progress=False)
+        if not costs.complete:
+            raise KeyboardInterrupt
+        worst = [part.name for part in costs.worst_sites[:3]]
+        self.causes.extend(find_causes(switches, worst, costs.measure))
+        return _wide(switches, [part.name for part in costs.worst_roles])[:_TRIALS]
+
+    def _expected(self, count: int) -> float:
+        """Return the expected seconds to explain the sites on ``count`` images."""
+        rows = self.ladder.rows
+        own = [row.seconds for row in rows if row.method == EXPLAINER]
+        calibrating = max(own or [row.seconds for row in rows])
+        return calibrating + _PASSES * count * self.ladder.pass_seconds
 
 
 def _parted(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

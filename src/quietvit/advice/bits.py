@@ -16,16 +16,17 @@ from torch import nn
 from quietvit.advice.operands import operand_costs
 from quietvit.advice.program import Program
 from quietvit.advice.sizes import average_bits, weight_size
-from quietvit.advice.switches import Switches, read_batches, refuse_training
+from quietvit.advice.switches import Switches, read_batches, refuse_text, refuse_unfit
 from quietvit.errors import QuietvitError
 from quietvit.files import finite, json_text, write_atomic
 from quietvit.quantization import Method, OnTop, Slot
 from quietvit.quantization.on_top import SHARED
+from quietvit.quantization.overrides_file import write_overrides
 from quietvit.quantization.settings import parse_bits, parse_method, written_bits
 from quietvit.tracing import Trace, plain_model
 from quietvit.tracing import trace as trace_model
 
-CHOICES = ("W4A4", "W6A6", "W8A8")
+CHOICES = ("W4A4", "W4A8", "W6A6", "W8A8")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ class BitChoice:
         """Write overrides and numbers to ``path`` atomically. Returns the path."""
         plain = {key: value for key, value in vars(self).items() if key != "method"}
         return write_atomic(path, json_text(finite(plain), indent=1) + "\n")
+
+    def to_toml(self, path: str | Path) -> Path:
+        """Write all overrides of ``method`` to a TOML file atomically. Returns the path.
+
+        The path can then stand for overrides: ``quietvit.RTN(overrides="bits.toml")``, ``quietvit
+        quantize --keep bits.toml``, or ``overrides = "bits.toml"`` in the recipe section ``qat``.
+
+        Raises QuietvitError if the path does not end with ``.toml``, or cannot be written.
+        """
+        return write_overrides(path, self.method.overrides.plain(), f"quietvit choose-bits: {self}")
 
 
 def choose_bits(
@@ -181,7 +192,8 @@ class _Search:
         choices: Sequence[str],
         trace: Trace | None,
     ) -> None:
-        refuse_training(model)
+        refuse_unfit(model)
+        refuse_text("choices", choices, "['W4A4', 'W8A8']")
         # The fewest bits come first: they meet the budget, also if Ctrl-C ends the search.
         names = sorted(
             dict.fromkeys(map(written_bits, choices)), key=lambda name: sum(parse_bits(name))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -46,27 +46,27 @@ class Cause:
     why: str
 
 
-def find_causes(switches: Switches, sites: Sequence[str], measure: str) -> tuple[Cause, ...]:
-    """Explain the costs of these sites. ``measure``: ``kl`` or ``error``."""
+def find_causes(switches: Switches, sites: Sequence[str], measure: str) -> Iterator[Cause]:
+    """Yield the causes of the costs of these sites. ``measure``: ``kl`` or ``error``."""
     model, images = switches.model, torch.cat(list(switches.floats.batches))
 
     def cost(slots: Sequence[Slot]) -> float:
         return float(getattr(switches.effect(slots), measure) or 0.0)
 
+    switches.check()
     try:
         diagnosis = diagnose(model, images, trace=switches.quantized.trace)
     except QuietvitError:  # the model has no pairs: measure only its sites
         diagnosis = diagnose(model, images, trace=switches.quantized.trace, pairs=())
+    switches.check()
     rounding = _rounding(switches, sites)
-    found = []
     for name in sites:
         slots = switches.sites[name]
         whole, costs = cost(slots), {slot: cost([slot]) for slot in slots}
         worst = max(slots, key=lambda slot: costs[slot])
         kind, why = _why(switches, worst, rounding.get(worst), diagnosis)
         share = costs[worst] / whole if whole else 0.0
-        found.append(Cause(name, worst.site.role, whole, worst.operand, share, kind, why))
-    return tuple(found)
+        yield Cause(name, worst.site.role, whole, worst.operand, share, kind, why)
 
 
 @dataclass

@@ -5,7 +5,7 @@ The callers choose the operands to quantize.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,13 @@ class FloatOutputs:
         with torch.no_grad():
             for batch in batches:
                 output = run_model(model, batch)
+                if _has_boxes(output):
+                    raise QuietvitError(
+                        "the detector returns a list of boxes for each image. Their number and "
+                        "order change with the bits, so two outputs cannot be compared. Give the "
+                        "part in front of the boxes, such as model.backbone with normalized "
+                        "images. Detectors of transformers (hf:FOLDER) work as a whole."
+                    )
                 self.classifies = self.classifies and _has_logits(output)
                 self._outputs.append(self.read(output).detach().cpu())
         for output in self._outputs:
@@ -108,10 +115,18 @@ def _has_logits(output: Any) -> bool:
         return False
 
 
+def _has_boxes(output: Any) -> bool:
+    """Whether the output is that of torchvision's detectors: a list with the boxes of each image.
+
+    A transformers detector gives the same number of boxes for every image.
+    """
+    listed = isinstance(output, list) and all(isinstance(each, Mapping) for each in output)
+    return listed and all("boxes" in each for each in output)
+
+
 def _check_shapes(found: Tensor, wanted: Tensor) -> None:
     if found.shape != wanted.shape:
         raise QuietvitError(
             f"the outputs have {found.numel()} values when quantized and {wanted.numel()} in "
-            "float, for example because a detector found another number of boxes. Give a part of "
-            "the model with a fixed output shape, such as the backbone."
+            "float, so they cannot be compared. Give a part of the model with a fixed output shape."
         )

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from quietvit.advice.effects import Effect, divergence
 from quietvit.advice.switches import Switches
 from quietvit.quantization import Slot
+from quietvit.quantization.calibration import tracked
 from quietvit.tracing import Site
 
 BATCH = 2
@@ -42,20 +44,31 @@ Key = tuple[str, str]
 
 
 def estimated_effects(
-    switches: Switches, whole: Effect
-) -> tuple[dict[Key, Effect], dict[Key, Effect]]:
-    """Return the estimated effects ``alone`` and ``without``, by (``role`` or ``site``, name).
+    switches: Switches, whole: Effect, progress: bool = False
+) -> tuple[dict[Key, Effect], dict[Key, Effect], int]:
+    """Return the estimated effects ``alone`` and ``without``, and the number of images used.
 
-    Only matrix products are estimated, not norms, for example.
+    The effects are by (``role`` or ``site``, name). Only matrix products are estimated, not norms,
+    for example. Ctrl-C ends the passes, and the images so far give the estimate.
     """
     alone, gains = _Scores(), _Scores()
-    signal = 0.0
+    signal, seen = 0.0, 0
     generator = torch.Generator().manual_seed(_SEED)
-    for batch in switches.floats.batches:
-        for images in batch.split(BATCH):
-            output = _probe(switches, images, alone, generator)
-            signal += float(output.float().square().sum())
-            _follow(switches, images, output, gains)
+    parts = [part for batch in switches.floats.batches for part in batch.split(BATCH)]
+    try:
+        with closing(tracked(parts, len(parts), "estimating", progress)) as steps:
+            for images in steps:
+                switches.check()
+                own_costs, own_gains = _Scores(), _Scores()
+                output = _probe(switches, images, own_costs, generator)
+                _follow(switches, images, output, own_gains)
+                alone.join(own_costs)
+                gains.join(own_gains)
+                signal += float(output.float().square().sum())
+                seen += len(images)
+    except KeyboardInterrupt:
+        if not seen:
+            return {}, {}, 0
     groups = {("role", name): slots for name, slots in switches.roles.items()}
     groups |= {("site", name): slots for name, slots in switches.sites.items()}
     first, second = {}, {}
@@ -65,14 +78,14 @@ def estimated_effects(
         square = float(alone.total(slots).square().mean(0).sum())
         gain = float(gains.total(slots).sum())
         if switches.floats.classifies:
-            cost = square / 2 / switches.images
+            cost = square / 2 / seen
             first[key] = Effect(kl=cost)
-            second[key] = Effect(kl=(whole.kl or 0.0) - gain / switches.images + cost)
+            second[key] = Effect(kl=(whole.kl or 0.0) - gain / seen + cost)
         elif signal:
             first[key] = Effect(error=math.sqrt(square / signal))
             left = (whole.error or 0.0) ** 2 - (gain - square) / signal
             second[key] = Effect(error=math.copysign(math.sqrt(abs(left)), left))
-    return first, second
+    return first, second, seen
 
 
 def estimated_costs(switches: Switches) -> dict[Slot, float]:
@@ -125,6 +138,13 @@ class _Scores:
 
     def add(self, slot: Slot, probe: int, scores: Tensor) -> None:
         self.found.setdefault(slot, {}).setdefault(probe, []).append(scores)
+
+    def join(self, other: _Scores) -> None:
+        """Append the scores of further images."""
+        for slot, by_probe in other.found.items():
+            for probe, parts in by_probe.items():
+                for part in parts:
+                    self.add(slot, probe, part)
 
     def knows(self, slots: Iterable[Slot]) -> bool:
         return all(slot in self.found for slot in slots)

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from quietvit.advice.budget import Budget
 from quietvit.advice.effects import Effect, FloatOutputs
 from quietvit.advice.sizes import average_bits, stored_bytes
 from quietvit.errors import QuietvitError
@@ -108,39 +108,45 @@ class Ladder:
         trace: Trace,
         calibration: Sequence[Tensor],
         floats: FloatOutputs,
+        budget: Budget,
     ) -> None:
         self.rows: list[Row] = []
         self.failed: list[tuple[str, str]] = []
         self.skipped: list[str] = []
         self._model, self._trace, self._calibration = model, trace, calibration
-        self._floats = floats
+        self._floats, self._now = floats, budget.now
         self._seconds: dict[str, float] = {}
+        self.pass_seconds = 0.0
+        """Largest time of a quantized forward pass, per image."""
 
     def climb(
-        self, tries: Sequence[tuple[str, str, Method]], deadline: float, progress: bool
+        self,
+        tries: Sequence[tuple[str, str, Method]],
+        fits: Callable[[float], bool],
+        progress: bool,
     ) -> None:
         """Measure the settings that fit into the time. The first one always runs.
 
-        ``deadline`` is a time of ``time.monotonic``. Ctrl-C raises, and ``rows`` stay.
+        ``fits`` tells whether work of this many seconds fits. Ctrl-C raises, and ``rows`` stay.
         """
         with closing(tracked(tries, len(tries), "trying methods", progress)) as steps:
             for method, bits, config in steps:
-                if self.rows and time.monotonic() + self._expected(method) > deadline:
+                if self.rows and not fits(self.expected(method)):
                     self.skipped.append(f"{method} {bits}")
                 else:
                     self._measure(method, bits, config)
 
-    def _expected(self, method: str) -> float:
+    def expected(self, method: str) -> float:
         """Return the last time of this method in seconds, or else that of the slowest method."""
         return self._seconds.get(method) or max(self._seconds.values(), default=0.0)
 
     def _measure(self, method: str, bits: str, config: Method) -> None:
-        start = time.monotonic()
+        start = self._now()
         try:
             quantized = quantize(
                 self._model, config, self._calibration, trace=self._trace, progress=False
             )
-            seconds = time.monotonic() - start
+            seconds = self._now() - start
             effect = self._floats.effect(quantized)
         except QuietvitError as error:
             self.failed.append((f"{method} {bits}", str(error)))
@@ -157,4 +163,6 @@ class Ladder:
                 seconds=seconds,
             )
         )
-        self._seconds[method] = time.monotonic() - start
+        self._seconds[method] = self._now() - start
+        measured = sum(map(len, self._floats.batches))
+        self.pass_seconds = max(self.pass_seconds, (self._seconds[method] - seconds) / measured)

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from quietvit.advice.sizes import FLOAT_BITS, average_bits, weight_size
+from quietvit.advice.switches import number_above_0
 from quietvit.errors import QuietvitError
 from quietvit.quantization import Method, Slot
 from quietvit.tracing import Trace
@@ -80,8 +81,8 @@ class Program:
             raise QuietvitError("give one budget, either average (bits) or weight_bytes.")
         budget = average if average is not None else weight_bytes
         assert budget is not None
-        if not budget > 0:
-            raise QuietvitError(f"the budget is {budget:g}. Give a positive number.")
+        if not number_above_0(budget):
+            raise QuietvitError(f"the budget is {budget!r}. Give a positive number.")
         if not self._units:
             raise QuietvitError(
                 "overrides, exclude or other fields of the method already decide the bits of every "

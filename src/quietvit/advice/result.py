@@ -50,6 +50,8 @@ class Sensitivity:
     Attributes:
         model, setting, policy: class of the model, method with bits, and the method's rules.
         images: number of images.
+        part_images: number of images behind the effects of parts. It is smaller than ``images``
+            if Ctrl-C ended the estimate.
         macs: multiply-accumulates of the whole model for one image.
         whole: effect of quantizing everything.
         roles, sites: parts in the order of the forward pass. A role holds the operands that its
@@ -62,6 +64,7 @@ class Sensitivity:
     setting: str
     policy: str
     images: int
+    part_images: int
     macs: int
     whole: Effect
     roles: tuple[Part, ...]
@@ -113,7 +116,9 @@ class Sensitivity:
         head.append("alone: only this part is quantized; without: all other parts are quantized")
         if self.estimated:
             head.append("the effects of parts are estimates")
-        if not self.complete:
+        if not self.complete and self.part_images < self.images:
+            head.append(f"stopped early: parts are estimated on {self.part_images} of the images")
+        elif not self.complete:
             missing = sum(p.alone is None or p.without is None for p in self.roles + self.sites)
             head.append(
                 f"stopped early: {missing} of {len(self.roles + self.sites)} parts are not measured"

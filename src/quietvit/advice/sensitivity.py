@@ -70,9 +70,10 @@ def sensitivity(
 def measured(switches: Switches, *, estimate: bool = False, progress: bool = True) -> Sensitivity:
     """Measure or estimate all parts of the model in ``switches``."""
     whole = switches.effect(switches.quantized.slots())
-    complete = True
+    complete, seen = True, switches.images
     if estimate:
-        alone, without = estimated_effects(switches, whole)
+        alone, without, seen = estimated_effects(switches, whole, progress)
+        complete = seen == switches.images
     else:
         alone, without = {}, {}
         jobs = list(_jobs(switches))
@@ -106,6 +107,7 @@ def measured(switches: Switches, *, estimate: bool = False, progress: bool = Tru
         setting=f"{quantized.method.name} {quantized.method.label}",
         policy=quantized.method.policy(),
         images=switches.images,
+        part_images=seen,
         macs=quantized.trace.macs,
         whole=whole,
         roles=parts("role", switches.roles),

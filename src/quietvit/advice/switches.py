@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from quietvit.normalization import warn_unless_normalized
 from quietvit.quantization import Method, QuantizedModel, Slot, quantize
 from quietvit.quantization.calibration import ImageStream
 from quietvit.tracing import MATMUL_KINDS, Trace, plain_model
+from quietvit.tracing import trace as trace_model
 
 # With all quantizers off, outputs match the float model's within this relative error.
 _SAME = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -33,6 +34,7 @@ class Switches:
         sites: the quantized operands of each site, in the order of the forward pass.
         roles: the quantized operands of each role, grouped as in ``Method.overrides``.
         images: number of images.
+        check: called before each piece of work. It raises if the time is over.
     """
 
     def __init__(
@@ -45,20 +47,22 @@ class Switches:
         calibration: Any = None,
         trace: Trace | None = None,
         progress: bool = True,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        refuse_training(model)
+        refuse_unfit(model)
         model = plain_model(model)
         batches = read_batches(images, model)
         if calibration is None:
             calibration = batches
         else:
             warn_unless_normalized(batches[0], model, "given")
-        self.model = model
+        self.model, self.check = model, check
+        self.images = sum(map(len, batches))
+        trace = trace or trace_model(model, batches[0][:1])
+        self.floats = FloatOutputs(model, trace, batches)
         self.quantized: QuantizedModel = quantize(
             model, method, calibration, bits=bits, trace=trace, progress=progress
         )
-        self.images = sum(map(len, batches))
-        self.floats = FloatOutputs(model, self.quantized.trace, batches)
         slots = self.quantized.slots()
         if not slots:
             raise QuietvitError(
@@ -73,6 +77,7 @@ class Switches:
         """Return the effect of quantizing only these operands. Results are cached."""
         chosen = frozenset(slots)
         if chosen not in self._known:
+            self.check()
             with self.quantized.only(chosen):
                 self._known[chosen] = self.floats.effect(self.quantized)
         return self._known[chosen]
@@ -100,14 +105,34 @@ def read_batches(images: Any, model: nn.Module) -> list[Tensor]:
     return list(ImageStream(images, model))
 
 
-def refuse_training(model: nn.Module) -> None:
-    """Raise QuietvitError if any module is in training mode, where outputs can be random."""
+def refuse_unfit(model: nn.Module) -> None:
+    """Raise QuietvitError unless ``model`` is a float model in eval mode.
+
+    In training mode outputs can be random.
+    """
+    if not isinstance(model, nn.Module):
+        raise QuietvitError(f"the model is a {type(model).__name__}. Give a torch module.")
+    if isinstance(model, QuantizedModel):
+        raise QuietvitError(
+            "this model is quantized already. Give the float model that it was made from."
+        )
     found = next((name for name, m in model.named_modules() if m.training), None)
     if found is not None:
         raise QuietvitError(
             f"{found or 'the model'} is in training mode, so repeated passes over one image can "
             "differ. Call model.eval() first."
         )
+
+
+def refuse_text(name: str, value: Any, example: str) -> None:
+    """Raise QuietvitError if one text is given where several are expected."""
+    if isinstance(value, str):
+        raise QuietvitError(f"{name} is the text {value!r}. Give a list, such as {example}.")
+
+
+def number_above_0(value: Any) -> bool:
+    """Whether ``value`` is a number above 0. Infinity is one."""
+    return isinstance(value, int | float) and value > 0
 
 
 def _by_site(trace: Trace, slots: Iterable[Slot]) -> Mapping[str, list[Slot]]:

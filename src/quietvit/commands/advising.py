@@ -1,9 +1,10 @@
-"""The commands ``sensitivity`` and ``advise``. ``quietvit.advice`` does the work."""
+"""The commands ``sensitivity``, ``choose-bits`` and ``advise``. ``advice`` does the work."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,10 +27,15 @@ from quietvit.console import (
     listed,
     open_data,
 )
+from quietvit.errors import QuietvitError
 from quietvit.width import show
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Look at a model"
+_LEAST = 16
 
 
 @app.command(
@@ -73,7 +79,7 @@ def sensitivity(
     if output is not None:
         refuse_nonempty(output, force)
     built = build_model(model, weights, classes, size)
-    drawn = draw_images(built, open_data(images, "test", labels=False), count, seed)
+    drawn = _drawn(built, images, count, seed)
     found = run(built, chosen, drawn, estimate=estimate)
     written = []
     if output is not None:
@@ -81,6 +87,90 @@ def sensitivity(
     show(found)
     if written:
         typer.echo("Written: " + ", ".join(map(str, written)))
+    if not found.complete:
+        raise typer.Exit(130)
+
+
+@app.command(
+    rich_help_panel=_PANEL,
+    epilog=epilog(
+        "quietvit choose-bits deit_tiny_patch16_224 --weights w.safetensors --images val.parquet "
+        "--average 6 -o bits.toml",
+        "quietvit choose-bits runs/mine --images /my/images --bytes 3000000 --choices W4A8,W8A8 "
+        "-o bits.toml",
+        "quietvit quantize runs/mine --calibration /my/images --method rtn-omse --keep bits.toml "
+        "-o mine.qvit",
+    ),
+)
+def choose_bits(
+    model: Model,
+    images: AnyImages,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File to write, for --keep: a name such as bits.toml."),
+    ],
+    average: Annotated[
+        float | None,
+        typer.Option(help="Budget: bits on average over all multiply-accumulates."),
+    ] = None,
+    weight_bytes: Annotated[
+        float | None, typer.Option("--bytes", help="Budget: bytes of all weights.")
+    ] = None,
+    choices: Annotated[str, typer.Option(help="Bits to choose from, comma-separated.")] = (
+        "W4A4,W4A8,W6A6,W8A8"
+    ),
+    weights: Weights = None,
+    classes: Classes = None,
+    size: Size = None,
+    method: MethodName = "rtn-omse",
+    options: MethodOptions = None,
+    keep: Keep = None,
+    count: Count = 32,
+    seed: Seed = 0,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Measure the cost of each site. It takes minutes.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
+) -> None:
+    """Choose the bits of each site under a budget. No labels are needed.
+
+    Sites with bits by --keep or --set keep them. Ctrl-C chooses among the bits measured so far.
+    """
+    from quietvit.advice import choose_bits as run
+    from quietvit.files import refuse_unwritable
+    from quietvit.quantization.overrides_file import refuse_other_suffix
+    from quietvit.quantization.settings import parse_method
+
+    if (average is None) == (weight_bytes is None):
+        raise QuietvitError("give one budget: --average (bits) or --bytes (of all weights).")
+    chosen = parse_method(method, None, options or (), keep or ())
+    refuse_other_suffix(output)
+    refuse_unwritable(output)
+    if output.exists() and not force:
+        raise QuietvitError(f"{output} exists already. Choose another name, or pass --force.")
+    built = build_model(model, weights, classes, size)
+    drawn = _drawn(built, images, count, seed)
+    if len(drawn) < _LEAST:
+        raise QuietvitError(
+            f"choosing bits needs at least {_LEAST} images, and there are {len(drawn)}. Give more "
+            "images (--count, --images). They need no labels."
+        )
+    found = run(
+        built,
+        chosen,
+        drawn,
+        average=average,
+        weight_bytes=weight_bytes,
+        choices=listed(choices),
+        estimate=not exact,
+    )
+    written = found.to_toml(output)
+    typer.echo(str(found))
+    typer.echo(f"Written: {written}")
+    fields = "".join(f" -s {shlex.quote(option)}" for option in options or ())
+    typer.echo(
+        f"Use it: quietvit quantize --method {method}{fields} --keep {shlex.quote(str(written))}"
+    )
     if not found.complete:
         raise typer.Exit(130)
 
@@ -133,8 +223,7 @@ def advise(
     if output is not None:
         refuse_unwritable(output)
     built = build_model(model, weights, classes, size)
-    dataset = open_data(images, "test", labels=False)
-    drawn = draw_images(built, dataset, min(count, len(dataset)), seed)
+    drawn = _drawn(built, images, count, seed)
     found = run(built, drawn, minutes=minutes, methods=names, bits=widths)
     written = None if output is None else found.to_json(output)
     show(found)
@@ -142,3 +231,9 @@ def advise(
         typer.echo(f"Written: {written}")
     if not found.complete:
         raise typer.Exit(130)
+
+
+def _drawn(model: nn.Module, images: str, count: int, seed: int) -> Tensor:
+    """Draw ``count`` images, or all if there are fewer."""
+    dataset: Any = open_data(images, "test", labels=False)
+    return draw_images(model, dataset, min(count, len(dataset)), seed)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quietvit.complaints import complain
-from quietvit.console import FloatModel, Runtime, Threads, build_model, epilog, open_data
+from quietvit.console import (
+    FloatModel,
+    Runtime,
+    Threads,
+    epilog,
+    load_quantized,
+    open_data,
+    quantized_run,
+)
 from quietvit.errors import QuietvitError
 from quietvit.files import json_text, refuse_unwritable, write_atomic
-
-if TYPE_CHECKING:
-    from quietvit.quantization import QuantizedModel
 
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Deploy"
@@ -29,7 +34,12 @@ Exported = Annotated[
     epilog=epilog("quietvit export tiny.qvit --to onnx", "quietvit export tiny.qvit --to openvino"),
 )
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A saved .qvit.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A saved .qvit, or the folder of a run that trained one."
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File to write.", show_default="next to the .qvit"),
@@ -75,9 +85,11 @@ def export(
     from quietvit.deployment.targets import target_named
 
     if output is None:
-        output = file.with_suffix(target_named(to or "onnx").suffix)
+        run_of = quantized_run(file)
+        saved = file if run_of is None else run_of.weights
+        output = saved.with_suffix(target_named(to or "onnx").suffix)
     found = run(
-        _load(file, model),
+        load_quantized(file, model),
         output,
         to=to,
         as_=as_,
@@ -104,7 +116,7 @@ def export(
 )
 def check(
     file: Exported,
-    against: Annotated[Path, typer.Option("--against", help="The .qvit that was exported.")],
+    against: Annotated[Path, typer.Option("--against", help="The .qvit or run that was exported.")],
     images: Annotated[
         str,
         typer.Option("--images", metavar="DATA", help="Images to compare on; labels add top-1."),
@@ -136,7 +148,7 @@ def check(
     if json is not None:
         refuse_unwritable(json)
     loaded = open_runtime(file, runtime, threads)
-    quantized = _load(against, model)
+    quantized = load_quantized(against, model)
     carried = loaded.facts.preprocessing is not None
     transform = file_transform(loaded) if carried else evaluation_transform(quantized.model)
     try:
@@ -251,12 +263,6 @@ def predict(
         typer.echo(f"Written: {save_embeddings(npy, embeddings)}")
     if failed:
         raise typer.Exit(1)
-
-
-def _load(file: Path, model: str | None) -> QuantizedModel:
-    from quietvit.quantization import load
-
-    return load(file, None if model is None else build_model(model, None, None, None))
 
 
 def _lines(path: Path) -> list[str]:

@@ -32,9 +32,11 @@ from quietvit.console import (
     build_model,
     draw_images,
     epilog,
+    load_quantized,
     moved_to,
     open_boxes,
     open_data,
+    quantized_run,
 )
 from quietvit.errors import QuietvitError
 from quietvit.width import show
@@ -150,7 +152,9 @@ def evaluate(
             "--size."
         )
     if kind != "qvit" and float_model is not None:
-        raise QuietvitError(f"--model is only for a .qvit, which {model} is not; leave it out.")
+        raise QuietvitError(
+            f"--model is only for a quantized model, which {model} is not; leave it out."
+        )
     if kind != "exported" and (runtime, threads) != (None, 0):
         raise QuietvitError(
             f"--runtime and --threads are only for exported files, and {model} is not one; leave "
@@ -160,10 +164,7 @@ def evaluate(
         _evaluate_file(Path(model), images, batch, device, runtime, threads)
         return
     if kind == "qvit":
-        from quietvit.quantization import load
-
-        of = None if float_model is None else build_model(float_model, None, None, None)
-        quantized = load(model, of)
+        quantized = load_quantized(model, float_model)
         _evaluate(quantized, quantized.model, images, batch, device)
         return
     built = build_model(model, weights, classes, size)
@@ -235,7 +236,7 @@ def _kind_of(path: Path) -> str:
     from quietvit.deployment.targets import target_of
     from quietvit.quantization.storage import FORMAT
 
-    if path.suffix == FORMAT.suffix or FORMAT.holds(path):
+    if path.suffix == FORMAT.suffix or FORMAT.holds(path) or quantized_run(path) is not None:
         return "qvit"
     return "model" if target_of(path) is None else "exported"
 

@@ -233,9 +233,8 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
     loader = task.evaluation_loader(model, test_set, _BATCH, arm.num_workers)
 
     def drawn(images: Any, count: int) -> Any:
-        return send_to_device(
-            task.calibration(model, images, count, config.calibration_seed), device
-        )
+        batch = task.calibration(model, images, count, config.calibration_seed)
+        return send_to_device(batch, device)
 
     def score(model: nn.Module) -> float:
         return task.score([task.judge(model, loader, device)])

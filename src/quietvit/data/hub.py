@@ -89,23 +89,21 @@ def opened(rest: str) -> Any:
         raise QuietvitError(f"hf:{rest} could not be opened ({reason}); {remedy}.") from error
 
 
-def split_of(data_set: Any, split: str | None, rest: str) -> Any:
+def split_of(data: Any, split: str | None, rest: str) -> Any:
     """Return the ``Dataset`` of ``train``, ``test`` or the only split."""
-    if not isinstance(data_set, dict):
+    if not isinstance(data, dict):
         if split == "test":
             raise QuietvitError(
                 f"hf:{rest} is one data set without splits, so it has no test images; save a "
                 "DatasetDict with 'train' and 'test'."
             )
-        return data_set
-    wanted = (
-        list(data_set) if split is None and len(data_set) == 1 else _SPLITS.get(split or "", ())
-    )
+        return data
+    wanted = list(data) if split is None and len(data) == 1 else _SPLITS.get(split or "", ())
     for name in wanted:
-        if name in data_set:
-            return data_set[name]
+        if name in data:
+            return data[name]
     raise QuietvitError(
-        f"hf:{rest} has the splits {', '.join(map(repr, data_set))}; "
+        f"hf:{rest} has the splits {', '.join(map(repr, data))}; "
         + (
             "ask for 'train' or 'test'."
             if split is None

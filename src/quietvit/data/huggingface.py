@@ -190,11 +190,9 @@ def _configs(transformers: Any, source: str, changes: Mapping[str, Any]) -> tupl
             str(raw.get("model_type")), **{**rest, **changes}
         )
     except Exception as error:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in changes.items())
-        if arguments:
-            problem = (
-                f"{source} cannot be built with {arguments}: {_first(error)}; change or remove"
-            )
+        changed = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+        if changed:
+            problem = f"{source} cannot be built with {changed}: {_first(error)}; change or remove"
             raise QuietvitError(f"{problem} that argument.") from error
         raise QuietvitError(f"{_unreadable(source, 'config.json', error)}") from error
     return raw, config

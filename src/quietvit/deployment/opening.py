@@ -49,6 +49,11 @@ def _why_not(path: Path) -> str:
             f"{path} is a quantized model that was not exported yet. Export it with 'quietvit "
             f"export {path}' (quietvit.export), and give the exported file."
         )
+    if storage.FORMAT.holds(path / "model.qvit"):
+        return (
+            f"{path} is a training run whose quantized model was not exported. Export it with "
+            f"'quietvit export {path}', and give the exported file."
+        )
     if path.is_dir():
         what = "a training run" if (path / "result.json").is_file() else "a folder"
         return f"{path} is {what}, not an exported file. {ask}"

@@ -101,11 +101,9 @@ def predict(
 
 def _boxes(runtime: Runtime, image: Image.Image, top: int) -> list[Box]:
     pixels = functional.to_dtype(functional.to_image(image), torch.float32, scale=True)
-    (detected,) = FileDetector(runtime)([pixels.as_subclass(Tensor)])
+    (result,) = FileDetector(runtime)([pixels.as_subclass(Tensor)])
     names = None if runtime.facts.labels is None else in_words(runtime.facts.labels)
-    best = zip(
-        detected["labels"].tolist(), detected["scores"].tolist(), detected["boxes"], strict=True
-    )
+    best = zip(result["labels"].tolist(), result["scores"].tolist(), result["boxes"], strict=True)
     return [
         Box(
             label - 1,

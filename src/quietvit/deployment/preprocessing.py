@@ -25,10 +25,8 @@ ASK = (
 )
 
 
-def plain_preprocessing(preprocessing: Any, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """Return ``preprocessing`` as timm's data config for images of ``shape`` (C, H, W).
-
-    None stays None.
+def plain_preprocessing(spec: Any, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """Return ``spec`` as timm's data config for images of ``shape`` (C, H, W); None for None.
 
     A timm config gets the size ``shape``, like in timm for a model built at another size. Any other
     form must produce images of that size. Transforms are compared with timm's on two pictures.
@@ -36,24 +34,22 @@ def plain_preprocessing(preprocessing: Any, shape: tuple[int, ...]) -> dict[str,
     Raises QuietvitError for an unknown form, values that JSON cannot hold, another image size, and
     steps that timm's evaluation transform does not have.
     """
-    if preprocessing is None:
+    if spec is None:
         return None
-    if hasattr(preprocessing, "image_processor"):  # a processor of images and texts, as CLIP's
-        preprocessing = preprocessing.image_processor
-    if isinstance(preprocessing, Mapping) and "image_mean" not in preprocessing:
-        return _of_timm(preprocessing) | {"input_size": list(shape)}
+    if hasattr(spec, "image_processor"):  # a processor of images and texts, as CLIP's
+        spec = spec.image_processor
+    if isinstance(spec, Mapping) and "image_mean" not in spec:
+        return _of_timm(spec) | {"input_size": list(shape)}
     channels, height, width = shape
-    if isinstance(preprocessing, Mapping):
-        config = translated_preprocessing(
-            preprocessing, (channels, height, width), "the preprocessing"
-        )
-    elif hasattr(preprocessing, "to_json_string"):
-        settings = json.loads(preprocessing.to_json_string())
+    if isinstance(spec, Mapping):
+        config = translated_preprocessing(spec, (channels, height, width), "the preprocessing")
+    elif hasattr(spec, "to_json_string"):
+        settings = json.loads(spec.to_json_string())
         config = translated_preprocessing(settings, (channels, height, width), "the preprocessing")
-        _tried(preprocessing, config)
+        _tried(spec, config)
     else:
-        config = _of_torchvision(preprocessing, channels)
-        _tried(_as_processor(preprocessing), config)
+        config = _of_torchvision(spec, channels)
+        _tried(_as_processor(spec), config)
     if tuple(config["input_size"]) != tuple(shape):
         raise QuietvitError(
             f"the preprocessing makes images of {tuple(config['input_size'])}, but the model was "
@@ -117,25 +113,21 @@ def _json(content: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _of_torchvision(transform: Any, channels: int) -> dict[str, Any]:
+def _of_torchvision(chain: Any, channels: int) -> dict[str, Any]:
     from torchvision.transforms._presets import ImageClassification
 
-    if isinstance(transform, ImageClassification):
+    if isinstance(chain, ImageClassification):
         return _config(
-            transform.resize_size,
-            transform.crop_size,
-            transform.mean,
-            transform.std,
-            transform.interpolation,
+            chain.resize_size,
+            chain.crop_size,
+            chain.mean,
+            chain.std,
+            chain.interpolation,
             channels,
         )
-    steps = getattr(transform, "transforms", None)
+    steps = getattr(chain, "transforms", None)
     if not isinstance(steps, Sequence) or isinstance(steps, str):
-        what = (
-            f"the class {transform.__name__}"
-            if isinstance(transform, type)
-            else type(transform).__name__
-        )
+        what = f"the class {chain.__name__}" if isinstance(chain, type) else type(chain).__name__
         raise QuietvitError(f"preprocessing={what} is not understood. {ASK}")
     by_name = {type(step).__name__: step for step in steps}
     resize = by_name.get("Resize") or by_name.get("ResizeKeepRatio")

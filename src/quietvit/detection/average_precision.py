@@ -161,18 +161,14 @@ _KEPT = ("image_id", "size", "boxes", "labels", "area", "iscrowd")
 
 
 def _as_lists(output: Any) -> list[dict[str, Any]]:
-    if not isinstance(output, Sequence) or not all(
-        isinstance(prediction, Mapping) for prediction in output
-    ):
+    if not isinstance(output, Sequence) or not all(isinstance(item, Mapping) for item in output):
         raise QuietvitError(
             f"the model returned {type(output).__name__}, not a list with the boxes of each image. "
             "AP needs a detector (see quietvit.detection)."
         )
     predicted = []
-    for prediction in output:
-        boxes, labels, scores = (
-            prediction[key].detach().cpu() for key in ("boxes", "labels", "scores")
-        )
+    for item in output:
+        boxes, labels, scores = (item[key].detach().cpu() for key in ("boxes", "labels", "scores"))
         if not (bool(boxes.isfinite().all()) and bool(scores.isfinite().all())):
             raise QuietvitError(
                 "the model's boxes or scores are NaN or infinite. Find the first site with NaN: "

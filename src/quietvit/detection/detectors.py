@@ -79,14 +79,14 @@ def faster_rcnn(
     body, canvas, names = _parts(backbone, size, channels, scales)
     pool = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
     _fix_scales(pool, body.strides)
-    arguments = {
+    kwargs = {
         "rpn_anchor_generator": _anchors(body),
         "box_roi_pool": pool,
         "box_head": TwoMLPHead(channels * 7 * 7, box_channels),
         "box_predictor": FastRCNNPredictor(box_channels, num_classes + 1),
         **options,
     }
-    return _finished(_built(FasterRCNN, body, None, arguments), canvas, num_classes, class_names)
+    return _finished(_built(FasterRCNN, body, None, kwargs), canvas, num_classes, class_names)
 
 
 def retinanet(
@@ -101,8 +101,8 @@ def retinanet(
 ) -> nn.Module:
     """Build a RetinaNet (arXiv 1708.02002) on a timm backbone. See ``faster_rcnn``."""
     body, canvas, _ = _parts(backbone, size, channels, scales)
-    arguments = {"anchor_generator": _anchors(body, octave=True), **options}
-    built = _built(RetinaNet, body, num_classes + 1, arguments)
+    kwargs = {"anchor_generator": _anchors(body, octave=True), **options}
+    built = _built(RetinaNet, body, num_classes + 1, kwargs)
     return _finished(built, canvas, num_classes, class_names)
 
 
@@ -119,10 +119,8 @@ def fcos(
     """Build an FCOS (arXiv 1904.01355) on a timm backbone. See ``faster_rcnn``."""
     body, canvas, _ = _parts(backbone, size, channels, scales)
     sizes = tuple((stride,) for stride in _all_strides(body))
-    arguments = {"anchor_generator": AnchorGenerator(sizes, ((1.0,),) * len(sizes)), **options}
-    return _finished(
-        _built(FCOS, body, num_classes + 1, arguments), canvas, num_classes, class_names
-    )
+    kwargs = {"anchor_generator": AnchorGenerator(sizes, ((1.0,),) * len(sizes)), **options}
+    return _finished(_built(FCOS, body, num_classes + 1, kwargs), canvas, num_classes, class_names)
 
 
 DETECTORS: Mapping[str, Callable[..., nn.Module]] = {

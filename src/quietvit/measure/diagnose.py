@@ -123,9 +123,7 @@ class _Recorder:
     @property
     def unreached(self) -> list[tuple[str, str]]:
         """(site, reason) for each site that got no values."""
-        return [
-            (key[0], UNREACHED) for key, (_, moments) in self._running.items() if not moments.count
-        ]
+        return [(key[0], UNREACHED) for key, (_, stats) in self._running.items() if not stats.count]
 
     def _handle(
         self, site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]

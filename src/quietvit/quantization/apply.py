@@ -90,10 +90,8 @@ def quantize(
     )
     calibrated = method.calibrate(watched)
     origin = origin_of(calibration)
-    origin_text = "" if origin is None else f", generated without data ({in_words(origin)})"
-    notes.append(
-        f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}{origin_text}"
-    )
+    how = "" if origin is None else f", generated without data ({in_words(origin)})"
+    notes.append(f"calibrated on {images.seen} images of shape {tuple(first.shape[1:])}{how}")
     notes += calibrated.notes
     quantized = QuantizedModel(
         own,

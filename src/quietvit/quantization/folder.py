@@ -44,6 +44,11 @@ class FolderFormat:
     foreign: str
     outdated: str
 
+    @property
+    def files(self) -> tuple[str, str]:
+        """Names of the files in a folder of this kind."""
+        return TENSORS, self.facts
+
     def holds(self, path: Path) -> bool:
         """Whether ``path`` is a folder of this kind, judged by file names only."""
         return (path / self.facts).is_file()
@@ -72,7 +77,7 @@ class FolderFormat:
                 "it."
             )
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-        if not path.is_dir() or names - {TENSORS, self.facts}:
+        if not path.is_dir() or names - set(self.files):
             raise QuietvitError(
                 f"{path} is not an earlier {self.earlier} (it is or holds "
                 f"{', '.join(sorted(names)[:3])}), so force does not replace it; choose another "

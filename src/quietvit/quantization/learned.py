@@ -79,6 +79,9 @@ def learn_steps(quantized: QuantizedModel) -> list[nn.Parameter]:
     call, steps stay as calibrated, and only the model's own parameters train. The call changes no
     outputs. A second call returns the same parameters. ``save`` and ``export`` write learned steps.
 
+    Sites that read one tensor, such as query, key and value of transformers, share one step if they
+    were calibrated alike. An exported file quantizes such a tensor once, also after training.
+
     Steps are learned as in LSQ (Esser et al., arXiv 1902.08153). In
     ``quietvit.quantization.LearnedAffine``, N is the number of values of one image that share a
     step, and Q_P is the largest code. Steps of non-uniform quantizers (logarithmic, two ranges,
@@ -106,14 +109,18 @@ def learn_steps(quantized: QuantizedModel) -> list[nn.Parameter]:
         )
     new = {s: q for s, q in uniform.items() if not isinstance(q, LearnedAffine)}
     if new:
-        sizes = _values_of_one_image(quantized)
+        operands = _operands(quantized)
+        shared: dict[Any, LearnedAffine] = {}
         for slot, quantizer in new.items():
-            values = sizes[slot] / quantizer.scale.numel()
-            share = 1 / math.sqrt(values * quantizer.code_range[1])
-            learned = LearnedAffine(quantizer, share).train(quantizer.training)
-            quantized.quantizers[slot.key] = learned
+            same = _identity(operands[slot]), _grid(quantizer)
+            if same not in shared:
+                values = operands[slot].numel() / quantizer.scale.numel()
+                share = 1 / math.sqrt(values * quantizer.code_range[1])
+                shared[same] = LearnedAffine(quantizer, share).train(quantizer.training)
+            quantized.quantizers[slot.key] = shared[same]
         quantized.refresh()
-    return [quantized.quantizers[slot.key].log_ratio for slot in uniform]  # type: ignore[misc]
+    found = [quantized.quantizers[slot.key] for slot in uniform]
+    return list({id(q): q.log_ratio for q in found if isinstance(q, LearnedAffine)}.values())
 
 
 def with_fixed_steps(quantized: QuantizedModel) -> QuantizedModel:
@@ -127,14 +134,28 @@ def with_fixed_steps(quantized: QuantizedModel) -> QuantizedModel:
     return copied
 
 
-def _values_of_one_image(quantized: QuantizedModel) -> dict[Slot, int]:
-    """Return the number of values of each operand for one image."""
-    sizes: dict[Slot, int] = {}
+def _operands(quantized: QuantizedModel) -> dict[Slot, Tensor]:
+    """Return each operand for one image, before it is quantized. All are held in memory."""
+    found: dict[Slot, Tensor] = {}
 
-    def count(slot: Slot, x: Tensor) -> Tensor:
-        sizes[slot] = x.numel()
+    def keep(slot: Slot, x: Tensor) -> Tensor:
+        found[slot] = x
         return x
 
-    with evaluating(quantized), torch.no_grad(), quantized.replacing(count):
+    with evaluating(quantized), torch.no_grad(), quantized.replacing(keep):
         run_model(quantized, zero_image(quantized.model, quantized.input_shape))
-    return sizes
+    return found
+
+
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    """Return what two operands have in common only if they are the same tensor.
+
+    Both must be in memory. An operation in place between two reads changes the version.
+    """
+    return x.data_ptr(), x.dtype, x.shape, x.stride(), x._version
+
+
+def _grid(quantizer: AffineQuantizer) -> tuple[Any, ...]:
+    """Return what two quantizers have in common if they round alike."""
+    numbers = (tuple(x.flatten().tolist()) for x in (quantizer.scale, quantizer.zero_point))
+    return quantizer.bits, quantizer.signed, quantizer.axis, *numbers

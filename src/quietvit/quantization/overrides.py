@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import PlainSerializer, PlainValidator
 
 from quietvit.errors import QuietvitError, nearest
+from quietvit.quantization.overrides_file import is_overrides_file, read_overrides
 from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS
 from quietvit.quantization.slot import Slot
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
@@ -149,11 +150,17 @@ def _roles(site: Site) -> set[str]:
 def _overrides(value: Any) -> Overrides:
     if isinstance(value, Overrides):
         return value
+    if isinstance(value, str) and is_overrides_file(value):
+        try:
+            value = read_overrides(value)
+        except QuietvitError as error:
+            raise ValueError(str(error)) from error
     if isinstance(value, str):
         if value not in PRESETS:
             raise ValueError(
                 f"there is no preset of that name{nearest(value, PRESETS)}; give one of "
-                f"{', '.join(PRESETS)}, or a mapping such as {{'post_softmax': 8}}"
+                f"{', '.join(PRESETS)}, a file such as bits.toml, or a mapping such as "
+                "{'post_softmax': 8}"
             )
         value = PRESETS[value]
     if not isinstance(value, Mapping):
@@ -167,7 +174,7 @@ def _overrides(value: Any) -> Overrides:
 
 
 def _pair(key: str, bits: Any) -> BitPair:
-    """Parse bits: ``8`` or ``None`` for both, ``"W4A8"``, or (weight, activation)."""
+    """Parse bits: ``8``, ``None`` or ``"float"`` for both, ``"W4A8"``, or (weight, activation)."""
     widths: Any = bits
     if isinstance(bits, str):
         match = _PAIR.fullmatch(bits.strip())
@@ -175,6 +182,7 @@ def _pair(key: str, bits: Any) -> BitPair:
         if match is None and bits.strip().lower() != "float":
             widths = "?"
     both = tuple(widths) if isinstance(widths, list | tuple) else (widths, widths)
+    both = tuple(None if width == "float" else width for width in both)
     for width in both:
         whole = isinstance(width, int) and not isinstance(width, bool)
         if len(both) != 2 or (width is not None and not (whole and MIN_BITS <= width <= MAX_BITS)):

@@ -14,6 +14,7 @@ from quietvit.errors import QuietvitError, nearest
 from quietvit.quantization.method import Method, get_method, list_methods
 from quietvit.quantization.on_top import SHARED, OnTop
 from quietvit.quantization.overrides import PRESETS
+from quietvit.quantization.overrides_file import is_overrides_file, read_overrides
 
 RANGES = ("minmax", "percentile", "omse")
 _BITS = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
@@ -42,31 +43,38 @@ def written_bits(text: str) -> str:
     return "+".join([first.upper(), *kept])
 
 
-def parse_keep(texts: Iterable[str]) -> dict[str, int | str]:
+def parse_keep(texts: Iterable[str]) -> dict[str, Any]:
     """Parse ``post_softmax=8``, ``*.fc1=W4A8`` or ``head=float`` into overrides.
 
-    A text without ``=`` names a preset, such as ``attention-maps-8``. The keys are checked later,
-    when the method is built and used.
+    A text without ``=`` names a preset, such as ``attention-maps-8``, or a file of overrides, such
+    as ``bits.toml``. The keys are checked later, when the method is built and used.
 
     Raises:
-        QuietvitError: a text of another form, or a key that is given twice.
+        QuietvitError: a text of another form, an unreadable file, or a key that is given twice.
     """
-    overrides: dict[str, int | str] = {}
+    overrides: dict[str, Any] = {}
     for text in texts:
-        key, equals, value = (part.strip() for part in text.partition("="))
-        if not (key and value if equals else key in PRESETS):
-            raise QuietvitError(
-                f"{text!r} does not say which bits to keep{nearest(key, PRESETS)}; write a role or "
-                "a pattern of site names with its bits, such as post_softmax=8, '*.fc1=W4A8' or "
-                f"head=float, or a preset: {', '.join(PRESETS)}."
-            )
-        bits = int(value) if value.isdecimal() else value
-        new = {key: bits} if equals else dict(PRESETS[key])
+        new = _kept(text.strip())
         twice = sorted(overrides.keys() & new.keys())
         if twice:
             raise QuietvitError(f"{twice[0]!r} has bits twice; give it once.")
         overrides |= new
     return overrides
+
+
+def _kept(text: str) -> dict[str, Any]:
+    if is_overrides_file(text):
+        return read_overrides(text)
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals and key in PRESETS:
+        return dict(PRESETS[key])
+    if not (key and value):
+        raise QuietvitError(
+            f"{text!r} does not say which bits to keep{nearest(key, PRESETS)}; write a role or "
+            "a pattern of site names with its bits, such as post_softmax=8, '*.fc1=W4A8' or "
+            f"head=float, a file such as bits.toml, or a preset: {', '.join(PRESETS)}."
+        )
+    return {key: int(value) if value.isdecimal() else value}
 
 
 def parse_method(

@@ -36,7 +36,7 @@ class PixelScale:
         """Return mean and deviation of natural images in 0..1, each (C, 1, 1)."""
         parts = (torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD))
         if self.size[0] != 3:
-            parts = tuple(values.mean().repeat(self.size[0]) for values in parts)  # type: ignore[assignment]
+            parts = tuple(x.mean().repeat(self.size[0]) for x in parts)  # type: ignore[assignment]
         return parts[0][:, None, None], parts[1][:, None, None]
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class PixelScale:
 
     def to_model(self, images: Tensor) -> Tensor:
         """Convert images (N, C, H, W) from natural units to the model's normalization."""
-        mean, std = (values.to(images) for values in self.natural())
+        mean, std = (x.to(images) for x in self.natural())
         shift, factor = self._own(images)
         return (images * std + mean - shift) / factor
 
@@ -56,9 +56,7 @@ class PixelScale:
         return (images * factor + shift).clamp(0, 1)
 
     def _own(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (
-            torch.tensor(values)[:, None, None].to(like) for values in (self.mean, self.std)
-        )
+        mean, std = (torch.tensor(x)[:, None, None].to(like) for x in (self.mean, self.std))
         return mean, std
 
 

@@ -148,9 +148,7 @@ class Detection(Task):
         """Return the losses by name in training mode, the boxes of each image in eval mode."""
         images, targets = batch
         # torchvision reads only these two keys, and writes scaled boxes into a copy of the target.
-        return forward(
-            images, [{key: target[key] for key in ("boxes", "labels")} for target in targets]
-        )
+        return forward(images, [{key: t[key] for key in ("boxes", "labels")} for t in targets])
 
     def tensors(self, output: Any) -> tuple[Tensor, ...]:
         if isinstance(output, dict):

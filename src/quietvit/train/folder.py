@@ -23,6 +23,7 @@ from quietvit.files import (
     refuse_other_bytes,
     write_atomic,
 )
+from quietvit.quantization.storage import FORMAT
 from quietvit.train.config import TrainConfig
 from quietvit.train.earlier import earlier_run
 from quietvit.train.metrics import METRICS, TENSORBOARD
@@ -73,7 +74,11 @@ def refuse_used(output: Path, force: bool, discard: bool) -> None:
     refusal = earlier_run(output).refusal(force, discard)
     if refusal is not None:
         raise refusal
-    refuse_nonempty(output, force, ignored=[output / LOCK, *leftovers(*own_files(output))])
+    killed = [
+        *leftovers(*own_files(output)),
+        *leftovers(output / QUANTIZED, parts=FORMAT.files),
+    ]
+    refuse_nonempty(output, force, ignored=[output / LOCK, *killed])
 
 
 def begun_with(config: TrainConfig, force: bool, discard: bool) -> dict[str, Any] | None:

@@ -13,8 +13,16 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from quietvit.errors import QuietvitError
-from quietvit.quantization import Method, QuantizedModel, Slot, learn_steps, quantize
+from quietvit.quantization import (
+    AffineQuantizer,
+    Method,
+    QuantizedModel,
+    Slot,
+    learn_steps,
+    quantize,
+)
 from quietvit.quantization.overrides import Overrides, OverridesField
+from quietvit.quantization.overrides_file import is_overrides_file
 from quietvit.quantization.settings import parse_method
 from quietvit.quantization.storage import build_parts, parts_of, zero_image
 from quietvit.section import Section
@@ -48,6 +56,12 @@ class QATConfig(Section):
 
     @model_validator(mode="after")
     def _method_is_known(self) -> Self:
+        file = next(filter(is_overrides_file, self.bits.split("+")), None)
+        if file is not None:
+            raise ValueError(
+                f"bits names the file {file}, which may change before the run is resumed; set "
+                f"overrides = {file!r} instead, so that the run keeps its content"
+            )
         try:
             self.configured()
         except QuietvitError as error:
@@ -124,7 +138,17 @@ def restored_model(config: QATConfig, model: nn.Module, state: Mapping[str, Any]
     device = next(model.parameters()).device
     restored.to(device)
     if config.steps == "learned":
+        _start(restored, state["tensors"])
         learn_steps(restored)
     own = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     restored.load_state_dict(own | state["tensors"])
     return restored
+
+
+def _start(model: QuantizedModel, tensors: Mapping[str, Any]) -> None:
+    """Give uniform quantizers their calibrated steps, which decide what sites share a step."""
+    for key, quantizer in model.quantizers.items():
+        start = tensors.get(f"quantizers.{key}.start")
+        if isinstance(quantizer, AffineQuantizer) and start is not None:
+            quantizer.scale = start.to(quantizer.scale.device)
+            quantizer.zero_point = tensors[f"quantizers.{key}.zero_point"].to(start.device)

@@ -78,7 +78,7 @@ class TrainResult:
     @property
     def weights(self) -> Path:
         """``model.safetensors``, or ``model.qvit`` of a run with ``qat``."""
-        return weights_of(self.config)
+        return self.output / weights_of(self.config).name
 
     @property
     def decay_overhead(self) -> float:

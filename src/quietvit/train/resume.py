@@ -46,9 +46,7 @@ def collect(training: Training) -> dict[str, Any]:
         "ema": None if t.models.average is None else t.models.average.module.state_dict(),
         "optimizer": optimizer,
         "scaler": None if scaler is None else scaler.state_dict(),
-        "decays": {
-            name: regularizer.state_dict() for name, regularizer in t.optim.regularizers.items()
-        },
+        "decays": {name: decay.state_dict() for name, decay in t.optim.regularizers.items()},
         "generators": generators,
     }
 
@@ -76,8 +74,8 @@ def restore(training: Training, state: Mapping[str, Any]) -> float:
         t.models.average.module.load_state_dict(state["ema"])
     if t.accelerator.scaler is not None and state["scaler"] is not None:
         t.accelerator.scaler.load_state_dict(state["scaler"])
-    for name, regularizer in t.optim.regularizers.items():
-        regularizer.load_state_dict(state["decays"][name])
+    for name, decay in t.optim.regularizers.items():
+        decay.load_state_dict(state["decays"][name])
     rank, generators = t.accelerator.process_index, state["generators"]
     if len(generators) == t.accelerator.num_processes:
         set_generator_states(generators[rank], t.accelerator.device)

@@ -31,12 +31,10 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def alone(
-    training: Training, begun: bool, force: bool, discard: bool, before: Any
-) -> Iterator[None]:
+def alone(training: Training, begun: bool, force: bool, discard: bool, then: Any) -> Iterator[None]:
     """Lock the output folder inside, so that no other run writes into it.
 
-    ``before`` is the result of ``written`` from before this run read the folder.
+    ``then`` is the result of ``written`` from before this run read the folder.
 
     Raises:
         QuietvitError: another run holds the folder, or has written to it since then.
@@ -48,7 +46,7 @@ def alone(
                 stack.enter_context(held(output))
                 if not begun:
                     refuse_used(output, force, discard)
-                elif written(output) != before:
+                elif written(output) != then:
                     problem = f"another process wrote into {output} in the meantime; resume again."
             except QuietvitError as error:
                 problem = str(error)

@@ -102,15 +102,13 @@ def to_ir(model: nn.Module, input_shape: tuple[int, ...], opset: int, output: Ou
         )
     need("onnxscript", install=INSTALL)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    exported = _exported(
-        model, torch.zeros(2, *input_shape, device=device), opset, output, free=True
-    )
-    if fixed_batch(exported) is not None:
-        exported = _exported(
+    traced = _exported(model, torch.zeros(2, *input_shape, device=device), opset, output, free=True)
+    if fixed_batch(traced) is not None:
+        traced = _exported(
             model, torch.zeros(1, *input_shape, device=device), opset, output, free=False
         )
-    _register_constants(exported.graph)
-    return exported
+    _register_constants(traced.graph)
+    return traced
 
 
 def fixed_batch(model: Any) -> int | None:

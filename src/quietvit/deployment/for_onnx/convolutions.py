@@ -112,28 +112,26 @@ def _behind(conv: Any, channels: int) -> Behind | None:
     if bias is None:
         return None
     offset = bias.astype(np.float64)
-    behind = Behind(None, np.ones(channels), offset, np.abs(offset))
+    chain = Behind(None, np.ones(channels), offset, np.abs(offset))
     value, affine = conv.outputs[0], True
     while True:
         if value.is_graph_output() or len(list(value.uses())) != 1:
             return None
         node = next(iter(value.uses())).node
         if node.op_type == "QuantizeLinear" and node.inputs[0] is value:
-            behind.quantizer = node
-            return behind
+            chain.quantizer = node
+            return chain
         if affine and (folded := _affine(node, value, channels)) is not None:
             gain, offset, terms = folded
-            behind.gain, behind.offset = behind.gain * gain, behind.offset * gain + offset
-            behind.terms = behind.terms * np.abs(gain) + terms
+            chain.gain, chain.offset = chain.gain * gain, chain.offset * gain + offset
+            chain.terms = chain.terms * np.abs(gain) + terms
         elif (clipped := _clip(node, value)) is not None:
             affine = False
             low, high = clipped
-            behind.low, behind.high = (
-                min(max(end, low), high) for end in (behind.low, behind.high)
-            )
+            chain.low, chain.high = (min(max(end, low), high) for end in (chain.low, chain.high))
         elif node.op_type in MOVES and node.inputs[0] is value:
             affine = False
-            behind.moves.append(node)
+            chain.moves.append(node)
         else:
             return None
         value = node.outputs[0]

@@ -54,10 +54,8 @@ def quantized_onnx(
     weights = quantized.weights_in_use()
     convolutions = lower(model, stored_of(quantized, grids, weights), at_once)
     written = {node.name for node in model.graph if node.op_type == "MatMul"}
-    rounded = {
-        name: outcome for name, outcome in convolutions.items() if isinstance(outcome, Rounded)
-    }
-    reasons = {name: outcome for name, outcome in convolutions.items() if isinstance(outcome, str)}
+    rounded = {name: how for name, how in convolutions.items() if isinstance(how, Rounded)}
+    reasons = {name: how for name, how in convolutions.items() if isinstance(how, str)}
     reasons |= {s.name: CONSTANT for s in quantized.trace.matmuls if s.role == "constant"}
     facts = facts.claiming(
         {name.removesuffix(":product") for name in written} | set(rounded),

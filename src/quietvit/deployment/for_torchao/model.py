@@ -59,14 +59,12 @@ def to_torchao(quantized: QuantizedModel) -> TorchAO:
     integer, macs, left = [], 0, []
     for site in own.trace.matmuls:
         here = slots.get(site.name, {})
-        reason = _converted(model, own, site, here, used.get(site.name))
-        if reason is None:
+        why = _converted(model, own, site, here, used.get(site.name))
+        if why is None:
             integer.append(site.name)
             macs += site.macs
             continue
-        left.append(
-            (site.name, reason if reason == WEIGHT_ONLY else untouched.get(site.name, reason))
-        )
+        left.append((site.name, why if why == WEIGHT_ONLY else untouched.get(site.name, why)))
         _round_weight(model, own, site, here)
     for name, here in slots.items():
         site = own.trace[name]

@@ -49,14 +49,12 @@ def squared_gradients(data: BlockData, block: Block, layout: BlockLayout) -> Ten
     """
     parts = []
     for images in data.images:
-        outputs: list[Tensor] = []
+        kept: list[Tensor] = []
 
-        def hold(
-            module: nn.Module, inputs: Any, output: Any, outputs: list[Tensor] = outputs
-        ) -> Any:
-            outputs.append(first_tensor(output).detach().requires_grad_())
+        def hold(module: nn.Module, args: Any, output: Any, kept: list[Tensor] = kept) -> Any:
+            kept.append(first_tensor(output).detach().requires_grad_())
             # A copy, because later code may change the output in place.
-            return with_first_tensor(output, outputs[-1].clone())
+            return with_first_tensor(output, kept[-1].clone())
 
         hook = data.model.get_submodule(block.name).register_forward_hook(hold)
         try:
@@ -67,7 +65,7 @@ def squared_gradients(data: BlockData, block: Block, layout: BlockLayout) -> Ten
                 divergence = F.kl_div(got, wanted, reduction="sum")
                 if not divergence.requires_grad:
                     return None
-                gradient = torch.autograd.grad(divergence, outputs[0])[0]
+                gradient = torch.autograd.grad(divergence, kept[0])[0]
         finally:
             hook.remove()
         parts.append(layout.split_output(gradient.square()))
