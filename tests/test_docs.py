@@ -5,11 +5,13 @@ The commands of the README run too, on few images and with small models.
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -91,6 +93,29 @@ def test_relative_links_lead_somewhere(page: str) -> None:
 
 def test_the_table_of_methods_is_the_one_the_command_prints() -> None:
     assert methods_markdown() in (ROOT / "docs/methods.md").read_text("utf-8")
+
+
+def test_the_figures_of_choosing_are_those_of_the_results() -> None:
+    top1: dict[tuple[str, str], list[float]] = {}
+    with (ROOT / "results/ptq_deit_tiny.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            top1.setdefault((row["setting"], row["bits"]), []).append(float(row["top1"]))
+    names = {
+        "best RTN": "rtn-omse",
+        "RepQ-ViT": "repq-vit",
+        "ERQ": "erq",
+        "AdaLog": "adalog",
+        "QDrop, shortened": "qdrop-240",
+    }
+    guide = (ROOT / "docs/choosing.md").read_text("utf-8")
+    rows = [line.strip("| ").split(" | ") for line in guide.splitlines()]
+    shown = {row[0]: row[1:3] for row in rows if row[0] in names}
+    assert shown == {
+        name: [f"{median(top1[setting, bits]):.1f}" for bits in ("W6A6", "W4A4")]
+        for name, setting in names.items()
+    }
+    at_8_bits = [median(values) for (_, bits), values in top1.items() if bits == "W8A8"]
+    assert f"{min(at_8_bits):.1f} to {max(at_8_bits):.1f}" in guide
 
 
 def recipe_tables(guide: str) -> list[list[str]]:
