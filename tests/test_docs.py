@@ -217,9 +217,10 @@ def my_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder of photos; it lies in a folder that becomes the current one."""
     monkeypatch.chdir(tmp_path)
     noise = np.random.default_rng(0)
+    names = "n01440764", "n01443537"  # two of ImageNet's
     for part in ("train", "val"):
         for number in range(16):
-            path = tmp_path / "images" / part / f"class{number % 2}" / f"{number}.png"
+            path = tmp_path / "images" / part / names[number % 2] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
     Image.open(path).save(tmp_path / "photo.jpg")
@@ -304,9 +305,9 @@ FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 @pytest.fixture
 def my_boxes(tmp_path: Path) -> None:
-    """Two pictures with boxes, and a small detector of transformers."""
-    boxes = [annotated(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in range(1, 3)]
-    file = coco(tmp_path / "boxes", boxes)
+    """Eight pictures with a box each; they train and test."""
+    boxes = [annotated(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in range(1, 9)]
+    file = coco(tmp_path / "boxes", boxes, pictures=8)
     for name in ("train", "test"):
         shutil.copy(file, file.with_name(f"{name}.json"))
 
