@@ -146,7 +146,7 @@ def test_ctrl_c_chooses_among_what_was_measured(net, images, monkeypatch):
     monkeypatch.setattr(module, "operand_costs", interrupted)
     choice = quietvit.choose_bits(net, "rtn", images, average=7, progress=False)
     assert not choice.complete
-    assert set(choice.overrides.values()) <= {"W4A4", "W6A6"}
+    assert set(choice.overrides.values()) <= {"W4A4", "W4A8"}
     calls[:] = [1, 1]
     with pytest.raises(KeyboardInterrupt):
         quietvit.choose_bits(net, "rtn", images, average=7, progress=False)

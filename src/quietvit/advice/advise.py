@@ -39,7 +39,10 @@ EXPLAINED = (16, 8, 4)
 EXPLAINER = "rtn-omse"
 """Sites are explained for this method, because it only chooses ranges."""
 _PASSES = 50
-"""Time to explain the sites, in quantized forward passes (measured on DeiT-Tiny)."""
+"""Time to explain the sites, in quantized forward passes on the same images, rounded up.
+
+About 25 estimate the costs (DeiT-Tiny, results/sensitivity.csv). The rest find the causes.
+"""
 _TRIALS = 2
 """Number of roles that are tried at 8 bits."""
 
