@@ -31,6 +31,7 @@ from quietvit.decay.registry import _ENTRIES
 from quietvit.deployment.targets import TARGETS
 from quietvit.quantization.listing import methods_markdown
 from quietvit.quantization.method import _METHODS
+from quietvit.tasks import Detection
 from quietvit.tasks.registry import _TASKS
 from quietvit.train.recipe import known_keys, list_recipes
 
@@ -142,6 +143,7 @@ def test_the_recipe_keys_set_on_command_lines_exist() -> None:
     text = re.sub(r"^quietvit quantize .*$", "", text, flags=re.M)  # fields of a method
     found = set(re.findall(r"(?:(?<!\w)-s|--set)[ =]'?([\w.]+)=", text))
     known = set(known_keys()) | {"key", "field", "conv_output_bits"}
+    known |= {f"task_settings.{key}" for key in Detection.settings.model_fields}
     kwargs = {key for key in found if key.startswith("model.kwargs.")}
     assert len(found) > 5
     assert found - kwargs <= known, sorted(found - kwargs - known)
@@ -285,7 +287,7 @@ SHORTER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "given-model": (
         SMALL_VIT | {"--minutes 20": "--minutes 0.05 --methods rtn --bits W8A8"},
-        {"quantize": "--count 4", "check": "--count 4 --seconds 0"},
+        {"quantize": "--count 4"},
     ),
     "diagnosis": (SMALL_VIT, {"sensitivity": ""}),
     "detector": (
@@ -296,7 +298,6 @@ SHORTER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 NEEDS = {
     "photos": ["onnxscript", "onnxruntime"],
-    "given-model": ["onnxscript", "onnxruntime"],
     "detector": ["faster_coco_eval", "transformers", "onnxscript", "onnxruntime"],
     "training-loops": ["transformers", "lightning"],
 }
