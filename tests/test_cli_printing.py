@@ -23,7 +23,7 @@ from quietvit.errors import QuietvitError
 from quietvit.files import json_text, refuse_unwritable, write_atomic
 from quietvit.quantization import list_methods
 from quietvit.report.tables import summary_table
-from quietvit.text import Printer, printable, printable_streams
+from quietvit.text import Printer, in_text, printable, printable_streams
 from report_cases import results_of
 
 COMMANDS = get_command(cli.app).commands
@@ -108,6 +108,15 @@ def test_a_file_gets_every_table_whole(monkeypatch):
     assert "word " * 100 in lines
 
 
+def test_the_text_of_a_result_cuts_no_name():
+    table = Table()
+    table.add_column("site", overflow="fold")
+    table.add_column("value", no_wrap=True)
+    table.add_row("blocks." * 30, "9" * 30)
+    assert "blocks." * 30 in in_text(table)
+    assert "9" * 30 in in_text(table)
+
+
 @pytest.mark.parametrize(
     ("text", "encoding", "expected"),
     [
@@ -169,6 +178,7 @@ def test_a_shell_sees_the_exit_codes_of_a_pipe_and_a_full_disk():
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "not enough memory"),
         (RuntimeError("Found no NVIDIA driver on your system."), "--device cpu"),
         (AssertionError("Torch not compiled with CUDA enabled"), "--device cpu"),
+        (TypeError("the MPS framework doesn't support float64."), "--device cpu"),
         (ImportError("No module named 'openvino'", name="openvino.x"), r"quietvit\[openvino\]"),
         (ImportError("libGL.so.1: cannot open", name="cv2"), "pip install -U cv2"),
     ],

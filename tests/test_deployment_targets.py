@@ -17,7 +17,7 @@ import quietvit
 from quietvit import QuietvitError
 from quietvit.deployment import Export, Kernel, Runtime, Target, open_runtime, register_target
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.targets import TARGETS, target_of
+from quietvit.deployment.targets import _TARGETS, target_of
 from test_cli import refused, run, table
 from test_deployment_commands import photo, qvit
 
@@ -81,7 +81,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[Any]:
     register_target(target)
     runtime.opened = 0
     yield runtime
-    del TARGETS["numpy"]
+    del _TARGETS["numpy"]
 
 
 def test_a_new_target_is_written_opened_and_checked(kind: Any, tmp_path: Path) -> None:
@@ -152,10 +152,10 @@ def test_the_commands_take_a_new_target(
 )
 def test_a_target_that_cannot_be_registered(changes: dict[str, Any], match: str) -> None:
     fields: dict[str, Any] = {"name": "numpy", "suffix": ".npz", "runtime": "numpy"} | changes
-    before = dict(TARGETS)
+    before = dict(_TARGETS)
     with pytest.raises(QuietvitError, match=match):
         register_target(Target(write=write, open=Linear, **fields))
-    assert before == TARGETS
+    assert before == _TARGETS
 
 
 def test_what_every_target_keeps(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_what_every_target_keeps(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = timm.create_model("test_vit", img_size=32).eval(), torch.randn(2, 3, 32, 32)
     own = quietvit.quantize(model, quietvit.RTN(), x, progress=False)
-    for target in TARGETS.values():
+    for target in _TARGETS.values():
         for package in (*target.needs, target.runtime):
             pytest.importorskip(package)
         path = tmp_path / f"model{target.suffix}"

@@ -28,7 +28,7 @@ from huggingface_cases import classifier, saved
 from quietvit import cli
 from quietvit.data import create_model
 from quietvit.decay.registry import _ENTRIES
-from quietvit.deployment.targets import TARGETS
+from quietvit.deployment.targets import _TARGETS
 from quietvit.quantization.listing import methods_markdown
 from quietvit.quantization.method import _METHODS
 from quietvit.tasks import Detection
@@ -52,7 +52,7 @@ def blocks(page: str) -> list[tuple[int, str]]:
 @pytest.fixture
 def kept_registries() -> Iterator[None]:
     """What a page registers is taken back after it."""
-    registries: list[dict[str, Any]] = [_METHODS, _ENTRIES, TARGETS, _TASKS]
+    registries: list[dict[str, Any]] = [_METHODS, _ENTRIES, _TARGETS, _TASKS]
     before = [dict(registry) for registry in registries]
     yield
     for registry, held in zip(registries, before, strict=True):

@@ -6,14 +6,9 @@ from html.parser import HTMLParser
 import pytest
 
 from quietvit.report import render_page, summary_table
-from quietvit.report.plots import (
-    DARK,
-    LIGHT,
-    accuracy_panels,
-    noise_panels,
-    outlier_panels,
-    svg_uri,
-)
+from quietvit.report.lines import noise_panels, outlier_panels, training_panels
+from quietvit.report.plots import DARK, LIGHT, accuracy_panels, overview_panel, svg_uri
+from quietvit.report.results import summarize
 from report_cases import results_of
 
 TOPS = [(90, 85.0), (91, 85.5), (92, 87.5)]
@@ -67,7 +62,7 @@ def test_the_page_shows_every_cell_of_the_table_and_the_verdict(page):
 
 def test_every_plot_is_told_in_words_and_headings_do_not_skip(page):
     found = Page(page)
-    assert len(found.images) == 1 + 2 + 2
+    assert len(found.images) == 1 + 1 + 2 + 2
     assert all(image["alt"] for image in found.images)
     assert found.headings[0] == 1
     assert found.headings.count(1) == 1
@@ -124,4 +119,41 @@ def test_runs_without_measured_sites_have_no_empty_plots():
     bare = tuple(run.model_copy(update={"outliers": (), "noise": ()}) for run in whole.runs)
     text = render_page(whole.model_copy(update={"runs": bare}))
     assert "Outliers</h2>" not in text
-    assert len(Page(text).images) == 1
+    assert len(Page(text).images) == 2
+
+
+def test_the_overview_comes_before_the_table_and_the_terms_after(page):
+    words = " ".join(Page(page).words)
+    told = ("Of 3 settings: 3 worse", "Colinearity Decay (CD) is", "saved", "worse in 3 of 3 rows")
+    places = [words.index(text) for text in told]
+    assert places == sorted(places)
+    assert page.index("<figure") < page.index("<table")
+    assert "6 dB are one bit" in words
+    results = results_of(TOPS)
+    axes = overview_panel(summarize(results), results.metric).draw(LIGHT).axes[0]
+    assert next(label.get_text() for label in axes.get_yticklabels()) == "float"
+
+
+def test_many_lines_become_their_mean_in_a_band_and_the_worst_role_comes_first():
+    few, many = (outlier_panels(results_of(TOPS[:1] * count)) for count in (3, 4))
+    assert len(few[0].draw(LIGHT).axes[0].lines) == 6
+    axes = many[0].draw(LIGHT).axes[0]
+    assert len(axes.lines) == len(axes.collections) == 2
+    whole = results_of(TOPS)
+    loud = tuple(
+        site.model_copy(update={"ratio": 9 * site.ratio}) if site.role == "post_gelu" else site
+        for site in whole.runs[0].outliers
+    )
+    runs = (whole.runs[0].model_copy(update={"outliers": loud}), *whole.runs[1:])
+    panels = outlier_panels(whole.model_copy(update={"runs": runs}))
+    assert [panel.title for panel in panels] == ["post gelu", "post norm"]
+
+
+def test_training_curves_are_drawn_where_runs_have_them():
+    whole = results_of(TOPS)
+    assert training_panels(whole) == []
+    curve = tuple((step, 2.0 / step) for step in range(1, 30))
+    runs = tuple(run.model_copy(update={"curve": curve}) for run in whole.runs)
+    (panel,) = training_panels(whole.model_copy(update={"runs": runs}))
+    assert panel.draw(LIGHT).axes[0].lines[0].get_ydata()[0] == 2.0
+    assert "0.069" in panel.alt

@@ -10,8 +10,17 @@ from typing import Annotated
 import typer
 
 from quietvit import __version__
-from quietvit.commands import advising, deploying, looking, quantizing, training
+from quietvit.commands import (
+    advising,
+    comparing,
+    deploying,
+    evaluating,
+    looking,
+    quantizing,
+    training,
+)
 from quietvit.complaints import Command, Commands
+from quietvit.plugins import import_plugin
 
 app = typer.Typer(
     cls=Commands,
@@ -41,11 +50,22 @@ def _global(
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show the place in the code that raised an error.")
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin",
+            metavar="MODULE",
+            help="Import a module with methods, regularizers, targets or tasks of your own. "
+            "Repeatable, also after the command.",
+        ),
+    ] = None,
 ) -> None:
     """Train vision transformers that survive low-bit quantization."""
+    for module in plugin or ():
+        import_plugin(module)
 
 
-for group in (training, looking, advising, quantizing, deploying):
+for group in (training, looking, advising, quantizing, comparing, evaluating, deploying):
     for command in group.app.registered_commands:
         command.cls = Command
     app.add_typer(group.app)

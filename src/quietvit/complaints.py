@@ -16,6 +16,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from quietvit.answers import only_results
 from quietvit.errors import QuietvitError
 from quietvit.files import not_utf8
 from quietvit.text import printable_streams
@@ -52,12 +53,13 @@ _EXTRAS = {
 _STOPPED = "stopped before the end"
 _GO_ON = {
     "train": "; --resume continues from the last checkpoint, if one was written.",
+    "compare-methods": "; the same command again continues and keeps the measured settings.",
     "compare": "; --resume continues and keeps the finished runs.",
 }
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
 _NO_DEVICE = (
     "no nvidia driver", "not compiled with cuda", "no cuda gpus", "invalid device ordinal",
-    "cuda error", "cuda driver", "hip error",
+    "cuda error", "cuda driver", "hip error", "mps framework doesn't support float64",
 )  # fmt: skip
 
 
@@ -89,6 +91,9 @@ class Commands(_Examples, TyperGroup):
                 complain("error", f"could not print: {explained(error)}")
                 sys.exit(2)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _plugins_first(args))
+
     def invoke(self, ctx: Any) -> Any:
         with telling(ctx):
             result = super().invoke(ctx)
@@ -98,11 +103,29 @@ class Commands(_Examples, TyperGroup):
 
 
 class Command(_Examples, TyperCommand):
-    """A command that expands ``~`` in its arguments, because a shell expands only some."""
+    """A command that expands ``~`` in its arguments, because a shell expands only some.
+
+    With ``--format json`` or ``csv``, only ``answers.answer`` prints to standard output.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         ctx.params = {name: _expanded(value) for name, value in ctx.params.items()}
-        return super().invoke(ctx)
+        with only_results(ctx.params.get("form")):
+            return super().invoke(ctx)
+
+
+def _plugins_first(args: list[str]) -> list[str]:
+    """Move ``--plugin MODULE`` to the front, so that it may also follow the name of a command."""
+    first, rest, place = list[str](), list[str](), 0
+    while place < len(args):
+        if args[place] == "--":
+            break
+        taken = 2 if args[place] == "--plugin" else 1
+        (first if args[place].split("=")[0] == "--plugin" else rest).extend(
+            args[place : place + taken]
+        )
+        place += taken
+    return [*first, *rest, *args[place:]]
 
 
 def _expanded(value: Any) -> Any:
@@ -158,7 +181,8 @@ def explained(error: BaseException) -> str | None:
         isinstance(error, RuntimeError | OSError) and any(part in lowered for part in _NO_MEMORY)
     ):
         return f"{_MEMORY} ({text or 'MemoryError'})."
-    if isinstance(error, RuntimeError | AssertionError) and any(p in lowered for p in _NO_DEVICE):
+    of_device = any(part in lowered for part in _NO_DEVICE)
+    if of_device and isinstance(error, RuntimeError | AssertionError | TypeError):
         return (
             f"the device cannot be used: {text}. Choose another device, such as --device cpu, or "
             'device = "cpu" in the recipe.'

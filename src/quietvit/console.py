@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from quietvit import completion
 from quietvit.complaints import complain
 from quietvit.errors import QuietvitError
 
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 Recipe = Annotated[
     str,
     typer.Option(
-        "--recipe", "-r", metavar="NAME|FILE", help="A TOML file, or the name of a shipped recipe."
+        "--recipe",
+        "-r",
+        metavar="NAME|FILE",
+        help="A TOML file, or the name of a shipped recipe.",
+        autocompletion=completion.recipes,
     ),
 ]
 Overrides = Annotated[
@@ -125,7 +130,11 @@ MethodCount = Annotated[
     typer.Option("--count", help="Number of images used.", show_default="what the method takes"),
 ]
 MethodName = Annotated[
-    str, typer.Option(help="Method, as 'quietvit methods' lists them: rtn-omse, repq-vit+qwt.")
+    str,
+    typer.Option(
+        help="Method, as 'quietvit methods' lists them: rtn-omse, repq-vit+qwt.",
+        autocompletion=completion.methods,
+    ),
 ]
 MethodOptions = Annotated[
     list[str] | None,
@@ -141,9 +150,16 @@ Keep = Annotated[
         metavar="WHAT=BITS",
         help="Other bits for a role or sites: post_softmax=8, '*.fc1=W4A8', head=float, or a file "
         "from choose-bits. Repeatable.",
+        autocompletion=completion.roles,
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to compute: cpu, cuda, cuda:1, mps, or auto (a GPU if any).",
+        autocompletion=completion.devices,
+    ),
+]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 lets the runtime choose.")]
 FloatModel = Annotated[
     str | None,
@@ -295,17 +311,6 @@ def draw_images(model: nn.Module, dataset: Any, count: int, seed: int) -> Tensor
         canvas: Any = model.transform
         return detection_calibration(dataset, count, canvas.fit, seed)
     return calibration_images(dataset, count, evaluation_transform(model), seed)
-
-
-def moved_to(model: nn.Module, device: str) -> nn.Module:
-    """Move a model to ``device``. Raises QuietvitError if the device does not exist."""
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise QuietvitError(
-            f"the model cannot run on device {device!r}: {str(error).splitlines()[0]}. Choose "
-            "another device, such as --device cpu."
-        ) from error
 
 
 def interactive() -> bool:

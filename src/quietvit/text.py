@@ -133,10 +133,16 @@ def printable_streams() -> Iterator[None]:
 
 
 def in_text(part: Any) -> str:
-    """Return a rich renderable as plain text, 120 columns wide, for ``str`` of a result."""
+    """Return a rich renderable as plain text for ``str`` of a result.
+
+    It is 120 columns wide, or as wide as its longest names need: a name is never cut.
+    """
     from rich.console import Console
+    from rich.measure import Measurement
 
     console = Console(width=120, color_system=None, force_terminal=False)
+    endless = console.options.update(width=100_000, max_width=100_000)
+    console.width = max(120, Measurement.get(console, endless, part).minimum)
     with console.capture() as capture:
         console.print(part)
     return capture.get()

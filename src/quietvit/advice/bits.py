@@ -62,10 +62,13 @@ class BitChoice:
             f"MiB: {choices}; the sum of the costs ({self.measure}) is {self.cost:.3g}{early}"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return overrides and numbers as plain data."""
+        return finite({key: value for key, value in vars(self).items() if key != "method"})
+
     def to_json(self, path: str | Path) -> Path:
-        """Write overrides and numbers to ``path`` atomically. Returns the path."""
-        plain = {key: value for key, value in vars(self).items() if key != "method"}
-        return write_atomic(path, json_text(finite(plain), indent=1) + "\n")
+        """Write ``to_dict`` to ``path`` atomically. Returns the path."""
+        return write_atomic(path, json_text(self.to_dict(), indent=1) + "\n")
 
     def to_toml(self, path: str | Path) -> Path:
         """Write all overrides of ``method`` to a TOML file atomically. Returns the path.

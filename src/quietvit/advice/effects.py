@@ -46,8 +46,10 @@ class FloatOutputs:
         self.batches = batches
         self.classifies = any(site.role == "head" for site in trace.sites)
         self._outputs: list[Tensor] = []
+        self.images = 0
         with torch.no_grad():
             for batch in batches:
+                self.images += len(batch)
                 output = run_model(model, batch)
                 if _has_boxes(output):
                     raise QuietvitError(

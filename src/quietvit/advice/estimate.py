@@ -30,8 +30,8 @@ from torch import Tensor
 
 from quietvit.advice.effects import Effect, divergence
 from quietvit.advice.switches import Switches
+from quietvit.progress import tracked
 from quietvit.quantization import Slot
-from quietvit.quantization.calibration import tracked
 from quietvit.tracing import Site
 
 BATCH = 2

@@ -15,8 +15,8 @@ from quietvit.advice.budget import Budget
 from quietvit.advice.effects import Effect, FloatOutputs
 from quietvit.advice.sizes import average_bits, stored_bytes
 from quietvit.errors import QuietvitError
+from quietvit.progress import tracked
 from quietvit.quantization import Method, quantize
-from quietvit.quantization.calibration import tracked
 from quietvit.quantization.settings import parse_method, written_bits
 from quietvit.tracing import Trace
 
@@ -164,5 +164,5 @@ class Ladder:
             )
         )
         self._seconds[method] = self._now() - start
-        measured = sum(map(len, self._floats.batches))
-        self.pass_seconds = max(self.pass_seconds, (self._seconds[method] - seconds) / measured)
+        passes = (self._seconds[method] - seconds) / self._floats.images
+        self.pass_seconds = max(self.pass_seconds, passes)

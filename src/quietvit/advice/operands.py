@@ -11,8 +11,8 @@ from contextlib import closing
 from quietvit.advice.effects import Effect
 from quietvit.advice.estimate import estimated_costs
 from quietvit.advice.switches import Switches
+from quietvit.progress import tracked
 from quietvit.quantization import Slot
-from quietvit.quantization.calibration import tracked
 from quietvit.tracing import MATMUL_KINDS
 
 Kind = tuple[str, str]

@@ -14,8 +14,8 @@ from torch import nn
 from quietvit.advice.estimate import estimated_effects
 from quietvit.advice.result import Part, Sensitivity
 from quietvit.advice.switches import Switches
+from quietvit.progress import tracked
 from quietvit.quantization import Method, Slot
-from quietvit.quantization.calibration import tracked
 from quietvit.tracing import Trace
 
 

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quietvit import completion
+from quietvit.answers import Form, Format, answer
 from quietvit.console import (
     AnyImages,
     Bits,
     Classes,
     Count,
+    Device,
     Force,
     Keep,
     MethodName,
@@ -27,8 +30,8 @@ from quietvit.console import (
     listed,
     open_data,
 )
+from quietvit.devices import checked_device
 from quietvit.errors import QuietvitError
-from quietvit.width import show
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,6 +69,8 @@ def sensitivity(
         typer.Option("--output", "-o", help="Folder for sensitivity.json and the plot."),
     ] = None,
     force: Force = False,
+    device: Device = "cpu",
+    form: Format = Form.TABLE,
 ) -> None:
     """Measure the cost of quantizing each site and role. No labels are needed.
 
@@ -75,16 +80,19 @@ def sensitivity(
     from quietvit.files import refuse_nonempty
     from quietvit.quantization.settings import parse_method
 
+    device = checked_device(device)
     chosen = parse_method(method, bits, options or (), keep or ())
     if output is not None:
         refuse_nonempty(output, force)
-    built = build_model(model, weights, classes, size)
+    built = build_model(model, weights, classes, size).to(device)
     drawn = _drawn(built, images, count, seed)
     found = run(built, chosen, drawn, estimate=estimate)
     written = []
     if output is not None:
         written = [found.to_json(output / "sensitivity.json"), *found.plot(output)]
-    show(found)
+    plain = found.to_dict()
+    parts = [{"kind": kind} | part for kind in ("role", "site") for part in plain[f"{kind}s"]]
+    answer(form, found, data=plain, rows=parts)
     if written:
         typer.echo("Written: " + ", ".join(map(str, written)))
     if not found.complete:
@@ -131,6 +139,8 @@ def choose_bits(
         bool, typer.Option("--exact", help="Measure the cost of each site. It takes minutes.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
+    device: Device = "cpu",
+    form: Format = Form.TABLE,
 ) -> None:
     """Choose the bits of each site under a budget. No labels are needed.
 
@@ -141,6 +151,7 @@ def choose_bits(
     from quietvit.quantization.overrides_file import refuse_other_suffix
     from quietvit.quantization.settings import parse_method
 
+    device = checked_device(device)
     if (average is None) == (weight_bytes is None):
         raise QuietvitError("give one budget: --average (bits) or --bytes (of all weights).")
     chosen = parse_method(method, None, options or (), keep or ())
@@ -148,7 +159,7 @@ def choose_bits(
     refuse_unwritable(output)
     if output.exists() and not force:
         raise QuietvitError(f"{output} exists already. Choose another name, or pass --force.")
-    built = build_model(model, weights, classes, size)
+    built = build_model(model, weights, classes, size).to(device)
     drawn = _drawn(built, images, count, seed)
     if len(drawn) < _LEAST:
         raise QuietvitError(
@@ -165,7 +176,10 @@ def choose_bits(
         estimate=not exact,
     )
     written = found.to_toml(output)
-    typer.echo(str(found))
+    plain = found.to_dict()
+    answer(
+        form, found, data=plain, rows=[{"key": k, "bits": v} for k, v in found.overrides.items()]
+    )
     typer.echo(f"Written: {written}")
     fields = "".join(f" -s {shlex.quote(option)}" for option in options or ())
     typer.echo(
@@ -192,7 +206,11 @@ def advise(
     minutes: Annotated[float, typer.Option(help="Time limit.")] = 10.0,
     methods: Annotated[
         str | None,
-        typer.Option(help="Methods to try, comma-separated.", show_default="five, cheap first"),
+        typer.Option(
+            help="Methods to try, comma-separated.",
+            show_default="five, cheap first",
+            autocompletion=completion.methods,
+        ),
     ] = None,
     bits: Annotated[
         str | None,
@@ -207,6 +225,8 @@ def advise(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write, such as advice.json.")
     ] = None,
+    device: Device = "cpu",
+    form: Format = Form.TABLE,
 ) -> None:
     """Try methods and bits, and recommend next steps. No labels are needed.
 
@@ -217,16 +237,18 @@ def advise(
     from quietvit.files import refuse_unwritable
     from quietvit.quantization.settings import setting_names
 
+    device = checked_device(device)
     names = METHODS if methods is None else listed(methods)
     widths = BITS if bits is None else listed(bits)
     setting_names(widths, names)
     if output is not None:
         refuse_unwritable(output)
-    built = build_model(model, weights, classes, size)
+    built = build_model(model, weights, classes, size).to(device)
     drawn = _drawn(built, images, count, seed)
     found = run(built, drawn, minutes=minutes, methods=names, bits=widths)
     written = None if output is None else found.to_json(output)
-    show(found)
+    plain = found.to_dict()
+    answer(form, found, data=plain, rows=plain["rows"])
     if written is not None:
         typer.echo(f"Written: {written}")
     if not found.complete:

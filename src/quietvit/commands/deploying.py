@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from quietvit import completion
+from quietvit.answers import Form, Format, answer
 from quietvit.complaints import complain
 from quietvit.console import (
     FloatModel,
@@ -50,6 +52,7 @@ def export(
             "--to",
             help="Target: onnx, openvino, torchao, or your own.",
             show_default="by the suffix of --output, else onnx",
+            autocompletion=completion.targets,
         ),
     ] = None,
     as_: Annotated[
@@ -79,6 +82,7 @@ def export(
     ] = None,
     model: FloatModel = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    form: Format = Form.TABLE,
 ) -> None:
     """Write a quantized model as a file that a runtime computes in integers."""
     from quietvit.deployment import export as run
@@ -99,13 +103,24 @@ def export(
         labels=None if labels is None else _lines(labels),
         force=force,
     )
-    for replaced in found.replaced:
-        typer.echo(f"replaced: {replaced}")
-    for note in found.facts.notes:
-        if note not in map(str, found.replaced):
-            typer.echo(f"note: {note}")
-    typer.echo(f"Output: {found.facts.output}")
-    typer.echo(f"Written: {found.path} ({found.size / 1e6:.2f} MB)")
+    replaced = [str(each) for each in found.replaced]
+    notes = [note for note in found.facts.notes if note not in replaced]
+    plain = {
+        "path": str(found.path),
+        "bytes": found.size,
+        "output": str(found.facts.output),
+        "replaced": replaced,
+        "notes": notes,
+    }
+    answer(
+        form,
+        *(f"replaced: {each}" for each in replaced),
+        *(f"note: {note}" for note in notes),
+        f"Output: {found.facts.output}",
+        f"Written: {found.path} ({found.size / 1e6:.2f} MB)",
+        data=plain,
+        rows=[plain],
+    )
 
 
 @app.command(
@@ -134,6 +149,7 @@ def check(
     json: Annotated[
         Path | None, typer.Option("--json", help="Also write everything to this file.")
     ] = None,
+    form: Format = Form.TABLE,
 ) -> None:
     """Prove that an exported file computes in integers and agrees with its model, and time it.
 
@@ -161,7 +177,13 @@ def check(
     batches = loader if dataset.labelled else (x for x, _ in loader)
     found = run(loaded, quantized, batches, seconds=seconds)
     written = None if json is None else found.to_json(json)
-    typer.echo(str(found))
+    plain = found.to_dict()
+    agreed = {
+        each["product"]: {key: value for key, value in each.items() if key != "product"}
+        for each in plain["agreements"]
+    }
+    rows = [ran | {"agreement": agreed.get(ran["product"])} for ran in plain["products"]]
+    answer(form, str(found), data=plain, rows=rows)
     if written is not None:
         typer.echo(f"Written: {written}")
     if not found.ok:
@@ -198,6 +220,7 @@ def predict(
         Path | None,
         typer.Option(help="Write the images with the boxes of a detector into this folder."),
     ] = None,
+    form: Format = Form.TABLE,
 ) -> None:
     """Print the most probable classes of images, their boxes, or their embeddings.
 
@@ -219,50 +242,68 @@ def predict(
         )
     if pictures is not None and not detector:
         raise QuietvitError(f"{file} gives no boxes, so --pictures has nothing to draw.")
+    if form is Form.CSV and not (detector or loaded.facts.output.of_classes):
+        raise QuietvitError(
+            f"{file} gives embeddings, which are no table. Use --format json, or --npy FILE.npy."
+        )
     for path in (json, npy):
         if path is not None:
             refuse_unwritable(path)
     embeddings, results = list[Embedding](), list[dict[str, Any]]()
-    failed = 0
+    failed = list[dict[str, str]]()
+
+    def fail(name: str, error: QuietvitError) -> None:
+        complain("error", str(error))
+        failed.append({"image": name, "error": str(error)})
+
     for text in images:
         try:
             names, passed = image_files(text)
         except QuietvitError as error:
-            complain("error", str(error))
-            failed += 1
+            fail(text, error)
             continue
         passed.tell(text, len(names))
         for name in names:
             try:
                 image = read_image(name)
             except QuietvitError as error:
-                complain("error", str(error))
-                failed += 1
+                fail(str(name), error)
                 continue
             found = run(loaded, image, top)
-            typer.echo(name)
             if isinstance(found, Embedding):
-                typer.echo(f"  {found}")
+                lines: list[Any] = [found]
                 embeddings.append(found)
                 results.append({"image": str(name)} | found.to_dict())
-                continue
-            results.append(
-                {
-                    "image": str(name),
-                    "boxes" if detector else "classes": [asdict(each) for each in found],
-                }
-            )
-            for each in found:
-                typer.echo(f"  {each}")
-            if pictures is not None:
-                pictures.mkdir(parents=True, exist_ok=True)
-                drawn(image, found).save(pictures / f"{Path(name).stem}.png")
+            else:
+                lines, kind = found, "boxes" if detector else "classes"
+                results.append({"image": str(name), kind: [asdict(each) for each in found]})
+                if pictures is not None:
+                    pictures.mkdir(parents=True, exist_ok=True)
+                    drawn(image, found).save(pictures / f"{Path(name).stem}.png")
+            if form is Form.TABLE:  # each image as soon as it is done
+                typer.echo(name)
+                for each in lines:
+                    typer.echo(f"  {each}")
+    if form is not Form.TABLE:
+        rows = [
+            {"image": each["image"], "rank": rank} | _in_columns(entry)
+            for each in results
+            for rank, entry in enumerate(each.get("classes") or each.get("boxes") or (), start=1)
+        ]
+        told = {"file": str(file), "images": results, "failed": failed}
+        answer(form, data=told, rows=rows)
     if json is not None:
         typer.echo(f"Written: {write_atomic(json, json_text(results, indent=1))}")
     if npy is not None and embeddings:
         typer.echo(f"Written: {save_embeddings(npy, embeddings)}")
     if failed:
         raise typer.Exit(1)
+
+
+def _in_columns(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a class or a box with a column for each coordinate."""
+    corners = dict(zip(("x1", "y1", "x2", "y2"), entry.get("corners", ()), strict=False))
+    return {key: value for key, value in entry.items() if key != "corners"} | corners
 
 
 def _lines(path: Path) -> list[str]:

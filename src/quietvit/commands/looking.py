@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from quietvit.answers import Form, Format, answer
 from quietvit.console import (
     AnyImages,
     Architecture,
     Classes,
     Count,
+    Device,
     Force,
     Model,
     Seed,
@@ -25,7 +27,7 @@ from quietvit.console import (
     listed,
     open_data,
 )
-from quietvit.width import show
+from quietvit.devices import checked_device
 
 app = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Look at a model"
@@ -54,20 +56,25 @@ def diagnose(
         typer.Option("--output", "-o", help="Folder for diagnosis.json and the plots."),
     ] = None,
     force: Force = False,
+    device: Device = "cpu",
+    form: Format = Form.TABLE,
 ) -> None:
     """Find outliers and the weights that cause them."""
     from quietvit.files import refuse_nonempty
     from quietvit.measure import diagnose as run
 
+    device = checked_device(device)
     if output is not None:
         refuse_nonempty(output, force)
-    built = build_model(model, weights, classes, size)
+    built = build_model(model, weights, classes, size).to(device)
     drawn = draw_images(built, open_data(images, "test", labels=False), count, seed)
     found = run(built, drawn, pairs=() if sites_only else None)
     written = []
     if output is not None:
         written = [found.to_json(output / "diagnosis.json"), *found.plot(output)]
-    show(found)
+    plain = found.to_dict()
+    sites = [{k: v for k, v in site.items() if k != "channel_max"} for site in plain["sites"]]
+    answer(form, found, data=plain, rows=sites)
     if written:
         typer.echo("Written: " + ", ".join(map(str, written)))
 
@@ -83,13 +90,16 @@ def pairs(
         ),
     ] = None,
     size: Size = None,
+    form: Format = Form.TABLE,
 ) -> None:
     """List the weight pairs that Colinearity Decay acts on."""
     from quietvit.pairs import DEFAULT_KINDS, find_pairs
 
     built = build_bare(model, size)
     chosen = DEFAULT_KINDS if kinds is None else listed(kinds)
-    typer.echo(str(find_pairs(built, example_of(built), kinds=chosen)))
+    found = find_pairs(built, example_of(built), kinds=chosen)
+    plain = found.to_dict()
+    answer(form, str(found), data=plain, rows=plain["pairs"])
 
 
 @app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit trace swin_tiny_patch4_window7_224"))
@@ -99,6 +109,7 @@ def trace(
     matmuls: Annotated[
         bool, typer.Option("--matmuls", help="List only the matrix multiplications.")
     ] = False,
+    form: Format = Form.TABLE,
 ) -> None:
     """List every matrix multiplication, norm, softmax and activation of a model."""
     from dataclasses import replace
@@ -107,4 +118,6 @@ def trace(
 
     built = build_bare(model, size)
     found = run(built, example_of(built))
-    typer.echo(str(replace(found, sites=found.matmuls) if matmuls else found))
+    shown = replace(found, sites=found.matmuls) if matmuls else found
+    plain = shown.to_dict()
+    answer(form, str(shown), data=plain, rows=plain["sites"])

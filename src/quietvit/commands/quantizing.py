@@ -1,45 +1,37 @@
-"""The commands ``quantize``, ``evaluate`` and ``methods``. Other packages do the work."""
+"""The commands ``quantize`` and ``methods``. Other packages do the work."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quietvit.classes import names_of
+from quietvit.answers import Form, Format, answer
+from quietvit.commands.evaluating import evaluated
 from quietvit.console import (
     Bits,
     Calibration,
     Classes,
     Device,
-    FloatModel,
-    Images,
     Keep,
     MethodCount,
     MethodName,
     MethodOptions,
     Minutes,
     Model,
-    Runtime,
     SaveImages,
     Seed,
     Size,
-    Threads,
     Weights,
     build_model,
     draw_images,
     epilog,
-    load_quantized,
-    moved_to,
-    open_boxes,
     open_data,
-    quantized_run,
 )
+from quietvit.devices import checked_device
 from quietvit.errors import QuietvitError
-from quietvit.width import show
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,6 +75,8 @@ def quantize(
         typer.Option("--images", metavar="DATA", help="Also evaluate the result on these images."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
+    device: Device = "cpu",
+    form: Format = Form.TABLE,
 ) -> None:
     """Quantize a model with a method and a few calibration images, real or generated."""
     from quietvit.detection import is_detection_spec
@@ -91,84 +85,49 @@ def quantize(
     from quietvit.quantization.storage import FORMAT
     from quietvit.synthesis.settings import is_synthetic, parse_request
 
+    device = checked_device(device)
     synthetic = parse_request(calibration) if is_synthetic(calibration) else None
     _refuse_unused(synthetic, count, minutes, save_images, force)
     chosen = parse_method(method, bits, options or (), keep or ())
     FORMAT.refuse(output, force)
     if images is not None:
         open_data(images, "test", labels=not is_detection_spec(images))
-    built = build_model(model, weights, classes, size)
+    built = build_model(model, weights, classes, size).to(device)
     if synthetic is not None:
         wanted = synthetic.count or count or chosen.images
         drawn = _synthesized(built, synthetic, wanted, seed, minutes, save_images, force)
     else:
         dataset = open_data(calibration, "train", labels=False)
         drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
+    start = time.perf_counter()
     result = run(built, chosen, drawn)
+    seconds = time.perf_counter() - start
     written = result.save(output, force=force)
     typer.echo(str(result.coverage))
     typer.echo(f"Written: {written}")
-    if images is not None:
-        _evaluate(result, built, images, 64, "cpu")
-
-
-@app.command(
-    rich_help_panel=_PANEL,
-    epilog=epilog(
-        "quietvit evaluate deit_tiny_patch16_224 --weights w.safetensors --images val.parquet",
-        "quietvit evaluate runs/digits --images embedded:digits",
-        "quietvit evaluate tiny.qvit --images val.parquet",
-        "quietvit evaluate tiny.onnx --images val.parquet",
-    ),
-)
-def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|FILE",
-            help="Name of a timm model, hf:FOLDER, folder of a training run, a saved .qvit, or a "
-            "file from export.",
-        ),
-    ],
-    images: Images,
-    weights: Weights = None,
-    classes: Classes = None,
-    size: Size = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
-    device: Device = "cpu",
-    float_model: FloatModel = None,
-    runtime: Runtime = None,
-    threads: Threads = 0,
-) -> None:
-    """Measure top-1 of a float model, a quantized model, or an exported file in its runtime.
-
-    A detector is measured by COCO's box AP, on coco:FILE.json or voc:FOLDER. An exported file uses
-    its own preprocessing.
-    """
-    kind = _kind_of(Path(model))
-    if kind != "model" and (weights, classes, size) != (None, None, None):
-        raise QuietvitError(
-            f"{model} has its own weights, classes and size; leave out --weights, --classes and "
-            "--size."
-        )
-    if kind != "qvit" and float_model is not None:
-        raise QuietvitError(
-            f"--model is only for a quantized model, which {model} is not; leave it out."
-        )
-    if kind != "exported" and (runtime, threads) != (None, 0):
-        raise QuietvitError(
-            f"--runtime and --threads are only for exported files, and {model} is not one; leave "
-            "them out."
-        )
-    if kind == "exported":
-        _evaluate_file(Path(model), images, batch, device, runtime, threads)
-        return
-    if kind == "qvit":
-        quantized = load_quantized(model, float_model)
-        _evaluate(quantized, quantized.model, images, batch, device)
-        return
-    built = build_model(model, weights, classes, size)
-    _evaluate(built, built, images, batch, device)
+    measured = None if images is None else evaluated(result, built, images, 64, device)
+    coverage = result.coverage.to_dict()
+    facts = {
+        "path": str(written),
+        "method": chosen.name,
+        "bits": chosen.label,
+        "policy": chosen.policy(),
+        "deployable": result.deployable,
+        "calibration_images": len(drawn),
+        "seconds": seconds,
+    }
+    shares = {key: coverage[key] for key in ("quantized_macs", "total_macs", "fraction")}
+    answer(
+        form,
+        *([] if measured is None else [str(measured)]),
+        data={
+            **facts,
+            "coverage": coverage,
+            "notes": list(result.notes),
+            "evaluation": None if measured is None else measured.to_dict(),
+        },
+        rows=[facts | shares | ({} if measured is None else measured.scores)],
+    )
 
 
 def _refuse_unused(
@@ -213,7 +172,6 @@ def _synthesized(
         synthetic.method,
         seed=seed,
         minutes=minutes,
-        progress=sys.stderr.isatty(),
     )
     if save_images is not None:
         typer.echo(f"Images: {write(made, model, save_images, force)}")
@@ -231,74 +189,11 @@ def _count_of(method: Method, dataset: Any, count: int | None) -> int:
     return count if count is not None else min(method.images, len(dataset))
 
 
-def _kind_of(path: Path) -> str:
-    """Return what ``evaluate`` got: a ``qvit``, an ``exported`` file, or a ``model`` name."""
-    from quietvit.deployment.targets import target_of
-    from quietvit.quantization.storage import FORMAT
-
-    if path.suffix == FORMAT.suffix or FORMAT.holds(path) or quantized_run(path) is not None:
-        return "qvit"
-    return "model" if target_of(path) is None else "exported"
-
-
-def _evaluate_file(
-    path: Path, images: str, batch: int, device: str, runtime: str | None, threads: int
-) -> None:
-    from quietvit.deployment import open_runtime
-    from quietvit.deployment.evaluation import FileDetector, FileModel, file_transform
-
-    if device != "cpu":
-        raise QuietvitError(
-            f"exported files run only on the CPU; leave out --device {device}, or evaluate the "
-            ".qvit on that device."
-        )
-    loaded = open_runtime(path, runtime, threads)
-    if loaded.facts.detector is not None:
-        _measure_boxes(FileDetector(loaded), loaded.facts.labels, images, batch, device)
-    else:
-        _measure(FileModel(loaded), file_transform(loaded), images, batch, device)
-    typer.echo(f"in {loaded.name}")
-
-
-def _evaluate(
-    model: nn.Module, configured: nn.Module, images: str, batch: int, device: str
-) -> None:
-    from quietvit.data import evaluation_transform
-    from quietvit.detection import is_detector
-
-    if is_detector(configured):
-        _measure_boxes(moved_to(model, device), names_of(configured), images, batch, device)
-        return
-    _measure(moved_to(model, device), evaluation_transform(configured), images, batch, device)
-
-
-def _measure_boxes(
-    model: nn.Module, names: Sequence[str] | None, images: str, batch: int, device: str
-) -> None:
-    from quietvit.detection import detection_loader, evaluate_detector
-
-    dataset = open_boxes(images, "test", names)
-    loader = detection_loader(dataset, batch)
-    found = evaluate_detector(model, loader, device, progress=sys.stderr.isatty())
-    typer.echo(f"box {found} on {len(dataset)} images of {dataset.name}")
-
-
-def _measure(
-    model: nn.Module, transform: Callable[[Any], Tensor], images: str, batch: int, device: str
-) -> None:
-    from quietvit.data import evaluate as run
-    from quietvit.data import evaluation_loader
-
-    dataset = open_data(images, "test")
-    loader = evaluation_loader(dataset, transform, batch)
-    top1 = run(model, loader, device, progress=sys.stderr.isatty())
-    typer.echo(f"top-1 {top1:.2f} % on {len(dataset)} images of {dataset.name}")
-
-
 @app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit methods 'rtn*'"))
 def methods(
     pattern: Annotated[str, typer.Argument(help="Wildcard for names.")] = "*",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    form: Format = Form.TABLE,
 ) -> None:
     """List the quantization methods with their needs, costs and claims."""
     from rich.box import SIMPLE_HEAD
@@ -310,12 +205,14 @@ def methods(
     if not rows:
         raise QuietvitError(f"no method matches {pattern!r}; 'quietvit methods' lists them all.")
     if markdown:
+        if form is not Form.TABLE:
+            raise QuietvitError(f"--markdown and --format {form} exclude each other; give one.")
         typer.echo(methods_markdown(pattern))
         return
     table = Table(*COLUMNS, box=SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*(row[key] for key in COLUMNS))
+        table.add_row(*(str(row[key]) for key in COLUMNS))
     sources = [
         f"{row['method']}: {row['source']}. Published with: {row['published']}." for row in rows
     ]
-    show(table, *sources)
+    answer(form, table, *sources, data={"methods": rows}, rows=rows)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from quietvit import completion
 from quietvit.console import (
     Discard,
     DryRun,
@@ -99,7 +100,10 @@ def compare(
         ),
     ] = "W8A8,W6A6,W4A4+attention-maps-8,W4A4",
     methods: Annotated[
-        str, typer.Option(help="Methods, each with its activation range.")
+        str,
+        typer.Option(
+            help="Methods, each with its activation range.", autocompletion=completion.methods
+        ),
     ] = "rtn-minmax,rtn-percentile,rtn-omse",
     calibration: Annotated[
         str,

@@ -1,4 +1,4 @@
-"""Train with and without Colinearity Decay with the same seeds, quantize both, and report.
+"""Compare training with and without Colinearity Decay, or quantization methods on one model.
 
 This package runs the steps in order and resumes them. Training, quantization and report are below.
 """
@@ -6,6 +6,7 @@ This package runs the steps in order and resumes them. Training, quantization an
 from __future__ import annotations
 
 from quietvit.compare.config import CompareConfig
+from quietvit.compare.methods import MethodComparison, compare_methods
 from quietvit.compare.run import Comparison, compare
 
-__all__ = ["CompareConfig", "Comparison", "compare"]
+__all__ = ["CompareConfig", "Comparison", "MethodComparison", "compare", "compare_methods"]

@@ -6,14 +6,11 @@ A run trains a model, evaluates it in float and at every quantization setting, a
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 from quietvit.compare.config import CompareConfig
 from quietvit.compare.earlier import COMPARISON, earlier_runs, named, refusal
+from quietvit.compare.made import made
 from quietvit.errors import QuietvitError
 from quietvit.files import (
     held,
@@ -55,11 +53,12 @@ from quietvit.tracing import Trace
 from quietvit.tracing import trace as record_trace
 from quietvit.train import TrainConfig, TrainResult, train
 from quietvit.train.folder import begun_with, changes, fresh
+from quietvit.train.metrics import METRICS
 from quietvit.train.recipe import refuse_not_utf8
-from quietvit.train.result import provenance
 from quietvit.train.setup import task_of
 
 _BATCH = 64
+_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,7 @@ def compare(
             arm = config.arm(seed, decay).model_copy(update={"output": place / "train"})
             trained = _trained(arm, resume, force, discard)
             run = _quantized(config, trained, seed, decay)
+            run = run.model_copy(update={"curve": _curve(place / "train")})
             write_atomic(kept, json_text(run.model_dump(mode="json"), indent=1) + "\n")
             runs[seed, decay] = run
             say(
@@ -245,7 +245,6 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
             config.calibration_images,
             parse_request(config.synthesis).method,
             seed=config.calibration_seed,
-            progress=sys.stderr.isatty(),
         )
     else:
         calibration = drawn(train_set, config.calibration_images)
@@ -280,6 +279,18 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
     )
 
 
+def _curve(folder: Path) -> tuple[tuple[int, float], ...]:
+    """Return (step, training loss) of a run, at most ``_POINTS``. Empty if its log is gone."""
+    if not (folder / METRICS).is_file():
+        return ()
+    found = [
+        (entry["step"], entry["loss"])
+        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        if isinstance((entry := json.loads(line)).get("loss"), float)
+    ]
+    return tuple(found[:: -(-len(found) // _POINTS) or 1])
+
+
 def _outliers(model: nn.Module, images: Tensor, trace: Trace) -> tuple[SiteOutlier, ...]:
     diagnosis = diagnose(model, images, pairs=(), trace=trace)
     return tuple(
@@ -306,8 +317,6 @@ def _noise(
 
 
 def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
-    provided = provenance()
-    machine = provided["machine"]
     covered = 100 * min(run.coverage for run in runs)
     return Results(
         task=config.recipe.task,
@@ -319,18 +328,7 @@ def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
         seeds=config.seeds,
         runs=runs,
         configuration=config.flat(),
-        versions=provided["versions"],
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        machine=", ".join(
-            [
-                machine["platform"],
-                machine["processor"],
-                f"{os.cpu_count()} processors",
-                f"{config.recipe.threads or machine['threads']} threads",
-                *machine["accelerators"],
-            ]
-        ),
-        date=datetime.now(UTC).date().isoformat(),
+        **made(config.recipe.threads),
         notes=(
             f"{covered:.1f} % of all multiply-accumulates run on quantized operands, products "
             "inside attention included; patch embedding and head at 8 bits. Ranges come from "

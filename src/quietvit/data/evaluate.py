@@ -6,7 +6,7 @@ Callers pass the transform, usually ``transforms.evaluation_transform``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from quietvit.data.matching import label_numbers
 from quietvit.data.sources import ImageDataset, Transformed
 from quietvit.errors import QuietvitError
 from quietvit.outputs import logits_of
+from quietvit.progress import tracked
 from quietvit.tracing import evaluating
 
 
@@ -142,11 +143,7 @@ def worker_errors() -> Iterator[None]:
 
 @contextmanager
 def progress_bar(loader: Iterable[Any], progress: bool) -> Iterator[Iterable[Any]]:
-    """Give the batches, with a bar on standard error where ``progress`` asks for it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bar = Progress(console=Console(stderr=True), transient=True) if progress else None
-    with bar if bar is not None else nullcontext():
-        total = len(loader) if isinstance(loader, Sized) else None
-        yield bar.track(loader, total=total, description="evaluating") if bar else loader
+    """Give the batches, and show the progress on standard error if ``progress``."""
+    total = len(loader) if isinstance(loader, Sized) else None
+    with closing(tracked(loader, total, "evaluating", progress)) as batches:
+        yield batches

@@ -20,6 +20,7 @@ from quietvit.decay.spectral import SpectralConfig, SpectralDecay
 from quietvit.decay.tweo import TWEO, TweoConfig
 from quietvit.decay.weight import PairWeightConfig, PairWeightDecay
 from quietvit.errors import QuietvitError
+from quietvit.plugins import REGULARIZERS, load_plugins
 
 Made = TypeVar("Made", bound=Callable[..., Regularizer])
 _RESERVED = ("watch_every",)
@@ -60,6 +61,7 @@ _ENTRIES: dict[str, RegularizerEntry] = {
 
 def registered_regularizers() -> tuple[RegularizerEntry, ...]:
     """Return all entries, in the order in which they act: the library's own come first."""
+    load_plugins(REGULARIZERS)
     return tuple(_ENTRIES.values())
 
 

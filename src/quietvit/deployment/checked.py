@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from quietvit.deployment.comparing import Classes, Features
 from quietvit.deployment.parity import Agreement
@@ -53,9 +54,9 @@ class Check:
     def ok(self) -> bool:
         return not self.failures
 
-    def to_json(self, path: str | Path) -> Path:
-        """Write everything as JSON to ``path`` and return it."""
-        content = {
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return {
             "path": str(self.path),
             "machine": self.machine,
             "runtime": self.proof.runtime,
@@ -82,7 +83,10 @@ class Check:
             "float_bytes": self.float_bytes,
             "notes": list(self.notes),
         }
-        return write_atomic(path, json_text(content, indent=1) + "\n")
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write ``to_dict`` to ``path`` atomically. Returns the path."""
+        return write_atomic(path, json_text(self.to_dict(), indent=1) + "\n")
 
     def __repr__(self) -> str:
         verdict = "ok" if self.ok else f"{len(self.failures)} failures"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from quietvit.deployment.uniform import replacing_codes
 from quietvit.errors import QuietvitError
 from quietvit.inputs import Images, image_batches
 from quietvit.normalization import warn_unless_normalized
+from quietvit.progress import tracked
 from quietvit.quantization import QuantizedModel, load
 from quietvit.tracing import plain_model
 
@@ -47,6 +49,7 @@ def check(
     threads: int = 0,
     seconds: float = 10.0,
     batches: tuple[int, ...] = (1, 8),
+    progress: bool = True,
 ) -> Check:
     """Prove that an exported file computes in integers and agrees with its model, and time it.
 
@@ -73,6 +76,7 @@ def check(
         seconds: how long to time each batch size; 0 disables timing. The float model is exported
             from ``against`` and runs alternately in the same runtime.
         batches: the batch sizes to time.
+        progress: show the progress on standard error, if it takes more than 3 seconds.
 
     Raises:
         QuietvitError: a truncated or foreign file, another image size or model, a runtime that
@@ -97,18 +101,22 @@ def check(
             graph = float_onnx(quantized.model, quantized.input_shape, facts.output)
             float_bytes = write_onnx(graph, floating)
         compared = _compared(loaded, facts, quantized, first[0][:2], notes)
-        everything = itertools.chain([first], labelled)
+        joined = itertools.chain([first], labelled)
+        everything = tracked(joined, _expected(images), "comparing batches of images", progress)
         classes = features = None
         if facts.output.of_classes:
-            classes = compare_classes(loaded, quantized, everything, facts.output, images)
+            with closing(everything):
+                classes = compare_classes(loaded, quantized, everything, facts.output, images)
             if classes.images < FEW:
                 notes.append(
                     f"{classes.images} images are few; use about {FEW} or more to judge whether "
                     "classes agree"
                 )
         else:
-            features = compare_features(loaded, quantized, everything, facts.output)
-        speeds = tuple(_speeds(loaded, floating, first[0], seconds, batches))
+            with closing(everything):
+                features = compare_features(loaded, quantized, everything, facts.output)
+        with closing(tracked(batches, len(batches), "timing batch sizes", progress)) as sizes:
+            speeds = tuple(_speeds(loaded, floating, first[0], seconds, sizes))
     return Check(
         path=loaded.path,
         machine=processor.described(),
@@ -199,12 +207,23 @@ def _batches(images: Any) -> Iterator[Labelled]:
         raise QuietvitError("there are no images to check; give at least one.")
 
 
+def _expected(images: Any) -> int | None:
+    """Return the number of batches of at most ``BATCH`` images, None if it is not known."""
+    if isinstance(images, Tensor):
+        return -(-len(images) // BATCH)
+    size = getattr(images, "batch_size", None)
+    try:
+        return len(images) * -(-size // BATCH) if isinstance(size, int) else None
+    except TypeError:  # a loader over a stream
+        return None
+
+
 def _speeds(
     loaded: Runtime,
     floating: Path | None,
     first: Tensor,
     seconds: float,
-    batches: tuple[int, ...],
+    batches: Iterable[int],
 ) -> Iterator[Speed]:
     if floating is None:
         return

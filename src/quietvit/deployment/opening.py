@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quietvit.deployment.runtime import Runtime
-from quietvit.deployment.targets import TARGETS, listed, target_of
+from quietvit.deployment.targets import listed, registered_targets, target_of
 from quietvit.errors import QuietvitError
 from quietvit.files import refuse_other_bytes
 from quietvit.quantization import storage
@@ -29,9 +29,9 @@ def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0)
     if target is None or not target.holds(path):
         raise QuietvitError(_why_not(path))
     fitting = {
-        candidate.runtime: candidate
-        for candidate in (target, *TARGETS.values())
-        if candidate is target or target.suffix in candidate.reads
+        each.runtime: each
+        for each in (target, *registered_targets().values())
+        if each is target or target.suffix in each.reads
     }
     chosen = runtime or target.runtime
     if chosen not in fitting:
@@ -42,7 +42,7 @@ def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0)
 
 
 def _why_not(path: Path) -> str:
-    examples = listed([f"model{target.suffix}" for target in TARGETS.values()])
+    examples = listed([f"model{target.suffix}" for target in registered_targets().values()])
     ask = f"Give a file that 'quietvit export' wrote, such as {examples}."
     if storage.FORMAT.holds(path):
         return (
@@ -59,5 +59,5 @@ def _why_not(path: Path) -> str:
         return f"{path} is {what}, not an exported file. {ask}"
     if not path.exists():
         return f"{path} does not exist. {ask}"
-    suffixes = " or ".join(target.suffix for target in TARGETS.values())
+    suffixes = " or ".join(target.suffix for target in registered_targets().values())
     return f"{path} does not end in {suffixes}. {ask}"

@@ -9,9 +9,16 @@ from quietvit.deployment.for_openvino.target import OPENVINO
 from quietvit.deployment.for_torchao.target import TORCHAO
 from quietvit.deployment.target import SETTINGS, Target
 from quietvit.errors import QuietvitError, nearest
+from quietvit.plugins import TARGETS as PLUGINS
+from quietvit.plugins import load_plugins
 
-TARGETS = {target.name: target for target in (ONNX, OPENVINO, TORCHAO)}
-"""By name; the first is the default."""
+_TARGETS = {target.name: target for target in (ONNX, OPENVINO, TORCHAO)}
+
+
+def registered_targets() -> dict[str, Target]:
+    """Return all targets by name. The first is the default."""
+    load_plugins(PLUGINS)
+    return dict(_TARGETS)
 
 
 def register_target(target: Target) -> None:
@@ -20,7 +27,7 @@ def register_target(target: Target) -> None:
     Raises QuietvitError if its name, suffix or runtime is taken, its suffix has no dot, or its
     settings are unknown.
     """
-    for other in TARGETS.values():
+    for other in _TARGETS.values():
         if other is target:
             return
         for field in ("name", "suffix", "runtime"):
@@ -40,15 +47,18 @@ def register_target(target: Target) -> None:
             f"the target {target.name} takes the settings {', '.join(unknown)}, which export does "
             f"not have; choose among {', '.join(SETTINGS)}."
         )
-    TARGETS[target.name] = target
+    _TARGETS[target.name] = target
 
 
 def target_named(name: str) -> Target:
     """Return the target of this name. Raises QuietvitError for an unknown name."""
-    if name not in TARGETS:
-        known = listed(list(TARGETS))
-        raise QuietvitError(f"there is no target {name!r}{nearest(name, TARGETS)}; choose {known}.")
-    return TARGETS[name]
+    if name in _TARGETS:
+        return _TARGETS[name]
+    targets = registered_targets()
+    if name not in targets:
+        told = f"there is no target {name!r}{nearest(name, targets)}; choose {listed([*targets])}."
+        raise QuietvitError(" ".join([told, *load_plugins(PLUGINS)]))
+    return targets[name]
 
 
 def target_to_write(path: Path, to: str | None) -> Target:
@@ -58,9 +68,10 @@ def target_to_write(path: Path, to: str | None) -> Target:
     have its target's suffix, a folder need not.
     """
     by_suffix = _by_suffix(path)
-    target = by_suffix if to is None else TARGETS.get(to)
+    target = by_suffix if to is None else registered_targets().get(to)
     if target is None or by_suffix not in (None, target):
-        choices = listed([f"model{known.suffix} (to={known.name!r})" for known in TARGETS.values()])
+        targets = registered_targets().values()
+        choices = listed([f"model{each.suffix} (to={each.name!r})" for each in targets])
         raise QuietvitError(f"{path} with to={to!r} fits no target; choose {choices}.")
     if by_suffix is None and target.folder is None:
         raise QuietvitError(
@@ -74,7 +85,8 @@ def target_of(path: Path) -> Target | None:
 
     ``path`` need not exist. Returns None if no target fits.
     """
-    return next((t for t in TARGETS.values() if t.holds(path)), None) or _by_suffix(path)
+    targets = registered_targets().values() if path.suffix or path.exists() else ()
+    return next((target for target in targets if target.holds(path)), None) or _by_suffix(path)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -91,4 +103,8 @@ def listed(names: list[str]) -> str:
 
 
 def _by_suffix(path: Path) -> Target | None:
-    return next((target for target in TARGETS.values() if target.suffix == path.suffix), None)
+    for targets in (_TARGETS, registered_targets()):
+        for target in targets.values():
+            if target.suffix == path.suffix:
+                return target
+    return None

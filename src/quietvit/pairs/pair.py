@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 from quietvit.tracing import WeightView
 
@@ -52,6 +52,20 @@ class MatrixPair:
         head = "" if self.head is None else f" head {self.head}"
         return f"{self.kind}: {self.first.parameter_name} -> {self.second.parameter_name}{head}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data. A gain of a norm that is absent is None."""
+        return {
+            "kind": self.kind,
+            "first": self.first.parameter_name,
+            "second": self.second.parameter_name,
+            "head": self.head,
+            "first_view": str(self.first),
+            "second_view": str(self.second),
+            "through": list(self.through),
+            "before": None if self.before is None else str(self.before),
+            "between": None if self.between is None else str(self.between),
+        }
+
 
 Finding = MatrixPair | tuple[str, str]  # a pair, or (name, reason) of a skipped one
 
@@ -75,6 +89,13 @@ class FoundPairs(Sequence[MatrixPair]):
 
     def __repr__(self) -> str:
         return f"FoundPairs({len(self.pairs)} pairs, {len(self.skipped)} skipped)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: all pairs, each head on its own, and what was skipped."""
+        return {
+            "pairs": [pair.to_dict() for pair in self.pairs],
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+        }
 
     def __str__(self) -> str:
         rows = [("kind", "first (A)", "second (B)", "heads", "through")]

@@ -5,7 +5,6 @@ Methods make the quantizers; the entry point is ``quantize``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.inputs import image_batches
+from quietvit.progress import tracked
 from quietvit.quantization.slot import Slot
 from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept, refusing
 from quietvit.tracing.intercept import Handler
 
 BATCH = 8
-_SHOW_AFTER = 3.0
 
 T = TypeVar("T")
 
@@ -185,36 +184,6 @@ class Calibration:
     ) -> Generator[T, None, None]:
         """``tracked``, if this calibration shows its progress."""
         return tracked(batches, total, label, self.progress)
-
-
-def tracked(
-    batches: Iterable[T], total: int | None, label: str, progress: bool = True
-) -> Generator[T, None, None]:
-    """Yield batches or steps; with ``progress``, show a bar if they take more than 3 s."""
-    if not progress:
-        yield from batches
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    start = time.monotonic()
-    shown: tuple[Progress, Any] | None = None
-    try:
-        for done, batch in enumerate(batches):
-            spent = time.monotonic() - start
-            slow = spent > _SHOW_AFTER or (
-                done > 0 and total is not None and spent / done * total > _SHOW_AFTER
-            )
-            if shown is None and slow:
-                bar = Progress(console=Console(stderr=True), transient=True)
-                bar.start()
-                shown = (bar, bar.add_task(label, total=total))
-            if shown is not None:
-                shown[0].update(shown[1], completed=done)
-            yield batch
-    finally:
-        if shown is not None:
-            shown[0].stop()
 
 
 def run_model(model: nn.Module, batch: Tensor) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from quietvit.quantization.method import Method, get_method, list_methods
 from quietvit.quantization.on_top import OnTop
 
 COLUMNS = ("method", "summary", "needs", "images", "cost", "kernels")
 
 
-def method_rows(pattern: str = "*") -> list[dict[str, str]]:
+def method_rows(pattern: str = "*") -> list[dict[str, Any]]:
     """Return a row per method; ``kernels`` tells if standard integer kernels compute its codes."""
     rows = []
     for name in list_methods(pattern):
@@ -18,7 +20,7 @@ def method_rows(pattern: str = "*") -> list[dict[str, str]]:
                 "method": name,
                 "summary": cls.summary,
                 "needs": ", ".join(cls.needs),
-                "images": str(cls.images),
+                "images": cls.images,
                 "cost": cls.cost,
                 "kernels": _kernels(cls),
                 "published": cls.published,
@@ -38,7 +40,7 @@ def methods_markdown(pattern: str = "*") -> str:
     """Return the rows as a Markdown table, then each method's source and published setting."""
     rows = method_rows(pattern)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(row[key] for key in COLUMNS) + " |" for row in rows]
+    lines += ["| " + " | ".join(str(row[key]) for key in COLUMNS) + " |" for row in rows]
     lines += [""] + [
         f"- **{row['method']}**: {row['source']}. Published with: {row['published']}."
         for row in rows

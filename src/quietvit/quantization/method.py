@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 
 from quietvit.errors import QuietvitError, nearest
+from quietvit.plugins import METHODS, load_plugins
 from quietvit.quantization.calibrated import Calibrated
 from quietvit.quantization.calibration import Calibration
 from quietvit.quantization.overrides import Overrides, OverridesField
@@ -207,14 +208,25 @@ class Method(ReadableModel):
 
 M = TypeVar("M", bound="type[Method]")
 _METHODS: dict[str, type[Method]] = {}
+_BUILT_IN = "quietvit.quantization.methods"
 
 
 def register_method(name: str) -> Callable[[M], M]:
-    """Class decorator: register a method for ``get_method`` and ``list_methods``."""
+    """Class decorator: register a method for ``get_method`` and ``list_methods``.
+
+    Raises QuietvitError if another class has this name. A class of the same module and name may
+    replace itself, as in a notebook.
+    """
 
     def add(cls: M) -> M:
-        if name in _METHODS and _METHODS[name] is not cls:
-            raise QuietvitError(f"a method named {name!r} is registered already; choose another")
+        if not cls.__module__.startswith(f"{_BUILT_IN}."):
+            _discover()  # so that the names of quietvit's own methods are taken
+        before = _METHODS.get(name)
+        if before is not None and _origin(before) != _origin(cls):
+            raise QuietvitError(
+                f"a method named {name!r} is registered already ({_origin(before)}). Give "
+                f"{_origin(cls)} another name."
+            )
         cls.name = name
         _METHODS[name] = cls
         return cls
@@ -222,8 +234,12 @@ def register_method(name: str) -> Callable[[M], M]:
     return add
 
 
+def _origin(cls: type[Method]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _discover() -> None:
-    package = importlib.import_module("quietvit.quantization.methods")
+    package = importlib.import_module(_BUILT_IN)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
 
@@ -231,17 +247,24 @@ def _discover() -> None:
 def list_methods(pattern: str = "*") -> list[str]:
     """Names of the registered methods that match the fnmatch ``pattern``, sorted."""
     _discover()
+    load_plugins(METHODS)
     return sorted(fnmatch.filter(_METHODS, pattern.lower()))
 
 
 def get_method(name: str) -> type[Method]:
     """Return the method's config class. Raises QuietvitError with near names if unknown."""
     _discover()
+    broken = [] if name.lower() in _METHODS else load_plugins(METHODS)
     if name.lower() not in _METHODS:
         raise QuietvitError(
-            f"unknown quantization method {name!r}{nearest(name.lower(), _METHODS)} "
-            f"Known: {', '.join(sorted(_METHODS))}. To use a method of your own, import the module "
-            "that registers it with @register_method."
+            " ".join(
+                [
+                    f"unknown quantization method {name!r}{nearest(name.lower(), _METHODS)}.",
+                    f"Known: {', '.join(sorted(_METHODS))}. To use a method of your own, import "
+                    "the module that registers it (on the command line: --plugin my_module).",
+                    *broken,
+                ]
+            )
         )
     return _METHODS[name.lower()]
 

@@ -139,14 +139,18 @@ def _parse_name(text: str) -> tuple[type[Method], str | None]:
         return get_method(whole), None
     name, _, estimator = whole.rpartition("-")
     if estimator not in RANGES or name not in known:
-        forms = [f"{method}-{form}" for method in known for form in RANGES if _has_range(method)]
         raise QuietvitError(
-            f"there is no method {text!r}{nearest(whole, [*known, *forms])}; "
+            f"there is no method {text!r}{nearest(whole, [*known, *method_forms()])}; "
             "'quietvit methods' lists them."
         )
     if not _has_range(name):
         raise QuietvitError(f"method {name!r} has no activation range; write {name!r} alone.")
     return get_method(name), estimator
+
+
+def method_forms() -> list[str]:
+    """Return the names of methods with each range, such as ``rtn-omse``."""
+    return [f"{name}-{form}" for name in list_methods() for form in RANGES if _has_range(name)]
 
 
 def _value(text: str) -> Any:

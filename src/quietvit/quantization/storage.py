@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import quietvit
 from quietvit.classes import facts_of_names, take_names
 from quietvit.errors import QuietvitError
+from quietvit.plugins import METHODS, how_to_get, load_plugins, origin_of
 from quietvit.quantization.adjustments import (
     Adjustment,
     Compensation,
@@ -34,7 +35,7 @@ from quietvit.quantization.architecture import (
 )
 from quietvit.quantization.coverage import Coverage
 from quietvit.quantization.folder import FolderFormat
-from quietvit.quantization.method import Method, get_method
+from quietvit.quantization.method import Method, get_method, list_methods
 from quietvit.quantization.quantizers import Quantizer, build_quantizer
 from quietvit.quantization.slot import Slot
 from quietvit.tracing import Site, Trace, plain_copy
@@ -97,6 +98,7 @@ def write(path: Path, contents: Contents, used: Mapping[str, Tensor], coverage: 
             tensors[f"{prefix}{name}"] = tensor
     facts = {
         "method": {"name": contents.method.name, "fields": contents.method.model_dump()},
+        "plugins": _plugins_of(contents.method),
         "architecture": architecture_of(model, contents.input_shape),
         "model_class": type(model).__name__,
         "input_shape": list(contents.input_shape),
@@ -114,9 +116,33 @@ def write(path: Path, contents: Contents, used: Mapping[str, Tensor], coverage: 
     FORMAT.write(path, facts, tensors)
 
 
+def _plugins_of(method: Method) -> dict[str, dict[str, str]]:
+    """Return the origin of each method that is not quietvit's own, base methods included."""
+    found = {}
+    own: Method | None = method
+    while own is not None:
+        origin = origin_of(type(own))
+        if origin is not None:
+            found[own.name] = origin
+        own = getattr(own, "base", None)
+    return found
+
+
+def _refuse_without_plugins(path: Path, facts: Mapping[str, Any]) -> None:
+    plugins = facts.get("plugins")  # earlier versions did not write it
+    for name, origin in plugins.items() if isinstance(plugins, dict) else ():
+        if name not in list_methods():
+            broken = " ".join(load_plugins(METHODS))
+            raise QuietvitError(
+                f"{path} was quantized with the method {name!r} of {origin.get('module')}, which "
+                f"is not part of quietvit. {how_to_get(origin)}. {broken}".rstrip()
+            )
+
+
 def read(path: Path, model: nn.Module | None) -> Contents:
     """Read the folder ``path``; see ``load``."""
     facts, tensors = FORMAT.read(path)
+    _refuse_without_plugins(path, facts)
     try:
         method = get_method(facts["method"]["name"])(**facts["method"]["fields"])
         own = build(path, facts) if model is None else plain_copy(model)

@@ -1,4 +1,4 @@
-"""matplotlib plots: scores with seeds as dots, outliers and noise along the depth.
+"""matplotlib plots of scores: an overview, seeds as dots, methods by bits. Lines are in ``lines``.
 
 A panel is as wide as a phone, so that the page can stack panels without shrinking the text. No
 display is needed. The colours are from Okabe and Ito.
@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from quietvit.report.results import ARMS, FLOAT, Results, Run
+from quietvit.report.results import FLOAT, Results, Row, Run, signed
 from quietvit.tasks import Metric
 
 WIDTH, HEIGHT = 3.6, 2.5
+_LONG = 8
+"""Longer labels below an axis are turned, in characters."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,31 @@ def svg_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
 
 
+def overview_panel(rows: Sequence[Row], metric: Metric) -> Panel:
+    """Return one panel: the difference by CD at every setting, with its 95 % interval."""
+    ends = [end for row in rows for end in (row.low, row.high) if end is not None]
+    limits = limits_of([0.0, *ends, *(row.difference for row in rows)])
+
+    def draw(look: Look) -> Figure:
+        with frame(look, "") as (figure, axes):
+            figure.set_size_inches(1.4 * WIDTH, 0.7 + 0.24 * max(len(rows), 3))
+            axes.axvline(0, color=look.ink, linewidth=0.8)
+            heights = range(len(rows), 0, -1)
+            for height, row in zip(heights, rows, strict=True):
+                colour = look.arms[row.difference > 0]
+                if row.low is not None and row.high is not None:
+                    axes.hlines(height, row.low, row.high, color=colour, linewidth=2)
+                axes.plot(row.difference, height, MARKERS[1], color=colour, markersize=5)
+            axes.set_yticks(heights, [row.setting for row in rows])
+            axes.set_ylim(0.4, len(rows) + 0.6)
+            axes.set_xlim(limits)
+            axes.set_xlabel(f"{metric.name} with CD minus without, points")
+        return figure
+
+    told = ", ".join(f"{row.setting} {signed(row.difference)}" for row in rows)
+    return Panel("With CD minus without", f"Difference in points by setting: {told}.", draw)
+
+
 def accuracy_panels(results: Results) -> list[Panel]:
     """Return one panel per method: scores by bits, float first. Dots are seeds, bars are means."""
     methods: dict[str, list[str]] = {}
@@ -64,13 +90,14 @@ def accuracy_panels(results: Results) -> list[Panel]:
         bits, _, method = setting.partition(" ")
         methods.setdefault(method, []).append(bits)
     runs = [run for pair in results.pairs() for run in pair]
-    limits = _limits([run.score(key) for run in runs for key in (FLOAT, *results.settings)])
+    limits = limits_of([run.score(key) for run in runs for key in (FLOAT, *results.settings)])
     return [
         _accuracy(method, bits, runs, limits, results.metric) for method, bits in methods.items()
     ]
 
 
-def _limits(values: Sequence[float]) -> tuple[float, float]:
+def limits_of(values: Sequence[float]) -> tuple[float, float]:
+    """Return the limits of an axis that shows these values with a small margin."""
     margin = 0.05 * (max(values) - min(values)) or 1.0
     return min(values) - margin, max(values) + margin
 
@@ -85,13 +112,17 @@ def _accuracy(
     settings = [FLOAT, *(f"{width} {method}" for width in bits)]
 
     def draw(look: Look) -> Figure:
-        with _panel(look, metric.axis) as (figure, axes):
+        with frame(look, metric.axis) as (figure, axes):
             for arm in (0, 1):
                 chosen = [run for run in runs if run.decay == bool(arm)]
                 for at, setting in enumerate(settings):
                     values = [run.score(setting) for run in chosen]
                     _seeds(axes, at + 0.22 * (2 * arm - 1), values, look.arms[arm], MARKERS[arm])
-            axes.set_xticks(range(len(settings)), [FLOAT, *bits])
+            labels = [FLOAT, *bits]
+            axes.set_xticks(range(len(settings)), labels)
+            if max(map(len, labels)) > _LONG:
+                for label in axes.get_xticklabels():
+                    label.set(rotation=30, ha="right", rotation_mode="anchor")
             axes.set_xlim(-0.6, len(settings) - 0.4)
             axes.set_ylim(limits)
         return figure
@@ -109,82 +140,38 @@ def _seeds(axes: Axes, x: float, values: Sequence[float], colour: str, marker: s
         axes.hlines(statistics.fmean(values), x - 0.17, x + 0.17, color=colour, linewidth=2)
 
 
-def outlier_panels(results: Results) -> list[Panel]:
-    """Return one panel per role: largest magnitude / rms along the depth, one line per seed.
+def method_panels(by_bits: Mapping[str, Sequence[Any]], floating: float, label: str) -> list[Panel]:
+    """Return one panel for each choice of bits: the score of each method, the best one on top.
 
-    Roles with a single site, such as the patch embedding, have no depth and are left out.
+    ``by_bits`` holds rows with ``method`` and ``score``, the best one first.
     """
-    runs = [(run, [(s.site, s.role, s.ratio) for s in run.outliers]) for run in results.runs]
-    return _depth_panels(runs, "max / rms", logarithmic=True)
+    scores = [row.score for rows in by_bits.values() for row in rows]
+    limits = limits_of([*scores, floating])
+    return [_methods(bits, rows, floating, label, limits) for bits, rows in by_bits.items()]
 
 
-def noise_panels(results: Results) -> list[Panel]:
-    """Return one panel per role: signal-to-quantization-noise ratio in dB along the depth."""
-    runs = [(run, [(s.site, s.role, s.db) for s in run.noise]) for run in results.runs]
-    return _depth_panels(runs, "SQNR in dB", logarithmic=False)
-
-
-_Points = Sequence[tuple[str, str, float]]
-
-
-def _depth_panels(
-    runs: Sequence[tuple[Run, _Points]], label: str, logarithmic: bool
-) -> list[Panel]:
-    sites: dict[str, set[str]] = {}
-    for _, points in runs:
-        for site, role, _ in points:
-            sites.setdefault(role, set()).add(site)
-    roles = [role for role, positions in sites.items() if len(positions) > 1]
-    if not roles:
-        return []
-    values = [value for _, points in runs for _, role, value in points if role in roles]
-    if logarithmic:
-        values = [value for value in values if value > 0] or [1.0]
-    low, high = _limits([math.log2(value) if logarithmic else value for value in values])
-    limits = (2**low, 2**high) if logarithmic else (low, high)
-    return [_depth(role, runs, label, logarithmic, limits) for role in roles]
-
-
-def _depth(
-    role: str,
-    runs: Sequence[tuple[Run, _Points]],
-    label: str,
-    logarithmic: bool,
-    limits: tuple[float, float],
+def _methods(
+    bits: str, rows: Sequence[Any], floating: float, label: str, limits: tuple[float, float]
 ) -> Panel:
-    lines = [(run.decay, [v for _, r, v in points if r == role]) for run, points in runs]
-
     def draw(look: Look) -> Figure:
-        with _panel(look, label) as (figure, axes):
-            for decay, values in lines:
-                axes.plot(
-                    range(1, len(values) + 1),
-                    values,
-                    color=look.arms[decay],
-                    linewidth=1.1,
-                    markersize=3.2,
-                    alpha=0.8,
-                    marker=MARKERS[decay] if len(values) < 20 else "",
-                )
-            if logarithmic:
-                axes.set_yscale("log", base=2)
-                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.set_ylim(limits)
-            axes.set_xlabel("site, in forward order")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        with frame(look, "") as (figure, axes):
+            figure.set_figheight(0.7 + 0.28 * max(len(rows), 3))
+            heights = range(len(rows), 0, -1)
+            axes.axvline(floating, color=look.arms[0], linestyle="--", linewidth=1)
+            axes.plot([row.score for row in rows], heights, "o", color=look.arms[1], markersize=6)
+            axes.set_yticks(heights, [row.method for row in rows])
+            axes.set_ylim(0.4, len(rows) + 0.6)
+            axes.set_xlim(limits)
+            axes.set_xlabel(label)
         return figure
 
-    means = [
-        f"{ARMS[arm]} {statistics.fmean(heights):.1f}"
-        for arm in (0, 1)
-        if (heights := [v for decay, values in lines if decay == bool(arm) for v in values])
-    ]
-    title = role.replace("_", " ")
-    return Panel(title, f"{label} of {title} sites along the depth; mean {', '.join(means)}.", draw)
+    values = ", ".join(f"{row.method} {row.score:.2f}" for row in rows)
+    return Panel(bits, f"{label} at {bits}: {values}; float {floating:.2f}.", draw)
 
 
 @contextmanager
-def _panel(look: Look, label: str) -> Iterator[tuple[Figure, Axes]]:
+def frame(look: Look, label: str) -> Iterator[tuple[Figure, Axes]]:
+    """Give a figure and axes for a panel, and style them at the end."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -22,11 +22,13 @@ FLOAT = "float"
 NO_DIFFERENCE = "no difference seen"
 
 
-class _Data(ReadableModel):
+class Frozen(ReadableModel):
+    """Plain data that does not change, as JSON holds it."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SiteOutlier(_Data):
+class SiteOutlier(Frozen):
     """One activation site: ``ratio`` = ``maximum`` (largest magnitude) / root mean square."""
 
     site: str
@@ -35,7 +37,7 @@ class SiteOutlier(_Data):
     maximum: float
 
 
-class SiteNoise(_Data):
+class SiteNoise(Frozen):
     """Signal-to-quantization-noise ratio in dB at the output of one site."""
 
     site: str
@@ -43,12 +45,12 @@ class SiteNoise(_Data):
     db: float
 
 
-class Run(_Data):
+class Run(Frozen):
     """One trained model: its score in float and at each quantization setting; times in seconds.
 
     ``coverage`` is the smallest fraction of multiply-accumulates quantized at any setting.
     ``shares`` gives their shares by bits for each setting, in words.
-    ``outliers`` and ``noise`` are in forward order.
+    ``outliers`` and ``noise`` are in forward order. ``curve`` holds (step, training loss).
     """
 
     seed: int
@@ -61,6 +63,7 @@ class Run(_Data):
     decay_seconds: float
     coverage: float
     shares: Mapping[str, str] = {}
+    curve: tuple[tuple[int, float], ...] = ()
     outliers: tuple[SiteOutlier, ...] = ()
     noise: tuple[SiteNoise, ...] = ()
 
@@ -78,7 +81,7 @@ class Run(_Data):
         return self.float_score if setting == FLOAT else self.quantized[setting]
 
 
-class Results(_Data):
+class Results(Frozen):
     """All runs of a comparison, with its configuration and provenance."""
 
     task: str = "classification"
@@ -248,6 +251,20 @@ def _outcome(low: float | None, high: float | None) -> str:
     if low > 0:
         return "better"
     return "worse" if high < 0 else NO_DIFFERENCE
+
+
+def headline(rows: Sequence[Row], metric: str = "top-1") -> str:
+    """Return the result in one sentence: how many settings are better, worse, or neither."""
+    ends = signed(min(row.difference for row in rows)), signed(max(row.difference for row in rows))
+    spread = f"{ends[0]} points" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} points"
+    if rows[0].low is None:
+        return f"With CD, {metric} differs by {spread}: one seed, so nothing follows from it."
+    counts = ", ".join(
+        f"{count} {outcome}"
+        for outcome in ("better", "worse", NO_DIFFERENCE)
+        if (count := sum(row.outcome == outcome for row in rows))
+    )
+    return f"With CD, {metric} differs by {spread}. Of {len(rows)} settings: {counts}."
 
 
 def verdict(rows: Sequence[Row], metric: str = "top-1") -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from quietvit.report.results import FLOAT, Results, Row, Run, signed, summarize
+from quietvit.report.results import FLOAT, Results, Row, signed, summarize
 
 _STYLES = {"better": "green", "worse": "red"}
 
@@ -128,22 +128,14 @@ def summary_csv(results: Results) -> str:
     return table.csv()
 
 
-def _accuracy_at(setting: str) -> Callable[[Run], float]:
-    return lambda run: run.score(setting)
-
-
 def runs_table(results: Results) -> Table:
-    """Return one row per seed and arm, with every score and time."""
+    """Return one row per seed and arm: float score, largest outlier, steps and times."""
     return Table(
         f"{results.metric.in_words}, times in seconds",
         (
             Column("seed", "seed", lambda run: run.seed),
             Column("arm", "arm", lambda run: run.arm, numeric=False),
             Column(FLOAT, f"float_{results.metric.key}", lambda run: run.float_score, _number),
-            *(
-                Column(setting, setting, _accuracy_at(setting), _number)
-                for setting in results.settings
-            ),
             Column(
                 "largest max/rms",
                 "largest_max_over_rms",
@@ -155,6 +147,27 @@ def runs_table(results: Results) -> Table:
             Column("of it CD s", "decay_seconds", lambda run: run.decay_seconds, _number),
         ),
         sorted(results.runs, key=lambda run: (run.seed, run.decay)),
+    )
+
+
+def scores_table(results: Results) -> Table:
+    """Return one row per setting and seed: both scores, and their difference."""
+    lines = [(setting, pair) for setting in (FLOAT, *results.settings) for pair in results.pairs()]
+    return Table(
+        f"{results.metric.in_words} of every seed",
+        (
+            Column("setting", "setting", lambda line: line[0], numeric=False),
+            Column("seed", "seed", lambda line: line[1][0].seed),
+            Column("without CD", "without", lambda line: line[1][0].score(line[0]), _number),
+            Column("with CD", "with", lambda line: line[1][1].score(line[0]), _number),
+            Column(
+                "Δ points",
+                "difference",
+                lambda line: line[1][1].score(line[0]) - line[1][0].score(line[0]),
+                signed,
+            ),
+        ),
+        lines,
     )
 
 

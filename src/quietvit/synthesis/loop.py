@@ -8,15 +8,15 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from quietvit.errors import QuietvitError
+from quietvit.progress import Meter
 
 logger = logging.getLogger("quietvit")
 
@@ -58,21 +58,11 @@ def optimize(
     Raises:
         QuietvitError: a loss is NaN or infinite.
     """
-    bar = Progress(
-        TextColumn("generating images"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not progress,
-    )
+    meter = Meter("generating images", iterations, progress)
     start, done = time.monotonic(), 0
     limit = math.inf if minutes is None else 60 * minutes
     try:
-        with bar:
-            task = bar.add_task("", total=iterations, loss="")
+        with closing(meter):
             while done < iterations:
                 losses = []
                 for index in torch.randperm(len(work.batches), generator=random).tolist():
@@ -88,7 +78,7 @@ def optimize(
                         )
                     losses.append(loss)
                 done += 1
-                bar.update(task, completed=done, loss=f"{sum(losses) / len(losses):.4g}")
+                meter.update(done, f"loss {sum(losses) / len(losses):.4g}")
     except KeyboardInterrupt:
         return _early(done, iterations, "by Ctrl-C")
     return Outcome(done, None)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from quietvit.errors import QuietvitError, nearest
+from quietvit.plugins import TASKS, load_plugins
 from quietvit.tasks.classification import Classification
 from quietvit.tasks.detection import Detection
 from quietvit.tasks.task import Task
@@ -32,14 +33,21 @@ def register_task(task: type[Task]) -> type[Task]:
 
 def task_named(name: str) -> type[Task]:
     """Return the class of a task. Raises QuietvitError for a name that is not registered."""
+    broken = [] if name in _TASKS else load_plugins(TASKS)
     if name not in _TASKS:
         raise QuietvitError(
-            f"no task is named {name!r}{nearest(name, _TASKS)}. The tasks are "
-            f"{', '.join(task_names())}. Register your own with quietvit.register_task."
+            " ".join(
+                [
+                    f"no task is named {name!r}{nearest(name, _TASKS)}. The tasks are "
+                    f"{', '.join(_TASKS)}. Register your own with quietvit.register_task.",
+                    *broken,
+                ]
+            )
         )
     return _TASKS[name]
 
 
 def task_names() -> tuple[str, ...]:
     """Return the names of all registered tasks."""
+    load_plugins(TASKS)
     return tuple(_TASKS)

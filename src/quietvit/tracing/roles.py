@@ -8,6 +8,12 @@ from __future__ import annotations
 from quietvit.tracing.labels import Value
 from quietvit.tracing.raw import Record
 
+ROLES = (
+    *("patch_embed", "post_norm", "post_gelu", "post_activation", "post_softmax"),
+    *("attention_output", "residual", "head", "query_key", "attention_value", "other"),
+)
+"""Roles of matrix products and their operands that ``Method.overrides`` may name."""
+
 
 def _reaches_softmax(record: Record, by_key: dict[str, Record], depth: int = 4) -> bool:
     """Whether scores lead to a softmax, directly or through layers that mix heads."""

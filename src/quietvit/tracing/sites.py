@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.tracing.ops import MATMUL_KINDS
@@ -115,6 +116,24 @@ class Trace:
                 return site
         known = [site.name for site in self.sites]
         raise QuietvitError(f"{self.model_name} has no site {name!r}{nearest(name, known)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sites as plain data, with MACs at batch 1."""
+        return {
+            "model": self.model_name,
+            "macs": self.macs,
+            "sites": [
+                {
+                    "site": site.name,
+                    "kind": site.kind,
+                    "role": site.role,
+                    "output_shape": list(site.output_shape),
+                    "macs": site.macs,
+                    "weight": None if site.weight is None else str(site.weight),
+                }
+                for site in self.sites
+            ],
+        }
 
     def __repr__(self) -> str:
         sites, macs = len(self.sites), self.macs / 1e6

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from typing import Any, NoReturn
 
 from quietvit.classes import facts_of_names, metadata_of
 from quietvit.data.evaluate import worker_errors
 from quietvit.errors import QuietvitError
 from quietvit.files import sweep
+from quietvit.progress import Meter
 from quietvit.tasks import Batch
 from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from quietvit.train.config import TrainConfig
@@ -32,7 +34,6 @@ from quietvit.train.losses import Losses
 from quietvit.train.memory import Stage, enough_memory
 from quietvit.train.metrics import Metrics
 from quietvit.train.prepare import quantize_in_place
-from quietvit.train.progress import bar_of, threads
 from quietvit.train.recipe import refuse_not_utf8
 from quietvit.train.regularizers import detach, figures
 from quietvit.train.result import CHECKPOINTS, RESULT, TrainResult, weights_of
@@ -46,6 +47,7 @@ from quietvit.train.resume import (
 from quietvit.train.setup import build
 from quietvit.train.step import forward_backward
 from quietvit.train.stopping import StopRequestedError, Termination, end_workers
+from quietvit.train.threads import threads
 from quietvit.train.together import (
     alone,
     check_same_checkpoint,
@@ -182,8 +184,10 @@ class _Loop:
     def run_epochs(self, progress: bool) -> None:
         """Train from the current position to the end of the last epoch."""
         main = self.accelerator.is_main_process
-        with worker_errors(), bar_of(progress and main) as bar:
-            task = bar.add_task("training", total=self.t.total_steps, completed=self.step, loss="")
+        meter = Meter("training", self.t.total_steps, progress and main)
+        told = ""
+        with worker_errors(), closing(meter):
+            meter.update(self.step)
             while self.epoch < self.config.epochs:
                 qat = self.config.qat
                 if (
@@ -199,9 +203,8 @@ class _Loop:
                 for batch in self.r.loader if len(self.r.batches) else ():
                     if self._pass(batch):
                         loss = self._after_step(batch)
-                        bar.update(task, completed=self.step)
-                        if loss is not None:
-                            bar.update(task, loss=f"loss {loss:.3f}")
+                        told = told if loss is None else f"loss {loss:.3f}"
+                        meter.update(self.step, told)
                         self._mark = time.perf_counter()
                 every, done = self.config.evaluate_every, self.epoch + 1
                 if every and done % every == 0 and done < self.config.epochs:
