@@ -287,7 +287,10 @@ SHORTER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     ),
     "given-model": (
         SMALL_VIT | {"--minutes 20": "--minutes 0.05 --methods rtn --bits W8A8"},
-        {"quantize": "--count 4"},
+        {
+            "quantize": "--count 4",
+            "compare-methods": "--methods rtn --bits W8A8 --count 4 --calibration-count 4",
+        },
     ),
     "diagnosis": (SMALL_VIT, {"sensitivity": ""}),
     "detector": (
