@@ -264,7 +264,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
 
     monkeypatch.setattr(looking, "build_model", never)
     monkeypatch.setattr("quietvit.commands.quantizing.build_model", never)
-    monkeypatch.setattr("quietvit.commands.deploying._load", never)
+    monkeypatch.setattr("quietvit.commands.deploying.load_quantized", never)
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to("loop")
     for place in ("file/x", "n" * 300, "loop/x", "file"):

@@ -176,10 +176,8 @@ def choose_bits(
         estimate=not exact,
     )
     written = found.to_toml(output)
-    plain = found.to_dict()
-    answer(
-        form, found, data=plain, rows=[{"key": k, "bits": v} for k, v in found.overrides.items()]
-    )
+    rows = [{"name": name, "bits": bits} for name, bits in found.overrides.items()]
+    answer(form, str(found), data=found.to_dict(), rows=rows)
     typer.echo(f"Written: {written}")
     fields = "".join(f" -s {shlex.quote(option)}" for option in options or ())
     typer.echo(
