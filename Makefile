@@ -3,6 +3,8 @@
 #   PYTHON=python3.12     the interpreter that makes the environment
 #   VENV=path             the environment; one that already holds the tools is used as it is
 #   PYTEST_ARGS=...       more arguments for pytest
+#   TORCH_INDEX=url       the package index of torch and torchvision. The default is that of all packages. There, torch
+#                         for Linux brings libraries for GPUs. $(TORCH_CPU) has it without them.
 #
 # pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
 
@@ -10,6 +12,8 @@ PYTHON ?= python3
 PYTHON_LOWER ?= python3.12
 VENV_LOWER ?= .venv-lower
 VENV_DOCS ?= .venv-docs
+TORCH_INDEX ?=
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
 # Three bits: the digits lose next to nothing at four.
 DEMO ?= quietvit compare --recipe digits --seeds 0,1,2,3,4 \
@@ -62,15 +66,24 @@ if $(1) -c 'import ensurepip' 2>/dev/null; then $(1) -m venv "$(2)"; else \
   $(1) -m pip --python "$(2)/bin/python" install --quiet pip; fi
 endef
 
+# $(call torch,folder,more arguments for pip): say the size, and install torch first if it has an index of its own.
+define torch
+@echo "$(if $(TORCH_INDEX),torch comes from $(TORCH_INDEX).,The environment takes about 7 GB on Linux. Without a GPU, \
+  about 2 GB are enough: make TORCH_INDEX=$(TORCH_CPU) $(MAKECMDGOALS))"
+$(if $(TORCH_INDEX),"$(1)/bin/python" -m pip install --index-url "$(TORCH_INDEX)" $(2) torch torchvision)
+endef
+
 # One pip command solves torch, torchvision and timm together, so that they match each other.
 $(STAMP): pyproject.toml
 	$(call environment,$(PYTHON),$(VENV))
+	$(call torch,$(VENV))
 	"$(BIN)/python" -m pip install --editable '.[dev,transformers,datasets,lightning,onnx,openvino,torchao,detection]'
 	"$(BIN)/python" -m pip check
 	@touch "$@"
 
 $(STAMP_LOWER): pyproject.toml requirements/lower-bounds.txt
 	$(call environment,$(PYTHON_LOWER),$(VENV_LOWER))
+	$(call torch,$(VENV_LOWER),--constraint requirements/lower-bounds.txt)
 	"$(VENV_LOWER)/bin/python" -m pip install --constraint requirements/lower-bounds.txt \
 	  --editable '.[dev,transformers,datasets,lightning,onnx,openvino,torchao,detection]'
 	"$(VENV_LOWER)/bin/python" -m pip check

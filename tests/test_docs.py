@@ -5,10 +5,13 @@ The commands of the README run too, on few images and with small models.
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import quietvit
+from detection_cases import annotated, coco
 from huggingface_cases import classifier, saved
 from quietvit import cli
 from quietvit.data import create_model
@@ -27,11 +31,14 @@ from quietvit.decay.registry import _ENTRIES
 from quietvit.deployment.targets import _TARGETS
 from quietvit.quantization.listing import methods_markdown
 from quietvit.quantization.method import _METHODS
+from quietvit.tasks import Detection
 from quietvit.tasks.registry import _TASKS
 from quietvit.train.recipe import known_keys, list_recipes
 
 ROOT = Path(__file__).parents[1]
+TUTORIALS = sorted(f"docs/tutorials/{path.name}" for path in ROOT.glob("docs/tutorials/*.md"))
 PAGES = ["README.md", "docs/getting-started.md", "docs/methods.md", "docs/deployment.md"]
+ALL_PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -79,9 +86,7 @@ def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(code, namespace)
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
-)
+@pytest.mark.parametrize("page", [*ALL_PAGES, "CONTRIBUTING.md"])
 def test_relative_links_lead_somewhere(page: str) -> None:
     for target in LINK.findall((ROOT / page).read_text("utf-8")):
         assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
@@ -89,6 +94,29 @@ def test_relative_links_lead_somewhere(page: str) -> None:
 
 def test_the_table_of_methods_is_the_one_the_command_prints() -> None:
     assert methods_markdown() in (ROOT / "docs/methods.md").read_text("utf-8")
+
+
+def test_the_figures_of_choosing_are_those_of_the_results() -> None:
+    top1: dict[tuple[str, str], list[float]] = {}
+    with (ROOT / "results/ptq_deit_tiny.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            top1.setdefault((row["setting"], row["bits"]), []).append(float(row["top1"]))
+    names = {
+        "best RTN": "rtn-omse",
+        "RepQ-ViT": "repq-vit",
+        "ERQ": "erq",
+        "AdaLog": "adalog",
+        "QDrop, shortened": "qdrop-240",
+    }
+    guide = (ROOT / "docs/choosing.md").read_text("utf-8")
+    rows = [line.strip("| ").split(" | ") for line in guide.splitlines()]
+    shown = {row[0]: row[1:3] for row in rows if row[0] in names}
+    assert shown == {
+        name: [f"{median(top1[setting, bits]):.1f}" for bits in ("W6A6", "W4A4")]
+        for name, setting in names.items()
+    }
+    at_8_bits = [median(values) for (_, bits), values in top1.items() if bits == "W8A8"]
+    assert f"{min(at_8_bits):.1f} to {max(at_8_bits):.1f}" in guide
 
 
 def recipe_tables(guide: str) -> list[list[str]]:
@@ -111,18 +139,19 @@ def test_the_recipe_keys_of_the_guide_exist() -> None:
 
 
 def test_the_recipe_keys_set_on_command_lines_exist() -> None:
-    pages = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
-    text = "\n".join((ROOT / page).read_text("utf-8") for page in pages).replace("\\\n", " ")
+    text = "\n".join((ROOT / page).read_text("utf-8") for page in ALL_PAGES).replace("\\\n", " ")
     text = re.sub(r"^quietvit quantize .*$", "", text, flags=re.M)  # fields of a method
     found = set(re.findall(r"(?:(?<!\w)-s|--set)[ =]'?([\w.]+)=", text))
-    known = set(known_keys()) | {"key", "field"}
+    known = set(known_keys()) | {"key", "field", "conv_output_bits"}
+    known |= {f"task_settings.{key}" for key in Detection.settings.model_fields}
     kwargs = {key for key in found if key.startswith("model.kwargs.")}
     assert len(found) > 5
     assert found - kwargs <= known, sorted(found - kwargs - known)
 
 
 def test_the_commands_and_options_named_exist() -> None:
-    texts = [(ROOT / page).read_text("utf-8").replace("\\\n", " ") for page in PAGES]
+    pages = [*PAGES, *TUTORIALS]
+    texts = [(ROOT / page).read_text("utf-8").replace("\\\n", " ") for page in pages]
     texts += [re.sub(r"\\\n#", " ", path.read_text("utf-8")) for path in list_recipes().values()]
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
     texts += [f"{command.epilog}" for command in commands.values()]
@@ -186,20 +215,27 @@ def test_every_command_of_the_readme_is_run_or_it_is_said_why_not() -> None:
 
 
 @pytest.fixture
-def my_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What the README calls the user's own, and where it is here."""
+def my_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder of photos; it lies in a folder that becomes the current one."""
     monkeypatch.chdir(tmp_path)
     noise = np.random.default_rng(0)
+    names = "n01440764", "n01443537"  # two of ImageNet's
     for part in ("train", "val"):
         for number in range(16):
-            path = tmp_path / "images" / part / f"class{number % 2}" / f"{number}.png"
+            path = tmp_path / "images" / part / names[number % 2] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+    Image.open(path).save(tmp_path / "photo.jpg")
+    return str(tmp_path / "images")
+
+
+@pytest.fixture
+def my_files(tmp_path: Path, my_photos: str) -> dict[str, str]:
+    """What the README calls the user's own, and where it is here."""
     model = create_model("deit_tiny_patch16_224", 10, **SMALL)
     save_file(model.state_dict(), tmp_path / "deit_tiny.safetensors")
     saved(tmp_path / "vit", classifier("ViT", 2))
-    images = str(tmp_path / "images")
-    return {"/my/images": images, "/data/imagenet": images, "/my/vit": str(tmp_path / "vit")}
+    return {"/my/images": my_photos, "/data/imagenet": my_photos, "/my/vit": str(tmp_path / "vit")}
 
 
 @pytest.mark.slow
@@ -229,6 +265,85 @@ def test_the_commands_that_choose_bits_run(tmp_path: Path, monkeypatch: pytest.M
     held = quietvit.load("mixed.qvit").method.overrides
     assert held == quietvit.RTN(overrides="bits.toml").overrides
     assert held.plain().keys() > {"blocks.0.attn.qkv"}
+
+
+# The tutorials: what is replaced in each, and what makes its commands short.
+SMALL_VIT = {"deit_tiny_patch16_224": "test_vit", "/my/photos": "images", "--count 32": "--count 4"}
+SMALL_DETECTOR = (
+    "-s model.name=vit_tiny_patch16_224 -s model.weights=none -s model.kwargs.patch_size=8 "
+    "-s model.kwargs.embed_dim=32 -s model.kwargs.depth=1 -s model.kwargs.num_heads=2 "
+    "-s task_settings.size=[64,64] -s task_settings.channels=16 "
+    "-s task_settings.options.box_channels=32 -s checkpoint.every=0 -s epochs=1 "
+    "-s schedule.warmup_epochs=0 -s batch_size=2 -s tensorboard=false -s threads=1"
+)
+SHORTER: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "photos": (
+        SMALL_VIT,
+        {
+            "train": f"{FEW} -s model.name=test_vit",
+            "quantize": "--count 4",
+            "check": "--count 4 --seconds 0",
+        },
+    ),
+    "given-model": (
+        SMALL_VIT | {"--minutes 20": "--minutes 0.05 --methods rtn --bits W8A8"},
+        {
+            "quantize": "--count 4",
+            "compare-methods": "--methods rtn --bits W8A8 --count 4 --calibration-count 4",
+        },
+    ),
+    "diagnosis": (SMALL_VIT, {"sensitivity": ""}),
+    "detector": (
+        {"/my/boxes": "boxes", "hf:/my/detector": "hf:detector"},
+        {"train": SMALL_DETECTOR, "quantize": "--count 2"},
+    ),
+    "training-loops": ({}, {}),
+}
+NEEDS = {
+    "photos": ["onnxscript", "onnxruntime"],
+    "detector": ["faster_coco_eval", "transformers", "onnxscript", "onnxruntime"],
+    "training-loops": ["transformers", "lightning"],
+}
+FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def my_boxes(tmp_path: Path) -> None:
+    """Eight pictures with a box each; they train and test."""
+    boxes = [annotated(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in range(1, 9)]
+    file = coco(tmp_path / "boxes", boxes, pictures=8)
+    for name in ("train", "test"):
+        shutil.copy(file, file.with_name(f"{name}.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("my_photos", "my_boxes")
+@pytest.mark.parametrize("page", [Path(page).stem for page in TUTORIALS])
+def test_a_tutorial_runs_from_top_to_bottom(page: str) -> None:
+    for package in NEEDS.get(page, []):
+        pytest.importorskip(package)
+    if page == "detector":
+        from test_detection_huggingface import yolos
+
+        yolos().save_pretrained("detector")
+    else:
+        save_file(create_model("test_vit", 1000).state_dict(), "test_vit.safetensors")
+    replaced, shorter = SHORTER[page]
+    path = ROOT / f"docs/tutorials/{page}.md"
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    for theirs, ours in replaced.items():
+        text = text.replace(theirs, ours)
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for kind, source in FENCE.findall(text):
+        if kind == "python":
+            exec(compile(source, str(path), "exec"), namespace)
+            continue
+        for line in source.splitlines():
+            command, *arguments = shlex.split(line, comments=True)
+            assert command == "quietvit", line
+            more = shlex.split(shorter.get(arguments[0], ""))
+            done = CliRunner().invoke(cli.app, [*arguments, *more])
+            assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception!r}"
 
 
 def test_the_reference_lists_every_public_name() -> None:

@@ -6,6 +6,7 @@ import ast
 import graphlib
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -130,6 +131,22 @@ def test_lower_bounds_match_the_constraints_file() -> None:
     assert claimed == pinned
     (installed,) = [line for line in MAKEFILE.splitlines() if line.strip().startswith("--editable")]
     assert set(extras) | {"dev"} == set(installed.partition("[")[2].partition("]")[0].split(","))
+
+
+def test_make_takes_torch_from_its_own_index_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MAKEFLAGS", "MFLAGS", "TORCH_INDEX"):  # of the make that runs this test
+        monkeypatch.delenv(name, raising=False)
+
+    def printed(*settings: str) -> str:
+        command = ["make", "-n", "demo", "VENV=nowhere", *settings]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    text = printed("TORCH_INDEX=https://host/cpu")
+    first, second = re.findall(r'"nowhere/bin/python" -m pip install (.*)', text)
+    assert first.split() == ["--index-url", '"https://host/cpu"', "torch", "torchvision"]
+    assert second.startswith("--editable")
+    assert "about 7 GB" in printed()
+    assert "--index-url" not in printed()
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
