@@ -33,7 +33,7 @@ KEYS = {
     "evaluate": "model kind scores images data device runtime",
     "export": "path box_head bytes output replaced notes",
     "check": "path machine runtime ok failures integer_share_of_macs products agreements classes "
-    "features speed bytes float_bytes notes",
+    "features box_head detections speed bytes float_bytes notes",
     "predict": "file images failed",
 }
 COLUMNS = {
