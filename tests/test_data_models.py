@@ -198,7 +198,7 @@ def test_calibration_images_are_drawn_by_seed_without_repeats():
     everything = calibration_images(small, 5, transform, seed=3)
     expected = torch.stack([transform(small[i][0]) for i in range(5)])
     assert torch.equal(everything.sum((1, 2, 3)).sort()[0], expected.sum((1, 2, 3)).sort()[0])
-    with pytest.raises(QuietvitError, match="0 .*requested, but .*ask for 1 to"):
+    with pytest.raises(QuietvitError, match=r"0 .*requested, but .*ask for 1 to"):
         calibration_images(dataset, 0, transform)
     with pytest.raises(QuietvitError, match="holds 5"):
         calibration_images(small, 6, transform)
