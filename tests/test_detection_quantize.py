@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from quietvit.detection import (
     predictors,
 )
 from quietvit.measure import sqnr
+from quietvit.quantization.settings import parse_method
 from test_detection_models import small
 
 METHODS = [
@@ -54,17 +56,29 @@ def test_a_whole_detector_is_quantized_and_judged_by_ap(model, images, data, met
     assert 0 <= found.ap <= 100
 
 
-def test_predictors_keep_their_bits_by_name(model, images):
-    """The trace sees one head at most: outputs of the other predictors go on inside."""
+def test_predictors_and_stem_keep_the_bits_of_the_edges(model, images):
     last = predictors(model)
-    method = quietvit.RTN(weight_bits=4, activation_bits=4, overrides=dict.fromkeys(last, 8))
+    for given, kept_at in (({}, 8), ({"head_bits": "same"}, 4), ({"overrides": {"head": 6}}, 6)):
+        method = quietvit.RTN(weight_bits=4, activation_bits=4, **given)
+        own = quietvit.quantize(model, method, images, progress=False)
+        bits = {slot.site.name: own.quantizers[slot.key].bits for slot in own.slots()}
+        kept = {name for name in bits if any(fnmatch(name, pattern) for pattern in last)}
+        assert len(kept) >= 4
+        assert {bits[name] for name in kept} == {kept_at}
+        assert bits.pop("backbone.body.patch_embed.proj") == 8
+        assert {b for name, b in bits.items() if name not in kept} == {4}
+
+
+def test_the_policy_of_repq_vits_detection_code_by_name(model, images):
+    method = parse_method("rtn", "W4A4+repq-vit-detection")
     own = quietvit.quantize(model, method, images, progress=False)
-    bits = {slot.site.name: own.quantizers[slot.key].bits for slot in own.slots()}
-    names = ("cls_logits", "bbox_pred", "cls_score")
-    kept = {name for name in bits if any(part in name for part in names)}
-    assert len(kept) >= 4
-    assert {bits[name] for name in kept} == {8}
-    assert {b for name, b in bits.items() if name not in kept and "patch_embed" not in name} == {4}
+    found = {slot.key: own.quantizers[slot.key].bits for slot in own.slots()}
+    assert found.pop("backbone/body/patch_embed/proj:input") == 8
+    assert set(found.values()) == {4}
+    traced = quietvit.trace(model, images[:1])
+    transposed = {site.name for site in traced.sites if site.function == "conv_transpose2d"}
+    assert transposed
+    assert transposed == dict(own.coverage.untouched).keys()
 
 
 def test_a_saved_detector_is_read_back_though_other_boxes_are_traced(model, images, tmp_path):

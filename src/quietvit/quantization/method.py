@@ -107,9 +107,9 @@ class Method(ReadableModel):
     """Bits of single roles or sites. They replace all bits above, but ``exclude`` comes first.
 
     A mapping from a role of the trace (``post_softmax``) or an fnmatch pattern of site names to an
-    int, ``"float"`` or ``"W4A8"``; or the name of a preset (``"attention-maps-8"``). An operand's
-    role means that operand; a site's role means both its operands. A full site name wins over
-    patterns, and patterns win over roles.
+    int, ``"float"``, ``"same"`` (the working bits) or ``"W4A8"``; or the name of a preset
+    (``"attention-maps-8"``). An operand's role means that operand; a site's role means both its
+    operands. A full site name wins over patterns, and patterns win over roles.
     """
     conv_output_bits: Bits = None
     """Bits of the outputs of convolutions, after BatchNorm and ReLU; None keeps them in float.
@@ -139,7 +139,10 @@ class Method(ReadableModel):
         if self.excluded_by(slot.site) is not None:
             return None
         key = self.overrides.key_for(slot)
-        return self.working_bits(slot) if key is None else self.overrides.bits(key, slot)
+        bits = "own" if key is None else self.overrides.bits(key, slot)
+        if bits == "same":
+            return self.weight_bits if slot.is_weight else self.activation_bits
+        return self.working_bits(slot) if bits == "own" else bits
 
     def working_bits(self, slot: Slot) -> int | None:
         """Bits of an operand that is neither excluded nor overridden. Subclasses may refine it."""

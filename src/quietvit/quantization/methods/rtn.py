@@ -69,11 +69,11 @@ class RTN(Method):
         if self.number_format == "integer":
             return self
         known = ELEMENT_OF[self.number_format]
-        edges = [bits for bits in (self.patch_embed_bits, self.head_bits) if bits != "same"]
+        edges = [self.patch_embed_bits, self.head_bits]
         wanted = [self.weight_bits, self.activation_bits, *edges]
         wanted += [bits for pair in self.overrides.values() for bits in pair]
         for bits in wanted:
-            if bits is not None and bits not in known:
+            if bits not in (None, "same") and bits not in known:
                 raise ValueError(
                     f"number_format={self.number_format!r} has {_listed(known)} bits, not {bits}; "
                     "change weight_bits, activation_bits, patch_embed_bits, head_bits or overrides"
