@@ -139,10 +139,11 @@ class Method(ReadableModel):
         if self.excluded_by(slot.site) is not None:
             return None
         key = self.overrides.key_for(slot)
-        bits = "own" if key is None else self.overrides.bits(key, slot)
-        if bits == "same":
-            return self.weight_bits if slot.is_weight else self.activation_bits
-        return self.working_bits(slot) if bits == "own" else bits
+        if key is None:
+            return self.working_bits(slot)
+        working = self.weight_bits if slot.is_weight else self.activation_bits
+        bits = self.overrides.bits(key, slot)
+        return working if bits == "same" else bits
 
     def working_bits(self, slot: Slot) -> int | None:
         """Bits of an operand that is neither excluded nor overridden. Subclasses may refine it."""
@@ -178,7 +179,9 @@ class Method(ReadableModel):
         if pattern is not None:
             return f"excluded by {pattern!r}"
         key = self.overrides.key_for(slot)
-        return self.why_working_float(slot) if key is None else f"float by overrides[{key!r}]"
+        if key is None or self.overrides.bits(key, slot) == "same":
+            return self.why_working_float(slot)
+        return f"float by overrides[{key!r}]"
 
     def why_working_float(self, slot: Slot) -> str:
         side = "weight_bits" if slot.is_weight else "activation_bits"

@@ -233,7 +233,9 @@ def _shown(pair: BitPair) -> str:
 
 
 def _in_words(bits: Bits) -> str:
-    return {None: "float", "same": "at the working bits"}.get(bits, f"{bits} bits")
+    if bits == "same":
+        return "at the working bits"
+    return "float" if bits is None else f"{bits} bits"
 
 
 OverridesField = Annotated[

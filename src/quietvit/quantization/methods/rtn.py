@@ -6,7 +6,7 @@ It changes no weight; methods that do are in other files.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import model_validator
@@ -70,7 +70,7 @@ class RTN(Method):
             return self
         known = ELEMENT_OF[self.number_format]
         edges = [self.patch_embed_bits, self.head_bits]
-        wanted = [self.weight_bits, self.activation_bits, *edges]
+        wanted: list[Any] = [self.weight_bits, self.activation_bits, *edges]
         wanted += [bits for pair in self.overrides.values() for bits in pair]
         for bits in wanted:
             if bits not in (None, "same") and bits not in known:
