@@ -96,7 +96,7 @@ def test_both_files_of_a_faster_rcnn_are_proven_and_find_its_boxes(
     runtime = open_runtime(exported)
     with torch.no_grad():
         close(FileDetector(runtime)(pictures()), two_stage(pictures()))
-    monkeypatch.setattr("quietvit.commands.deploying._load", lambda *given: two_stage)
+    monkeypatch.setattr("quietvit.commands.deploying.load_quantized", lambda *given: two_stage)
     told = ("--seconds", "0", "--json", tmp_path / "check.json")
     checked = run("check", exported, "--against", "det.qvit", "--images", spec, *told)
     assert checked.exit_code == 0, checked.output

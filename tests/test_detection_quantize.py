@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatch
 
 import pytest
 import torch
 
 import quietvit
+import zoo
 from detection_cases import CATEGORIES, annotated, coco
+from method_cases import METHODS, configured
 from quietvit.detection import (
     detection_calibration,
     detection_loader,
@@ -17,9 +20,11 @@ from quietvit.detection import (
     predictors,
 )
 from quietvit.measure import sqnr
+from quietvit.quantization.blocks import find_blocks
+from quietvit.quantization.settings import parse_method
 from test_detection_models import small
 
-METHODS = [
+JUDGED = [
     quietvit.RTN(weight_bits=8, activation_bits=8),
     quietvit.RepQViT(weight_bits=6, activation_bits=6),
     quietvit.SmoothQuant(weight_bits=8, activation_bits=8),
@@ -45,7 +50,7 @@ def images(model, data):
     return torch.cat([detection_calibration(data, 2, model.transform.fit), noise])
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", JUDGED, ids=lambda method: method.name)
 def test_a_whole_detector_is_quantized_and_judged_by_ap(model, images, data, method):
     pytest.importorskip("faster_coco_eval")
     own = quietvit.quantize(model, method, images, progress=False)
@@ -54,21 +59,51 @@ def test_a_whole_detector_is_quantized_and_judged_by_ap(model, images, data, met
     assert 0 <= found.ap <= 100
 
 
-def test_predictors_keep_their_bits_by_name(model, images):
-    """The trace sees one head at most: outputs of the other predictors go on inside."""
+OTHERS = [name for name in METHODS if name not in {method.name for method in JUDGED}]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_method_runs_on_a_detector(name):
+    given = {"iterations": 1} if name in ("brecq", "qdrop") else {}
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    own = quietvit.quantize(zoo.detector(), configured(name, **given), images, progress=False)
+    assert own.coverage.fraction > 0.8  # QwT adds products in float
+    assert len(own([images[0]])) == 1
+
+
+def test_the_blocks_of_the_backbone_are_reconstructed(model, images):
+    blocks = find_blocks(quietvit.trace(model, images[:1]))
+    residual = {block.name for block in blocks if block.residual}
+    assert {"backbone.body.blocks.0", "backbone.body.blocks.1"} <= residual
+
+
+def test_predictors_and_stem_keep_the_bits_of_the_edges(model, images):
     last = predictors(model)
-    method = quietvit.RTN(weight_bits=4, activation_bits=4, overrides=dict.fromkeys(last, 8))
+    for given, kept_at in (({}, 8), ({"head_bits": "same"}, 4), ({"overrides": {"head": 6}}, 6)):
+        method = quietvit.RTN(weight_bits=4, activation_bits=4, **given)
+        own = quietvit.quantize(model, method, images, progress=False)
+        bits = {slot.site.name: own.quantizers[slot.key].bits for slot in own.slots()}
+        kept = {name for name in bits if any(fnmatch(name, pattern) for pattern in last)}
+        assert len(kept) >= 4
+        assert {bits[name] for name in kept} == {kept_at}
+        assert bits.pop("backbone.body.patch_embed.proj") == 8
+        assert {b for name, b in bits.items() if name not in kept} == {4}
+
+
+def test_the_policy_of_repq_vits_detection_code_by_name(model, images):
+    method = parse_method("rtn", "W4A4+repq-vit-detection")
     own = quietvit.quantize(model, method, images, progress=False)
-    bits = {slot.site.name: own.quantizers[slot.key].bits for slot in own.slots()}
-    names = ("cls_logits", "bbox_pred", "cls_score")
-    kept = {name for name in bits if any(part in name for part in names)}
-    assert len(kept) >= 4
-    assert {bits[name] for name in kept} == {8}
-    assert {b for name, b in bits.items() if name not in kept and "patch_embed" not in name} == {4}
+    found = {slot.key: own.quantizers[slot.key].bits for slot in own.slots()}
+    assert found.pop("backbone/body/patch_embed/proj:input") == 8
+    assert set(found.values()) == {4}
+    traced = quietvit.trace(model, images[:1])
+    transposed = {site.name for site in traced.sites if site.function == "conv_transpose2d"}
+    assert transposed
+    assert transposed == dict(own.coverage.untouched).keys()
 
 
 def test_a_saved_detector_is_read_back_though_other_boxes_are_traced(model, images, tmp_path):
-    own = quietvit.quantize(model, METHODS[0], images, progress=False)
+    own = quietvit.quantize(model, JUDGED[0], images, progress=False)
     again = quietvit.load(own.save(tmp_path / "mine.qvit"), model=model)
     with torch.no_grad():
         expected, found = own([images[0]]), again([images[0]])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import quietvit
 from detection_cases import BACKBONE, SETTINGS, annotated, coco
+from quietvit.compare import CompareConfig, compare
 from quietvit.detection import detection_loader, evaluate_detector
 from quietvit.errors import QuietvitError
 from quietvit.tasks import Detection
@@ -145,6 +146,25 @@ def test_the_recipe_is_a_detectors():
     settings = Detection(found).own
     assert (settings.size, settings.channels) == ((256, 320), 128)
     assert torch.tensor(settings.size).remainder(32).eq(0).all()
+
+
+def test_detectors_are_compared_in_ap(tmp_path):
+    boxes = [annotated(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in (1, 2)]
+    path = coco(tmp_path, boxes)
+    spec = f"coco:{path},{path}"
+    recipe = config(tmp_path / "x", spec, data={"dataset": spec}, epochs=1, checkpoint={})
+    settings = {"bits": ("W4A4+repq-vit-detection",), "methods": ("repq-vit",)}
+    images = {"calibration_images": 2, "diagnosed_images": 1}
+    wanted = CompareConfig(recipe=recipe, seeds=(0,), **settings, **images)
+    found = compare(wanted, tmp_path / "out", say=lambda _: None)
+    scores = [run.score(setting) for run in found.results.runs for setting in run.quantized]
+    assert all(0 <= score <= 100 for score in scores)
+    assert "box AP" in found.verdict
+    page = found.page.read_text()
+    assert "box AP in percent" in page
+    assert "top-1" not in page
+    assert "Accuracy" not in page
+    assert (tmp_path / "out" / "results.csv").read_text().startswith("seed,arm,setting,ap,")
 
 
 def test_commands_speak_ap_of_a_detector(trained, tmp_path, blood):

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 import quietvit
-from quietvit import QuietvitError
+from quietvit import QuietvitError, detection
 from quietvit.tracing import intercept
+from test_detection_models import small
 from zoo import detector
 
 KINDS = ("faster_rcnn", "retinanet")
+BOX_PREDICTORS = {f"roi_heads.box_predictor.{name}" for name in ("cls_score", "bbox_pred")}
+FCOS_REGRESSION = {f"head.regression_head.{name}" for name in ("bbox_reg", "bbox_ctrness")}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -57,6 +60,27 @@ def test_only_products_and_norms_are_the_same_in_every_pass(model: Any, images: 
         model([*images, torch.rand(3, 48, 80)])
     assert len(set(seen)) == len(seen)
     assert {site.name for site in traced.matmuls} <= set(seen)
+
+
+PREDICTORS = {
+    "faster_rcnn": {"rpn.head.cls_logits", "rpn.head.bbox_pred", *BOX_PREDICTORS},
+    "retinanet": {"head.classification_head.cls_logits", "head.regression_head.bbox_reg"},
+    "fcos": {"head.classification_head.cls_logits", *FCOS_REGRESSION},
+}
+
+
+@pytest.mark.parametrize("kind", PREDICTORS)
+def test_predictors_are_heads_whether_or_not_boxes_are_found(kind: str) -> None:
+    """FCOS and RetinaNet of random weights find nothing above their own threshold."""
+    models = [small(getattr(detection, kind))]
+    models += [detector(), finding_nothing()] if kind == "faster_rcnn" else []
+    for model in models:
+        traced = quietvit.trace(model, [torch.rand(3, 64, 96)])
+        heads = {site.name.partition("#")[0] for site in traced.sites if site.role == "head"}
+        assert heads == PREDICTORS[kind]
+        assert sum(site.role == "patch_embed" for site in traced.sites) == 1
+    maps = quietvit.trace(models[0].backbone, torch.rand(1, 3, 64, 96))
+    assert all(site.role != "head" for site in maps.sites)
 
 
 def test_what_got_no_boxes_is_traced_told_and_left_out(images: Tensor) -> None:

@@ -46,6 +46,10 @@ def test_a_role_of_an_operand_means_that_operand_and_a_role_of_a_site_both(trace
     assert bits(trace, "blocks.0.mlp.fc2", overrides={"post_gelu": "float"}) == (None, None)
     assert bits(trace, "blocks.0.mlp.fc2", overrides={"post_gelu": [3, None]}) == (None, 3)
     assert bits(trace, first(trace, "patch_embed"), overrides={"patch_embed": 6}) == (6, 6)
+    edges = {"patch_embed_bits": 6, "head_bits": None}
+    for same in ("repq-vit-detection", {"head": "same", "patch_embed": ["same", 8]}):
+        assert bits(trace, first(trace, "patch_embed"), overrides=same, **edges) == (8, 4)
+        assert bits(trace, "head", overrides=same, **edges) == (4, 4)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -138,6 +142,12 @@ def test_they_can_be_given_on_the_command_line():
             assert parse_method(name, "W4A4", keep=[keep]).overrides == wanted
     kept = parse_method("rtn", "W4A4", keep=["*.fc1=W4A8", "head=float"]).overrides
     assert kept.plain() == {"*.fc1": "W4A8", "head": None}
+    kept = parse_method("rtn", keep=["repq-vit-detection"]).overrides
+    assert RTN(overrides=kept.plain()).overrides == kept
+    assert str(kept) == (
+        "patch_embed W at the working bits, A 8 bits, head at the working bits, "
+        "conv_transpose2d float"
+    )
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,10 @@ def is_detector(model: nn.Module) -> bool:
 def predictors(model: nn.Module) -> tuple[str, ...]:
     """Return name patterns of a detector's last sites: they predict classes, objectness and boxes.
 
-    Methods keep the last layer of a classifier at 8 bits through the role ``head``. A detector
-    processes the outputs of its last layers further, so the trace cannot give them this role. Keep
-    them at 8 bits with ``overrides={site: 8 for site in predictors(model)}``.
+    In torchvision's detectors, DETR and YOLOS, they have the role ``head``, so ``head_bits`` (8)
+    covers them. Deformable DETR, RT-DETR and D-FINE feed predicted boxes into later decoder layers,
+    so some of their predictors have other roles. Keep those at 8 bits with ``overrides={site: 8 for
+    site in predictors(model)}``.
     """
     names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in PREDICTORS]
     return tuple(f"{name}*" for name in names)

@@ -108,9 +108,9 @@ class Method(ReadableModel):
     """Bits of single roles or sites. They replace all bits above, but ``exclude`` comes first.
 
     A mapping from a role of the trace (``post_softmax``) or an fnmatch pattern of site names to an
-    int, ``"float"`` or ``"W4A8"``; or the name of a preset (``"attention-maps-8"``). An operand's
-    role means that operand; a site's role means both its operands. A full site name wins over
-    patterns, and patterns win over roles.
+    int, ``"float"``, ``"same"`` (the working bits) or ``"W4A8"``; or the name of a preset
+    (``"attention-maps-8"``). An operand's role means that operand; a site's role means both its
+    operands. A full site name wins over patterns, and patterns win over roles.
     """
     conv_output_bits: Bits = None
     """Bits of the outputs of convolutions, after BatchNorm and ReLU; None keeps them in float.
@@ -140,7 +140,11 @@ class Method(ReadableModel):
         if self.excluded_by(slot.site) is not None:
             return None
         key = self.overrides.key_for(slot)
-        return self.working_bits(slot) if key is None else self.overrides.bits(key, slot)
+        if key is None:
+            return self.working_bits(slot)
+        working = self.weight_bits if slot.is_weight else self.activation_bits
+        bits = self.overrides.bits(key, slot)
+        return working if bits == "same" else bits
 
     def working_bits(self, slot: Slot) -> int | None:
         """Bits of an operand that is neither excluded nor overridden. Subclasses may refine it."""
@@ -176,7 +180,9 @@ class Method(ReadableModel):
         if pattern is not None:
             return f"excluded by {pattern!r}"
         key = self.overrides.key_for(slot)
-        return self.why_working_float(slot) if key is None else f"float by overrides[{key!r}]"
+        if key is None or self.overrides.bits(key, slot) == "same":
+            return self.why_working_float(slot)
+        return f"float by overrides[{key!r}]"
 
     def why_working_float(self, slot: Slot) -> str:
         side = "weight_bits" if slot.is_weight else "activation_bits"

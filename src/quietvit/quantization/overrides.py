@@ -9,7 +9,7 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import PlainSerializer, PlainValidator
 
@@ -19,13 +19,27 @@ from quietvit.quantization.quantizers import MAX_BITS, MIN_BITS
 from quietvit.quantization.slot import Slot
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
 
-BitPair = tuple[int | None, int | None]
-"""(weight bits, activation bits); None is float."""
+Bits = int | Literal["same"] | None
+"""None is float, and ``"same"`` the working bits of the method."""
+BitPair = tuple[Bits, Bits]
+"""(weight bits, activation bits)."""
 
-PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {"attention-maps-8": MappingProxyType({"post_softmax": 8})}
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "attention-maps-8": MappingProxyType({"post_softmax": 8}),
+        "repq-vit-detection": MappingProxyType(
+            {"patch_embed": ("same", 8), "head": "same", "conv_transpose2d": None}
+        ),
+    }
 )
-"""Overrides by name: ``RTN(weight_bits=4, activation_bits=4, overrides="attention-maps-8")``."""
+"""Overrides by name: ``RTN(weight_bits=4, activation_bits=4, overrides="attention-maps-8")``.
+
+``repq-vit-detection`` is what the detection code of RepQ-ViT (arXiv 2212.08254) quantizes: all at
+the working bits, but the input of the patch embedding at 8 bits and transposed convolutions float.
+"""
+
+_TRANSPOSED = tuple(f"conv_transpose{dims}d" for dims in (1, 2, 3))
+"""Functions that are keys. They may match nothing: a preset names them for every model."""
 
 _PAIR = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
 
@@ -33,8 +47,8 @@ _PAIR = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
 class Overrides(Mapping[str, BitPair]):
     """Bits by role, site or operand. Immutable, hashable, equal in any order.
 
-    A key is a role, a site name or pattern (``blocks.0.*``), or one of these names with an operand
-    (``blocks.0.attn.qkv:weight``, ``*:right``).
+    A key is a role, a site name or pattern (``blocks.0.*``), one of these names with an operand
+    (``blocks.0.attn.qkv:weight``, ``*:right``), or ``conv_transpose2d``.
     """
 
     def __init__(self, pairs: Mapping[str, BitPair] | None = None) -> None:
@@ -61,7 +75,7 @@ class Overrides(Mapping[str, BitPair]):
     def __str__(self) -> str:
         return ", ".join(f"{key} {_shown(pair)}" for key, pair in self._pairs.items()) or "none"
 
-    def plain(self) -> dict[str, int | str | list[int | None] | None]:
+    def plain(self) -> dict[str, int | str | list[Bits] | None]:
         """Return a form that JSON can hold and that the field accepts again."""
         return {key: _plain(pair) for key, pair in self._pairs.items()}
 
@@ -69,8 +83,9 @@ class Overrides(Mapping[str, BitPair]):
         """Return the key that decides this operand's bits, or None.
 
         The most specific key decides: the name with its operand, then the site name, then a
-        matching pattern with an operand, then one without, then the operand's role, then the site's
-        role. In patch embedding and head, only the site's role counts.
+        matching pattern with an operand, then one without, then ``conv_transpose2d``, then the
+        operand's role, then the site's role. In patch embedding and head, only the site's role
+        counts.
         """
         if slot.site.kind not in MATMUL_KINDS:
             return None
@@ -78,7 +93,7 @@ class Overrides(Mapping[str, BitPair]):
         if named is not None:
             return named
         matching = [key for keys in self._patterns(slot) for key in keys]
-        matching += [role for role in (slot.role, slot.site.role) if role in self._pairs]
+        matching += [kind for kind in _kinds(slot) if kind in self._pairs]
         return matching[0] if matching else None
 
     def _patterns(self, slot: Slot) -> tuple[list[str], list[str]]:
@@ -89,8 +104,8 @@ class Overrides(Mapping[str, BitPair]):
             [key for key in self._pairs if ":" not in key and fnmatch.fnmatchcase(site, key)],
         )
 
-    def bits(self, key: str, slot: Slot) -> int | None:
-        """Return the bits that ``key`` gives to an operand; None is float."""
+    def bits(self, key: str, slot: Slot) -> Bits:
+        """Return the bits that ``key`` gives to an operand."""
         return self._pairs[key][0 if slot.is_weight else 1]
 
     def check(self, trace: Trace, excluded: Sequence[str]) -> None:
@@ -104,9 +119,11 @@ class Overrides(Mapping[str, BitPair]):
             touched = [
                 slot.site
                 for slot in slots
-                if key in (*_names(slot), *_roles(slot.site))
+                if key in (*_names(slot), *_kinds(slot), *_roles(slot.site))
                 or any(key in keys for keys in self._patterns(slot))
             ]
+            if not touched and key in _TRANSPOSED:
+                continue
             if not touched:
                 known = sorted({role for site in sites for role in _roles(site)})
                 names = [_names(slot)[0 if ":" in key else 1] for slot in slots]
@@ -142,6 +159,12 @@ def _names(slot: Slot) -> tuple[str, str]:
     return f"{slot.site.name}:{slot.operand}", slot.site.name
 
 
+def _kinds(slot: Slot) -> tuple[str, str, str]:
+    """Return the keys of an operand that are no names, the most specific first."""
+    function = slot.site.function
+    return function if function in _TRANSPOSED else "", slot.role, slot.site.role
+
+
 def _roles(site: Site) -> set[str]:
     operands = () if site.role in ("patch_embed", "head") else site.operands
     return {site.role, *(operand.role for operand in operands)}
@@ -174,41 +197,45 @@ def _overrides(value: Any) -> Overrides:
 
 
 def _pair(key: str, bits: Any) -> BitPair:
-    """Parse bits: ``8``, ``None`` or ``"float"`` for both, ``"W4A8"``, or (weight, activation)."""
-    widths: Any = bits
-    if isinstance(bits, str):
+    """Parse bits: 8, None, ``"float"`` or ``"same"`` for both, ``"W4A8"``, (weight, activation)."""
+    widths: Any = bits.strip().lower() if isinstance(bits, str) else bits
+    if isinstance(bits, str) and widths not in ("float", "same"):
         match = _PAIR.fullmatch(bits.strip())
-        widths = tuple(map(int, match.groups())) if match else None
-        if match is None and bits.strip().lower() != "float":
-            widths = "?"
+        widths = tuple(map(int, match.groups())) if match else "?"
     both = tuple(widths) if isinstance(widths, list | tuple) else (widths, widths)
     both = tuple(None if width == "float" else width for width in both)
     for width in both:
         whole = isinstance(width, int) and not isinstance(width, bool)
-        if len(both) != 2 or (width is not None and not (whole and MIN_BITS <= width <= MAX_BITS)):
+        fits = width in (None, "same") or (whole and MIN_BITS <= width <= MAX_BITS)
+        if len(both) != 2 or not fits:
             raise ValueError(
                 f"{key!r}: bits are an integer from {MIN_BITS} to {MAX_BITS}, 'W4A8' for weight "
-                f"and activation, or 'float', not {bits!r}"
+                f"and activation, 'float', or 'same' for the working bits, not {bits!r}"
             )
     return both[0], both[1]
 
 
-def _plain(pair: BitPair) -> int | str | list[int | None] | None:
+def _plain(pair: BitPair) -> int | str | list[Bits] | None:
     weight, activation = pair
     if weight == activation:
         return weight
-    if weight is None or activation is None:
-        return [weight, activation]
-    return f"W{weight}A{activation}"
+    if isinstance(weight, int) and isinstance(activation, int):
+        return f"W{weight}A{activation}"
+    return [weight, activation]
 
 
 def _shown(pair: BitPair) -> str:
-    plain = _plain(pair)
-    if plain is None:
-        return "float"
-    if isinstance(plain, list):
-        return f"W{pair[0] or 32}A{pair[1] or 32}"
-    return plain if isinstance(plain, str) else f"{plain} bits"
+    weight, activation = pair
+    if weight == activation or "same" in pair:
+        words = [_in_words(bits) for bits in pair]
+        return words[0] if weight == activation else f"W {words[0]}, A {words[1]}"
+    return f"W{weight or 32}A{activation or 32}"
+
+
+def _in_words(bits: Bits) -> str:
+    if bits == "same":
+        return "at the working bits"
+    return "float" if bits is None else f"{bits} bits"
 
 
 OverridesField = Annotated[

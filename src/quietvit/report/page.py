@@ -35,7 +35,7 @@ def render_page(results: Results) -> str:
         glossary=_glossary(results),
         sections=(
             section(
-                "Accuracy",
+                "Accuracy" if results.metric.key == "top1" else results.metric.title,
                 f"{results.metric.title} of the float model and after quantization, one panel per "
                 "method. Dots are seeds, bars are their mean.",
                 accuracy_panels(results),

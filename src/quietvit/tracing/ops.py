@@ -153,6 +153,8 @@ POOLING = {
 REDUCING = {"mean", "sum", "amax", *POOLING}
 # Functions in which another tensor can select the entries to move.
 CHOOSING = {"__getitem__", "index_select", "gather", "take_along_dim"}
+# Functions that read a map at boxes.
+AT_BOXES = {"roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"}
 CASTING_PROPERTIES = {Tensor.data.__get__}  # type: ignore[attr-defined]
 MOVING_PROPERTIES = {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__}  # type: ignore[attr-defined]
 

@@ -20,6 +20,7 @@ class Record:
 
     ``key``: "family:after:ordinal", from its place. ``parameter``: the name of the parameter that
     contains its weight or gain. ``weight``: the view of that part; None if it is not a matrix.
+    ``found``: the model returns its output as boxes, or beside boxes (scores, masks).
     """
 
     key: str
@@ -36,6 +37,7 @@ class Record:
     weight_shape: tuple[int, ...] | None = None
     feeds: set[str] = field(default_factory=set)
     has_scale: bool = False
+    found: bool = False
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Recorder(TorchFunctionMode):
         self.scores: list[ScoreLink] = []
         self.places = Places()
         self._values = WeakTensorKeyDictionary()
-        self._by_key: dict[str, Record] = {}
+        self.by_key: dict[str, Record] = {}
         self._written: dict[int, Value] = {}
         self._shared: list[Tensor] = []
         self._flops = _FlopCount()
@@ -190,7 +190,7 @@ class Recorder(TorchFunctionMode):
             record.parameter = part[0]
             record.weight = view_of(part, self._parameters, gain=not weighted)
         self.records.append(record)
-        self._by_key[record.key] = record
+        self.by_key[record.key] = record
         value = self._after_site(record, call, output)
         record.inputs = [replace(value, flows={}, parameter=None) for value in record.inputs]
         return value
@@ -260,7 +260,7 @@ class Recorder(TorchFunctionMode):
     ) -> dict[str, Flow]:
         for query, other, heads, through in labels.score_channels(left, right):
             sources = carry.base(query), carry.base(other)
-            if not any(self._by_key[source].kind == "norm" for source in sources):
+            if not any(self.by_key[source].kind == "norm" for source in sources):
                 self.scores.append(ScoreLink(key, *sources, heads, through))
         return labels.through_matmul(left, right, output)
 
@@ -334,6 +334,8 @@ class Recorder(TorchFunctionMode):
         leaves = tree_flatten((args, kwargs))[0]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         values = [self.value(tensor) for tensor in tensors]
+        if name in ops.AT_BOXES:  # the boxes say where, not what
+            values[1:] = [CONSTANT] * (len(values) - 1)
         results = carry.carried(func, name, args, kwargs, outputs, tensors, values, self._descends)
         for output, result in zip(outputs, results, strict=True):
             if any(output is tensor for tensor in tensors):
@@ -347,7 +349,7 @@ class Recorder(TorchFunctionMode):
             key = waiting.pop()
             if key == source:
                 return True
-            fresh = {k for value in self._by_key[key].inputs for k in value.origin} - seen
+            fresh = {k for value in self.by_key[key].inputs for k in value.origin} - seen
             seen |= fresh
             waiting += fresh
         return False

@@ -47,20 +47,47 @@ def role_of(record: Record, by_key: dict[str, Record]) -> str:
 
 
 def _is_head(record: Record, by_key: dict[str, Record]) -> bool:
-    """Whether the output of a matrix leaves the model: directly, activated, or summed."""
-    pointwise = record.weight_shape is not None and all(n == 1 for n in record.weight_shape[2:])
-    if not pointwise or not record.inputs[0].origin:
+    """Whether the output of a matrix leaves the model, through sums and activations at most.
+
+    A sum at the end may only add outputs of heads, so the last residual block has no head. A filter
+    larger than 1 x 1 is a head only in front of boxes. Otherwise it computes feature maps.
+    """
+    tail = _tail(record, by_key)
+    if tail is None or not record.inputs[0].origin:
         return False
-    for key in record.feeds:
-        fed = by_key[key]
-        if fed.feeds or fed.kind not in ("add", "activation", "softmax"):
-            return False
+    size = record.weight_shape and record.weight_shape[2:]
+    if size is None or (any(n > 1 for n in size) and not _detects(record, tail)):
+        return False
+    for fed in tail.values():
         if not all(value.origin for value in fed.inputs):
             return False
-        others = [by_key[k] for value in fed.inputs for k in value.origin]
-        if any(other.kind != "linear" or other.feeds != {key} for other in others):
-            return False
+        for key in {key for value in fed.inputs for key in value.origin} - {*tail, record.key}:
+            other = by_key[key]
+            behind = _tail(other, by_key)
+            joined = other.kind == "linear" or (fed.kind != "add" and other.kind == "conv")
+            if behind is None or not (joined or _detects(other, behind)):
+                return False
     return True
+
+
+def _tail(record: Record, by_key: dict[str, Record]) -> dict[str, Record] | None:
+    """Return all sites behind a site; None unless all are sums, activations or softmaxes."""
+    tail: dict[str, Record] = {}
+    waiting = list(record.feeds)
+    while waiting:
+        key = waiting.pop()
+        fed = by_key[key]
+        if fed.kind not in ("add", "activation", "softmax"):
+            return None
+        if key not in tail:
+            tail[key] = fed
+            waiting += fed.feeds
+    return tail
+
+
+def _detects(record: Record, tail: dict[str, Record]) -> bool:
+    """Whether a site predicts the boxes that the model returns, or what lies beside them."""
+    return any(each.found for each in (record, *tail.values()))
 
 
 def _input_role(value: Value, by_key: dict[str, Record]) -> str:

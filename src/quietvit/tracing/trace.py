@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -53,6 +53,9 @@ def trace(model: nn.Module, example: Any) -> Trace:
             unseen = recorder.finish()
     if unseen:
         recorder.opaque("unseen", unseen // 2)
+    for tensor in _beside_boxes(result):
+        for key in recorder.value(tensor).origin:
+            recorder.by_key[key].found = True
     return _assemble(type(model).__name__, recorder, _tensors(result))
 
 
@@ -86,6 +89,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _tensors(nested: Any) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_flatten(nested)[0]
     return [tensor for leaf in leaves for tensor in tensors_of(leaf).values()]
+
+
+def _beside_boxes(result: Any) -> list[Tensor]:
+    """Return the tensors of each mapping with boxes, as torchvision's detectors return them."""
+
+    def has_boxes(nested: Any) -> bool:
+        return isinstance(nested, Mapping) and "boxes" in nested
+
+    leaves = torch.utils._pytree.tree_leaves(result, is_leaf=has_boxes)
+    return [tensor for leaf in leaves if has_boxes(leaf) for tensor in _tensors(dict(leaf))]
 
 
 def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Trace:

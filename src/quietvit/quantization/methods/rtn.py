@@ -6,7 +6,7 @@ It changes no weight; methods that do are in other files.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import model_validator
@@ -69,11 +69,11 @@ class RTN(Method):
         if self.number_format == "integer":
             return self
         known = ELEMENT_OF[self.number_format]
-        edges = [bits for bits in (self.patch_embed_bits, self.head_bits) if bits != "same"]
-        wanted = [self.weight_bits, self.activation_bits, *edges]
+        edges = [self.patch_embed_bits, self.head_bits]
+        wanted: list[Any] = [self.weight_bits, self.activation_bits, *edges]
         wanted += [bits for pair in self.overrides.values() for bits in pair]
         for bits in wanted:
-            if bits is not None and bits not in known:
+            if bits not in (None, "same") and bits not in known:
                 raise ValueError(
                     f"number_format={self.number_format!r} has {_listed(known)} bits, not {bits}; "
                     "change weight_bits, activation_bits, patch_embed_bits, head_bits or overrides"
