@@ -142,7 +142,7 @@ def test_the_recipe_keys_set_on_command_lines_exist() -> None:
     text = "\n".join((ROOT / page).read_text("utf-8") for page in ALL_PAGES).replace("\\\n", " ")
     text = re.sub(r"^quietvit quantize .*$", "", text, flags=re.M)  # fields of a method
     found = set(re.findall(r"(?:(?<!\w)-s|--set)[ =]'?([\w.]+)=", text))
-    known = set(known_keys()) | {"key", "field", "conv_output_bits"}
+    known = set(known_keys()) | {"key", "field", "conv_output_bits", "exclude"}
     known |= {f"task_settings.{key}" for key in Detection.settings.model_fields}
     kwargs = {key for key in found if key.startswith("model.kwargs.")}
     assert len(found) > 5
