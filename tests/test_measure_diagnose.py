@@ -308,7 +308,8 @@ def test_the_tables_name_what_is_worst(model, images):
     text = str(found)
     assert found.worst_sites[0].site in text
     assert "Root causes" in text
-    assert max(len(line) for line in text.splitlines()) <= 120
+    assert "…" not in text  # a table is wider than 120 columns if its names need it
+    assert max(len(line) for line in text.splitlines()) <= 140
     console = Console(file=io.StringIO(), width=150)
     console.print(found)
     assert "Pairs that amplify most" in console.file.getvalue()
