@@ -481,7 +481,9 @@ def test_a_dry_run_of_data_that_is_there_and_bad_says_what_is_wrong(tmp_path):
         assert found.missing in str(found)
         assert "not there" not in str(found)
     few = {"dataset": "embedded:digits", "train_images": 5000}
-    assert "5000 images were requested, but embedded:digits holds" in str(estimate(config(tmp_path, data=few)))
+    assert "5000 images were requested, but embedded:digits holds" in str(
+        estimate(config(tmp_path, data=few))
+    )
 
 
 @pytest.mark.parametrize("batch", [4, 8, 32])

@@ -162,7 +162,8 @@ def _names(slot: Slot) -> tuple[str, str]:
 def _kinds(slot: Slot) -> tuple[str, str, str]:
     """Return the keys of an operand that are no names, the most specific first."""
     function = slot.site.function
-    return function if function in _TRANSPOSED else "", slot.role, slot.site.role
+    role = "" if slot.role == "weight" else slot.role  # no key means the weights of all sites
+    return function if function in _TRANSPOSED else "", role, slot.site.role
 
 
 def _roles(site: Site) -> set[str]:
