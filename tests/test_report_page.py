@@ -124,7 +124,12 @@ def test_runs_without_measured_sites_have_no_empty_plots():
 
 def test_the_overview_comes_before_the_table_and_the_terms_after(page):
     words = " ".join(Page(page).words)
-    told = ("Of 3 settings: 3 worse", "Colinearity Decay (CD) is", "saved", "worse in 3 of 3 rows")
+    told = (
+        "Of 3 settings, 3 are worse",
+        "Colinearity Decay (CD) is",
+        "saved",
+        "worse in 3 of 3 rows",
+    )
     places = [words.index(text) for text in told]
     assert places == sorted(places)
     assert page.index("<figure") < page.index("<table")

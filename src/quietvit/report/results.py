@@ -259,12 +259,13 @@ def headline(rows: Sequence[Row], metric: str = "top-1") -> str:
     spread = f"{ends[0]} points" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} points"
     if rows[0].low is None:
         return f"With CD, {metric} differs by {spread}: one seed, so nothing follows from it."
+    words = {"better": "better", "worse": "worse", NO_DIFFERENCE: "without a clear difference"}
     counts = ", ".join(
-        f"{count} {outcome}"
-        for outcome in ("better", "worse", NO_DIFFERENCE)
+        f"{count} {'is' if count == 1 else 'are'} {text}"
+        for outcome, text in words.items()
         if (count := sum(row.outcome == outcome for row in rows))
     )
-    return f"With CD, {metric} differs by {spread}. Of {len(rows)} settings: {counts}."
+    return f"With CD, {metric} differs by {spread}. Of {len(rows)} settings, {counts}."
 
 
 def verdict(rows: Sequence[Row], metric: str = "top-1") -> str:
