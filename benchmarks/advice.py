@@ -12,7 +12,6 @@ not run again. Needs QUIETVIT_TEST_DATA (or --data).
 
 from __future__ import annotations
 
-import csv
 import fnmatch
 import statistics
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import typer
 from scipy.stats import spearmanr
 
 import quietvit
+from csv_rows import append, read
 from ptq_deit_tiny import MODEL, SETTINGS
 from ptq_deit_tiny import OUT as TABLE
 from quietvit.advice.effects import FloatOutputs
@@ -39,13 +39,6 @@ FIELDS = (
 
 app = typer.Typer(add_completion=False, help=__doc__)
 OutOption = Annotated[Path, typer.Option(help="The table.")]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as handle:
-        return list(csv.DictReader(handle))
 
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -96,10 +89,7 @@ def run(
         new = [*key(row), count, row["top1"], row["drop"]]
         new += [f"{1 - effect.changed:.4f}", f"{effect.kl:.6g}", f"{effect.error:.6g}"]
         new.append(f"{100 * effect.drop:.2f}")
-        fresh = not out.exists()
-        with out.open("a", newline="") as handle:
-            writer = csv.writer(handle, lineterminator="\n")
-            writer.writerows([*([FIELDS] if fresh else []), new])
+        append(out, FIELDS, new)
         print(*new, flush=True)
 
 

@@ -45,6 +45,7 @@ import torch
 import typer
 
 import evidence_report
+from csv_rows import read as read_rows
 from evidence_data import SCALES, Workload, read
 from evidence_plan import (
     COLUMNS,
@@ -53,7 +54,6 @@ from evidence_plan import (
     Job,
     Row,
     next_jobs,
-    rows_of,
 )
 from evidence_run import DivergedError, in_bfloat16, measure, train
 
@@ -155,7 +155,7 @@ def run(
     waiting: dict[Future[dict[str, Any]], Job] = {}
     with ThreadPoolExecutor(jobs) as pool:
         while True:
-            rows = rows_of(out)
+            rows = read_rows(out)
             for job in next_jobs(rows, scale, names, chosen):
                 if len(waiting) >= jobs:
                     break
@@ -205,7 +205,7 @@ def plan(
 ) -> None:
     """Print what would run next."""
     names, chosen = matching(workloads, SCALES[scale]), matching(families, FAMILIES)
-    rows = rows_of(out)
+    rows = read_rows(out)
     todo = list(next_jobs(rows, scale, names, chosen))
     for job in todo[:40]:
         print(job.workload, job.family, job.setting, job.seed, job.stage)
@@ -215,7 +215,7 @@ def plan(
 @app.command()
 def summary(out: OutOption = OUT) -> None:
     """Print the tables and the tries of every workload as Markdown."""
-    rows = rows_of(out)
+    rows = read_rows(out)
     print(evidence_report.summary(rows), evidence_report.tries_table(rows), sep="\n\n")
 
 
@@ -225,7 +225,7 @@ def report(
     page: Annotated[Path, typer.Option(help="The page; its figure lies beside it.")] = PAGE,
 ) -> None:
     """Write the page and its figure from the table."""
-    evidence_report.report(rows_of(out), page)
+    evidence_report.report(read_rows(out), page)
 
 
 if __name__ == "__main__":

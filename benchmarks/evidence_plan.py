@@ -5,14 +5,12 @@ Nothing is trained here. Workloads are in ``evidence_data``.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from evidence_data import SCALES, Workload
@@ -119,13 +117,6 @@ class Job:
     @property
     def key(self) -> tuple[str, ...]:
         return self.workload, self.scale, self.setting, self.seed, self.stage
-
-
-def rows_of(out: Path) -> list[Row]:
-    if not out.exists():
-        return []
-    with out.open(newline="") as handle:
-        return list(csv.DictReader(handle))
 
 
 def key_of(row: Row) -> tuple[str, ...]:

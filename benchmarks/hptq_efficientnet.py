@@ -43,6 +43,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from csv_rows import read
 from mct_efficientnet import MCT_RUNS, mct_quantize
 from quietvit import QuietvitError
 from quietvit.data import (
@@ -276,10 +277,6 @@ def scores(predicted: Tensor, labels: Tensor, reference: Tensor) -> dict[str, fl
         "drop": round(float_top1 - top1, 2),
         "agreement": round(agreement, 2),
     }
-
-
-def read(out: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(out.open())) if out.exists() else []
 
 
 def append(out: Path, row: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ import typer
 from torch import Tensor, nn
 
 import quietvit
+from csv_rows import read
 from hptq_efficientnet import CACHE, MODEL
 from quietvit.data import (
     calibration_images,
@@ -58,8 +59,7 @@ def run(
     ),
 ) -> None:
     """Measure every model and form that has no row yet."""
-    rows = list(csv.DictReader(out.open())) if out.exists() else []
-    finished = {(row["model"], row["form"]) for row in rows}
+    finished = {(row["model"], row["form"]) for row in read(out)}
     for name, form in itertools.product(SIZES, FORMS):
         if (name, form) in finished:
             continue

@@ -11,7 +11,6 @@ exists is not run again. Needs QUIETVIT_TEST_DATA (or --data).
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import typer
 from torch import nn
 
 import quietvit
+from csv_rows import append, read
 from quietvit.advice.bits import CHOICES, bit_costs
 from quietvit.advice.sizes import average_bits, stored_bytes
 from quietvit.data import (
@@ -42,13 +42,6 @@ FIELDS = ("method", "setting", "average_bits", "mib", "top1", "images", "chosen"
 
 app = typer.Typer(add_completion=False, help=__doc__)
 OutOption = Annotated[Path, typer.Option(help="The table.")]
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    if not out.exists():
-        return []
-    with out.open(newline="") as handle:
-        return list(csv.DictReader(handle))
 
 
 def settings(
@@ -109,10 +102,7 @@ def run(
         mib = stored_bytes(quantized) / 2**20
         top1 = evaluate(quantized, batches)
         new = [method, setting, f"{bits:.3f}", f"{mib:.2f}", f"{top1:.2f}", count, chosen]
-        fresh = not out.exists()
-        with out.open("a", newline="") as handle:
-            writer = csv.writer(handle, lineterminator="\n")
-            writer.writerows([*([FIELDS] if fresh else []), new])
+        append(out, FIELDS, new)
         print(*new, flush=True)
 
 

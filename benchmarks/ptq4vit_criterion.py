@@ -28,6 +28,7 @@ import typer
 from torch import Tensor
 
 import quietvit
+from csv_rows import read
 from ptq_deit_tiny import CACHE, Stored, batches, draw, prepare
 from quietvit.data import create_model, evaluate
 from quietvit.quantization.fitting import products
@@ -72,13 +73,6 @@ def measure(row: dict[str, Any], where: Any, images: int) -> dict[str, Any]:
     seconds = round(time.process_time() - start, 1)
     top1 = round(evaluate(quantized, batches(where, images)), 2)
     return {"top1": top1, "cpu_seconds": seconds, "torch": torch.__version__}
-
-
-def read(out: Path) -> list[dict[str, str]]:
-    if not out.exists():
-        return []
-    with out.open(newline="") as handle:
-        return list(csv.DictReader(handle))
 
 
 @app.command()

@@ -12,7 +12,6 @@ run again. Needs QUIETVIT_TEST_DATA (or --data).
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections import defaultdict
@@ -28,6 +27,8 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import quietvit
+from csv_rows import append
+from csv_rows import read as read_rows
 from evidence_data import SCALES, Split, Workload, build, normalized, read, varied
 from evidence_run import CALIBRATION, batches, factor, top1, train
 from quietvit.files import write_atomic
@@ -48,13 +49,6 @@ FIELDS = ("arm", "seed", "bits", "training", "method", "top1", "float", "seconds
 
 app = typer.Typer(add_completion=False, help=__doc__)
 OutOption = Annotated[Path, typer.Option(help="The table.")]
-
-
-def rows_of(out: Path) -> list[dict[str, str]]:
-    if not out.exists():
-        return []
-    with out.open(newline="") as handle:
-        return list(csv.DictReader(handle))
 
 
 def float_model(arm: str, seed: int, split: Split, data: Path, cache: Path) -> nn.Module:
@@ -102,7 +96,7 @@ def run(
     split = read(WORKLOAD, data, cache, torch.device("cpu"))
     shorter = replace(WORKLOAD, steps=round(SHARE * WORKLOAD.steps))
     x, y = (each[: WORKLOAD.quantized] for each in split.test)
-    done = {tuple(row[name] for name in FIELDS[:5]) for row in rows_of(out)}
+    done = {tuple(row[name] for name in FIELDS[:5]) for row in read_rows(out)}
     for seed in map(int, seeds.split(",")):
         for arm in ARMS:
             wanted = [(b, "ptq", method) for b in BITS for method in PTQ]
@@ -122,10 +116,7 @@ def run(
                 hits = top1(quantized, x, y, model)
                 new = [arm, seed, bits, training, method, hits, in_float]
                 new += [round(time.perf_counter() - start, 1), torch.__version__]
-                fresh = not out.exists()
-                with out.open("a", newline="") as handle:
-                    writer = csv.writer(handle, lineterminator="\n")
-                    writer.writerows([*([FIELDS] if fresh else []), new])
+                append(out, FIELDS, new)
                 print(*new, flush=True)
 
 
@@ -134,7 +125,7 @@ def summary(out: OutOption = OUT) -> None:
     """Print top-1 as Markdown: mean ± standard deviation over the seeds."""
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     floats: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in rows_of(out):
+    for row in read_rows(out):
         found[row["training"], row["method"]][f"{row['arm']} {row['bits']}"].append(
             float(row["top1"])
         )

@@ -13,7 +13,6 @@ hptq_efficientnet.py stores, ViT-S/14 needs vits14.safetensors (see evidence_dat
 
 from __future__ import annotations
 
-import csv
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import quietvit
+from csv_rows import read
 from quietvit.advice import Sensitivity
 from quietvit.advice.plots import PlottedSite, role_by_depth
 from quietvit.data import calibration_images, create_model, evaluation_transform, load_dataset
@@ -85,13 +85,6 @@ def rows(exact: Sensitivity, estimate: Sensitivity, seconds: tuple[float, float]
                 }
             )
     return found
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    if not out.exists():
-        return []
-    with out.open(newline="") as handle:
-        return list(csv.DictReader(handle))
 
 
 def write(out: Path, found: list[dict[str, Any]]) -> None:

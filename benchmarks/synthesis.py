@@ -31,6 +31,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from csv_rows import read
 from quietvit.data import (
     calibration_images,
     create_model,
@@ -208,10 +209,6 @@ def calibration(model: nn.Module, job: Job, data: Path, cache: Path) -> tuple[Te
     cache.mkdir(parents=True, exist_ok=True)
     save_file({"images": images.contiguous(), "seconds": torch.tensor(seconds)}, kept)
     return images, seconds
-
-
-def read(out: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(out.open())) if out.exists() else []
 
 
 def append(out: Path, row: dict[str, Any]) -> None:

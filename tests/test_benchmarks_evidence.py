@@ -16,6 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import csv_rows
 import evidence
 import evidence_data
 import evidence_plan
@@ -123,7 +124,7 @@ def test_runs_fill_their_columns_and_the_page_is_made_of_them(tmp_path: Path) ->
     s2d = {"lr": 1e-3, "s2d": {"strength": 5e-3}}
     for each in (job("muon", tried, "try"), job("adamw", s2d, "final")):
         evidence.append(out, evidence.run_one(each, tmp_path, tmp_path))
-    first, final = evidence_plan.rows_of(out)
+    first, final = csv_rows.read(out)
     assert all(first[f"val_{name}"] for name in ("float", *evidence_run.CHOOSING))
     empty = {name for name in evidence_plan.COLUMNS if not final[name]}
     assert empty == {name for name in evidence_plan.COLUMNS if name.startswith("val_")}
@@ -177,10 +178,10 @@ def test_a_run_that_crashes_does_not_end_the_study(
     given = {"data": tmp_path, "out": out, "scale": "tiny", "families": "cd", "cache": tmp_path}
     with pytest.raises(typer.Exit):
         evidence.run(workloads="scratch", **given)
-    assert [each["stage"] for each in evidence_plan.rows_of(out)] == ["rate"]
+    assert [each["stage"] for each in csv_rows.read(out)] == ["rate"]
     monkeypatch.setattr(evidence, "spawn", lambda job, where: dict(row(job, 1.0)))
     evidence.run(workloads="scratch", **given)
-    assert len(evidence_plan.rows_of(out)) == 2 + 4 + 3
+    assert len(csv_rows.read(out)) == 2 + 4 + 3
     with pytest.raises(typer.BadParameter, match="matches none of"):
         evidence.run(workloads="scrach", **given)
 
