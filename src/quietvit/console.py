@@ -290,6 +290,18 @@ def open_data(text: str, split: Literal["train", "test"], *, labels: bool = True
     return load_dataset(spec, split if has_splits(spec) else None, labels=labels)
 
 
+def open_any(text: str, split: Literal["train", "test"], missing: str) -> Any:
+    """Open data with labels if it has any. If not, a note ends with ``missing``."""
+    from quietvit.data.images import NoLabelsError
+
+    try:
+        return open_data(text, split)
+    except NoLabelsError:
+        dataset = open_data(text, split, labels=False)
+        typer.echo(f"note: the images have no labels, so {missing}.", err=True)
+        return dataset
+
+
 def open_boxes(
     text: str, split: Literal["train", "test"], class_names: Sequence[str] | None = None
 ) -> DetectionDataset:

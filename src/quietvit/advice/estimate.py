@@ -54,7 +54,7 @@ def estimated_effects(
     alone, gains = _Scores(), _Scores()
     signal, seen = 0.0, 0
     generator = torch.Generator().manual_seed(_SEED)
-    parts = [part for batch in switches.floats.batches for part in batch.split(BATCH)]
+    parts = _parts(switches)
     try:
         with closing(tracked(parts, len(parts), "estimating", progress)) as steps:
             for images in steps:
@@ -75,7 +75,7 @@ def estimated_effects(
     for key, slots in groups.items():
         if not alone.knows(slots):
             continue
-        square = float(alone.total(slots).square().mean(0).sum())
+        square = alone.square(slots)
         gain = float(gains.total(slots).sum())
         if switches.floats.classifies:
             cost = square / 2 / seen
@@ -92,15 +92,16 @@ def estimated_costs(switches: Switches) -> dict[Slot, float]:
     """Return the estimated cost of each operand alone: the KL, or the squared relative error."""
     scores, signal = _Scores(), 0.0
     generator = torch.Generator().manual_seed(_SEED)
-    for batch in switches.floats.batches:
-        for images in batch.split(BATCH):
-            output = _probe(switches, images, scores, generator)
-            signal += float(output.float().square().sum())
+    for images in _parts(switches):
+        output = _probe(switches, images, scores, generator)
+        signal += float(output.float().square().sum())
     scale = 2 * switches.images if switches.floats.classifies else signal
-    return {
-        slot: float(scores.total([slot]).square().mean(0).sum()) / scale if scale else 0.0
-        for slot in scores.found
-    }
+    return {slot: scores.square([slot]) / scale if scale else 0.0 for slot in scores.found}
+
+
+def _parts(switches: Switches) -> list[Tensor]:
+    """Return the images in parts of at most ``BATCH``."""
+    return [part for batch in switches.floats.batches for part in batch.split(BATCH)]
 
 
 def _probe(
@@ -155,6 +156,10 @@ class _Scores:
             torch.stack([torch.cat(parts) for parts in self.found[slot].values()]) for slot in slots
         ]
         return torch.stack(each).sum(0)
+
+    def square(self, slots: Iterable[Slot]) -> float:
+        """Return the squared total, averaged over probes and summed over images."""
+        return float(self.total(slots).square().mean(0).sum())
 
 
 class _Listener:

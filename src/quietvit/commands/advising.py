@@ -114,10 +114,7 @@ def sensitivity(
     plain = found.to_dict()
     parts = [{"kind": kind} | part for kind in ("role", "site") for part in plain[f"{kind}s"]]
     answer(form, found, data=plain, rows=parts)
-    if written:
-        typer.echo("Written: " + ", ".join(map(str, written)))
-    if not found.complete:
-        raise typer.Exit(130)
+    _end(found.complete, *written)
 
 
 def _by_part(
@@ -138,13 +135,10 @@ def _by_part(
     known = open_data(images, "train", labels=False)
     drawn = draw_images(built, known, min(CALIBRATION, len(known)), seed)
     found = ap_by_part(built, method, drawn, loader)
-    written = None if output is None else found.to_json(output / "parts.json")
+    written = [] if output is None else [found.to_json(output / "parts.json")]
     plain = found.to_dict()
     answer(form, found, data=plain, rows=plain["parts"])
-    if written is not None:
-        typer.echo(f"Written: {written}")
-    if not found.complete:
-        raise typer.Exit(130)
+    _end(found.complete, *written)
 
 
 @app.command(
@@ -231,8 +225,7 @@ def choose_bits(
     typer.echo(
         f"Use it: quietvit quantize --method {method}{fields} --keep {shlex.quote(str(written))}"
     )
-    if not found.complete:
-        raise typer.Exit(130)
+    _end(found.complete)
 
 
 @app.command(
@@ -292,12 +285,17 @@ def advise(
     built = build_model(model, weights, classes, size).to(device)
     drawn = _drawn(built, images, count, seed)
     found = run(built, drawn, minutes=minutes, methods=names, bits=widths)
-    written = None if output is None else found.to_json(output)
+    written = [] if output is None else [found.to_json(output)]
     plain = found.to_dict()
     answer(form, found, data=plain, rows=plain["rows"])
-    if written is not None:
-        typer.echo(f"Written: {written}")
-    if not found.complete:
+    _end(found.complete, *written)
+
+
+def _end(complete: bool, *written: Path) -> None:
+    """Name the written files. After Ctrl-C, exit with code 130."""
+    if written:
+        typer.echo("Written: " + ", ".join(map(str, written)))
+    if not complete:
         raise typer.Exit(130)
 
 

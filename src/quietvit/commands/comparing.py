@@ -21,6 +21,7 @@ from quietvit.console import (
     draw_images,
     epilog,
     listed,
+    open_any,
     open_data,
 )
 from quietvit.devices import checked_device
@@ -88,7 +89,7 @@ def compare_methods(
     """
     from quietvit.compare import compare_methods as run
     from quietvit.data import evaluation_loader, evaluation_transform
-    from quietvit.data.images import NoLabelsError, subset
+    from quietvit.data.images import subset
     from quietvit.detection import is_detector
     from quietvit.quantization.settings import setting_names
     from quietvit.report.methods import method_table, sentences
@@ -104,15 +105,7 @@ def compare_methods(
             f"{model} is a detector, and compare-methods compares outputs of a fixed shape. Use "
             "'quietvit quantize ... --images coco:FILE.json' for each method."
         )
-    labelled = True
-    try:
-        whole = open_data(images, "test")
-    except NoLabelsError:
-        labelled = False
-        whole = open_data(images, "test", labels=False)
-        typer.echo("note: the images have no labels, so top-1 is not measured.", err=True)
-    labelled = labelled and whole.labelled
-    dataset = subset(whole, count)
+    dataset = subset(open_any(images, "test", "top-1 is not measured"), count)
     drawn = None if request is not None else open_data(calibration, "train", labels=False)
     wanted = request.count or calibration_count if request else calibration_count
     if drawn is not None:
@@ -131,7 +124,7 @@ def compare_methods(
         output,
         methods=listed(methods),
         bits=listed(bits),
-        labelled=labelled,
+        labelled=dataset.labelled,
         described={
             "model": Path(model).name if Path(model).is_dir() else model,
             "images": f"{len(dataset)} images of {dataset.name}",

@@ -17,8 +17,8 @@ from quietvit.console import (
     Threads,
     epilog,
     load_quantized,
+    open_any,
     open_boxes,
-    open_data,
     quantized_run,
 )
 from quietvit.errors import QuietvitError
@@ -314,17 +314,12 @@ def _in_columns(entry: dict[str, Any]) -> dict[str, Any]:
 def _pictures(loaded: Any, quantized: QuantizedModel, images: str, count: int | None) -> Any:
     """Return batches of images after the file's preprocessing, with labels if there are any."""
     from quietvit.data import evaluation_loader, evaluation_transform
-    from quietvit.data.images import NoLabelsError, subset
+    from quietvit.data.images import subset
     from quietvit.deployment.evaluation import file_transform
 
     carried = loaded.facts.preprocessing is not None
     transform = file_transform(loaded) if carried else evaluation_transform(quantized.model)
-    try:
-        whole = open_data(images, "test")
-    except NoLabelsError:
-        whole = open_data(images, "test", labels=False)
-        typer.echo("note: the images have no labels, so top-1 is not compared.", err=True)
-    dataset = subset(whole, count)
+    dataset = subset(open_any(images, "test", "top-1 is not compared"), count)
     loader = evaluation_loader(dataset, transform, 32)
     return loader if dataset.labelled else (x for x, _ in loader)
 
