@@ -134,7 +134,9 @@ def test_overrides_of_the_method_stay_and_a_base_gets_the_bits():
     assert on_top.base.overrides == quietvit.RTN(overrides={"head": 8}).overrides
 
 
-def test_ctrl_c_chooses_among_what_was_measured(net, images, monkeypatch):
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """One entry for each choice whose costs are measured. Ctrl-C comes at the third."""
     measured, calls = module.operand_costs, []
 
     def interrupted(*given, **fields):
@@ -144,6 +146,10 @@ def test_ctrl_c_chooses_among_what_was_measured(net, images, monkeypatch):
         return measured(*given, **fields)
 
     monkeypatch.setattr(module, "operand_costs", interrupted)
+    return calls
+
+
+def test_ctrl_c_chooses_among_what_was_measured(net, images, calls):
     choice = quietvit.choose_bits(net, "rtn", images, average=7, progress=False)
     assert not choice.complete
     assert set(choice.overrides.values()) <= {"W4A4", "W4A8"}
@@ -152,16 +158,8 @@ def test_ctrl_c_chooses_among_what_was_measured(net, images, monkeypatch):
         quietvit.choose_bits(net, "rtn", images, average=7, progress=False)
 
 
-def test_after_ctrl_c_the_fewest_bits_can_meet_the_budget(net, images, monkeypatch):
-    measured, calls = module.operand_costs, []
-
-    def interrupted(*given, **fields):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return measured(*given, **fields)
-
-    monkeypatch.setattr(module, "operand_costs", interrupted)
+@pytest.mark.usefixtures("calls")
+def test_after_ctrl_c_the_fewest_bits_can_meet_the_budget(net, images):
     choices = ("W8A8", "W6A6", "W4A4")
     choice = quietvit.choose_bits(net, "rtn", images, average=5, choices=choices, progress=False)
     assert not choice.complete
