@@ -178,13 +178,13 @@ def choose_bits(
     count: Count = 32,
     seed: Seed = 0,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Measure the cost of each site. It takes minutes.")
+        bool, typer.Option("--exact", help="Measure the cost of each operand. It takes minutes.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output.")] = False,
     device: Device = "cpu",
     form: Format = Form.TABLE,
 ) -> None:
-    """Choose the bits of each site under a budget. No labels are needed.
+    """Choose the bits of each operand under a budget. No labels are needed.
 
     Sites with bits by --keep or --set keep them. Ctrl-C chooses among the bits measured so far.
     """
