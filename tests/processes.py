@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-PRELOADED = ("torch", "timm", "torch.distributed.fsdp", "torch._dynamo", "quietvit.train")
+# What a run imports. scikit-learn, for its digits, takes as long as torch.
+PRELOADED = (
+    *("torch", "timm", "torch.distributed.fsdp", "torch._dynamo", "accelerate"),
+    *("sklearn.datasets", "quietvit.cli", "quietvit.train.loop"),
+)
 LIMIT = 300
 
 
@@ -23,7 +29,7 @@ def run_in_processes(function: Callable[..., None], *args: Any, count: int = 2) 
 
     The environment is that of now, not of the server's start. Ended after ``LIMIT`` seconds.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+    _preload()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     context = torch.multiprocessing.start_processes(
         _prepared,
@@ -40,6 +46,50 @@ def run_in_processes(function: Callable[..., None], *args: Any, count: int = 2) 
         for process in context.processes:
             if process.is_alive():
                 process.kill()
+
+
+def start_session(
+    function: Callable[..., None], *args: Any, folder: Path, log: Path
+) -> multiprocessing.process.BaseProcess:
+    """Start ``function(*args)`` as a shell starts a command: in a process group of its own.
+
+    Args:
+        function: What is called.
+        args: Its arguments.
+        folder: The working folder.
+        log: The file that gets its output and its errors.
+    """
+    _preload()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_in_session, args=(function, args, environment, str(folder), str(log))
+    )
+    process.start()
+    return process
+
+
+def _preload() -> None:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+
+
+def _in_session(
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+    environment: dict[str, str],
+    folder: str,
+    log: str,
+) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(folder)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    _prepared(0, _without_rank, (function, args), environment)
+
+
+def _without_rank(_: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    function(*args)
 
 
 def _prepared(

@@ -1,4 +1,4 @@
-"""Several processes on the CPU (gloo): started by torchrun where the start matters, else forked."""
+"""Several processes on the CPU (gloo): torchrun starts them for one test, the others fork them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from huggingface_cases import classifier, saved
-from processes import run_in_processes
+from processes import run_in_processes, start_session
 from quietvit.data import (
     evaluate,
     evaluation_loader,
@@ -78,14 +78,6 @@ def start(tmp_path, *jobs):
     )
 
 
-def launch(tmp_path, *jobs):
-    """Run the jobs one after the other in the same two processes, started by torchrun."""
-    process = start(tmp_path, *jobs)
-    told, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, told
-    return told
-
-
 def fork(tmp_path, *jobs):
     """The same in two processes that are forked, in the environment that torchrun gives."""
     log = tmp_path / "log"
@@ -95,6 +87,14 @@ def fork(tmp_path, *jobs):
     except Exception as error:
         raise AssertionError(log.read_text()) from error
     return log.read_text()
+
+
+def wait_for_lines(output, count, alive, told):
+    """Wait until a run has noted some steps; the run must go on meanwhile."""
+    path = output / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert alive(), told()
+        time.sleep(0.1)
 
 
 def ranks(output, count=2):
@@ -122,7 +122,7 @@ def assert_close(one, other, atol=1e-5):
 def test_runs_of_two_processes_resume_exactly_with_the_weights_alike(tmp_path, parallel):
     changes = {**SHARED, "decay": CD, "model": MODEL, "parallel": parallel}
     whole, cut, one = tmp_path / "whole", tmp_path / "cut", tmp_path / "one"
-    told = launch(
+    told = fork(
         tmp_path,
         job(whole, **changes),
         job(cut, stop_at=7, **changes),
@@ -273,24 +273,41 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops_all_processes(tmp_path, number):
+def test_ctrl_c_saves_and_stops_what_torchrun_started(tmp_path):
     """A terminal sends Ctrl-C to all of them, and torchrun once more to those it started."""
     output = tmp_path / "run"
     changes = {**SHARED, "epochs": 4000, "checkpoint": {"every": 0}}
     process = start(tmp_path, job(output, **changes))
-    path = output / "metrics.jsonl"
-    while not (path.exists() and path.read_text().count("\n") > 3):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.1)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
+    wait_for_lines(output, 4, lambda: process.poll() is None, process.stdout.read)
+    os.killpg(process.pid, signal.SIGINT)
     told, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    name = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
-    assert f"{name}: stopped after step" in told
+    assert "Ctrl-C: stopped after step" in told
+    assert len(list_checkpoints(output / "checkpoints")) == 1
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_stops_all_processes(tmp_path):
+    """As a cluster ends a job, and as torchrun passes it on."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    jobs = listed(tmp_path, [job(output, **{**SHARED, "epochs": 4000, "checkpoint": {"every": 0}})])
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [
+        start_session(in_two, rank, str(jobs), str(log), store.port, folder=tmp_path, log=log)
+        for rank in range(2)
+    ]
+    try:
+        wait_for_lines(output, 4, lambda: all(p.is_alive() for p in processes), log.read_text)
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+        for process in processes:
+            process.join(60)
+    finally:
+        for process in processes:
+            process.kill()
+    told = log.read_text()
+    assert [process.exitcode for process in processes] == [143, 143], told
+    assert "SIGTERM: stopped after step" in told
     assert len(list_checkpoints(output / "checkpoints")) == 1
 
 

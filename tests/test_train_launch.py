@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +32,24 @@ ACCELERATE = (
 )
 
 
-def started(launcher: tuple[str, ...], output: Path, **changes: Any) -> subprocess.Popen[bytes]:
-    """A run by the launcher, its configuration a recipe beside the output folder."""
-    recipe = output.with_suffix(".json")
-    recipe.write_text(config(output, **changes).model_dump_json())
-    run = ["-m", "quietvit.cli", "train", "--recipe", str(recipe), "--output", str(output)]
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, *run],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=output.with_suffix(f".{len(list(output.parent.iterdir()))}.log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+def on_two_machines(launcher: tuple[str, ...], run: list[str], folder: Path) -> list[str]:
+    """Start the same on both, wait for both, and return the lines they print."""
+    port = free_port()
+    processes = []
+    for rank in range(2):
+        command = [part.format(rank=rank, port=port) for part in launcher]
+        with (folder / f"{rank}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *command, *run],
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+    finish(processes, folder)
+    return said(folder).splitlines()
 
 
 def finish(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
@@ -72,24 +80,13 @@ def free_port() -> str:
 CHANGES: dict[str, Any] = {**SHARED, "epochs": 1, "decay": CD}
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process, which steps through the whole batch."""
-    output = tmp_path_factory.mktemp("alone") / "one"
-    train(config(output, accumulation=4, **CHANGES), progress=False)
-    return output
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_machines_train_as_one_process_with_the_whole_batch(
-    launcher: tuple[str, ...], alone: Path, tmp_path: Path
-) -> None:
-    both = tmp_path / "both"
-    port = free_port()
-    commands = [[part.format(rank=rank, port=port) for part in launcher] for rank in range(2)]
-    launched = [started(tuple(each), both, accumulation=2, **CHANGES) for each in commands]
-    finish(launched, tmp_path)
+def test_two_machines_train_as_one_process_with_the_whole_batch(tmp_path: Path) -> None:
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    train(config(alone, accumulation=4, **CHANGES), progress=False)
+    (tmp_path / "both.json").write_text(config(both, accumulation=2, **CHANGES).model_dump_json())
+    run = ["-m", "quietvit.cli", "train", "--recipe", f"{both}.json", "--output", str(both)]
+    on_two_machines(TORCHRUN, run, tmp_path)
     found, expected = TrainResult.read(both), TrainResult.read(alone)
     assert found.steps == expected.steps == 3
     assert found.top1 == expected.top1
@@ -97,3 +94,18 @@ def test_two_machines_train_as_one_process_with_the_whole_batch(
     losses = [[line["loss"] for line in lines(each) if "loss" in line] for each in (both, alone)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert len(losses[0]) == 3
+
+
+def test_accelerate_tells_each_machine_what_torchrun_tells(tmp_path: Path) -> None:
+    """A run reads nothing else of its launcher, so this stands for a run."""
+    script = tmp_path / "told.py"
+    script.write_text(
+        "import os, json; keys = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')\n"
+        "print('told', json.dumps({key: os.environ[key] for key in keys}), flush=True)"
+    )
+    told = on_two_machines(ACCELERATE, [str(script)], tmp_path)
+    found = [json.loads(line.removeprefix("told ")) for line in told if line.startswith("told ")]
+    shared = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    assert sorted(found, key=itemgetter("RANK")) == [
+        {"RANK": rank, **shared} for rank in ("0", "1")
+    ]
