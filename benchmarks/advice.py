@@ -1,18 +1,22 @@
-"""How good the label-free forecast of ``quietvit.advise`` is: DeiT-Tiny, rows of ptq_deit_tiny.csv.
+"""How good the label-free forecast of ``quietvit.advise`` is, on DeiT-Tiny and EfficientNet-Lite0.
 
-Each row of that table is quantized again with its own calibration images. Then images without
-labels measure how often the class stays that of the float model, the KL divergence and the forecast
-of the drop. They are the first ones of the table on which top-1 was measured. A row that exists is
-not run again. Needs QUIETVIT_TEST_DATA (or --data).
+``run`` quantizes each row of ptq_deit_tiny.csv again with its own calibration images.
+``efficientnet`` quantizes EfficientNet-Lite0 and measures its top-1 on the same 1000 images. Then
+the first of these images, without their labels, measure how often the class stays that of the float
+model, the KL divergence and the forecast of the drop. A row that exists is not run again. Needs
+QUIETVIT_TEST_DATA (or --data); ``efficientnet`` also needs the weights that
+``hptq_efficientnet.py weights`` writes.
 
     python benchmarks/advice.py run
     python benchmarks/advice.py run --settings 'adalog,ptq4vit' --seeds 0
+    python benchmarks/advice.py efficientnet
     python benchmarks/advice.py summary
 """
 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,24 +25,39 @@ from typing import Annotated, Any
 import torch
 import typer
 from scipy.stats import spearmanr
+from torch import nn
 
 import quietvit
 from csv_rows import append, read
-from ptq_deit_tiny import MODEL, SETTINGS
+from hptq_efficientnet import CACHE, RUNS
+from hptq_efficientnet import MODEL as LITE
+from ptq_deit_tiny import MODEL as DEIT
 from ptq_deit_tiny import OUT as TABLE
+from ptq_deit_tiny import SETTINGS
 from quietvit.advice.effects import FloatOutputs
-from quietvit.data import calibration_images, create_model, evaluation_transform, load_dataset
+from quietvit.data import (
+    calibration_images,
+    create_model,
+    evaluate,
+    evaluation_loader,
+    evaluation_transform,
+    load_dataset,
+)
 from quietvit.quantization.method import get_method
 
 OUT = Path("results/advice_forecast.csv")
 CHEAP = "rtn-*,smoothquant,fq-vit,repq-vit,dopq-vit,gptq,erq"
+LITE_BITS = ("W8A8", "W6A6", "W4A8", "W6A4", "W4A4")
+NAMES = {DEIT: "DeiT-Tiny", LITE: "EfficientNet-Lite0"}
 FIELDS = (
-    *("setting", "bits", "seed", "images", "top1", "drop"),
+    *("model", "setting", "bits", "seed", "images", "top1", "drop"),
     *("agreement", "kl", "error", "forecast_drop"),
 )
 
 app = typer.Typer(add_completion=False, help=__doc__)
+DataOption = Annotated[Path, typer.Option(envvar="QUIETVIT_TEST_DATA", help="Folder of the data.")]
 OutOption = Annotated[Path, typer.Option(help="The table.")]
+CountOption = Annotated[int, typer.Option(help="Images without labels.")]
 
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -58,39 +77,77 @@ def chosen(rows: Sequence[dict[str, Any]], settings: str, seeds: str) -> list[di
 
 @app.command()
 def run(
-    data: Annotated[Path, typer.Option(envvar="QUIETVIT_TEST_DATA", help="Folder with the data.")],
+    data: DataOption,
     out: OutOption = OUT,
     settings: Annotated[str, typer.Option(help="Names or wildcards, comma-separated.")] = CHEAP,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
-    count: Annotated[int, typer.Option(help="Images without labels.")] = 100,
+    count: CountOption = 100,
 ) -> None:
-    """Measure what has no row yet, and append one row each."""
-    model = create_model(MODEL, weights=data / f"{MODEL}.safetensors").eval()
-    transform = evaluation_transform(model)
-    table = load_dataset(f"table:{data / 'imagenet_dev_1000'}.parquet")
-    images = torch.stack([transform(table[number][0]) for number in range(count)])
-    calibration = load_dataset(f"table:{data / 'imagenette_calibration_1024'}.parquet")
-    trace = quietvit.trace(model, images[:1])
-    floats = FloatOutputs(model, trace, images.split(8))
-    done = {key(row) for row in read(out)}
+    """Measure the rows of DeiT-Tiny that have no row yet, and append one row each."""
+    model = create_model(DEIT, weights=data / f"{DEIT}.safetensors").eval()
+    forecast = Forecast(model, data, count)
+    done = {key(row) for row in read(out) if row["model"] == DEIT}
     for row in chosen(read(TABLE), settings, seeds):
         if key(row) in done:
             continue
         name, fields = SETTINGS[row["setting"]]
-        weight, _, activation = row["bits"].removeprefix("W").partition("A")
+        quantized = forecast.quantize(name, row["bits"], int(row["seed"]), fields)
+        new = [DEIT, *key(row), count, row["top1"], row["drop"], *forecast.told(quantized)]
+        append(out, FIELDS, new)
+        print(*new, flush=True)
+
+
+@app.command()
+def efficientnet(
+    data: DataOption,
+    cache: Annotated[Path, typer.Option(help="Folder of the weights.")] = CACHE,
+    out: OutOption = OUT,
+    count: CountOption = 100,
+) -> None:
+    """Measure the rows of EfficientNet-Lite0 that have no row yet, and append one row each."""
+    model = create_model(LITE, weights=cache / f"{LITE}.safetensors").eval()
+    forecast = Forecast(model, data, count)
+    loader = evaluation_loader(forecast.table, forecast.transform, batch_size=50)
+    full = None
+    done = {key(row) for row in read(out) if row["model"] == LITE}
+    for setting, bits in itertools.product(("rtn-minmax", "rtn-omse", "hptq"), LITE_BITS):
+        if (setting, bits, "0") in done:
+            continue
+        full = evaluate(model, loader) if full is None else full
+        name, fields = RUNS[setting]
+        quantized = forecast.quantize(name, bits, 0, fields)
+        top1 = evaluate(quantized, loader)
+        new = [LITE, setting, bits, 0, count, f"{top1:.1f}", f"{full - top1:.1f}"]
+        new += forecast.told(quantized)
+        append(out, FIELDS, new)
+        print(*new, flush=True)
+
+
+class Forecast:
+    """A float model, its images without labels and its calibration images."""
+
+    def __init__(self, model: nn.Module, data: Path, count: int) -> None:
+        self.model, self.transform = model, evaluation_transform(model)
+        self.table = load_dataset(f"table:{data / 'imagenet_dev_1000'}.parquet")
+        images = torch.stack([self.transform(self.table[number][0]) for number in range(count)])
+        self.calibration = load_dataset(f"table:{data / 'imagenette_calibration_1024'}.parquet")
+        self.trace = quietvit.trace(model, images[:1])
+        self.floats = FloatOutputs(model, self.trace, images.split(8))
+
+    def quantize(self, name: str, bits: str, seed: int, fields: dict[str, Any]) -> nn.Module:
+        weight, _, activation = bits.removeprefix("W").partition("A")
         method = get_method(name)(
             weight_bits=int(weight), activation_bits=int(activation), **fields
         )
-        seed = int(row["seed"])
-        drawn = calibration_images(calibration, method.images, transform, seed)
+        drawn = calibration_images(self.calibration, method.images, self.transform, seed)
         torch.manual_seed(seed)
-        quantized = quietvit.quantize(model, method, drawn, trace=trace, progress=False)
-        effect = floats.effect(quantized)
-        new = [*key(row), count, row["top1"], row["drop"]]
-        new += [f"{1 - effect.changed:.4f}", f"{effect.kl:.6g}", f"{effect.error:.6g}"]
-        new.append(f"{100 * effect.drop:.2f}")
-        append(out, FIELDS, new)
-        print(*new, flush=True)
+        return quietvit.quantize(self.model, method, drawn, trace=self.trace, progress=False)
+
+    def told(self, quantized: nn.Module) -> list[str]:
+        """Agreement, KL divergence, relative error, and the forecast of the drop in points."""
+        effect = self.floats.effect(quantized)
+        found = [f"{1 - effect.changed:.4f}", f"{effect.kl:.6g}", f"{effect.error:.6g}"]
+        return [*found, f"{100 * effect.drop:.2f}"]
 
 
 @app.command()
@@ -99,8 +156,8 @@ def summary(out: OutOption = OUT) -> None:
     rows = read(out)
     print("| rows | number | agreement | KL | error of 1 - agreement | error of the forecast |")
     print("|---|---|---|---|---|---|")
-    for bits in ("", "W8A8", "W6A6", "W4A4"):
-        part = [row for row in rows if bits in ("", row["bits"])]
+    for model, bits in [*((DEIT, bits) for bits in ("", "W8A8", "W6A6", "W4A4")), (LITE, "")]:
+        part = [row for row in rows if row["model"] == model and bits in ("", row["bits"])]
         if len(part) < 3:
             continue
         top1, drop, agreement, kl, forecast = (
@@ -114,7 +171,7 @@ def summary(out: OutOption = OUT) -> None:
             for guess in (changed, forecast)
         ]
         print(
-            f"| {bits or 'all'} | {len(part)} | {ranks[0]:.2f} | {ranks[1]:.2f} | "
+            f"| {NAMES[model]}, {bits or 'all'} | {len(part)} | {ranks[0]:.2f} | {ranks[1]:.2f} | "
             f"{errors[0]:.1f} | {errors[1]:.1f} |"
         )
 
