@@ -9,8 +9,9 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
+from operator import attrgetter
 from typing import Any
 
 from evidence_data import SCALES, Workload
@@ -31,12 +32,13 @@ COLUMNS = (
     *("seconds", "device", "precision", "commit", "torch", "timm", "machine"),
 )
 DENSE = ("mlp", "value_output")
-RATE, TRY, FINAL = "rate", "try", "final"
+RATE, TRY, FINAL, ABOVE = "rate", "try", "final", "above"
 
 Row = dict[str, str]
 Block = tuple[tuple[str, ...], tuple[str, ...]]
 # Workloads and families, in the order in which they are worked off: of each block all rates, all
-# tries, all finals. Lengths (short, long) answer which strength.
+# tries, and by seed the finals and the same settings at higher rates. Lengths (short, long) answer
+# which strength.
 BLOCKS: tuple[Block, ...] = (
     (("deit",), ("adamw", "cd+norm")),
     (("deit",), ("cd", "cd+qk")),
@@ -182,6 +184,18 @@ def final_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[
     return [Job(name, scale, family, found, str(seed), FINAL) for seed in FINAL_SEEDS]
 
 
+def above_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Job]:
+    """The setting of the finals at every rate above the chosen one: is a high rate tolerated?"""
+    jobs = []
+    for final in final_jobs(rows, name, scale, family):
+        setting = json.loads(final.setting)
+        higher = [rate for rate in SCALES[scale][name].rates if rate > setting.get("lr", math.inf)]
+        jobs += [
+            replace(final, setting=shown({**setting, "lr": rate}), stage=ABOVE) for rate in higher
+        ]
+    return jobs
+
+
 def next_jobs(
     rows: Sequence[Row], scale: str, workloads: Sequence[str], families: Sequence[str]
 ) -> Iterator[Job]:
@@ -194,6 +208,10 @@ def next_jobs(
             jobs += rate_jobs(name, scale)
             tries = [try_jobs(rows, name, scale, family) for family in chosen]
             jobs += [job for place in zip_longest(*tries) for job in place if job]
-            finals = [final_jobs(rows, name, scale, family) for family in chosen]
-            jobs += [job for seed in zip_longest(*finals) for job in seed if job]
+            last = [
+                stage(rows, name, scale, family)
+                for stage in (final_jobs, above_jobs)
+                for family in chosen
+            ]
+            jobs += sorted((job for stage in last for job in stage), key=attrgetter("seed"))
         yield from (job for job in jobs if job.key not in done)

@@ -18,6 +18,8 @@ from quietvit.files import write_atomic
 
 Row = dict[str, str]
 BASELINE, PIPELINE_NAMES = "adamw", tuple(PIPELINES)
+HIGHER = """The first line of a family is at the rate that is best for AdamW in float. The other
+lines are the same settings at the higher rates that were tried."""
 FLOAT_LOSS = 0.3
 """How much lower float may be where CD still *helps*, in points. Fixed before the runs."""
 
@@ -170,7 +172,7 @@ def tries_table(rows: Sequence[Row]) -> str:
     """Every choice and try, with the figure that judged it."""
     lines = []
     for row in rows:
-        if row["stage"] == "final":
+        if row["stage"] in ("final", "above"):
             continue
         figures = [
             f"{name.removeprefix('val_')} {row[name]}"
@@ -182,6 +184,25 @@ def tries_table(rows: Sequence[Row]) -> str:
     return table(["workload", "stage", "family", "setting", "held-out images"], lines)
 
 
+def rates_table(rows: Sequence[Row]) -> str:
+    """Finals, and the same settings at higher learning rates; empty if there are none."""
+    higher: dict[tuple[str, str, str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["stage"] == "above":
+            place = row["workload"], row["scale"], row["family"], row["setting"]
+            higher[place][row["seed"]] = row
+    lines = []
+    for where, families in finals(rows).items():
+        for name, own in families.items():
+            above = [each for place, each in higher.items() if place[:3] == (*where, name)]
+            for each in (own, *above) if above else ():
+                head = ["{} ({})".format(*where), name, setting_of(next(iter(each.values())))]
+                columns = ("float", "pipelines", "residual_max")
+                lines.append([*head, str(len(each)), *(_mean(each, name) for name in columns)])
+    heads = ("workload", "family", "setting", "seeds", "float", "mean of pipelines", "residual")
+    return table(heads, lines) if lines else ""
+
+
 def summary(rows: Sequence[Row]) -> str:
     """Tables of every workload as Markdown, and what is missing."""
     parts = []
@@ -191,6 +212,8 @@ def summary(rows: Sequence[Row]) -> str:
             parts.append("No final of AdamW yet, so nothing can be held against it.")
             continue
         parts += [gains_table(families), causes_table(families)]
+    if rates := rates_table(rows):
+        parts += ["### At higher learning rates", HIGHER, rates]
     return "\n\n".join(parts) or "No finals yet."
 
 

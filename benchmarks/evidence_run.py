@@ -201,7 +201,7 @@ def measure(model: nn.Module, workload: Workload, split: Split, stage: str) -> d
     - Try: the figures that choose among tries, on held-out images.
     - Final: float and every pipeline on test images, and measures of the activations.
     """
-    if stage != "final":
+    if stage not in ("final", "above"):
         row: dict[str, Any] = {"val_float": top1(model, *split.held_out, model)}
         names = CHOOSING[: 3 if workload.low_bits else 2] if stage == "try" else ()
         for name in names:

@@ -61,6 +61,20 @@ def test_a_rate_then_tries_then_finals_of_the_best() -> None:
         assert planned([*done, row(finals[1], 1)]) == [finals[0], finals[2]]
 
 
+def test_finals_are_repeated_at_the_rates_above_the_best() -> None:
+    rates = planned([])
+    rows = [row(rates[0], 41), row(rates[1], 40)]
+    rows += [row(job, 40 + (place == 1)) for place, job in enumerate(planned(rows))]
+    last = planned(rows)
+    assert [(job.seed, job.stage, json.loads(job.setting)["lr"]) for job in last] == [
+        (seed, *which) for seed in "123" for which in (("final", 1e-3), ("above", 2e-3))
+    ]
+    table = evidence_report.rates_table([*rows, *(row(job, 30) for job in last)]).splitlines()
+    assert [line.split(" | ")[1:5] for line in table[2:]] == [
+        ["cd", f"strength 0.3, lr {rate}", "3", "30.0 ± 0.0"] for rate in (0.001, 0.002)
+    ]
+
+
 def test_a_ladder_goes_on_while_its_last_try_is_the_best() -> None:
     rows = [row(job, 1) for job in planned([])]
     values = iter((40, 41, 42, 43, 44, 45))
