@@ -3,8 +3,9 @@
 The workload is ``deit`` of ``evidence_data``. Two float models are trained for each seed: AdamW and
 AdamW with Colinearity Decay (CD), both with the strength that the study chose. Each is quantized
 after training (PTQ). QAT starts from the PTQ model of RTN with OMSE ranges. It trains weights and
-steps for half as many steps, at a tenth of the learning rate, without CD. A row that exists is not
-run again. Needs QUIETVIT_TEST_DATA (or --data).
+steps for half as many steps, at a tenth of the learning rate, without CD. As a control, ``longer``
+trains the float model by the same steps, and quantizes it then. A row that exists is not run again.
+Needs QUIETVIT_TEST_DATA (or --data).
 
     python benchmarks/qat_accuracy.py run
     python benchmarks/qat_accuracy.py summary
@@ -12,6 +13,7 @@ run again. Needs QUIETVIT_TEST_DATA (or --data).
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections import defaultdict
@@ -63,26 +65,29 @@ def float_model(arm: str, seed: int, split: Split, data: Path, cache: Path) -> n
     return model
 
 
-def trained(quantized: QuantizedModel, workload: Workload, split: Split, seed: int) -> None:
-    """Train weights and steps of a quantized model, in place."""
-    quietvit.learn_steps(quantized)
-    model, (x, y) = quantized.model, split.train
+def trained(trainee: nn.Module, workload: Workload, split: Split, seed: int) -> None:
+    """Train a float model, or weights and steps of a quantized one, in place."""
+    model = trainee
+    if isinstance(trainee, QuantizedModel):
+        quietvit.learn_steps(trainee)
+        model = trainee.model
+    x, y = split.train
     optimizer = torch.optim.AdamW(
-        quantized.parameters(), lr=LOWER * workload.rates[0], weight_decay=0.0
+        trainee.parameters(), lr=LOWER * workload.rates[0], weight_decay=0.0
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: factor(step, workload.steps, workload.warmup)
     )
     generator = torch.Generator().manual_seed(seed)
-    quantized.train()
+    trainee.train()
     for picked in islice(batches(len(x), workload.batch, generator), workload.steps):
         images = normalized(varied(x[picked], workload.size // 8, generator), model)
-        loss = F.cross_entropy(quantized(images), y[picked])
+        loss = F.cross_entropy(trainee(images), y[picked])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    quantized.eval()
+    trainee.eval()
 
 
 @app.command()
@@ -91,6 +96,7 @@ def run(
     out: OutOption = OUT,
     cache: Annotated[Path, typer.Option(help="Folder for images and float models.")] = CACHE,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    arms: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(ARMS),
 ) -> None:
     """Measure what has no row yet, and append one row each."""
     split = read(WORKLOAD, data, cache, torch.device("cpu"))
@@ -98,23 +104,27 @@ def run(
     x, y = (each[: WORKLOAD.quantized] for each in split.test)
     done = {tuple(row[name] for name in FIELDS[:5]) for row in read_rows(out)}
     for seed in map(int, seeds.split(",")):
-        for arm in ARMS:
-            wanted = [(b, "ptq", method) for b in BITS for method in PTQ]
+        for arm in arms.split(","):
+            wanted = [(b, way, method) for way in ("ptq", "longer") for b in BITS for method in PTQ]
             wanted += [(b, "qat", PTQ[0]) for b in BITS]
             wanted = [each for each in wanted if (arm, str(seed), *each) not in done]
             if not wanted:
                 continue
             model = float_model(arm, seed, split, data, cache)
-            in_float = top1(model, x, y, model)
             calibration = normalized(split.train[0][:CALIBRATION], model)
+            models = {"ptq": model, "qat": model}
             for bits, training, method in wanted:
                 start = time.perf_counter()
+                if training not in models:
+                    models[training] = copy.deepcopy(model)
+                    trained(models[training], shorter, split, seed)
+                own = models[training]
                 torch.manual_seed(seed)
-                quantized = quietvit.quantize(model, method, calibration, bits=bits, progress=False)
+                quantized = quietvit.quantize(own, method, calibration, bits=bits, progress=False)
                 if training == "qat":
                     trained(quantized, shorter, split, seed)
                 hits = top1(quantized, x, y, model)
-                new = [arm, seed, bits, training, method, hits, in_float]
+                new = [arm, seed, bits, training, method, hits, top1(own, x, y, model)]
                 new += [round(time.perf_counter() - start, 1), torch.__version__]
                 append(out, FIELDS, new)
                 print(*new, flush=True)
@@ -124,12 +134,12 @@ def run(
 def summary(out: OutOption = OUT) -> None:
     """Print top-1 as Markdown: mean ± standard deviation over the seeds."""
     found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    floats: dict[str, dict[str, float]] = defaultdict(dict)
+    floats: dict[tuple[bool, str], dict[str, float]] = defaultdict(dict)
     for row in read_rows(out):
         found[row["training"], row["method"]][f"{row['arm']} {row['bits']}"].append(
             float(row["top1"])
         )
-        floats[row["arm"]][row["seed"]] = float(row["float"])
+        floats[row["training"] == "longer", row["arm"]][row["seed"]] = float(row["float"])
 
     def cell(values: list[float]) -> str:
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -138,8 +148,9 @@ def summary(out: OutOption = OUT) -> None:
     columns = [f"{arm} {bits}" for bits in BITS for arm in ARMS]
     print("| | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
-    cells = [cell([*floats[column.split()[0]].values()]) for column in columns]
-    print("| float | " + " | ".join(cells) + " |")
+    for longer, name in ((False, "float"), (True, "float, longer")):
+        cells = [cell([*floats[longer, column.split()[0]].values()]) for column in columns]
+        print(f"| {name} | " + " | ".join(cells) + " |")
     for (training, method), by_column in found.items():
         cells = [cell(by_column[column]) for column in columns]
         print(f"| {training} {method} | " + " | ".join(cells) + " |")
