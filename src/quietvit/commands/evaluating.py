@@ -139,6 +139,7 @@ def _evaluate_file(
 ) -> Measured:
     from quietvit.deployment import open_runtime
     from quietvit.deployment.evaluation import FileDetector, FileModel, file_transform
+    from quietvit.detection.static_parts import MASKS
 
     if device not in ("cpu", "auto"):
         raise QuietvitError(
@@ -147,7 +148,8 @@ def _evaluate_file(
         )
     loaded = open_runtime(path, runtime, threads)
     if loaded.facts.detector is not None:
-        found = _measure_boxes(FileDetector(loaded), loaded.facts.labels, images, batch, "cpu")
+        masks, names = MASKS in loaded.facts.detector, loaded.facts.labels
+        found = _measure_boxes(FileDetector(loaded), names, images, batch, "cpu", masks)
     else:
         found = _measure(FileModel(loaded), file_transform(loaded), images, batch, "cpu")
     return replace(found, runtime=loaded.name)

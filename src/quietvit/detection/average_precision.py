@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quietvit.classes import class_count
 from quietvit.data.evaluate import progress_bar, worker_errors
-from quietvit.detection.masks import encoded, mask_functions
+from quietvit.detection.masks import ON, encoded, mask_functions
 from quietvit.errors import QuietvitError
 from quietvit.tracing import evaluating
 
@@ -209,9 +209,6 @@ def evaluate_detector(
     return box_ap(predict_all(model, loader, device, progress))
 
 
-_ON = 0.5
-"""Probability from which a pixel is on the object, as in Mask R-CNN (arXiv 1703.06870)."""
-
 _KEPT = ("image_id", "size", "boxes", "labels", "area", "iscrowd")
 
 
@@ -231,7 +228,7 @@ def _as_lists(output: Any) -> list[dict[str, Any]]:
             )
         listed = {"boxes": boxes.tolist(), "labels": labels.tolist(), "scores": scores.tolist()}
         if "masks" in item:
-            listed["masks"] = encoded(item["masks"].detach()[:, 0] >= _ON)
+            listed["masks"] = encoded(item["masks"].detach()[:, 0] >= ON)
         predicted.append(listed)
     return predicted
 

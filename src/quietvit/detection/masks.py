@@ -21,6 +21,10 @@ RLE = Mapping[str, Any]
 """COCO's compressed run lengths: ``size`` (height, width) and ``counts`` (bytes)."""
 
 
+ON = 0.5
+"""Probability from which a pixel is on the object, as in Mask R-CNN (arXiv 1703.06870)."""
+
+
 @dataclass(frozen=True)
 class Outline:
     """The mask of one object as it is annotated, in pixels of the stored image.
