@@ -68,10 +68,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_masks_are_turned_with_a_stored_image(tmp_path, orientation, form):
-    given = annotated(1, 1, BOX, segmentation=FORMS[form])
+def test_masks_are_turned_with_a_stored_image(tmp_path, orientation):
+    form = [*FORMS.values()][(orientation // 2) % 4]
+    given = annotated(1, 1, BOX, segmentation=form)
     path = coco(tmp_path, [given, outlined(2, 1, (1, 1, 4, 9), iscrowd=1)], pictures=1)
     picture(tmp_path / "images" / "1.png", box=BOX, orientation=orientation)
     image, target = open_coco(path, masks=True)[0]
@@ -259,7 +259,7 @@ def test_a_mask_detector_is_quantized_whatever_it_finds(name):
     assert len(own([noise[0]])[0]["masks"]) == 3
 
 
-@pytest.mark.parametrize("name", ["rtn", "smoothquant", "repq-vit", "gptq"])
+@pytest.mark.parametrize("name", ["rtn", "repq-vit"])
 def test_a_mask_head_without_boxes_cannot_be_calibrated(name):
     model = masked(box_score_thresh=0.99).eval()
     with pytest.raises(QuietvitError, match=r"found nothing.* exclude=\['roi_heads.mask_head.0.0'"):

@@ -29,7 +29,10 @@ from quietvit.files import beside, put_in_place
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import evaluating
 
-TRANSPOSED = "onnxruntime has no integer kernel for transposed convolutions"
+TRANSPOSED = (
+    "the file claims no integers for a transposed convolution, because onnxruntime has no integer "
+    "kernel for it"
+)
 CONSTANT = "it does not depend on the images, so it is computed when the file is written or loaded"
 FIXED_BATCH = (
     "the file takes one image at a time: torch.export cannot make the batch dynamic, because the "
