@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quietvit.train.training import Training
 
 
-def figures(
+def scores(
     training: Training,
     test: Any,
     termination: Termination,

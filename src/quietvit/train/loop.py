@@ -16,10 +16,10 @@ from quietvit.errors import QuietvitError
 from quietvit.files import sweep
 from quietvit.progress import Meter
 from quietvit.tasks import Batch
-from quietvit.train import evaluation
 from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered
+from quietvit.train.evaluation import scores
 from quietvit.train.folder import (
     begun_with,
     changes,
@@ -359,10 +359,10 @@ class _Loop:
         return differing
 
     def figures(self, average: bool = True, progress: bool = False) -> dict[str, float]:
-        """Return ``evaluation.figures``. A signal during the evaluation ends the run."""
+        """Return ``evaluation.scores``. A signal during the evaluation ends the run."""
         try:
             with enough_memory(self.config, Stage.EVALUATION):
-                return evaluation.figures(
+                return scores(
                     self.t, self.r.test, self.termination, average=average, progress=progress
                 )
         except StopRequestedError:
