@@ -51,3 +51,10 @@ def coco(folder: Path, annotations: Any, pictures: int = 2, size=(80, 60), **par
     path = folder / "boxes.json"
     path.write_text(json.dumps(content))
     return path
+
+
+def outlined(id_: int, image: int, box: Any, category: int = 7, **more: Any) -> dict[str, Any]:
+    """Return an annotation whose mask is a polygon around the whole box."""
+    x, y, width, height = box
+    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+    return annotated(id_, image, box, category, **{"segmentation": [corners]} | more)

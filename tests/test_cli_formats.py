@@ -31,9 +31,9 @@ KEYS = {
     "quantize": "path method bits policy deployable calibration_images seconds coverage notes "
     "evaluation",
     "evaluate": "model kind scores images data device runtime",
-    "export": "path box_head bytes output replaced notes",
+    "export": "path box_head mask_head bytes output replaced notes",
     "check": "path machine runtime ok failures integer_share_of_macs products agreements classes "
-    "features box_head detections speed bytes float_bytes notes",
+    "features box_head mask_head detections speed bytes float_bytes notes",
     "predict": "file images failed",
 }
 COLUMNS = {

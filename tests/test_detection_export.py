@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import quietvit
-from detection_cases import CATEGORIES, annotated, coco
+from detection_cases import CATEGORIES, annotated, coco, outlined
 from quietvit import QuietvitError
 from quietvit.data import create_model
 from quietvit.deployment import open_runtime
@@ -18,7 +18,7 @@ from quietvit.deployment.detected import Detected
 from quietvit.deployment.evaluation import FileDetector
 from quietvit.deployment.networks import networks_of, timed
 from quietvit.deployment.splitting import split
-from quietvit.detection import faster_rcnn, fcos
+from quietvit.detection import faster_rcnn, fcos, mask_rcnn
 from quietvit.detection.canvas import PlainCanvas
 from quietvit.detection.static_parts import assembled, decoding_of
 from test_cli import run
@@ -31,6 +31,7 @@ VIT = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2, "img_size"
 METHOD = {"weight_bits": 8, "activation_bits": 8, "conv_output_bits": 8}
 NAMES = ["disc", "square", "star"]
 TWO_STAGE = {"box_channels": 16, "rpn_post_nms_top_n_test": 20, "box_score_thresh": 0.0}
+MASKED = TWO_STAGE | {"mask_channels": 16, "box_detections_per_img": 5}
 ONE_STAGE = {"score_thresh": 0.0, "topk_candidates": 20}
 
 
@@ -64,7 +65,9 @@ def close(theirs: Any, ours: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(faster_rcnn, TWO_STAGE), (fcos, ONE_STAGE)], ids=["two", "one"]
+    ("kind", "options"),
+    [(faster_rcnn, TWO_STAGE), (mask_rcnn, MASKED), (fcos, ONE_STAGE)],
+    ids=["two", "masked", "one"],
 )
 def test_a_detector_assembled_from_its_parts_finds_the_very_same_boxes(
     kind: Any, options: Any
@@ -72,10 +75,13 @@ def test_a_detector_assembled_from_its_parts_finds_the_very_same_boxes(
     own = quantized(kind, **options)
     parts, decoding = split(own), decoding_of(own.model)
     canvas = PlainCanvas((64, 64), decoding["mean"], (1.0,) * 3)
-    again = assembled(decoding, parts["dense"], parts.get("boxes"), canvas)
+    again = assembled(decoding, parts["dense"], parts, canvas)
     assert {s.key for p in parts.values() for s in p.slots()} == {s.key for s in own.slots()}
     dense = {site.name: site.macs for site in parts["dense"].trace.sites}
     assert dense == {site.name: own.trace[site.name].macs for site in parts["dense"].trace.sites}
+    if "masks" in parts:
+        assert len(expected_masks := parts["masks"].trace.matmuls) == 6
+        assert expected_masks[0].macs == 5 * 14 * 14 * 9 * 32 * 16
     if "boxes" in parts:
         assert parts["boxes"].trace["roi_heads.box_head.fc7"].macs == 20 * 16 * 16
     with torch.no_grad():
@@ -118,6 +124,51 @@ def test_both_files_of_a_faster_rcnn_are_proven_and_find_its_boxes(
     assert measured.output.startswith("box AP"), measured.output
 
 
+def test_the_three_files_of_a_mask_rcnn_are_proven_and_find_its_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = pytest.importorskip("faster_coco_eval.core.mask")
+    own = quantized(mask_rcnn, **MASKED)
+    artifact = quietvit.export(own, tmp_path / "files" / "det.onnx")
+    names = ["det.boxes.onnx", "det.masks.onnx", "det.onnx"]
+    assert sorted(file.name for file in artifact.path.parent.iterdir()) == names
+    assert "det.masks.onnx" in str(artifact)
+    detect = FileDetector(open_runtime(artifact.path))
+    with torch.no_grad():
+        theirs, ours = detect(pictures()), own(pictures())
+    close(theirs, ours)
+    for image, found in zip(pictures(), theirs, strict=True):
+        assert found["masks"].shape == (len(found["boxes"]), 1, *image.shape[1:])
+    third = [*CATEGORIES, {"id": 9, "name": "star"}]
+    given = [outlined(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in range(1, 3)]
+    spec = f"coco:{coco(tmp_path, given, categories=third)}"
+    monkeypatch.setattr("quietvit.commands.deploying.load_quantized", lambda *given: own)
+    told = ("--seconds", "0", "--json", tmp_path / "check.json")
+    checked = run("check", artifact.path, "--against", "det.qvit", "--images", spec, *told)
+    assert checked.exit_code == 0, checked.output
+    assert "mask head: output" in checked.output
+    content = json.loads((tmp_path / "check.json").read_text())
+    floating = {ran["product"]: ran["reason"] for ran in content["products"] if not ran["integer"]}
+    assert floating.keys() == {"roi_heads.mask_predictor.conv5_mask"}
+    assert "transposed" in floating["roi_heads.mask_predictor.conv5_mask"]
+    assert any(a["product"].startswith("roi_heads.mask") for a in content["agreements"])
+    assert content["detections"]["ap"]["mask"] == content["detections"]["ap_simulated"]["mask"]
+    networks = networks_of(open_runtime(artifact.path), artifact.facts, own)
+    _, other = timed(networks, [network.runtime.path for network in networks])
+    assert len(other(pictures()[1][None].numpy())[0]["masks"])
+    photo = tmp_path / "images" / "1.png"
+    seen = tmp_path / "seen"
+    shown = run("predict", artifact.path, photo, "--pictures", seen, "--format", "json")
+    assert shown.exit_code == 0, shown.output
+    (first, *_) = json.loads(shown.output)["images"][0]["boxes"]
+    assert mask.decode(first["mask"]).shape == (60, 80)
+    assert (seen / "1.png").is_file()
+    assert "mask AP" in run("evaluate", artifact.path, "--images", spec).output
+    artifact.path.with_name("det.masks.onnx").unlink()
+    with pytest.raises(QuietvitError, match=r"det\.masks\.onnx, is missing"):
+        FileDetector(open_runtime(artifact.path))
+
+
 def test_the_two_files_stay_together(two_stage: Any, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(QuietvitError, match="exists already"):
         quietvit.export(two_stage, exported)
@@ -138,9 +189,9 @@ def test_what_cannot_be_exported_is_told_before_the_work(
     with pytest.raises(QuietvitError, match="export it to onnx or openvino"):
         quietvit.export(two_stage, tmp_path / "det.torchao")
     heads = two_stage.model.roi_heads
-    for name in ("mask_roi_pool", "mask_head", "mask_predictor"):
+    for name in ("keypoint_roi_pool", "keypoint_head", "keypoint_predictor"):
         monkeypatch.setattr(heads, name, heads.box_head)
-    with pytest.raises(QuietvitError, match="predicts masks"):
+    with pytest.raises(QuietvitError, match=r"predicts keypoints.*keypoint_predictor to None"):
         quietvit.export(two_stage, tmp_path / "det.onnx")
     monkeypatch.undo()
     with pytest.raises(QuietvitError, match="leave out output"):

@@ -17,6 +17,7 @@ from quietvit.detection.detectors import PREDICTORS
 from quietvit.detection.parts import part_of, with_parts
 from test_cli import refused, run
 from test_detection_huggingface import KINDS, folders  # noqa: F401 - a fixture
+from test_detection_masks import masked
 from test_detection_models import small
 
 METHOD = quietvit.RTN(weight_bits=4, activation_bits=4)
@@ -98,6 +99,19 @@ def test_the_loss_of_each_part_alone_and_of_all_but_it_is_measured(
     assert "without: error" in str(found)
     assert "AP" not in str(found)
     assert sum(part.macs for part in found.parts) == found.macs
+
+
+def test_the_mask_head_is_a_part(images: torch.Tensor) -> None:
+    """With 2 bits other boxes are found, so the mask head must get those of the float model."""
+    model = masked(box_score_thresh=0.0, box_detections_per_img=4).eval()
+    found = ap_by_part(model, "rtn", images, bits="W2A8", progress=False)
+    assert [part.name for part in found.parts][-2:] == ["box_head", "mask_head"]
+    last = found.parts[-1]
+    assert last.sites == 6
+    assert last.alone is not None
+    assert last.without is not None
+    assert 0 < last.alone.error < 2 * found.whole.error
+    assert "postprocess_detections" not in vars(model.roi_heads)
 
 
 def test_the_command_prints_and_writes_the_ap_of_each_part(

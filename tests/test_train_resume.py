@@ -318,7 +318,7 @@ def test_weights_are_there_though_they_cannot_be_judged(tmp_path, monkeypatch):
         raise QuietvitError("the image at row 3 could not be decoded.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "score", refused)
+        patch.setattr(loop, "scores", refused)
         with pytest.raises(QuietvitError, match=r"row 3 .* trained weights are in .*model\.safe"):
             run(tmp_path / "run", **EVERYTHING)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
@@ -347,9 +347,9 @@ def test_too_little_memory_is_told_with_what_to_change(tmp_path, monkeypatch, er
         return str(caught.value)
 
     assert "vit_tiny_patch16_224 with its optimizer takes more memory" in told("build")
-    assert "16 images at a time in float32, takes more" in told("score")
-    assert "The trained weights are in" in told("score")
-    assert "bf16" not in told("score")
+    assert "16 images at a time in float32, takes more" in told("scores")
+    assert "The trained weights are in" in told("scores")
+    assert "bf16" not in told("scores")
     step = told("forward_backward")
     assert "a pass with batch_size 8 takes more memory" in step
     assert "keeps the steps (4 and 2)" in step

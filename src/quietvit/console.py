@@ -303,14 +303,17 @@ def open_any(text: str, split: Literal["train", "test"], missing: str) -> Any:
 
 
 def open_boxes(
-    text: str, split: Literal["train", "test"], class_names: Sequence[str] | None = None
+    text: str,
+    split: Literal["train", "test"],
+    class_names: Sequence[str] | None = None,
+    masks: bool = False,
 ) -> DetectionDataset:
     """Open images with boxes: ``split`` if there are splits. Their classes are found by name."""
     from quietvit.detection import load_detection_dataset
     from quietvit.detection.sources import has_splits
 
     return load_detection_dataset(
-        text, split if has_splits(text) else None, class_names=class_names
+        text, split if has_splits(text) else None, class_names=class_names, masks=masks
     )
 
 

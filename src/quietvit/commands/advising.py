@@ -127,11 +127,18 @@ def _by_part(
     form: Form,
 ) -> None:
     from quietvit.classes import names_of
-    from quietvit.detection import ap_by_part, detection_loader, is_detection_spec, subset
+    from quietvit.detection import (
+        ap_by_part,
+        detection_loader,
+        is_detection_spec,
+        predicts_masks,
+        subset,
+    )
 
     loader = None
     if is_detection_spec(images):
-        loader = detection_loader(subset(open_boxes(images, "test", names_of(built)), count, seed))
+        boxes = open_boxes(images, "test", names_of(built), predicts_masks(built))
+        loader = detection_loader(subset(boxes, count, seed))
     known = open_data(images, "train", labels=False)
     drawn = draw_images(built, known, min(CALIBRATION, len(known)), seed)
     found = ap_by_part(built, method, drawn, loader)

@@ -90,8 +90,9 @@ def export(
 ) -> None:
     """Write a quantized model as a file that a runtime computes in integers."""
     from quietvit.deployment import export as run
-    from quietvit.deployment.paths import boxes_of
+    from quietvit.deployment.paths import head_file
     from quietvit.deployment.targets import target_named
+    from quietvit.detection.static_parts import HEADS
 
     if output is None:
         run_of = quantized_run(file)
@@ -110,16 +111,18 @@ def export(
     )
     replaced = [str(each) for each in found.replaced]
     notes = [note for note in found.facts.notes if note not in replaced]
-    second = None if found.box_head is None else str(boxes_of(found.path))
-    plain = {
+    plain: dict[str, Any] = {
         "path": str(found.path),
-        "box_head": second,
+        **{
+            name: str(head_file(found.path, head)) if head in found.heads else None
+            for head, name in HEADS.items()
+        },
         "bytes": found.size,
         "output": str(found.facts.output),
         "replaced": replaced,
         "notes": notes,
     }
-    paths = found.path if second is None else f"{found.path}, {second}"
+    paths = ", ".join(map(str, found.paths))
     answer(
         form,
         *(f"replaced: {each}" for each in replaced),
@@ -169,6 +172,7 @@ def check(
     from quietvit.deployment import check as run
     from quietvit.deployment import open_runtime
     from quietvit.detection import detection_loader, is_detection_spec
+    from quietvit.detection.static_parts import MASKS
 
     if json is not None:
         refuse_unwritable(json)
@@ -176,7 +180,8 @@ def check(
     quantized = load_quantized(against, model)
     loader: Any
     if loaded.facts.detector is not None and is_detection_spec(images):
-        boxes = subset(open_boxes(images, "test", loaded.facts.labels), count)
+        masks = MASKS in loaded.facts.detector
+        boxes = subset(open_boxes(images, "test", loaded.facts.labels, masks), count)
         loader = detection_loader(boxes, 8)
     else:
         loader = _pictures(loaded, quantized, images, count)
@@ -306,9 +311,9 @@ def predict(
 
 
 def _in_columns(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a class or a box with a column for each coordinate."""
+    """Return a class or a box with a column for each coordinate, without its mask."""
     corners = dict(zip(("x1", "y1", "x2", "y2"), entry.get("corners", ()), strict=False))
-    return {key: value for key, value in entry.items() if key != "corners"} | corners
+    return {key: x for key, x in entry.items() if key not in ("corners", "mask")} | corners
 
 
 def _pictures(loaded: Any, quantized: QuantizedModel, images: str, count: int | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +39,7 @@ _PANEL = "Quantize"
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores in percent by name (``top1``, or those of ``BoxAP``), and on what they were measured.
+    """Scores in percent by name (``top1``, or ``BoxAP.figures``), and on what they were measured.
 
     ``runtime``: name and version of the runtime of an exported file.
     """
@@ -91,8 +91,8 @@ def evaluate(
 ) -> None:
     """Measure top-1 of a float model, a quantized model, or an exported file in its runtime.
 
-    A detector is measured by COCO's box AP, on coco:FILE.json or voc:FOLDER. An exported file uses
-    its own preprocessing.
+    A detector is measured by COCO's box AP, on coco:FILE.json or voc:FOLDER. A mask detector is
+    measured by mask AP, too. An exported file uses its own preprocessing.
     """
     kind = _kind_of(Path(model))
     if kind != "model" and (weights, classes, size) != (None, None, None):
@@ -139,6 +139,7 @@ def _evaluate_file(
 ) -> Measured:
     from quietvit.deployment import open_runtime
     from quietvit.deployment.evaluation import FileDetector, FileModel, file_transform
+    from quietvit.detection.static_parts import MASKS
 
     if device not in ("cpu", "auto"):
         raise QuietvitError(
@@ -147,7 +148,8 @@ def _evaluate_file(
         )
     loaded = open_runtime(path, runtime, threads)
     if loaded.facts.detector is not None:
-        found = _measure_boxes(FileDetector(loaded), loaded.facts.labels, images, batch, "cpu")
+        masks, names = MASKS in loaded.facts.detector, loaded.facts.labels
+        found = _measure_boxes(FileDetector(loaded), names, images, batch, "cpu", masks)
     else:
         found = _measure(FileModel(loaded), file_transform(loaded), images, batch, "cpu")
     return replace(found, runtime=loaded.name)
@@ -161,22 +163,30 @@ def evaluated(
     ``configured`` is the float model, whose preprocessing and classes count.
     """
     from quietvit.data import evaluation_transform
-    from quietvit.detection import is_detector
+    from quietvit.detection import is_detector, predicts_masks
 
     if is_detector(configured):
-        return _measure_boxes(model.to(device), names_of(configured), images, batch, device)
+        masks = predicts_masks(configured)
+        names = names_of(configured)
+        return _measure_boxes(model.to(device), names, images, batch, device, masks)
     return _measure(model.to(device), evaluation_transform(configured), images, batch, device)
 
 
 def _measure_boxes(
-    model: nn.Module, names: Sequence[str] | None, images: str, batch: int, device: str
+    model: nn.Module,
+    names: Sequence[str] | None,
+    images: str,
+    batch: int,
+    device: str,
+    masks: bool = False,
 ) -> Measured:
     from quietvit.detection import detection_loader, evaluate_detector
 
-    dataset = open_boxes(images, "test", names)
-    loader = detection_loader(dataset, batch)
+    dataset = open_boxes(images, "test", names, masks)
+    # 100 masks of 640 x 480 pixels take 123 MB for each image.
+    loader = detection_loader(dataset, min(batch, 8) if masks else batch)
     found = evaluate_detector(model, loader, device, progress=True)
-    return Measured(asdict(found), f"box {found}", len(dataset), dataset.name, device)
+    return Measured(found.figures(), f"box {found}", len(dataset), dataset.name, device)
 
 
 def _measure(

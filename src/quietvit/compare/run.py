@@ -46,7 +46,7 @@ from quietvit.report import (
     tidy_csv,
     verdict,
 )
-from quietvit.report.results import ARMS, Spread, overhead
+from quietvit.report.results import ARMS, FLOAT, Spread, overhead
 from quietvit.synthesis import synthesize
 from quietvit.synthesis.settings import parse_request
 from quietvit.tracing import Trace
@@ -236,8 +236,8 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
         batch = task.calibration(model, images, count, config.calibration_seed)
         return send_to_device(batch, device)
 
-    def score(model: nn.Module) -> float:
-        return task.score([task.judge(model, loader, device)])
+    def figures(model: nn.Module) -> dict[str, float]:
+        return task.figures([task.judge(model, loader, device)])
 
     if config.synthesis:
         calibration = synthesize(
@@ -250,7 +250,7 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
         calibration = drawn(train_set, config.calibration_images)
     looked_at = drawn(test_set, min(config.diagnosed_images, len(test_set)))
     trace = record_trace(model, calibration[:1])
-    scores: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = {}
     covered, shares = 1.0, {}
     noise: tuple[SiteNoise, ...] = ()
     for setting in config.settings:
@@ -258,16 +258,18 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
         quantized = quantize(
             model, parse_method(method, bits), calibration, trace=trace, progress=False
         )
-        scores[setting] = score(quantized)
+        found[setting] = figures(quantized)
         covered = min(covered, quantized.coverage.fraction)
         shares[setting] = quantized.coverage.shares()
         if setting == config.measured_noise:
             noise = _noise(model, quantized, looked_at, trace)
+    key, floating = task.metric.key, figures(model)
     return Run(
         seed=seed,
         decay=decay,
-        float_score=score(model),
-        quantized=scores,
+        float_score=floating[key],
+        quantized={setting: each[key] for setting, each in found.items()},
+        figures={FLOAT: floating} | found,
         images=len(test_set),
         steps=trained.steps,
         train_seconds=trained.train_seconds,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quietvit.deployment.checking import check
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.paths import boxes_of
+from quietvit.deployment.paths import head_file
 from quietvit.deployment.targets import files_of
 from quietvit.deployment.uniform import Replaced
 
@@ -19,13 +20,19 @@ SHOWN = 12
 class Artifact:
     """An exported file, the facts stored in it, and the quantizers that export replaced.
 
-    ``box_head`` holds the facts of the second file of a Faster R-CNN, ``paths.boxes_of(path)``.
+    ``heads`` holds the facts of the files of a detector's heads: ``boxes`` of a Faster or Mask
+    R-CNN, ``masks`` of a Mask R-CNN. ``paths.head_file`` names these files.
     """
 
     path: Path
     facts: Facts
     replaced: tuple[Replaced, ...] = ()
-    box_head: Facts | None = None
+    heads: Mapping[str, Facts] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The file, and those of its heads."""
+        return (self.path, *(head_file(self.path, head) for head in self.heads))
 
     @property
     def size(self) -> int:
@@ -42,13 +49,13 @@ class Artifact:
     def __str__(self) -> str:
         """List the method, input, output, claims and notes of the file."""
         facts = self.facts
-        both = [facts] if self.box_head is None else [facts, self.box_head]
-        products = [product for each in both for product in each.products]
+        every = [facts, *self.heads.values()]
+        products = [product for each in every for product in each.products]
         claimed = [product for product in products if product.why_float is None]
-        macs = sum(each.total_macs for each in both)
+        macs = sum(each.total_macs for each in every)
         share = sum(product.macs for product in claimed) / (macs or 1)
         shape = " x ".join(map(str, facts.input_shape))
-        name = str(self.path) if self.box_head is None else f"{self.path}, {boxes_of(self.path)}"
+        name = ", ".join(map(str, self.paths))
         lines = [
             f"{name} ({self.size / 1e6:.2f} MB): {facts.method}",
             f"input      images, batch x {shape}, float32 after the preprocessing",

@@ -21,8 +21,9 @@ class Check:
     """The result of ``check``.
 
     ``classes`` is set if the file gives class scores, else ``features`` is. ``detections`` is set
-    for a detector, and ``box_head`` compares the second file of a Faster R-CNN. ``bytes`` is the
-    size of all files. ``float_bytes`` is that of the float file, or None if nothing was timed.
+    for a detector. ``box_head`` and ``mask_head`` compare the further files of a Faster or Mask
+    R-CNN. ``bytes`` is the size of all files. ``float_bytes`` is that of the float files, or None
+    if nothing was timed.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Check:
     float_bytes: int | None
     notes: tuple[str, ...]
     box_head: Features | None = None
+    mask_head: Features | None = None
     detections: Detected | None = None
 
     @property
@@ -51,7 +53,8 @@ class Check:
             for a in self.agreements
             if not a.equal
         ]
-        for compared in (self.classes, self.features, self.box_head, self.detections):
+        heads = (self.box_head, self.mask_head)
+        for compared in (self.classes, self.features, *heads, self.detections):
             failures += () if compared is None else compared.failures
         return tuple(failures)
 
@@ -84,6 +87,7 @@ class Check:
             },
             "features": None if self.features is None else asdict(self.features),
             "box_head": None if self.box_head is None else asdict(self.box_head),
+            "mask_head": None if self.mask_head is None else asdict(self.mask_head),
             "detections": None
             if self.detections is None
             else asdict(self.detections)
@@ -192,9 +196,10 @@ def _text(check: Check) -> str:
         lines += _classes_lines(check.classes)
     if check.features is not None:
         lines += _features_lines(check.features)
-    if check.box_head is not None:
-        error = check.box_head.error
-        lines.append(f"           box head: output {100 * error:.3f} % from the simulated model's")
+    for name, head in (("box", check.box_head), ("mask", check.mask_head)):
+        if head is not None:
+            error = f"{100 * head.error:.3f} %"
+            lines.append(f"           {name} head: output {error} from the simulated model's")
     if check.detections is not None:
         lines += _detections_lines(check.detections)
     size = f"size       {check.bytes / 1e6:.2f} MB"

@@ -36,6 +36,7 @@ from quietvit.deployment.runtime import Runtime
 from quietvit.deployment.speed import Speed, measure
 from quietvit.deployment.targets import files_of
 from quietvit.deployment.uniform import replacing_codes
+from quietvit.detection.static_parts import HEADS
 from quietvit.errors import QuietvitError
 from quietvit.inputs import Images, image_batches
 from quietvit.normalization import warn_unless_normalized
@@ -67,7 +68,7 @@ def check(
     - Classes and top-1 agree within ``Classes.failures``. Embeddings and feature maps agree within
       ``Features.failures``.
     - The boxes of a detector agree within ``Detected.failures``. ``images`` from a
-      ``detection_loader`` add the AP of both. The two files of a Faster R-CNN are checked together.
+      ``detection_loader`` add the AP of both. All files of a detector are checked together.
 
     Logits are not compared. One value that rounds the other way changes later roundings. After a
     few blocks two correct computations differ as much as quantization itself (see the lab log).
@@ -109,12 +110,14 @@ def check(
         floating = list[tuple[Path, int]]()
         if seconds > 0 and loaded.opens_float_onnx:
             floating = [network.write_float(Path(folder)) for network in networks]
-        compared, box_head = list[Agreement](), None
+        compared, heads = list[Agreement](), dict[str, Features]()
         for network in networks:
-            rows = first[0][:2] if network.runtime is loaded else pooled_rows(quantized, first[0])
+            if network.runtime is loaded:
+                compared += _compared(network, first[0][:2], notes)
+                continue
+            rows = pooled_rows(quantized, network.part, first[0])
             compared += _compared(network, rows, notes)
-            if network.runtime is not loaded:
-                box_head = _features(network, [(rows, None)])
+            heads[HEADS[network.part]] = _features(network, [(rows, None)])
         joined = itertools.chain([first], labelled)
         everything = tracked(joined, _expected(images), "comparing batches of images", progress)
         classes = features = detections = None
@@ -146,7 +149,7 @@ def check(
         bytes=sum(file.stat().st_size for file in files_of(loaded.path)),
         float_bytes=sum(size for _, size in floating) if floating else None,
         notes=tuple(dict.fromkeys(notes)),
-        box_head=box_head,
+        **heads,
         detections=detections,
     )
 

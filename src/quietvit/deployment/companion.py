@@ -1,6 +1,6 @@
-"""Find and open the file of a detector's box head, which lies beside the detector's own file.
+"""Find and open the files of a detector's heads, which lie beside the detector's own file.
 
-``exporting`` writes both.
+``exporting`` writes all of them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import hashlib
 from pathlib import Path
 
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.paths import boxes_of
+from quietvit.deployment.paths import head_file
 from quietvit.deployment.runtime import Runtime
+from quietvit.detection.static_parts import HEADS
 from quietvit.errors import QuietvitError
 
 
@@ -20,26 +21,30 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def box_head_of(runtime: Runtime, facts: Facts) -> Runtime | None:
-    """Open the box head of a Faster R-CNN in the same runtime. None if the file needs none.
+def heads_of(runtime: Runtime, facts: Facts) -> dict[str, Runtime]:
+    """Open the heads of a Faster or Mask R-CNN in the same runtime, by the keys of ``HEADS``.
 
-    ``facts`` are those of the detector's own file.
+    ``facts`` are those of the detector's own file, which stores the digest of each head's file.
 
-    Raises QuietvitError if its file is missing, or is that of another export.
+    Raises QuietvitError if a file is missing, or is that of another export.
     """
-    told = (facts.detector or {}).get("box_head")
-    if told is None:
-        return None
-    path = boxes_of(runtime.path)
-    if not path.is_file():
-        raise QuietvitError(
-            f"{runtime.path} is one of two files of a detector, and the other, {path}, is missing; "
-            "put both into one folder with the names they were exported with, or export again."
-        )
-    if digest(path) != told:
-        raise QuietvitError(
-            f"{path} and {runtime.path} come from two different exports; put the files of one "
-            "export together, or export again."
-        )
     kind: type[Runtime] = type(runtime)
-    return kind(path, runtime.threads)  # type: ignore[call-arg]
+    found = dict[str, Runtime]()
+    for head, name in HEADS.items():
+        told = (facts.detector or {}).get(name)
+        if told is None:
+            continue
+        path = head_file(runtime.path, head)
+        if not path.is_file():
+            raise QuietvitError(
+                f"{runtime.path} is one file of a detector, and another one, {path}, is missing. "
+                "Put all files into one folder with the names they were exported with, or export "
+                "again."
+            )
+        if digest(path) != told:
+            raise QuietvitError(
+                f"{path} and {runtime.path} come from two different exports. Put the files of one "
+                "export together, or export again."
+            )
+        found[head] = kind(path, runtime.threads)  # type: ignore[call-arg]
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from quietvit.classes import name_classes
-from quietvit.deployment.companion import box_head_of
+from quietvit.deployment.companion import heads_of
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.preprocessing import transform_of
 from quietvit.deployment.runtime import Runtime
@@ -47,16 +47,20 @@ class FileDetector(nn.Module):
     """A detector's file in its runtime, with the interface of ``quietvit.detection``.
 
     It takes a list of images (3, h, w) in 0..1 of any size. It returns for each image a dict with
-    ``boxes``, ``labels`` and ``scores``, as the model does that was exported. An image that keeps
-    its aspect ratio is padded with the mean, and the file has no mask of the padding.
+    ``boxes``, ``labels`` and ``scores``, and ``masks`` of a Mask R-CNN, as the model does that was
+    exported. An image that keeps its aspect ratio is padded with the mean, and the file has no mask
+    of the padding.
 
-    ``facts`` and ``box_head`` are for a file of the float networks, which has no facts.
+    ``facts`` and ``heads`` are for a file of the float networks, which has no facts.
 
-    Raises QuietvitError if the file is no detector's, or its second file is missing.
+    Raises QuietvitError if the file is no detector's, or a file of a head is missing.
     """
 
     def __init__(
-        self, runtime: Runtime, facts: Facts | None = None, box_head: Runtime | None = None
+        self,
+        runtime: Runtime,
+        facts: Facts | None = None,
+        heads: Mapping[str, Runtime] | None = None,
     ) -> None:
         super().__init__()
         facts = facts or runtime.facts
@@ -65,15 +69,16 @@ class FileDetector(nn.Module):
                 f"{runtime.path} gives {facts.output} and no boxes, so it has no AP. Evaluate it "
                 "on images with classes."
             )
-        self.runtime, self.box_head = runtime, box_head or box_head_of(runtime, facts)
+        self.runtime = runtime
+        self.heads = heads_of(runtime, facts) if heads is None else heads
         self.num_classes = int(facts.detector["classes"])
         height, width = facts.input_shape[1:]
         mean, stretch = facts.detector["mean"], bool(facts.detector["stretch"])
         self.transform = PlainCanvas((height, width), mean, (1.0, 1.0, 1.0), stretch)
         self.whole: nn.Module | None = None
         if "kind" in facts.detector:
-            boxes = None if self.box_head is None else partial(_run, self.box_head)
-            self.whole = assembled(facts.detector, partial(_run, runtime), boxes, self.transform)
+            runs = {name: partial(_run, head) for name, head in self.heads.items()}
+            self.whole = assembled(facts.detector, partial(_run, runtime), runs, self.transform)
         name_classes(self, facts.labels)
 
     def forward(self, images: Sequence[Tensor]) -> Sequence[dict[str, Tensor]]:

@@ -13,18 +13,18 @@ from typing import Any
 from quietvit.classes import are_presumed, checked_names, names_of
 from quietvit.deployment.artifact import Artifact
 from quietvit.deployment.companion import digest
-from quietvit.deployment.facts import facts_of
+from quietvit.deployment.facts import Facts, facts_of
 from quietvit.deployment.for_onnx.file import quantized_onnx
 from quietvit.deployment.grids import Grid, grids_of, remedy, why_none
 from quietvit.deployment.model import as_float32
 from quietvit.deployment.outputs import Output, output_of, unused_products
-from quietvit.deployment.paths import boxes_of
+from quietvit.deployment.paths import head_file
 from quietvit.deployment.preprocessing import plain_preprocessing
 from quietvit.deployment.splitting import split
 from quietvit.deployment.target import Export, Target
 from quietvit.deployment.targets import target_to_write
 from quietvit.deployment.uniform import REPLACEMENTS, Replaced, replacing_codes
-from quietvit.detection.static_parts import BOXES, DENSE, decoding_of
+from quietvit.detection.static_parts import DENSE, HEADS, decoding_of
 from quietvit.errors import QuietvitError
 from quietvit.files import beside, put_in_place
 from quietvit.quantization import QuantizedModel
@@ -60,9 +60,9 @@ def export(
     a second file, ``model.onnx.data``.
 
     A detector of torchvision becomes files for its networks: backbone, neck and dense heads in
-    ``path``, and the box head of a Faster R-CNN beside it, in ``model.boxes.onnx``. Both are
-    written together. ``predict``, ``check`` and ``evaluate`` take ``path``, and compute anchors,
-    proposals, pooling and NMS with torchvision.
+    ``path``, and beside it the box head of a Faster R-CNN in ``model.boxes.onnx`` and the mask head
+    of a Mask R-CNN in ``model.masks.onnx``. All are written together. ``predict``, ``check`` and
+    ``evaluate`` take ``path``, and compute anchors, proposals, pooling and NMS with torchvision.
 
     Args:
         quantized: the calibrated model.
@@ -152,17 +152,19 @@ def export(
     about = {"preprocessing": prepared, "labels": names}
     if parts is None:
         facts = target.write(exported(own, path, chosen, **about, detector=detector))
-        for stale in target.box_files_of(path):  # of a Faster R-CNN that was there before
+        for stale in target.head_files_of(path):  # of a Faster R-CNN that was there before
             stale.unlink(missing_ok=True)
         return Artifact(path, facts, tuple(replaced))
     with beside(path) as folder:
-        written, box_head = list[Path](), None
-        if BOXES in parts:
-            boxes, place = parts[BOXES], boxes_of(folder / path.name)
-            box_head = target.write(
-                exported(boxes, place, _whole(BOXES, boxes), preprocessing=None, labels=None)
+        written, heads = list[Path](), dict[str, Facts]()
+        for head, name in HEADS.items():
+            if head not in parts:
+                continue
+            part, place = parts[head], head_file(folder / path.name, head)
+            heads[head] = target.write(
+                exported(part, place, _whole(head, part), preprocessing=None, labels=None)
             )
-            detector = {**(detector or {}), "box_head": digest(place)}
+            detector = {**(detector or {}), name: digest(place)}
         facts = target.write(
             exported(parts[DENSE], folder / path.name, chosen, **about, detector=detector)
         )
@@ -171,7 +173,7 @@ def export(
         put_in_place(folder, *written)
     for stale in set(files) - set(written):
         stale.unlink(missing_ok=True)
-    return Artifact(path, facts, tuple(replaced), box_head)
+    return Artifact(path, facts, tuple(replaced), heads)
 
 
 def _whole(name: str, part: QuantizedModel) -> Output:

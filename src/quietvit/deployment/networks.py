@@ -1,4 +1,4 @@
-"""The files of one export with the quantized models that they came from: one, or two of a detector.
+"""The files of one export, up to three, with the quantized models that they came from.
 
 ``checking`` proves and compares each of them.
 """
@@ -14,28 +14,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quietvit.deployment.companion import box_head_of
+from quietvit.deployment.companion import heads_of
 from quietvit.deployment.evaluation import FileDetector
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.for_onnx.file import float_onnx, write_onnx
 from quietvit.deployment.proof import Proof, prove
 from quietvit.deployment.runtime import Runtime
 from quietvit.deployment.splitting import split
-from quietvit.detection.static_parts import BOXES, DENSE
+from quietvit.detection.static_parts import DENSE, HEADS
 from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 
 ROWS = 64
-"""Pooled proposals on which a box head is compared."""
+"""Pooled boxes on which a head is compared."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """One file in its runtime, its facts, and the quantized model or part it came from."""
+    """One file in its runtime, its facts, and the quantized model or part it came from.
+
+    ``part`` is the part's name: ``dense``, or a key of ``HEADS``.
+    """
 
     runtime: Runtime
     facts: Facts
     quantized: QuantizedModel
+    part: str = DENSE
 
     def write_float(self, folder: Path) -> tuple[Path, int]:
         """Write the float network to an .onnx in ``folder``. Returns its path and bytes."""
@@ -45,15 +49,15 @@ class Network:
 
 
 def networks_of(loaded: Runtime, facts: Facts, whole: QuantizedModel) -> list[Network]:
-    """Return the file's own network first, then the box head of a Faster R-CNN.
+    """Return the file's own network first, then the heads of a Faster or Mask R-CNN.
 
     Raises QuietvitError if a file is missing, or ``whole`` is another model than the files'.
     """
     parts = split(whole) or {DENSE: whole}
-    box_head = box_head_of(loaded, facts)
     found = [Network(loaded, facts, parts[DENSE])]
-    if box_head is not None and BOXES in parts:
-        found.append(Network(box_head, box_head.facts, parts[BOXES]))
+    for part, head in heads_of(loaded, facts).items():
+        if part in parts:
+            found.append(Network(head, head.facts, parts[part], part))
     for network in found:
         _same_model(network.runtime.path, network.facts, network.quantized)
     return found
@@ -70,14 +74,17 @@ def proof_of(networks: Sequence[Network]) -> Proof:
     )
 
 
-def pooled_rows(whole: QuantizedModel, images: Tensor) -> Tensor:
-    """Return at most ``ROWS`` pooled proposals (K, C, h, w) of the simulated model on images.
+def pooled_rows(whole: QuantizedModel, part: str, images: Tensor) -> Tensor:
+    """Return at most ``ROWS`` pooled boxes (K, C, h, w) that a head of the simulated model sees.
+
+    ``part`` is a key of ``HEADS``.
 
     Raises QuietvitError if there are none.
     """
     kept: list[Tensor] = []
     model: Any = whole.model
-    hook = model.roi_heads.box_head.register_forward_pre_hook(
+    head = getattr(model.roi_heads, HEADS[part])
+    hook = head.register_forward_pre_hook(
         lambda module, given: kept.append(given[0].detach().clone())
     )
     try:
@@ -87,8 +94,8 @@ def pooled_rows(whole: QuantizedModel, images: Tensor) -> Tensor:
         hook.remove()
     if not len(kept[0]):
         raise QuietvitError(
-            "the first images give the box head no proposals, so it cannot be compared; check on "
-            "images with objects."
+            f"the first images give the {HEADS[part].replace('_', ' ')} no boxes, so it cannot be "
+            "compared. Check on images with objects."
         )
     return kept[0][:ROWS]
 
@@ -111,9 +118,10 @@ def timed(networks: Sequence[Network], floating: Sequence[Path]) -> Iterator[Any
     if "kind" not in (first.facts.detector or {}):
         yield from (first.runtime, runtimes[0])
         return
-    boxes = runtimes[1] if len(runtimes) > 1 else None
+    heads = {network.part: head for network, head in zip(networks, runtimes, strict=True)}
+    del heads[DENSE]
     yield Timed(FileDetector(first.runtime, first.facts))
-    yield Timed(FileDetector(runtimes[0], first.facts, boxes))
+    yield Timed(FileDetector(runtimes[0], first.facts, heads))
 
 
 def _same_model(path: Path, facts: Facts, quantized: QuantizedModel) -> None:

@@ -1,4 +1,4 @@
-"""Name the files beside an exported file: large weights, and the box head of a detector."""
+"""Name the files beside an exported file: large weights, and the heads of a detector."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ def data_of(path: Path) -> Path:
     return path.with_name(path.name + DATA)
 
 
-def boxes_of(path: Path) -> Path:
-    """Return the path of the box head's own file, next to the file of the detector at ``path``."""
-    return path.with_name(f"{path.stem}.boxes{path.suffix}")
+def head_file(path: Path, head: str) -> Path:
+    """Return the path of a head's own file, next to the file of the detector at ``path``.
+
+    ``head`` is a key of ``detection.static_parts.HEADS``.
+    """
+    return path.with_name(f"{path.stem}.{head}{path.suffix}")

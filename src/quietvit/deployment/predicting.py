@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from quietvit.deployment.facts import Facts
 from quietvit.deployment.opening import open_runtime
 from quietvit.deployment.preprocessing import transform_of
 from quietvit.deployment.runtime import Runtime
+from quietvit.detection.masks import ON, encoded, mask_functions
 from quietvit.errors import QuietvitError
 
 
@@ -51,6 +52,16 @@ class Box:
         return f"{100 * self.score:6.2f} %  {self.label}  ({corners})"
 
 
+@dataclass(frozen=True)
+class MaskedBox(Box):
+    """An object with its mask in COCO's run lengths: ``size`` (height, width) and ``counts``.
+
+    ``faster_coco_eval.core.mask.decode`` or ``pycocotools.mask.decode`` gives the pixels.
+    """
+
+    mask: Mapping[str, Any]
+
+
 Source = str | Path | Image.Image | np.ndarray
 
 
@@ -60,7 +71,8 @@ def predict(
     """Return the ``top`` most probable classes of an image, the most probable first.
 
     The result is a list of ``Prediction``. A file that gives an embedding or a feature map returns
-    an ``Embedding``, that of a detector a list of its ``top`` best ``Box``. The image is decoded
+    an ``Embedding``, that of a detector a list of its ``top`` best ``Box``, or ``MaskedBox`` of a
+    mask detector. The image is decoded
     like in every data set (``quietvit.data.decoding``), then resized, cropped and normalized like
     in the model's evaluation.
 
@@ -104,7 +116,7 @@ def _boxes(runtime: Runtime, image: Image.Image, top: int) -> list[Box]:
     (result,) = FileDetector(runtime)([pixels.as_subclass(Tensor)])
     names = None if runtime.facts.labels is None else in_words(runtime.facts.labels)
     best = zip(result["labels"].tolist(), result["scores"].tolist(), result["boxes"], strict=True)
-    return [
+    found = [
         Box(
             label - 1,
             f"class {label - 1}" if names is None else names[label - 1],
@@ -113,16 +125,28 @@ def _boxes(runtime: Runtime, image: Image.Image, top: int) -> list[Box]:
         )
         for label, score, corners in itertools.islice(best, max(top, 1))
     ]
+    if "masks" not in result:
+        return found
+    masks = encoded(result["masks"][: len(found), 0] >= ON)
+    return [
+        MaskedBox(**vars(box), mask={"size": rle["size"], "counts": rle["counts"].decode("ascii")})
+        for box, rle in zip(found, masks, strict=True)
+    ]
 
 
 def drawn(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """Return the image with boxes and their classes drawn on it."""
-    from torchvision.utils import draw_bounding_boxes
+    """Return the image with boxes, their classes and their masks drawn on it."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     if not boxes:
         return image.copy()
+    picture = functional.pil_to_tensor(image)
+    for box in boxes:
+        if isinstance(box, MaskedBox):
+            mask = torch.from_numpy(mask_functions().decode(dict(box.mask))).bool()
+            picture = draw_segmentation_masks(picture, mask, alpha=0.4, colors="red")
     picture = draw_bounding_boxes(
-        functional.pil_to_tensor(image),
+        picture,
         torch.tensor([box.corners for box in boxes]),
         [f"{box.label} {100 * box.score:.0f} %" for box in boxes],
         colors="red",

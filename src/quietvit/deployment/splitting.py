@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from quietvit.detection.static_parts import (
-    BOXES,
     DENSE,
+    HEADS,
     has_static_parts,
-    most_proposals,
+    most_rows,
     pooled_shape,
     static_parts,
 )
@@ -29,7 +29,8 @@ def split(quantized: QuantizedModel) -> dict[str, QuantizedModel] | None:
     """Return the quantized parts by name, None for a model that is exported as a whole.
 
     The parts share weights and quantizers with ``quantized``, and their sites have the same names.
-    The multiply-accumulates of the box head are those of the most proposals that an image can have.
+    The multiply-accumulates of a head are those of the most proposals, or boxes, that an image can
+    have.
 
     Raises QuietvitError for a detector without static parts, or a quantizer outside of all parts.
     """
@@ -38,8 +39,10 @@ def split(quantized: QuantizedModel) -> dict[str, QuantizedModel] | None:
         return None
     cut = static_parts(model)
     parts = {DENSE: _part(quantized, cut[DENSE], quantized.input_shape, 1)}
-    if BOXES in cut:
-        parts[BOXES] = _part(quantized, cut[BOXES], pooled_shape(model), most_proposals(model))
+    for name in HEADS:
+        if name in cut:
+            rows = most_rows(model, name)
+            parts[name] = _part(quantized, cut[name], pooled_shape(model, name), rows)
     kept = {slot.key for part in parts.values() for slot in part.slots()}
     outside = [slot for slot in quantized.slots() if slot.key not in kept]
     if outside:

@@ -13,8 +13,9 @@ from typing import Any
 from quietvit.deployment.extras import need
 from quietvit.deployment.facts import Facts
 from quietvit.deployment.grids import Grid
-from quietvit.deployment.paths import boxes_of
+from quietvit.deployment.paths import head_file
 from quietvit.deployment.runtime import Runtime
+from quietvit.detection.static_parts import HEADS
 from quietvit.errors import QuietvitError
 from quietvit.files import refuse_other_bytes, refuse_unwritable
 from quietvit.quantization import QuantizedModel
@@ -80,17 +81,17 @@ class Target:
     def files_of(self, path: Path) -> list[Path]:
         """Return all files that an export to ``path`` may write.
 
-        A detector of torchvision also has those of its box head (``paths.boxes_of``).
+        A detector of torchvision also has those of its heads (``paths.head_file``).
         """
         own = [path] if self.files is None else self.files(path)
-        return [*own, *self.box_files_of(path)]
+        return [*own, *self.head_files_of(path)]
 
-    def box_files_of(self, path: Path) -> list[Path]:
-        """Return the files that the box head of a detector at ``path`` may have."""
+    def head_files_of(self, path: Path) -> list[Path]:
+        """Return the files that the heads of a detector at ``path`` may have."""
         if self.folder is not None:
             return []
-        boxes = boxes_of(path)
-        return [boxes] if self.files is None else self.files(boxes)
+        heads = [head_file(path, head) for head in HEADS]
+        return heads if self.files is None else [file for h in heads for file in self.files(h)]
 
     def holds(self, path: Path) -> bool:
         """Return whether ``path`` exists and looks like an export of this target."""

@@ -1,10 +1,16 @@
-"""Object detection: images with boxes, torchvision's and transformers' detectors, COCO's box AP.
+"""Object detection: images with boxes, torchvision's and transformers' detectors, COCO's AP.
 
 ``quietvit.tasks.detection`` trains detectors. ``quietvit.quantization`` quantizes them.
 """
 
 from quietvit.data.images import subset
-from quietvit.detection.average_precision import BoxAP, box_ap, evaluate_detector, predict_all
+from quietvit.detection.average_precision import (
+    BoxAP,
+    MaskAP,
+    box_ap,
+    evaluate_detector,
+    predict_all,
+)
 from quietvit.detection.by_part import PartLosses, ap_by_part
 from quietvit.detection.canvas import Canvas
 from quietvit.detection.coco import open_coco
@@ -14,7 +20,9 @@ from quietvit.detection.detectors import (
     faster_rcnn,
     fcos,
     is_detector,
+    mask_rcnn,
     predictors,
+    predicts_masks,
     retinanet,
 )
 from quietvit.detection.hf_detectors import HFDetector, hf_detector, is_detector_folder
@@ -36,6 +44,7 @@ __all__ = [
     "Canvas",
     "DetectionDataset",
     "HFDetector",
+    "MaskAP",
     "PartLosses",
     "Record",
     "TrainingTransform",
@@ -52,10 +61,12 @@ __all__ = [
     "is_detector",
     "is_detector_folder",
     "load_detection_dataset",
+    "mask_rcnn",
     "open_coco",
     "open_voc",
     "predict_all",
     "predictors",
+    "predicts_masks",
     "retinanet",
     "sites_by_part",
     "subset",

@@ -34,8 +34,9 @@ class Loss:
     """What quantization changes: ``error`` of the outputs, and the ``ap`` that is left.
 
     ``error`` is the relative L2 error of the networks' outputs: the root of the mean square over
-    class scores and boxes, of the RPN too. A Faster R-CNN's box head gets the float model's
-    proposals, so the number of its rows does not change. ``ap`` is None without annotated boxes.
+    class scores, boxes and masks, of the RPN too. The box head of a Faster or Mask R-CNN gets the
+    float model's proposals, and the mask head its boxes. So the number of their rows does not
+    change. ``ap`` is None without annotated boxes.
     """
 
     error: float
@@ -80,27 +81,32 @@ class PartLosses:
         table = Table()
         table.add_column("part", no_wrap=True)
         table.add_column("MACs", justify="right", no_wrap=True)
-        names = ("error",) if self.float_ap is None else ("error", "AP")
+        names = ("error",) if self.float_ap is None else ("error", self._ap_name)
         for when in ("alone", "without"):
             for name in names:
                 table.add_column(f"{when}: {name}", justify="right")
         for part in self.parts:
             cells = [cell for loss in (part.alone, part.without) for cell in self._cells(loss)]
             table.add_row(part.name, f"{100 * part.macs / (self.macs or 1):.0f} %", *cells)
-        whole = " and AP ".join(self._cells(self.whole))
+        whole = f" and {self._ap_name} ".join(self._cells(self.whole))
         head = [f"{self.model}, {self.setting}", f"everything quantized: error {whole}"]
         if self.float_ap is not None:
-            head.append(f"float: AP {self.float_ap.ap:.1f}, on {self.images} images")
+            shown = _shown(self.float_ap)
+            head.append(f"float: {self._ap_name} {shown}, on {self.images} images")
         if not self.complete:
             head.append("stopped early: a part with - is not measured")
         head.append("alone: only this part is quantized; without: all other parts are quantized")
         return Group(*head, table)
 
+    @property
+    def _ap_name(self) -> str:
+        return "box/mask AP" if self.float_ap is not None and self.float_ap.mask else "AP"
+
     def _cells(self, loss: Loss | None) -> list[str]:
         count = 1 if self.float_ap is None else 2
         if loss is None:
             return ["-"] * count
-        ap = "-" if loss.ap is None else f"{loss.ap.ap:.1f}"
+        ap = "-" if loss.ap is None else _shown(loss.ap)
         return [f"{100 * loss.error:.3g} %", ap][:count]
 
     def __str__(self) -> str:
@@ -196,12 +202,18 @@ def ap_by_part(
     )
 
 
+def _shown(ap: BoxAP) -> str:
+    """Return AP in words for the table: that of boxes, or of boxes and masks."""
+    return f"{ap.ap:.1f}" if ap.mask is None else f"{ap.ap:.1f}/{ap.mask.ap:.1f}"
+
+
 class _Reference:
     """The outputs of the float detector's networks on a few images."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self._images = list(images)
         self._proposals: list[Any] = []
+        self._boxes: list[Any] = []
         self._outputs = self._read(model, model)
 
     def error(self, quantized: QuantizedModel, slots: Sequence[Slot]) -> float:
@@ -227,7 +239,7 @@ class _Reference:
 
     @contextmanager
     def _fixed(self, model: Any, place: int) -> Iterator[None]:
-        """Give the box head the proposals of the float model, which runs first."""
+        """Give the heads the proposals and boxes of the float model, which runs first."""
         if not hasattr(model, "rpn"):
             yield
             return
@@ -237,11 +249,21 @@ class _Reference:
                 self._proposals.append(output[0])
             return self._proposals[place], output[1]
 
+        heads = model.roi_heads
+        found = heads.postprocess_detections
+
+        def boxes(*given: Any) -> Any:
+            if place == len(self._boxes):
+                self._boxes.append(found(*given))
+            return self._boxes[place]
+
         hook = model.rpn.register_forward_hook(fix)
+        heads.postprocess_detections = boxes
         try:
             yield
         finally:
             hook.remove()
+            del heads.postprocess_detections
 
 
 @contextmanager
@@ -251,13 +273,16 @@ def _watched(model: Any) -> Iterator[list[Tensor]]:
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
         values = output.values() if isinstance(output, dict) else output
+        values = [output] if isinstance(output, Tensor) else values
         for value in values:  # the RPN's head gives one list for each of its two outputs
             each = value if isinstance(value, list) else [value]
             seen.append(torch.cat([x.flatten() for x in each]))
 
     watched = []
     if hasattr(model, "rpn"):
-        watched = [model.rpn.head, model.roi_heads.box_predictor]
+        heads = model.roi_heads
+        watched = [model.rpn.head, heads.box_predictor]
+        watched += [heads.mask_predictor] if heads.has_mask() else []
     elif hasattr(model, "head"):
         watched = [model.head]
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Fit images of any size to one canvas, and map boxes back to the original images.
+"""Fit images of any size to one canvas, and map boxes and masks back to the original images.
 
 ``Canvas`` replaces torchvision's transform, which gives each batch a different size.
 """
@@ -53,11 +53,13 @@ class Canvas(GeneralizedRCNNTransform):
     def resize(
         self, image: Tensor, target: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Scale an image (3, h, w) and its boxes, if any."""
+        """Scale an image (3, h, w), its boxes and its masks (N, h, w), if any."""
         scaled = self._scaled(image)
         if target is not None:
             boxes = resize_boxes(target["boxes"], image.shape[-2:], scaled.shape[-2:])
             target = {**target, "boxes": boxes}
+            if "masks" in target:
+                target["masks"] = self._fitted(target["masks"], scaled.shape[-2:])
         return scaled, target
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
@@ -96,6 +98,14 @@ class Canvas(GeneralizedRCNNTransform):
             return image
         scaled: Any = F.resize(image, size, antialias=True)
         return scaled
+
+    @staticmethod
+    def _fitted(masks: Tensor, size: Sequence[int]) -> Tensor:
+        if masks.shape[-2:] == torch.Size(size):
+            return masks
+        nearest: Any = F.InterpolationMode.NEAREST
+        fitted: Tensor = F.resize(masks, list(size), nearest)
+        return fitted
 
     def __repr__(self) -> str:
         return f"Canvas(size={self.size}, mean={self.image_mean}, std={self.image_std})"

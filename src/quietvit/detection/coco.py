@@ -1,6 +1,6 @@
 """Read annotations in COCO's JSON format (``images``, ``annotations``, ``categories``).
 
-Only boxes are read. Keypoints, captions and masks are ignored.
+Boxes are read, and masks if they are wanted. Keypoints and captions are ignored.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from quietvit.detection.checks import MAX_BAD_BOXES, Problems, checked_boxes
 from quietvit.detection.dataset import DetectionDataset, Record
+from quietvit.detection.masks import Outline, outline_of
 from quietvit.errors import QuietvitError, nearest
 
 _KEYS = ("images", "annotations", "categories")
@@ -26,6 +27,7 @@ def open_coco(
     images: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     max_bad_boxes: int = MAX_BAD_BOXES,
+    masks: bool = False,
 ) -> DetectionDataset:
     """Open the images of an annotation file, in the order of the file.
 
@@ -38,11 +40,13 @@ def open_coco(
             file (``train2017`` for ``instances_train2017.json``).
         class_names: classes of label 1, 2, ... None takes the categories in order of their ids.
         max_bad_boxes: tolerate this many wrong annotations (see ``checks.Problems``).
+        masks: also read ``segmentation``: polygons or run lengths (RLE, compressed or not).
 
     Raises:
         QuietvitError: the file is missing or has another format, no folder holds the images, or
             too many annotations are wrong: no area, outside of the image, an unknown category or
-            image, or a missing image file.
+            image, a wrong segmentation, or a missing image file. Or masks are wanted, and an
+            annotation has no segmentation.
     """
     path = Path(annotations).expanduser()
     content = _read(path)
@@ -76,15 +80,24 @@ def open_coco(
             problems.add(f"the image {place} (id {image['id']}) does not exist")
             continue
         own_ones = of_image[image["id"]]
+        size = int(image["width"]), int(image["height"])
+        told = [f"annotation {a.get('id')} of {place.name}" for a in own_ones]
+        outlines = None
+        if masks:
+            outlines = [
+                outline_of(a.get("segmentation"), size, what, str(path), problems)
+                for a, what in zip(own_ones, told, strict=True)
+            ]
         records.append(
             record_of(
                 str(place),
                 int(image["id"]),
-                (int(image["width"]), int(image["height"])),
+                size,
                 own_ones,
                 [number[a["category_id"]] for a in own_ones],
-                [f"annotation {a.get('id')} of {place.name}" for a in own_ones],
+                told,
                 problems,
+                outlines=outlines,
             )
         )
     problems.tell()
@@ -105,15 +118,18 @@ def record_of(
     told: Sequence[str],
     problems: Problems,
     read: Callable[[], bytes] | None = None,
+    outlines: Sequence[Outline | None] | None = None,
 ) -> Record:
     """Return the record of one image from its annotations with COCO's ``bbox``.
 
     ``area`` and ``iscrowd`` are optional. ``told`` names each annotation in messages. Wrong boxes
-    go to ``problems`` and are left out.
+    go to ``problems`` and are left out, as are objects whose outline is None.
     """
     sized = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
     corners = np.concatenate([sized[:, :2], sized[:, :2] + sized[:, 2:]], axis=1)
     boxes, kept = checked_boxes(corners, size, told, problems)
+    if outlines is not None:
+        kept = kept & np.array([outline is not None for outline in outlines], bool)
     area = [float(a.get("area", a["bbox"][2] * a["bbox"][3])) for a in annotations]
     return Record(
         path=path,
@@ -124,6 +140,9 @@ def record_of(
         area=np.array(area, np.float32)[kept],
         iscrowd=np.array([int(a.get("iscrowd", 0)) for a in annotations], np.int64)[kept],
         read=read,
+        outlines=None
+        if outlines is None
+        else tuple(o for o, keep in zip(outlines, kept, strict=True) if o is not None and keep),
     )
 
 

@@ -1,6 +1,6 @@
 """The data set of images with boxes: ``dataset[i] -> (PIL image, target)``.
 
-``coco`` and ``voc`` read the annotation files, and ``checks`` finds wrong boxes.
+``coco`` and ``voc`` read the annotation files, ``checks`` finds wrong boxes, ``masks`` draws masks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.tv_tensors import BoundingBoxes
+from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from quietvit.data.decoding import upright
+from quietvit.detection.masks import Outline, bitmaps, turned_bitmaps
 from quietvit.errors import QuietvitError
 
 Target = dict[str, Any]
@@ -28,7 +30,8 @@ Target = dict[str, Any]
 - ``category_ids``: (N,), int64, the class numbers of the annotation file;
 - ``area``: (N,), float32, in pixels, from the annotation file;
 - ``iscrowd``: (N,), int64, 1 for objects that evaluation ignores;
-- ``image_id``: an integer, ``size``: (H, W).
+- ``image_id``: an integer, ``size``: (H, W);
+- ``masks``: ``tv_tensors.Mask`` (N, H, W), uint8, 1 on the object. Only if the data set has masks.
 """
 
 
@@ -37,7 +40,7 @@ class Record:
     """One image: its file, id, size (width, height) as annotated, and N boxes.
 
     ``boxes`` (N, 4) holds corners in pixels of the stored image, float32. ``read`` returns the
-    encoded image; None reads the file at ``path``.
+    encoded image; None reads the file at ``path``. ``outlines`` holds N masks, or is None.
     """
 
     path: str
@@ -48,6 +51,7 @@ class Record:
     area: np.ndarray
     iscrowd: np.ndarray
     read: Callable[[], bytes] | None = None
+    outlines: tuple[Outline, ...] | None = None
 
 
 class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
@@ -85,6 +89,11 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
             raise QuietvitError(f"{name} holds no images at all. Check the path and its contents.")
 
     @property
+    def has_masks(self) -> bool:
+        """Whether targets have ``masks``."""
+        return self.records[0].outlines is not None
+
+    @property
     def num_classes(self) -> int:
         """The number of classes, without the background."""
         return len(self.class_names)
@@ -102,9 +111,9 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
                 f"the file, or remove its annotations from {self.name}."
             ) from error
         image, turn = upright(content, lambda: record.path)
-        boxes = self._upright_boxes(record, turn, image)
+        boxes, masks = self._upright(record, turn, image)
         ids = np.asarray(self.category_ids, np.int64)[record.labels - 1]
-        return image, {
+        target = {
             "boxes": BoundingBoxes(
                 torch.from_numpy(boxes), format="XYXY", canvas_size=(image.height, image.width)
             ),
@@ -115,18 +124,21 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
             "image_id": record.image_id,
             "size": (image.height, image.width),
         }
+        return image, target if masks is None else target | {"masks": Mask(masks)}
 
     def where(self, index: int) -> str:
         """Return the file of image ``index``."""
         return self.records[index].path
 
     def checksum(self) -> str:
-        """Return a checksum of all boxes, labels, image ids and file names without folders."""
+        """Return a checksum of boxes, labels, masks, image ids, and file names without folders."""
         digest = hashlib.sha256()
         for record in self.records:
             digest.update(f"{Path(record.path).name} {record.image_id}\n".encode())
             for values in (record.boxes, record.labels, record.iscrowd):
                 digest.update(np.ascontiguousarray(values).tobytes())
+            for outline in record.outlines or ():
+                digest.update(outline.content)
         return digest.hexdigest()
 
     def chosen(self, indices: Sequence[int]) -> DetectionDataset:
@@ -134,18 +146,24 @@ class DetectionDataset(Dataset[tuple[Image.Image, Target]]):
         records = [self.records[index] for index in indices]
         return DetectionDataset(records, self.class_names, self.category_ids, self.name)
 
-    def _upright_boxes(self, record: Record, turn: int, image: Image.Image) -> np.ndarray:
-        """Return the boxes in pixels of the image, which the EXIF orientation ``turn`` rotated."""
+    def _upright(
+        self, record: Record, turn: int, image: Image.Image
+    ) -> tuple[np.ndarray, Tensor | None]:
+        """Return boxes and masks in pixels of the image, which EXIF's ``turn`` rotated."""
         stored = image.size if turn < 5 else image.size[::-1]
         if record.size == image.size != stored:
-            return record.boxes
+            turn, stored = 1, image.size
         if record.size != stored:
             raise QuietvitError(
                 f"{record.path} has {stored[0]} x {stored[1]} pixels, but its annotations in "
                 f"{self.name} say {record.size[0]} x {record.size[1]}. Give the image folder that "
                 "belongs to the annotations."
             )
-        return turned(record.boxes, turn, stored)
+        boxes = turned(record.boxes, turn, stored)
+        if record.outlines is None:
+            return boxes, None
+        masks = turned_bitmaps(bitmaps(record.outlines, stored), turn)
+        return boxes, torch.from_numpy(masks)
 
 
 def turned(boxes: np.ndarray, orientation: int, size: tuple[int, int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Build torchvision's Faster R-CNN, RetinaNet and FCOS on timm backbones.
+"""Build torchvision's Faster R-CNN, Mask R-CNN, RetinaNet and FCOS on timm backbones.
 
 ``pyramid`` builds the feature pyramid, and ``canvas`` fits the images.
 """
@@ -11,9 +11,10 @@ from inspect import signature
 from typing import Any
 
 from torch import nn
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
@@ -29,6 +30,7 @@ _OURS = ("backbone", "num_classes", "kwargs", "min_size", "max_size", "image_mea
 
 PREDICTORS = (
     *("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score"),  # torchvision
+    "mask_fcn_logits",
     *("class_labels_classifier", "bbox_predictor", "class_embed", "bbox_embed"),  # transformers
     *("enc_score_head", "enc_bbox_head"),
 )
@@ -76,17 +78,43 @@ def faster_rcnn(
         QuietvitError: the backbone has no feature maps, the size does not fit the strides, or
             torchvision refuses an option.
     """
-    body, canvas, names = _parts(backbone, size, channels, scales)
-    pool = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
-    _fix_scales(pool, body.strides)
-    kwargs = {
-        "rpn_anchor_generator": _anchors(body),
-        "box_roi_pool": pool,
-        "box_head": TwoMLPHead(channels * 7 * 7, box_channels),
-        "box_predictor": FastRCNNPredictor(box_channels, num_classes + 1),
-        **options,
-    }
+    body, canvas = _parts(backbone, size, channels, scales)
+    kwargs = _two_stages(body, box_channels, num_classes) | options
     return _finished(_built(FasterRCNN, body, None, kwargs), canvas, num_classes, class_names)
+
+
+def mask_rcnn(
+    backbone: nn.Module,
+    num_classes: int,
+    *,
+    size: tuple[int, int] | None = None,
+    channels: int = 256,
+    scales: Sequence[float] | None = None,
+    box_channels: int = 1024,
+    mask_channels: int = 256,
+    class_names: Sequence[str] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a Mask R-CNN (arXiv 1703.06870) on a timm backbone: ``faster_rcnn`` with masks.
+
+    In eval mode the dict of an image also has ``masks`` (K, 1, h, w) in pixels of the given image:
+    the probability in 0..1 that a pixel is on the object. In training mode each target also needs
+    ``masks`` (N, h, w), uint8, 1 on the object. The losses then hold ``loss_mask``.
+
+    Args:
+        mask_channels: channels of the mask head's four convolutions and its transposed one.
+
+    The other arguments and the errors are those of ``faster_rcnn``. ``options`` are passed to
+    ``torchvision.models.detection.MaskRCNN``.
+    """
+    body, canvas = _parts(backbone, size, channels, scales)
+    kwargs = _two_stages(body, box_channels, num_classes) | {
+        "mask_roi_pool": _pool(body, 14),
+        "mask_head": MaskRCNNHeads(channels, (mask_channels,) * 4, 1),
+        "mask_predictor": MaskRCNNPredictor(mask_channels, mask_channels, num_classes + 1),
+    }
+    built = _built(MaskRCNN, body, None, kwargs | options)
+    return _finished(built, canvas, num_classes, class_names)
 
 
 def retinanet(
@@ -100,7 +128,7 @@ def retinanet(
     **options: Any,
 ) -> nn.Module:
     """Build a RetinaNet (arXiv 1708.02002) on a timm backbone. See ``faster_rcnn``."""
-    body, canvas, _ = _parts(backbone, size, channels, scales)
+    body, canvas = _parts(backbone, size, channels, scales)
     kwargs = {"anchor_generator": _anchors(body, octave=True), **options}
     built = _built(RetinaNet, body, num_classes + 1, kwargs)
     return _finished(built, canvas, num_classes, class_names)
@@ -117,7 +145,7 @@ def fcos(
     **options: Any,
 ) -> nn.Module:
     """Build an FCOS (arXiv 1904.01355) on a timm backbone. See ``faster_rcnn``."""
-    body, canvas, _ = _parts(backbone, size, channels, scales)
+    body, canvas = _parts(backbone, size, channels, scales)
     sizes = tuple((stride,) for stride in _all_strides(body))
     kwargs = {"anchor_generator": AnchorGenerator(sizes, ((1.0,),) * len(sizes)), **options}
     return _finished(_built(FCOS, body, num_classes + 1, kwargs), canvas, num_classes, class_names)
@@ -125,6 +153,7 @@ def fcos(
 
 DETECTORS: Mapping[str, Callable[..., nn.Module]] = {
     "faster_rcnn": faster_rcnn,
+    "mask_rcnn": mask_rcnn,
     "retinanet": retinanet,
     "fcos": fcos,
 }
@@ -133,6 +162,12 @@ DETECTORS: Mapping[str, Callable[..., nn.Module]] = {
 def is_detector(model: nn.Module) -> bool:
     """Whether quietvit built ``model`` as a detector, which takes images of any size in 0..1."""
     return isinstance(getattr(model, "transform", None), Canvas)
+
+
+def predicts_masks(model: nn.Module) -> bool:
+    """Whether ``model`` is a detector of torchvision with a mask head."""
+    heads = getattr(model, "roi_heads", None)
+    return heads is not None and bool(heads.has_mask())
 
 
 def predictors(model: nn.Module) -> tuple[str, ...]:
@@ -152,7 +187,7 @@ def _parts(
     size: tuple[int, int] | None,
     channels: int,
     scales: Sequence[float] | None,
-) -> tuple[Pyramid, Canvas, list[str]]:
+) -> tuple[Pyramid, Canvas]:
     config = data_config(backbone)
     body = pyramid(backbone, channels, scales)
     height, width = config["input_size"][1:] if size is None else size
@@ -164,8 +199,17 @@ def _parts(
             f"{', '.join(map(str, body.strides))} of the feature pyramid. Give multiples of "
             f"{step}, such as {near[0]} x {near[1]}."
         )
-    canvas = Canvas((height, width), config["mean"], config["std"])
-    return body, canvas, [str(index) for index in range(len(body.strides))]
+    return body, Canvas((height, width), config["mean"], config["std"])
+
+
+def _two_stages(body: Pyramid, box_channels: int, num_classes: int) -> dict[str, Any]:
+    """Return the proposals and the box head, as arguments of torchvision's ``FasterRCNN``."""
+    return {
+        "rpn_anchor_generator": _anchors(body),
+        "box_roi_pool": _pool(body, 7),
+        "box_head": TwoMLPHead(body.out_channels * 7 * 7, box_channels),
+        "box_predictor": FastRCNNPredictor(box_channels, num_classes + 1),
+    }
 
 
 def _built(kind: Any, body: Pyramid, classes: int | None, options: Mapping[str, Any]) -> nn.Module:
@@ -217,12 +261,15 @@ def _anchors(body: Pyramid, octave: bool = False) -> AnchorGenerator:
     return AnchorGenerator(sizes, (_RATIOS,) * len(sizes))
 
 
-def _fix_scales(pool: MultiScaleRoIAlign, strides: Sequence[int]) -> None:
-    """Set the strides of the pooling.
+def _pool(body: Pyramid, side: int) -> MultiScaleRoIAlign:
+    """Return a pooling of ``side`` x ``side`` cells that knows the strides of the maps.
 
     torchvision infers them from the first batch: powers of two of the image sizes before padding.
     That is wrong for patches of 14 pixels, and for images that fill a small part of the canvas.
     """
+    strides = body.strides
+    names = [str(index) for index in range(len(strides))]
+    pool = MultiScaleRoIAlign(names, output_size=side, sampling_ratio=2)
     pool.scales = [1 / stride for stride in strides]
     first = int(math.log2(strides[0]))
     pool.map_levels = initLevelMapper(
@@ -231,3 +278,4 @@ def _fix_scales(pool: MultiScaleRoIAlign, strides: Sequence[int]) -> None:
         canonical_scale=pool.canonical_scale,
         canonical_level=pool.canonical_level,
     )
+    return pool

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from quietvit.data.images import drawn
@@ -44,7 +45,8 @@ class TrainingTransform:
     """Augment one training sample: (image (3, H, W) in 0..1, ``Target``).
 
     Crowd boxes are removed. Boxes with a side below one pixel after cropping are removed, too.
-    Randomness comes from torch's global generator.
+    Masks change with the boxes. After a crop, a box fits the visible part of its mask, and an
+    object without a visible part is removed. Randomness comes from torch's global generator.
 
     Args:
         canvas: height and width of the detector's input.
@@ -60,6 +62,7 @@ class TrainingTransform:
             steps += [
                 v2.ScaleJitter(canvas, augmentation.scale, antialias=True),
                 v2.RandomCrop(canvas, pad_if_needed=True, fill=fill),
+                _fit_boxes_to_masks,
             ]
         if augmentation.flip > 0:
             steps.append(v2.RandomHorizontalFlip(augmentation.flip))
@@ -68,27 +71,22 @@ class TrainingTransform:
         steps += [
             v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_per_box),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
         ]
         self._steps = v2.Compose(steps)
 
     def __call__(self, image: Image.Image, target: Target) -> Sample:
         kept = target["iscrowd"] == 0
         chosen = {key: target[key][kept] for key in _PER_BOX}
-        chosen["boxes"] = tv_tensors.wrap(target["boxes"][kept], like=target["boxes"])
-        pixels, changed = self._steps(image, {**target, **chosen})
-        return _plain(pixels), {
-            **changed,
-            "boxes": _plain(changed["boxes"]),
-            "size": tuple(pixels.shape[-2:]),
-        }
+        for key in _located(target):
+            chosen[key] = tv_tensors.wrap(target[key][kept], like=target[key])
+        pixels, changed = evaluation_sample(*self._steps(image, {**target, **chosen}))
+        return pixels, changed | {"size": tuple(pixels.shape[-2:])}
 
 
 def evaluation_sample(image: Image.Image, target: Target) -> Sample:
-    """Return the image (3, H, W) in 0..1 at its own size, and its unchanged target."""
+    """Return the image (3, H, W) in 0..1 at its own size, and its target as plain tensors."""
     pixels = v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True)
-    return _plain(pixels), {**target, "boxes": _plain(target["boxes"])}
+    return _plain(pixels), target | {key: _plain(target[key]) for key in _located(target)}
 
 
 class DetectionSamples(Dataset[Sample]):
@@ -143,6 +141,22 @@ _PER_BOX = ("labels", "category_ids", "area", "iscrowd")
 
 def _per_box(sample: Any) -> tuple[Tensor, ...]:
     return tuple(sample[1][key] for key in _PER_BOX)
+
+
+def _located(target: Target) -> list[str]:
+    return [key for key in ("boxes", "masks") if key in target]
+
+
+def _fit_boxes_to_masks(image: Any, target: Target) -> tuple[Any, Target]:
+    """Let each box enclose its mask. The box of an empty mask becomes empty."""
+    if "masks" not in target:
+        return image, target
+    masks, boxes = _plain(target["masks"]).bool(), target["boxes"]
+    fitted = torch.zeros_like(_plain(boxes))
+    seen = masks.flatten(1).any(1)
+    fitted[seen] = masks_to_boxes(masks[seen]).to(fitted)
+    fitted[seen, 2:] += 1  # masks_to_boxes gives the last pixel, and boxes end behind it
+    return image, target | {"boxes": tv_tensors.wrap(fitted, like=boxes)}
 
 
 def _plain(value: Tensor) -> Tensor:

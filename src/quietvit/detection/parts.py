@@ -23,6 +23,8 @@ _TORCHVISION = {
     "backbone.neck": "neck",
     "backbone": "backbone",
     "rpn": "rpn",
+    "roi_heads.mask_head": "mask_head",
+    "roi_heads.mask_predictor": "mask_head",
     "roi_heads": "box_head",
     "head": "heads",
 }
@@ -47,7 +49,8 @@ _HEADS = frozenset({*PREDICTORS, "pre_bbox_head", "integral", "lqe_layers"})
 def part_of_each(model: nn.Module, traced: Trace) -> dict[str, str]:
     """Return the part of each site by name, in the order of the forward pass.
 
-    torchvision's detectors have ``backbone``, ``neck``, ``rpn`` and ``box_head``, or ``heads``.
+    torchvision's detectors have ``backbone``, ``neck``, ``rpn`` and ``box_head``, or ``heads``. A
+    Mask R-CNN also has ``mask_head``.
     transformers' have ``backbone``, ``encoder``, ``decoder`` and ``heads``, as far as they exist.
     The module of a site tells its part. Without a known module, the site belongs to the part that
     feeds it. Sites that compute boxes, behind the last part, may be missing.

@@ -30,6 +30,7 @@ def load_detection_dataset(
     *,
     class_names: Sequence[str] | None = None,
     max_bad_boxes: int = MAX_BAD_BOXES,
+    masks: bool = False,
 ) -> DetectionDataset:
     """Open the detection data set that ``spec`` names. Images are decoded on access.
 
@@ -42,16 +43,24 @@ def load_detection_dataset(
         split: ``train``, ``test``, or None for the first part (all of a VOC folder).
         class_names: classes of label 1, 2, ... Give test images the names of the training images.
         max_bad_boxes: tolerate this many wrong annotations.
+        masks: also read the masks of the objects, for a mask detector. Only ``coco:`` has them.
 
     Raises:
-        QuietvitError: the form is unknown, a file or folder is missing, or there are too many wrong
-            annotations. Later, reading a missing, truncated or differently sized image raises.
+        QuietvitError: the form is unknown, a file or folder is missing, there are too many wrong
+            annotations, or masks are wanted that the data does not have. Later, reading a missing,
+            truncated or differently sized image raises.
     """
     form, _, rest = spec.partition(":")
     parts = split_parts(rest)
     if form not in FORMS or not parts:
         raise QuietvitError(
             f"no data set with boxes is named {spec!r}{nearest(form, FORMS)}. Write {_WRITTEN}."
+        )
+    if masks and form != "coco":
+        raise QuietvitError(
+            f"{spec} holds boxes and no masks, and a mask detector needs masks. Give annotations "
+            "in COCO's JSON with segmentations (coco:/train.json), or use a detector of boxes "
+            "(task_settings.detector: faster_rcnn)."
         )
     if form == "objects":
         return open_objects(rest.strip(), split, class_names, max_bad_boxes)
@@ -62,7 +71,7 @@ def load_detection_dataset(
     if form == "voc":
         return open_voc(place, None, class_names, max_bad_boxes)
     annotations, _, images = place.partition("@")
-    return open_coco(annotations, images or None, class_names, max_bad_boxes)
+    return open_coco(annotations, images or None, class_names, max_bad_boxes, masks)
 
 
 def is_detection_spec(text: str) -> bool:

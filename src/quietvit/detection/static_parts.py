@@ -6,12 +6,12 @@ Anchors, proposals, pooling and NMS are torchvision's own code. ``deployment`` e
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
@@ -19,7 +19,10 @@ from torchvision.ops.poolers import LevelMapper
 from quietvit.detection.canvas import Canvas
 from quietvit.errors import QuietvitError
 
-DENSE, BOXES = "dense", "boxes"
+DENSE, BOXES, MASKS = "dense", "boxes", "masks"
+HEADS = {BOXES: "box_head", MASKS: "mask_head"}
+"""The parts of a two-stage detector that run on pooled boxes, and their modules in roi_heads."""
+
 Run = Callable[[Tensor], Tensor]
 
 _ONE_STAGE = {"retinanet": RetinaNet, "fcos": FCOS}
@@ -73,6 +76,22 @@ class BoxPart(nn.Module):
         return torch.cat(heads["box_predictor"](heads["box_head"](pooled)), dim=1)
 
 
+class MaskPart(nn.Module):
+    """The mask head of a Mask R-CNN: pooled boxes (K, C, h, w) -> mask logits of each class.
+
+    The result is (K, classes + 1, 2h, 2w). Class 0 is the background.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        names = ("mask_head", "mask_predictor")
+        self.roi_heads = nn.ModuleDict({name: getattr(model.roi_heads, name) for name in names})
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        logits: Tensor = self.roi_heads["mask_predictor"](self.roi_heads["mask_head"](pooled))
+        return logits
+
+
 def has_static_parts(model: nn.Module) -> bool:
     """Whether ``model`` is a detector of torchvision, which is exported in parts."""
     return isinstance(model, RetinaNet | FCOS) or all(
@@ -81,38 +100,42 @@ def has_static_parts(model: nn.Module) -> bool:
 
 
 def static_parts(model: Any) -> dict[str, nn.Module]:
-    """Return the parts of a detector by name: ``dense``, and ``boxes`` if it is a Faster R-CNN.
+    """Return the parts of a detector by name.
 
-    They share their modules with ``model``.
+    They are ``dense``, ``boxes`` of a Faster or Mask R-CNN, and ``masks`` of a Mask R-CNN. They
+    share their modules with ``model``.
 
     Raises:
-        QuietvitError: its images have no fixed size, or it predicts masks or keypoints.
+        QuietvitError: its images have no fixed size, or it predicts keypoints.
     """
     name = type(model).__name__
     if not isinstance(model.transform, Canvas):
         raise QuietvitError(
             f"{name} gives each batch another image size, so it has no parts of fixed shapes. "
-            "Build it with quietvit.detection (faster_rcnn, retinanet, fcos), or set its transform "
-            "to quietvit.detection.Canvas(size, mean, std)."
+            "Build it with a function of quietvit.detection, such as faster_rcnn, or set its "
+            "transform to quietvit.detection.Canvas(size, mean, std)."
         )
     if not hasattr(model, "roi_heads"):
         return {DENSE: DensePart(model)}
-    if model.roi_heads.has_mask() or model.roi_heads.has_keypoint():
+    if model.roi_heads.has_keypoint():
         raise QuietvitError(
-            f"{name} predicts masks or keypoints, and only boxes are exported. Set "
-            "roi_heads.mask_predictor (or keypoint_predictor) to None, and quantize it again."
+            f"{name} predicts keypoints, and only boxes and masks are exported. Set "
+            "roi_heads.keypoint_predictor to None, and quantize it again."
         )
-    return {DENSE: DensePart(model), BOXES: BoxPart(model)}
+    found: dict[str, nn.Module] = {DENSE: DensePart(model), BOXES: BoxPart(model)}
+    return found | ({MASKS: MaskPart(model)} if model.roi_heads.has_mask() else {})
 
 
-def most_proposals(model: Any) -> int:
-    """Return the largest number of proposals for one image, which the box head sees as rows."""
+def most_rows(model: Any, part: str) -> int:
+    """Return the most rows of one image that a head sees: proposals, or boxes found."""
+    if part == MASKS:
+        return int(model.roi_heads.detections_per_img)
     return int(model.rpn._post_nms_top_n["testing"])
 
 
-def pooled_shape(model: Any) -> tuple[int, int, int]:
-    """Return (C, h, w) of one pooled proposal."""
-    height, width = model.roi_heads.box_roi_pool.output_size
+def pooled_shape(model: Any, part: str) -> tuple[int, int, int]:
+    """Return (C, h, w) of one pooled box that a head sees."""
+    height, width = _pool(model, part).output_size
     return int(model.backbone.out_channels), int(height), int(width)
 
 
@@ -137,7 +160,7 @@ def decoding_of(model: Any) -> dict[str, Any]:
         kind = next(name for name, known in _ONE_STAGE.items() if isinstance(model, known))
         settings = {name: getattr(model, name) for name in _DENSE_SETTINGS}
         return found | {"kind": kind, "settings": settings}
-    rpn, heads, pool = model.rpn, model.roi_heads, model.roi_heads.box_roi_pool
+    rpn, heads = model.rpn, model.roi_heads
     settings = {
         "rpn_pre_nms_top_n_test": rpn._pre_nms_top_n["testing"],
         "rpn_post_nms_top_n_test": rpn._post_nms_top_n["testing"],
@@ -148,35 +171,63 @@ def decoding_of(model: Any) -> dict[str, Any]:
         "box_detections_per_img": heads.detections_per_img,
         "bbox_reg_weights": list(heads.box_coder.weights),
     }
-    pooling = {
-        "featmap_names": list(pool.featmap_names),
-        "output_size": list(pool.output_size),
-        "sampling_ratio": pool.sampling_ratio,
-        "canonical_scale": pool.canonical_scale,
-        "canonical_level": pool.canonical_level,
-    }
-    with torch.no_grad():
-        columns = BoxPart(model)(torch.zeros(1, *pooled_shape(model), device=device)).shape[1]
-    levels = pool.map_levels
-    fixed = isinstance(levels, LevelMapper)
-    return found | {
+
+    def shape(part: str, module: nn.Module) -> list[int]:
+        with torch.no_grad():
+            rows = module(torch.zeros(1, *pooled_shape(model, part), device=device))
+        return list(rows.shape[1:])
+
+    found |= {
         "kind": "faster_rcnn",
         "settings": settings,
-        "columns": columns,
+        "columns": shape(BOXES, BoxPart(model))[0],
         "smallest": rpn.min_size,
-        "pool": pooling,
+        **_pooling(_pool(model, BOXES)),
+    }
+    if heads.has_mask():
+        masks = {"shape": shape(MASKS, MaskPart(model)), **_pooling(_pool(model, MASKS))}
+        found |= {"kind": "mask_rcnn", MASKS: masks}
+    return found
+
+
+def _pool(model: Any, part: str) -> MultiScaleRoIAlign:
+    heads = model.roi_heads
+    pool: MultiScaleRoIAlign = heads.mask_roi_pool if part == MASKS else heads.box_roi_pool
+    return pool
+
+
+def _pooling(pool: Any) -> dict[str, Any]:
+    """Return what ``_pool_of`` needs."""
+    levels = pool.map_levels
+    fixed = isinstance(levels, LevelMapper)
+    return {
+        "pool": {
+            "featmap_names": list(pool.featmap_names),
+            "output_size": list(pool.output_size),
+            "sampling_ratio": pool.sampling_ratio,
+            "canonical_scale": pool.canonical_scale,
+            "canonical_level": pool.canonical_level,
+        },
         "scales": list(pool.scales) if fixed else None,
         "levels": [levels.k_min, levels.k_max] if fixed else None,
     }
 
 
-def assembled(
-    decoding: Mapping[str, Any], dense: Run, boxes: Run | None, canvas: Canvas
-) -> nn.Module:
-    """Return a torchvision detector in eval mode whose networks are ``dense`` and ``boxes``.
+def _pool_of(told: Mapping[str, Any]) -> MultiScaleRoIAlign:
+    pool = MultiScaleRoIAlign(**told["pool"])
+    if told["scales"] is not None:
+        pool.scales = told["scales"]
+        pool.map_levels = LevelMapper(*told["levels"], pool.canonical_scale, pool.canonical_level)
+    return pool
 
-    ``dense`` and ``boxes`` map tensors like ``DensePart`` and ``BoxPart``. ``canvas`` must give
-    the images that ``dense`` takes.
+
+def assembled(
+    decoding: Mapping[str, Any], dense: Run, heads: Mapping[str, Run], canvas: Canvas
+) -> nn.Module:
+    """Return a torchvision detector in eval mode whose networks are ``dense`` and ``heads``.
+
+    ``dense`` maps tensors like ``DensePart``, ``heads["boxes"]`` like ``BoxPart`` and
+    ``heads["masks"]`` like ``MaskPart``. ``canvas`` must give the images that ``dense`` takes.
     """
     sizes, ratios = (tuple(map(tuple, each)) for each in decoding["anchors"])
     anchors = AnchorGenerator(sizes, ratios)
@@ -187,21 +238,21 @@ def assembled(
         kind: Any = _ONE_STAGE[decoding["kind"]]
         model = kind(body, classes, anchor_generator=anchors, head=_Kept(body), **settings)
     else:
-        assert boxes is not None
         body = _TwoStage(dense, shapes, anchors.num_anchors_per_location())
-        pool = MultiScaleRoIAlign(**decoding["pool"])
-        if decoding["scales"] is not None:
-            pool.scales = decoding["scales"]
-            pool.map_levels = LevelMapper(
-                *decoding["levels"], pool.canonical_scale, pool.canonical_level
-            )
-        model = FasterRCNN(
+        masks, given = decoding.get(MASKS), dict[str, nn.Module]()
+        if masks is not None:
+            given["mask_roi_pool"] = _pool_of(masks)
+            given["mask_head"] = _Running(heads[MASKS], masks["shape"])
+            given["mask_predictor"] = nn.Identity()
+        kind = FasterRCNN if masks is None else MaskRCNN
+        model = kind(
             body,
             rpn_anchor_generator=anchors,
             rpn_head=_Kept(body),
-            box_roi_pool=pool,
-            box_head=_Running(boxes, decoding["columns"]),
+            box_roi_pool=_pool_of(decoding),
+            box_head=_Running(heads[BOXES], [decoding["columns"]]),
             box_predictor=_Columns(classes),
+            **given,
             **settings,
         )
         model.rpn.min_size = decoding["smallest"]
@@ -266,14 +317,17 @@ class _Kept(nn.Module):
 
 
 class _Running(nn.Module):
-    """Runs ``boxes`` on pooled proposals (K, C, h, w). It does not run if no image has any."""
+    """Runs a head on pooled boxes (K, C, h, w). It does not run if no image has any.
 
-    def __init__(self, run: Run, columns: int) -> None:
+    ``shape`` is that of one row of its result.
+    """
+
+    def __init__(self, run: Run, shape: Sequence[int]) -> None:
         super().__init__()
-        self.run, self._columns = run, columns
+        self.run, self._shape = run, shape
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.run(pooled) if len(pooled) else pooled.new_zeros(0, self._columns)
+        return self.run(pooled) if len(pooled) else pooled.new_zeros(0, *self._shape)
 
 
 class _Columns(nn.Module):

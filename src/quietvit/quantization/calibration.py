@@ -171,19 +171,24 @@ class Calibration:
             for s, was_reached in reached.items()
             if not was_reached and (not self.chosen or self.chosen(s))
         ]
-        if missed:
-            names = list(dict.fromkeys(missed))
-            raise QuietvitError(
-                f"no calibration image gave values to {', '.join(names)}: a detector found "
-                f"nothing. Give images in which it finds something, or keep these {len(names)} "
-                f"sites in float: exclude={names}."
-            )
+        refuse_unreached(missed)
 
     def track(
         self, batches: Iterable[T], total: int | None, label: str
     ) -> Generator[T, None, None]:
         """``tracked``, if this calibration shows its progress."""
         return tracked(batches, total, label, self.progress)
+
+
+def refuse_unreached(sites: Iterable[str]) -> None:
+    """Raise QuietvitError if there are sites that no calibration image gave values to."""
+    names = list(dict.fromkeys(sites))
+    if names:
+        raise QuietvitError(
+            f"no calibration image gave values to {', '.join(names)}: a detector found "
+            f"nothing. Give images in which it finds something, or keep these {len(names)} "
+            f"sites in float: exclude={names}."
+        )
 
 
 def run_model(model: nn.Module, batch: Tensor) -> Any:

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from quietvit.report.lines import noise_panels, outlier_panels, training_panels
 from quietvit.report.plots import DARK, LIGHT, Panel, accuracy_panels, overview_panel, svg_uri
 from quietvit.report.results import Results, headline, overhead, summarize, verdict
-from quietvit.report.tables import Table, runs_table, scores_table, summary_table
+from quietvit.report.tables import Table, figures_table, runs_table, scores_table, summary_table
 
 
 def render_page(results: Results) -> str:
@@ -30,6 +30,7 @@ def render_page(results: Results) -> str:
         overview=section("", "", [overview_panel(rows, results.metric)])["panels"][0],
         summary=grid(summary_table(results)),
         scores=grid(scores_table(results)),
+        figures=grid(figures_table(results)) if results.further else None,
         runs=grid(runs_table(results)),
         overhead=overhead(results),
         glossary=_glossary(results),

@@ -50,6 +50,7 @@ class Run(Frozen):
 
     ``coverage`` is the smallest fraction of multiply-accumulates quantized at any setting.
     ``shares`` gives their shares by bits for each setting, in words.
+    ``figures`` holds all figures of the task by setting and name, such as mask AP.
     ``outliers`` and ``noise`` are in forward order. ``curve`` holds (step, training loss).
     """
 
@@ -57,6 +58,7 @@ class Run(Frozen):
     decay: bool
     float_score: float = Field(validation_alias=AliasChoices("float_score", "float_top1"))
     quantized: Mapping[str, float]
+    figures: Mapping[str, Mapping[str, float]] = {}
     images: int
     steps: int
     train_seconds: float
@@ -79,6 +81,10 @@ class Run(Frozen):
     def score(self, setting: str) -> float:
         """Return the task's metric at a setting or at ``float``."""
         return self.float_score if setting == FLOAT else self.quantized[setting]
+
+    def figure(self, setting: str, name: str) -> float | None:
+        """Return another figure of the task. None if it was not measured."""
+        return self.figures.get(setting, {}).get(name)
 
 
 class Results(Frozen):
@@ -103,6 +109,12 @@ class Results(Frozen):
     def metric(self) -> Metric:
         """The name and unit of the scores."""
         return task_named(self.task).metric
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The names of the task's figures besides its metric, such as ``mask_ap``."""
+        names = (name for run in self.runs for each in run.figures.values() for name in each)
+        return tuple(name for name in dict.fromkeys(names) if name != self.metric.key)
 
     def pairs(self) -> tuple[tuple[Run, Run], ...]:
         """Return (without CD, with CD) for each seed that has both runs."""

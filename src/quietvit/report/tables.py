@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from quietvit.report.results import FLOAT, Results, Row, signed, summarize
+from quietvit.report.results import FLOAT, Results, Row, Run, signed, summarize
 
 _STYLES = {"better": "green", "worse": "red"}
 
@@ -171,13 +171,44 @@ def scores_table(results: Results) -> Table:
     )
 
 
-def tidy_csv(results: Results) -> str:
-    """Return every score as CSV, one line per seed, arm and setting."""
-    lines = [
+def figures_table(results: Results) -> Table:
+    """Return one row per seed, arm and setting, with all figures, such as AP50 and mask AP."""
+    score = Column(
+        results.metric.name, results.metric.key, lambda line: line[0].score(line[1]), _number
+    )
+    return Table(
+        f"all figures in {results.metric.unit}",
+        (
+            Column("seed", "seed", lambda line: line[0].seed),
+            Column("arm", "arm", lambda line: line[0].arm, numeric=False),
+            Column("setting", "setting", lambda line: line[1], numeric=False),
+            score,
+            *_further(results),
+        ),
+        _lines(results),
+    )
+
+
+def _further(results: Results) -> tuple[Column, ...]:
+    """Return a column for each figure besides the metric, of lines (run, setting)."""
+
+    def column(name: str) -> Column:
+        header = name.replace("_", " ").replace("ap", "AP")
+        return Column(header, name, lambda line: line[0].figure(line[1], name), _number)
+
+    return tuple(map(column, results.further))
+
+
+def _lines(results: Results) -> list[tuple[Run, str]]:
+    return [
         (run, setting)
         for run in sorted(results.runs, key=lambda run: (run.seed, run.decay))
         for setting in (FLOAT, *results.settings)
     ]
+
+
+def tidy_csv(results: Results) -> str:
+    """Return every score as CSV, one line per seed, arm and setting."""
     return Table(
         "",
         (
@@ -185,9 +216,10 @@ def tidy_csv(results: Results) -> str:
             Column("", "arm", lambda line: line[0].arm),
             Column("", "setting", lambda line: line[1]),
             Column("", results.metric.key, lambda line: line[0].score(line[1])),
+            *_further(results),
             Column("", "images", lambda line: line[0].images),
             Column("", "train_seconds", lambda line: line[0].train_seconds),
             Column("", "decay_seconds", lambda line: line[0].decay_seconds),
         ),
-        lines,
+        _lines(results),
     ).csv()

@@ -1,4 +1,4 @@
-"""The detection task: images with boxes, a detector, and COCO's box AP in percent.
+"""The detection task: images with boxes, a detector, and COCO's AP in percent.
 
 ``quietvit.detection`` holds the data sets, models and AP. This file connects them to a run.
 """
@@ -18,7 +18,7 @@ from quietvit.data.transforms import Augmentation
 from quietvit.detection.average_precision import Judged, box_ap, predict_all
 from quietvit.detection.checks import MAX_BAD_BOXES
 from quietvit.detection.dataset import DetectionDataset
-from quietvit.detection.detectors import DETECTORS
+from quietvit.detection.detectors import DETECTORS, predicts_masks
 from quietvit.detection.hf_detectors import hf_detector
 from quietvit.detection.loading import (
     BoxAugmentation,
@@ -42,10 +42,10 @@ class DetectionSettings(Section):
     ``size`` is the height and width of the canvas; None takes the backbone's own. ``channels`` and
     ``scales`` belong to the feature pyramid, and ``options`` are passed to the detector (see
     ``quietvit.detection.faster_rcnn``). ``max_bad_boxes`` wrong annotations are tolerated in the
-    training images, and as many in the test images.
+    training images, and as many in the test images. ``mask_rcnn`` needs data with masks.
     """
 
-    detector: Literal["faster_rcnn", "retinanet", "fcos"] = "faster_rcnn"
+    detector: Literal["faster_rcnn", "mask_rcnn", "retinanet", "fcos"] = "faster_rcnn"
     size: tuple[int, int] | None = None
     channels: int = Field(default=256, ge=1)
     scales: tuple[float, ...] | None = None
@@ -75,21 +75,26 @@ class Detection(Task):
                 )
 
     def open_data(self) -> tuple[DetectionDataset, DetectionDataset]:
-        """Open both data sets. Test classes are matched by name.
+        """Open both data sets, with masks for a mask detector. Test classes are matched by name.
 
         Raises:
             QuietvitError: ``data.num_classes`` differs from the number of classes; or see
                 ``load_detection_dataset``.
         """
         data, most = self.config.data, self.own.max_bad_boxes
-        train = load_detection_dataset(data.dataset, "train", max_bad_boxes=most)
+        masks = self.own.detector == "mask_rcnn"
+        train = load_detection_dataset(data.dataset, "train", max_bad_boxes=most, masks=masks)
         if data.num_classes not in (None, train.num_classes):
             raise QuietvitError(
                 f"data.num_classes is {data.num_classes}, but {train.name} has "
                 f"{train.num_classes} classes. Remove data.num_classes."
             )
         test = load_detection_dataset(
-            data.dataset, "test", class_names=train.class_names, max_bad_boxes=most
+            data.dataset,
+            "test",
+            class_names=train.class_names,
+            max_bad_boxes=most,
+            masks=masks,
         )
         return train, subset(test, data.test_images)
 
@@ -142,13 +147,19 @@ class Detection(Task):
         images = torch.rand(count, *size, generator=torch.Generator().manual_seed(0))
         height, width = size[1:]
         boxes = torch.tensor([[width / 4, height / 4, width / 2, height / 2]])
-        return images, [{"boxes": boxes, "labels": torch.tensor([1])} for _ in range(count)]
+        target = {"boxes": boxes, "labels": torch.tensor([1])}
+        if predicts_masks(model):
+            mask = torch.zeros(1, height, width, dtype=torch.uint8)
+            mask[:, height // 4 : height // 2, width // 4 : width // 2] = 1
+            target["masks"] = mask
+        return images, [dict(target) for _ in range(count)]
 
     def call(self, forward: Callable[..., Any], batch: Batch) -> Any:
         """Return the losses by name in training mode, the boxes of each image in eval mode."""
         images, targets = batch
-        # torchvision reads only these two keys, and writes scaled boxes into a copy of the target.
-        return forward(images, [{key: t[key] for key in ("boxes", "labels")} for t in targets])
+        # torchvision reads only these keys, and writes scaled boxes into a copy of the target.
+        read = ("boxes", "labels", "masks")
+        return forward(images, [{key: t[key] for key in read if key in t} for t in targets])
 
     def tensors(self, output: Any) -> tuple[Tensor, ...]:
         if isinstance(output, dict):
@@ -171,7 +182,11 @@ class Detection(Task):
 
     def score(self, judged: Sequence[Judged]) -> float:
         """Return the AP over all images. This differs from the mean of the processes' APs."""
-        return box_ap([image for part in judged for image in part]).ap
+        return self.figures(judged)["ap"]
+
+    def figures(self, judged: Sequence[Judged]) -> dict[str, float]:
+        """Return ``BoxAP.figures`` over all images."""
+        return box_ap([image for part in judged for image in part]).figures()
 
     def _whole(self, classes: int, names: Sequence[str] | None, untrained: bool) -> nn.Module:
         """Open a transformers detector. Refuse settings for detectors on a timm backbone."""

@@ -187,3 +187,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, judged: Sequence[Any]) -> float:
         """Return the metric from the results of all processes."""
+
+    def figures(self, judged: Sequence[Any]) -> dict[str, float]:
+        """Return all figures for result files by name: the metric, and any others.
+
+        Override it if there are others. The metric stays under its ``key``.
+        """
+        return {self.metric.key: self.score(judged)}

@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from quietvit.train.training import Training
 
 
-def score(
+def scores(
     training: Training,
     test: Any,
     termination: Termination,
     *,
     average: bool = True,
     progress: bool = False,
-) -> float:
-    """Return the task's metric on the test images. Every process must call.
+) -> dict[str, float]:
+    """Return the task's figures on the test images, with its metric. Every process must call.
 
     The weights are those of the moving average if there is one and ``average`` is True, else the
     last weights. The computation is in float32, whatever the precision of the training steps.
@@ -62,7 +62,7 @@ def score(
             refuse_if_due(termination)
             if is_sharded(accelerator):
                 _run_along(training, model)
-    return task.score([result for result in gathered(accelerator, own) if result is not None])
+    return task.figures([result for result in gathered(accelerator, own) if result is not None])
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from quietvit.tasks import Batch
 from quietvit.train.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from quietvit.train.config import TrainConfig
 from quietvit.train.engine import gathered
-from quietvit.train.evaluation import score
+from quietvit.train.evaluation import scores
 from quietvit.train.folder import (
     begun_with,
     changes,
@@ -209,7 +209,7 @@ class _Loop:
                 every, done = self.config.evaluate_every, self.epoch + 1
                 if every and done % every == 0 and done < self.config.epochs:
                     self.losses.refuse_unless_sound(self.step)
-                    self._write(**{self.metric.key: self.score()}, epoch=done)
+                    self._write(**self.figures(), epoch=done)
                 self.epoch, self.batch = done, 0
             self.losses.refuse_unless_sound(self.step)
 
@@ -358,11 +358,11 @@ class _Loop:
         self.saved = self.step
         return differing
 
-    def score(self, average: bool = True, progress: bool = False) -> float:
-        """Return ``evaluation.score``. A signal during the evaluation ends the run."""
+    def figures(self, average: bool = True, progress: bool = False) -> dict[str, float]:
+        """Return ``evaluation.scores``. A signal during the evaluation ends the run."""
         try:
             with enough_memory(self.config, Stage.EVALUATION):
-                return score(
+                return scores(
                     self.t, self.r.test, self.termination, average=average, progress=progress
                 )
         except StopRequestedError:
@@ -370,12 +370,12 @@ class _Loop:
 
     def finish(self, progress: bool) -> TrainResult:
         """Write the weights, evaluate, write the result."""
-        t, output = self.t, self.config.output
+        t, output, key = self.t, self.config.output, self.metric.key
         main = self.accelerator.is_main_process
         write_weights(self.t)
         try:
-            score = self.score(progress=progress and main)
-            without = None if t.models.average is None else self.score(average=False)
+            found = self.figures(progress=progress and main)
+            without = None if t.models.average is None else self.figures(average=False)
         except QuietvitError as error:
             told = f"{error} The trained weights are in {weights_of(self.config)}."
             raise QuietvitError(told) from error
@@ -384,14 +384,15 @@ class _Loop:
             config=self.config,
             num_classes=self.r.train.num_classes,
             class_names=self.r.train.class_names,
-            score=score,
-            score_without_ema=without,
+            score=found[key],
+            score_without_ema=None if without is None else without[key],
+            figures=found,
             steps=self.step,
             train_seconds=self.train_seconds,
             decay_seconds=t.observers.stopwatch.seconds,
         )
         if main:
-            self._write(**{self.metric.key: result.score}, epoch=self.epoch)
+            self._write(**found, epoch=self.epoch)
             result.write()
         self.accelerator.wait_for_everyone()
         return result

@@ -9,7 +9,8 @@ import json
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ class TrainResult:
     ``score_without_ema`` is the score of the last weights. ``train_seconds`` is the time of the
     training steps with data loading, without evaluation and checkpoints. ``decay_seconds`` is the
     part spent in regularizers: optimizer hooks, TWEO's loss (not its backward pass) and their logs.
+    ``figures`` holds all figures of the task by name, such as AP50 and mask AP of a detector.
     ``class_names`` has ``num_classes`` names, or is None if the data has no names.
     """
 
@@ -54,6 +56,7 @@ class TrainResult:
     train_seconds: float
     decay_seconds: float
     class_names: tuple[str, ...] | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -102,6 +105,7 @@ class TrainResult:
             "task": self.config.task,
             self.metric.key: self.score,
             f"{self.metric.key}_without_ema": self.score_without_ema,
+            "figures": dict(self.figures),
             "num_classes": self.num_classes,
             KEY: None if self.class_names is None else list(self.class_names),
             "steps": self.steps,
@@ -135,6 +139,7 @@ class TrainResult:
                 score=content[key],
                 score_without_ema=content[f"{key}_without_ema"],
                 class_names=None if content.get(KEY) is None else tuple(content[KEY]),
+                figures=content.get("figures", {}),  # earlier versions have none
                 **{key: content[key] for key in _KEPT},
             )
         except (OSError, ValueError, KeyError) as error:

@@ -29,6 +29,10 @@ from quietvit.files import beside, put_in_place
 from quietvit.quantization import QuantizedModel
 from quietvit.tracing import evaluating
 
+TRANSPOSED = (
+    "the file claims no integers for a transposed convolution, because onnxruntime has no integer "
+    "kernel for it"
+)
 CONSTANT = "it does not depend on the images, so it is computed when the file is written or loaded"
 FIXED_BATCH = (
     "the file takes one image at a time: torch.export cannot make the batch dynamic, because the "
@@ -57,6 +61,8 @@ def quantized_onnx(
     rounded = {name: how for name, how in convolutions.items() if isinstance(how, Rounded)}
     reasons = {name: how for name, how in convolutions.items() if isinstance(how, str)}
     reasons |= {s.name: CONSTANT for s in quantized.trace.matmuls if s.role == "constant"}
+    transposed = [s for s in quantized.trace.matmuls if s.function.startswith("conv_transpose")]
+    reasons |= {site.name: TRANSPOSED for site in transposed}
     facts = facts.claiming(
         {name.removesuffix(":product") for name in written} | set(rounded),
         reasons,

@@ -6,7 +6,7 @@ Ranges and algebra are in ``postnorm``; ``reparametrize`` changes the weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quietvit.errors import QuietvitError
 from quietvit.quantization.calibrated import Calibrated
-from quietvit.quantization.calibration import Calibration
+from quietvit.quantization.calibration import Calibration, refuse_unreached
 from quietvit.quantization.fitting.postnorm import (
     ChannelSteps,
     Layerwise,
@@ -78,19 +78,21 @@ class RepQViT(Method):
         norm_links = self._links(calibration)
         links = {link.norm.name: link for link in norm_links.links}
         calibrated = Calibrated(notes=norm_links.notes(f"{self.name}'s re-parametrization"))
+        missed: list[str] = []
 
         def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
             try:
                 if site.name in links:
                     self._move(calibration, calibrated, links[site.name], run(*operands))
                 elif site.kind in MATMUL_KINDS:
-                    self._add_quantizers(calibrated, site, operands)
+                    missed.extend(self._add_quantizers(calibrated, site, operands))
             except QuietvitError as error:
                 raise QuietvitError(f"{site.name}: {error}") from error
             return calibrated.handle(site, operands, run)
 
         with torch.no_grad():
             calibration.run(calibration.everything(), handler, label=f"{self.name} {self.label}")
+        refuse_unreached(missed)
         return calibrated
 
     def layerwise(self, steps: ChannelSteps) -> Layerwise:
@@ -138,11 +140,15 @@ class RepQViT(Method):
 
     def _add_quantizers(
         self, calibrated: Calibrated, site: Site, operands: tuple[Tensor, ...]
-    ) -> None:
+    ) -> Iterator[str]:
+        """Add the quantizers of a product. Yield its name if an operand to quantize is empty."""
         for index, x in enumerate(operands):
             slot = Slot(site, index)
             bits = self.slot_bits(slot)
             if bits is None or slot in calibrated.quantizers:
+                continue
+            if not x.numel():
+                yield site.name
                 continue
             attention = site.kind in ("matmul", "einsum") and slot.role == "post_softmax"
             if attention and bool((x < 0).any()):
