@@ -18,7 +18,7 @@ from quietvit.deployment.detected import Detected
 from quietvit.deployment.evaluation import FileDetector
 from quietvit.deployment.networks import networks_of, timed
 from quietvit.deployment.splitting import split
-from quietvit.detection import faster_rcnn, fcos
+from quietvit.detection import faster_rcnn, fcos, retinanet
 from quietvit.detection.canvas import PlainCanvas
 from quietvit.detection.static_parts import assembled, decoding_of
 from test_cli import run
@@ -116,6 +116,28 @@ def test_both_files_of_a_faster_rcnn_are_proven_and_find_its_boxes(
     assert (seen.exit_code, (tmp_path / "seen" / "1.png").is_file()) == (0, True), seen.output
     measured = run("evaluate", exported, "--images", spec)
     assert measured.output.startswith("box AP"), measured.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (retinanet, ONE_STAGE),
+        # 4 x 4 tokens in windows of 3 with padding; the class token is in each window
+        (fcos, ONE_STAGE | {"windows": 3, "global_blocks": ()}),
+    ],
+    ids=["retinanet", "fcos_with_windows"],
+)
+def test_a_detector_of_one_stage_is_one_file_that_is_proven(
+    kind: Any, options: Any, tmp_path: Path
+) -> None:
+    own = quantized(kind, **options)
+    path = quietvit.export(own, tmp_path / "det.onnx").path
+    assert [file.name for file in tmp_path.iterdir()] == ["det.onnx"]
+    with torch.no_grad():
+        close(FileDetector(open_runtime(path))(pictures()), own(pictures()))
+    found = quietvit.check(path, own, torch.stack(pictures()[1:2] * 3), seconds=0)
+    assert found.ok, found.failures
+    assert (found.proof.integer_share, found.detections.images) == (1, 3)
 
 
 def test_the_two_files_stay_together(two_stage: Any, exported: Path, tmp_path: Path) -> None:
