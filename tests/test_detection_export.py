@@ -34,12 +34,12 @@ TWO_STAGE = {"box_channels": 16, "rpn_post_nms_top_n_test": 20, "box_score_thres
 ONE_STAGE = {"score_thresh": 0.0, "topk_candidates": 20}
 
 
-def quantized(kind: Any, **options: Any) -> Any:
+def quantized(kind: Any, bits: dict[str, Any] | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
     body = create_model("vit_tiny_patch16_224", 0, **VIT)
     model = kind(body, 3, channels=32, scales=(1,), class_names=NAMES, **options).eval()
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    return quietvit.quantize(model, quietvit.RTN(**METHOD), images, progress=False)
+    return quietvit.quantize(model, quietvit.RTN(**(METHOD | (bits or {}))), images, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,22 @@ def test_a_detector_of_one_stage_is_one_file_that_is_proven(
     found = quietvit.check(path, own, torch.stack(pictures()[1:2] * 3), seconds=0)
     assert found.ok, found.failures
     assert (found.proof.integer_share, found.detections.images) == (1, 3)
+
+
+def test_openvino_files_find_the_boxes_of_the_simulated_detector(tmp_path: Path) -> None:
+    """With weights of 7 bits, because openvino saturates on processors without VNNI."""
+    pytest.importorskip("openvino")
+    bits = {"weight_bits": 7, "patch_embed_bits": 7, "head_bits": 7}
+    own = quantized(faster_rcnn, bits, **TWO_STAGE)
+    path = quietvit.export(own, tmp_path / "det.xml", to="openvino").path
+    names = {"det.xml", "det.bin", "det.boxes.xml", "det.boxes.bin"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    with torch.no_grad():
+        close(FileDetector(open_runtime(path))(pictures()), own(pictures()))
+    found = quietvit.check(path, own, torch.stack(pictures()[1:2] * 2), seconds=0)
+    assert found.ok, found.failures
+    assert found.proof.integer_share > 0.9
+    assert any(a.product.startswith("roi_heads") for a in found.agreements)
 
 
 def test_the_two_files_stay_together(two_stage: Any, exported: Path, tmp_path: Path) -> None:
