@@ -192,17 +192,21 @@ def test_pascal_voc_counts_its_pixels_from_one(tmp_path):
         open_voc(tmp_path)
 
 
-@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.4, 2.0)])
-def test_boxes_move_with_the_image(tmp_path, scale):
+@pytest.mark.parametrize(
+    ("scale", "crop"), [((1.0, 1.0), 0.0), ((0.4, 2.0), 0.0), ((1.0, 1.0), 1.0)]
+)
+def test_boxes_move_with_the_image(tmp_path, scale, crop):
     path = coco(tmp_path, [annotated(1, 1, BOX), annotated(2, 1, (0, 0, 80, 60), iscrowd=1)])
     picture(tmp_path / "images" / "1.png", box=BOX)
     dataset = open_coco(path)
-    change = TrainingTransform((64, 64), (0.0, 0.0, 0.0), BoxAugmentation(flip=0.5, scale=scale))
+    chosen = BoxAugmentation(crop=crop, flip=0.5, scale=scale)
+    change = TrainingTransform((64, 64), (0.0, 0.0, 0.0), chosen)
     places = set()
     for seed in range(12):
         torch.manual_seed(seed)
         image, target = change(*dataset[0])
         assert target["size"] == tuple(image.shape[1:])
+        assert not crop or all(384 <= side <= 600 for side in target["size"])
         if not len(target["boxes"]):  # the crop has lost it
             continue
         assert target["labels"].tolist() == [2]

@@ -18,7 +18,7 @@ from quietvit.deployment.detected import Detected
 from quietvit.deployment.evaluation import FileDetector
 from quietvit.deployment.networks import networks_of, timed
 from quietvit.deployment.splitting import split
-from quietvit.detection import faster_rcnn, fcos, mask_rcnn
+from quietvit.detection import faster_rcnn, fcos, mask_rcnn, retinanet
 from quietvit.detection.canvas import PlainCanvas
 from quietvit.detection.static_parts import assembled, decoding_of
 from test_cli import run
@@ -35,12 +35,12 @@ MASKED = TWO_STAGE | {"mask_channels": 16, "box_detections_per_img": 5}
 ONE_STAGE = {"score_thresh": 0.0, "topk_candidates": 20}
 
 
-def quantized(kind: Any, **options: Any) -> Any:
+def quantized(kind: Any, bits: dict[str, Any] | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
     body = create_model("vit_tiny_patch16_224", 0, **VIT)
     model = kind(body, 3, channels=32, scales=(1,), class_names=NAMES, **options).eval()
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    return quietvit.quantize(model, quietvit.RTN(**METHOD), images, progress=False)
+    return quietvit.quantize(model, quietvit.RTN(**(METHOD | (bits or {}))), images, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,44 @@ def test_the_three_files_of_a_mask_rcnn_are_proven_and_find_its_masks(
     artifact.path.with_name("det.masks.onnx").unlink()
     with pytest.raises(QuietvitError, match=r"det\.masks\.onnx, is missing"):
         FileDetector(open_runtime(artifact.path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (retinanet, ONE_STAGE),
+        # 4 x 4 tokens in windows of 3 with padding; the class token is in each window
+        (fcos, ONE_STAGE | {"windows": 3, "global_blocks": ()}),
+    ],
+    ids=["retinanet", "fcos_with_windows"],
+)
+def test_a_detector_of_one_stage_is_one_file_that_is_proven(
+    kind: Any, options: Any, tmp_path: Path
+) -> None:
+    own = quantized(kind, **options)
+    path = quietvit.export(own, tmp_path / "det.onnx").path
+    assert [file.name for file in tmp_path.iterdir()] == ["det.onnx"]
+    with torch.no_grad():
+        close(FileDetector(open_runtime(path))(pictures()), own(pictures()))
+    found = quietvit.check(path, own, torch.stack(pictures()[1:2] * 3), seconds=0)
+    assert found.ok, found.failures
+    assert (found.proof.integer_share, found.detections.images) == (1, 3)
+
+
+def test_openvino_files_find_the_boxes_of_the_simulated_detector(tmp_path: Path) -> None:
+    """With weights of 7 bits, because openvino saturates on processors without VNNI."""
+    pytest.importorskip("openvino")
+    bits = {"weight_bits": 7, "patch_embed_bits": 7, "head_bits": 7}
+    own = quantized(faster_rcnn, bits, **TWO_STAGE)
+    path = quietvit.export(own, tmp_path / "det.xml", to="openvino").path
+    names = {"det.xml", "det.bin", "det.boxes.xml", "det.boxes.bin"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    with torch.no_grad():
+        close(FileDetector(open_runtime(path))(pictures()), own(pictures()))
+    found = quietvit.check(path, own, torch.stack(pictures()[1:2] * 2), seconds=0)
+    assert found.ok, found.failures
+    assert found.proof.integer_share > 0.9
+    assert any(a.product.startswith("roi_heads") for a in found.agreements)
 
 
 def test_the_two_files_stay_together(two_stage: Any, exported: Path, tmp_path: Path) -> None:

@@ -188,6 +188,31 @@ def test_layer_decay_scales_the_schedule_of_each_group(tmp_path):
     assert lines(result.output)[0]["lr"] == 1e-2
 
 
+def test_milestones_are_those_of_torchs_multi_step_schedule(tmp_path):
+    """The rate depends on the step alone, so a resumed run has the rates of the whole one."""
+    schedule = {"warmup_epochs": 0.5, "warmup_lr": 1e-4, "milestones": [2, 3.5], "gamma": 0.2}
+    optimizer = {"lr": 1e-2, "layer_decay": 0.5}
+    made = config(tmp_path, epochs=4, schedule=schedule, optimizer=optimizer)
+    parts = build(made).training
+    per_epoch, found = parts.steps_per_epoch, []
+    for step in range(parts.total_steps):
+        parts.optim.scheduler.step_update(step)
+        found.append(max(group["lr"] for group in parts.optim.inner.param_groups))
+    warm, drops = round(0.5 * per_epoch), [2 * per_epoch, round(3.5 * per_epoch)]
+    reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    torchs = torch.optim.lr_scheduler.MultiStepLR(reference, drops, gamma=0.2)
+    expected = []
+    for step in range(parts.total_steps):
+        rate = torchs.get_last_lr()[0]
+        expected.append(1e-4 + (1e-2 - 1e-4) * step / warm if step < warm else rate)
+        reference.step()
+        torchs.step()
+    assert found == pytest.approx(expected)
+    parts.optim.scheduler.step_update(drops[0])
+    for group in parts.optim.inner.param_groups:
+        assert group["lr"] == pytest.approx(2e-3 * group["lr_scale"])
+
+
 def test_frozen_blocks_stay_as_they_are(tmp_path):
     model = {**MODEL, "freeze_blocks": 1}
     start = build(config(tmp_path / "a", model=model)).training.models.plain.state_dict()

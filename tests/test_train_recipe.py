@@ -73,6 +73,8 @@ def test_a_runs_config_is_a_recipe(tmp_path):
         ("precision=int8", "precision: .*'bf16'"),
         ("schedule.warmup_epochs=1000", r"warmup_epochs \(1000\) must be below epochs"),
         ("schedule.min_lr=1", r"min_lr \(1\) is above"),
+        ("schedule.milestones=[9, 3]", r"milestones \(9, 3\) must ascend"),
+        ("schedule.milestones=[10000]", r"and before epochs"),
         ("optimizer.betas=[0.9, 1.0]", r"optimizer\.betas\.1: .*less than 1 \(given: 1\.0\)"),
         ("optimizer.betas=[-0.1, 0.9]", r"optimizer\.betas\.0: .*greater than or equal to 0"),
         ("optimizer.betas=[nan, 0.9]", r"optimizer\.betas\.0: .*\(given: nan\)"),

@@ -45,6 +45,8 @@ def faster_rcnn(
     size: tuple[int, int] | None = None,
     channels: int = 256,
     scales: Sequence[float] | None = None,
+    windows: int | None = None,
+    global_blocks: Sequence[int] | None = None,
     box_channels: int = 1024,
     class_names: Sequence[str] | None = None,
     **options: Any,
@@ -69,16 +71,21 @@ def faster_rcnn(
         size: height and width of the canvas, multiples of every stride. None: the backbone's size.
         channels: channels of the pyramid's maps (256 in arXiv 1612.03144 and 2203.16527).
         scales: see ``quietvit.detection.pyramid``.
+        windows: side in tokens of the windows of a plain backbone (14 in ViTDet, arXiv
+            2203.16527). None: every block attends to the whole image. See
+            ``quietvit.detection.windows.Windows``.
+        global_blocks: numbers of the blocks without windows, counted from 0. None: the last block
+            of each quarter, as in ViTDet (2, 5, 8 and 11 of 12).
         box_channels: width of the box head's two hidden layers.
         class_names: names of label 1, 2, ...
         options: passed to ``torchvision.models.detection.FasterRCNN``, such as
             ``rpn_post_nms_top_n_test``, ``box_score_thresh`` or ``box_detections_per_img``.
 
     Raises:
-        QuietvitError: the backbone has no feature maps, the size does not fit the strides, or
-            torchvision refuses an option.
+        QuietvitError: the backbone has no feature maps, the size does not fit the strides, the
+            backbone cannot have windows, or torchvision refuses an option.
     """
-    body, canvas = _parts(backbone, size, channels, scales)
+    body, canvas = _parts(backbone, size, channels, scales, windows, global_blocks)
     kwargs = _two_stages(body, box_channels, num_classes) | options
     return _finished(_built(FasterRCNN, body, None, kwargs), canvas, num_classes, class_names)
 
@@ -90,6 +97,8 @@ def mask_rcnn(
     size: tuple[int, int] | None = None,
     channels: int = 256,
     scales: Sequence[float] | None = None,
+    windows: int | None = None,
+    global_blocks: Sequence[int] | None = None,
     box_channels: int = 1024,
     mask_channels: int = 256,
     class_names: Sequence[str] | None = None,
@@ -107,7 +116,7 @@ def mask_rcnn(
     The other arguments and the errors are those of ``faster_rcnn``. ``options`` are passed to
     ``torchvision.models.detection.MaskRCNN``.
     """
-    body, canvas = _parts(backbone, size, channels, scales)
+    body, canvas = _parts(backbone, size, channels, scales, windows, global_blocks)
     kwargs = _two_stages(body, box_channels, num_classes) | {
         "mask_roi_pool": _pool(body, 14),
         "mask_head": MaskRCNNHeads(channels, (mask_channels,) * 4, 1),
@@ -124,11 +133,13 @@ def retinanet(
     size: tuple[int, int] | None = None,
     channels: int = 256,
     scales: Sequence[float] | None = None,
+    windows: int | None = None,
+    global_blocks: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a RetinaNet (arXiv 1708.02002) on a timm backbone. See ``faster_rcnn``."""
-    body, canvas = _parts(backbone, size, channels, scales)
+    body, canvas = _parts(backbone, size, channels, scales, windows, global_blocks)
     kwargs = {"anchor_generator": _anchors(body, octave=True), **options}
     built = _built(RetinaNet, body, num_classes + 1, kwargs)
     return _finished(built, canvas, num_classes, class_names)
@@ -141,11 +152,13 @@ def fcos(
     size: tuple[int, int] | None = None,
     channels: int = 256,
     scales: Sequence[float] | None = None,
+    windows: int | None = None,
+    global_blocks: Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build an FCOS (arXiv 1904.01355) on a timm backbone. See ``faster_rcnn``."""
-    body, canvas = _parts(backbone, size, channels, scales)
+    body, canvas = _parts(backbone, size, channels, scales, windows, global_blocks)
     sizes = tuple((stride,) for stride in _all_strides(body))
     kwargs = {"anchor_generator": AnchorGenerator(sizes, ((1.0,),) * len(sizes)), **options}
     return _finished(_built(FCOS, body, num_classes + 1, kwargs), canvas, num_classes, class_names)
@@ -187,6 +200,8 @@ def _parts(
     size: tuple[int, int] | None,
     channels: int,
     scales: Sequence[float] | None,
+    windows: int | None,
+    global_blocks: Sequence[int] | None,
 ) -> tuple[Pyramid, Canvas]:
     config = data_config(backbone)
     body = pyramid(backbone, channels, scales)
@@ -199,6 +214,10 @@ def _parts(
             f"{', '.join(map(str, body.strides))} of the feature pyramid. Give multiples of "
             f"{step}, such as {near[0]} x {near[1]}."
         )
+    if windows is not None:
+        body.use_windows((height, width), windows, global_blocks)
+    elif global_blocks is not None:
+        raise QuietvitError("global_blocks needs windows, such as windows = 14.")
     return body, Canvas((height, width), config["mean"], config["std"])
 
 

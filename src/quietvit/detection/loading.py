@@ -28,12 +28,17 @@ Factor = Annotated[float, Field(gt=0, le=4)]
 class BoxAugmentation(Section):
     """Random changes of training images and their boxes.
 
-    ``flip`` is the probability of a horizontal flip. ``scale`` is the range of large-scale jitter
-    (Ghiasi et al., arXiv 2012.07177). Jitter scales the image to a random factor of the model's
-    canvas, then crops or pads it to the canvas. (1, 1) turns it off. ``color_jitter`` is the
-    largest relative change of brightness, contrast and saturation.
+    ``crop`` is the probability of DETR's crop (arXiv 2005.12872, appendix A.4), which comes first:
+    the shorter side becomes 400, 500 or 600 pixels, and a random part with sides of 384 to 600
+    pixels remains.
+
+    ``scale`` is the range of large-scale jitter (Ghiasi et al., arXiv 2012.07177). Jitter scales
+    the image to a random factor of the model's canvas, then crops or pads it to the canvas. (1, 1)
+    turns it off. ``flip`` is the probability of a horizontal flip. ``color_jitter`` is the largest
+    relative change of brightness, contrast and saturation.
     """
 
+    crop: float = Field(default=0.0, ge=0, le=1)
     flip: float = Field(default=0.5, ge=0, le=1)
     scale: tuple[Factor, Factor] = (1.0, 1.0)
     color_jitter: float = Field(default=0.0, ge=0, le=1)
@@ -57,6 +62,10 @@ class TrainingTransform:
         self, canvas: tuple[int, int], mean: tuple[float, ...], augmentation: BoxAugmentation
     ) -> None:
         steps: list[Any] = []
+        if augmentation.crop > 0:
+            sides: Any = [400, 500, 600]
+            cropped = [v2.RandomShortestSize(sides), RandomPart(384, 600)]
+            steps.append(v2.RandomApply(cropped, augmentation.crop))
         if augmentation.scale != (1.0, 1.0):
             fill = {Image.Image: [round(255 * value) for value in mean], "others": 0}
             steps += [
@@ -81,6 +90,31 @@ class TrainingTransform:
             chosen[key] = tv_tensors.wrap(target[key][kept], like=target[key])
         pixels, changed = evaluation_sample(*self._steps(image, {**target, **chosen}))
         return pixels, changed | {"size": tuple(pixels.shape[-2:])}
+
+
+class RandomPart(v2.Transform):
+    """Crop a random rectangle whose sides are between ``least`` and ``most`` pixels.
+
+    A side of the image that is shorter than ``least`` stays whole.
+    """
+
+    def __init__(self, least: int, most: int) -> None:
+        super().__init__()
+        self.least, self.most = least, most
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        whole = v2.functional.get_size(flat_inputs[0])
+        sides = [_drawn(min(self.least, side), min(self.most, side)) for side in whole]
+        top, left = (_drawn(0, side - kept) for side, kept in zip(whole, sides, strict=True))
+        return {"top": top, "left": left, "height": sides[0], "width": sides[1]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+def _drawn(low: int, high: int) -> int:
+    """Draw an integer from ``low`` to ``high``, both included."""
+    return int(torch.randint(low, high + 1, ()))
 
 
 def evaluation_sample(image: Image.Image, target: Target) -> Sample:

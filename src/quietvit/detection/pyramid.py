@@ -14,6 +14,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from quietvit.detection.windows import use_windows
 from quietvit.errors import QuietvitError
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -45,6 +46,19 @@ class Pyramid(nn.Module):
         names = [str(index) for index in range(len(maps))]
         maps, names = self._pool(maps, features, names)
         return OrderedDict(zip(names, maps, strict=True))
+
+    def use_windows(
+        self, size: tuple[int, int], side: int, global_blocks: Sequence[int] | None
+    ) -> None:
+        """Give the plain backbone windows. ``size`` is that of its images in pixels."""
+        body: Any = self.body
+        if not isinstance(self.neck, SimplePyramid):
+            raise QuietvitError(
+                f"{type(body).__name__} is hierarchical. Windows are for plain backbones, so leave "
+                "windows out."
+            )
+        stride = body.feature_info[-1]["reduction"]
+        use_windows(body, (size[0] // stride, size[1] // stride), side, global_blocks)
 
 
 def pyramid(body: nn.Module, channels: int = 256, scales: Sequence[float] | None = None) -> Pyramid:

@@ -32,7 +32,7 @@ from quietvit.errors import QuietvitError
 from quietvit.section import Section
 from quietvit.tasks.task import Batch, Metric, Task
 
-_OF_TORCHVISION = ("detector", "channels", "scales", "options")
+_OF_TORCHVISION = ("detector", "channels", "scales", "windows", "global_blocks", "options")
 """Settings for detectors on a timm backbone only."""
 
 
@@ -40,15 +40,18 @@ class DetectionSettings(Section):
     """The detector and its data.
 
     ``size`` is the height and width of the canvas; None takes the backbone's own. ``channels`` and
-    ``scales`` belong to the feature pyramid, and ``options`` are passed to the detector (see
-    ``quietvit.detection.faster_rcnn``). ``max_bad_boxes`` wrong annotations are tolerated in the
-    training images, and as many in the test images. ``mask_rcnn`` needs data with masks.
+    ``scales`` belong to the feature pyramid, ``windows`` and ``global_blocks`` to a plain backbone,
+    and ``options`` are passed to the detector (see ``quietvit.detection.faster_rcnn``).
+    ``max_bad_boxes`` wrong annotations are tolerated in the training images, and as many in the
+    test images. ``mask_rcnn`` needs data with masks.
     """
 
     detector: Literal["faster_rcnn", "mask_rcnn", "retinanet", "fcos"] = "faster_rcnn"
     size: tuple[int, int] | None = None
     channels: int = Field(default=256, ge=1)
     scales: tuple[float, ...] | None = None
+    windows: int | None = Field(default=None, ge=1)
+    global_blocks: tuple[int, ...] | None = None
     options: dict[str, Any] = Field(default={})
     augmentation: BoxAugmentation = BoxAugmentation()
     max_bad_boxes: int = Field(default=MAX_BAD_BOXES, ge=0)
@@ -229,6 +232,8 @@ class Detection(Task):
             size=own.size,
             channels=own.channels,
             scales=own.scales,
+            windows=own.windows,
+            global_blocks=own.global_blocks,
             class_names=names,
             **own.options,
         )

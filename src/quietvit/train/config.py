@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -106,14 +107,22 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine from ``lr`` to ``min_lr``. Updated at every optimizer step."""
+    """Linear warm-up, then cosine from ``lr`` to ``min_lr``. Updated at every optimizer step.
+
+    With ``milestones`` the rate falls in steps instead, as with torch's ``MultiStepLR``.
+    """
 
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Epochs of linear warm-up from ``warmup_lr`` to ``lr``."""
     warmup_lr: float = Field(default=1e-6, ge=0)
     """The learning rate of the first step of a warm-up."""
     min_lr: float = Field(default=0.0, ge=0)
-    """The learning rate of the last step."""
+    """The learning rate of the last step (cosine only)."""
+    milestones: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Finished epochs at which the learning rate is multiplied by ``gamma``, in ascending order.
+    Example: (8, 11). They need not be whole numbers. Empty: cosine."""
+    gamma: float = Field(default=0.1, gt=0, lt=1)
+    """See ``milestones``."""
 
 
 class Rates(NamedTuple):
@@ -304,6 +313,7 @@ class TrainConfig(Section):
                 f"schedule.min_lr ({self.schedule.min_lr:g}) is above optimizer.lr "
                 f"({self.optimizer.lr:g})"
             )
+        self._milestones_fit()
         if self.schedule.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"schedule.warmup_epochs ({self.schedule.warmup_epochs:g}) must be below epochs "
@@ -313,6 +323,22 @@ class TrainConfig(Section):
             if problem := strength.late(self.epochs):
                 raise ValueError(f"{key}: {problem}")
         return self
+
+    def _milestones_fit(self) -> None:
+        chosen = self.schedule
+        if not chosen.milestones:
+            return
+        places = (chosen.warmup_epochs, *chosen.milestones, self.epochs)
+        if any(later <= earlier for earlier, later in pairwise(places)):
+            raise ValueError(
+                f"schedule.milestones ({', '.join(f'{m:g}' for m in chosen.milestones)}) must "
+                f"ascend, after schedule.warmup_epochs ({chosen.warmup_epochs:g}) and before "
+                f"epochs ({self.epochs})"
+            )
+        if chosen.min_lr > 0:
+            raise ValueError(
+                "schedule.min_lr belongs to the cosine schedule; remove it, or schedule.milestones"
+            )
 
     def _qat_fits(self) -> None:
         if self.qat is None:

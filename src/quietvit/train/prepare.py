@@ -112,8 +112,21 @@ def _scheduler(
     config: TrainConfig, rates: Rates, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> Any:
     from timm.scheduler.cosine_lr import CosineLRScheduler
+    from timm.scheduler.multistep_lr import MultiStepLRScheduler
 
     warmup = round(config.schedule.warmup_epochs * steps_per_epoch)
+    if config.schedule.milestones:
+        # timm counts the step that begins, and torch's MultiStepLR those that are finished.
+        drops = [round(epoch * steps_per_epoch) + 1 for epoch in config.schedule.milestones]
+        return MultiStepLRScheduler(
+            optimizer,
+            decay_t=drops,
+            decay_rate=config.schedule.gamma,
+            warmup_t=warmup,
+            warmup_lr_init=min(rates.warmup_lr, rates.lr),
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
     return CosineLRScheduler(
         optimizer,
         t_initial=max(1, steps_per_epoch * config.epochs - warmup),
