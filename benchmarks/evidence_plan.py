@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from operator import attrgetter
 from typing import Any
 
 from evidence_data import SCALES, Workload
@@ -37,8 +36,8 @@ RATE, TRY, FINAL, ABOVE = "rate", "try", "final", "above"
 Row = dict[str, str]
 Block = tuple[tuple[str, ...], tuple[str, ...]]
 # Workloads and families, in the order in which they are worked off: of each block all rates, all
-# tries, and by seed the finals and the same settings at higher rates. Lengths (short, long) answer
-# which strength.
+# tries, all finals, and the same settings at higher rates. Lengths (short, long) answer which
+# strength.
 BLOCKS: tuple[Block, ...] = (
     (("deit",), ("adamw", "cd+norm")),
     (("deit",), ("cd", "cd+qk")),
@@ -208,10 +207,7 @@ def next_jobs(
             jobs += rate_jobs(name, scale)
             tries = [try_jobs(rows, name, scale, family) for family in chosen]
             jobs += [job for place in zip_longest(*tries) for job in place if job]
-            last = [
-                stage(rows, name, scale, family)
-                for stage in (final_jobs, above_jobs)
-                for family in chosen
-            ]
-            jobs += sorted((job for stage in last for job in stage), key=attrgetter("seed"))
+            for stage in (final_jobs, above_jobs):
+                of_families = [stage(rows, name, scale, family) for family in chosen]
+                jobs += [job for seed in zip_longest(*of_families) for job in seed if job]
         yield from (job for job in jobs if job.key not in done)

@@ -67,7 +67,7 @@ def test_finals_are_repeated_at_the_rates_above_the_best() -> None:
     rows += [row(job, 40 + (place == 1)) for place, job in enumerate(planned(rows))]
     last = planned(rows)
     assert [(job.seed, job.stage, json.loads(job.setting)["lr"]) for job in last] == [
-        (seed, *which) for seed in "123" for which in (("final", 1e-3), ("above", 2e-3))
+        (seed, *which) for which in (("final", 1e-3), ("above", 2e-3)) for seed in "123"
     ]
     table = evidence_report.rates_table([*rows, *(row(job, 30) for job in last)]).splitlines()
     assert [line.split(" | ")[1:5] for line in table[2:]] == [
