@@ -180,7 +180,7 @@ class Clock:
         self.seconds = 0.0
         model, images = model_and_images(16)
         budget = Budget(seconds, lambda: self.seconds)
-        return module._within(budget, model, images, *SMALL.values(), progress=False)
+        return module._within(budget, model, images, None, *SMALL.values(), progress=False)
 
 
 def test_the_time_covers_all_work_and_what_is_skipped_is_named(monkeypatch):
@@ -248,8 +248,36 @@ def test_the_commands_print_and_write(tmp_path):
     assert "Roles, the most expensive first" in text
     assert {path.name for path in out.iterdir()} == {"sensitivity.json", "sensitivity.png"}
     text = run("advise", "--methods", "rtn", "--bits", "W8A8,W4A4", "-o", str(tmp_path / "a.json"))
-    assert "measured on 8 others without labels" in text
+    assert "measured on 8 images without labels" in text
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["bits"] == "W8A8"
+    one = ("advise", "--methods", "rtn", "--bits", "W8A8", "--calibration", "synthetic:4:noise")
+    text = run(*one)
+    assert "calibrated on 4 generated images, measured on 16 images without labels" in text
+    assert "generated images are not yours" not in text
+    text = run(*one, "--images", "synthetic:16:pink", "-o", str(tmp_path / "b.json"))
+    assert "calibrated on 4 generated images, measured on 16 generated images" in text
+    assert "generated without data: noise, seed 0, pink, seed 1" in text
+    assert "generated images are not yours" in text
+    made = json.loads((tmp_path / "b.json").read_text())["origins"]
+    assert [each["method"] for each in made] == ["noise", "pink"]
+    assert "Roles" in run("sensitivity", "--estimate", "--images", "synthetic:4:noise")
+    done = CliRunner().invoke(cli.app, [*one[:1], *model, "--calibration", "synthetic:no"])
+    assert done.exit_code == 2
+    assert "'no' images" in " ".join(done.stderr.split())
+
+
+def test_calibration_images_of_their_own_leave_all_others_to_measure():
+    model, images = model_and_images(16)
+    made = quietvit.synthesize(model, 4, "noise", progress=False)
+    advice = quietvit.advise(model, images, calibration=made, progress=False, **SMALL)
+    assert advice.images == (4, 16)
+    assert [origin and origin["method"] for origin in advice.origins] == ["noise", None]
+    quantized = quietvit.quantize(model, advice.rows[0].method, made, bits=advice.rows[0].bits)
+    with torch.no_grad():
+        kept = (quantized(images).argmax(1) == model(images).argmax(1)).double().mean()
+    assert advice.rows[0].agreement == pytest.approx(float(kept))
+    with pytest.raises(QuietvitError, match="at least 16 images, because they measure"):
+        quietvit.advise(model, images[:8], calibration=made, progress=False, **SMALL)
 
 
 @pytest.mark.parametrize(

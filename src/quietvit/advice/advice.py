@@ -16,6 +16,7 @@ from quietvit.advice.causes import Cause
 from quietvit.advice.ladder import Row, pareto
 from quietvit.advice.steps import Step
 from quietvit.files import finite, json_text, write_atomic
+from quietvit.origin import in_words
 from quietvit.text import in_text
 
 
@@ -26,6 +27,7 @@ class Advice:
     Attributes:
         model: class of the model.
         images: number of images for calibration, and for measuring.
+        origins: how these images were generated (``quietvit.synthesize``); None for real images.
         rows: all measured settings, in order.
         target: name of the row whose sites are explained. None if the lowest bits are already good.
         causes: the three most expensive sites, with their causes.
@@ -38,6 +40,7 @@ class Advice:
 
     model: str
     images: tuple[int, int]
+    origins: tuple[dict[str, Any] | None, dict[str, Any] | None]
     rows: tuple[Row, ...]
     target: str | None
     causes: tuple[Cause, ...]
@@ -56,11 +59,20 @@ class Advice:
         return f"Advice({self.model}, {len(self.rows)} rows, {len(self.steps)} steps)"
 
     def __rich__(self) -> Group:
-        calibrated, measured = self.images
+        _, measured = self.images
+        told = [
+            f"{count} images" if origin is None else f"{count} generated images"
+            for count, origin in zip(self.images, self.origins, strict=True)
+        ]
         head = [
             f"{self.model}: {len(self.rows)} settings in {self.seconds:.0f} s, calibrated on "
-            f"{calibrated} images, measured on {measured} others without labels"
+            f"{told[0]}, measured on {told[1]} without labels"
         ]
+        made = {in_words(origin) for origin in self.origins if origin is not None}
+        if made:
+            head.append(f"generated without data: {', '.join(sorted(made))}")
+        if self.origins[1] is not None:
+            head.append("generated images are not yours: measure again on real ones if you can")
         classifier = self.rows[0].agreement is not None
         if classifier:
             error = 50 / measured**0.5

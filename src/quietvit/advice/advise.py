@@ -27,6 +27,7 @@ from quietvit.advice.switches import (
     refuse_unfit,
 )
 from quietvit.errors import QuietvitError
+from quietvit.origin import origin_of
 from quietvit.quantization.calibration import BATCH
 from quietvit.quantization.settings import parse_method
 from quietvit.tracing import Trace, plain_model
@@ -51,6 +52,7 @@ def advise(
     model: nn.Module,
     images: Any,
     *,
+    calibration: Any = None,
     minutes: float = 10.0,
     methods: Sequence[str] = METHODS,
     bits: Sequence[str] = BITS,
@@ -58,8 +60,9 @@ def advise(
 ) -> Advice:
     """Try methods and bits on a model, explain what costs most, and recommend next steps.
 
-    No labels are needed. Half of the images, at most 32, calibrate. The rest measure how often the
-    quantized model predicts the same class as the float model. The settings are tried method by
+    No labels are needed. Half of the images, at most 32, calibrate, or ``calibration`` does. The
+    rest measure how often the quantized model predicts the same class as the float model. Images
+    that ``quietvit.synthesize`` generated are named in the result. The settings are tried method by
     method. Then the three most expensive sites are explained, at the lowest bits with rtn-omse, and
     two roles are tried at 8 bits. Up to half of the time is kept for this. What does not fit is
     skipped and named. The model never changes. Ctrl-C ends the search and returns its results.
@@ -67,7 +70,8 @@ def advise(
     Args:
         model: a float model in eval mode.
         images: at least 16, as for ``quietvit.quantize``. They are held in memory. Every second one
-            of the first 64 calibrates.
+            of the first 64 calibrates, unless ``calibration`` is given.
+        calibration: images for calibration alone, such as ``quietvit.synthesize(model, 32)``.
         minutes: total time. A setting that has started is finished, and the first one always runs.
         methods: names as for ``quietvit.quantize``. The first one is the baseline.
         bits: such as ``W4A8``, or with overrides ``W4A4+attention-maps-8``. Give the lowest last.
@@ -84,19 +88,27 @@ def advise(
     refuse_text("bits", bits, "['W8A8', 'W4A8']")
     if not methods or not bits:
         raise QuietvitError("give at least one method and one setting of bits.")
-    return _within(Budget(60 * minutes), plain_model(model), images, methods, bits, progress)
+    plain, budget = plain_model(model), Budget(60 * minutes)
+    return _within(budget, plain, images, calibration, methods, bits, progress)
 
 
 def _within(
     budget: Budget,
     model: nn.Module,
     images: Any,
+    calibration: Any,
     methods: Sequence[str],
     bits: Sequence[str],
     progress: bool,
 ) -> Advice:
     """Do the work of ``advise`` within a budget."""
-    calibration, aside = _parted(read_batches(images, model))
+    origins = (origin_of(images if calibration is None else calibration), origin_of(images))
+    aside = read_batches(images, model)
+    if calibration is None:
+        calibration, aside = _parted(aside)
+    else:
+        calibration = read_batches(calibration, model)
+        _refuse_few(sum(map(len, aside)), "they measure the settings")
     trace = trace_model(model, calibration[0][:1])
     tries = settings(methods, bits, trace)
     for *_, method in tries:
@@ -122,6 +134,7 @@ def _within(
     return Advice(
         model=trace.model_name,
         images=(sum(map(len, calibration)), sum(map(len, aside))),
+        origins=origins,
         rows=tuple(ladder.rows),
         target=None if search.target is None else search.target.name,
         causes=causes,
@@ -206,15 +219,19 @@ class _Search:
 def _parted(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Split images alternately for calibration and measuring, in case they are sorted by class."""
     images = torch.cat(list(batches))
-    if len(images) < LEAST:
-        raise QuietvitError(
-            f"advice needs at least {LEAST} images, because one half calibrates and the other half "
-            f"measures, but there are {len(images)}. Give more images. They need no labels."
-        )
+    _refuse_few(len(images), "one half calibrates and the other half measures")
     count = min(CALIBRATION, len(images) // 2)
     numbers = torch.arange(len(images))
     chosen = (numbers % 2 == 0) & (numbers < 2 * count)
     return list(images[chosen].split(BATCH)), list(images[~chosen].split(BATCH))
+
+
+def _refuse_few(count: int, why: str) -> None:
+    if count < LEAST:
+        raise QuietvitError(
+            f"advice needs at least {LEAST} images, because {why}, but there are {count}. Give "
+            "more images. They need no labels."
+        )
 
 
 def _target(rows: Sequence[Row]) -> Row | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quietvit import completion
 from quietvit.answers import Form, Format, answer
+from quietvit.commands.images import draw_or_generate, refuse_malformed
 from quietvit.console import (
     AnyImages,
     Bits,
@@ -35,7 +36,7 @@ from quietvit.devices import checked_device
 from quietvit.errors import QuietvitError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from quietvit.quantization import Method
 
@@ -95,6 +96,7 @@ def sensitivity(
     from quietvit.quantization.settings import parse_method
 
     device = checked_device(device)
+    refuse_malformed(images)
     chosen = parse_method(method, bits, options or (), keep or ())
     if by not in ("site", "part") or (by == "part" and estimate):
         raise QuietvitError(
@@ -106,7 +108,7 @@ def sensitivity(
     if by == "part":
         _by_part(built, chosen, images, count, seed, output, form)
         return
-    drawn = _drawn(built, images, count, seed)
+    drawn = draw_or_generate(built, images, count, seed)
     found = run(built, with_parts(chosen, built, drawn[:1]), drawn, estimate=estimate)
     written = []
     if output is not None:
@@ -201,6 +203,7 @@ def choose_bits(
     from quietvit.quantization.settings import parse_method
 
     device = checked_device(device)
+    refuse_malformed(images)
     if (average is None) == (weight_bytes is None):
         raise QuietvitError("give one budget: --average (bits) or --bytes (of all weights).")
     chosen = parse_method(method, None, options or (), keep or ())
@@ -209,7 +212,7 @@ def choose_bits(
     if output.exists() and not force:
         raise QuietvitError(f"{output} exists already. Choose another name, or pass --force.")
     built = build_model(model, weights, classes, size).to(device)
-    drawn = _drawn(built, images, count, seed)
+    drawn = draw_or_generate(built, images, count, seed)
     if len(drawn) < _LEAST:
         raise QuietvitError(
             f"choosing bits needs at least {_LEAST} images, and there are {len(drawn)}. Give more "
@@ -241,6 +244,7 @@ def choose_bits(
         "quietvit advise deit_tiny_patch16_224 --weights w.safetensors --images val.parquet "
         "--minutes 20",
         "quietvit advise runs/mine --images /my/images --bits W8A8,W4A8 --methods rtn-omse,erq",
+        "quietvit advise runs/mine --images /my/images --calibration synthetic:32:pink",
     ),
 )
 def advise(
@@ -265,8 +269,22 @@ def advise(
         ),
     ] = None,
     count: Annotated[
-        int, typer.Option("--count", help="Number of images: up to 32 calibrate, the rest measure.")
+        int,
+        typer.Option(
+            "--count",
+            help="Number of images. Without --calibration up to 32 calibrate, the rest measure.",
+        ),
     ] = 160,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="DATA",
+            help="32 other images for calibration. Without data: synthetic:COUNT or "
+            "synthetic:COUNT:METHOD, such as synthetic:32:pink.",
+            show_default="some of --images",
+        ),
+    ] = None,
     seed: Seed = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write, such as advice.json.")
@@ -276,6 +294,8 @@ def advise(
 ) -> None:
     """Try methods and bits, and recommend next steps. No labels are needed.
 
+    Without any image, give --images synthetic:64. The result then says so.
+
     Ctrl-C prints and writes the results so far.
     """
     from quietvit.advice import advise as run
@@ -284,14 +304,19 @@ def advise(
     from quietvit.quantization.settings import setting_names
 
     device = checked_device(device)
+    refuse_malformed(images, calibration)
     names = METHODS if methods is None else listed(methods)
     widths = BITS if bits is None else listed(bits)
     setting_names(widths, names)
     if output is not None:
         refuse_unwritable(output)
     built = build_model(model, weights, classes, size).to(device)
-    drawn = _drawn(built, images, count, seed)
-    found = run(built, drawn, minutes=minutes, methods=names, bits=widths)
+    calibrating = None
+    if calibration is not None:
+        calibrating = draw_or_generate(built, calibration, CALIBRATION, seed, "train")
+        seed += 1  # other images, if both are generated
+    drawn = draw_or_generate(built, images, count, seed)
+    found = run(built, drawn, calibration=calibrating, minutes=minutes, methods=names, bits=widths)
     written = [] if output is None else [found.to_json(output)]
     plain = found.to_dict()
     answer(form, found, data=plain, rows=plain["rows"])
@@ -304,9 +329,3 @@ def _end(complete: bool, *written: Path) -> None:
         typer.echo("Written: " + ", ".join(map(str, written)))
     if not complete:
         raise typer.Exit(130)
-
-
-def _drawn(model: nn.Module, images: str, count: int, seed: int) -> Tensor:
-    """Draw ``count`` images, or all if there are fewer."""
-    dataset: Any = open_data(images, "test", labels=False)
-    return draw_images(model, dataset, min(count, len(dataset)), seed)
