@@ -13,7 +13,6 @@ from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.transforms.v2 import functional as F
 
-
 PADDING = -1 / 32
 """The value of padding in images for detectors with a padding mask. Pixels are in 0..1."""
 

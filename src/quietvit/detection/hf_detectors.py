@@ -81,8 +81,8 @@ class HFDetector(nn.Module):
 
     In eval mode it returns ``Detections``. It takes a list of images (3, h, w) in 0..1, or one
     tensor (N, 3, H, W) with the size of the canvas, as ``transform.fit`` makes them. A model with a
-    padding mask then masks the pixels that have the value ``canvas.PADDING``. In training mode it takes ``(images,
-    targets)`` and returns a dict with the model's own weighted ``loss``.
+    padding mask then masks the pixels that have the value ``canvas.PADDING``. In training mode it
+    takes ``(images, targets)`` and returns a dict with the model's own weighted ``loss``.
     """
 
     def __init__(self, model: nn.Module, canvas: Canvas) -> None:
@@ -133,7 +133,7 @@ class HFDetector(nn.Module):
         return bool(given) and all(x.shape[-2:] == self.transform.size for x in given)
 
     def _whole(self, images: Tensor) -> Detections:
-        """Run images that ``transform.fit`` made, with a mask of their padding if the model has one.
+        """Run images that ``transform.fit`` made. Mask their padding if the model has a mask.
 
         No Python code depends on the batch size, for export.
         """
