@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,11 +13,13 @@ from torch import Tensor
 
 import quietvit
 from detection_cases import annotated, coco
+from method_cases import METHODS, configured
 from quietvit import QuietvitError
 from quietvit.data import load_weights
 from quietvit.deployment import open_runtime
 from quietvit.deployment.evaluation import FileDetector
 from quietvit.detection import hf_detector, is_detector, predictors
+from quietvit.detection.canvas import is_padding
 from quietvit.tasks import Detection
 from quietvit.train import TrainResult
 from test_cli import refused, run
@@ -111,6 +111,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if settings:
             (found[kind] / "preprocessor_config.json").write_text(json.dumps(settings))
     return found
+
+
+@pytest.fixture(scope="module")
+def traced_detr(folders: dict[str, Path]) -> tuple[Any, Tensor, Any]:
+    """A DETR, two images with padding on its canvas, and its trace."""
+    model = hf_detector(str(folders["detr"])).eval()
+    batch = torch.stack([model.transform.fit(image) for image in images()])
+    return model, batch, quietvit.trace(model, batch[:1])
 
 
 def images() -> list[Tensor]:
@@ -258,28 +266,49 @@ def test_a_file_finds_the_boxes_of_the_simulated_detector(
     assert "has nothing to write" in refused(run("predict", path, photo, "--npy", "x.npy"))
 
 
-def test_an_image_that_is_padded_gets_its_boxes_back() -> None:
-    """A box over the lower right quarter of the image, told in shares of the padded canvas."""
-
-    class Told:
-        path, facts = Path("told.onnx"), None
-
-        def __call__(self, images: Any) -> Any:
-            height, width = 60 * 96 / 120 / 64, 96 / 96  # of an image 60 x 120 on a 64 x 96 canvas
-            box = [0.75 * width, 0.75 * height, 0.5 * width, 0.5 * height]
-            return np.array([[[5.0, -5.0, *box]]], dtype=np.float32)
-
-    told: Any = Told()
-    told.facts = SimpleNamespace(
-        detector={"classes": 2, "stretch": False, "mean": [0.5] * 3},
-        preprocessing={},
-        input_shape=(3, 64, 96),
-        labels=None,
-        output="queries",
+def test_a_file_masks_the_padding_of_images_of_other_aspect_ratios(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = hf_detector(str(folders["detr"])).eval()
+    fit = model.transform.fit
+    fitted = torch.stack([fit(image) for image in images()])
+    own = quietvit.quantize(model, "rtn", fitted, bits="W8A8", progress=False)
+    checked = quietvit.export(own, tmp_path / "detr.onnx").check(own, fitted, seconds=0)
+    assert checked.ok, checked.failures
+    runtime = open_runtime(tmp_path / "detr.onnx")
+    assert runtime.input_shape[0] is None
+    with torch.no_grad():
+        simulated, at_once = own(images()), own(fitted)
+    for theirs, ours in zip(FileDetector(runtime)(images()), simulated, strict=True):
+        torch.testing.assert_close(theirs["scores"], ours["scores"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(theirs["boxes"], ours["boxes"], atol=0.5, rtol=0)
+    for image, whole, listed in zip(images(), at_once, simulated, strict=True):
+        factor = model.transform.factor(*image.shape[-2:])
+        torch.testing.assert_close(whole["boxes"] / factor, listed["boxes"], atol=0.5, rtol=0)
+    masks: list[Tensor] = []  # an untrained DETR hardly sees its images, so look at its input
+    model.model.register_forward_pre_hook(
+        lambda _, args, given: masks.append(given["pixel_mask"]), with_kwargs=True
     )
-    (found,) = FileDetector(told)([torch.rand(3, 60, 120)])
-    assert found["labels"].tolist() == [1]
-    torch.testing.assert_close(found["boxes"], torch.tensor([[60.0, 30.0, 120.0, 60.0]]))
+    with torch.no_grad():
+        model(images()), model(fitted)
+    assert torch.equal(*masks)
+    assert torch.equal(masks[0] == 0, is_padding(fitted))
+    assert all(0 < float(mask.double().mean()) < 1 for mask in masks[0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_on_a_detr(name: str, traced_detr: tuple[Any, Tensor, Any]) -> None:
+    model, batch, trace = traced_detr
+    method = configured(name, **({"iterations": 1} if name in ("brecq", "qdrop") else {}))
+    own = quietvit.quantize(model, method, batch, trace=trace, progress=False)
+    assert own.coverage.fraction > 0.8  # QwT adds products in float
+    with torch.no_grad():
+        found, expected = own(images()), model(images())
+    assert found.logits.isfinite().all()
+    error = (found.logits - expected.logits).norm() / expected.logits.norm()
+    assert 0 < error < 0.5
 
 
 def test_settings_of_another_kind_of_detector_are_refused(folders: dict[str, Path]) -> None:

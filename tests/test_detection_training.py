@@ -12,6 +12,7 @@ import quietvit
 from detection_cases import BACKBONE, SETTINGS, annotated, coco
 from quietvit.compare import CompareConfig, compare
 from quietvit.detection import detection_loader, evaluate_detector
+from quietvit.detection.detectors import DETECTORS
 from quietvit.errors import QuietvitError
 from quietvit.tasks import Detection
 from quietvit.train import TrainResult, load_recipe, parse_config, train
@@ -148,6 +149,14 @@ def test_the_recipe_is_a_detectors():
     assert torch.tensor(settings.size).remainder(32).eq(0).all()
 
 
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_reports_name_the_detector_and_its_backbone(tmp_path, detector):
+    name = Detection(config(tmp_path, task_settings={"detector": detector})).model_name
+    found, backbone = name.split(" on ")
+    assert found.lower().replace(" ", "_").replace("-", "") == detector
+    assert backbone == "vit_tiny_patch16_224"
+
+
 def test_detectors_are_compared_in_ap(tmp_path):
     boxes = [annotated(i, i, [10, 10, 30, 20], 3 + 4 * (i % 2)) for i in (1, 2)]
     path = coco(tmp_path, boxes)
@@ -161,6 +170,7 @@ def test_detectors_are_compared_in_ap(tmp_path):
     assert all(0 <= score <= 100 for score in scores)
     assert "box AP" in found.verdict
     page = found.page.read_text()
+    assert "<title>quietvit: Faster R-CNN on vit_tiny_patch16_224 with" in page
     assert "box AP in percent" in page
     assert "top-1" not in page
     assert "Accuracy" not in page

@@ -322,7 +322,7 @@ def _results(config: CompareConfig, runs: tuple[Run, ...]) -> Results:
     covered = 100 * min(run.coverage for run in runs)
     return Results(
         task=config.recipe.task,
-        model=config.recipe.model.name,
+        model=task_of(config.recipe).model_name,
         model_arguments=", ".join(f"{k} {v}" for k, v in config.recipe.model.kwargs.items()),
         data=config.recipe.data.dataset,
         settings=config.settings,

@@ -48,8 +48,8 @@ class FileDetector(nn.Module):
 
     It takes a list of images (3, h, w) in 0..1 of any size. It returns for each image a dict with
     ``boxes``, ``labels`` and ``scores``, and ``masks`` of a Mask R-CNN, as the model does that was
-    exported. An image that keeps its aspect ratio is padded with the mean, and the file has no mask
-    of the padding.
+    exported. Images are fitted to the canvas of the file. Padding is the mean, or marked for a
+    model that masks it (``quietvit.detection.canvas.PADDING``).
 
     ``facts`` and ``heads`` are for a file of the float networks, which has no facts.
 
@@ -73,8 +73,9 @@ class FileDetector(nn.Module):
         self.heads = heads_of(runtime, facts) if heads is None else heads
         self.num_classes = int(facts.detector["classes"])
         height, width = facts.input_shape[1:]
-        mean, stretch = facts.detector["mean"], bool(facts.detector["stretch"])
-        self.transform = PlainCanvas((height, width), mean, (1.0, 1.0, 1.0), stretch)
+        told = facts.detector
+        kinds = {name: bool(told.get(name)) for name in ("stretch", "marked")}
+        self.transform = PlainCanvas((height, width), told["mean"], (1.0, 1.0, 1.0), **kinds)
         self.whole: nn.Module | None = None
         if "kind" in facts.detector:
             runs = {name: partial(_run, head) for name, head in self.heads.items()}
@@ -89,15 +90,8 @@ class FileDetector(nn.Module):
             return found
         fitted = torch.stack([self.transform.fit(image) for image in images])
         queries = _run(self.runtime, fitted)
-        return Detections.of_queries(queries, [*map(self._stands_for, images)], self.num_classes)
-
-    def _stands_for(self, image: Tensor) -> tuple[float, float]:
-        """Return the size in pixels of ``image`` that the whole canvas stands for."""
-        height, width = int(image.shape[-2]), int(image.shape[-1])
-        if self.transform.stretch:
-            return height, width
-        factor = self.transform.factor(height, width)
-        return self.transform.size[0] / factor, self.transform.size[1] / factor
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        return Detections.of_queries(queries, sizes, self.num_classes)
 
 
 def _run(runtime: Runtime, rows: Tensor) -> Tensor:

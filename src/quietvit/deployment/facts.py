@@ -52,7 +52,7 @@ class Facts:
     ``replaced`` is the replacement that export applied to quantizers, ``uniform`` or ``symmetric``.
     ``output`` is the file's output. ``unused`` lists products that do not enter the output.
     ``detector`` says how boxes are decoded from queries: ``classes``, ``stretch`` (else images are
-    padded with ``mean``).
+    padded with ``mean``), ``marked`` (padding is ``quietvit.detection.canvas.PADDING`` instead).
     """
 
     method: str

@@ -13,6 +13,9 @@ from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.transforms.v2 import functional as F
 
+PADDING = -1 / 32
+"""The value of padding in images for detectors with a padding mask. Pixels are in 0..1."""
+
 
 class Canvas(GeneralizedRCNNTransform):
     """Scale each image to the largest size that fits, at the top left, and pad with the mean.
@@ -26,6 +29,7 @@ class Canvas(GeneralizedRCNNTransform):
         size: height and width in pixels.
         mean, std: of each channel, for images in 0..1.
         stretch: ignore the aspect ratio and fill the whole canvas, as RT-DETR does.
+        marked: ``fit`` pads with ``PADDING`` instead of the mean, for a model that masks padding.
     """
 
     def __init__(
@@ -34,19 +38,21 @@ class Canvas(GeneralizedRCNNTransform):
         mean: Sequence[float],
         std: Sequence[float],
         stretch: bool = False,
+        marked: bool = False,
     ) -> None:
         super().__init__(min(size), max(size), list(mean), list(std))
         self.size = (int(size[0]), int(size[1]))
-        self.stretch = stretch
+        self.stretch, self.marked = stretch, marked
 
     def fit(self, image: Tensor) -> Tensor:
-        """Fit an image (3, h, w) in 0..1 to the canvas: (3, H, W), padded with the mean."""
+        """Fit an image (3, h, w) in 0..1 to the canvas: (3, H, W)."""
         return self.padded(self._scaled(image))
 
     def padded(self, image: Tensor) -> Tensor:
-        """Pad an image (3, h, w) in 0..1 to the canvas with the mean, without scaling it."""
-        mean = torch.as_tensor(self.image_mean, dtype=image.dtype, device=image.device)
-        whole = mean[:, None, None].repeat(1, *self.size)
+        """Pad an image (3, h, w) in 0..1 to the canvas, without scaling it."""
+        fill = [PADDING] * len(self.image_mean) if self.marked else self.image_mean
+        color = torch.as_tensor(fill, dtype=image.dtype, device=image.device)
+        whole = color[:, None, None].repeat(1, *self.size)
         whole[:, : image.shape[1], : image.shape[2]] = image
         return whole
 
@@ -109,6 +115,15 @@ class Canvas(GeneralizedRCNNTransform):
 
     def __repr__(self) -> str:
         return f"Canvas(size={self.size}, mean={self.image_mean}, std={self.image_std})"
+
+
+def is_padding(images: Tensor) -> Tensor:
+    """Return which pixels of ``images`` (N, C, H, W) are marked as padding: bool (N, H, W).
+
+    All channels must be within 0.001 of ``PADDING``, so that tiny noise does not matter.
+    """
+    marked: Tensor = (images - PADDING).abs().amax(dim=1) < 1e-3
+    return marked
 
 
 class PlainCanvas(Canvas):

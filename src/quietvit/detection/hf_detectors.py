@@ -17,7 +17,7 @@ from torchvision.ops import box_convert
 
 from quietvit.classes import name_classes
 from quietvit.data.huggingface import create_hf_detector
-from quietvit.detection.canvas import Canvas
+from quietvit.detection.canvas import Canvas, is_padding
 from quietvit.errors import QuietvitError
 
 MOST = 300
@@ -34,7 +34,7 @@ class Detections(Sequence[dict[str, Tensor]]):
     Args:
         logits: (B, queries, classes) or (B, queries, classes + 1).
         boxes: (B, queries, 4), center x and y, width and height, as shares of ``sizes``.
-        sizes: (height, width) in pixels of each given image.
+        sizes: (height, width) in pixels of each given image, without padding.
         num_classes: number of classes without "no object".
     """
 
@@ -80,8 +80,9 @@ class HFDetector(nn.Module):
     """A transformers detector with the interface of torchvision's detectors.
 
     In eval mode it returns ``Detections``. It takes a list of images (3, h, w) in 0..1, or one
-    tensor (N, 3, H, W) with the size of the canvas. In training mode it takes ``(images,
-    targets)`` and returns a dict with the model's own weighted ``loss``.
+    tensor (N, 3, H, W) with the size of the canvas, as ``transform.fit`` makes them. A model with a
+    padding mask then masks the pixels that have the value ``canvas.PADDING``. In training mode it
+    takes ``(images, targets)`` and returns a dict with the model's own weighted ``loss``.
     """
 
     def __init__(self, model: nn.Module, canvas: Canvas) -> None:
@@ -89,27 +90,30 @@ class HFDetector(nn.Module):
         self.model = model
         self.transform = canvas
         self.num_classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
-        self.masks = not canvas.stretch
 
     @property
     def decoding(self) -> dict[str, Any]:
         """Return what an exported file needs to decode boxes from its queries."""
         mean = [float(value) for value in self.transform.image_mean]
-        return {"classes": self.num_classes, "stretch": self.transform.stretch, "mean": mean}
+        return {
+            "classes": self.num_classes,
+            "stretch": self.transform.stretch,
+            "mean": mean,
+            "marked": self.transform.marked,
+        }
 
     def forward(
         self,
         images: Sequence[Tensor] | Tensor,
         targets: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> Any:
-        filled = isinstance(images, Tensor) and tuple(images.shape[-2:]) == self.transform.size
-        if filled and not self.training:
-            return self._whole(images)  # type: ignore[arg-type]
+        if not self.training and self._fitted(images):
+            return self._whole(images if isinstance(images, Tensor) else torch.stack([*images]))
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         listed = None if targets is None else [dict(target) for target in targets]
         fitted, boxed = self.transform(list(images), listed)
         inputs: dict[str, Any] = {"pixel_values": fitted.tensors}
-        if self.masks:
+        if self.transform.marked:
             inputs["pixel_mask"] = _mask(fitted.tensors, fitted.image_sizes)
         if not self.training:
             output = self.model(**inputs)
@@ -123,17 +127,28 @@ class HFDetector(nn.Module):
         ]
         return {"loss": self.model(**inputs).loss}
 
+    def _fitted(self, images: Sequence[Tensor] | Tensor) -> bool:
+        """Whether all images have the size of the canvas."""
+        given = [images] if isinstance(images, Tensor) else images
+        return bool(given) and all(x.shape[-2:] == self.transform.size for x in given)
+
     def _whole(self, images: Tensor) -> Detections:
-        """Run images that fill the canvas. No Python code depends on the batch size, for export."""
+        """Run images that ``transform.fit`` made. Mask their padding if the model has a mask.
+
+        No Python code depends on the batch size, for export.
+        """
         mean = images.new_tensor(self.transform.image_mean)[:, None, None]
         std = images.new_tensor(self.transform.image_std)[:, None, None]
-        inputs: dict[str, Any] = {"pixel_values": (images - mean) / std}
-        if self.masks:
-            inputs["pixel_mask"] = torch.ones_like(images[:, 0], dtype=torch.long)
-        output = self.model(**inputs)
-        return Detections(
-            output.logits, output.pred_boxes, _Always(self.transform.size), self.num_classes
-        )
+        normalized = (images - mean) / std
+        if not self.transform.marked:
+            output = self.model(pixel_values=normalized)
+            sizes: Sequence[tuple[float, float]] = _Always(self.transform.size)
+        else:
+            padding = is_padding(images)
+            pixels = normalized.masked_fill(padding[:, None], 0.0)
+            output = self.model(pixel_values=pixels, pixel_mask=(~padding).long())
+            sizes = _Unpadded(padding)
+        return Detections(output.logits, output.pred_boxes, sizes, self.num_classes)
 
 
 class _Always(Sequence[tuple[float, float]]):
@@ -147,6 +162,20 @@ class _Always(Sequence[tuple[float, float]]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.size
+
+
+class _Unpadded(Sequence[tuple[float, float]]):
+    """The size of each image without its padding (N, H, W). Nothing is computed while exporting."""
+
+    def __init__(self, padding: Tensor) -> None:
+        self.padding = padding
+
+    def __len__(self) -> int:
+        return len(self.padding)
+
+    def __getitem__(self, index: Any) -> Any:
+        seen = ~self.padding[index]
+        return int(seen.any(dim=1).sum()), int(seen.any(dim=0).sum())
 
 
 def hf_detector(
@@ -180,7 +209,12 @@ def hf_detector(
     model, settings = create_hf_detector(folder, num_classes, kwargs, weights, untrained=untrained)
     config: Any = model.config
     masked = "pixel_mask" in signature(model.forward).parameters and _pads(settings)
-    canvas = Canvas(size or _size(settings, config, folder), *_scale(settings), stretch=not masked)
+    canvas = Canvas(
+        size or _size(settings, config, folder),
+        *_scale(settings),
+        stretch=not masked,
+        marked=masked,
+    )
     detector = HFDetector(model, canvas)
     detector.pretrained_cfg = canvas.data_config  # type: ignore[assignment]
     name_classes(detector, class_names or _names(config, num_classes))

@@ -34,6 +34,12 @@ from quietvit.tasks.task import Batch, Metric, Task
 
 _OF_TORCHVISION = ("detector", "channels", "scales", "windows", "global_blocks", "options")
 """Settings for detectors on a timm backbone only."""
+_TITLES = {
+    "faster_rcnn": "Faster R-CNN",
+    "mask_rcnn": "Mask R-CNN",
+    "retinanet": "RetinaNet",
+    "fcos": "FCOS",
+}
 
 
 class DetectionSettings(Section):
@@ -76,6 +82,12 @@ class Detection(Task):
                     f"{key} belongs to classification, but the task is detection. Remove it. "
                     "task_settings.augmentation augments images with boxes."
                 )
+
+    @property
+    def model_name(self) -> str:
+        """The detector and its backbone: ``Faster R-CNN on vit_tiny_patch16_224``."""
+        name = str(self.config.model.name)
+        return name if name.startswith("hf:") else f"{_TITLES[self.own.detector]} on {name}"
 
     def open_data(self) -> tuple[DetectionDataset, DetectionDataset]:
         """Open both data sets, with masks for a mask detector. Test classes are matched by name.

@@ -159,6 +159,11 @@ class Task(ABC):
         """Return the tensors in the output of ``call`` that a loss can use."""
 
     @property
+    def model_name(self) -> str:
+        """The model's name in reports."""
+        return str(self.config.model.name)
+
+    @property
     def built(self) -> str:
         """The model's name and arguments, for errors."""
         chosen = self.config.model

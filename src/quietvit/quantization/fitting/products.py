@@ -248,8 +248,9 @@ def curvature_root(result: Any, generator: torch.Generator) -> tuple[Tensor, Ten
     Logits are the output of that name, or a matrix that is the only output. Derived here: the first
     derivative is zero at z0, so methods that weigh by it (PTQ4ViT) would weigh by rounding errors.
     """
-    named = tensors_of(result).get(LOGITS)
-    output = first_tensor(result) if named is None else named
+    tensors = tensors_of(result)
+    named = tensors.get(LOGITS)
+    output = first_tensor(list(tensors.values())) if named is None else named
     noise = torch.randn(output.shape, generator=generator).to(output)
     logits = named is not None or (isinstance(result, Tensor) and output.dim() == 2)
     if not logits or output.shape[-1] < 2:
