@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from quietvit.console import draw_images, open_data
-from quietvit.synthesis.settings import is_synthetic, parse_request
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
 def refuse_malformed(*specs: str | None) -> None:
     """Raise QuietvitError for a wrong ``synthetic:...``, before the long work begins."""
+    from quietvit.synthesis.settings import is_synthetic, parse_request
+
     for spec in specs:
         if spec is not None and is_synthetic(spec):
             parse_request(spec)
@@ -33,9 +34,10 @@ def draw_or_generate(
         seed: draws the images, or generates them.
         split: ``train`` or ``test``, if the data set has both.
     """
-    if is_synthetic(spec):
-        from quietvit.synthesis import synthesize
+    from quietvit.synthesis import synthesize
+    from quietvit.synthesis.settings import is_synthetic, parse_request
 
+    if is_synthetic(spec):
         request = parse_request(spec)
         return synthesize(model, request.count or count, request.method, seed=seed)
     dataset = open_data(spec, split, labels=False)
