@@ -252,10 +252,11 @@ above 0, and float is not lower by more than {FLOAT_LOSS} points.
 {picture}
 
 Points of top-1, `±` is half of the 95 % t interval over seeds, `?` where there is one seed. Each
-family had four tries with seed 0 on held-out images; the best of them went on with seeds 1, 2, 3 on
-test images. "m8" are attention maps at 8 bits; strict W4A4 and W3A3 rows are for comparison and not
-part of the mean. `adamw` lines hold top-1 itself, mean ± standard deviation. `cd` acts on dense
-pairs, `cd+norm` on `norm_linear` pairs too, `cd+qk` on `query_key` pairs too.
+family had four tries with seed 0 on held-out images, and up to two more while the last was the
+best. The best of them went on with seeds 1, 2, 3 on test images. "m8" are attention maps at 8 bits.
+Strict W4A4 and W3A3 rows are for comparison and not part of the mean. `adamw` lines hold top-1
+itself, mean ± standard deviation. `cd` acts on dense pairs, `cd+norm` on `norm_linear` pairs too,
+`cd+qk` on `query_key` pairs too.
 
 ## Every family
 

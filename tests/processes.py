@@ -10,7 +10,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,13 @@ def run_in_processes(function: Callable[..., None], *args: Any, count: int = 2) 
                 process.kill()
 
 
-def start_session(
+@contextmanager
+def session(
     function: Callable[..., None], *args: Any, folder: Path, log: Path
-) -> multiprocessing.process.BaseProcess:
+) -> Iterator[multiprocessing.process.BaseProcess]:
     """Start ``function(*args)`` as a shell starts a command: in a process group of its own.
+
+    The group is killed at the end, so that a failed test leaves nothing behind.
 
     Args:
         function: What is called.
@@ -65,7 +69,13 @@ def start_session(
         target=_in_session, args=(function, args, environment, str(folder), str(log))
     )
     process.start()
-    return process
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _preload() -> None:
@@ -85,17 +95,18 @@ def _in_session(
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    _prepared(0, _without_rank, (function, args), environment)
-
-
-def _without_rank(_: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    _prepare(environment)
     function(*args)
 
 
 def _prepared(
     rank: int, function: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str]
 ) -> None:
+    _prepare(environment)
+    function(rank, *args)
+
+
+def _prepare(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    function(rank, *args)

@@ -27,7 +27,7 @@ KEYS = {
     "diagnose": "sites pairs root_causes skipped images top",
     "sensitivity": "model setting policy images part_images macs whole roles sites estimated "
     "complete measure",
-    "advise": "model images rows target causes steps failed skipped seconds complete",
+    "advise": "model images origins rows target causes steps failed skipped seconds complete",
     "quantize": "path method bits policy deployable calibration_images seconds coverage notes "
     "evaluation",
     "evaluate": "model kind scores images data device runtime",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,9 @@ def test_a_file_masks_the_padding_of_images_of_other_aspect_ratios(
     assert checked.ok, checked.failures
     runtime = open_runtime(tmp_path / "detr.onnx")
     assert runtime.input_shape[0] is None
+    told = {key: value for key, value in runtime.facts.detector.items() if key != "marked"}
+    with pytest.raises(QuietvitError, match=r"misplaced\. Export it again"):
+        FileDetector(runtime, replace(runtime.facts, detector=told))
     with torch.no_grad():
         simulated, at_once = own(images()), own(fitted)
     for theirs, ours in zip(FileDetector(runtime)(images()), simulated, strict=True):

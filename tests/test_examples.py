@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from processes import start_session
+from processes import session
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WITH_AND_WITHOUT = {
@@ -26,8 +26,9 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     elsewhere, log = folder / "elsewhere", folder / "log"
     elsewhere.mkdir()
-    process = start_session(as_a_script, str(EXAMPLES / f"{name}.py"), folder=elsewhere, log=log)
-    process.join()
+    path = str(EXAMPLES / f"{name}.py")
+    with session(as_a_script, path, folder=elsewhere, log=log) as process:
+        process.join()
     assert process.exitcode == 0, log.read_text()[-3000:]
     assert not list(elsewhere.iterdir()), "an example leaves nothing behind"
     return log.read_text()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from huggingface_cases import classifier, saved
-from processes import run_in_processes, start_session
+from processes import run_in_processes, session
 from quietvit.data import (
     evaluate,
     evaluation_loader,
@@ -292,19 +293,18 @@ def test_sigterm_saves_and_stops_all_processes(tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     jobs = listed(tmp_path, [job(output, **{**SHARED, "epochs": 4000, "checkpoint": {"every": 0}})])
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [
-        start_session(in_two, rank, str(jobs), str(log), store.port, folder=tmp_path, log=log)
-        for rank in range(2)
-    ]
-    try:
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                session(in_two, rank, str(jobs), str(log), store.port, folder=tmp_path, log=log)
+            )
+            for rank in range(2)
+        ]
         wait_for_lines(output, 4, lambda: all(p.is_alive() for p in processes), log.read_text)
         for process in processes:
             os.kill(process.pid, signal.SIGTERM)
         for process in processes:
             process.join(60)
-    finally:
-        for process in processes:
-            process.kill()
     told = log.read_text()
     assert [process.exitcode for process in processes] == [143, 143], told
     assert "SIGTERM: stopped after step" in told

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from quietvit.train import TrainResult, train
-from test_train_distributed import CD, SHARED, assert_close
+from test_train_distributed import CD, SHARED, assert_close, fork, job
 from test_train_loop import config, lines
 
 TORCHRUN = (
@@ -80,13 +80,15 @@ def free_port() -> str:
 CHANGES: dict[str, Any] = {**SHARED, "epochs": 1, "decay": CD}
 
 
-@pytest.mark.slow
-def test_two_machines_train_as_one_process_with_the_whole_batch(tmp_path: Path) -> None:
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    train(config(alone, accumulation=4, **CHANGES), progress=False)
-    (tmp_path / "both.json").write_text(config(both, accumulation=2, **CHANGES).model_dump_json())
-    run = ["-m", "quietvit.cli", "train", "--recipe", f"{both}.json", "--output", str(both)]
-    on_two_machines(TORCHRUN, run, tmp_path)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, which steps through the whole batch."""
+    output = tmp_path_factory.mktemp("alone") / "one"
+    train(config(output, accumulation=4, **CHANGES), progress=False)
+    return output
+
+
+def assert_same_run(both: Path, alone: Path) -> None:
     found, expected = TrainResult.read(both), TrainResult.read(alone)
     assert found.steps == expected.steps == 3
     assert found.top1 == expected.top1
@@ -96,16 +98,33 @@ def test_two_machines_train_as_one_process_with_the_whole_batch(tmp_path: Path) 
     assert len(losses[0]) == 3
 
 
-def test_accelerate_tells_each_machine_what_torchrun_tells(tmp_path: Path) -> None:
-    """A run reads nothing else of its launcher, so this stands for a run."""
+@pytest.mark.slow
+def test_two_machines_train_as_one_process_with_the_whole_batch(
+    alone: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both"
+    (tmp_path / "both.json").write_text(config(both, accumulation=2, **CHANGES).model_dump_json())
+    run = ["-m", "quietvit.cli", "train", "--recipe", f"{both}.json", "--output", str(both)]
+    on_two_machines(TORCHRUN, run, tmp_path)
+    assert_same_run(both, alone)
+
+
+@pytest.mark.slow
+def test_the_environment_of_accelerate_launch_gives_the_same_run(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its two processes tell their environment. The run is then forked into it."""
     script = tmp_path / "told.py"
-    script.write_text(
-        "import os, json; keys = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')\n"
-        "print('told', json.dumps({key: os.environ[key] for key in keys}), flush=True)"
-    )
+    script.write_text("import os, json; print('told', json.dumps(dict(os.environ)), flush=True)")
     told = on_two_machines(ACCELERATE, [str(script)], tmp_path)
     found = [json.loads(line.removeprefix("told ")) for line in told if line.startswith("told ")]
     shared = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    assert sorted(found, key=itemgetter("RANK")) == [
-        {"RANK": rank, **shared} for rank in ("0", "1")
-    ]
+    placed = [{key: each[key] for key in ("RANK", *shared)} for each in found]
+    assert sorted(placed, key=itemgetter("RANK")) == [{"RANK": rank, **shared} for rank in "01"]
+    own = {key: value for key, value in found[0].items() if os.environ.get(key) != value}
+    assert own["ACCELERATE_MIXED_PRECISION"] == "no"
+    for key, value in own.items():
+        monkeypatch.setenv(key, value)  # ``fork`` then sets ranks and address of its own
+    both = tmp_path / "both"
+    fork(tmp_path, job(both, accumulation=2, **CHANGES))
+    assert_same_run(both, alone)

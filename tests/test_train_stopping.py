@@ -11,7 +11,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from processes import start_session
+from processes import session
 from quietvit import cli, console
 from quietvit.errors import QuietvitError
 from quietvit.tasks import classification
@@ -154,13 +154,13 @@ def test_the_command_and_its_workers_end_in_order(tmp_path, number, code):
     path.write_text(config(output, epochs=5000, num_workers=2).model_dump_json())
     log = tmp_path / "log"
     arguments = ["train", "-r", str(path), "-o", str(output)]
-    process = start_session(cli.app, arguments, folder=tmp_path, log=log)
     metrics = output / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.is_alive(), log.read_text()
-        time.sleep(0.1)
-    os.killpg(process.pid, number)
-    process.join(60)
+    with session(cli.app, arguments, folder=tmp_path, log=log) as process:
+        while not (metrics.exists() and metrics.read_text()):
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.1)
+        os.killpg(process.pid, number)
+        process.join(60)
     told = log.read_text()
     assert process.exitcode == code, told
     assert "stopped after step" in told

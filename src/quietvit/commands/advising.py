@@ -10,7 +10,7 @@ import typer
 
 from quietvit import completion
 from quietvit.answers import Form, Format, answer
-from quietvit.commands.images import draw_or_generate, refuse_malformed
+from quietvit.commands.images import Source
 from quietvit.console import (
     AnyImages,
     Bits,
@@ -96,7 +96,7 @@ def sensitivity(
     from quietvit.quantization.settings import parse_method
 
     device = checked_device(device)
-    refuse_malformed(images)
+    source = Source(images)
     chosen = parse_method(method, bits, options or (), keep or ())
     if by not in ("site", "part") or (by == "part" and estimate):
         raise QuietvitError(
@@ -108,7 +108,7 @@ def sensitivity(
     if by == "part":
         _by_part(built, chosen, images, count, seed, output, form)
         return
-    drawn = draw_or_generate(built, images, count, seed)
+    drawn = source.draw(built, source.count(count), seed)
     found = run(built, with_parts(chosen, built, drawn[:1]), drawn, estimate=estimate)
     written = []
     if output is not None:
@@ -203,7 +203,7 @@ def choose_bits(
     from quietvit.quantization.settings import parse_method
 
     device = checked_device(device)
-    refuse_malformed(images)
+    source = Source(images)
     if (average is None) == (weight_bytes is None):
         raise QuietvitError("give one budget: --average (bits) or --bytes (of all weights).")
     chosen = parse_method(method, None, options or (), keep or ())
@@ -212,7 +212,7 @@ def choose_bits(
     if output.exists() and not force:
         raise QuietvitError(f"{output} exists already. Choose another name, or pass --force.")
     built = build_model(model, weights, classes, size).to(device)
-    drawn = draw_or_generate(built, images, count, seed)
+    drawn = source.draw(built, source.count(count), seed)
     if len(drawn) < _LEAST:
         raise QuietvitError(
             f"choosing bits needs at least {_LEAST} images, and there are {len(drawn)}. Give more "
@@ -304,7 +304,8 @@ def advise(
     from quietvit.quantization.settings import setting_names
 
     device = checked_device(device)
-    refuse_malformed(images, calibration)
+    source = Source(images)
+    other = None if calibration is None else Source(calibration, "train")
     names = METHODS if methods is None else listed(methods)
     widths = BITS if bits is None else listed(bits)
     setting_names(widths, names)
@@ -312,10 +313,10 @@ def advise(
         refuse_unwritable(output)
     built = build_model(model, weights, classes, size).to(device)
     calibrating = None
-    if calibration is not None:
-        calibrating = draw_or_generate(built, calibration, CALIBRATION, seed, "train")
+    if other is not None:
+        calibrating = other.draw(built, other.count(CALIBRATION), seed)
         seed += 1  # other images, if both are generated
-    drawn = draw_or_generate(built, images, count, seed)
+    drawn = source.draw(built, source.count(count), seed)
     found = run(built, drawn, calibration=calibrating, minutes=minutes, methods=names, bits=widths)
     written = [] if output is None else [found.to_json(output)]
     plain = found.to_dict()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from quietvit import completion
 from quietvit.answers import Form, Format, answer
+from quietvit.commands.images import Source
 from quietvit.console import (
     AnyImages,
     Classes,
@@ -18,11 +19,9 @@ from quietvit.console import (
     Size,
     Weights,
     build_model,
-    draw_images,
     epilog,
     listed,
     open_any,
-    open_data,
 )
 from quietvit.devices import checked_device
 from quietvit.errors import QuietvitError
@@ -93,12 +92,10 @@ def compare_methods(
     from quietvit.detection import is_detector
     from quietvit.quantization.settings import setting_names
     from quietvit.report.methods import method_table, sentences
-    from quietvit.synthesis import synthesize
-    from quietvit.synthesis.settings import is_synthetic, parse_request
 
     device = checked_device(device)
     setting_names(listed(bits), listed(methods))
-    request = parse_request(calibration) if is_synthetic(calibration) else None
+    source = Source(calibration, "train")
     built = build_model(model, weights, classes, size).to(device)
     if is_detector(built):
         raise QuietvitError(
@@ -106,21 +103,11 @@ def compare_methods(
             "'quietvit quantize ... --images coco:FILE.json' for each method."
         )
     dataset = subset(open_any(images, "test", "top-1 is not measured"), count)
-    drawn = None if request is not None else open_data(calibration, "train", labels=False)
-    wanted = request.count or calibration_count if request else calibration_count
-    if drawn is not None:
-        wanted = min(wanted, len(drawn))
-
-    def calibrate() -> Any:
-        if drawn is not None:
-            return draw_images(built, drawn, wanted, seed)
-        assert request is not None
-        return synthesize(built, wanted, request.method, seed=seed)
-
+    wanted = source.count(calibration_count)
     found = run(
         built,
         evaluation_loader(dataset, evaluation_transform(built), 32),
-        calibrate,
+        lambda: source.draw(built, wanted, seed),
         output,
         methods=listed(methods),
         bits=listed(bits),
@@ -128,8 +115,7 @@ def compare_methods(
         described={
             "model": Path(model).name if Path(model).is_dir() else model,
             "images": f"{len(dataset)} images of {dataset.name}",
-            "calibration": f"{wanted} images of {calibration if drawn is None else drawn.name}, "
-            f"seed {seed}",
+            "calibration": f"{wanted} images of {source.name}, seed {seed}",
         },
         force=force,
     )

@@ -10,6 +10,7 @@ import typer
 
 from quietvit.answers import Form, Format, answer
 from quietvit.commands.evaluating import evaluated
+from quietvit.commands.images import Source
 from quietvit.console import (
     Bits,
     Calibration,
@@ -26,7 +27,6 @@ from quietvit.console import (
     Size,
     Weights,
     build_model,
-    draw_images,
     epilog,
     open_data,
 )
@@ -34,8 +34,6 @@ from quietvit.devices import checked_device
 from quietvit.errors import QuietvitError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from quietvit.quantization import Method
     from quietvit.synthesis.settings import Request
 
@@ -84,22 +82,24 @@ def quantize(
     from quietvit.quantization import quantize as run
     from quietvit.quantization.settings import parse_method
     from quietvit.quantization.storage import FORMAT
-    from quietvit.synthesis.settings import is_synthetic, parse_request
 
     device = checked_device(device)
-    synthetic = parse_request(calibration) if is_synthetic(calibration) else None
-    _refuse_unused(synthetic, count, minutes, save_images, force)
+    source = Source(calibration, "train")
+    _refuse_unused(source.request, count, minutes, save_images, force)
     chosen = parse_method(method, bits, options or (), keep or ())
     FORMAT.refuse(output, force)
     if images is not None:
         open_data(images, "test", labels=not is_detection_spec(images))
     built = build_model(model, weights, classes, size).to(device)
-    if synthetic is not None:
-        wanted = synthetic.count or count or chosen.images
-        drawn = _synthesized(built, synthetic, wanted, seed, minutes, save_images, force)
+    if source.request is None:
+        wanted = _count_of(chosen, source.dataset, count)
     else:
-        dataset = open_data(calibration, "train", labels=False)
-        drawn = draw_images(built, dataset, _count_of(chosen, dataset, count), seed)
+        wanted = source.count(count or chosen.images)
+    drawn = source.draw(built, wanted, seed, minutes)
+    if save_images is not None:
+        from quietvit.synthesis import save_images as write
+
+        typer.echo(f"Images: {write(drawn, built, save_images, force)}")
     start = time.perf_counter()
     result = run(built, with_parts(chosen, built, drawn[:1]), drawn)
     seconds = time.perf_counter() - start
@@ -153,30 +153,6 @@ def _refuse_unused(
         )
     if save_images is not None:
         refuse_nonempty(save_images, force)
-
-
-def _synthesized(
-    model: nn.Module,
-    synthetic: Request,
-    count: int,
-    seed: int,
-    minutes: float | None,
-    save_images: Path | None,
-    force: bool,
-) -> Tensor:
-    from quietvit.synthesis import save_images as write
-    from quietvit.synthesis import synthesize
-
-    made = synthesize(
-        model,
-        count,
-        synthetic.method,
-        seed=seed,
-        minutes=minutes,
-    )
-    if save_images is not None:
-        typer.echo(f"Images: {write(made, model, save_images, force)}")
-    return made
 
 
 def _count_of(method: Method, dataset: Any, count: int | None) -> int:

@@ -74,6 +74,11 @@ class FileDetector(nn.Module):
         self.num_classes = int(facts.detector["classes"])
         height, width = facts.input_shape[1:]
         told = facts.detector
+        if "kind" not in told and not told["stretch"] and "marked" not in told:
+            raise QuietvitError(
+                f"{runtime.path} was exported before files masked the padding of images, so its "
+                "boxes would be misplaced. Export it again."
+            )
         kinds = {name: bool(told.get(name)) for name in ("stretch", "marked")}
         self.transform = PlainCanvas((height, width), told["mean"], (1.0, 1.0, 1.0), **kinds)
         self.whole: nn.Module | None = None
