@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +17,7 @@ import torch
 # What a run imports. scikit-learn, for its digits, takes as long as torch.
 PRELOADED = (
     *("torch", "timm", "torch.distributed.fsdp", "torch._dynamo", "accelerate"),
-    *("sklearn.datasets", "quietvit.cli", "quietvit.train.loop"),
+    *("sklearn.datasets", "quietvit.train.loop"),
 )
 LIMIT = 300
 
@@ -30,7 +27,7 @@ def run_in_processes(function: Callable[..., None], *args: Any, count: int = 2) 
 
     The environment is that of now, not of the server's start. Ended after ``LIMIT`` seconds.
     """
-    _preload()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     context = torch.multiprocessing.start_processes(
         _prepared,
@@ -49,64 +46,10 @@ def run_in_processes(function: Callable[..., None], *args: Any, count: int = 2) 
                 process.kill()
 
 
-@contextmanager
-def session(
-    function: Callable[..., None], *args: Any, folder: Path, log: Path
-) -> Iterator[multiprocessing.process.BaseProcess]:
-    """Start ``function(*args)`` as a shell starts a command: in a process group of its own.
-
-    The group is killed at the end, so that a failed test leaves nothing behind.
-
-    Args:
-        function: What is called.
-        args: Its arguments.
-        folder: The working folder.
-        log: The file that gets its output and its errors.
-    """
-    _preload()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_in_session, args=(function, args, environment, str(folder), str(log))
-    )
-    process.start()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.join()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _preload() -> None:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
-
-
-def _in_session(
-    function: Callable[..., None],
-    args: tuple[Any, ...],
-    environment: dict[str, str],
-    folder: str,
-    log: str,
-) -> None:
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(folder)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    _prepare(environment)
-    function(*args)
-
-
 def _prepared(
     rank: int, function: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str]
 ) -> None:
-    _prepare(environment)
-    function(rank, *args)
-
-
-def _prepare(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    function(rank, *args)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-import runpy
+import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
 
 import pytest
-
-from processes import session
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WITH_AND_WITHOUT = {
@@ -21,27 +20,23 @@ WITH_AND_WITHOUT = {
 NUMBER = r"([\d.e+-]+)"
 
 
-def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def run(name: str, folder: Path) -> str:
     """What an example prints; it is run elsewhere, so that it finds nothing but what it brings."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    elsewhere, log = folder / "elsewhere", folder / "log"
-    elsewhere.mkdir()
-    path = str(EXAMPLES / f"{name}.py")
-    with session(as_a_script, path, folder=elsewhere, log=log) as process:
-        process.join()
-    assert process.exitcode == 0, log.read_text()[-3000:]
-    assert not list(elsewhere.iterdir()), "an example leaves nothing behind"
-    return log.read_text()
-
-
-def as_a_script(path: str) -> None:
-    sys.path.insert(0, str(Path(path).parent))
-    runpy.run_path(path, run_name="__main__")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(folder.iterdir()), "an example leaves nothing behind"
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_AND_WITHOUT)
-def test_the_added_line_lowers_the_penalty_and_the_model_learns(name, tmp_path, monkeypatch):
+def test_the_added_line_lowers_the_penalty_and_the_model_learns(name, tmp_path):
     package = WITH_AND_WITHOUT[name]
     if package is not None:
         pytest.importorskip(package)
@@ -50,7 +45,7 @@ def test_the_added_line_lowers_the_penalty_and_the_model_learns(name, tmp_path, 
 
         if "keep_torch_compile" not in signature(Accelerator.unwrap_model).parameters:
             pytest.skip("the Trainer does not run with this accelerate")
-    text = run(name, tmp_path, monkeypatch)
+    text = run(name, tmp_path)
     rows = re.findall(rf"strength (\d): top-1 {NUMBER} %, penalty {NUMBER}", text)
     assert [row[0] for row in rows] == ["0", "1"], text
     (without, high), (with_decay, low) = [(float(a), float(b)) for _, a, b in rows]
@@ -59,8 +54,8 @@ def test_the_added_line_lowers_the_penalty_and_the_model_learns(name, tmp_path, 
 
 
 @pytest.mark.slow
-def test_fine_tuning_freezes_scales_and_learns(tmp_path, monkeypatch):
-    text = run("timm_finetune", tmp_path, monkeypatch)
+def test_fine_tuning_freezes_scales_and_learns(tmp_path):
+    text = run("timm_finetune", tmp_path)
     frozen, still, moved = re.search(
         r"frozen (\d+), of them moved (\d+), others moved (\d+)", text
     ).groups()

@@ -1,4 +1,4 @@
-"""Several processes on the CPU (gloo): torchrun starts them for one test, the others fork them."""
+"""Several processes on the CPU (gloo): started by torchrun where the start matters, else forked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from huggingface_cases import classifier, saved
-from processes import run_in_processes, session
+from processes import run_in_processes
 from quietvit.data import (
     evaluate,
     evaluation_loader,
@@ -88,14 +87,6 @@ def fork(tmp_path, *jobs):
     except Exception as error:
         raise AssertionError(log.read_text()) from error
     return log.read_text()
-
-
-def wait_for_lines(output, count, alive, told):
-    """Wait until a run has noted some steps; the run must go on meanwhile."""
-    path = output / "metrics.jsonl"
-    while not (path.exists() and path.read_text().count("\n") >= count):
-        assert alive(), told()
-        time.sleep(0.1)
 
 
 def ranks(output, count=2):
@@ -274,40 +265,24 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_stops_what_torchrun_started(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_all_processes(tmp_path, number):
     """A terminal sends Ctrl-C to all of them, and torchrun once more to those it started."""
     output = tmp_path / "run"
     changes = {**SHARED, "epochs": 4000, "checkpoint": {"every": 0}}
     process = start(tmp_path, job(output, **changes))
-    wait_for_lines(output, 4, lambda: process.poll() is None, process.stdout.read)
-    os.killpg(process.pid, signal.SIGINT)
+    path = output / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") > 3):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     told, _ = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "Ctrl-C: stopped after step" in told
-    assert len(list_checkpoints(output / "checkpoints")) == 1
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_stops_all_processes(tmp_path):
-    """As a cluster ends a job, and as torchrun passes it on."""
-    output, log = tmp_path / "run", tmp_path / "log"
-    jobs = listed(tmp_path, [job(output, **{**SHARED, "epochs": 4000, "checkpoint": {"every": 0}})])
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                session(in_two, rank, str(jobs), str(log), store.port, folder=tmp_path, log=log)
-            )
-            for rank in range(2)
-        ]
-        wait_for_lines(output, 4, lambda: all(p.is_alive() for p in processes), log.read_text)
-        for process in processes:
-            os.kill(process.pid, signal.SIGTERM)
-        for process in processes:
-            process.join(60)
-    told = log.read_text()
-    assert [process.exitcode for process in processes] == [143, 143], told
-    assert "SIGTERM: stopped after step" in told
+    name = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+    assert f"{name}: stopped after step" in told
     assert len(list_checkpoints(output / "checkpoints")) == 1
 
 

@@ -6,12 +6,13 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from typer.testing import CliRunner
 
-from processes import session
 from quietvit import cli, console
 from quietvit.errors import QuietvitError
 from quietvit.tasks import classification
@@ -152,17 +153,19 @@ def test_the_command_and_its_workers_end_in_order(tmp_path, number, code):
     """The signal goes to every process of the group, as a terminal sends Ctrl-C."""
     path, output = tmp_path / "config.json", tmp_path / "run"
     path.write_text(config(output, epochs=5000, num_workers=2).model_dump_json())
-    log = tmp_path / "log"
-    arguments = ["train", "-r", str(path), "-o", str(output)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quietvit.cli", "train", "-r", str(path), "-o", str(output)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     metrics = output / "metrics.jsonl"
-    with session(cli.app, arguments, folder=tmp_path, log=log) as process:
-        while not (metrics.exists() and metrics.read_text()):
-            assert process.is_alive(), log.read_text()
-            time.sleep(0.1)
-        os.killpg(process.pid, number)
-        process.join(60)
-    told = log.read_text()
-    assert process.exitcode == code, told
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
     assert "stopped after step" in told
     assert "Traceback" not in told
     last = list_checkpoints(output / "checkpoints")[-1]
