@@ -1,9 +1,12 @@
 """Detection on blood cells (BCCD): does a decay leave a detector that survives quantization?
 
-One row a measurement in results/detect.csv: arm, seed, setting, AP. A run is trained, evaluated as
-float and quantized at every setting; what stands in the table already is not done again, and a
-training that was cut off goes on from its last checkpoint.
+One row a measurement in results/detect.csv: arm, seed, split, setting, AP. A run is trained,
+evaluated as float and quantized at every setting. A restart skips measured rows and continues a
+training from its last checkpoint. Settings are chosen on the validation images with one seed
+(``--split val``), then judged on the test images with several seeds.
 
+    python benchmarks/detect.py --data /data/bccd --weights deit_tiny_patch16_224.safetensors \
+        --arms 'adamw*,cd*' --seeds 0 --split val --methods rtn-omse --bits W4A4
     python benchmarks/detect.py --data /data/bccd --weights deit_tiny_patch16_224.safetensors \
         --arms adamw,cd --seeds 0,1,2
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fnmatch
 import sys
 import time
 from collections.abc import Iterator
@@ -26,15 +30,29 @@ from quietvit.quantization.settings import parse_method
 from quietvit.train import TrainResult, load_recipe, train
 
 COLUMNS = (
-    "arm", "seed", "epochs", "setting", "policy", "ap", "ap50", "ap75", "small", "medium", "large",
-    "coverage", "images", "calibration", "train_seconds", "quantize_seconds", "torch", "quietvit",
+    "arm", "seed", "epochs", "precision", "split", "setting", "policy",
+    "ap", "ap50", "ap75", "small", "medium", "large", "coverage", "images",
+    "calibration", "train_seconds", "quantize_seconds", "torch", "quietvit",
 )  # fmt: skip
+OFF = "decay.cd=none"
 ARMS = {
-    "adamw": ["decay.cd=none"],
-    "cd": [],
-    "s2d": ["decay.cd=none", "decay.s2d.strength=5e-4"],
-    "tweo": ["decay.cd=none", "decay.tweo.strength=0.01"],
+    **{f"adamw lr {lr}": [OFF, f"optimizer.lr={lr}"] for lr in ("5e-4", "1e-3", "2e-3")},
+    "adamw wd 0.5": [OFF, "optimizer.weight_decay=0.5"],
+    **{f"cd {strength}": [f"decay.cd.strength={strength}"] for strength in ("0.3", "1", "3", "10")},
+    # The first of S2D is as published; the others have a threshold that acts on such a model.
+    "s2d 5e-4": [OFF, "decay.s2d.strength=5e-4"],
+    **{
+        f"s2d {strength} above 0.3": [
+            *(OFF, f"decay.s2d.strength={strength}", "decay.s2d.threshold=0.3"),
+        ]
+        for strength in ("5e-3", "5e-2", "0.2")
+    },
+    **{
+        f"tweo {strength}": [OFF, f"decay.tweo.strength={strength}"]
+        for strength in ("0.003", "0.01", "0.03", "0.1")
+    },
 }
+"""Four settings of each family, as in ``evidence.py``; they change the recipe's settings."""
 METHODS = ("rtn-minmax", "rtn-omse", "repq-vit", "gptq")
 BITS = ("W8A8", "W6A6", "W4A8", "W4A4")
 ATTENTION = "post_softmax"
@@ -50,7 +68,7 @@ def settings(methods: tuple[str, ...], bits: tuple[str, ...]) -> Iterator[tuple[
 
 
 def measured(path: Path) -> set[tuple[str, ...]]:
-    """Return (arm, seed, epochs, setting, calibration) of every row that is there."""
+    """Return (arm, seed, epochs, precision, split, setting, calibration) of every row."""
     if not path.exists():
         return set()
     with path.open(newline="") as file:
@@ -58,7 +76,8 @@ def measured(path: Path) -> set[tuple[str, ...]]:
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[key]) for key in ("arm", "seed", "epochs", "setting", "calibration"))
+    names = ("arm", "seed", "epochs", "precision", "split", "setting", "calibration")
+    return tuple(str(row[name]) for name in names)
 
 
 def write(path: Path, row: dict[str, Any]) -> None:
@@ -75,12 +94,14 @@ def write(path: Path, row: dict[str, Any]) -> None:
 
 def trained(arguments: argparse.Namespace, arm: str, seed: int) -> TrainResult:
     """Train one arm, or go on with it, or read what is finished."""
-    output = arguments.runs / f"{arm}-seed{seed}-{arguments.epochs}"
+    name = f"{arm.replace(' ', '-')}-seed{seed}-{arguments.epochs}-{arguments.precision}"
+    output = arguments.runs / name
     overrides = [
         f"data.dataset=coco:{arguments.data}/train.json,{arguments.data}/test.json",
         f"model.weights={arguments.weights}",
         f"seed={seed}",
         f"epochs={arguments.epochs}",
+        f"precision={arguments.precision}",
         f"output={output}",
         *ARMS[arm],
         *arguments.overrides,
@@ -93,9 +114,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of BCCD as COCO JSON")
     parser.add_argument("--weights", type=Path, required=True, help="DeiT-Tiny of ImageNet")
-    parser.add_argument("--arms", default="adamw,cd")
+    parser.add_argument("--arms", default="adamw*,cd*", help="names or wildcards")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--precision", default="bf16", choices=("no", "bf16"))
+    parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--bits", default=",".join(BITS))
     parser.add_argument("--calibration", type=int, default=32)
@@ -105,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = list(settings(_listed(arguments.methods), _listed(arguments.bits)))
     for seed in map(int, _listed(arguments.seeds)):
-        for arm in _listed(arguments.arms):
+        for arm in _arms(arguments.arms):
             one_run(arguments, arm, seed, chosen)
 
 
@@ -115,7 +138,8 @@ def one_run(
     """Train, evaluate and quantize one run, but for what the table holds."""
     done = measured(arguments.results)
     base = {
-        "arm": arm, "seed": seed, "epochs": arguments.epochs, "calibration": arguments.calibration,
+        "arm": arm, "seed": seed, "epochs": arguments.epochs, "precision": arguments.precision,
+        "split": arguments.split, "calibration": arguments.calibration,
         "torch": torch.__version__, "quietvit": quietvit.__version__,
     }  # fmt: skip
     wanted = [("float", "", ""), *chosen]
@@ -123,7 +147,9 @@ def one_run(
     if not left:
         return
     result = trained(arguments, arm, seed)
-    task = result.task
+    data = f"coco:{arguments.data}/train.json,{arguments.data}/{arguments.split}.json"
+    own = result.config.data.model_copy(update={"dataset": data})
+    task = type(result.task)(result.config.model_copy(update={"data": own}))
     images, test = task.open_data()
     loader = detection_loader(test, 8)
     model = result.load_model()
@@ -138,14 +164,14 @@ def one_run(
             write(arguments.results, {**base, **_figures(found), "setting": setting})
             continue
         config = parse_method(method, bits, keep=kept)
-        own = quietvit.quantize(model, config, calibration, trace=trace, progress=False)
+        quantized = quietvit.quantize(model, config, calibration, trace=trace, progress=False)
         seconds = round(time.perf_counter() - started, 1)
         row = {
             **base,
-            **_figures(evaluate_detector(own, loader)),
+            **_figures(evaluate_detector(quantized, loader)),
             "setting": setting,
             "policy": config.policy(),
-            "coverage": round(own.coverage.fraction, 4),
+            "coverage": round(quantized.coverage.fraction, 4),
             "quantize_seconds": seconds,
         }
         write(arguments.results, row)
@@ -154,6 +180,14 @@ def one_run(
 def _figures(found: BoxAP) -> dict[str, float]:
     names = ("ap", "ap50", "ap75", "small", "medium", "large")
     return {name: round(getattr(found, name), 2) for name in names}
+
+
+def _arms(patterns: str) -> list[str]:
+    wanted = _listed(patterns)
+    found = [arm for arm in ARMS if any(fnmatch.fnmatchcase(arm, each) for each in wanted)]
+    if not found:
+        raise SystemExit(f"--arms {patterns} matches none of: {', '.join(ARMS)}")
+    return found
 
 
 def _listed(text: str) -> tuple[str, ...]:
