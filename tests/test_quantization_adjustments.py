@@ -122,7 +122,8 @@ def test_compensations_work_on_modules_with_other_signatures():
     traced = trace(model, example)
     block = next(block for block in find_blocks(traced) if block.residual)
     width = block.sites[0].output_shape[-1]
-    compensation = Compensation(torch.zeros(width, width), torch.ones(width), positions=1)
+    # A bias that is the same in every channel would vanish in the next LayerNorm.
+    compensation = Compensation(torch.zeros(width, width), torch.randn(width), positions=1)
     moved = QuantizedModel(
         model,
         traced,
@@ -134,4 +135,4 @@ def test_compensations_work_on_modules_with_other_signatures():
     with torch.no_grad():
         plain, changed = model(images).logits, moved(images).logits
     assert plain.shape == changed.shape
-    assert not torch.equal(plain, changed)
+    assert (changed - plain).abs().max() > 0.01 * plain.abs().max()
