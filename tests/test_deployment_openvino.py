@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,29 @@ onnx = pytest.importorskip("onnx")
 
 SEVEN = {"weight_bits": 7, "patch_embed_bits": 7, "head_bits": 7}
 SAME: dict[str, Any] = {"patch_embed_bits": "same", "head_bits": "same"}
+
+
+TWO_FILES = """
+import os, signal
+import numpy as np, openvino
+from openvino import opset13 as ops
+from quietvit.deployment.for_openvino.parts import compiled
+
+def opened():
+    x = ops.parameter([1, 4], np.float32)
+    return compiled(openvino.Model([ops.relu(x)], [x], "tiny"))
+
+signal.signal(signal.SIGUSR1, lambda *_: print("caught"))
+first, second = opened(), opened()
+del first, second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_two_files_does_not_kill_the_process():
+    """Several ``openvino.Core`` would leave it a stack for signals that is freed already."""
+    ran = subprocess.run([sys.executable, "-c", TWO_FILES], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "caught\n"), ran.stderr
 
 
 def tiny_vit() -> nn.Module:

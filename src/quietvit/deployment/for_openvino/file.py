@@ -11,6 +11,7 @@ from typing import Any
 from quietvit.deployment.facts import KEY, Facts
 from quietvit.deployment.for_openvino.graph import without_zero_points
 from quietvit.deployment.for_openvino.kernels import kept_by_openvino
+from quietvit.deployment.for_openvino.parts import core
 from quietvit.deployment.paths import too_large
 from quietvit.errors import QuietvitError
 from quietvit.files import beside, put_in_place
@@ -47,10 +48,10 @@ def _read(source: Any, folder: Path) -> Any:
 
     try:
         if not too_large(sum(len(entry.raw_data) for entry in source.graph.initializer)):
-            return openvino.Core().read_model(source.SerializeToString())
+            return core().read_model(source.SerializeToString())
         graph = folder / "graph.onnx"
         onnx.save_model(source, graph, save_as_external_data=True, location="graph.data")
-        return openvino.Core().read_model(str(graph))
+        return core().read_model(str(graph))
     except RuntimeError as error:
         raise QuietvitError(
             f"openvino {openvino.__version__} cannot read the exported graph "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,28 @@ SETTINGS: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_
 CLIPS = frozenset({"Minimum", "Maximum", "Clamp"})
 
 
-def read(path: Path) -> Any:
-    """Read an ``openvino.Model`` from an .xml or .onnx."""
+@cache
+def core() -> Any:
+    """Return the ``openvino.Core`` of this process.
+
+    There is one, and it lives until the end. Each Core with a CPU plugin gives the thread another
+    stack for signal handlers. If an older Core goes first, that stack is freed but stays in use,
+    and the next signal (Ctrl-C, or the end of a child) kills the process.
+    """
     import openvino
 
-    return openvino.Core().read_model(str(path))
+    return openvino.Core()
+
+
+def read(path: Path) -> Any:
+    """Read an ``openvino.Model`` from an .xml or .onnx."""
+    return core().read_model(str(path))
 
 
 def compiled(model: Any, threads: int = 0) -> Any:
     """Compile a model for latency on the CPU. With 0 ``threads`` OpenVINO chooses."""
-    import openvino
-
     settings = SETTINGS | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
-    return openvino.Core().compile_model(model, "CPU", settings)
+    return core().compile_model(model, "CPU", settings)
 
 
 @dataclass(frozen=True)
