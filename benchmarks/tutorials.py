@@ -270,7 +270,7 @@ def detector(data: Data, work: Work = None) -> None:
         seen = {"annotated": annotated, "float": model([pixels])[0], "W4A4": quantized([pixels])[0]}
     for title, found in seen.items():
         sure = found["scores"] > 0.5
-        figures[f"boxes: {title}"] = int(sure.sum())
+        figures[f"boxes, {title}"] = int(sure.sum())
         panel = next(panels)
         picture = draw_bounding_boxes(
             pil_to_tensor(image),
