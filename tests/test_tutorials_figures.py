@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 # How each page states its figures. A name in braces is a figure of the table.
 SAID = {
     "diagnosis": [
-        "{heaviest sites behind GELU:.0f} of the {heaviest sites:.0f} sites with the heaviest tails "
-        "are there, with a `max/rms` up to {max/rms behind GELU:.0f}.",
+        "{heaviest sites behind GELU:.0f} of the {heaviest sites:.0f} sites with the heaviest "
+        "tails are there, with a `max/rms` up to {max/rms behind GELU:.0f}.",
         "up to {largest residual:.0f}, in channel {channel of the largest residual:.0f}.",
         "It amplifies channel {channel of the worst pair:.0f}, and its `alignment` is "
         "{alignment of the worst pair:.1f}. In {causes in this channel:.0f} of the {causes:.0f} "
@@ -21,8 +21,8 @@ SAID = {
         "explains at most {largest share in this channel, %:.0f} % of a value",
     ],
     "training-loops": [
-        "Without the line it grows from {penalty without, start:.0f} to {penalty without, end:.0f}. "
-        "With the line it falls from {penalty with, start:.0f} to {penalty with, end:.0f}.",
+        "Without the line it grows from {penalty without, start:.0f} to "
+        "{penalty without, end:.0f}. With the line it falls from {penalty with, start:.0f} to {penalty with, end:.0f}.",
         "{top-1 without, %:.0f} % of the test digits are right without the line, and "
         "{top-1 with, %:.0f} % with it.",
     ],
