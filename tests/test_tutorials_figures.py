@@ -22,7 +22,8 @@ SAID = {
     ],
     "training-loops": [
         "Without the line it grows from {penalty without, start:.0f} to "
-        "{penalty without, end:.0f}. With the line it falls from {penalty with, start:.0f} to {penalty with, end:.0f}.",
+        "{penalty without, end:.0f}. With the line it falls from {penalty with, start:.0f} to "
+        "{penalty with, end:.0f}.",
         "{top-1 without, %:.0f} % of the test digits are right without the line, and "
         "{top-1 with, %:.0f} % with it.",
     ],
