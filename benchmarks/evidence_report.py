@@ -18,8 +18,8 @@ from quietvit.files import write_atomic
 
 Row = dict[str, str]
 BASELINE, PIPELINE_NAMES = "adamw", tuple(PIPELINES)
-HIGHER = """The first line of a family is at the rate that is best for AdamW in float. The other
-lines are the same settings at the higher rates that were tried."""
+HIGHER = """The first line of a family has the learning rate that is best for AdamW in float. The
+other lines have the same settings at higher rates."""
 FLOAT_LOSS = 0.3
 """How much lower float may be where CD still *helps*, in points. Fixed before the runs."""
 
@@ -242,21 +242,42 @@ def page(rows: Sequence[Row], figure: str | None) -> str:
 
 <!-- Made by `python benchmarks/evidence.py report` from results/evidence.csv; edit the script. -->
 
-**Question.** What does Colinearity Decay (CD) gain over AdamW that was tuned as hard, in float and
-behind every quantization pipeline? **Criterion**, fixed before the runs: CD *helps* on a workload
-where its gain, mean over {len(PIPELINE_NAMES)} pipelines and paired by seed, has a 95 % interval
-above 0, and float is not lower by more than {FLOAT_LOSS} points.
+**Question.** What does Colinearity Decay (CD) gain over AdamW? AdamW gets as many tries, and they
+tune its weight decay. The study measures float and every quantization pipeline.
+
+**Criterion.** It was fixed before the runs. CD *helps* on a workload if both hold:
+
+- Its gain, as the mean over {len(PIPELINE_NAMES)} pipelines, has a 95 % interval above 0.
+- Float is not lower by more than {FLOAT_LOSS} points.
 
 {shown}
 
 {picture}
 
-Points of top-1, `±` is half of the 95 % t interval over seeds, `?` where there is one seed. Each
-family had four tries with seed 0 on held-out images, and up to two more while the last was the
-best. The best of them went on with seeds 1, 2, 3 on test images. "m8" are attention maps at 8 bits.
-Strict W4A4 and W3A3 rows are for comparison and not part of the mean. `adamw` lines hold top-1
-itself, mean ± standard deviation. `cd` acts on dense pairs, `cd+norm` on `norm_linear` pairs too,
-`cd+qk` on `query_key` pairs too.
+All gains are in points of top-1. Each compares two runs with the same seed. The interval is
+Student's t interval over seeds, and `±` gives half of it. `?` means that there is one seed.
+
+Each family of settings had four tries with seed 0, judged on held-out images. If the last try was
+the best, up to two more followed. The best try went on with seeds 1, 2 and 3 on test images.
+
+## What the names mean
+
+| name | meaning |
+|---|---|
+| `deit` | fine-tuning of DeiT-Tiny with its ImageNet weights |
+| `vits14` | fine-tuning of a ViT-S/14 that has large outliers |
+| `scratch` | a small ViT, trained from random weights |
+| `adamw` | AdamW with its best weight decay. Cells hold top-1: mean ± standard deviation |
+| `cd` | CD on the pairs `mlp` and `value_output` |
+| `cd+norm`, `cd+qk` | CD on the pairs `norm_linear` too, on `query_key` too |
+| W4A8 | 4-bit weights and 8-bit activations, other numbers alike |
+| m8 | attention maps at 8 bits |
+| minmax, omse | rounding to nearest, with the whole range or the range of least squared error |
+| repq, gptq | the methods RepQ-ViT and GPTQ |
+| max/rms | the largest activation over the root mean square, mean over seeds |
+| dB | signal to quantization noise of a product's output, in decibels |
+
+W4A4-minmax, W4A4-omse and all W3A3 columns are not part of the mean of pipelines.
 
 ## Every family
 
@@ -268,9 +289,9 @@ itself, mean ± standard deviation. `cd` acts on dense pairs, `cd+norm` on `norm
 
 ## How
 
-{len(rows)} runs of `python benchmarks/evidence.py run` at {commits}, on {"; ".join(machines)};
-figures, seeds and settings of each in [results/evidence.csv](../results/evidence.csv), expectations
-and deviations in the [lab log](lab-log.md).
+`python benchmarks/evidence.py run` made {len(rows)} runs at {commits}. Machines:
+{"; ".join(machines)}. [results/evidence.csv](../results/evidence.csv) has the figures, seeds and
+settings of each run. The [lab log](lab-log.md) has the expectations and deviations.
 """
 
 

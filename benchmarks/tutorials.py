@@ -1,21 +1,23 @@
-"""Pictures of docs/tutorials. Each command makes one and prints its file.
+"""Pictures and figures of docs/tutorials. Each command makes those of one page.
 
-    python benchmarks/tutorials.py methods                    # from results/ptq_deit_tiny.csv
-    python benchmarks/tutorials.py diagnosis                  # DeiT-Tiny, 32 images
-    python benchmarks/tutorials.py loops                      # trains on the digits, in seconds
-    python benchmarks/tutorials.py folder photos              # 900 photos of CIFAR-10 as PNGs
-    python benchmarks/tutorials.py photos mine.onnx photos    # after the commands of photos.md
-    python benchmarks/tutorials.py detector model.safetensors # of the recipe detect_bccd_deit
+    python benchmarks/tutorials.py methods              # picture from results/ptq_deit_tiny.csv
+    python benchmarks/tutorials.py diagnosis            # DeiT-Tiny, 32 images
+    python benchmarks/tutorials.py loops                # trains on the digits, in seconds
+    python benchmarks/tutorials.py photos               # 900 photos of CIFAR-10, three epochs
+    python benchmarks/tutorials.py detector             # BCCD, three epochs
 
-Commands that need real weights or images read QUIETVIT_TEST_DATA (or --data). The pictures are not
-results: figures come from results/*.csv or from the page's own commands.
+A picture goes beside the page. Figures go to results/tutorials.csv (see ``tutorials_figures``).
+``photos`` and ``detector`` run the page's own commands in ``--work``, and keep a finished training
+there. Commands that need real weights or images read QUIETVIT_TEST_DATA (or --data).
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import resource
 import statistics
+import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Annotated
@@ -27,9 +29,9 @@ import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import draw_bounding_boxes
 
@@ -40,7 +42,8 @@ from quietvit.detection.loading import evaluation_sample
 from quietvit.files import write_atomic
 from quietvit.measure.plots import COLOURS, MARKERS, outliers_by_depth
 from quietvit.tasks.registry import task_named
-from quietvit.train import load_recipe
+from quietvit.train import TrainResult, load_recipe
+from tutorials_figures import answer, command, record
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "tutorials"
@@ -49,6 +52,7 @@ PHOTOS = ("airplane", "bird", "dog", "ship")
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Data = Annotated[Path, typer.Option(envvar="QUIETVIT_TEST_DATA", help="Weights and images.")]
+Work = Annotated[Path | None, typer.Option(help="Folder of the runs. Default: a temporary one.")]
 
 
 def stored(picture: Figure | Image.Image, name: str) -> None:
@@ -95,6 +99,26 @@ def diagnosis(data: Data) -> None:
     found = quietvit.diagnose(model, images)
     print(found)
     stored(outliers_by_depth(found.sites, found.images), "diagnosis")
+    heaviest = found.worst_sites[:10]
+    behind_gelu = [site for site in heaviest if site.role == "post_gelu"]
+    residual = max((site for site in found.sites if site.role == "add"), key=lambda site: site.max)
+    pair, causes = found.worst_pairs[0], found.root_causes[:10]
+    channel = pair.worst_channels[0].channel
+    into = [cause for cause in causes if cause.channel == channel]
+    figures: dict[str, float | str] = {
+        "heaviest sites": len(heaviest),
+        "heaviest sites behind GELU": len(behind_gelu),
+        "max/rms behind GELU": max(site.max_over_rms for site in behind_gelu),
+        "largest residual": residual.max,
+        "channel of the largest residual": residual.worst_channel,
+        "worst pair": pair.name,
+        "channel of the worst pair": channel,
+        "alignment of the worst pair": pair.alignment,
+        "causes": len(causes),
+        "causes in this channel": len(into),
+        "largest share in this channel, %": 100 * max(cause.share for cause in into),
+    }
+    record("diagnosis", figures, "DeiT-Tiny, first 32 images of imagenet_dev_1000, float32")
 
 
 @app.command()
@@ -106,8 +130,12 @@ def loops() -> None:
     labels = torch.tensor(digits.target)
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2)
+    figures: dict[str, float | str] = {}
     for strength, colour, marker in zip((0.0, 1.0), COLOURS, MARKERS, strict=False):
         penalties, scores = learned(images, labels, strength)
+        arm = "with" if strength else "without"
+        figures[f"top-1 {arm}, %"] = scores[-1]
+        figures |= {f"penalty {arm}, {at}": penalties[-(at == "end")] for at in ("start", "end")}
         label = "with Colinearity Decay" if strength else "without"
         left.plot(penalties, color=colour, marker=marker, markersize=4, label=label)
         right.plot(scores, color=colour, marker=marker, markersize=4)
@@ -118,6 +146,7 @@ def loops() -> None:
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
     stored(figure, "loops")
+    record("training-loops", figures, "1200 digits, 8 epochs, 597 test digits, seed 0")
 
 
 def learned(images: Tensor, labels: Tensor, strength: float) -> tuple[list[float], list[float]]:
@@ -142,8 +171,7 @@ def learned(images: Tensor, labels: Tensor, strength: float) -> tuple[list[float
     return penalties, scores
 
 
-@app.command()
-def folder(output: Path, data: Data) -> None:
+def folder(output: Path, data: Path) -> None:
     """Write 200 training and 25 test photos of four classes of CIFAR-10 as a folder of PNGs."""
     for split, source, count in (("train", "train", 200), ("val", "test", 25)):
         table = pq.read_table(data / f"cifar10_{source}.parquet")
@@ -160,13 +188,47 @@ def folder(output: Path, data: Data) -> None:
 
 
 @app.command()
-def photos(file: Path, images: Path) -> None:
-    """Three test photos of each class, with the class that the exported file gives them."""
+def photos(data: Data, work: Work = None) -> None:
+    """Run the commands of photos.md, and draw three test photos of each class with the answers."""
+    work = work or Path(tempfile.mkdtemp())
+    images, run = work / "photos", work / "mine"
+    if not images.exists():
+        folder(images, data)
+    source = f"imagefolder:{images}"
+    weights = data / "deit_tiny_patch16_224.safetensors"
+    if not (run / "result.json").exists():
+        settings = (f"data.dataset={source}", f"model.weights={weights}", "epochs=3")
+        settings += ("model.kwargs.img_size=64", "decay.cd=none", "precision=no", "threads=1")
+        options = [part for setting in settings for part in ("-s", setting)]
+        command("train", "--recipe", "finetune_imagefolder", "--output", str(run), *options)
+    file, exported = work / "mine.qvit", work / "mine.onnx"
+    evaluated = answer("evaluate", str(run), "--images", str(images))
+    quantized = answer(
+        *("quantize", str(run), "--calibration", str(images), "--images", str(images)),
+        *("--bits", "W8A8", "--output", str(file), "--force"),
+    )
+    command("export", str(file), "--to", "onnx", "--output", str(exported), "--force")
+    checked = answer("check", str(exported), "--against", str(file), "--images", str(images))
+    products = checked["products"]
+    figures: dict[str, float | str] = {
+        "training photos": len(list((images / "train").glob("*/*"))),
+        "test photos": evaluated["images"],
+        "top-1 of train, %": evaluated["scores"]["top1"],
+        "top-1 of quantize, %": quantized["evaluation"]["scores"]["top1"],
+        "on quantized operands, %": 100 * quantized["coverage"]["fraction"],
+        "products": len(products),
+        "products in integers": sum(each["integer"] for each in products),
+        "codes that differ": sum(each["wrong"] for each in checked["agreements"]),
+        "top-1 of check, %": checked["classes"]["top1"],
+        "times smaller": checked["float_bytes"] / checked["bytes"],
+    }
+    setting = "four classes of CIFAR-10 at 64 pixels, 3 epochs without CD, seed 0"
+    record("photos", figures, f"{setting}, one thread, float32 training")
     figure = Figure(figsize=(7, 2.7), layout="constrained")
     panels = iter(figure.subplots(2, 6).flat)
     for name in PHOTOS:
         for path in sorted((images / "val" / name).iterdir())[:3]:
-            (found,) = quietvit.predict(file, path, top=1)
+            (found,) = quietvit.predict(exported, path, top=1)
             panel = next(panels)
             panel.imshow(Image.open(path))
             panel.set_axis_off()
@@ -178,14 +240,24 @@ def photos(file: Path, images: Path) -> None:
 
 
 @app.command()
-def detector(weights: Path, data: Data) -> None:
-    """Annotated boxes of a test image of BCCD, and those of a detector in float and at W4A4."""
-    bccd = data / "bccd"
+def detector(data: Data, work: Work = None) -> None:
+    """Train three epochs on BCCD; draw boxes of a test image as annotated, in float, at W4A4."""
+    run, bccd = (work or Path(tempfile.mkdtemp())) / "cells", data / "bccd"
+    weights = data / "deit_tiny_patch16_224.safetensors"
     dataset = f"data.dataset=coco:{bccd / 'train.json'},{bccd / 'test.json'}"
+    figures: dict[str, float | str] = {}
+    if not (run / "result.json").exists():
+        before = cpu_seconds()
+        settings = (dataset, f"model.weights={weights}", "epochs=3", "threads=1", "precision=no")
+        options = [part for setting in settings for part in ("-s", setting)]
+        command("train", "--recipe", "detect_bccd_deit", "--output", str(run), *options)
+        (run / "cpu_seconds").write_text(f"{cpu_seconds() - before:.1f}")
+    figures["CPU seconds of train"] = float((run / "cpu_seconds").read_text())
+    images = answer("evaluate", str(run), "--images", f"coco:{bccd / 'test.json'}")
+    figures |= {"epochs": 3, "test images": images["images"], "AP of train": images["scores"]["ap"]}
     task = task_named("detection")(load_recipe("detect_bccd_deit", [dataset]))
     train, test = task.open_data()
-    model = task.create_model(train, untrained=True).eval()
-    model.load_state_dict(load_file(weights))
+    model = TrainResult.read(run).load_model()
     kept = {"post_softmax": 8, **dict.fromkeys(predictors(model), 8)}
     method = quietvit.RepQViT(weight_bits=4, activation_bits=4, overrides=kept)
     quantized = quietvit.quantize(model, method, task.calibration(model, train, 16, 0))
@@ -198,6 +270,7 @@ def detector(weights: Path, data: Data) -> None:
         seen = {"annotated": annotated, "float": model([pixels])[0], "W4A4": quantized([pixels])[0]}
     for title, found in seen.items():
         sure = found["scores"] > 0.5
+        figures[f"boxes, {title}"] = int(sure.sum())
         panel = next(panels)
         picture = draw_bounding_boxes(
             pil_to_tensor(image),
@@ -208,7 +281,18 @@ def detector(weights: Path, data: Data) -> None:
         panel.imshow(picture.permute(1, 2, 0).numpy())
         panel.set_axis_off()
         panel.set_title(f"{title}: {int(sure.sum())} boxes", fontsize=10)
+    overlap = box_iou(seen["W4A4"]["boxes"], seen["float"]["boxes"])
+    sure = [seen[name]["scores"] > 0.5 for name in ("W4A4", "float")]
+    same = overlap[sure[0]][:, sure[1]].amax(1) >= 0.5
+    figures["boxes at W4A4 over a box in float"] = int(same.sum())
+    record("detector", figures, "BCCD, 256 x 320, seed 0, one thread, float32 training")
     stored(figure, "detector")
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of the finished child processes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def test_the_help_of_every_command_cuts_no_option(width, charset):
         for option in (option for param in command.params for option in param.opts):
             assert option in result.output or not option.startswith("--"), (name, option)
         assert "[bold]" not in result.output
+        assert "<bool>" not in result.output, name  # a flag takes no value
     assert all(name in run("--help", width=width, charset=charset).output for name in COMMANDS)
 
 

@@ -20,7 +20,9 @@ from quietvit.errors import QuietvitError
 from quietvit.tasks import classification
 from quietvit.train import estimate
 from quietvit.train.checkpoint import load_checkpoint, save_checkpoint
+from quietvit.train.config import Rates
 from quietvit.train.engine import make_accelerator
+from quietvit.train.prepare import _scheduler
 from quietvit.train.setup import build, drawn_images, task_of
 from quietvit.train.step import forward_backward
 from test_cli import run as command
@@ -186,6 +188,18 @@ def test_layer_decay_scales_the_schedule_of_each_group(tmp_path):
         assert rate == pytest.approx(scale * rates[1.0])
     result = run(tmp_path / "run", optimizer={"lr": 1e-2, "layer_decay": 0.5}, epochs=1)
     assert lines(result.output)[0]["lr"] == 1e-2
+
+
+def test_one_step_after_the_warm_up_has_the_full_rate_without_a_warning(tmp_path, caplog):
+    made = config(tmp_path, epochs=2, schedule={"warmup_epochs": 1, "warmup_lr": 1e-4})
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    scheduler = _scheduler(made, Rates(1e-2, 1e-4, 1e-5), optimizer, steps_per_epoch=1)
+    found = []
+    for step in range(2):
+        scheduler.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx([1e-4, 1e-2])
+    assert not caplog.records
 
 
 def test_milestones_are_those_of_torchs_multi_step_schedule(tmp_path):

@@ -1,4 +1,4 @@
-"""Train vision transformers whose activations stay quiet, to survive low-bit quantization.
+"""Quantize vision transformers, train them for it, prove what the exported file computes.
 
 The public names are those of ``__init__.pyi``. Each is imported on first use, so that
 ``import quietvit`` stays light.

@@ -60,7 +60,7 @@ def _global(
         ),
     ] = None,
 ) -> None:
-    """Train vision transformers that survive low-bit quantization."""
+    """Quantize vision transformers, train them for it, prove what the exported file computes."""
     for module in plugin or ():
         import_plugin(module)
 

@@ -63,10 +63,17 @@ _NO_DEVICE = (
 )  # fmt: skip
 
 
-class _Examples:
-    """Print the epilog of a plain help text without rich's bold marks."""
+class _Help:
+    """Print flags without a type, and the epilog of a plain help text without rich's bold marks."""
 
     epilog: str | None
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for option in found:
+            if getattr(option, "is_flag", False):
+                option.metavar = ""  # recent typer shows <bool>, as if a flag took a value
+        return found
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         formatter.write_paragraph()
@@ -74,7 +81,7 @@ class _Examples:
             formatter.write_text(line.replace("[bold]", "").replace("[/bold]", ""))
 
 
-class Commands(_Examples, TyperGroup):
+class Commands(_Help, TyperGroup):
     """The group of all commands. It prints any character and handles errors by ``telling``."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -102,7 +109,7 @@ class Commands(_Examples, TyperGroup):
             return result
 
 
-class Command(_Examples, TyperCommand):
+class Command(_Help, TyperCommand):
     """A command that expands ``~`` in its arguments, because a shell expands only some.
 
     With ``--format json`` or ``csv``, only ``answers.answer`` prints to standard output.

@@ -129,7 +129,8 @@ def _scheduler(
         )
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, steps_per_epoch * config.epochs - warmup),
+        # timm warns at 1. A run of one step after the warm-up sees the same rates at 2.
+        t_initial=max(2, steps_per_epoch * config.epochs - warmup),
         lr_min=rates.min_lr,
         warmup_t=warmup,
         warmup_lr_init=min(rates.warmup_lr, rates.lr),

@@ -1,0 +1,70 @@
+"""The figures that the tutorials quote are those of results/tutorials.csv."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from string import Formatter
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# How each page states its figures. A name in braces is a figure of the table.
+SAID = {
+    "diagnosis": [
+        "{heaviest sites behind GELU:.0f} of the {heaviest sites:.0f} sites with the heaviest "
+        "tails are there, with a `max/rms` up to {max/rms behind GELU:.0f}.",
+        "up to {largest residual:.0f}, in channel {channel of the largest residual:.0f}.",
+        "It amplifies channel {channel of the worst pair:.0f}, and its `alignment` is "
+        "{alignment of the worst pair:.1f}. In {causes in this channel:.0f} of the {causes:.0f} "
+        "causes, a block writes into this channel.",
+        "explains at most {largest share in this channel, %:.0f} % of a value",
+    ],
+    "training-loops": [
+        "Without the line it grows from {penalty without, start:.0f} to "
+        "{penalty without, end:.0f}. With the line it falls from {penalty with, start:.0f} to "
+        "{penalty with, end:.0f}.",
+        "{top-1 without, %:.0f} % of the test digits are right without the line, and "
+        "{top-1 with, %:.0f} % with it.",
+    ],
+}
+# Figures that are names, and how the page says them.
+NAMES = {
+    ("diagnosis", "worst pair"): (
+        "mlp: blocks.11.mlp.fc1.weight -> blocks.11.mlp.fc2.weight",
+        "the worst pair is fc1 and fc2 of block 11",
+    ),
+}
+
+
+def figures() -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    with (ROOT / "results/tutorials.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["page"], {})[row["figure"]] = row["value"]
+    return found
+
+
+def text_of(page: str) -> str:
+    return " ".join((ROOT / f"docs/tutorials/{page}.md").read_text("utf-8").split())
+
+
+@pytest.mark.parametrize("page", SAID)
+def test_a_tutorial_states_the_figures_of_the_table(page: str) -> None:
+    values = {
+        name: float(value) for name, value in figures()[page].items() if (page, name) not in NAMES
+    }
+    for phrase in SAID[page]:
+        assert phrase.format_map(values) in text_of(page)
+    stated = {name for phrase in SAID[page] for _, name, _, _ in Formatter().parse(phrase)}
+    assert stated - {None} == values.keys(), "a figure is in the table or in a phrase alone"
+
+
+def test_names_in_the_table_are_those_of_the_pages() -> None:
+    for (page, name), (value, said) in NAMES.items():
+        assert figures()[page][name] == value
+        assert said in text_of(page)
+
+
+def test_every_page_of_the_table_is_compared() -> None:
+    assert figures().keys() == SAID.keys()
