@@ -26,11 +26,9 @@ from quietvit.console import (
     Size,
     Weights,
     build_model,
-    draw_images,
     epilog,
     listed,
     open_boxes,
-    open_data,
 )
 from quietvit.devices import checked_device
 from quietvit.errors import QuietvitError
@@ -141,8 +139,8 @@ def _by_part(
     if is_detection_spec(images):
         boxes = open_boxes(images, "test", names_of(built), predicts_masks(built))
         loader = detection_loader(subset(boxes, count, seed))
-    known = open_data(images, "train", labels=False)
-    drawn = draw_images(built, known, min(CALIBRATION, len(known)), seed)
+    source = Source(images, "train")
+    drawn = source.draw(built, source.count(CALIBRATION), seed)
     found = ap_by_part(built, method, drawn, loader)
     written = [] if output is None else [found.to_json(output / "parts.json")]
     plain = found.to_dict()

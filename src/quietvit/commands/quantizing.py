@@ -125,6 +125,7 @@ def quantize(
             **facts,
             "coverage": coverage,
             "notes": list(result.notes),
+            "origin": result.origin,
             "evaluation": None if measured is None else measured.to_dict(),
         },
         rows=[facts | shares | ({} if measured is None else measured.scores)],
