@@ -21,7 +21,7 @@ from quietvit.synthesis.checks import (
 from quietvit.synthesis.dgh import Statistics
 from quietvit.synthesis.loop import Optimization, Outcome, optimize
 from quietvit.synthesis.priors import noise, pink
-from quietvit.synthesis.psaq import PatchSimilarity
+from quietvit.synthesis.psaq import PatchSimilarity, looks_at_model
 from quietvit.synthesis.scale import PixelScale, Size, pixel_scale
 from quietvit.synthesis.settings import DGH, PSAQ, Generator, Pink, generator_of
 from quietvit.synthesis.watching import has_attention, has_statistics, precision_on
@@ -113,6 +113,11 @@ def _generated(
             )
         refuse_statistics(model)
     if isinstance(chosen, PSAQ):
+        if not looks_at_model(chosen):
+            raise QuietvitError(
+                "entropy, stretching and classes are all 0, so the images would not depend on the "
+                "model. Set one of these weights above 0, or use method 'pink'."
+            )
         start = torch.randn(count, *scale.size, generator=random).to(device)
         work = PatchSimilarity(model, recorded, chosen, start, scale, random)
     else:

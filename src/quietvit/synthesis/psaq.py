@@ -42,11 +42,6 @@ class PatchSimilarity:
         scale: PixelScale,
         random: torch.Generator,
     ) -> None:
-        if not (settings.entropy or settings.stretching or settings.classes):
-            raise QuietvitError(
-                "entropy, stretching and classes are all 0, so the images would not depend on the "
-                "model. Set one of these weights above 0, or use method 'pink'."
-            )
         self._model, self._trace, self._settings = model, trace, settings
         self._scale, self._random = scale, random
         self.batches = in_batches(images, settings.batch_size)
@@ -59,7 +54,8 @@ class PatchSimilarity:
             torch.optim.Adam([batch], lr=self._lr, betas=(0.5, 0.9)) for batch in self.batches
         ]
         self._labels = self._drawn_labels(probes) if settings.classes else None
-        refuse_unreached(model, trace, images[:1], scale.to_model, self._seen)
+        if looks_at_model(settings):
+            refuse_unreached(model, trace, images[:1], scale.to_model, self._seen)
         low, high = settings.variation_range
         self._variation = low + (high - low) * float(torch.rand((), generator=random))
 
@@ -155,6 +151,11 @@ class PatchSimilarity:
             return patches
         chosen = torch.randperm(count, generator=self._random)[:most].to(patches.device)
         return patches.index_select(1, chosen)
+
+
+def looks_at_model(settings: PSAQ) -> bool:
+    """Whether a term with a weight above 0 depends on the model."""
+    return bool(settings.entropy or settings.stretching or settings.classes)
 
 
 def rate(within: float, step: float) -> float:
