@@ -197,8 +197,6 @@ def dgh(settings: DGH, count: int = 4) -> Statistics:
 def test_a_step_of_dgh_descends_its_loss_and_refreshes_only_the_input():
     given = DGH(iterations=10, batch_size=2, lr=0.05, margin=0.0, stretching=0)
     work = dgh(given.model_copy(update={"precision": "float32"}))
-        DGH(iterations=10, batch_size=2, lr=0.05, margin=0.0, stretching=0, precision="float32")
-    )
     images = work.batches[0]
     loss, found = work.loss(work.pipeline.finished(images), 0)
     (gradient,) = torch.autograd.grad(loss, images)
