@@ -7,8 +7,8 @@ difference of the logits from the float model's, as a share of the norm of the f
 CPU seconds are those of the generation, and ``precision`` is that of its matrix products: bfloat16
 where the processor is faster with it. Rows of different precision are different rows. A row that
 exists is not run again. Generated images are kept under --cache. ``memory`` measures the peak while
-images are generated, with random weights. Needs QUIETVIT_TEST_DATA (or --data), and for EfficientNet-Lite0 the weights
-that ``hptq_efficientnet.py weights`` writes.
+images are generated, with random weights. Needs QUIETVIT_TEST_DATA (or --data), and for
+EfficientNet-Lite0 the weights that ``hptq_efficientnet.py weights`` writes.
 
     python benchmarks/synthesis.py run
     python benchmarks/synthesis.py run --only 'deit*, psaq, rtn*' --seeds 0 --images 200
@@ -308,8 +308,9 @@ def summary(out: OutOption = OUT) -> None:
         def middle(column: str, rows: list[dict[str, str]] = rows) -> float:
             return statistics.median(float(row[column]) for row in rows)
 
+        made = f" ({precision})" if precision else ""
         print(
-            f"| {model} | {count} {source}{f' ({precision})' * bool(precision)} | {method} {bits}, {images} images | "
+            f"| {model} | {count} {source}{made} | {method} {bits}, {images} images | "
             f"{middle('top1'):.1f} | {middle('agreement'):.1f} | {middle('error'):.3f} | "
             f"{middle('cpu_seconds'):.0f} | {len(rows)} |"
         )
