@@ -12,7 +12,7 @@ EfficientNet-Lite0 the weights that ``hptq_efficientnet.py weights`` writes.
 
     python benchmarks/synthesis.py run
     python benchmarks/synthesis.py run --only 'deit*, psaq, rtn*' --seeds 0 --images 200
-    python benchmarks/synthesis.py run --only 'deit*, psaq, *W4A4' --counts 8,16,32,64 --seeds 0
+    python benchmarks/synthesis.py run --only 'deit*, psaq, repq-vit W4A4' --counts 8,64
     python benchmarks/synthesis.py summary
     python benchmarks/synthesis.py memory --model vit_base_patch16_224 --precision float32
 """
