@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -256,11 +257,23 @@ def test_the_commands_print_and_write(tmp_path):
     assert "generated images are not yours" not in text
     text = run(*one, "--images", "synthetic:16:pink", "-o", str(tmp_path / "b.json"))
     assert "calibrated on 4 generated images, measured on 16 generated images" in text
-    assert "generated without data: noise, seed 0, pink, seed 1" in text
+    assert "calibration images generated without data: noise, seed 0" in text
+    assert "measured on images generated without data: pink, seed 1" in text
     assert "generated images are not yours" in text
     made = json.loads((tmp_path / "b.json").read_text())["origins"]
     assert [each["method"] for each in made] == ["noise", "pink"]
-    assert "Roles" in run("sensitivity", "--estimate", "--images", "synthetic:4:noise")
+    made = ("--images", "synthetic:4:noise", "-o", str(tmp_path / "c"), "--force")
+    text = run("sensitivity", "--estimate", *made)
+    assert "4 generated images" in text
+    assert "measured on images generated without data: noise, seed 0" in text
+    made = json.loads((tmp_path / "c" / "sensitivity.json").read_text())["origins"]
+    assert [each["method"] for each in made] == ["noise", "noise"]
+    bits = tmp_path / "bits.toml"
+    given = ("--average", "7", "--choices", "W4A8,W8A8", "--images", "synthetic:16:pink")
+    text = run("choose-bits", *given, "-o", str(bits))
+    assert "measured on images generated without data: pink, seed 0" in text
+    assert "generated without data: pink, seed 0" in bits.read_text().splitlines()[0]
+    assert tomllib.loads(bits.read_text())["overrides"]
     done = CliRunner().invoke(cli.app, [*one[:1], *model, "--calibration", "synthetic:no"])
     assert done.exit_code == 2
     assert "'no' images" in " ".join(done.stderr.split())
@@ -273,6 +286,23 @@ def test_calibration_images_of_their_own_leave_all_others_to_measure():
     assert advice.images == (4, 16)
     assert [origin and origin["method"] for origin in advice.origins] == ["noise", None]
     quantized = quietvit.quantize(model, advice.rows[0].method, made, bits=advice.rows[0].bits)
+    found = quietvit.sensitivity(
+        model, "rtn", images[:4], bits="W8A8", calibration=made, estimate=True, progress=False
+    )
+    assert [origin and origin["method"] for origin in found.origins] == ["noise", None]
+    assert "4 images\ncalibration images generated without data: noise" in str(found)
+    choice = quietvit.choose_bits(
+        model, "rtn", images[:4], average=7, choices=("W4A8", "W8A8"), calibration=made,
+        progress=False,
+    )  # fmt: skip
+    assert choice.origins == found.origins == advice.origins
+    assert choice.to_dict()["origins"][0]["seed"] == 0
+    assert "calibration images generated without data: noise, seed 0" in str(choice)
+    real = quietvit.sensitivity(
+        model, "rtn", images[:4], bits="W8A8", estimate=True, progress=False
+    )
+    assert real.origins == (None, None)
+    assert "generated" not in str(real)
     with torch.no_grad():
         kept = (quantized(images).argmax(1) == model(images).argmax(1)).double().mean()
     assert advice.rows[0].agreement == pytest.approx(float(kept))

@@ -25,11 +25,11 @@ KEYS = {
     "pairs": "pairs skipped",
     "trace": "model macs sites",
     "diagnose": "sites pairs root_causes skipped images top",
-    "sensitivity": "model setting policy images part_images macs whole roles sites estimated "
-    "complete measure",
+    "sensitivity": "model setting policy images part_images origins macs whole roles sites "
+    "estimated complete measure",
     "advise": "model images origins rows target causes steps failed skipped seconds complete",
     "quantize": "path method bits policy deployable calibration_images seconds coverage notes "
-    "evaluation",
+    "origin evaluation",
     "evaluate": "model kind scores images data device runtime",
     "export": "path box_head mask_head bytes output replaced notes",
     "check": "path machine runtime ok failures integer_share_of_macs products agreements classes "

@@ -71,6 +71,8 @@ def test_a_stopped_comparison_continues_and_grows(
     assert [row for row in more.rows if row.method != "rtn-minmax"] == list(found.rows)
     last = compared(model, out).results
     assert len(done) == 4
+    assert last.provenance == []
+    assert "generated" not in (out / "methods.csv").read_text() + (out / "report.html").read_text()
 
     images = torch.cat([x for x, _ in BATCHES])
     own = quietvit.quantize(
@@ -129,6 +131,12 @@ def test_the_command_prints_table_and_json(table: Path, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert [row["method"] for row in found["rows"]] == ["float", "rtn-percentile", "rtn-minmax"]
     assert json.loads((out / "comparison.json").read_text()) == found
+    made = [row["origin"] and row["origin"]["method"] for row in found["rows"]]
+    assert made == [None, "pink", "pink"]
+    assert found["origin"] is None
+    told = "alibration images generated without data: pink, seed 0"
+    assert told in (out / "report.html").read_text()
+    assert "pink, seed 0" in (out / "methods.csv").read_text().splitlines()[1 + 1]
     assert "weights was" in refused(run(*given, "-o", out))  # other random weights
     folder = tmp_path / "flat"
     folder.mkdir()
@@ -138,4 +146,5 @@ def test_the_command_prints_table_and_json(table: Path, tmp_path: Path) -> None:
     done = run(*given, "-o", tmp_path / "unlabelled")
     assert done.exit_code == 0, done.output
     assert "class kept" in done.stdout
+    assert told in done.stdout
     assert "top-1" not in done.stdout

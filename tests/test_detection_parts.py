@@ -98,6 +98,8 @@ def test_the_loss_of_each_part_alone_and_of_all_but_it_is_measured(
         assert part.alone.ap is None
     assert "without: error" in str(found)
     assert "AP" not in str(found)
+    assert found.origins == (None, None)
+    assert "generated" not in str(found)
     assert sum(part.macs for part in found.parts) == found.macs
 
 
@@ -128,6 +130,14 @@ def test_the_command_prints_and_writes_the_ap_of_each_part(
     content = json.loads((tmp_path / "out" / "parts.json").read_text())
     assert [part["name"] for part in content["parts"]] == ["backbone", "heads"]
     assert all(part[when]["ap"] for part in content["parts"] for when in ("alone", "without"))
+    made = run(*given, "--images", "synthetic:2:pink", "--format", "json")
+    assert made.exit_code == 0, made.output
+    content = json.loads(made.stdout)
+    assert content["images"] == 2
+    assert [origin["method"] for origin in content["origins"]] == ["pink", "pink"]
+    shown = run(*given, "--images", "synthetic:2:pink").stdout
+    assert "2 generated images" in shown
+    assert "measured on images generated without data: pink, seed 0" in shown
     assert "--by sites does not fit" in refused(run(*given, "--by", "sites", "--images", spec))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 
 import pytest
@@ -12,9 +13,12 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
 
 import quietvit
 import zoo
+from quietvit import cli
+from quietvit.commands.images import Minutes
 from quietvit.data import create_model
 from quietvit.detection import faster_rcnn
 from quietvit.errors import QuietvitError
@@ -291,3 +295,78 @@ def test_a_request_sets_count_method_and_fields():
     found = parse_request("synthetic:12:psaq:iterations=7,lr=none,entropy=0.5")
     assert found.count == 12
     assert found.method == PSAQ(iterations=7, lr=None, entropy=0.5)
+
+
+class Clock:
+    """A clock that only moves when a test moves it."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def takes(self, minutes: float) -> torch.Tensor:
+        self.seconds += 60 * minutes
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("total", "used", "limits", "left"),
+    [
+        (10.0, [5.0], [5.0], 5.0),
+        (10.0, [1.0], [5.0], 9.0),
+        (10.0, [2.5, 2.5], [2.5, 2.5], 5.0),
+        (10.0, [0.5, 4.5], [2.5, 4.5], 5.0),
+        (10.0, [4.0, 1.0], [2.5, 1.0], 5.0),
+        (10.0, [7.0, 0.2], [2.5, 0.1], 2.8),  # one step overran
+        (10.0, [30.0], [5.0], 0.1),
+        (10.0, [], [], 10.0),
+        (None, [50.0], [None], float("inf")),
+    ],
+)
+def test_at_most_half_of_the_minutes_generate_images(total, used, limits, left):
+    clock, given = Clock(), []
+    minutes = Minutes(total, len(used), clock)
+    for each in used:
+        clock.seconds += 1000  # time between the sources is not counted
+        minutes.generate(lambda limit, each=each: (given.append(limit), clock.takes(each))[1])
+    assert given == limits == pytest.approx(given)
+    assert minutes.left == pytest.approx(left)
+
+
+@pytest.mark.parametrize("total", [0.0, -1.0, float("nan")])
+def test_minutes_that_are_not_above_0_are_refused_before_anything_is_opened(total):
+    with pytest.raises(QuietvitError, match="--minutes"):
+        Minutes(total, 1)
+
+
+def test_the_commands_share_their_minutes_between_generating_and_working(monkeypatch, tmp_path):
+    clock, limits, worked = Clock(), [], []
+
+    def slow(model, count, method, *, seed, minutes):
+        limits.append(minutes)
+        clock.takes(minutes)
+        return synthesize(model, count, "noise", seed=seed, progress=False)
+
+    def advising(*_, minutes, **__):
+        worked.append(minutes)
+        raise QuietvitError("far enough")
+
+    monkeypatch.setattr(quietvit.synthesis, "synthesize", slow)
+    monkeypatch.setattr(importlib.import_module("quietvit.advice"), "advise", advising)
+    monkeypatch.setattr(Minutes.__init__, "__defaults__", (clock,))
+    model = ["test_vit", "--size", "32", "--minutes", "8"]
+    made = ["--images", "synthetic:16:psaq"]
+    run = CliRunner().invoke
+    run(cli.app, ["advise", *model, *made])
+    run(cli.app, ["advise", *model, *made, "--calibration", "synthetic:4"])
+    assert limits == [4, 2, 2]
+    assert worked == [4, 4]
+    given = ["--calibration", "synthetic:2:psaq", "--method", "rtn-minmax"]
+    done = run(cli.app, ["quantize", *model, *given, "-o", str(tmp_path / "m.qvit")])
+    assert done.exit_code == 0, done.output
+    assert limits == [4, 2, 2, 4]
+    for command in ("advise", "quantize"):
+        told = " ".join(run(cli.app, [command, "--help"], env={"COLUMNS": "300"}).output.split())
+        assert "At most half of it generates images" in told

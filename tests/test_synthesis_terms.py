@@ -195,7 +195,8 @@ def dgh(settings: DGH, count: int = 4) -> Statistics:
 
 
 def test_a_step_of_dgh_descends_its_loss_and_refreshes_only_the_input():
-    work = dgh(DGH(iterations=10, batch_size=2, lr=0.05, margin=0.0, stretching=0))
+    given = DGH(iterations=10, batch_size=2, lr=0.05, margin=0.0, stretching=0)
+    work = dgh(given.model_copy(update={"precision": "float32"}))
     images = work.batches[0]
     loss, found = work.loss(work.pipeline.finished(images), 0)
     (gradient,) = torch.autograd.grad(loss, images)
@@ -227,7 +228,7 @@ def test_the_outputs_are_weighted_by_the_published_model():
         model.pretrained_cfg = {"architecture": name}
         assert stretching_weight(model) == weight
     assert stretching_weight(nn.Identity()) == 3e-5
-    plain, stretched = (dgh(DGH(stretching=weight)) for weight in (0, 0.5))
+    plain, stretched = (dgh(DGH(stretching=weight, precision="float32")) for weight in (0, 0.5))
     image = plain.pipeline.finished(plain.batches[0])
     with torch.no_grad():
         model = plain._model
@@ -316,8 +317,8 @@ def timm_xcit() -> nn.Module:
 def test_the_loss_of_psaq_is_the_sum_of_its_weighted_terms():
     weights = {"entropy": 0.7, "stretching": 0.3, "classes": 0.5, "variation": 0.05}
     images = torch.randn(4, 3, 32, 32, generator=random(5))
-    whole = psaq(PSAQ(**weights))
-    parts = [psaq(PSAQ(**{**dict.fromkeys(weights, 0), key: w})) for key, w in weights.items()]
+    only = [{**dict.fromkeys(weights, 0), key: weight} for key, weight in weights.items()]
+    whole, *parts = (psaq(PSAQ(**given, precision="float32")) for given in (weights, *only))
     parts[-1]._variation = whole._variation
     parts[2]._labels = whole._labels
     found = [float(_total(part, images)) for part in parts]
@@ -333,7 +334,7 @@ def test_the_loss_of_psaq_is_the_sum_of_its_weighted_terms():
 
 
 def test_the_gradient_of_the_loss_of_psaq_is_that_of_finite_differences():
-    work = psaq(PSAQ(bandwidth=0.2))
+    work = psaq(PSAQ(bandwidth=0.2, precision="float32"))
     x = torch.randn(4, 3, 32, 32, generator=random(5), requires_grad=True)
     (gradient,) = torch.autograd.grad(work.loss(x), x)
     ahead = gradient / gradient.norm()

@@ -112,7 +112,11 @@ Calibration = Annotated[
 ]
 Minutes = Annotated[
     float | None,
-    typer.Option("--minutes", help="With synthetic images: end their generation after this time."),
+    typer.Option(
+        "--minutes",
+        help="With synthetic images: total time. At most half of it generates images. Quantizing "
+        "then runs to its end.",
+    ),
 ]
 SaveImages = Annotated[
     Path | None,

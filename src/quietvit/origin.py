@@ -12,6 +12,11 @@ from torch import Tensor
 
 _MARK = "quietvit_origin"
 
+Origin = dict[str, Any] | None
+"""How images were generated, as ``mark`` noted it; None for all other images."""
+Origins = tuple[Origin, Origin]
+"""The origin of the images that calibrate, and of those that measure."""
+
 
 def mark(images: Tensor, origin: Mapping[str, Any]) -> Tensor:
     """Note on a tensor how its images were made. Returns the tensor itself."""
@@ -29,7 +34,29 @@ def in_words(origin: Mapping[str, Any]) -> str:
     return f"{words}, {done} iterations{early}"
 
 
-def origin_of(images: Any) -> dict[str, Any] | None:
+def counted(count: int, origin: Origin) -> str:
+    """Return ``32 images`` or ``32 generated images``."""
+    return f"{count} images" if origin is None else f"{count} generated images"
+
+
+def provenance(origins: Origins) -> list[str]:
+    """Return lines that say how images were generated, none for real images."""
+    calibrating, measuring = origins
+    told = []
+    if calibrating is not None:
+        told.append(f"calibration images generated without data: {in_words(calibrating)}")
+    if measuring is not None:
+        told.append(f"measured on images generated without data: {in_words(measuring)}")
+        told.append("generated images are not yours: measure again on real ones if you can")
+    return told
+
+
+def origins_of(images: Any, calibration: Any = None) -> Origins:
+    """Return the origins of both kinds of images. Without ``calibration``, ``images`` are both."""
+    return origin_of(images if calibration is None else calibration), origin_of(images)
+
+
+def origin_of(images: Any) -> Origin:
     """Return the origin that ``mark`` noted; None for all other images.
 
     Slices of a marked tensor have its origin. So do mappings, tuples, lists, data sets and loaders

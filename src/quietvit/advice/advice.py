@@ -16,7 +16,7 @@ from quietvit.advice.causes import Cause
 from quietvit.advice.ladder import Row, pareto
 from quietvit.advice.steps import Step
 from quietvit.files import finite, json_text, write_atomic
-from quietvit.origin import in_words
+from quietvit.origin import Origins, counted, provenance
 from quietvit.text import in_text
 
 
@@ -40,7 +40,7 @@ class Advice:
 
     model: str
     images: tuple[int, int]
-    origins: tuple[dict[str, Any] | None, dict[str, Any] | None]
+    origins: Origins
     rows: tuple[Row, ...]
     target: str | None
     causes: tuple[Cause, ...]
@@ -60,19 +60,12 @@ class Advice:
 
     def __rich__(self) -> Group:
         _, measured = self.images
-        told = [
-            f"{count} images" if origin is None else f"{count} generated images"
-            for count, origin in zip(self.images, self.origins, strict=True)
-        ]
+        told = list(map(counted, self.images, self.origins))
         head = [
             f"{self.model}: {len(self.rows)} settings in {self.seconds:.0f} s, calibrated on "
-            f"{told[0]}, measured on {told[1]} without labels"
+            f"{told[0]}, measured on {told[1]} without labels",
+            *provenance(self.origins),
         ]
-        made = {in_words(origin) for origin in self.origins if origin is not None}
-        if made:
-            head.append(f"generated without data: {', '.join(sorted(made))}")
-        if self.origins[1] is not None:
-            head.append("generated images are not yours: measure again on real ones if you can")
         classifier = self.rows[0].agreement is not None
         if classifier:
             error = 50 / measured**0.5

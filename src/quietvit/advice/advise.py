@@ -27,7 +27,7 @@ from quietvit.advice.switches import (
     refuse_unfit,
 )
 from quietvit.errors import QuietvitError
-from quietvit.origin import origin_of
+from quietvit.origin import origins_of
 from quietvit.quantization.calibration import BATCH
 from quietvit.quantization.settings import parse_method
 from quietvit.tracing import Trace, plain_model
@@ -102,7 +102,7 @@ def _within(
     progress: bool,
 ) -> Advice:
     """Do the work of ``advise`` within a budget."""
-    origins = (origin_of(images if calibration is None else calibration), origin_of(images))
+    origins = origins_of(images, calibration)
     aside = read_batches(images, model)
     if calibration is None:
         calibration, aside = _parted(aside)

@@ -19,6 +19,7 @@ from quietvit.advice.sizes import average_bits, weight_size
 from quietvit.advice.switches import Switches, read_batches, refuse_text, refuse_unfit
 from quietvit.errors import QuietvitError
 from quietvit.files import finite, json_text, write_atomic
+from quietvit.origin import Origins, origins_of, provenance
 from quietvit.quantization import Method, OnTop, Slot
 from quietvit.quantization.on_top import SHARED
 from quietvit.quantization.overrides_file import write_overrides
@@ -42,6 +43,8 @@ class BitChoice:
         measure: ``kl``, or ``error`` for a model that is not a classifier (squares are summed).
         average_bits: mean over both operands and all multiply-accumulates. Float counts 32.
         weight_bytes: packed size of the weights of all matrix products, without scales.
+        origins: how the images for calibration and for measuring were generated
+            (``quietvit.synthesize``); None for real images.
         complete: False if Ctrl-C ended the search before all choices were measured.
     """
 
@@ -51,15 +54,18 @@ class BitChoice:
     measure: str
     average_bits: float
     weight_bytes: float
+    origins: Origins = (None, None)
     complete: bool = True
 
     def __str__(self) -> str:
         counts = Counter(self.overrides.values()).most_common()
         choices = ", ".join(f"{number} x {bits}" for bits, number in counts)
-        early = "" if self.complete else "; stopped early, before all choices were measured"
+        tail = [] if self.complete else ["stopped early, before all choices were measured"]
+        tail += provenance(self.origins)
         return (
             f"{self.average_bits:.2f} bits on average, weights {self.weight_bytes / 2**20:.2f} "
-            f"MiB: {choices}; the sum of the costs ({self.measure}) is {self.cost:.3g}{early}"
+            f"MiB: {choices}; the sum of the costs ({self.measure}) is {self.cost:.3g}"
+            + "".join(f"; {words}" for words in tail)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +161,7 @@ class BitCosts:
         settings: the method at each choice.
         costs: costs by operand and its bits, in ``measure``. Costs in ``error`` are squared.
         measure: ``kl`` or ``error``.
+        origins: as in ``BitChoice``.
         complete: False if Ctrl-C ended the search.
     """
 
@@ -162,6 +169,7 @@ class BitCosts:
     settings: Mapping[str, Method]
     costs: Mapping[tuple[Slot, int], float]
     measure: str
+    origins: Origins
     complete: bool
 
     def choose(
@@ -180,6 +188,7 @@ class BitCosts:
             measure=self.measure,
             average_bits=average_bits(self.trace, final),
             weight_bytes=weight_size(self.trace, final),
+            origins=self.origins,
             complete=self.complete,
         )
 
@@ -207,6 +216,7 @@ class _Search:
         given = parse_method(method) if isinstance(method, str) else method
         self.settings = {name: with_bits(given, *parse_bits(name)) for name in names}
         self.model = plain_model(model)
+        self.images = images
         self.batches = read_batches(images, self.model)
         self.trace = trace or trace_model(self.model, self.batches[0][:1])
 
@@ -240,6 +250,7 @@ class _Search:
             settings=dict(list(self.settings.items())[:finished]),
             costs=costs,
             measure=measure,
+            origins=origins_of(self.images, calibration),
             complete=finished == len(self.settings),
         )
 

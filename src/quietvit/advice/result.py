@@ -15,6 +15,7 @@ from rich.table import Table
 
 from quietvit.advice.effects import Effect
 from quietvit.files import finite, json_text, write_atomic
+from quietvit.origin import Origins, counted, provenance
 from quietvit.text import in_text
 
 TOP = 10
@@ -52,6 +53,8 @@ class Sensitivity:
         images: number of images.
         part_images: number of images behind the effects of parts. It is smaller than ``images``
             if Ctrl-C ended the estimate.
+        origins: how the images for calibration and for measuring were generated
+            (``quietvit.synthesize``); None for real images.
         macs: multiply-accumulates of the whole model for one image.
         whole: effect of quantizing everything.
         roles, sites: parts in the order of the forward pass. A role holds the operands that its
@@ -65,6 +68,7 @@ class Sensitivity:
     policy: str
     images: int
     part_images: int
+    origins: Origins
     macs: int
     whole: Effect
     roles: tuple[Part, ...]
@@ -111,7 +115,8 @@ class Sensitivity:
         )
 
     def __rich__(self) -> Group:
-        head = [f"{self.model}, {self.setting}, {self.images} images"]
+        head = [f"{self.model}, {self.setting}, {counted(self.images, self.origins[1])}"]
+        head += provenance(self.origins)
         head.append(f"everything quantized: {shown(self.whole)}")
         head.append("alone: only this part is quantized; without: all other parts are quantized")
         if self.estimated:
@@ -167,10 +172,11 @@ class Sensitivity:
         from quietvit.measure.plots import save
 
         what = {"kl": "KL of the outputs, nats", "error": "relative error of the outputs"}
+        images = counted(self.images, self.origins[1])
         figure = role_by_depth(
             [PlottedSite(p.name, p.role, self.cost(p), self.gain(p)) for p in self.sites],
             f"{self.model}, {self.setting}: {what[self.measure]}, "
-            f"{'estimated' if self.estimated else 'measured'} on {self.images} images",
+            f"{'estimated' if self.estimated else 'measured'} on {images}",
         )
         return (save(figure, Path(folder) / "sensitivity.png"),)
 

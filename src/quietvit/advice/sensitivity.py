@@ -108,6 +108,7 @@ def measured(switches: Switches, *, estimate: bool = False, progress: bool = Tru
         policy=quantized.method.policy(),
         images=switches.images,
         part_images=seen,
+        origins=switches.origins,
         macs=quantized.trace.macs,
         whole=whole,
         roles=parts("role", switches.roles),

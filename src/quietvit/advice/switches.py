@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quietvit.advice.effects import Effect, FloatOutputs
 from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
+from quietvit.origin import origins_of
 from quietvit.quantization import Method, QuantizedModel, Slot, quantize
 from quietvit.quantization.calibration import ImageStream
 from quietvit.tracing import MATMUL_KINDS, Trace, plain_model
@@ -34,6 +35,7 @@ class Switches:
         sites: the quantized operands of each site, in the order of the forward pass.
         roles: the quantized operands of each role, grouped as in ``Method.overrides``.
         images: number of images.
+        origins: how the images for calibration and for measuring were generated, if they were.
         check: called before each piece of work. It raises if the time is over.
     """
 
@@ -51,6 +53,7 @@ class Switches:
     ) -> None:
         refuse_unfit(model)
         model = plain_model(model)
+        self.origins = origins_of(images, calibration)
         batches = read_batches(images, model)
         if calibration is None:
             calibration = batches

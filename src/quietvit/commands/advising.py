@@ -10,7 +10,7 @@ import typer
 
 from quietvit import completion
 from quietvit.answers import Form, Format, answer
-from quietvit.commands.images import Source
+from quietvit.commands.images import Minutes, Source
 from quietvit.console import (
     AnyImages,
     Bits,
@@ -26,11 +26,9 @@ from quietvit.console import (
     Size,
     Weights,
     build_model,
-    draw_images,
     epilog,
     listed,
     open_boxes,
-    open_data,
 )
 from quietvit.devices import checked_device
 from quietvit.errors import QuietvitError
@@ -141,8 +139,8 @@ def _by_part(
     if is_detection_spec(images):
         boxes = open_boxes(images, "test", names_of(built), predicts_masks(built))
         loader = detection_loader(subset(boxes, count, seed))
-    known = open_data(images, "train", labels=False)
-    drawn = draw_images(built, known, min(CALIBRATION, len(known)), seed)
+    source = Source(images, "train")
+    drawn = source.draw(built, source.count(CALIBRATION), seed)
     found = ap_by_part(built, method, drawn, loader)
     written = [] if output is None else [found.to_json(output / "parts.json")]
     plain = found.to_dict()
@@ -253,7 +251,9 @@ def advise(
     weights: Weights = None,
     classes: Classes = None,
     size: Size = None,
-    minutes: Annotated[float, typer.Option(help="Time limit.")] = 10.0,
+    minutes: Annotated[
+        float, typer.Option(help="Time limit. At most half of it generates images, if any.")
+    ] = 10.0,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -306,6 +306,8 @@ def advise(
     device = checked_device(device)
     source = Source(images)
     other = None if calibration is None else Source(calibration, "train")
+    generating = sum(each is not None and each.request is not None for each in (source, other))
+    time = Minutes(minutes, generating)
     names = METHODS if methods is None else listed(methods)
     widths = BITS if bits is None else listed(bits)
     setting_names(widths, names)
@@ -314,10 +316,12 @@ def advise(
     built = build_model(model, weights, classes, size).to(device)
     calibrating = None
     if other is not None:
-        calibrating = other.draw(built, other.count(CALIBRATION), seed)
+        calibrating = other.draw(built, other.count(CALIBRATION), seed, time)
         seed += 1  # other images, if both are generated
-    drawn = source.draw(built, source.count(count), seed)
-    found = run(built, drawn, calibration=calibrating, minutes=minutes, methods=names, bits=widths)
+    drawn = source.draw(built, source.count(count), seed, time)
+    found = run(
+        built, drawn, calibration=calibrating, minutes=time.left, methods=names, bits=widths
+    )
     written = [] if output is None else [found.to_json(output)]
     plain = found.to_dict()
     answer(form, found, data=plain, rows=plain["rows"])

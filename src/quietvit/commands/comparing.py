@@ -123,6 +123,7 @@ def compare_methods(
     answer(
         form,
         fitting(table.rich(), table.rich(compact=True)),
+        *found.results.provenance,
         *sentences(found.results),
         *(f"{name} failed: {why}" for name, why in found.results.failed.items()),
         f"Report: {found.page}",

@@ -5,13 +5,61 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from quietvit.console import draw_images, open_data
+from quietvit.errors import QuietvitError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+class Minutes:
+    """The ``--minutes`` of a command that generates images and then works with them.
+
+    All sources together may generate for half of the time. Each takes an equal part of what is left
+    of this half.
+
+    Args:
+        total: minutes, or None without a limit.
+        sources: how many sources generate images.
+        now: gives the time in seconds.
+
+    Raises:
+        QuietvitError: the total is not above 0.
+    """
+
+    def __init__(
+        self, total: float | None, sources: int, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        if total is not None and not total > 0:
+            raise QuietvitError(f"--minutes is {total:g}. Give a number above 0.")
+        self._total = math.inf if total is None else total
+        self._sources, self._now = sources, now
+        self._spent = 0.0
+
+    def generate(self, draw: Callable[[float | None], Tensor]) -> Tensor:
+        """Return ``draw(minutes)`` for the next source, with the minutes that it may take.
+
+        They are None without a limit.
+        """
+        most = (self._total / 2 - self._spent) / self._sources
+        # An earlier source can overrun its part by one step. The next one still gets a moment.
+        limit = None if most == math.inf else max(most, self._total / 100)
+        start = self._now()
+        drawn = draw(limit)
+        self._spent += (self._now() - start) / 60
+        self._sources -= 1
+        return drawn
+
+    @property
+    def left(self) -> float:
+        """Minutes for the work: all that generating did not take, at least 1 % of the total."""
+        return max(self._total - self._spent, self._total / 100)
 
 
 class Source:
@@ -48,13 +96,20 @@ class Source:
             return self.request.count or wanted
         return min(wanted, len(self.dataset))
 
-    def draw(self, model: nn.Module, count: int, seed: int, minutes: float | None = None) -> Tensor:
+    def draw(
+        self, model: nn.Module, count: int, seed: int, minutes: Minutes | None = None
+    ) -> Tensor:
         """Return images (``count``, C, H, W) as the model takes them.
 
-        ``minutes`` limits the time to generate them.
+        ``minutes`` limits the time to generate them. Drawing real images takes nothing from it.
         """
         if self.request is None:
             return draw_images(model, self.dataset, count, seed)
         from quietvit.synthesis import synthesize
 
-        return synthesize(model, count, self.request.method, seed=seed, minutes=minutes)
+        method = self.request.method
+
+        def generated(limit: float | None) -> Tensor:
+            return synthesize(model, count, method, seed=seed, minutes=limit)
+
+        return generated(None) if minutes is None else minutes.generate(generated)

@@ -10,6 +10,7 @@ import typer
 
 from quietvit.answers import Form, Format, answer
 from quietvit.commands.evaluating import evaluated
+from quietvit.commands.images import Minutes as Time
 from quietvit.commands.images import Source
 from quietvit.console import (
     Bits,
@@ -86,6 +87,7 @@ def quantize(
     device = checked_device(device)
     source = Source(calibration, "train")
     _refuse_unused(source.request, count, minutes, save_images, force)
+    limit = Time(minutes, sources=1)
     chosen = parse_method(method, bits, options or (), keep or ())
     FORMAT.refuse(output, force)
     if images is not None:
@@ -95,7 +97,7 @@ def quantize(
         wanted = _count_of(chosen, source.dataset, count)
     else:
         wanted = source.count(count or chosen.images)
-    drawn = source.draw(built, wanted, seed, minutes)
+    drawn = source.draw(built, wanted, seed, limit)
     if save_images is not None:
         from quietvit.synthesis import save_images as write
 
@@ -125,6 +127,7 @@ def quantize(
             **facts,
             "coverage": coverage,
             "notes": list(result.notes),
+            "origin": result.origin,
             "evaluation": None if measured is None else measured.to_dict(),
         },
         rows=[facts | shares | ({} if measured is None else measured.scores)],

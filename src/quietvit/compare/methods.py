@@ -27,6 +27,7 @@ from quietvit.data.evaluate import class_numbers, worker_errors
 from quietvit.errors import QuietvitError
 from quietvit.files import LOCK, held, json_text, leftovers, refuse_nonempty, write_atomic
 from quietvit.inputs import ImageBatch, image_batches
+from quietvit.origin import Origin, origin_of
 from quietvit.outputs import logits_of
 from quietvit.progress import tracked
 from quietvit.quantization import Method
@@ -106,7 +107,7 @@ def compare_methods(
     kept = _earlier(folder, identity, force)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
-        job = _Job(folder, identity, tries, {row.name: row for row in kept})
+        job = _Job(folder, identity, tries, {row.name: row for row in kept}, origin_of(images))
         if not job.missing():
             say("all settings are measured already")
             return job.write()
@@ -115,6 +116,7 @@ def compare_methods(
             floats = _Outputs(model, trace, source)
             job.add_float(floats, model)
             given = calibration() if callable(calibration) else calibration
+            origin = origin_of(given)
             ladder = Ladder(model, trace, read_batches(given, model), floats, Budget(inf))
             for at, (method, own, config) in enumerate(tries, start=1):
                 name = f"[{at}/{len(tries)}] {method} {own}"
@@ -127,7 +129,7 @@ def compare_methods(
                     job.failed |= dict(ladder.failed)
                     say(f"{name} failed: {ladder.failed.pop()[1]}")
                 else:
-                    job.add(ladder.rows[-1], floats.top1)
+                    job.add(ladder.rows[-1], floats.top1, origin)
                 job.write()
     if len(job.rows) == 1:
         raise QuietvitError(
@@ -146,8 +148,10 @@ class _Job:
         identity: dict[str, str],
         tries: Sequence[tuple[str, str, Method]],
         rows: dict[str, MethodRow],
+        origin: Origin,
     ) -> None:
         self._folder, self._identity = folder, identity
+        self._origin = origin
         self._wanted = [f"{method} {bits}" for method, bits, _ in tries]
         self.rows = rows
         self.failed: dict[str, str] = {}
@@ -172,7 +176,7 @@ class _Job:
         )
         self.rows = {row.name: row} | self.rows | {row.name: row}
 
-    def add(self, row: Row, top1: float | None) -> None:
+    def add(self, row: Row, top1: float | None, origin: Origin) -> None:
         self.rows[row.name] = MethodRow(
             method=row.method,
             bits=row.bits,
@@ -185,6 +189,7 @@ class _Job:
             mib=row.mib,
             mean_bits=row.average_bits,
             seconds=row.seconds,
+            origin=origin,
         )
 
     def write(self) -> MethodComparison:
@@ -193,6 +198,7 @@ class _Job:
             rows=in_order(tuple(self.rows.values()), self._wanted),
             failed=self.failed,
             missing=self.missing(),
+            origin=self._origin,
             **made(),
         )
         text = json_text(results.model_dump(mode="json"), indent=1) + "\n"

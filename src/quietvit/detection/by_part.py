@@ -20,6 +20,7 @@ from quietvit.detection.average_precision import BoxAP, evaluate_detector
 from quietvit.detection.parts import part_of_each, sites_by_part, with_parts
 from quietvit.errors import QuietvitError
 from quietvit.files import finite, json_text, write_atomic
+from quietvit.origin import Origins, counted, origin_of, provenance
 from quietvit.progress import tracked
 from quietvit.quantization import Method, QuantizedModel, Slot, quantize
 from quietvit.quantization.settings import parse_method
@@ -61,12 +62,15 @@ class PartLoss:
 class PartLosses:
     """The result of ``ap_by_part``. ``print`` shows the table.
 
-    ``float_ap`` is the AP of the float model, ``whole`` the loss with everything quantized.
+    ``float_ap`` is the AP of the float model on ``images``, ``whole`` the loss with everything
+    quantized. ``origins`` says how the images for calibration and errors, and those for AP, were
+    generated (``quietvit.synthesize``); None for real images. Without AP both are the same.
     """
 
     model: str
     setting: str
     images: int
+    origins: Origins
     macs: int
     float_ap: BoxAP | None
     whole: Loss
@@ -89,10 +93,11 @@ class PartLosses:
             cells = [cell for loss in (part.alone, part.without) for cell in self._cells(loss)]
             table.add_row(part.name, f"{100 * part.macs / (self.macs or 1):.0f} %", *cells)
         whole = f" and {self._ap_name} ".join(self._cells(self.whole))
-        head = [f"{self.model}, {self.setting}", f"everything quantized: error {whole}"]
+        images = counted(self.images, self.origins[1])
+        head = [f"{self.model}, {self.setting}, {images}", f"everything quantized: error {whole}"]
         if self.float_ap is not None:
-            shown = _shown(self.float_ap)
-            head.append(f"float: {self._ap_name} {shown}, on {self.images} images")
+            head.append(f"float: {self._ap_name} {_shown(self.float_ap)}")
+        head += provenance(self.origins)
         if not self.complete:
             head.append("stopped early: a part with - is not measured")
         head.append("alone: only this part is quantized; without: all other parts are quantized")
@@ -186,6 +191,7 @@ def ap_by_part(
         model=quantized.trace.model_name,
         setting=f"{method.name} {method.label}",
         images=len(calibration) if loader is None else len(loader.dataset),
+        origins=(origin_of(calibration), origin_of(calibration if loader is None else loader)),
         macs=quantized.trace.macs,
         float_ap=float_ap,
         whole=whole,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
@@ -69,7 +69,7 @@ def quantize(
     notes = []
     if model.training:
         notes.append("the model was in training mode; its quantized copy is in eval mode")
-    own = _copied(model).eval()
+    own = plain_copy(model).eval()
     if trace is None:
         trace = trace_model(own, first[:1] if example is None else example)
     if not trace.matmuls:
@@ -125,25 +125,3 @@ def _configured(method: Any, bits: str | None) -> Method:
             f"{type(method).__name__}(...). Set weight_bits and activation_bits there instead."
         )
     return method
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """Return a copy. Raises QuietvitError if old torch functions keep a computed weight in it."""
-    try:
-        return plain_copy(model)
-    except RuntimeError as error:
-        kept = [
-            f"{name}.{key}" if name else key
-            for name, module in model.named_modules()
-            for key, value in vars(module).items()
-            if isinstance(value, Tensor) and not value.is_leaf
-        ]
-        if not kept:
-            raise
-        raise QuietvitError(
-            f"{type(model).__name__} cannot be copied: {kept[0]} is a tensor with a gradient from "
-            "an earlier pass. torch.nn.utils.weight_norm and spectral_norm leave such tensors. "
-            "Use torch.nn.utils.parametrizations.weight_norm or spectral_norm instead. Or call "
-            "remove_weight_norm or remove_spectral_norm first, or run one forward pass under "
-            "torch.no_grad()."
-        ) from error

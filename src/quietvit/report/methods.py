@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quietvit.origin import Origin, Origins, in_words, provenance
 from quietvit.report.page import grid, section, template
 from quietvit.report.plots import DARK, LIGHT, method_panels
 from quietvit.report.results import FLOAT, Frozen
@@ -22,8 +23,9 @@ class MethodRow(Frozen):
     ``error``: relative error of the outputs, ‖ŷ - y‖ / ‖y‖. ``quantized``: percent of the
     multiply-accumulates with two quantized operands. ``deployable``: standard integer kernels
     compute its codes, None for the float model. ``mean_bits``: mean over both operands of all
-    multiply-accumulates. ``seconds``: time to quantize. ``kept`` and ``kl`` are None if the model
-    is not a classifier.
+    multiply-accumulates. ``seconds``: time to quantize. ``origin``: how the calibration images were
+    generated (``quietvit.synthesize``), None for real images. ``kept`` and ``kl`` are None if the
+    model is not a classifier.
     """
 
     method: str
@@ -37,6 +39,7 @@ class MethodRow(Frozen):
     mib: float
     mean_bits: float
     seconds: float
+    origin: Origin = None
 
     @property
     def name(self) -> str:
@@ -54,7 +57,8 @@ class MethodResults(Frozen):
     """All rows of a comparison, with what was compared on what.
 
     ``failed``: the reason for each setting that could not be measured. ``missing``: settings that
-    are still to be measured. ``identity``: what must be the same to add rows later.
+    are still to be measured. ``identity``: what must be the same to add rows later. ``origin``: how
+    the images that measure were generated, None for real images.
     """
 
     identity: Mapping[str, str]
@@ -65,6 +69,17 @@ class MethodResults(Frozen):
     command: str
     machine: str
     date: str
+    origin: Origin = None
+
+    @property
+    def provenance(self) -> list[str]:
+        """Lines that say how images were generated, none for real images."""
+        found: dict[str, Origin] = {}
+        for row in self.rows:
+            if row.origin is not None:
+                found[in_words(row.origin)] = row.origin
+        both: list[Origins] = [(origin, None) for origin in found.values()]
+        return [line for pair in (*both, (None, self.origin)) for line in provenance(pair)]
 
     @property
     def floating(self) -> MethodRow:
@@ -118,11 +133,17 @@ def method_table(results: MethodResults) -> Table:
         Column("MiB", "mib", lambda row: row.mib, _decimals(1)),
         Column("mean bits", "mean_bits", lambda row: row.mean_bits, _decimals(1), detail=True),
         Column("s", "seconds", lambda row: row.seconds, _decimals(1)),
+        Column("generated", "generated", _generated, _or_dash, numeric=False, detail=True),
     )
     given = [c for c in columns if any(c.value(row) is not None for row in results.rows)]
     facts = results.identity
     title = f"{facts['model']} on {facts['images']}, calibrated on {facts['calibration']}"
     return Table(title, tuple(given), results.rows)
+
+
+def _generated(row: MethodRow) -> str | None:
+    """Return how the calibration images of a row were generated, in words."""
+    return None if row.origin is None else in_words(row.origin)
 
 
 def render_methods(results: MethodResults) -> str:
@@ -157,6 +178,10 @@ GLOSSARY = {
 
 def _decimals(count: int) -> Any:
     return lambda value: "–" if value is None else f"{value:.{count}f}"
+
+
+def _or_dash(value: str | None) -> str:
+    return "–" if value is None else value
 
 
 def _kernels(deployable: bool | None) -> str:

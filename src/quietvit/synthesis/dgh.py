@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from quietvit.synthesis.loop import in_batches
+from quietvit.synthesis.reach import refuse_unreached
 from quietvit.synthesis.scale import PixelScale
 from quietvit.synthesis.settings import DGH
 from quietvit.synthesis.terms import Moments, alignment, moments, stretch
 from quietvit.synthesis.watching import Look, Norms, output_sites, watched
-from quietvit.tensors import has_fast_bfloat16
 from quietvit.tracing import Site, Trace
 
 _PUBLISHED = {"resnet18": 3e-7, "resnet50": 1e-7, "mobilenetv2": 3e-5}
@@ -143,6 +143,7 @@ class Statistics:
         self.batches = in_batches(start, settings.batch_size)
         self._norms = Norms(model, self._run, self.pipeline.finished(start[:1]))
         channels = torch.zeros(scale.size[0], device=device)
+        refuse_unreached(model, trace, start[:1], self._through, self._seen)
         self._targets = [(channels, torch.ones_like(channels)), *self._norms.stored]
         patience = settings.patience or max(settings.iterations // 50, _SHORTEST_PATIENCE)
         self._optimizers = [torch.optim.RAdam([batch], lr=settings.lr) for batch in self.batches]
@@ -182,6 +183,13 @@ class Statistics:
                 loss = loss + self._weight * self._norms.spread.mean()
         return loss, batch_moments
 
+    def _through(self, images: Tensor) -> Tensor:
+        return self._scale.to_model(self.pipeline.finished(images))
+
+    def _seen(self, images: Tensor) -> list[Tensor]:
+        found = self._moments(self.pipeline.finished(images))[1:]
+        return [x for layer in found for x in (layer.mean, layer.second)]
+
     def _moments(self, images: Tensor) -> list[Moments]:
         """Run the model and return the moments of the images and of each BatchNorm's input."""
         self._run(images)
@@ -196,9 +204,8 @@ class Statistics:
             self._outputs.append(output)
 
         looks: dict[str, Look] = dict.fromkeys(output_sites(self._trace), look)
-        enabled = has_fast_bfloat16(images.device)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=enabled):
-            watched(self._model, self._trace, looks, self._scale.to_model(images))
+        precision = self._settings.precision
+        watched(self._model, self._trace, looks, self._scale.to_model(images), precision)
 
 
 def stretching_weight(model: nn.Module) -> float:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,14 +12,19 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.origin import mark
-from quietvit.quantization import QuantizedModel
+from quietvit.synthesis.checks import (
+    checked_numbers,
+    refuse_model,
+    refuse_statistics,
+    without_statistics,
+)
 from quietvit.synthesis.dgh import Statistics
 from quietvit.synthesis.loop import Optimization, Outcome, optimize
 from quietvit.synthesis.priors import noise, pink
-from quietvit.synthesis.psaq import PatchSimilarity
+from quietvit.synthesis.psaq import PatchSimilarity, looks_at_model
 from quietvit.synthesis.scale import PixelScale, Size, pixel_scale
 from quietvit.synthesis.settings import DGH, PSAQ, Generator, Pink, generator_of
-from quietvit.synthesis.watching import has_statistics
+from quietvit.synthesis.watching import has_attention, has_statistics, precision_on
 from quietvit.tracing import Trace, plain_copy, trace
 
 
@@ -59,10 +63,11 @@ def synthesize(
         QuietvitError: the model is quantized, holds NaN, or has an unknown normalization; or an
             argument does not fit. ``"dgh"`` needs BatchNorm, ``"psaq"`` needs attention.
     """
-    _check(model, count, seed, minutes)
+    refuse_model(model)
+    count, seed = checked_numbers(count, seed, minutes)
+    scale = pixel_scale(model, size)
     own = plain_copy(model).eval().float().requires_grad_(False)
     chosen = generator_of(method) if method is not None else _fitting(own)
-    scale = pixel_scale(model, size)
     parameter = next(own.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     random = torch.Generator().manual_seed(seed)
@@ -77,6 +82,7 @@ def synthesize(
     }
     if outcome is not None:
         origin |= {"iterations_done": outcome.iterations, "stopped": outcome.stopped}
+        origin["precision"] = precision_on(device, getattr(chosen, "precision", "float32"))
     return mark(scale.to_model(images.to(device)), origin)
 
 
@@ -98,7 +104,20 @@ def _generated(
     example = scale.to_model(torch.randn(1, *scale.size, generator=random).to(device))
     recorded = _traced(model, example)
     work: Optimization
+    if isinstance(chosen, DGH):
+        if not any(map(has_statistics, model.modules())):
+            other = "psaq" if has_attention(recorded) else "pink"
+            raise QuietvitError(
+                f"{without_statistics(model)}, so method 'dgh' cannot match them. Use method "
+                f"'{other}', which needs no BatchNorm."
+            )
+        refuse_statistics(model)
     if isinstance(chosen, PSAQ):
+        if not looks_at_model(chosen):
+            raise QuietvitError(
+                "entropy, stretching and classes are all 0, so the images would not depend on the "
+                "model. Set one of these weights above 0, or use method 'pink'."
+            )
         start = torch.randn(count, *scale.size, generator=random).to(device)
         work = PatchSimilarity(model, recorded, chosen, start, scale, random)
     else:
@@ -111,39 +130,15 @@ def _traced(model: nn.Module, example: Tensor) -> Trace:
     try:
         return trace(model, example)
     except QuietvitError as error:
-        height, width = example.shape[-2:]
+        channels, height, width = example.shape[1:]
+        cause = error.__cause__
+        why = str(error) if cause is None else f"{type(cause).__name__}: {cause}"
         raise QuietvitError(
-            f"images of {height} x {width} pixels cannot be generated for {type(model).__name__}, "
-            f"because it does not run on them. Give another size (size=...). {error}"
+            f"images with {channels} channels of {height} x {width} pixels cannot be generated for "
+            f"{type(model).__name__}, because it does not run on them ({why.splitlines()[0]}). "
+            "Give another size (size=...), or set model.pretrained_cfg['input_size']."
         ) from error
 
 
 def _fitting(model: nn.Module) -> Generator:
     return DGH() if any(map(has_statistics, model.modules())) else PSAQ()
-
-
-def _check(model: Any, count: Any, seed: Any, minutes: float | None) -> None:
-    """Raise QuietvitError for arguments that cannot work."""
-    if not isinstance(model, nn.Module):
-        raise QuietvitError(
-            f"the model is a {type(model).__name__}, not a torch.nn.Module. Give the float model, "
-            "because gradients cannot flow through an exported one."
-        )
-    if any(isinstance(module, QuantizedModel) for module in model.modules()):
-        raise QuietvitError(
-            f"this {type(model).__name__} is quantized. Generate images from the original float "
-            "model."
-        )
-    if type(count) is not int or count < 1:
-        raise QuietvitError(f"{count!r} images were requested. Request at least 1; 32 is usual.")
-    if type(seed) is not int or seed < 0:
-        raise QuietvitError(f"the seed is {seed!r}. Give an integer of at least 0.")
-    if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
-        raise QuietvitError(f"minutes is {minutes!r}. Give a number above 0, or leave it out.")
-    bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
-    bad += [name for name, b in model.named_buffers() if bool(b.isnan().any())]  # masks hold -inf
-    if bad:
-        raise QuietvitError(
-            f"{bad[0]} of {type(model).__name__} holds NaN or inf, so no images can be generated "
-            "from it. Reload the weights, or train the model again."
-        )

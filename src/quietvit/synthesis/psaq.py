@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from quietvit.errors import QuietvitError
 from quietvit.outputs import logits_of
 from quietvit.synthesis.loop import in_batches
+from quietvit.synthesis.reach import refuse_unreached
 from quietvit.synthesis.scale import PixelScale
 from quietvit.synthesis.settings import PSAQ
 from quietvit.synthesis.terms import patch_entropy, stretch, total_variation
 from quietvit.synthesis.watching import Look, Patches, output_sites, watched
-from quietvit.tensors import has_fast_bfloat16
 from quietvit.tracing import Site, Trace
 
 _WARM_UP = 0.2
@@ -54,6 +54,8 @@ class PatchSimilarity:
             torch.optim.Adam([batch], lr=self._lr, betas=(0.5, 0.9)) for batch in self.batches
         ]
         self._labels = self._drawn_labels(probes) if settings.classes else None
+        if looks_at_model(settings):
+            refuse_unreached(model, trace, images[:1], scale.to_model, self._seen)
         low, high = settings.variation_range
         self._variation = low + (high - low) * float(torch.rand((), generator=random))
 
@@ -93,9 +95,8 @@ class PatchSimilarity:
             looks |= dict.fromkeys(self._patches.sites, of_patches)
         if chosen.stretching:
             looks |= dict.fromkeys(output_sites(self._trace), of_outputs)
-        device = images.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(images.device)):
-            result = watched(self._model, self._trace, looks, self._scale.to_model(images))
+        inputs = self._scale.to_model(images)
+        result = watched(self._model, self._trace, looks, inputs, chosen.precision)
         total = images.new_zeros(())
         if entropies:
             total = total - chosen.entropy * torch.stack(entropies).sum()
@@ -107,12 +108,21 @@ class PatchSimilarity:
         if chosen.variation:
             apart = (total_variation(images) - self._variation).abs()
             total = total + chosen.variation * apart
-        if not total.requires_grad:
-            raise QuietvitError(
-                f"no gradient reaches the images through {type(self._model).__name__}. Give the "
-                "float model, not a quantized or exported one, and at least one weight above 0."
-            )
         return total
+
+    def _seen(self, image: Tensor) -> list[Tensor]:
+        """Return the tensors that the terms with a weight above 0 look at."""
+        found: list[Tensor] = []
+
+        def look(site: Site, output: Tensor) -> None:
+            found.append(output)
+
+        sites = () if self._patches is None else self._patches.sites
+        sites += output_sites(self._trace) if self._settings.stretching else ()
+        looks = dict.fromkeys(sites, look)
+        inputs = self._scale.to_model(image)
+        result = watched(self._model, self._trace, looks, inputs, self._settings.precision)
+        return found if self._labels is None else [*found, logits_of(result)]
 
     def _drawn_labels(self, probes: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -141,6 +151,11 @@ class PatchSimilarity:
             return patches
         chosen = torch.randperm(count, generator=self._random)[:most].to(patches.device)
         return patches.index_select(1, chosen)
+
+
+def looks_at_model(settings: PSAQ) -> bool:
+    """Whether a term with a weight above 0 depends on the model."""
+    return bool(settings.entropy or settings.stretching or settings.classes)
 
 
 def rate(within: float, step: float) -> float:

@@ -5,7 +5,10 @@ Generators use ImageNet's normalization, so published settings fit every model.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,6 +21,8 @@ from quietvit.normalization import mean_and_std
 from quietvit.tracing import plain_model
 
 Size = int | tuple[int, int] | None
+_LARGEST_STD = 2.0
+"""Images are 0..1, so their deviation is at most 0.5. A few models scale by 1."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,12 @@ class PixelScale:
     size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def resized(self, size: Size) -> PixelScale:
+        """Return this scale with another height and width. None keeps its own."""
+        if size is None:
+            return self
+        return PixelScale((self.size[0], *_sides(size)), self.mean, self.std)
 
     def natural(self) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of natural images in 0..1, each (C, 1, 1)."""
@@ -73,38 +84,75 @@ def pixel_scale(model: nn.Module, size: Size = None) -> PixelScale:
     where = type(model).__module__
     if is_detector(model):
         canvas = model.transform
-        return PixelScale((3, *_sides(size or canvas.size)), (0.0,) * 3, (1.0,) * 3)  # type: ignore[union-attr,arg-type]
+        own = PixelScale((3, *_sides(canvas.size)), (0.0,) * 3, (1.0,) * 3)  # type: ignore[union-attr,arg-type]
+        return own.resized(size)
     if where.startswith("torchvision.models.detection"):
         least = getattr(getattr(model, "transform", None), "min_size", (224,))
-        return PixelScale((3, *_sides(size or int(least[-1]))), (0.0,) * 3, (1.0,) * 3)
+        side = int(least[-1])
+        return PixelScale((3, side, side), (0.0,) * 3, (1.0,) * 3).resized(size)
     if mean_and_std(model) is not None:
         config = data_config(model)
-        channels, height, width = config["input_size"]
         own = PixelScale(
-            (channels, *_sides(size or (height, width))),
+            _input_size(model, config["input_size"]),
             tuple(map(float, config["mean"])),
             tuple(map(float, config["std"])),
         )
-        if len(own.mean) == len(own.std) == channels:
-            return own
-        raise QuietvitError(
-            f"{type(model).__name__} takes images with {channels} channels, but its normalization "
-            f"has mean {own.mean} and std {own.std}. Set one value per channel in "
-            "model.pretrained_cfg."
-        )
-    if where.startswith("torchvision.models"):
-        side = size or int(getattr(model, "image_size", 224))
-        return PixelScale((3, *_sides(side)), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        _refuse_normalization(model, own)
+        return own.resized(size)
+    stated = _stated(model)
+    if where.startswith("torchvision.models") and not stated:
+        side = int(getattr(model, "image_size", 224))
+        own = PixelScale((3, side, side), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        return own.resized(size)
     raise QuietvitError(
-        f"the normalization of {type(model).__name__} is unknown, so images for it cannot be "
+        f"the normalization of {type(model).__name__} "
+        f"{f'cannot be read ({stated})' if stated else 'is unknown'}, so images for it cannot be "
         "generated. Set model.pretrained_cfg = {'input_size': (3, 224, 224), 'mean': (...), 'std': "
         "(...)}, or build the model with quietvit.data.create_model('hf:/folder' or a timm name)."
     )
 
 
-def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+def _stated(model: nn.Module) -> str:
+    """Return the mean and std of a model's ``pretrained_cfg`` in words, empty without both."""
+    config = getattr(model, "pretrained_cfg", None)
+    config = config if isinstance(config, Mapping) else {}
+    found = {key: config[key] for key in ("mean", "std") if config.get(key) is not None}
+    return ", ".join(f"{key} {value!r}" for key, value in found.items())
+
+
+def _input_size(model: nn.Module, stated: Any) -> tuple[int, int, int]:
+    sizes = tuple(stated) if isinstance(stated, list | tuple) else ()
+    if len(sizes) == 3 and all(isinstance(side, int) and side > 0 for side in sizes):
+        return sizes  # type: ignore[return-value]
+    raise QuietvitError(
+        f"the input_size in pretrained_cfg of {type(model).__name__} is {stated!r}. Set channels, "
+        "height and width there, such as (3, 224, 224)."
+    )
+
+
+def _refuse_normalization(model: nn.Module, own: PixelScale) -> None:
+    shown = f"mean {own.mean} and std {own.std}"
+    if not len(own.mean) == len(own.std) == own.size[0]:
+        raise QuietvitError(
+            f"{type(model).__name__} takes images with {own.size[0]} channels, but its "
+            f"normalization has {shown}. Set one value per channel in model.pretrained_cfg."
+        )
+    if not all(map(math.isfinite, (*own.mean, *own.std))):
+        raise QuietvitError(
+            f"the normalization of {type(model).__name__} has {shown}. Set finite numbers in "
+            "model.pretrained_cfg."
+        )
+    if max(map(abs, own.mean)) > 1 or max(own.std) > _LARGEST_STD:
+        raise QuietvitError(
+            f"the normalization of {type(model).__name__} has {shown}, which does not fit pixels "
+            "of 0 to 1. If it is for pixels of 0 to 255, divide both by 255 in "
+            "model.pretrained_cfg."
+        )
+
+
+def _sides(size: Any) -> tuple[int, int]:
     """Return height and width. Raises QuietvitError for other values."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = tuple(size) if isinstance(size, list | tuple | str) else (size, size)
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise QuietvitError(
             f"the image size is {size!r}. Give one side, or height and width, in whole pixels."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
@@ -15,6 +15,7 @@ from quietvit.section import Section
 
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
+Precision = Literal["auto", "bfloat16", "float32"]
 PREFIX = "synthetic"
 
 
@@ -86,6 +87,8 @@ class PSAQ(Generator):
     lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate in units of ImageNet's normalization. None: 0.25 for window attention, else
     0.2, as published."""
+    precision: Precision = "auto"
+    """Of the model's matrix products. ``auto``: bfloat16 where it is faster than float32."""
 
 
 class DGH(Generator):
@@ -118,6 +121,8 @@ class DGH(Generator):
     """Extra side for random crops as a share of the side: 224 + 32 pixels by default."""
     patience: Count | None = None
     """Steps without progress before the rate is halved. None takes iterations / 50, at least 20."""
+    precision: Precision = "auto"
+    """Of the model's matrix products. ``auto``: bfloat16 where it is faster than float32."""
 
 
 GENERATORS: dict[str, type[Generator]] = {kind.name: kind for kind in (DGH, PSAQ, Pink, Noise)}
@@ -129,6 +134,11 @@ def generator_of(method: Generator | str) -> Generator:
         return method
     if isinstance(method, str) and method in GENERATORS:
         return GENERATORS[method]()
+    if isinstance(method, type) and issubclass(method, Generator):
+        raise QuietvitError(
+            f"the method is the class {method.__name__}. Give settings, such as "
+            f"{method.__name__}(), or the name {getattr(method, 'name', 'pink')!r}."
+        )
     shown = repr(method)
     raise QuietvitError(
         f"there is no method {shown} to generate images{nearest(str(method), GENERATORS)}. "

@@ -15,10 +15,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from quietvit.errors import QuietvitError
 from quietvit.synthesis.terms import Moments, image_spread, moments
+from quietvit.tensors import has_fast_bfloat16
 from quietvit.tracing import SITE_KINDS, Site, Trace, intercept, refusing
 from quietvit.tracing.intercept import Handler
 
 Look = Callable[[Site, Tensor], None]
+_AUTOCAST = " Or it fails only in bfloat16: then set precision='float32' in the method's settings."
 
 
 def output_sites(trace: Trace) -> tuple[str, ...]:
@@ -33,10 +35,19 @@ def output_sites(trace: Trace) -> tuple[str, ...]:
     return direct or trace.outputs
 
 
-def watched(model: nn.Module, trace: Trace, looks: Mapping[str, Look], images: Tensor) -> Any:
+def precision_on(device: torch.device, asked: str) -> str:
+    """Return ``bfloat16`` or ``float32``, the precision of matrix products that was asked for."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if has_fast_bfloat16(device) else "float32"
+
+
+def watched(
+    model: nn.Module, trace: Trace, looks: Mapping[str, Look], images: Tensor, precision: str
+) -> Any:
     """Run the model on images (B, C, H, W) and pass each named site's output to its ``Look``.
 
-    Returns the model's output.
+    Matrix products are in ``precision_on(device, precision)``. Returns the model's output.
     """
 
     def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
@@ -46,17 +57,25 @@ def watched(model: nn.Module, trace: Trace, looks: Mapping[str, Look], images: T
         return output
 
     kinds = {trace[name].kind for name in looks} & SITE_KINDS
-    return _run(model, trace, handler, kinds, images)
+    low = precision_on(images.device, precision) == "bfloat16"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+        return run_watched(model, trace, handler, kinds, images)
 
 
-def _run(
+def run_watched(
     model: nn.Module, trace: Trace, handler: Handler, kinds: Collection[str], images: Tensor
 ) -> Any:
+    """Run the model on images (B, C, H, W) with a handler for its sites of these kinds.
+
+    Raises QuietvitError if the model raises an exception.
+    """
     with (
         refusing(
             lambda what: (
                 f"{type(model).__name__} does not run on a batch of images of shape "
-                f"{tuple(images.shape)} ({what}). Give a model that takes one batch of images."
+                f"{tuple(images.shape)} ({what.splitlines()[0]}). Give a model that takes one "
+                "batch of images of any length."
+                + (_AUTOCAST if torch.is_autocast_enabled(images.device.type) else "")
             )
         ),
         intercept(trace, handler, kinds=kinds),
@@ -110,12 +129,11 @@ class Patches:
             return output
 
         with torch.no_grad():
-            _run(model, trace, handler, {"matmul"}, probes)
+            run_watched(model, trace, handler, {"matmul"}, probes)
         if not self._kept:
             raise QuietvitError(
                 f"the trace of {trace.model_name} has no attention over patches, so method 'psaq' "
-                "cannot measure patch similarity. Use method 'dgh' if the model has BatchNorm. "
-                "Otherwise set entropy=0, or use method 'pink'."
+                f"cannot measure patch similarity. {_instead_of_patches(model)}"
             )
 
     @property
@@ -134,6 +152,20 @@ class Patches:
         if (site.operands[0].role == "value") != (site.name in self._channelwise):
             x = x.mT
         return _samples(x)
+
+
+def _instead_of_patches(model: nn.Module) -> str:
+    if any(map(has_statistics, model.modules())):
+        return "Use method 'dgh', because the model has BatchNorm."
+    return (
+        "The model has no BatchNorm with stored statistics either, so use method 'pink', which "
+        "needs neither. Or set entropy=0 to keep only the other terms."
+    )
+
+
+def has_attention(trace: Trace) -> bool:
+    """Whether a trace has attention, which ``psaq`` needs."""
+    return any(site.role == "attention_value" for site in trace.sites)
 
 
 def _samples(x: Tensor) -> Tensor:
@@ -162,7 +194,10 @@ class Norms:
     """
 
     def __init__(self, model: nn.Module, run: Callable[[Tensor], Any], probe: Tensor) -> None:
-        """Add the hooks, then call ``run(probe)``: one pass over images (B, C, H, W)."""
+        """Add the hooks, then call ``run(probe)``: one pass over images (B, C, H, W).
+
+        Raises QuietvitError if no BatchNorm with stored statistics takes part in the pass.
+        """
         self.moments: list[Moments] = []
         self.spread: Tensor | None = None
         self._batch = 1
@@ -178,8 +213,8 @@ class Norms:
         self._shapes = None
         if not self.moments:
             raise QuietvitError(
-                f"{type(model).__name__} has no BatchNorm with stored statistics, so method 'dgh' "
-                "cannot match them. Use method 'psaq', which needs no BatchNorm."
+                f"no BatchNorm of {type(model).__name__} with stored statistics takes part in a "
+                "pass in eval mode, so method 'dgh' cannot match them. Use another method."
             )
         wide = [i for i, shape in enumerate(shapes) if math.prod(shape) > len(probe) * shape[1]]
         self._last = wide[-1] if wide else -1

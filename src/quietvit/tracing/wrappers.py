@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quietvit.errors import QuietvitError
+
 # Wrappers that forward unknown attributes keep the inner model under one of these names.
 _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # (Python module, class) of wrappers that do not; all of them keep the inner model as ``module``.
@@ -50,9 +52,15 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
     A plain deep copy is wrong: its compiled methods still run the original model. Functions that
     the class itself compiles stay; ``eagerly`` runs them uncompiled.
+
+    Raises QuietvitError if old torch functions keep a computed weight in the model.
     """
     memo: dict[int, Any] = {}
-    copied = plain_model(copy.deepcopy(plain_model(model), memo))
+    try:
+        copied = plain_model(copy.deepcopy(plain_model(model), memo))
+    except RuntimeError as error:
+        _refuse_computed(model, error)
+        raise
     for module in list(copied.modules()):
         for name, child in module._modules.items():
             if child is not None and _passes_on(child) is not None:
@@ -68,6 +76,23 @@ def plain_copy(model: nn.Module) -> nn.Module:
             if inner is not None:
                 vars(module)[name] = inner
     return copied
+
+
+def _refuse_computed(model: nn.Module, error: RuntimeError) -> None:
+    kept = [
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    ]
+    if kept:
+        raise QuietvitError(
+            f"{type(model).__name__} cannot be copied: {kept[0]} is a tensor with a gradient from "
+            "an earlier pass. torch.nn.utils.weight_norm and spectral_norm leave such tensors. "
+            "Use torch.nn.utils.parametrizations.weight_norm or spectral_norm instead. Or call "
+            "remove_weight_norm or remove_spectral_norm first, or run one forward pass under "
+            "torch.no_grad()."
+        ) from error
 
 
 @contextmanager
