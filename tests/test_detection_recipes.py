@@ -101,7 +101,7 @@ def test_a_dry_run_tells_memory_and_time(tmp_path):
 
 def tiny_rtdetrv2():
     transformers = pytest.importorskip("transformers")
-    from test_detection_huggingface import RESNET
+    from detr_cases import RESNET
 
     backbone = transformers.RTDetrResNetConfig(
         **RESNET, layer_type="basic", out_features=["stage2", "stage3", "stage4"]

@@ -323,7 +323,7 @@ def test_a_tutorial_runs_from_top_to_bottom(page: str) -> None:
     for package in NEEDS.get(page, []):
         pytest.importorskip(package)
     if page == "detector":
-        from test_detection_huggingface import yolos
+        from detr_cases import yolos
 
         yolos().save_pretrained("detector")
     else:
