@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 import quietvit
 from detection_cases import annotated, coco
-from detr_cases import EDGES, detr, rt_detr, yolos
+from detr_cases import KINDS
 from method_cases import METHODS, configured
 from quietvit import QuietvitError
 from quietvit.data import load_weights
@@ -28,33 +27,6 @@ from test_cli import refused, run
 from test_detection_training import config
 
 transformers = pytest.importorskip("transformers")
-
-KINDS: dict[str, tuple[Any, dict[str, Any], tuple[int, int], bool]] = {
-    "detr": (detr, {"image_processor_type": "DetrImageProcessor", **EDGES}, (64, 96), False),
-    "yolos": (yolos, {}, (64, 64), True),
-    "rt_detr": (
-        rt_detr,
-        {
-            "image_processor_type": "RTDetrImageProcessor",
-            "size": {"height": 64, "width": 64},
-            "do_normalize": False,
-        },
-        (64, 64),
-        True,
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for kind, (build, settings, _, _) in KINDS.items():
-        torch.manual_seed(0)
-        found[kind] = tmp_path_factory.mktemp(kind)
-        build().save_pretrained(found[kind])
-        if settings:
-            (found[kind] / "preprocessor_config.json").write_text(json.dumps(settings))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +46,7 @@ def images() -> list[Tensor]:
 def test_a_detector_takes_and_gives_what_torchvisions_do(
     kind: str, folders: dict[str, Path]
 ) -> None:
-    _, _, size, stretched = KINDS[kind]
+    _, _, _, size, stretched = KINDS[kind]
     model = hf_detector(str(folders[kind])).eval()
     assert is_detector(model)
     assert model.transform.size == size

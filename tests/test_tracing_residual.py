@@ -33,11 +33,11 @@ def _swin() -> nn.Module:
     return create_model("swin_tiny_patch4_window7_224", 0, **SWIN)
 
 
-def _of_transformers(name: str) -> nn.Module:
+def _of_transformers(kind: str) -> nn.Module:
     import detr_cases
 
-    built: nn.Module = getattr(detr_cases, name)()
-    return built
+    model: nn.Module = detr_cases.build(kind)
+    return model
 
 
 CASES: dict[str, tuple[Any, list[str]]] = {
