@@ -8,7 +8,13 @@ training from its last checkpoint. Settings are chosen on the validation images 
     python benchmarks/detect.py --data /data/bccd --weights deit_tiny_patch16_224.safetensors \
         --arms 'adamw*,cd*' --seeds 0 --split val --methods rtn-omse --bits W4A4
     python benchmarks/detect.py --data /data/bccd --weights deit_tiny_patch16_224.safetensors \
-        --arms adamw,cd --seeds 0,1,2
+        --arms 'adamw lr 1e-3,cd 1' --seeds 0,1,2
+
+With ``--parts``, results/detect_parts.csv gets the AP by part: once with only this part quantized,
+once with all other parts quantized. It also has rows for float and for everything quantized.
+
+    python benchmarks/detect.py --data /data/bccd --weights deit_tiny_patch16_224.safetensors \
+        --arms 'adamw lr 1e-3' --seeds 0 --parts --methods rtn-omse --bits W8A8,W4A4
 """
 
 from __future__ import annotations
@@ -25,7 +31,15 @@ from typing import Any
 import torch
 
 import quietvit
-from quietvit.detection import BoxAP, detection_loader, evaluate_detector, predictors
+from quietvit.detection import (
+    BoxAP,
+    PartLosses,
+    ap_by_part,
+    detection_loader,
+    evaluate_detector,
+    predictors,
+)
+from quietvit.detection.by_part import Loss
 from quietvit.quantization.settings import parse_method
 from quietvit.train import TrainResult, load_recipe, train
 
@@ -33,6 +47,11 @@ COLUMNS = (
     "arm", "seed", "epochs", "precision", "split", "setting", "policy",
     "ap", "ap50", "ap75", "small", "medium", "large", "coverage", "images",
     "calibration", "train_seconds", "quantize_seconds", "torch", "quietvit",
+)  # fmt: skip
+PART_COLUMNS = (
+    "arm", "seed", "epochs", "precision", "split", "setting", "policy",
+    "part", "quantized", "sites", "macs", "error", "ap", "ap50", "ap75", "small", "medium", "large",
+    "images", "calibration", "seconds", "torch", "quietvit",
 )  # fmt: skip
 OFF = "decay.cd=none"
 ARMS = {
@@ -80,16 +99,34 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in names)
 
 
-def write(path: Path, row: dict[str, Any]) -> None:
-    """Append one row; the file is whole after each."""
+def write(path: Path, *rows: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> None:
+    """Append rows; the file is whole after each call."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
-        writer.writerow(row)
-    print(*(f"{key}={row[key]}" for key in ("arm", "seed", "setting", "ap")), flush=True)
+        writer.writerows(rows)
+    for row in rows:
+        shown = ("arm", "seed", "setting", "part", "quantized", "ap")
+        print(*(f"{key}={row[key]}" for key in shown if key in row), flush=True)
+
+
+def rows_of_parts(base: dict[str, Any], found: PartLosses) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one setting. ``quantized``: nothing, all, only or without the part."""
+    whole = {"part": "all", "sites": sum(part.sites for part in found.parts), "macs": found.macs}
+    losses = [(whole, "nothing", Loss(0.0, found.float_ap)), (whole, "all", found.whole)]
+    for part in found.parts:
+        told = {"part": part.name, "sites": part.sites, "macs": part.macs}
+        for what, loss in (("only", part.alone), ("without", part.without)):
+            if loss is None:
+                raise SystemExit(f"stopped before {part.name} was measured; nothing is written")
+            losses.append((told, what, loss))
+    for told, what, loss in losses:
+        assert loss.ap is not None  # ap_by_part got a loader
+        figures = {"error": round(loss.error, 5), **_figures(loss.ap)}
+        yield {**base, **told, "quantized": what, **figures}
 
 
 def trained(arguments: argparse.Namespace, arm: str, seed: int) -> TrainResult:
@@ -123,9 +160,12 @@ def main() -> None:
     parser.add_argument("--bits", default=",".join(BITS))
     parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--runs", type=Path, default=Path("runs/detect"))
-    parser.add_argument("--results", type=Path, default=Path("results/detect.csv"))
+    parser.add_argument("--parts", action="store_true", help="measure the AP of each part")
+    parser.add_argument("--results", type=Path, help="default: results/detect.csv, or _parts.csv")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
+    name = "detect_parts.csv" if arguments.parts else "detect.csv"
+    arguments.results = arguments.results or Path("results") / name
     chosen = list(settings(_listed(arguments.methods), _listed(arguments.bits)))
     for seed in map(int, _listed(arguments.seeds)):
         for arm in _arms(arguments.arms):
@@ -142,7 +182,7 @@ def one_run(
         "split": arguments.split, "calibration": arguments.calibration,
         "torch": torch.__version__, "quietvit": quietvit.__version__,
     }  # fmt: skip
-    wanted = [("float", "", ""), *chosen]
+    wanted = [*([] if arguments.parts else [("float", "", "")]), *chosen]
     left = [one for one in wanted if _key({**base, "setting": one[0]}) not in done]
     if not left:
         return
@@ -164,6 +204,14 @@ def one_run(
             write(arguments.results, {**base, **_figures(found), "setting": setting})
             continue
         config = parse_method(method, bits, keep=kept)
+        if arguments.parts:
+            parts = ap_by_part(model, config, calibration, loader, progress=False)
+            seconds = round(time.perf_counter() - started, 1)
+            told = {"setting": setting, "policy": config.policy(), "seconds": seconds}
+            own_base = {key: value for key, value in base.items() if key in PART_COLUMNS}
+            rows = rows_of_parts(own_base | told, parts)
+            write(arguments.results, *rows, columns=PART_COLUMNS)
+            continue
         quantized = quietvit.quantize(model, config, calibration, trace=trace, progress=False)
         seconds = round(time.perf_counter() - started, 1)
         row = {

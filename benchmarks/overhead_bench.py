@@ -193,9 +193,8 @@ def step_flops(name: str, batch: int) -> float:
 
 def block_mib(model: nn.Module, example: Tensor) -> float:
     """Size of the weights of the largest residual block, MiB."""
-    from quietvit.tracing.block_modules import residual_modules
 
-    names = residual_modules(quietvit.trace(model, example))
+    names = quietvit.trace(model, example).blocks
     sizes = [sum(p.nbytes for p in model.get_submodule(n).parameters()) for n in names]
     return max(sizes) / 2**20
 

@@ -46,3 +46,12 @@ def sessions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "default" and processor.vnni() is not True:
         pytest.skip("products of default sessions saturate here")
     monkeypatch.setattr(processor, "vnni", lambda: request.param == "default")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders of tiny detectors of transformers by kind, see ``detr_cases.KINDS``."""
+    pytest.importorskip("transformers")
+    from detr_cases import Folders
+
+    return Folders(tmp_path_factory.mktemp)

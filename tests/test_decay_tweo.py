@@ -20,7 +20,7 @@ from quietvit import QuietvitError
 from quietvit.decay.activations import ActivationWatch, largest_activation
 from quietvit.decay.tweo import TWEO
 from quietvit.tracing import call, trace
-from quietvit.tracing.block_modules import first_tensor, residual_modules, watching_modules
+from quietvit.tracing.block_modules import first_tensor, watching_modules
 
 MODELS = ("timm-vit", "timm-swin", "timm-dinov2-layerscale", "hf-vit", "hf-swin", "tv-vit")
 STRENGTH, THRESHOLD, POWER = 0.5, 0.3, 4.0
@@ -68,7 +68,7 @@ def by_hand(outputs: list[Tensor], power: float = POWER) -> Tensor:
 def recorded(model: nn.Module, example: Any) -> tuple[list[Tensor], Any]:
     """The outputs of the residual blocks in one pass, with their graph, and the model's output."""
     outputs: list[Tensor] = []
-    names = residual_modules(trace(model, example))
+    names = trace(model, example).blocks
     with watching_modules(model, names, lambda *seen: outputs.append(first_tensor(seen[3]))):
         result = call(model, example)
     return outputs, result

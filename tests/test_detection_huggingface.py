@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import quietvit
 from detection_cases import annotated, coco
+from detr_cases import KINDS
 from method_cases import METHODS, configured
 from quietvit import QuietvitError
 from quietvit.data import load_weights
@@ -27,91 +27,6 @@ from test_cli import refused, run
 from test_detection_training import config
 
 transformers = pytest.importorskip("transformers")
-
-DETR = {
-    "d_model": 32,
-    "num_queries": 8,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-}
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
-NO_TIMM = {"use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False}
-EDGES = {"size": {"shortest_edge": 64, "longest_edge": 96}, "image_mean": [0.5] * 3}
-
-
-def detr() -> Any:
-    backbone = transformers.ResNetConfig(**RESNET, layer_type="basic", out_features=["stage4"])
-    names = {0: "disc", 1: "square"}
-    return transformers.DetrForObjectDetection(
-        transformers.DetrConfig(backbone_config=backbone, **DETR, **NO_TIMM, id2label=names)
-    )
-
-
-def yolos() -> Any:
-    config = transformers.YolosConfig(
-        image_size=[64, 64],
-        patch_size=8,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        num_detection_tokens=8,
-        num_labels=2,
-    )
-    return transformers.YolosForObjectDetection(config)
-
-
-def rt_detr() -> Any:
-    backbone = transformers.RTDetrResNetConfig(
-        **RESNET, layer_type="basic", out_features=["stage2", "stage3", "stage4"]
-    )
-    config = transformers.RTDetrConfig(
-        backbone_config=backbone,
-        encoder_hidden_dim=32,
-        encoder_in_channels=[16, 16, 16],
-        encoder_ffn_dim=32,
-        encoder_attention_heads=2,
-        d_model=32,
-        num_queries=20,
-        decoder_in_channels=[32, 32, 32],
-        decoder_ffn_dim=32,
-        decoder_layers=1,
-        decoder_attention_heads=2,
-        num_labels=2,
-    )
-    return transformers.RTDetrForObjectDetection(config)
-
-
-KINDS: dict[str, tuple[Any, dict[str, Any], tuple[int, int], bool]] = {
-    "detr": (detr, {"image_processor_type": "DetrImageProcessor", **EDGES}, (64, 96), False),
-    "yolos": (yolos, {}, (64, 64), True),
-    "rt_detr": (
-        rt_detr,
-        {
-            "image_processor_type": "RTDetrImageProcessor",
-            "size": {"height": 64, "width": 64},
-            "do_normalize": False,
-        },
-        (64, 64),
-        True,
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
-    for kind, (build, settings, _, _) in KINDS.items():
-        torch.manual_seed(0)
-        found[kind] = tmp_path_factory.mktemp(kind)
-        build().save_pretrained(found[kind])
-        if settings:
-            (found[kind] / "preprocessor_config.json").write_text(json.dumps(settings))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +46,7 @@ def images() -> list[Tensor]:
 def test_a_detector_takes_and_gives_what_torchvisions_do(
     kind: str, folders: dict[str, Path]
 ) -> None:
-    _, _, size, stretched = KINDS[kind]
+    _, _, _, size, stretched = KINDS[kind]
     model = hf_detector(str(folders[kind])).eval()
     assert is_detector(model)
     assert model.transform.size == size

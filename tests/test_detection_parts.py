@@ -16,7 +16,6 @@ from quietvit.detection import ap_by_part, sites_by_part
 from quietvit.detection.detectors import PREDICTORS
 from quietvit.detection.parts import part_of, with_parts
 from test_cli import refused, run
-from test_detection_huggingface import KINDS, folders  # noqa: F401 - a fixture
 from test_detection_masks import masked
 from test_detection_models import small
 
@@ -38,10 +37,10 @@ def images() -> torch.Tensor:
     return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARTS)
 def test_all_products_of_a_transformers_detector_belong_to_a_part(
     kind: str,
-    folders: dict[str, Path],  # noqa: F811
+    folders: dict[str, Path],
 ) -> None:
     model = quietvit.detection.hf_detector(str(folders[kind])).eval()
     size = model.transform.size
@@ -117,7 +116,7 @@ def test_the_mask_head_is_a_part(images: torch.Tensor) -> None:
 
 
 def test_the_command_prints_and_writes_the_ap_of_each_part(
-    folders: dict[str, Path],  # noqa: F811
+    folders: dict[str, Path],
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("faster_coco_eval")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from detection_cases import coco, outlined
 from quietvit.detection.windows import Windows
@@ -99,56 +98,15 @@ def test_a_dry_run_tells_memory_and_time(tmp_path):
     assert "time of a step" in told
 
 
-def tiny_rtdetrv2():
-    transformers = pytest.importorskip("transformers")
-    from test_detection_huggingface import RESNET
-
-    backbone = transformers.RTDetrResNetConfig(
-        **RESNET, layer_type="basic", out_features=["stage2", "stage3", "stage4"]
-    )
-    return transformers.RTDetrV2ForObjectDetection(
-        transformers.RTDetrV2Config(backbone_config=backbone, **SMALL)
-    )
-
-
-def tiny_dfine():
-    transformers = pytest.importorskip("transformers")
-    stages = {
-        "stem_channels": [3, 8, 8],
-        "stage_in_channels": [8, 16, 16, 16],
-        "stage_mid_channels": [8, 8, 8, 8],
-        "stage_out_channels": [16, 16, 16, 16],
-        "stage_num_blocks": [1, 1, 1, 1],
-        "stage_numb_of_layers": [1, 1, 1, 1],
-        "hidden_sizes": [16, 16, 16, 16],
-    }
-    backbone = transformers.HGNetV2Config(
-        **stages, out_features=["stage2", "stage3", "stage4"], return_idx=[1, 2, 3]
-    )
-    return transformers.DFineForObjectDetection(
-        transformers.DFineConfig(backbone_config=backbone, **SMALL)
-    )
-
-
-SMALL = {
-    "encoder_hidden_dim": 32, "encoder_in_channels": [16, 16, 16], "encoder_ffn_dim": 32,
-    "encoder_attention_heads": 2, "d_model": 32, "num_queries": 20, "decoder_ffn_dim": 32,
-    "decoder_in_channels": [32, 32, 32], "decoder_layers": 2, "decoder_attention_heads": 2,
-    "num_labels": 2,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("name", "tiny"), [("detect_rtdetrv2", tiny_rtdetrv2), ("detect_dfine", tiny_dfine)]
+    ("name", "tiny"), [("detect_rtdetrv2", "rt_detr_v2"), ("detect_dfine", "d_fine")]
 )
-def test_a_recipe_for_a_folder_builds_with_a_small_folder(name, tiny, tmp_path):
-    torch.manual_seed(0)
-    tiny().save_pretrained(tmp_path / "hf")
+def test_a_recipe_for_a_folder_builds_with_a_small_folder(name, tiny, tmp_path, folders):
     batch, ap = WHOLE[name]
     recipe = load_recipe(name)
     assert (recipe.optimizer.lr_batch, recipe.batch_size * 4) == (batch, batch)
     assert ap in list_recipes()[name].read_text()
-    small = made_small(name, tmp_path, f"model.name=hf:{tmp_path / 'hf'}", "optimizer.lr_batch=1")
+    small = made_small(name, tmp_path, f"model.name=hf:{folders[tiny]}", "optimizer.lr_batch=1")
     parts = build(small).training
     rates = []
     for step in (1, 2 * small.epochs - 1):

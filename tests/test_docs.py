@@ -334,9 +334,9 @@ def test_a_tutorial_runs_from_top_to_bottom(page: str) -> None:
     for package in NEEDS.get(page, []):
         pytest.importorskip(package)
     if page == "detector":
-        from test_detection_huggingface import yolos
+        from detr_cases import write
 
-        yolos().save_pretrained("detector")
+        write("yolos", Path("detector"))
     else:
         save_file(create_model("test_vit", 1000).state_dict(), "test_vit.safetensors")
     replaced, shorter = SHORTER[page]

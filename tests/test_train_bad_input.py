@@ -234,7 +234,7 @@ def test_what_cannot_be_watched_does_not_keep_the_rest_from_it(monkeypatch, capl
 
     places = {
         "pairs": "quietvit.pairs.find_pairs",
-        "blocks": "quietvit.decay.activations.residual_modules",
+        "blocks": "quietvit.decay.activations.ActivationWatch",
         "trace": "quietvit.tracing.trace",
     }
     monkeypatch.setattr(places[missing], refused)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
 from quietvit.tracing import Trace, call, eagerly, evaluating, plain_model, trace
-from quietvit.tracing.block_modules import first_tensor, residual_modules
+from quietvit.tracing.block_modules import first_tensor
 
 
 class ActivationWatch:
@@ -31,11 +31,11 @@ class ActivationWatch:
 
     def __init__(self, model: nn.Module, traced: Trace) -> None:
         self.model = plain_model(model)
-        self.blocks: tuple[str, ...] = tuple(residual_modules(traced))
+        self.blocks: tuple[str, ...] = traced.blocks
         if not self.blocks:
             raise QuietvitError(
-                f"{traced.model_name} has no residual block to watch (a module in a container "
-                "whose output is a sum with its input)."
+                f"{traced.model_name} has no residual block to watch (a module whose output is "
+                "its input plus something)."
             )
         self._peaks: dict[str, Tensor] = {}
         self._handles: list[Any] = []

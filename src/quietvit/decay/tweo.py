@@ -25,7 +25,7 @@ from quietvit.decay.schedule import Schedule, one_schedule
 from quietvit.errors import QuietvitError
 from quietvit.tensors import reshard, wide
 from quietvit.tracing import trace
-from quietvit.tracing.block_modules import first_tensor, residual_modules
+from quietvit.tracing.block_modules import first_tensor
 
 logger = logging.getLogger("quietvit")
 
@@ -94,11 +94,11 @@ class TWEO(BaseRegularizer):
         self.strength = number(strength, "strength", "TWEO")
         self.threshold = number(threshold, "threshold", "TWEO", least=1e-6)
         self.power = number(power, "power", "TWEO", least=1.0)
-        self.blocks: tuple[str, ...] = tuple(residual_modules(trace(self.model, example)))
+        self.blocks: tuple[str, ...] = trace(self.model, example).blocks
         if not self.blocks:
             raise QuietvitError(
                 f"TWEO has nothing to penalize: {type(self.model).__name__} has no residual block "
-                "(a module in a container, whose output is a sum with its input). "
+                "(a module whose output is its input plus something). "
                 "print(quietvit.trace(model, example)) shows what it has."
             )
         self._seen: list[tuple[str, Tensor]] = []

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from quietvit.tracing import MATMUL_KINDS, Site, Trace, intercept, refusing
-from quietvit.tracing.block_modules import lies_within, residual_modules
+from quietvit.tracing.block_modules import lies_within
 from quietvit.tracing.intercept import Handler
 from quietvit.tracing.ops import FAMILIES
 from quietvit.tracing.places import STEADY, Place
@@ -25,8 +25,8 @@ class Block:
     """A module that is called once, and the part of the trace that runs inside it.
 
     ``trace`` holds its sites, counted from the block's start, so ``intercept`` works on the block
-    alone. ``residual``: True for a residual block; False for a single linear or convolution
-    outside of residual blocks.
+    alone. ``residual``: True for a residual block; False for a module outside of residual blocks,
+    mostly a single linear or convolution.
     """
 
     name: str
@@ -41,14 +41,13 @@ class Block:
 def find_blocks(trace: Trace) -> tuple[Block, ...]:
     """Find the blocks of a model in order of execution.
 
-    Residual blocks come from ``quietvit.tracing.block_modules.residual_modules``. Every other
-    module with one linear or convolution is a block of its own.
+    Residual blocks come from ``Trace.blocks``. Every other module that computes a linear or a
+    convolution itself is a block of its own, if it is called once.
     """
-    residual = residual_modules(trace)
     blocks: list[tuple[int, Block]] = []
     inside: set[str] = set()
     order = {site.name: place for place, site in enumerate(trace.sites)}
-    for module in residual:
+    for module in trace.blocks:
         sites = [site for site in trace.sites if lies_within(site.module, module)]
         if not sites or not any(site.macs for site in sites):
             continue
@@ -60,10 +59,13 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
     for site in trace.matmuls:
         if site.name in inside or site.kind not in ("linear", "conv") or not site.module:
             continue
-        sites = [other for other in trace.sites if other.module == site.module]
+        sites = [other for other in trace.sites if lies_within(other.module, site.module)]
+        weights = [other.weight for other in sites if other.kind in ("linear", "conv")]
         block_trace = subtrace(trace, sites)
-        if block_trace is not None and sum(other.macs > 0 for other in sites) == 1:
-            blocks.append((order[site.name], Block(site.module, block_trace, False)))
+        called_once = len(set(weights)) == len(weights)
+        if block_trace is not None and called_once and inside.isdisjoint(s.name for s in sites):
+            inside |= {other.name for other in sites}
+            blocks.append((order[sites[0].name], Block(site.module, block_trace, False)))
     return tuple(block for _, block in sorted(blocks, key=lambda pair: pair[0]))
 
 

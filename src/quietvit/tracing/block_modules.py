@@ -1,6 +1,6 @@
-"""Find residual blocks as modules, and observe their inputs and outputs.
+"""Observe and replace the inputs and outputs of modules, such as the residual blocks of a trace.
 
-Uses the trace, so it works for timm, transformers and torchvision. ``quantization.blocks`` fits.
+``residual`` finds the blocks. ``quantization.blocks`` fits them.
 """
 
 from __future__ import annotations
@@ -13,27 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.tracing.sites import Trace
-
-
-def residual_modules(trace: Trace) -> list[str]:
-    """Return the paths of a model's residual blocks in order of execution.
-
-    A block is a module that contains a residual add. Its path is cut behind the last number, and
-    blocks inside another block are dropped. Derived here (BRECQ, arXiv 2102.05426, selects the
-    blocks of a ResNet by name).
-    """
-    adds = [site for site in trace.sites if site.kind == "add" and site.module]
-    paths = list(dict.fromkeys(site.module for site in adds))
-    # "blocks.0.attn" also has an add if it adds relative positions: cut it to "blocks.0".
-    numbered: dict[str, None] = {}
-    for path in paths:
-        parts = path.split(".")
-        places = [i for i, part in enumerate(parts) if part.rpartition("_")[2].isdigit()]
-        cut = places[-1] + 1 if places else len(parts)
-        numbered[".".join(parts[:cut])] = None
-    blocks = list(numbered)
-    return [p for p in blocks if not any(q != p and lies_within(p, q) for q in blocks)]
 
 
 def lies_within(module: str, outer: str) -> bool:

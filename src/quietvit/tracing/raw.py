@@ -41,6 +41,21 @@ class Record:
 
 
 @dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module: the records from ``start`` to before ``end`` were made inside.
+
+    ``origin``: the sites that its first output comes from. ``from_constant``: one of its inputs
+    does not depend on the model's input, and has the shape of that output.
+    """
+
+    path: str
+    start: int
+    end: int
+    origin: frozenset[str]
+    from_constant: bool
+
+
+@dataclass(frozen=True)
 class RawLink:
     """Channels of ``source`` that reach the input columns of ``consumer``.
 

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quietvit.tracing import carry, labels, ops
 from quietvit.tracing.labels import CONSTANT, Flow, Value
 from quietvit.tracing.places import Place, Places
-from quietvit.tracing.raw import RawLink, Record, ScoreLink
+from quietvit.tracing.raw import ModuleCall, RawLink, Record, ScoreLink
 from quietvit.tracing.scales import has_scale
 from quietvit.tracing.standins import STANDINS
 from quietvit.tracing.weights import view_of
@@ -46,6 +46,11 @@ class _FlopCount(TorchDispatchMode):
         return result
 
 
+def _tensors(nested: Any) -> list[Tensor]:
+    """Return the tensors in a module's arguments or output."""
+    return [leaf for leaf in tree_flatten(nested)[0] if isinstance(leaf, Tensor)]
+
+
 class Recorder(TorchFunctionMode):
     """Records every site of the forward pass that runs inside ``with``."""
 
@@ -54,6 +59,7 @@ class Recorder(TorchFunctionMode):
         self.records: list[Record] = []
         self.links: list[RawLink] = []
         self.scores: list[ScoreLink] = []
+        self.calls: list[ModuleCall] = []
         self.places = Places()
         self._values = WeakTensorKeyDictionary()
         self.by_key: dict[str, Record] = {}
@@ -62,6 +68,7 @@ class Recorder(TorchFunctionMode):
         self._flops = _FlopCount()
         self._seen_flops = 0
         self._stack: list[str] = [""]
+        self._starts: list[int] = []
         self._model = model
         self._paths = {id(module): plain_name(name) for name, module in model.named_modules()}
         self._hooks: list[Any] = []
@@ -89,7 +96,7 @@ class Recorder(TorchFunctionMode):
             self._hooks = [
                 nn.modules.module.register_module_forward_pre_hook(self._enter_module),
                 nn.modules.module.register_module_forward_hook(
-                    self._leave_module, always_call=True
+                    self._leave_module, with_kwargs=True, always_call=True
                 ),
             ]
         super().__enter__()
@@ -104,9 +111,16 @@ class Recorder(TorchFunctionMode):
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         self._stack.append(self._paths.get(id(module), self._stack[-1]))
+        self._starts.append(len(self.records))
 
-    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._stack.pop()
+    def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        path, start = self._stack.pop(), self._starts.pop()
+        given, result = _tensors((args, kwargs)), next(iter(_tensors(output)), None)
+        if id(module) not in self._paths or result is None:
+            return
+        constant = any(x.shape == result.shape and not self.value(x).depends for x in given)
+        origin = self.value(result).origin
+        self.calls.append(ModuleCall(path, start, len(self.records), origin, constant))
 
     def _keep(self, tensor: Tensor, value: Value) -> None:
         if not tensor.numel():  # for example the boxes of an image without detections

@@ -90,7 +90,8 @@ class Trace:
     """All sites of one forward pass in order, and how channels flow between them.
 
     ``counts``: the number of products and of norms in every pass. ``outputs``: the last sites
-    before the model's output.
+    before the model's output. ``blocks``: the paths of the residual blocks, modules whose output is
+    their input plus something, in order of execution.
     """
 
     model_name: str
@@ -99,6 +100,7 @@ class Trace:
     scores: tuple[Scores, ...]
     counts: dict[str, int]
     outputs: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
     @property
     def matmuls(self) -> tuple[Site, ...]:

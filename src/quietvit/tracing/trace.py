@@ -20,6 +20,7 @@ from quietvit.tracing.inputs import call, one_sample, refusing
 from quietvit.tracing.places import STEADY
 from quietvit.tracing.raw import Record
 from quietvit.tracing.record import Recorder
+from quietvit.tracing.residual import residual_blocks
 from quietvit.tracing.roles import operand_roles, role_of
 from quietvit.tracing.sites import Link, Operand, Scores, Site, Trace
 from quietvit.tracing.wrappers import eagerly, plain_model
@@ -173,7 +174,8 @@ def _assemble(model_name: str, recorder: Recorder, results: list[Tensor]) -> Tra
     counts = {family: recorder.places.counts[family] for family in sorted(STEADY)}
     leaving = {key for result in results for key in recorder.value(result).origin}
     outputs = tuple(names[key] for key in sorted(leaving, key=order.__getitem__))
-    return Trace(model_name, tuple(sites), links, scores, counts, outputs)
+    blocks = residual_blocks(records, recorder.calls)
+    return Trace(model_name, tuple(sites), links, scores, counts, outputs, blocks)
 
 
 def _steps(through: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,10 @@ from torch import nn
 from quietvit.data import data_config
 from quietvit.errors import QuietvitError, nearest
 from quietvit.tracing import trace
-from quietvit.tracing.block_modules import lies_within, residual_modules
+from quietvit.tracing.block_modules import lies_within
 
 if TYPE_CHECKING:
     from quietvit.train.config import OptimizerConfig
-
-_NUMBERED = re.compile(r"(^|[._])\d+$")
 
 
 def freeze(model: nn.Module, patterns: Sequence[str] = (), blocks: int = 0) -> list[str]:
@@ -139,8 +136,8 @@ def _split(
 def block_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     """Return the depth of every parameter by name, and the number n of residual blocks.
 
-    If a model has numbered blocks (``blocks.3``), only these count. So the depths of a detector
-    are those of its backbone, and everything behind it has depth n + 1, as in ViTDet.
+    torchvision's detectors have blocks only in the backbone. So everything behind it has depth
+    n + 1, as in ViTDet.
 
     0: before the first block. i: in block i (from 1), or between block i - 1 and block i.
     n + 1: after the last block. The trace does not see some parameters, such as position tables
@@ -150,9 +147,7 @@ def block_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     """
     device = next(model.parameters()).device
     recorded = trace(model, torch.zeros(1, *data_config(model)["input_size"], device=device))
-    blocks = residual_modules(recorded)
-    # Detectors also add maps in an FPN, and offsets to boxes. Those modules have no number.
-    blocks = [block for block in blocks if _NUMBERED.search(block)] or blocks
+    blocks = recorded.blocks
     if not blocks:
         raise QuietvitError(
             f"{type(model).__name__} has no residual blocks, by which layers are counted; leave "
