@@ -224,7 +224,7 @@ def scripted() -> nn.Module:
         (lambda: torch.export.export(build_cnn(), (torch.randn(1, 3, 16, 16),)), "ExportedProgram"),
         (lambda: "model.onnx", "of type str"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 @pytest.mark.parametrize("method", ["pink", None])
 def test_quantized_and_exported_models_are_named(make, told, method):
