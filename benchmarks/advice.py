@@ -31,9 +31,9 @@ import quietvit
 from csv_rows import append, read
 from hptq_efficientnet import CACHE, RUNS
 from hptq_efficientnet import MODEL as LITE
+from ptq_deit_tiny import BATCH, SETTINGS
 from ptq_deit_tiny import MODEL as DEIT
 from ptq_deit_tiny import OUT as TABLE
-from ptq_deit_tiny import SETTINGS
 from quietvit.advice.effects import FloatOutputs
 from quietvit.data import (
     calibration_images,
@@ -107,7 +107,7 @@ def efficientnet(
     """Measure the rows of EfficientNet-Lite0 that have no row yet, and append one row each."""
     model = create_model(LITE, weights=cache / f"{LITE}.safetensors").eval()
     forecast = Forecast(model, data, count)
-    loader = evaluation_loader(forecast.table, forecast.transform, batch_size=50)
+    loader = evaluation_loader(forecast.table, forecast.transform, batch_size=BATCH)
     full = None
     done = {key(row) for row in read(out) if row["model"] == LITE}
     for setting, bits in itertools.product(("rtn-minmax", "rtn-omse", "hptq"), LITE_BITS):
