@@ -127,16 +127,18 @@ def _scheduler(
             warmup_prefix=False,
             t_in_epochs=False,
         )
-    return CosineLRScheduler(
+    steps = max(1, steps_per_epoch * config.epochs - warmup)
+    scheduler = CosineLRScheduler(
         optimizer,
-        # timm warns at 1. A run of one step after the warm-up sees the same rates at 2.
-        t_initial=max(2, steps_per_epoch * config.epochs - warmup),
+        t_initial=max(2, steps),  # at 1, timm warns of a rate that never changes
         lr_min=rates.min_lr,
         warmup_t=warmup,
         warmup_lr_init=min(rates.warmup_lr, rates.lr),
         warmup_prefix=True,
         t_in_epochs=False,
     )
+    scheduler.t_initial = steps
+    return scheduler
 
 
 def _average(config: TrainConfig, model: nn.Module) -> Any:
