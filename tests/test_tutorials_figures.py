@@ -20,6 +20,14 @@ SAID = {
         "causes, a block writes into this channel.",
         "explains at most {largest share in this channel, %:.0f} % of a value",
     ],
+    "photos": [
+        "We took {training photos:.0f} photos of four classes",
+        "`train` | top-1 {top-1 of train, %:.0f} % on {test photos:.0f} test photos |",
+        "top-1 {top-1 of quantize, %:.0f} %, {on quantized operands, %:.0f} % of multiply-",
+        "{products in integers:.0f} of {products:.0f} products in integers, "
+        "{codes that differ:.0f} codes differ, top-1 {top-1 of check, %:.0f} %, "
+        "the file is {times smaller:.1f} times smaller |",
+    ],
     "training-loops": [
         "Without the line it grows from {penalty without, start:.0f} to "
         "{penalty without, end:.0f}. With the line it falls from {penalty with, start:.0f} to "
