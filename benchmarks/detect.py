@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+import csv_rows
 import quietvit
 from quietvit.detection import (
     BoxAP,
@@ -88,10 +89,7 @@ def settings(methods: tuple[str, ...], bits: tuple[str, ...]) -> Iterator[tuple[
 
 def measured(path: Path) -> set[tuple[str, ...]]:
     """Return (arm, seed, epochs, precision, split, setting, calibration) of every row."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        return {_key(row) for row in csv.DictReader(file)}
+    return {_key(row) for row in csv_rows.read(path)}
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -194,7 +192,7 @@ def one_run(
     loader = detection_loader(test, 8)
     model = result.load_model()
     calibration = task.calibration(model, images, arguments.calibration, 0)
-    trace = quietvit.trace(model, calibration[:1])
+    trace = None if arguments.parts else quietvit.trace(model, calibration[:1])
     kept = [f"{what}=8" for what in (ATTENTION, *predictors(model))]
     base |= {"train_seconds": round(result.train_seconds, 1), "images": len(test)}
     for setting, method, bits in left:

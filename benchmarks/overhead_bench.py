@@ -193,7 +193,6 @@ def step_flops(name: str, batch: int) -> float:
 
 def block_mib(model: nn.Module, example: Tensor) -> float:
     """Size of the weights of the largest residual block, MiB."""
-
     names = quietvit.trace(model, example).blocks
     sizes = [sum(p.nbytes for p in model.get_submodule(n).parameters()) for n in names]
     return max(sizes) / 2**20
