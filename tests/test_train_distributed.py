@@ -292,3 +292,11 @@ def test_an_accelerate_without_fsdp2_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "version", lambda _: "1.6.0")
     with pytest.raises(QuietvitError, match=r"accelerate 1\.7 or later, but 1\.6\.0 is installed"):
         engine.make_accelerator(config(tmp_path, parallel="fsdp2"))
+
+
+def test_processes_that_accelerate_does_not_join_are_told(tmp_path, monkeypatch):
+    """Two processes that each train alone would write into one folder."""
+    alone = engine.make_accelerator(config(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(QuietvitError, match="2 processes were started, but accelerate runs 1 on"):
+        engine._check_as_asked(config(tmp_path), alone, sharded=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from quietvit.train import TrainResult, train
@@ -103,7 +104,9 @@ def test_two_machines_train_as_one_process_with_the_whole_batch(
     alone: Path, tmp_path: Path
 ) -> None:
     both = tmp_path / "both"
-    (tmp_path / "both.json").write_text(config(both, accumulation=2, **CHANGES).model_dump_json())
+    device = "cpu" if torch.accelerator.is_available() else "auto"  # "auto" is that of the recipes
+    shared = config(both, accumulation=2, device=device, **CHANGES)
+    (tmp_path / "both.json").write_text(shared.model_dump_json())
     run = ["-m", "quietvit.cli", "train", "--recipe", f"{both}.json", "--output", str(both)]
     on_two_machines(TORCHRUN, run, tmp_path)
     assert_same_run(both, alone)

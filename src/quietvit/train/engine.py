@@ -66,7 +66,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulation),
             dynamo_backend="no",
-            cpu=config.device == "cpu",
+            # accelerate shares a run between CPU processes only if it is told to use the CPU.
+            cpu=config.device == "cpu" or (shared and not torch.accelerator.is_available()),
             fsdp_plugin=plugin,
         )
     finally:
@@ -276,6 +277,12 @@ def _check_as_asked(config: TrainConfig, accelerator: Accelerator, sharded: bool
     """Refuse an accelerator whose settings differ from the configuration."""
     kind = getattr(accelerator.distributed_type, "value", "")
     shared = "fsdp2" if is_sharded(accelerator) else kind
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise QuietvitError(
+            f"{started} processes were started, but accelerate runs {accelerator.num_processes} on "
+            f"the device {accelerator.device.type!r}. Set device to 'cpu', or start one process."
+        )
     in_parts = is_sharded(accelerator) or kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
     compared = {
         "device": (config.device, accelerator.device.type, config.device == "cpu"),
