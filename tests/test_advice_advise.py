@@ -19,7 +19,7 @@ from quietvit import cli
 from quietvit.advice import Advice, Effect, Row
 from quietvit.advice.budget import Budget
 from quietvit.advice.causes import find_causes
-from quietvit.advice.ladder import Ladder, pareto
+from quietvit.advice.ladder import Ladder, pareto, settings
 from quietvit.advice.sizes import average_bits, stored_bytes
 from quietvit.advice.steps import next_steps
 from quietvit.advice.switches import Switches
@@ -100,11 +100,15 @@ def test_steps_follow_from_the_numbers():
         row("repq-vit", "W4A4", 0.1, 4, deployable=False),
     ]
     kept = [("post_gelu", row("rtn-omse", "W4A4+post_gelu=8", 0.3, 5))]
-    texts = [step.do for step in next_steps(rows, target, kept, ())]
+    steps = next_steps(rows, target, kept, ())
+    texts = [step.do for step in steps]
     assert texts[0].startswith("Deploy rtn-omse W8A8")
     assert texts[1] == "Keep post_gelu at 8 bits: --keep post_gelu=8"
     assert texts[2:4] == ["Use repq-vit for this model", "Do not use SmoothQuant for this model"]
     assert "recipe section qat" in texts[4]
+    assert steps[4].because.startswith("the best of 3 methods tried at W4A4 is repq-vit: ")
+    (*_, alone) = next_steps(rows[:2], target, [], ())
+    assert alone.because.startswith("only rtn-omse was tried at W4A4: ")
     better = [replace(r, effect=Effect(0.0, 0.0, 0.0, 0.0)) for r in rows]
     assert len(next_steps(better, None, [], ())) == 1
     assert not any(
@@ -203,6 +207,16 @@ def test_the_time_covers_all_work_and_what_is_skipped_is_named(monkeypatch):
             left_out |= {f"causes of {found.target}", "roles at 8 bits"}
         assert left_out <= set(found.skipped)
         assert "give more minutes" in str(found)
+
+
+def test_methods_are_compared_at_the_lowest_bits_first():
+    model, images = model_and_images(16)
+    trace = quietvit.trace(model, images[:1])
+    found = settings(("rtn-omse", "smoothquant", "erq"), ("W8A8", "W4A8"), trace)
+    assert [f"{method} {bits}" for method, bits, _ in found] == [
+        *("rtn-omse W8A8", "rtn-omse W4A8", "smoothquant W4A8", "erq W4A8"),
+        *("smoothquant W8A8", "erq W8A8"),
+    ]
 
 
 def test_what_takes_longer_than_expected_is_stopped_and_the_rows_stay(monkeypatch):

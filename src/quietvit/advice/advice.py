@@ -28,7 +28,8 @@ class Advice:
         model: class of the model.
         images: number of images for calibration, and for measuring.
         origins: how these images were generated (``quietvit.synthesize``); None for real images.
-        rows: all measured settings, in order.
+        rows: all measured settings, in the order of the trials. The printed table groups them by
+            bits.
         target: name of the row whose sites are explained. None if the lowest bits are already good.
         causes: the three most expensive sites, with their causes.
         steps: recommended next steps, with the numbers behind them.
@@ -109,7 +110,8 @@ class Advice:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("integers", no_wrap=True)
         front = set(self.pareto)
-        for row in self.rows:
+        groups = list(dict.fromkeys(row.bits for row in self.rows))
+        for row in sorted(self.rows, key=lambda row: groups.index(row.bits)):
             e = row.effect
             if row.agreement is None:
                 values = [f"{100 * (e.error or 0.0):.1f} %"]

@@ -62,10 +62,12 @@ def advise(
 
     No labels are needed. Half of the images, at most 32, calibrate, or ``calibration`` does. The
     rest measure how often the quantized model predicts the same class as the float model. Images
-    that ``quietvit.synthesize`` generated are named in the result. The settings are tried method by
-    method. Then the three most expensive sites are explained, at the lowest bits with rtn-omse, and
-    two roles are tried at 8 bits. Up to half of the time is kept for this. What does not fit is
-    skipped and named. The model never changes. Ctrl-C ends the search and returns its results.
+    that ``quietvit.synthesize`` generated are named in the result.
+
+    The first method is tried at all bits, then the other methods, at the lowest bits first. Then
+    the three most expensive sites are explained, at the lowest bits with rtn-omse, and two roles
+    are tried at 8 bits. Up to half of the time is kept for this. What does not fit is skipped and
+    named. The model never changes. Ctrl-C ends the search and returns its results.
 
     Args:
         model: a float model in eval mode.

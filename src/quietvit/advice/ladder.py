@@ -84,13 +84,17 @@ def settings(
 ) -> list[tuple[str, str, Method]]:
     """Return (method, bits, config) of all rows, in the order of the trials.
 
-    A model without attention has no maps, so the preset ``attention-maps-8`` is dropped there.
+    The first method comes first, with all bits. The others start at the last bits, which are the
+    lowest: methods differ most there, and the time may end early. A model without attention has no
+    maps, so the preset ``attention-maps-8`` is dropped there.
     """
     maps = any(o.role == "post_softmax" for site in trace.sites for o in site.operands)
     names = [written_bits(each) for each in bits]
     if not maps:
         names = list(dict.fromkeys(name.replace(_MAPS, "") for name in names))
-    return [(m, name, parse_method(m, name)) for m in methods for name in names]
+    order = [(methods[0], name) for name in names]
+    order += [(method, name) for name in reversed(names) for method in methods[1:]]
+    return [(method, name, parse_method(method, name)) for method, name in order]
 
 
 class Ladder:

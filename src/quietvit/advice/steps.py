@@ -61,9 +61,13 @@ def next_steps(
             )
         )
     steps += _methods(rows, target)
-    best = max((row for row in rows if row.bits == target.bits), key=lambda row: row.quality)
+    same = [row for row in rows if row.bits == target.bits]
+    best = max(same, key=lambda row: row.quality)
     if best.agreement is None or best.agreement < GOOD:
-        why = f"the best of all methods at {target.bits} is {best.method}: {result(best)}"
+        why = f"the best of {len(same)} methods tried at {target.bits} is {best.method}"
+        if len(same) == 1:
+            why = f"only {best.method} was tried at {target.bits}"
+        why += f": {result(best)}"
         steps.append(
             Step(
                 f"Use more bits than {target.bits}, or train the quantized model on: recipe "
