@@ -8,11 +8,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from quietvit.compare import CompareConfig, compare
 from quietvit.compare import run as room
 from quietvit.compare.config import calibration_of
 from quietvit.errors import QuietvitError
+from quietvit.origin import mark
 from quietvit.quantization import RTN
 from quietvit.quantization.settings import parse_bits, parse_method
 from quietvit.report import Results, Run
@@ -136,6 +138,10 @@ def test_calibration_images_can_be_generated(compared, monkeypatch):
     assert calibration_of("12") == {"calibration_images": 12}
     with pytest.raises(QuietvitError, match="synthetic:32"):
         calibration_of("many")
+    ended = mark(torch.zeros(8, 3, 16, 16), {"method": "psaq", "seed": 0, "stopped": "by Ctrl-C"})
+    monkeypatch.setattr(room, "synthesize", lambda *args, **given: ended)
+    with pytest.raises(KeyboardInterrupt):
+        room._quantized(asked, trained, 0, False)
 
 
 def test_other_settings_or_a_used_folder_are_refused_and_nothing_is_lost(compared, tmp_path):

@@ -31,6 +31,7 @@ from quietvit.files import (
     write_atomic,
 )
 from quietvit.measure import diagnose, sqnr
+from quietvit.origin import origin_of
 from quietvit.quantization import QuantizedModel, quantize
 from quietvit.quantization.settings import parse_method, setting_names
 from quietvit.report import (
@@ -246,6 +247,8 @@ def _quantized(config: CompareConfig, trained: TrainResult, seed: int, decay: bo
             parse_request(config.synthesis).method,
             seed=config.calibration_seed,
         )
+        if (origin_of(calibration) or {}).get("stopped"):
+            raise KeyboardInterrupt  # half-made images must not stand for those of this arm
     else:
         calibration = drawn(train_set, config.calibration_images)
     looked_at = drawn(test_set, min(config.diagnosed_images, len(test_set)))
