@@ -11,6 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # How each page states its figures. A name in braces is a figure of the table.
 SAID = {
+    "detector": [
+        "The image has {boxes, annotated:.0f} annotated boxes. The float model finds "
+        "{boxes, float:.0f}. The W4A4 model finds {boxes, W4A4:.0f}, and "
+        "{boxes at W4A4 over a box in float:.0f} of these lie over a box in float.",
+        "on {test images:.0f} test images:",
+        "| float | {AP, float:.1f} |",
+        "| file of W8A8 with RTN, in onnxruntime | {AP, file of W8A8:.1f} |",
+        "attention maps and predictors at 8 bits | {AP, W4A4:.1f} |",
+        "The {epochs:.0f} epochs took {CPU seconds of train:.0f} CPU seconds in float32",
+    ],
     "diagnosis": [
         "{heaviest sites behind GELU:.0f} of the {heaviest sites:.0f} sites with the heaviest "
         "tails are there, with a `max/rms` up to {max/rms behind GELU:.0f}.",
