@@ -10,7 +10,6 @@ import typer
 from quietvit.answers import Form, Format, answer
 from quietvit.console import (
     AnyImages,
-    Architecture,
     Classes,
     Count,
     Device,
@@ -81,7 +80,7 @@ def diagnose(
 
 @app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit pairs deit_tiny_patch16_224"))
 def pairs(
-    model: Architecture,
+    model: Model,
     kinds: Annotated[
         str | None,
         typer.Option(
@@ -104,7 +103,7 @@ def pairs(
 
 @app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit trace swin_tiny_patch4_window7_224"))
 def trace(
-    model: Architecture,
+    model: Model,
     size: Size = None,
     matmuls: Annotated[
         bool, typer.Option("--matmuls", help="List only the matrix multiplications.")
