@@ -66,7 +66,8 @@ def diagnose(
     if output is not None:
         refuse_nonempty(output, force)
     built = build_model(model, weights, classes, size).to(device)
-    drawn = draw_images(built, open_data(images, "test", labels=False), count, seed)
+    dataset = open_data(images, "test", labels=False)
+    drawn = draw_images(built, dataset, min(count, len(dataset)), seed)
     found = run(built, drawn, pairs=() if sites_only else None)
     written = []
     if output is not None:
