@@ -116,6 +116,7 @@ def test_trace_and_pairs_print_their_tables():
     assert "softmax" in every.output
     assert len(products.output.splitlines()) < len(every.output.splitlines())
     assert "mlp" in run("pairs", MODEL, *SIZE).output
+    assert "there is no folder nothing, and timm has no model" in refused(run("trace", "nothing"))
 
 
 def test_methods_are_listed():
@@ -191,13 +192,15 @@ def test_a_trained_model_is_evaluated_and_quantized_by_its_folder(tmp_path):
     made = run("quantize", out, "--calibration", "embedded:digits", "--count", 2, "-o", file)
     assert made.exit_code == 0, made.output
     assert "a finished run" in refused(run("train", "-r", tmp_path / "r.toml", "-o", out))
+    assert "blocks.0.mlp.fc2.weight" in run("pairs", out).output
+    assert "blocks.0.mlp.fc2" in run("trace", out).output
     assert "random" not in evaluated.stderr
 
 
 def test_diagnose_writes_what_it_prints(table, tmp_path):
     out = tmp_path / "out"
-    given = ["diagnose", MODEL, "--classes", 2, *SIZE, "--images", table, "--count", 2, "-o", out]
-    done = run(*given)
+    given = ["diagnose", MODEL, "--classes", 2, *SIZE, "--images", table, "-o", out]
+    done = run(*given)  # 32 images are the default, and the table has fewer
     assert done.exit_code == 0, done.output
     assert (out / "diagnosis.json").is_file()
     assert list(out.glob("*.png"))

@@ -161,6 +161,7 @@ def test_every_mode_and_orientation_is_the_same_from_every_source(tmp_path):
         before = opened.mode, opened.size
         by_name, given = read_image(path), read_image(opened)
         assert by_name.tobytes() == given.tobytes() == dataset[index][0].tobytes(), name
+        assert read_image(by_name).tobytes() == by_name.tobytes(), f"{name}, decoded twice"
         assert name.startswith("TIFF turned") or (opened.mode, opened.size) == before
 
 

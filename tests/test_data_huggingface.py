@@ -188,7 +188,7 @@ def test_a_backbone_gets_a_new_head_and_says_so(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "quietvit")
     model = original("ViT")
     loaded = create_model(saved(tmp_path, model.vit), 3)
-    assert "has no head: 'classifier' starts anew" in caplog.text
+    assert "has no head: 'classifier' starts anew, so its classes mean nothing" in caplog.text
     ours = loaded.vit.state_dict()
     assert all(torch.equal(ours[key], value) for key, value in model.vit.state_dict().items())
 
@@ -317,6 +317,13 @@ def test_folders_that_are_none_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(QuietvitError, match=r"config\.json in .* could not be read"):
         create_model(name)
+
+
+def test_an_encoder_without_a_classifier_is_refused_with_the_remedy(tmp_path):
+    encoder = transformers.Aimv2VisionConfig(hidden_size=16, image_size=32, patch_size=16)
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(QuietvitError, match=r"load it in Python \(transformers\.AutoModel\)"):
+        create_model(f"hf:{tmp_path}")
 
 
 def test_code_in_a_folder_is_not_run(tmp_path):

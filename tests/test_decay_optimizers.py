@@ -209,6 +209,37 @@ def test_what_muon_leaves_to_adamw_decays_at_the_rate_of_adamw() -> None:
     assert rates == {"0.0.weight": pytest.approx(0.05), "0.1.weight": pytest.approx(0.005)}
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adagrad(p, lr=0.05, lr_decay=0.5),
+        lambda p: torch.optim.ASGD(p, lr=0.05, lambd=20.0, t0=1e9),
+        lambda p: timm.optim.Mars(p, lr=0.05, weight_decay=1.0, lr_1d_factor=0.3),
+    ],
+    ids=["adagrad", "asgd", "mars"],
+)
+def test_the_rate_is_that_of_the_optimizers_own_step(make: Any) -> None:
+    """The first change is the rate times the gradient's sign, or the weight's own decay."""
+    model = nn.Sequential(nn.LayerNorm(20), layers()).double()
+    optimizer, gain = make(model.parameters()), model[0].weight
+    decay = NormGainDecay(model, torch.randn(2, 20).double(), strength=0.0).attach(optimizer)
+    for step in range(3):
+        gain.data.fill_(1.0)
+        before = [*optimizer.state.values()]
+        total = 1.0 if not before or "sum" not in before[0] else float(before[0]["sum"][0]) + 1.0
+        stepped_gain(model, optimizer)
+        moved = float(1.0 - gain.detach()[0])
+        rate = decay._rates(optimizer, 1.0)["0.weight"]
+        unit = {"Adagrad": total**-0.5, "ASGD": 1.0 + 20.0, "Mars": 2.0}[type(optimizer).__name__]
+        assert moved == pytest.approx(rate * unit, rel=1e-6), step
+
+
+def stepped_gain(model: nn.Module, optimizer: Any) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
 def decays(model: nn.Module, name: str) -> Any:
     image = torch.randn(2, 20).double()
     if name == "cd":
@@ -281,6 +312,8 @@ def unusable(lr: Any) -> Any:
     ("make", "message"),
     [
         (lambda p: timm.optim.Lars(p, lr=0.1), r"Lars multiplies its rate \(lr=0\.1\) by a trust"),
+        (torch.optim.Rprop, r"Rprop finds a step for each weight .* so its lr=0\.01 is no rate"),
+        (torch.optim.LBFGS, "LBFGS finds the size of each step by a search"),
         (unusable(None), "lr=None, so PairWeightDecay cannot know"),
         (unusable("0.1x"), "lr='0.1x'"),
         (unusable(Tensor([0.1, 0.2])), "one number for each group"),

@@ -21,7 +21,7 @@ from quietvit import QuietvitError
 from quietvit.deployment import Embedding, comparing, load_torchao, open_runtime
 from quietvit.deployment.comparing import Features
 from quietvit.deployment.facts import Facts
-from quietvit.deployment.outputs import output_of
+from quietvit.deployment.outputs import output_of, unused_products
 from quietvit.deployment.queries import Choosing, paired
 from quietvit.outputs import tensors_of
 from test_cli import refused, run
@@ -214,6 +214,25 @@ def test_products_behind_a_feature_map_are_not_claimed(tmp_path: Path) -> None:
     assert found.ok, found.failures
     assert found.proof.integer_share == 1
     assert "do not enter the output last_hidden_state" in str(artifact)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda t, p: {"logits": chosen(t, p), "x": p.argmax(1)},
+        lambda t, p: {"logits": t.detach().mean(1), "x": p},
+        lambda t, p: {"logits": torch.where(t > 0, 1.0, -1.0).mean(1), "x": p},
+        lambda t, p: {"logits": t.mean(1).index_add(0, (p[:1, 0] > 9).long(), t[:1, 0]), "x": p},
+        lambda t, p: {"logits": torch.zeros_like(p).copy_(t[:, 0, :6]), "x": p},
+    ],
+    ids=["topk", "detach", "where", "index", "in-place"],
+)
+def test_products_enter_an_output_through_choices_without_a_gradient(
+    give: Callable[[Tensor, Tensor], Any], request: pytest.FixtureRequest
+) -> None:
+    own = quantized(give)
+    expected = () if "index" in request.node.name else ("second",)
+    assert unused_products(own, output_of(own, own.input_shape)) == expected
 
 
 def test_torchao_gives_the_same_tensor(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def test_a_folder_is_fine_tuned_loaded_and_evaluated(
     assert "AP" in result.output
     again = run("evaluate", f"hf:{folders['detr']}", "--images", f"coco:{tmp_path / 'boxes.json'}")
     assert "AP" in again.output
+    assert "decoder.layers.0" in run("pairs", f"hf:{folders['detr']}").output
 
 
 def test_a_file_finds_the_boxes_of_the_simulated_detector(

@@ -67,7 +67,6 @@ Model = Annotated[
         metavar="MODEL", help="Name of a timm model, hf:FOLDER, or the folder of a training run."
     ),
 ]
-Architecture = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a timm model.")]
 Weights = Annotated[
     Path | None,
     typer.Option(
@@ -258,11 +257,17 @@ def load_quantized(path: str | Path, original: str | None) -> QuantizedModel:
 
 
 def build_bare(name: str, size: int | None) -> nn.Module:
-    """Build a timm model with random weights, to look at its structure."""
+    """Build a model in eval mode to look at its structure, a timm model with random weights."""
     from quietvit.data import create_model
+    from quietvit.data.weights import UnknownModelError
 
+    if Path(name).is_dir() or name.startswith("hf:"):
+        return build_model(name, None, None, size)
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
-    return create_model(name, **sized).eval()
+    try:
+        return create_model(name, **sized).eval()
+    except UnknownModelError as error:
+        raise QuietvitError(f"there is no folder {name}, and {error}") from error
 
 
 def example_of(model: nn.Module) -> Tensor:

@@ -10,7 +10,6 @@ import typer
 from quietvit.answers import Form, Format, answer
 from quietvit.console import (
     AnyImages,
-    Architecture,
     Classes,
     Count,
     Device,
@@ -67,7 +66,8 @@ def diagnose(
     if output is not None:
         refuse_nonempty(output, force)
     built = build_model(model, weights, classes, size).to(device)
-    drawn = draw_images(built, open_data(images, "test", labels=False), count, seed)
+    dataset = open_data(images, "test", labels=False)
+    drawn = draw_images(built, dataset, min(count, len(dataset)), seed)
     found = run(built, drawn, pairs=() if sites_only else None)
     written = []
     if output is not None:
@@ -81,7 +81,7 @@ def diagnose(
 
 @app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit pairs deit_tiny_patch16_224"))
 def pairs(
-    model: Architecture,
+    model: Model,
     kinds: Annotated[
         str | None,
         typer.Option(
@@ -104,7 +104,7 @@ def pairs(
 
 @app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit trace swin_tiny_patch4_window7_224"))
 def trace(
-    model: Architecture,
+    model: Model,
     size: Size = None,
     matmuls: Annotated[
         bool, typer.Option("--matmuls", help="List only the matrix multiplications.")

@@ -36,6 +36,8 @@ class _UnclearError(Exception):
 def decode(content: bytes | Image.Image | np.ndarray, where: Callable[[], str]) -> Image.Image:
     """Return the image upright, as 8-bit RGB. The input is not changed.
 
+    The result holds only pixels, so decoding it again changes nothing.
+
     - The EXIF orientation (1 to 8) is applied in every format that has one.
     - The first of several frames (GIF, TIFF, APNG, WebP) is used; the current one of a PIL image.
     - Transparent pixels become white (``BACKGROUND``): RGBA, LA, PA, transparent palettes and
@@ -69,7 +71,9 @@ def upright(
             image.load()
             turn = _orientation(image)
             colours = _in_colours(image)
-            return (colours.transpose(_TURNS[turn]) if turn in _TURNS else colours), turn
+            result = colours.transpose(_TURNS[turn]) if turn in _TURNS else colours
+            result.info = {}  # the orientation and transparency in it are applied now
+            return result, turn
     except _UnclearError as error:
         raise QuietvitError(f"the image at {where()} {error}") from error
     except Exception as error:  # damaged files raise any exception

@@ -235,7 +235,8 @@ def _built(kind: _Kind, source: str, config: Any) -> nn.Module:
     except Exception as error:
         raise QuietvitError(
             f"{source} is not an {kind.name} that transformers can build from its config: "
-            f"{_first(error)}; give the folder of a {kind.examples} or the like."
+            f"{_first(error)}; give the folder of a {kind.examples} or the like. To quantize an "
+            "encoder, load it in Python (transformers.AutoModel) and call quietvit.quantize."
         ) from error
     return model
 
@@ -278,7 +279,13 @@ def _pretrained(kind: _Kind, source: str, config: Any) -> dict[str, Tensor]:
             f"{type(model).__name__}; give the folder of such a model."
         )
     if missing:
-        logger.warning("%s has no head: '%s' starts anew.", source, missing[0].rpartition(".")[0])
+        logger.warning(
+            "%s has no head: '%s' starts anew, so its classes mean nothing before training. To "
+            "quantize the encoder alone, load it in Python (transformers.AutoModel) and call "
+            "quietvit.quantize.",
+            source,
+            missing[0].rpartition(".")[0],
+        )
     if info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
         logger.warning("%s: %d weights are not used (first %s).", source, len(extra), extra[0])

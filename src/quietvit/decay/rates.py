@@ -22,6 +22,11 @@ _NOT_KEPT = {
     "init_eta": "a distance from the start (DoG)",
     "reps_rel": "a distance from the start (DoG)",
 }
+# Settings of optimizers that find their own steps, for which the rate is only a start.
+_FOUND = {
+    "step_sizes": "a step for each weight by the signs of its gradients (Rprop)",
+    "line_search_fn": "the size of each step by a search (LBFGS)",
+}
 
 
 def refuse_unknown_rate(optimizer: Any, group: Group, owner: str) -> None:
@@ -37,6 +42,13 @@ def refuse_unknown_rate(optimizer: Any, group: Group, owner: str) -> None:
                 f"{name} multiplies its rate (lr={group.get('lr')!r}) by {scale} and does not keep "
                 f"the product, so {owner} cannot know how fast to decay. Use an optimizer whose "
                 "rate is known (AdamW, SGD, LAMB, Prodigy), or a coupled regularizer."
+            )
+    for key, what in _FOUND.items():
+        if key in group:
+            raise QuietvitError(
+                f"{name} finds {what}, so its lr={group.get('lr')!r} is no rate, and {owner} "
+                "cannot know how fast to decay. Use an optimizer whose rate is known (AdamW, SGD, "
+                "LAMB, Prodigy), or a coupled regularizer."
             )
     if not _computes_rates(optimizer, group):
         _learning_rate(optimizer, group, owner)
@@ -84,6 +96,13 @@ class StepRates:
         rate = self._of_group[id(group)]
         if "fallback_lr_scale" in group and state and "momentum_buffer" not in state:
             rate *= float(group["fallback_lr_scale"])  # what timm's Muon leaves to AdamW
+        if parameter.ndim < 2 and not group.get("optimize_1d", True):
+            rate *= float(group["lr_1d_factor"])  # what timm's Mars leaves to AdamW
+        if group.get("lr_decay") and state:  # Adagrad
+            rate /= 1 + float(group["lr_decay"]) * (float(state["step"]) - 1)
+        if "lambd" in group and "eta" in state:  # ASGD; the kept eta is that of the next step
+            reduced = 1 + float(group["lambd"]) * rate * (float(state["step"]) - 1)
+            rate /= reduced ** float(group["alpha"])
         return rate
 
     def _shared(self, group: Group) -> float:

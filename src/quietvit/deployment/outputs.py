@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from quietvit.deployment.queries import Choosing
 from quietvit.errors import QuietvitError
@@ -128,27 +130,62 @@ def _described(
 def unused_products(quantized: QuantizedModel, output: Output) -> tuple[str, ...]:
     """Return the products that do not enter the output, such as those after a feature map.
 
-    The output's gradient does not reach them. Empty if the model returns a bare tensor.
+    A product also enters it through a choice, such as the scores by which a detector takes its
+    queries. Empty if the model returns a bare tensor.
     """
     if output.path in ("", None):
         return ()
-    results: dict[str, Tensor] = {}
+    names: list[str] = []
+    entering = _Entering()
 
     def keep(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
         result = run(*operands)
-        if result.requires_grad:
-            results[site.name] = result
+        names.append(site.name)
+        entering.add(result, site.name)
         return result
 
     model = quantized.model
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    images = torch.zeros(1, *quantized.input_shape, device=device, requires_grad=True)
-    with torch.enable_grad(), evaluating(model), intercept(quantized.trace, keep):
+    images = torch.zeros(1, *quantized.input_shape, device=device)
+    with torch.no_grad(), evaluating(model), entering, intercept(quantized.trace, keep):
         tensor = output.of(model(images))
-    if not tensor.requires_grad or not results:
-        return ()
-    reached = torch.autograd.grad(tensor.sum(), list(results.values()), allow_unused=True)
-    return tuple(name for name, gradient in zip(results, reached, strict=True) if gradient is None)
+    reached = entering.of(tensor)
+    return tuple(name for name in names if name not in reached)
+
+
+class _Entering(TorchDispatchMode):
+    """Follow which products each tensor is computed from, also through indices and conditions.
+
+    A gradient would lose them at ``topk``, ``argmax`` and ``detach``. Tensors that share memory
+    share their products.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._products: dict[int, frozenset[str]] = {}
+        self._alive: list[Any] = []  # so that no other tensor gets the same memory
+
+    def of(self, tensor: Tensor) -> frozenset[str]:
+        return self._products.get(tensor.untyped_storage()._cdata, frozenset())
+
+    def add(self, tensor: Tensor, *names: str) -> None:
+        storage = tensor.untyped_storage()
+        self._alive.append(storage)
+        self._products[storage._cdata] = self.of(tensor) | set(names)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name.startswith("new_") or name.endswith("_like"):  # only the shape of the argument
+            return result
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        names = frozenset[str]().union(*map(self.of, given))
+        for made in tree_leaves(result) if names else ():
+            if isinstance(made, Tensor):
+                self.add(made, *names)
+        return result
 
 
 def _default(tensors: Mapping[str, Tensor]) -> str:
