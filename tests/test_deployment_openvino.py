@@ -102,6 +102,37 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return exported(tiny_vit(), tmp_path_factory.mktemp("ir"), images(), **SEVEN)
 
 
+class Convolutions(nn.Module):
+    """OpenVINO gives these convolutions the name of the BatchNorm's product behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.second, self.norm2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.branch = nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = self.norm2(self.second(x)).relu()
+        return self.head(self.branch(x).mean((2, 3)))
+
+
+def test_a_layer_that_openvino_renames_is_found_by_the_codes_it_reads(tmp_path: Path) -> None:
+    """Its integer product was reported as float before, or as fused into another layer."""
+    x = images(4, 16)
+    _, path = exported(Convolutions().eval(), tmp_path, x, **SEVEN)
+    runtime = open_runtime(path)
+    runtime(x.numpy())
+    found = {
+        ran.product: (ran.operator.split()[0], ran.integer)
+        for ran in prove(runtime, runtime.facts).ran
+    }
+    layers = dict.fromkeys(("stem", "second", "branch"), ("Convolution", True))
+    assert found == layers | {"head": ("FullyConnected", True)}
+
+
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (7, True)])
 def test_the_sums_of_a_product_are_the_simulated_models(
     bits: int, symmetric: bool, tmp_path: Path

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,22 +50,61 @@ def kernels_of(compiled: Any, facts: Facts) -> dict[str, Kernel]:
     products = {f"{product.name}:product": product for product in facts.products}
     # A layer that fuses a product with its bias has the name of the addition.
     products |= {f"{product.name}:biased": product for product in facts.products}
-    kernels: dict[str, Kernel] = {}
+    by_codes = {f"{product.name}:input:codes": product for product in facts.products}
+    named: dict[str, Kernel] = {}
+    elsewhere: dict[str, Kernel] = {}
+    renamed: dict[str, list[Kernel]] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
-        info = {key: str(value.astype(str)) for key, value in node.get_rt_info().items()}
-        layer, kernel = info.get("layerType", "?"), info.get("primitiveType", "?")
-        fused = info.get("originalLayersNames", "").split(",")
-        for name in dict.fromkeys(entry.partition("/Dequantization")[0] for entry in fused):
-            if name not in products or (name.endswith(":biased") and layer == "Eltwise"):
-                continue
-            integer = (
-                layer in LAYERS
-                and info.get("runtimePrecision") in ("i8", "u8")
-                and kernel.lower().endswith("_i8")
-            )
-            reason = None if integer else _why_float(products[name], layer, kernel)
-            kernels[f"{products[name].name}:product"] = Kernel(f"{layer} {kernel}", integer, reason)
-    return kernels
+        info = _info(node)
+        layer = info.get("layerType")
+        own = [
+            products[name]
+            for name in _names(info)
+            if name in products and not (name.endswith(":biased") and layer == "Eltwise")
+        ]
+        found = named if layer in LAYERS else elsewhere
+        found |= {f"{product.name}:product": _kernel(info, product) for product in own}
+        if layer in LAYERS and not own:
+            for name in _names(_source(node)):
+                if product := by_codes.get(name):
+                    key = f"{product.name}:product"
+                    renamed.setdefault(key, []).append(_kernel(info, product))
+    # Codes can enter several layers, and then this does not tell which one is the product.
+    alone = {key: kernels[0] for key, kernels in renamed.items() if len(kernels) == 1}
+    return elsewhere | alone | named
+
+
+def _kernel(info: Mapping[str, str], product: Product) -> Kernel:
+    layer, kernel = info.get("layerType", "?"), info.get("primitiveType", "?")
+    integer = (
+        layer in LAYERS
+        and info.get("runtimePrecision") in ("i8", "u8")
+        and kernel.lower().endswith("_i8")
+    )
+    reason = None if integer else _why_float(product, layer, kernel)
+    return Kernel(f"{layer} {kernel}", integer, reason)
+
+
+def _info(node: Any) -> dict[str, str]:
+    return {key: str(value.astype(str)) for key, value in node.get_rt_info().items()}
+
+
+def _names(info: Mapping[str, str]) -> list[str]:
+    """Return the names of the nodes of the file that OpenVINO fused into this one."""
+    fused = info.get("originalLayersNames", "").split(",")
+    return list(dict.fromkeys(entry.partition("/Dequantization")[0] for entry in fused))
+
+
+def _source(layer: Any) -> dict[str, str]:
+    """Return the info of what computes a layer's input, before any change of memory layout.
+
+    OpenVINO renames a layer where it moves a scale or an addition behind another operation. The
+    codes of its input keep their name.
+    """
+    node = layer.input_value(0).get_node()
+    while (info := _info(node)).get("layerType") == "Reorder":
+        node = node.input_value(0).get_node()
+    return info
 
 
 def _why_float(product: Product, layer: str, kernel: str) -> str:
