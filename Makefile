@@ -41,7 +41,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-lower lint format docs clean
+.PHONY: help install demo test test-lower lint format docs dist clean
 
 help:
 	@echo "make demo        train with and without Colinearity Decay on embedded digits, quantize, report"
@@ -50,6 +50,7 @@ help:
 	@echo "make lint        ruff, format, types, import direction"
 	@echo "make format      rewrite the code as ruff formats it"
 	@echo "make docs        the documentation site, in site/ (its own small environment $(VENV_DOCS))"
+	@echo "make dist        the wheel and the sources of a release, in dist/: make dist URL=https://..."
 	@echo "make install     only make the environment $(VENV)"
 	@echo "make clean       remove the environments and the caches"
 
@@ -119,6 +120,12 @@ lint: $(READY)
 format: $(READY)
 	"$(BIN)/ruff" check --fix
 	"$(BIN)/ruff" format
+
+# The README of a release has absolute links to this repository, see hatch_build.py.
+dist: $(READY)
+	@test -n "$(URL)" || { echo "make dist needs the public repository: make dist URL=https://..."; exit 2; }
+	"$(BIN)/python" -m pip install --quiet build
+	QUIETVIT_URL="$(URL)" "$(BIN)/python" -m build
 
 clean:
 	rm -rf .venv .venv-lower .venv-docs site demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
@@ -183,3 +184,26 @@ def test_no_modules_import_each_other() -> None:
         for module in graph.modules - {"quietvit"}
     }
     graphlib.TopologicalSorter(imported).prepare()  # raises CycleError, which names the circle
+
+
+def test_a_release_has_absolute_links_and_the_address_of_its_repository(monkeypatch):
+    """A package index shows the README without the repository."""
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    hook = build.CustomMetadataHook(str(ROOT), {})
+    readme = (ROOT / "README.md").read_text("utf-8")
+    monkeypatch.delenv("QUIETVIT_URL", raising=False)
+    hook.update(plain := {"version": "1.2.3"})
+    assert (plain["readme"]["text"], plain["urls"]) == (readme, {})
+    monkeypatch.setenv("QUIETVIT_URL", "https://git.example/us/quietvit/")
+    hook.update(released := {"version": "1.2.3"})
+    assert released["urls"]["Homepage"] == "https://git.example/us/quietvit"
+    targets = re.findall(r"\]\(([^)]*)\)", released["readme"]["text"])
+    assert len(targets) == len(re.findall(r"\]\(([^)]*)\)", readme)) > 20
+    assert all(target.startswith(("https://", "#")) for target in targets)
+    assert "https://git.example/us/quietvit/raw/v1.2.3/docs/evidence.png" in targets
+    assert "https://git.example/us/quietvit/blob/v1.2.3/docs/qat.md#what-it-gains" in targets
+    monkeypatch.setenv("QUIETVIT_URL", "git.example")
+    with pytest.raises(ValueError, match="give an address with https"):
+        hook.update({"version": "1.2.3"})
