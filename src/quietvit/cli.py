@@ -5,6 +5,7 @@ It computes nothing, and imports nothing heavy before a command runs.
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -73,6 +74,8 @@ for group in (training, looking, advising, quantizing, comparing, evaluating, de
 
 def main() -> None:
     """Entry point of the ``quietvit`` command."""
+    # torch warns of how torchao registers its types. Users cannot change that.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     app()
 
 
