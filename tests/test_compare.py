@@ -144,6 +144,21 @@ def test_calibration_images_can_be_generated(compared, monkeypatch):
         room._quantized(asked, trained, 0, False)
 
 
+def test_a_model_is_quantized_with_the_threads_of_its_recipe(compared, tmp_path, monkeypatch):
+    """Two threads made it fifty times slower for a tiny model where another process was busy."""
+    folder = tmp_path / "out"
+    shutil.copytree(compared[0].folder, folder)
+    (folder / "runs" / "seed1-with-cd" / "run.json").unlink()
+
+    def counted(*_):
+        raise KeyboardInterrupt(torch.get_num_threads())
+
+    monkeypatch.setattr(room, "_quantized", counted)
+    asked = config(recipe=recipe().model_copy(update={"threads": 3}))
+    with pytest.raises(KeyboardInterrupt, match="3"):
+        compare(asked, folder, resume=True, say=lambda _: None)
+
+
 def test_other_settings_or_a_used_folder_are_refused_and_nothing_is_lost(compared, tmp_path):
     folder = compared[0].folder
     held = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

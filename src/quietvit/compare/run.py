@@ -57,6 +57,7 @@ from quietvit.train.folder import begun_with, changes, fresh
 from quietvit.train.metrics import METRICS
 from quietvit.train.recipe import refuse_not_utf8
 from quietvit.train.setup import task_of
+from quietvit.train.threads import threads
 
 _BATCH = 64
 _POINTS = 200
@@ -140,7 +141,8 @@ def compare(
             started = time.perf_counter()
             arm = config.arm(seed, decay).model_copy(update={"output": place / "train"})
             trained = _trained(arm, resume, force, discard)
-            run = _quantized(config, trained, seed, decay)
+            with threads(arm.threads):
+                run = _quantized(config, trained, seed, decay)
             run = run.model_copy(update={"curve": _curve(place / "train")})
             write_atomic(kept, json_text(run.model_dump(mode="json"), indent=1) + "\n")
             runs[seed, decay] = run

@@ -266,7 +266,7 @@ class TrainConfig(Section):
     num_workers: int = Field(default=0, ge=0)
     """Processes that decode images, per process of training. 0: none."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads of torch on the CPU. None: torch's own choice."""
+    """Threads of torch on the CPU, also where ``compare`` quantizes. None: torch's own choice."""
     output: Path = Path("runs/train")
     """The folder of the run."""
 
