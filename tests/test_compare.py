@@ -19,6 +19,7 @@ from quietvit.quantization import RTN
 from quietvit.quantization.settings import parse_bits, parse_method
 from quietvit.report import Results, Run
 from quietvit.train import TrainConfig, TrainResult
+from quietvit.train.threads import threads
 
 SETTINGS = {"bits": ("W8A8", "W4A4"), "methods": ("rtn-minmax",)}
 
@@ -154,9 +155,8 @@ def test_a_model_is_quantized_with_the_threads_of_its_recipe(compared, tmp_path,
         raise KeyboardInterrupt(torch.get_num_threads())
 
     monkeypatch.setattr(room, "_quantized", counted)
-    asked = config(recipe=recipe().model_copy(update={"threads": 3}))
-    with pytest.raises(KeyboardInterrupt, match="3"):
-        compare(asked, folder, resume=True, say=lambda _: None)
+    with threads(3), pytest.raises(KeyboardInterrupt, match="1"):
+        compare(config(), folder, resume=True, say=lambda _: None)
 
 
 def test_other_settings_or_a_used_folder_are_refused_and_nothing_is_lost(compared, tmp_path):
