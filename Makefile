@@ -15,9 +15,10 @@ VENV_DOCS ?= .venv-docs
 TORCH_INDEX ?=
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
-# Three bits: the digits lose next to nothing at four.
+# Three bits: the digits lose next to nothing at four. A demo that was stopped goes on.
 DEMO ?= quietvit compare --recipe digits --seeds 0,1,2,3,4 \
-  --bits W8A8,W4A4+attention-maps-8,W3A3+attention-maps-8 --output demo-output --force
+  --bits W8A8,W4A4+attention-maps-8,W3A3+attention-maps-8 --output demo-output \
+  $(if $(wildcard demo-output/comparison.json),--resume)
 
 # An active environment is used when it holds the tools already; nothing is ever installed into it.
 ifneq ($(and $(VIRTUAL_ENV),$(wildcard $(VIRTUAL_ENV)/bin/lint-imports)),)
