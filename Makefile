@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 # Three bits: the digits lose next to nothing at four. A demo that was stopped goes on.
 DEMO ?= quietvit compare --recipe digits --seeds 0,1,2,3,4 \
   --bits W8A8,W4A4+attention-maps-8,W3A3+attention-maps-8 --output demo-output \
-  $(if $(wildcard demo-output/comparison.json),--resume)
+  $(if $(wildcard demo-output/compare.json),--resume)
 
 # An active environment is used when it holds the tools already; nothing is ever installed into it.
 ifneq ($(and $(VIRTUAL_ENV),$(wildcard $(VIRTUAL_ENV)/bin/lint-imports)),)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from quietvit.compare import CompareConfig, compare
 from quietvit.compare import run as room
 from quietvit.compare.config import calibration_of
+from quietvit.compare.earlier import COMPARISON
 from quietvit.errors import QuietvitError
 from quietvit.origin import mark
 from quietvit.quantization import RTN
@@ -21,6 +23,7 @@ from quietvit.report import Results, Run
 from quietvit.train import TrainConfig, TrainResult
 from quietvit.train.threads import threads
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = {"bits": ("W8A8", "W4A4"), "methods": ("rtn-minmax",)}
 
 
@@ -301,3 +304,18 @@ def test_bad_data_is_refused_before_anything_is_trained_or_removed(tmp_path, cha
     with pytest.raises(QuietvitError, match=message):
         compare(config(**changes), tmp_path, force=True, discard=True, say=lambda _: None)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == held
+
+
+def test_the_demo_goes_on_where_it_stopped(tmp_path):
+    """``make demo`` looks for the file that marks a begun comparison."""
+    make = ["make", "--dry-run", "--no-print-directory", "-f", str(ROOT / "Makefile"), "demo"]
+
+    def shown() -> str:
+        return subprocess.run(make, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+
+    (tmp_path / "pyproject.toml").touch()
+    assert "--resume" not in shown()
+    begun = tmp_path / "demo-output" / COMPARISON
+    begun.parent.mkdir()
+    begun.touch()
+    assert "--output demo-output --resume" in " ".join(shown().split())
