@@ -19,7 +19,7 @@ from quietvit import cli
 from quietvit.advice import Advice, Effect, Row
 from quietvit.advice.budget import Budget
 from quietvit.advice.causes import find_causes
-from quietvit.advice.ladder import Ladder, pareto, settings
+from quietvit.advice.ladder import Ladder, lowest_first, pareto, settings
 from quietvit.advice.sizes import average_bits, stored_bytes
 from quietvit.advice.steps import next_steps
 from quietvit.advice.switches import Switches
@@ -212,7 +212,7 @@ def test_the_time_covers_all_work_and_what_is_skipped_is_named(monkeypatch):
 def test_methods_are_compared_at_the_lowest_bits_first():
     model, images = model_and_images(16)
     trace = quietvit.trace(model, images[:1])
-    found = settings(("rtn-omse", "smoothquant", "erq"), ("W8A8", "W4A8"), trace)
+    found = lowest_first(settings(("rtn-omse", "smoothquant", "erq"), ("W8A8", "W4A8"), trace))
     assert [f"{method} {bits}" for method, bits, _ in found] == [
         *("rtn-omse W8A8", "rtn-omse W4A8", "smoothquant W4A8", "erq W4A8"),
         *("smoothquant W8A8", "erq W8A8"),

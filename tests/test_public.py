@@ -30,7 +30,8 @@ PUBLIC = """
     MatrixPair Method NormGainDecay PTQ4ViT PairWeightDecay QDrop QuietvitError QwT RepQViT
     SmoothQuant SpectralDecay StrengthSchedule Task WeightView advise check choose_bits diagnose
     evaluate export find_pairs learn_steps list_methods load predict quantize register_method
-    register_regularizer register_target register_task sensitivity sqnr synthesize trace
+    register_regularizer register_target register_task sensitivity sqnr strength_for_total
+    synthesize trace
 """
 ROOMS = (
     *("quietvit", "quietvit.advice", "quietvit.compare", "quietvit.data", "quietvit.decay"),

@@ -15,6 +15,7 @@ from .decay import PairWeightDecay as PairWeightDecay
 from .decay import SpectralDecay as SpectralDecay
 from .decay import StrengthSchedule as StrengthSchedule
 from .decay import register_regularizer as register_regularizer
+from .decay import strength_for_total as strength_for_total
 from .deployment import check as check
 from .deployment import export as export
 from .deployment import predict as predict

@@ -16,7 +16,7 @@ from quietvit.advice.advice import Advice
 from quietvit.advice.budget import Budget, OutOfTimeError
 from quietvit.advice.causes import Cause, find_causes
 from quietvit.advice.effects import FloatOutputs
-from quietvit.advice.ladder import BITS, METHODS, Ladder, Row, settings
+from quietvit.advice.ladder import BITS, METHODS, Ladder, Row, lowest_first, settings
 from quietvit.advice.sensitivity import measured
 from quietvit.advice.steps import GOOD, next_steps
 from quietvit.advice.switches import (
@@ -112,7 +112,7 @@ def _within(
         calibration = read_batches(calibration, model)
         _refuse_few(sum(map(len, aside)), "they measure the settings")
     trace = trace_model(model, calibration[0][:1])
-    tries = settings(methods, bits, trace)
+    tries = lowest_first(settings(methods, bits, trace))
     for *_, method in tries:
         method.check_sites(trace)
     floats = FloatOutputs(model, trace, aside)

@@ -24,6 +24,8 @@ METHODS = ("rtn-omse", "smoothquant", "repq-vit", "repq-vit+gptq", "erq")
 """Methods that ``advise`` tries by default, cheap ones first."""
 BITS = ("W8A8", "W6A6", "W4A8", "W4A4+attention-maps-8")
 _MAPS = "+attention-maps-8"
+Try = tuple[str, str, Method]
+"""(method, bits, config) of one setting."""
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,29 @@ def pareto(rows: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(row for row in rows if not any(other.beats(row) for other in rows))
 
 
-def settings(
-    methods: Sequence[str], bits: Sequence[str], trace: Trace
-) -> list[tuple[str, str, Method]]:
+def settings(methods: Sequence[str], bits: Sequence[str], trace: Trace) -> list[Try]:
     """Return (method, bits, config) of all rows, in the order of the trials.
 
-    The first method comes first, with all bits. The others start at the last bits, which are the
-    lowest: methods differ most there, and the time may end early. A model without attention has no
-    maps, so the preset ``attention-maps-8`` is dropped there.
+    A model without attention has no maps, so the preset ``attention-maps-8`` is dropped there.
     """
     maps = any(o.role == "post_softmax" for site in trace.sites for o in site.operands)
     names = [written_bits(each) for each in bits]
     if not maps:
         names = list(dict.fromkeys(name.replace(_MAPS, "") for name in names))
-    order = [(methods[0], name) for name in names]
-    order += [(method, name) for name in reversed(names) for method in methods[1:]]
-    return [(method, name, parse_method(method, name)) for method, name in order]
+    return [(m, name, parse_method(m, name)) for m in methods for name in names]
+
+
+def lowest_first(tries: Sequence[Try]) -> list[Try]:
+    """Return the settings in another order, for a search that may end early.
+
+    The first method comes first, with all bits. The others start at the last bits, which are the
+    lowest: methods differ most there.
+    """
+    first = tries[0][0]
+    bits = [name for method, name, _ in tries if method == first]
+    others = [each for each in tries if each[0] != first]
+    others.sort(key=lambda each: -bits.index(each[1]))
+    return [each for each in tries if each[0] == first] + others
 
 
 class Ladder:
@@ -125,7 +134,7 @@ class Ladder:
 
     def climb(
         self,
-        tries: Sequence[tuple[str, str, Method]],
+        tries: Sequence[Try],
         fits: Callable[[float], bool],
         progress: bool,
     ) -> None:

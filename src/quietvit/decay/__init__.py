@@ -16,6 +16,7 @@ from quietvit.decay.registry import register_regularizer, registered_regularizer
 from quietvit.decay.regularizer import BaseRegularizer, Regularizer
 from quietvit.decay.schedule import StrengthSchedule
 from quietvit.decay.spectral import SpectralDecay
+from quietvit.decay.totals import strength_for_total
 from quietvit.decay.tweo import TWEO
 from quietvit.decay.weight import PairWeightDecay
 
@@ -40,5 +41,6 @@ __all__ = [
     "largest_activation",
     "register_regularizer",
     "registered_regularizers",
+    "strength_for_total",
     "worst_amplification",
 ]

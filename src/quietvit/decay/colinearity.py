@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from quietvit.decay.batches import PairBatch
 from quietvit.decay.choice import asked_kinds, checked_strength, chosen_pairs
-from quietvit.decay.config import Schedules, Strengths, WeightRegularizerConfig
+from quietvit.decay.config import RunFacts, Schedules, Strengths, WeightRegularizerConfig
 from quietvit.decay.decoupled import DecoupledUpdate
 from quietvit.decay.exact import exact_changes, raise_not_finite
 from quietvit.decay.penalties import Basis, Penalty, Top, penalty_named
 from quietvit.decay.plan import Source, UpdatePlan, make_plan
 from quietvit.decay.products import checked_products
 from quietvit.decay.schedule import Schedule, check_kinds, factor_at
+from quietvit.decay.totals import strength_of
 from quietvit.decay.update import Update, directed
 from quietvit.errors import QuietvitError
 from quietvit.pairs import MatrixPair
@@ -37,6 +39,9 @@ class ColinearityConfig(WeightRegularizerConfig):
 
     strength: Strengths = 1.0  # type: ignore[assignment]
     """In weight-decay units; a table gives one for each kind of pair. 0 is off."""
+    total: float | None = Field(default=None, gt=0)
+    """In place of ``strength``: strength times the sum of learning rates over the run, such as
+    0.06. The factor of ``schedule`` is not counted."""
     penalty: Literal["energy", "peak", "cosine", "top"] = "energy"
     """What is penalized, see docs/method.md."""
     kinds: tuple[str, ...] | None = None
@@ -56,6 +61,22 @@ class ColinearityConfig(WeightRegularizerConfig):
     def active(self) -> bool:
         values = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
         return any(value > 0 for value in values)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.total is not None and self.strength != 1.0:
+            raise ValueError(
+                f"strength is {self.strength} and total is {self.total:g}, but total takes the "
+                "place of strength; set strength to 1, its default, or total to none"
+            )
+        return self
+
+    def arguments(self, facts: RunFacts) -> dict[str, Any]:
+        """See ``RegularizerConfig``. ``total`` becomes a strength."""
+        values = super().arguments(facts)
+        if (total := values.pop("total")) is not None:
+            values["strength"] = strength_of(total, facts.rates())
+        return values
 
 
 class ColinearityDecay(DecoupledUpdate):

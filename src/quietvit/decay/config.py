@@ -5,7 +5,7 @@ The section of a regularizer stands in the regularizer's own module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -27,12 +27,14 @@ ONE, EACH = "<one>", "<one for each kind>"
 class RunFacts:
     """What a regularizer may need to know of the training run it is built for.
 
-    ``images``: returns n training images (n, 3, H, W) as the model takes them.
+    ``images``: returns n training images (n, 3, H, W) as the model takes them. ``rates``: returns
+    the learning rate of each step.
     """
 
     images: Callable[[int], Tensor]
     steps_per_epoch: int
     total_steps: int
+    rates: Callable[[], Sequence[float]]
 
 
 class StrengthScheduleConfig(Section):

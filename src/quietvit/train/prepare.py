@@ -141,6 +141,18 @@ def _scheduler(
     return scheduler
 
 
+def rates_of_run(config: TrainConfig, processes: int, steps_per_epoch: int) -> list[float]:
+    """Return the learning rate of each step of the run, without ``lr_scale`` and layer decay."""
+    rates = config.rates(effective_batch(config, processes))
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rates.lr)
+    scheduler = _scheduler(config, rates, stand_in, steps_per_epoch)
+    found = []
+    for step in range(steps_per_epoch * config.epochs):
+        scheduler.step_update(step)
+        found.append(float(stand_in.param_groups[0]["lr"]))
+    return found
+
+
 def _average(config: TrainConfig, model: nn.Module) -> Any:
     from timm.utils.model_ema import ModelEmaV3
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ from quietvit.train.order import (
     SeededImages,
     epoch_order,
 )
-from quietvit.train.prepare import effective_batch, prepared
+from quietvit.train.prepare import effective_batch, prepared, rates_of_run
 from quietvit.train.qat import quantized_model, refuse_unfit_sites, restored_model
 from quietvit.train.stopping import ignore_in_worker
 from quietvit.train.training import Observers, Run, Training
@@ -173,6 +174,7 @@ def assemble(
         lambda count: send_to_device(some_images(bare, count), accelerator.device),
         steps_per_epoch,
         steps_per_epoch * config.epochs,
+        partial(rates_of_run, config, accelerator.num_processes, steps_per_epoch),
     )
     if config.qat is not None:
         refuse_unfit_sites(config.qat, plain, example)
