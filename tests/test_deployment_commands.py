@@ -291,5 +291,5 @@ def test_a_classifier_loses_its_head_and_a_detector_keeps_it(tmp_path: Path, tab
     assert "an encoder without a head" in refused(answered)
     assert "embeddings (64,), features" in run("export", tmp_path / "x.qvit").output
     pytest.importorskip("transformers")
-    (tmp_path / "config.json").write_text('{"model_type": "yolos"}')
+    (tmp_path / "config.json").write_text('{"architectures": ["YolosForObjectDetection"]}')
     assert "is a detector" in refused(run("quantize", f"hf:{tmp_path}", *head, "--force"))
