@@ -124,7 +124,7 @@ def _of_images(transformers: Any, raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
     if "vision_config" not in raw:
         return raw
-    found = _names(MODEL_MAPPING_NAMES.get(raw.get("model_type"), ()))
+    found = _names(MODEL_MAPPING_NAMES.get(str(raw.get("model_type")), ()))
     if any(getattr(transformers, n).main_input_name == "pixel_values" for n in found):
         return raw
     rest = {key: value for key, value in raw.items() if key != "model_type"}
