@@ -341,12 +341,19 @@ def test_a_folder_of_an_encoder_gives_the_encoder(tmp_path, family, caplog):
 
 
 def test_zero_classes_leave_the_encoder_of_a_classifier(tmp_path, caplog):
+    from safetensors.torch import save_file
+
     classifier, x = original("ViT").eval(), torch.randn(2, 3, 32, 32)
     name = saved(tmp_path, classifier)
     assert type(create_model(name)) is type(classifier)
     loaded = create_model(name, 0).eval()
     assert "no weights of a pooler" in caplog.text
     tokens = classifier.vit(x).last_hidden_state
+    given = create_model(name, 0, untrained=True)
+    assert given.pooler is not None
+    save_file(classifier.state_dict(), tmp_path / "run.safetensors")
+    given = create_model(name, 0, tmp_path / "run.safetensors").eval()
+    assert torch.equal(given(x).last_hidden_state, tokens)
     assert torch.equal(loaded(x).last_hidden_state, tokens)
     file = quantize(loaded, "rtn", x).save(tmp_path / "vit.qvit")
     assert load(file).model.pooler is None

@@ -184,14 +184,25 @@ def _model(
             settings.use_pretrained_backbone = False  # the folder holds the backbone's weights
     model = _built(kind, source, config)
     if weights is not None:
-        _load(model, unwrapped(model.state_dict(), weights, "the weights")[0], "the weights")
+        state = unwrapped(model.state_dict(), weights, "the weights")[0]
+        _load(_fitting_pooler(kind, model, state, "the weights"), state, "the weights")
     elif not untrained and _without_weights(source):
         logger.warning("%s holds no weights: the model's weights are random.", source)
     elif not untrained:
         state = _pretrained(kind, source, plain)
-        if kind is ENCODER and not any(key.startswith(_POOLER) for key in state):
-            model.pooler = None  # type: ignore[assignment]
+        _fitting_pooler(kind, model, state, source)
         _load(model, adapted(state, model, plain, config, source), source)
+    return model
+
+
+def _fitting_pooler(
+    kind: _Kind, model: nn.Module, state: Mapping[str, Tensor], source: str
+) -> nn.Module:
+    """Remove the pooler of an encoder in place if ``state`` has no weights for it."""
+    own = any(key.startswith(_POOLER) for key in model.state_dict())
+    if kind is ENCODER and own and not any(key.startswith(_POOLER) for key in state):
+        logger.warning("%s: no weights of a pooler; the model gives its tokens alone.", source)
+        model.pooler = None  # type: ignore[assignment]
     return model
 
 
@@ -324,7 +335,6 @@ def _pretrained(kind: _Kind, source: str, config: Any) -> dict[str, Tensor]:
     missing = sorted(info["missing_keys"])
     state: dict[str, Tensor] = model.state_dict()
     if kind is ENCODER and missing and all(key.startswith(_POOLER) for key in missing):
-        logger.warning("%s has no weights of a pooler: the model gives its tokens alone.", source)
         return {key: value for key, value in state.items() if key not in missing}
     lacking = [key for key in missing if kind is ENCODER or not _of_head(key)]
     if lacking:
