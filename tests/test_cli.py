@@ -195,6 +195,9 @@ def test_a_trained_model_is_evaluated_and_quantized_by_its_folder(tmp_path):
     assert "blocks.0.mlp.fc2.weight" in run("pairs", out).output
     assert "blocks.0.mlp.fc2" in run("trace", out).output
     assert "random" not in evaluated.stderr
+    found = run("trace", out, "--classes", 0)
+    assert "head" not in found.output
+    assert "norm  " in found.output
 
 
 def test_diagnose_writes_what_it_prints(table, tmp_path):

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from huggingface_cases import FAMILIES, PLAIN, classifier, processor, saved
-from quietvit.data import adapting, create_model, data_config, evaluation_transform
+from huggingface_cases import FAMILIES, HIDDEN, PLAIN, classifier, processor, saved
+from quietvit.data import adapting, create_model, data_config, evaluate, evaluation_transform
 from quietvit.data.image_processor import translated_preprocessing
 from quietvit.errors import QuietvitError
+from quietvit.quantization import load, quantize
 
 transformers = pytest.importorskip("transformers")
 
@@ -319,11 +320,57 @@ def test_folders_that_are_none_are_refused(tmp_path):
         create_model(name)
 
 
-def test_an_encoder_without_a_classifier_is_refused_with_the_remedy(tmp_path):
-    encoder = transformers.Aimv2VisionConfig(hidden_size=16, image_size=32, patch_size=16)
-    encoder.save_pretrained(tmp_path)
-    with pytest.raises(QuietvitError, match=r"load it in Python \(transformers\.AutoModel\)"):
-        create_model(f"hf:{tmp_path}")
+ENCODERS = {"Aimv2": "Aimv2Vision", "CLIP": "CLIPVision", "SigLIP": "SiglipVision", "ViT": "ViT"}
+
+
+def bare(family):
+    config = getattr(transformers, f"{ENCODERS[family]}Config")(**PLAIN)
+    return getattr(transformers, f"{ENCODERS[family]}Model")(config).eval()
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_folder_of_an_encoder_gives_the_encoder(tmp_path, family, caplog):
+    encoder, x = bare(family), torch.randn(2, 3, 32, 32)
+    loaded = create_model(saved(tmp_path, encoder)).eval()
+    assert type(loaded) is type(encoder)
+    assert not caplog.records
+    assert torch.equal(loaded(x).pooler_output, encoder(x).pooler_output)
+    assert data_config(loaded)["mean"] == (0.1, 0.2, 0.3)
+    with pytest.raises(QuietvitError, match="not logits"):
+        evaluate(loaded, [(x, torch.tensor([0, 1]))])
+
+
+def test_zero_classes_leave_the_encoder_of_a_classifier(tmp_path, caplog):
+    from safetensors.torch import save_file
+
+    classifier, x = original("ViT").eval(), torch.randn(2, 3, 32, 32)
+    name = saved(tmp_path, classifier)
+    assert type(create_model(name)) is type(classifier)
+    loaded = create_model(name, 0).eval()
+    assert "no weights of a pooler" in caplog.text
+    tokens = classifier.vit(x).last_hidden_state
+    given = create_model(name, 0, untrained=True)
+    assert given.pooler is not None
+    save_file(classifier.state_dict(), tmp_path / "run.safetensors")
+    given = create_model(name, 0, tmp_path / "run.safetensors").eval()
+    assert torch.equal(given(x).last_hidden_state, tokens)
+    assert torch.equal(loaded(x).last_hidden_state, tokens)
+    file = quantize(loaded, "rtn", x).save(tmp_path / "vit.qvit")
+    assert load(file).model.pooler is None
+
+
+def test_two_towers_give_the_tower_of_the_images(tmp_path):
+    text = HIDDEN | {"intermediate_size": 32, "vocab_size": 50}
+    both = transformers.CLIPModel(transformers.CLIPConfig(vision_config=PLAIN, text_config=text))
+    x = torch.randn(2, 3, 48, 48)
+    loaded = create_model(saved(tmp_path, both.eval()), image_size=48).eval()
+    expected = both.vision_model(x, interpolate_pos_encoding=True).pooler_output
+    assert torch.allclose(loaded(x).pooler_output, expected, atol=1e-5)
+
+
+def test_an_encoder_that_no_classifier_is_built_on_names_the_remedy(tmp_path):
+    with pytest.raises(QuietvitError, match="To quantize an encoder, give 0 classes"):
+        create_model(saved(tmp_path, bare("Aimv2")), 3)
 
 
 def test_code_in_a_folder_is_not_run(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 
 import quietvit
 from deployment_cases import exported, quantized
+from huggingface_cases import HIDDEN, saved
 from quietvit import QuietvitError
 from quietvit.data import create_model, evaluation_transform
 from quietvit.deployment import open_runtime
@@ -256,3 +257,39 @@ def test_names_and_paths_of_other_kinds(qvit: Path, table: Path, photo: Path) ->
     assert "no embedding" in refused(run("predict", exported("vit").path, photo, "--npy", "x.npy"))
     wrong = ("check", exported("vit").path, "--against", qvit, "--images", table, "--json", folder)
     assert "is a folder" in refused(run(*wrong))
+
+
+def test_an_encoder_goes_from_its_folder_to_an_embedding(
+    tmp_path: Path, table: Path, photo: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(**HIDDEN, image_size=32, patch_size=16)
+    model = saved(tmp_path / "encoder", transformers.Dinov2Model(config))
+    made, file = tmp_path / "encoder.qvit", tmp_path / "encoder.onnx"
+    for arguments in (
+        ("quantize", model, "--calibration", table, "--count", 4, "-o", made),
+        ("diagnose", model, "--images", table, "--count", 2),
+        ("sensitivity", model, "--images", table, "--count", 2, "--estimate"),
+        ("pairs", model),
+        ("trace", model),
+        ("export", made),
+        ("check", file, "--against", made, "--images", table, "--count", 2, "--seconds", 0),
+        ("predict", file, photo),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 0, done.output
+        assert "classifier" not in done.output
+    assert "pooler_output, 32 values" in done.output
+    refused(run("evaluate", model, "--images", table))
+
+
+def test_a_classifier_loses_its_head_and_a_detector_keeps_it(tmp_path: Path, table: Path) -> None:
+    head = ("--classes", 0, "--calibration", table, "--count", 4, "-o", tmp_path / "x.qvit")
+    assert run("quantize", MODEL, *SIZE, *head).exit_code == 0
+    answered = run("evaluate", tmp_path / "x.qvit", "--images", table)
+    assert "an encoder without a head" in refused(answered)
+    assert "embeddings (64,), features" in run("export", tmp_path / "x.qvit").output
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"architectures": ["YolosForObjectDetection"]}')
+    assert "is a detector" in refused(run("quantize", f"hf:{tmp_path}", *head, "--force"))

@@ -243,6 +243,7 @@ def test_overflow_names_its_site(images):
         (torch.zeros(2, 3, 20, 16), "20"),
         (torch.zeros(2, 1, 16, 16), "1, 16, 16"),
         ([{}], "mapping"),
+        ([(torch.zeros(2, 1, 16, 16), torch.zeros(2))], "mappings by keyword.*a tuple holds"),
     ],
 )
 def test_bad_images(model, bad, message):

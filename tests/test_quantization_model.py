@@ -399,6 +399,37 @@ def test_bad_calibration_is_refused_and_the_model_unchanged(method_name: str, ca
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+class TwoInputs(nn.Module):
+    """A classifier that adds a bias, which its forward pass takes as a second argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make("vit")
+
+    def forward(self, images: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return self.model(images) + bias
+
+
+@pytest.mark.parametrize("name", ["rtn", "repq-vit", "brecq", "qdrop", "qwt"])
+def test_a_model_with_more_arguments_is_told_to_be_wrapped(name: str) -> None:
+    model, x, bias = TwoInputs(), images(), torch.ones(len(images()), 10)
+    told = r"called with one tensor of images.*whose forward\(images\) calls it with them"
+    for given in (x, [(x, bias)], {"images": x, "bias": bias}):
+        with pytest.raises(QuietvitError, match=told) as raised:
+            quantize(model, name, given)
+        assert "as a tuple" not in str(raised.value)
+        with pytest.raises(QuietvitError, match=told):
+            quantize(model, name, given, example=(x, bias))
+
+
+def test_a_wrapped_model_with_more_arguments_is_quantized() -> None:
+    class Wrapped(TwoInputs):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(images, torch.ones(10))
+
+    assert quantize(Wrapped(), "rtn", images()).coverage.fraction == 1
+
+
 def test_lack_of_memory_is_not_blamed_on_the_images() -> None:
     class Full(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

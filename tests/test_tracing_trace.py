@@ -356,10 +356,17 @@ def test_a_list_of_images_is_one_argument_and_keeps_its_channels():
     assert len(quietvit.find_pairs(model, images)) > 0
 
 
-@pytest.mark.parametrize("example", [torch.randn(3, 32, 32), (torch.randn(3, 32, 32),)])
-def test_the_error_of_a_lone_image_shows_the_shape_given(example):
+@pytest.mark.parametrize(
+    ("example", "remedy"),
+    [
+        (torch.randn(3, 32, 32), r"image\[None\]"),
+        ((torch.randn(3, 32, 32),), "several arguments as a tuple"),
+        ([torch.randn(3, 32, 32)], r"torch\.stack\(images\)"),
+    ],
+)
+def test_the_error_of_a_lone_image_shows_its_shape_and_the_remedy(example, remedy):
     model, _ = build("tv-vit")
-    with pytest.raises(QuietvitError, match=r"shapes \[\(3, 32, 32\)\]"):
+    with pytest.raises(QuietvitError, match=rf"shapes \[\(3, 32, 32\)\].*{remedy}"):
         quietvit.trace(model, example)
 
 

@@ -76,7 +76,10 @@ Weights = Annotated[
 Classes = Annotated[
     int | None,
     typer.Option(
-        "--classes", min=1, help="Number of classes of the head.", show_default="as in the weights"
+        "--classes",
+        min=0,
+        help="Number of classes of the head; 0 removes it and leaves the encoder.",
+        show_default="as in the weights",
     ),
 ]
 Size = Annotated[
@@ -202,10 +205,11 @@ def build_model(
         from quietvit.train import TrainResult
         from quietvit.train.result import QUANTIZED
 
-        if (weights, classes, size) != (None, None, None):
+        if (weights, classes or None, size) != (None, None, None):
             raise QuietvitError(
                 f"{name} is the folder of a training run, which has its weights, classes and size; "
-                "leave --weights, --classes and --size out."
+                "leave --weights, --classes and --size out. Only --classes 0 is allowed: it "
+                "removes the head."
             )
         result = TrainResult.read(name)
         if result.config.qat is not None:
@@ -214,8 +218,9 @@ def build_model(
                 "model. Give the run or the weights that it began with. Give this run or its "
                 f"{QUANTIZED} to evaluate, export and check."
             )
-        return result.load_model()
+        return result.load_model() if classes is None else _without_head(name, result)
     if name.startswith("hf:") and is_detector_folder(name[3:]):
+        _refuse_no_head(name, classes)
         if weights is not None:
             raise QuietvitError(f"{name} is a detector with its own weights; leave --weights out.")
         sides = None if size is None else (size, size)
@@ -228,6 +233,27 @@ def build_model(
     if weights is None and not name.startswith("hf:"):
         typer.echo("note: the weights of the model are random. Give some with --weights.", err=True)
     return model
+
+
+def _without_head(name: str, result: TrainResult) -> nn.Module:
+    """Return the encoder of a run that trained a classifier."""
+    from quietvit.data import create_model
+    from quietvit.detection import is_detector
+
+    if is_detector(result.task.rebuild(result, None)):
+        _refuse_no_head(name, 0)
+    chosen = result.config.model
+    return create_model(
+        chosen.name, 0, result.weights, preprocessing=chosen.preprocessing, **chosen.kwargs
+    ).eval()
+
+
+def _refuse_no_head(name: str, classes: int | None) -> None:
+    if classes == 0:
+        raise QuietvitError(
+            f"{name} is a detector, and only a classifier has a head to remove; leave --classes 0 "
+            "out."
+        )
 
 
 def quantized_run(path: str | Path) -> TrainResult | None:
@@ -256,16 +282,16 @@ def load_quantized(path: str | Path, original: str | None) -> QuantizedModel:
     return load(path if run is None else run.weights, model)
 
 
-def build_bare(name: str, size: int | None) -> nn.Module:
+def build_bare(name: str, classes: int | None, size: int | None) -> nn.Module:
     """Build a model in eval mode to look at its structure, a timm model with random weights."""
     from quietvit.data import create_model
     from quietvit.data.weights import UnknownModelError
 
     if Path(name).is_dir() or name.startswith("hf:"):
-        return build_model(name, None, None, size)
+        return build_model(name, None, classes, size)
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
     try:
-        return create_model(name, **sized).eval()
+        return create_model(name, classes, **sized).eval()
     except UnknownModelError as error:
         raise QuietvitError(f"there is no folder {name}, and {error}") from error
 

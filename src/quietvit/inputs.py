@@ -20,6 +20,12 @@ Images = Tensor | Iterable[Any]
 IMAGE_KEYS = ("pixel_values", "images", "image", "input", "inputs", "x")
 """Keys under which a mapping may hold its images; the first one present is used."""
 LABEL_KEYS = ("labels", "label")
+ARGUMENTS = (
+    "Give images that the model's own evaluation transform returns. If the model needs more "
+    "arguments, give mappings by keyword, such as {'pixel_values': images, 'bool_masked_pos': "
+    "mask}; a tuple holds images and labels."
+)
+"""What to do with a model that does not run on a batch."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class ImageBatch:
         with refusing(
             lambda what: (
                 f"the model ({type(model).__name__}) does not run on images of shape {self.shape} "
-                f"({what}). Give images that the model's own evaluation transform returns."
+                f"({what}). {ARGUMENTS}"
             )
         ):
             return call(model, self.inputs)

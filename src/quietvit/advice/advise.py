@@ -28,10 +28,9 @@ from quietvit.advice.switches import (
 )
 from quietvit.errors import QuietvitError
 from quietvit.origin import origins_of
-from quietvit.quantization.calibration import BATCH
+from quietvit.quantization.calibration import BATCH, IMAGES_ALONE
 from quietvit.quantization.settings import parse_method
-from quietvit.tracing import Trace, plain_model
-from quietvit.tracing import trace as trace_model
+from quietvit.tracing import Trace, plain_model, trace_images
 
 LEAST = 16
 CALIBRATION = 32
@@ -111,7 +110,7 @@ def _within(
     else:
         calibration = read_batches(calibration, model)
         _refuse_few(sum(map(len, aside)), "they measure the settings")
-    trace = trace_model(model, calibration[0][:1])
+    trace = trace_images(model, calibration[0][:1], IMAGES_ALONE)
     tries = lowest_first(settings(methods, bits, trace))
     for *_, method in tries:
         method.check_sites(trace)

@@ -21,11 +21,11 @@ from quietvit.errors import QuietvitError
 from quietvit.files import finite, json_text, write_atomic
 from quietvit.origin import Origins, origins_of, provenance
 from quietvit.quantization import Method, OnTop, Slot
+from quietvit.quantization.calibration import IMAGES_ALONE
 from quietvit.quantization.on_top import SHARED
 from quietvit.quantization.overrides_file import write_overrides
 from quietvit.quantization.settings import parse_bits, parse_method, written_bits
-from quietvit.tracing import Trace, plain_model
-from quietvit.tracing import trace as trace_model
+from quietvit.tracing import Trace, plain_model, trace_images
 
 CHOICES = ("W4A4", "W4A8", "W6A6", "W8A8")
 
@@ -218,7 +218,7 @@ class _Search:
         self.model = plain_model(model)
         self.images = images
         self.batches = read_batches(images, self.model)
-        self.trace = trace or trace_model(self.model, self.batches[0][:1])
+        self.trace = trace or trace_images(self.model, self.batches[0][:1], IMAGES_ALONE)
 
     def program(self) -> Program:
         return Program(self.trace, self.settings)

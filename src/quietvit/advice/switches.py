@@ -16,9 +16,8 @@ from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
 from quietvit.origin import origins_of
 from quietvit.quantization import Method, QuantizedModel, Slot, quantize
-from quietvit.quantization.calibration import ImageStream
-from quietvit.tracing import MATMUL_KINDS, Trace, plain_model
-from quietvit.tracing import trace as trace_model
+from quietvit.quantization.calibration import IMAGES_ALONE, ImageStream
+from quietvit.tracing import MATMUL_KINDS, Trace, plain_model, trace_images
 
 # With all quantizers off, outputs match the float model's within this relative error.
 _SAME = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -61,7 +60,7 @@ class Switches:
             warn_unless_normalized(batches[0], model, "given")
         self.model, self.check = model, check
         self.images = sum(map(len, batches))
-        trace = trace or trace_model(model, batches[0][:1])
+        trace = trace or trace_images(model, batches[0][:1], IMAGES_ALONE)
         self.floats = FloatOutputs(model, trace, batches)
         self.quantized: QuantizedModel = quantize(
             model, method, calibration, bits=bits, trace=trace, progress=progress

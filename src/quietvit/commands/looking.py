@@ -89,13 +89,14 @@ def pairs(
             show_default="mlp,value_output,gated_mlp,norm_linear",
         ),
     ] = None,
+    classes: Classes = None,
     size: Size = None,
     form: Format = Form.TABLE,
 ) -> None:
     """List the weight pairs that Colinearity Decay acts on."""
     from quietvit.pairs import DEFAULT_KINDS, find_pairs
 
-    built = build_bare(model, size)
+    built = build_bare(model, classes, size)
     chosen = DEFAULT_KINDS if kinds is None else listed(kinds)
     found = find_pairs(built, example_of(built), kinds=chosen)
     plain = found.to_dict()
@@ -105,6 +106,7 @@ def pairs(
 @app.command(rich_help_panel=_PANEL, epilog=epilog("quietvit trace swin_tiny_patch4_window7_224"))
 def trace(
     model: Model,
+    classes: Classes = None,
     size: Size = None,
     matmuls: Annotated[
         bool, typer.Option("--matmuls", help="List only the matrix multiplications.")
@@ -116,7 +118,7 @@ def trace(
 
     from quietvit.tracing import trace as run
 
-    built = build_bare(model, size)
+    built = build_bare(model, classes, size)
     found = run(built, example_of(built))
     shown = replace(found, sites=found.matmuls) if matmuls else found
     plain = shown.to_dict()

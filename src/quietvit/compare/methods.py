@@ -31,6 +31,7 @@ from quietvit.origin import Origin, origin_of
 from quietvit.outputs import logits_of
 from quietvit.progress import tracked
 from quietvit.quantization import Method
+from quietvit.quantization.calibration import IMAGES_ALONE
 from quietvit.report.methods import (
     MethodResults,
     MethodRow,
@@ -39,8 +40,7 @@ from quietvit.report.methods import (
     render_methods,
 )
 from quietvit.report.results import FLOAT
-from quietvit.tracing import plain_model
-from quietvit.tracing import trace as trace_model
+from quietvit.tracing import plain_model, trace_images
 
 RESULTS, TABLE, PAGE = "comparison.json", "methods.csv", "report.html"
 _BATCH = 32
@@ -97,7 +97,7 @@ def compare_methods(
     folder, model = Path(output), plain_model(model)
     source = _Source(images, model, labelled, progress)
     first = source.first()
-    trace = trace_model(model, first[:1])
+    trace = trace_images(model, first[:1], IMAGES_ALONE)
     tries = settings(methods, bits, trace)
     identity = {
         **described,

@@ -73,6 +73,11 @@ def count_right(
     progress: bool = False,
 ) -> tuple[int, int]:
     """Return (correct images, all images). Like ``evaluate``, but no images give (0, 0)."""
+    if getattr(model, "num_classes", None) == 0:
+        raise QuietvitError(
+            "this model is an encoder without a head (num_classes is 0), so it has no top-1. "
+            "quietvit.sqnr and quietvit.check compare its output before and after quantization."
+        )
     correct = total = 0
     numbers: Tensor | None = None
     with evaluating(model), worker_errors(), progress_bar(loader, progress) as batches:

@@ -1,4 +1,4 @@
-"""Create transformers image classifiers and object detectors from a local folder.
+"""Create transformers image classifiers, encoders and object detectors from a local folder.
 
 ``image_processor`` translates preprocessing, ``adapting`` resizes; ``weights`` makes timm models.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quietvit.classes import name_classes
 from quietvit.data.adapting import adapted, input_size_of
 from quietvit.data.differences import differences, shown
 from quietvit.data.image_processor import check_translation, translated_preprocessing
@@ -29,6 +30,7 @@ _OWNED = {
     "label2id": "data.num_classes",
     "model_type": "model.name",
 }
+_POOLER = "pooler."
 _REMOTE = {"trust_remote_code": False}
 
 
@@ -41,6 +43,7 @@ class _Kind(NamedTuple):
 
 
 CLASSIFIER = _Kind("image classifier", "AutoModelForImageClassification", "ViT, DeiT or Swin")
+ENCODER = _Kind("image encoder", "AutoModel", "DINOv2, SigLIP or AIMv2")
 DETECTOR = _Kind("object detector", "AutoModelForObjectDetection", "DETR, RT-DETR or YOLOS")
 
 
@@ -53,7 +56,7 @@ def create_hf_model(
     *,
     untrained: bool = False,
 ) -> nn.Module:
-    """Build a transformers image classifier from ``config.json``, with the folder's safetensors.
+    """Build a transformers image classifier or encoder from ``config.json``, with its safetensors.
 
     The weights are float32. No pickle is read, and no code of the folder runs. Without a weights
     file the weights are random, and a log line says so. ``preprocessor_config.json`` becomes the
@@ -62,7 +65,9 @@ def create_hf_model(
     Args:
         folder: a local folder; anything that is not a path is a name on the Hugging Face hub.
         num_classes: classes of the head; None uses the config's. With another number the head is
-            random, and a log line says so.
+            random, and a log line says so. 0 gives the encoder alone, as ``AutoModel`` builds it;
+            so does None if the folder holds an encoder. Of an image and a text tower, it is the
+            image tower.
         kwargs: changes to the config, such as ``image_size`` (or ``img_size``). For another size,
             position tables are resampled bicubically, as in transformers, and a log line says so.
         preprocessing: overrides in the data config: mean, std, interpolation, crop_pct, crop_mode.
@@ -71,21 +76,61 @@ def create_hf_model(
 
     Raises:
         QuietvitError: transformers or the folder is missing, the hub is unreachable, the model is
-            not an image classifier, there are no safetensors, keys are unknown, weights have other
-            shapes, or the preprocessing cannot be translated.
+            neither an image classifier nor an encoder, there are no safetensors, keys are unknown,
+            weights have other shapes, or the preprocessing cannot be translated.
     """
     transformers = _transformers()
     source = _source(folder)
     raw, plain = _configs(transformers, source, {})
+    kind = CLASSIFIER
+    if num_classes == 0 or (num_classes is None and _is_encoder(raw)):
+        kind, num_classes = ENCODER, None
+        raw, plain = _configs(transformers, source, {}, kind)
     changes = _changes(kwargs, raw, plain, source)
     prepared = _preprocessing(transformers, source, plain)
     if "image_size" not in changes and prepared["input_size"] != input_size_of(plain):
         changes["image_size"] = list(prepared["input_size"][1:])
-    model = _model(CLASSIFIER, source, plain, changes, num_classes, weights, untrained)
+    model = _model(kind, source, plain, changes, num_classes, weights, untrained)
     config: Any = model.config
     data = {**prepared, "input_size": input_size_of(config), **(preprocessing or {})}
-    model.pretrained_cfg = {**data, "num_classes": config.num_labels}  # type: ignore[assignment]
+    count = 0 if kind is ENCODER else config.num_labels
+    model.pretrained_cfg = {**data, "num_classes": count}  # type: ignore[assignment]
+    if kind is ENCODER:
+        name_classes(model, None)
     return model
+
+
+def _is_encoder(raw: Mapping[str, Any]) -> bool:
+    """Whether the folder was saved as a model without a head, or is of a kind that has none.
+
+    ``raw``: the keys of its ``config.json``.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kind, saved = raw.get("model_type"), raw.get("architectures") or ()
+    classifiers = dict(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    bare = {name for names in auto.MODEL_MAPPING_NAMES.values() for name in _names(names)}
+    return kind in auto.MODEL_MAPPING_NAMES and (kind not in classifiers or bool(bare & set(saved)))
+
+
+def _names(classes: str | Sequence[str]) -> Sequence[str]:
+    """Return the names of the classes of one kind of model, in transformers' own tables."""
+    return (classes,) if isinstance(classes, str) else classes
+
+
+def _of_images(transformers: Any, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the keys of the image tower if the config has one beside a tower for text."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    if "vision_config" not in raw:
+        return raw
+    found = _names(MODEL_MAPPING_NAMES.get(str(raw.get("model_type")), ()))
+    if any(getattr(transformers, n).main_input_name == "pixel_values" for n in found):
+        return raw
+    rest = {key: value for key, value in raw.items() if key != "model_type"}
+    whole = transformers.AutoConfig.for_model(str(raw.get("model_type")), **rest)
+    tower: dict[str, Any] = whole.vision_config.to_dict()
+    return tower
 
 
 def create_hf_detector(
@@ -131,7 +176,7 @@ def _model(
 ) -> nn.Module:
     """Build the model with the changed config, and load ``weights`` or those of the folder."""
     transformers = _transformers()
-    _, config = _configs(transformers, source, changes)
+    _, config = _configs(transformers, source, changes, kind)
     if num_classes is not None and num_classes != config.num_labels:
         config.num_labels = num_classes
     for settings in (plain, config):
@@ -139,12 +184,25 @@ def _model(
             settings.use_pretrained_backbone = False  # the folder holds the backbone's weights
     model = _built(kind, source, config)
     if weights is not None:
-        _load(model, unwrapped(model.state_dict(), weights, "the weights")[0], "the weights")
+        state = unwrapped(model.state_dict(), weights, "the weights")[0]
+        _load(_fitting_pooler(kind, model, state, "the weights"), state, "the weights")
     elif not untrained and _without_weights(source):
         logger.warning("%s holds no weights: the model's weights are random.", source)
     elif not untrained:
         state = _pretrained(kind, source, plain)
+        _fitting_pooler(kind, model, state, source)
         _load(model, adapted(state, model, plain, config, source), source)
+    return model
+
+
+def _fitting_pooler(
+    kind: _Kind, model: nn.Module, state: Mapping[str, Tensor], source: str
+) -> nn.Module:
+    """Remove the pooler of an encoder in place if ``state`` has no weights for it."""
+    own = any(key.startswith(_POOLER) for key in model.state_dict())
+    if kind is ENCODER and own and not any(key.startswith(_POOLER) for key in state):
+        logger.warning("%s: no weights of a pooler; the model gives its tokens alone.", source)
+        model.pooler = None  # type: ignore[assignment]
     return model
 
 
@@ -181,10 +239,13 @@ def _local(source: str) -> dict[str, Any]:
     return _REMOTE | {"local_files_only": Path(source).is_dir()}
 
 
-def _configs(transformers: Any, source: str, changes: Mapping[str, Any]) -> tuple[Any, Any]:
+def _configs(
+    transformers: Any, source: str, changes: Mapping[str, Any], kind: _Kind = CLASSIFIER
+) -> tuple[Any, Any]:
     """Return the keys of ``config.json``, and the config with ``changes`` in them."""
     try:
         raw, _ = transformers.PretrainedConfig.get_config_dict(source, **_local(source))
+        raw = _of_images(transformers, raw) if kind is ENCODER else raw
         rest = {key: value for key, value in raw.items() if key != "model_type"}
         config = transformers.AutoConfig.for_model(
             str(raw.get("model_type")), **{**rest, **changes}
@@ -233,10 +294,10 @@ def _built(kind: _Kind, source: str, config: Any) -> nn.Module:
         auto = getattr(_transformers(), kind.auto)
         model: nn.Module = auto.from_config(config, dtype=torch.float32, **_REMOTE)
     except Exception as error:
+        encoder = " To quantize an encoder, give 0 classes." if kind is CLASSIFIER else ""
         raise QuietvitError(
             f"{source} is not an {kind.name} that transformers can build from its config: "
-            f"{_first(error)}; give the folder of a {kind.examples} or the like. To quantize an "
-            "encoder, load it in Python (transformers.AutoModel) and call quietvit.quantize."
+            f"{_first(error)}; give the folder of a {kind.examples} or the like.{encoder}"
         ) from error
     return model
 
@@ -272,7 +333,10 @@ def _pretrained(kind: _Kind, source: str, config: Any) -> dict[str, Tensor]:
     except Exception as error:
         raise QuietvitError(_unreadable(source, "the weights", error)) from error
     missing = sorted(info["missing_keys"])
-    lacking = [key for key in missing if not _of_head(key)]
+    state: dict[str, Tensor] = model.state_dict()
+    if kind is ENCODER and missing and all(key.startswith(_POOLER) for key in missing):
+        return {key: value for key, value in state.items() if key not in missing}
+    lacking = [key for key in missing if kind is ENCODER or not _of_head(key)]
     if lacking:
         raise QuietvitError(
             f"{source} lacks the weights {', '.join(lacking[:3])} ({len(lacking)} in all) of a "
@@ -281,15 +345,13 @@ def _pretrained(kind: _Kind, source: str, config: Any) -> dict[str, Tensor]:
     if missing:
         logger.warning(
             "%s has no head: '%s' starts anew, so its classes mean nothing before training. To "
-            "quantize the encoder alone, load it in Python (transformers.AutoModel) and call "
-            "quietvit.quantize.",
+            "quantize the encoder alone, give 0 classes.",
             source,
             missing[0].rpartition(".")[0],
         )
     if info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
         logger.warning("%s: %d weights are not used (first %s).", source, len(extra), extra[0])
-    state: dict[str, Tensor] = model.state_dict()
     return state
 
 

@@ -44,13 +44,14 @@ def create_model(
 ) -> nn.Module:
     """Build a timm model, with the weights of a local file if one is given.
 
-    ``hf:/folder`` builds the transformers image classifier of that folder with its weights;
+    ``hf:/folder`` builds the transformers classifier or encoder of that folder with its weights;
     ``kwargs`` are then keys of its config, see ``huggingface.create_hf_model``.
 
     Args:
         name: a timm model, such as ``deit_tiny_patch16_224``, or ``hf:`` and a folder.
         num_classes: classes of the head; None uses the number in the weights, or timm's. If the
-            weights have another number or no head, the head is random and a log line says so.
+            weights have another number or no head, the head is random and a log line says so. 0
+            removes the head: the model gives features. An ``hf:`` folder of an encoder has no head.
         weights: ``.safetensors`` or a file that ``torch.load(weights_only=True)`` reads; see
             ``checkpoints.read_weights``. Weights of a quietvit run also bring class names.
         preprocessing: overrides in the model's data config: mean, std, interpolation, crop_pct,
@@ -66,7 +67,7 @@ def create_model(
     import timm
 
     state = read_weights(weights) if weights is not None else None
-    facts = class_names_in(weights) if weights is not None else {}
+    facts = class_names_in(weights) if weights is not None and num_classes != 0 else {}
     if not name.startswith("hf:") and not timm.is_model(name):
         raise UnknownModelError(
             f"timm has no model named {name!r}{nearest(name, timm.list_models())}; "
@@ -82,7 +83,8 @@ def create_model(
         built = create_hf_model(
             name[3:], num_classes, kwargs, preprocessing, state, untrained=untrained
         )
-        take_names(built, facts)
+        if num_classes != 0:
+            take_names(built, facts)
         return built
     if num_classes is None and state is not None:
         num_classes = _classes_in(state, timm.get_pretrained_cfg(name))

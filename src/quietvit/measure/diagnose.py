@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quietvit.errors import QuietvitError
-from quietvit.inputs import ImageBatch, Images
+from quietvit.inputs import ARGUMENTS, ImageBatch, Images
 from quietvit.measure.colinearity import measure_pair
 from quietvit.measure.diagnosis import Diagnosis
 from quietvit.measure.images import batches
@@ -27,8 +27,8 @@ from quietvit.tracing import (
     evaluating,
     intercept,
     plain_model,
+    trace_images,
 )
-from quietvit.tracing import trace as record_trace
 
 UNREACHED = "not measured: no image gave it a value, for example because nothing was detected"
 MASKED = "not measured: its scores hold the -inf of a mask"
@@ -71,7 +71,7 @@ def diagnose(
     stream = batches(images, model, batch_size)
     first = next(stream)
     if trace is None:
-        trace = record_trace(model, first.example)
+        trace = trace_images(model, first.example, ARGUMENTS)
     if pairs is None:
         try:
             pairs = find_pairs(model, kinds=DENSE_KINDS, trace=trace)

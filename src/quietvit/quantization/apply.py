@@ -12,12 +12,12 @@ from torch import nn
 from quietvit.errors import QuietvitError
 from quietvit.normalization import warn_unless_normalized
 from quietvit.origin import in_words, origin_of
-from quietvit.quantization.calibration import Calibration, ImageStream
+from quietvit.quantization.calibration import IMAGES_ALONE, Calibration, ImageStream
 from quietvit.quantization.method import Method, list_methods
 from quietvit.quantization.outputs import with_quantized_outputs
 from quietvit.quantization.quantized import QuantizedModel
 from quietvit.quantization.settings import parse_method
-from quietvit.tracing import Trace, plain_copy
+from quietvit.tracing import Trace, plain_copy, trace_images
 from quietvit.tracing import trace as trace_model
 
 
@@ -42,6 +42,8 @@ def quantize(
             ``repq-vit+qwt`` (one method on top of another). ``quietvit.list_methods()`` lists them.
         calibration: images (N, 3, H, W) after the model's own transform, or an iterable of batches:
             tensors, tuples or lists that begin with one, dicts with ``pixel_values`` or ``images``.
+            The model gets the images alone: what follows them in a tuple counts as labels. Wrap a
+            model with more arguments in a module whose ``forward(images)`` gives them.
             Batches are read one by one. A method that holds all images in memory says so in its
             docstring. Images from ``quietvit.synthesize`` are noted in the result.
         bits: such as ``W4A8``, for a method given by name; None takes the method's defaults, W8A8.
@@ -71,7 +73,11 @@ def quantize(
         notes.append("the model was in training mode; its quantized copy is in eval mode")
     own = plain_copy(model).eval()
     if trace is None:
-        trace = trace_model(own, first[:1] if example is None else example)
+        trace = (
+            trace_images(own, first[:1], IMAGES_ALONE)
+            if example is None
+            else trace_model(own, example)
+        )
     if not trace.matmuls:
         raise QuietvitError(
             f"{type(model).__name__} has no matrix products in its trace; nothing to quantize."

@@ -87,6 +87,7 @@ def _of_transformers(model: nn.Module) -> dict[str, Any] | None:
         "name": type(model).__name__,
         "arguments": json.loads(json.dumps(content)),
         "attention": getattr(config, "_attn_implementation", None),
+        "without": ["pooler"] if getattr(model, "pooler", model) is None else [],
     }
     built = _unweighted(architecture)
     return architecture if built is not None and _structure(built) == _structure(model) else None
@@ -135,6 +136,8 @@ def _built(architecture: dict[str, Any]) -> nn.Module:
     if architecture.get("attention") is not None:
         config._attn_implementation = architecture["attention"]
     model: nn.Module = kind(config)
+    for part in architecture.get("without", ()):
+        setattr(model, part, None)
     return model
 
 

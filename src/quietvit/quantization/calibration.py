@@ -21,6 +21,11 @@ from quietvit.tracing import MATMUL_KINDS, SITE_KINDS, Site, Trace, intercept, r
 from quietvit.tracing.intercept import Handler
 
 BATCH = 8
+IMAGES_ALONE = (
+    "The model is called with one tensor of images (B, C, H, W) and nothing else. If it needs more "
+    "arguments, quantize a torch.nn.Module whose forward(images) calls it with them."
+)
+"""What to do with a model that does not run on images."""
 
 T = TypeVar("T")
 
@@ -196,8 +201,7 @@ def run_model(model: nn.Module, batch: Tensor) -> Any:
     with refusing(
         lambda what: (
             f"{type(model).__name__} does not run on calibration images of shape "
-            f"{tuple(batch.shape)}, {batch.dtype} ({what}). It is called with one batch of images; "
-            "wrap a model that needs other arguments."
+            f"{tuple(batch.shape)}, {batch.dtype} ({what}). {IMAGES_ALONE}"
         )
     ):
         return model(batch)

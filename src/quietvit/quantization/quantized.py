@@ -109,6 +109,12 @@ class QuantizedModel(nn.Module):
     def class_names(self, names: tuple[str, ...] | None) -> None:
         name_classes(self.model, names)
 
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes that the float model states: 0 for an encoder, None if unknown."""
+        count = getattr(self.model, "num_classes", None)
+        return count if isinstance(count, int) else None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's own output, computed on quantized operands."""
         handler = self._handle if self._observer is None else self._watched

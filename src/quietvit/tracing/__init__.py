@@ -7,7 +7,7 @@ from quietvit.tracing.inputs import EndOfPass, call, refusing
 from quietvit.tracing.intercept import intercept
 from quietvit.tracing.ops import MATMUL_KINDS, SITE_KINDS
 from quietvit.tracing.sites import Link, Operand, Scores, Site, Trace
-from quietvit.tracing.trace import evaluating, trace
+from quietvit.tracing.trace import evaluating, trace, trace_images
 from quietvit.tracing.weights import WeightView
 from quietvit.tracing.wrappers import eagerly, plain_copy, plain_model
 
@@ -29,4 +29,5 @@ __all__ = [
     "plain_model",
     "refusing",
     "trace",
+    "trace_images",
 ]

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from quietvit.errors import QuietvitError
 from quietvit.tracing import ops
+from quietvit.tracing.composed import ComposedNorms
 from quietvit.tracing.places import STEADY, Places
 from quietvit.tracing.sites import Site, Trace
 from quietvit.tracing.standins import STANDINS
@@ -58,6 +59,7 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
             if site.kind in ops.FAMILIES and ops.FAMILIES[site.kind] in self._families
         }
         self._places = Places()
+        self._composed: ComposedNorms | None = None
         self._depth = 0
         self._trains = False
         self._paused = False
@@ -75,6 +77,8 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
     def __enter__(self) -> intercept:
         if self._depth == 0:
             self._places = Places()
+            composed = any(site.function == ops.COMPOSED for site in self._sites.values())
+            self._composed = ComposedNorms() if composed else None
             self._trains = torch.is_grad_enabled()
             self._eager = eagerly()
             self._eager.__enter__()
@@ -86,6 +90,7 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         super().__exit__(*error)
         self._depth -= 1
         if self._depth == 0:
+            self._composed = None
             self._eager.__exit__(None, None, None)
             if error[0] is None:
                 self._check_complete()
@@ -100,17 +105,19 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
             with self:
                 return STANDINS[func](*args, **kwargs)
         call = ops.classify(func, args, kwargs)
+        if call is None and self._composed is not None:
+            call = self._composed.find(func, _name(func), args, kwargs)
         if call is None:
-            return func(*args, **kwargs)
+            return self._untouched(func, args, kwargs)
         family = ops.FAMILIES[call.kind]
         place = self._places.next(family)
         if family not in self._families:
-            return func(*args, **kwargs)
+            return self._untouched(func, args, kwargs)
         site = self._sites.get((family, place))
         if site is None:
             if place.ordinal >= self._trace.counts.get(family, math.inf):
                 self._refuse(f"made {family} call number {place.ordinal + 1} ({func.__name__})")
-            return func(*args, **kwargs)
+            return self._untouched(func, args, kwargs)
         if site.kind == "linear" and call.kind == "matmul":
             call = ops.weight_first(call)
         if (difference := _difference(site, call)) is not None:
@@ -122,6 +129,13 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         if self._trains:
             self._check_not_checkpointed(site)
         return self._handler(site, call.operands, call.run)
+
+    def _untouched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that is no chosen site. It may be a step of a composed norm."""
+        result = func(*args, **kwargs)
+        if self._composed is not None:
+            self._composed.follow(_name(func), args, kwargs, result)
+        return result
 
     def _check_not_checkpointed(self, site: Site) -> None:
         frame = sys._getframe() if not torch.compiler.is_compiling() else None
@@ -148,6 +162,10 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
             f"{what}; the traced pass made {counts}. Trace it again with an example that takes the "
             "same path (image size, mode, arguments), and run one forward pass at a time."
         )
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", func))
 
 
 def _difference(site: Site, call: ops.Call) -> str | None:

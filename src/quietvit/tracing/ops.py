@@ -17,6 +17,9 @@ from torch import Tensor
 MATMUL_KINDS = frozenset({"linear", "conv", "matmul", "einsum"})
 SITE_KINDS = MATMUL_KINDS | {"softmax", "norm", "activation", "add"}
 
+COMPOSED = "composed_rms_norm"
+"""The function of a norm that ``composed`` found in single steps."""
+
 # Each family has one counter. The n-th matrix multiplication of a forward pass is the same site in
 # every pass.
 FAMILIES = {kind: "matmul" if kind in MATMUL_KINDS else kind for kind in SITE_KINDS}
@@ -105,6 +108,9 @@ _ACTIVATIONS = (
 )
 FORMS |= dict.fromkeys(_ACTIVATIONS, Form("activation", _UNARY, _UNARY))
 
+TOKEN_NORMS = ("layer_norm", "rms_norm", COMPOSED)
+"""Functions of norms over the last dim."""
+
 # Names of more elementwise functions, which keep channels apart. BENDING ones are nonlinear: like
 # an activation, they separate two matrices.
 SCALING = {"mul", "mul_", "div", "div_", "true_divide", "multiply", "divide"} | {
@@ -165,7 +171,7 @@ class Call:
 
     ``operands``: (input, weight) of linear and conv; (input,) of norm, softmax and activation; both
     sides of matmul, einsum and add. ``letters``: one letter for each dim of the left side, right
-    side and output of an einsum.
+    side and output of an einsum. ``function``: a name for the site, instead of the function's own.
     """
 
     kind: str
@@ -173,6 +179,7 @@ class Call:
     run: Callable[..., Tensor]
     gain: Tensor | None = None
     letters: tuple[str, str, str] = ("", "", "")
+    function: str | None = None
 
 
 def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -250,7 +257,7 @@ def _letters(equation: str, left: int, right: int) -> tuple[str, str, str]:
 
 def norm_channel_dim(function: str) -> int:
     """Return the dim of a norm's output that its gain scales, given the function's name."""
-    return -1 if function in ("layer_norm", "rms_norm") else 1
+    return -1 if function in TOKEN_NORMS else 1
 
 
 def weight_first(call: Call) -> Call:

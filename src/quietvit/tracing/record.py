@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quietvit.tracing import carry, labels, ops
+from quietvit.tracing.composed import ComposedNorms
 from quietvit.tracing.labels import CONSTANT, Flow, Value
 from quietvit.tracing.places import Place, Places
 from quietvit.tracing.raw import ModuleCall, RawLink, Record, ScoreLink
@@ -61,6 +62,7 @@ class Recorder(TorchFunctionMode):
         self.scores: list[ScoreLink] = []
         self.calls: list[ModuleCall] = []
         self.places = Places()
+        self._composed = ComposedNorms()
         self._values = WeakTensorKeyDictionary()
         self.by_key: dict[str, Record] = {}
         self._written: dict[int, Value] = {}
@@ -153,14 +155,15 @@ class Recorder(TorchFunctionMode):
         if func in STANDINS:
             with self:
                 return STANDINS[func](*args, **kwargs)
-        call = ops.classify(func, args, kwargs)
+        name = str(getattr(func, "__name__", func))
+        call = ops.classify(func, args, kwargs) or self._composed.find(func, name, args, kwargs)
         result = func(*args, **kwargs)
+        self._composed.follow(name, args, kwargs, result)
         outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
         flops = self._flops.total - self._seen_flops
         self._seen_flops += flops
-        name = str(getattr(func, "__name__", func))
         if call is not None and len(outputs) == 1:
-            value = self._site(call, func, name, outputs[0])
+            value = self._site(call, func, call.function or name, outputs[0])
             if outputs[0] is call.operands[0]:
                 self._write(outputs[0], value)
             self._keep(outputs[0], value)

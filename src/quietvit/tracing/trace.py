@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quietvit.outputs import tensors_of
 from quietvit.tracing import labels
-from quietvit.tracing.inputs import call, one_sample, refusing
+from quietvit.tracing.inputs import call, is_image_list, one_sample, refusing
 from quietvit.tracing.places import STEADY
 from quietvit.tracing.raw import Record
 from quietvit.tracing.record import Recorder
@@ -39,9 +39,32 @@ def trace(model: nn.Module, example: Any) -> Trace:
 
     Raises QuietvitError if the model does not run on the example.
     """
+    return _traced(model, example, partial(_complaint, plain_model(model), example))
+
+
+def trace_images(model: nn.Module, images: Any, remedy: str) -> Trace:
+    """Record the model like ``trace``, for a caller that takes data and chooses the example itself.
+
+    ``images``: what the caller passes to the model, a tensor or a dict of tensors. ``remedy``: the
+    sentences that end the error of a model that does not run on them.
+    """
+    shapes = (
+        {key: tuple(value.shape) for key, value in images.items()}
+        if isinstance(images, Mapping)
+        else tuple(images.shape)
+    )
+    name = type(plain_model(model)).__name__
+    return _traced(
+        model,
+        images,
+        lambda what: f"{name} does not run on images of shape {shapes} ({what}). {remedy}",
+    )
+
+
+def _traced(model: nn.Module, example: Any, complaint: Callable[[str], str]) -> Trace:
     model = plain_model(model)
     inputs = one_sample(example)
-    checked = partial(refusing, partial(_complaint, model, example))
+    checked = partial(refusing, complaint)
     with evaluating(model), torch.no_grad(), eagerly():
         with checked():
             call(model, inputs)
@@ -69,9 +92,23 @@ def _complaint(model: nn.Module, example: Any, what: str) -> str:
         )
     return (
         f"{type(model).__name__} does not run on the first sample of the example (shapes "
-        f"{[tuple(x.shape) for x in _tensors(example)]}): {what}. Give images that the model "
-        "accepts, for example torch.randn(1, 3, 224, 224). Give several arguments as a tuple, "
-        "keyword arguments as a dict, and a detector's images as a list of (C, H, W)."
+        f"{[tuple(x.shape) for x in _tensors(example)]}): {what}. {_remedy(example)}"
+    )
+
+
+def _remedy(example: Any) -> str:
+    """Return what to give instead of an example on which a model does not run."""
+    if is_image_list(example):
+        return (
+            "A list of images (C, H, W) is one argument, as detectors take it. Give other models a "
+            "batch: torch.stack(images)."
+        )
+    if isinstance(example, Tensor) and example.ndim == 3:
+        return "Give a batch (B, C, H, W). For a single image, add the dimension: image[None]."
+    return (
+        "Give images that the model accepts, for example torch.randn(1, 3, 224, 224). Give several "
+        "arguments as a tuple, keyword arguments as a dict, and a detector's images as a list of "
+        "(C, H, W)."
     )
 
 

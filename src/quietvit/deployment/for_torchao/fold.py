@@ -14,6 +14,7 @@ from quietvit.errors import QuietvitError
 from quietvit.quantization import QuantizedModel
 from quietvit.quantization.adjustments import ChannelAffine
 from quietvit.tracing import Site, Trace
+from quietvit.tracing.ops import COMPOSED
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -50,6 +51,12 @@ def called_module(model: nn.Module, trace: Trace, site: Site) -> nn.Module | Non
 
 def _into_norm(model: nn.Module, trace: Trace, site: Site, by: ChannelAffine) -> list[str]:
     module = called_module(model, trace, site)
+    view = site.weight
+    if site.function == COMPOSED and view is not None and view.module == site.module and module:
+        if bool((by.bias != 0).any()):
+            _refuse(site.name, "it was shifted, and an RMSNorm has no bias")
+        gain = _value(module, view.attribute, by.gain, 1.0)
+        return _put(site.module, module, view.attribute, gain * by.gain.double())
     if not isinstance(module, NORMS):
         _refuse(site.name, "it is not a torch.nn norm that is called once in a pass")
     centred = not isinstance(module, nn.RMSNorm)

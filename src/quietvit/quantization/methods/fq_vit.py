@@ -23,6 +23,7 @@ from quietvit.quantization.ranges import MinMaxRange, Stream
 from quietvit.quantization.slot import Slot
 from quietvit.quantization.weights import weight_axis
 from quietvit.tracing import MATMUL_KINDS, Site, Trace
+from quietvit.tracing.ops import TOKEN_NORMS
 
 LARGEST_EXPONENT = 3
 MASKED = 80.0
@@ -120,7 +121,7 @@ class FQViT(Method):
             return self.attention_bits if bits and _is_attention(slot) else bits
         if not self.everything or self.activation_bits is None:
             return None
-        if slot.site.kind == "norm" and slot.site.function not in ("layer_norm", "rms_norm"):
+        if slot.site.kind == "norm" and slot.site.function not in TOKEN_NORMS:
             return None
         return self.activation_bits if slot.site.kind == "softmax" else self.residual_bits
 
