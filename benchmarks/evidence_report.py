@@ -272,7 +272,7 @@ All workloads learn CIFAR-10 images. (cpu) is the size of the study that fits on
 | `scratch` | a small ViT, trained from random weights |
 | `adamw` | AdamW with its best weight decay. Cells hold top-1: mean ± standard deviation |
 | `cd` | CD on the pairs `mlp` and `value_output` |
-| `cd+norm`, `cd+qk` | CD on the pairs `norm_linear` too, on `query_key` too. [Pairs](method.md#pairs) explains them |
+| `cd+norm`, `cd+qk` | CD on the [pairs](method.md#pairs) `norm_linear` too, on `query_key` too |
 | W4A8 | 4-bit weights and 8-bit activations, other numbers alike |
 | m8 | attention maps at 8 bits |
 | minmax, omse | rounding to nearest, with the whole range or the range of least squared error |
