@@ -243,7 +243,8 @@ def page(rows: Sequence[Row], figure: str | None) -> str:
 <!-- Made by `python benchmarks/evidence.py report` from results/evidence.csv; edit the script. -->
 
 **Question.** What does Colinearity Decay (CD) gain over AdamW? AdamW gets as many tries, and they
-tune its weight decay. The study measures float and every quantization pipeline.
+tune its weight decay. The study measures float and every quantization pipeline. A pipeline is a
+choice of bits, method and ranges, such as W4A8-omse.
 
 **Criterion.** It was fixed before the runs. CD *helps* on a workload if both hold:
 
@@ -262,6 +263,8 @@ the best, up to two more followed. The best try went on with seeds 1, 2 and 3 on
 
 ## What the names mean
 
+All workloads learn CIFAR-10 images. (cpu) is the size of the study that fits one slow core.
+
 | name | meaning |
 |---|---|
 | `deit` | fine-tuning of DeiT-Tiny with its ImageNet weights |
@@ -269,11 +272,12 @@ the best, up to two more followed. The best try went on with seeds 1, 2 and 3 on
 | `scratch` | a small ViT, trained from random weights |
 | `adamw` | AdamW with its best weight decay. Cells hold top-1: mean ± standard deviation |
 | `cd` | CD on the pairs `mlp` and `value_output` |
-| `cd+norm`, `cd+qk` | CD on the pairs `norm_linear` too, on `query_key` too |
+| `cd+norm`, `cd+qk` | CD on the [pairs](method.md#pairs) `norm_linear` too, on `query_key` too |
 | W4A8 | 4-bit weights and 8-bit activations, other numbers alike |
 | m8 | attention maps at 8 bits |
 | minmax, omse | rounding to nearest, with the whole range or the range of least squared error |
 | repq, gptq | the methods RepQ-ViT and GPTQ |
+| residual | the residual stream, which adds up the outputs of the blocks |
 | max/rms | the largest activation over the root mean square, mean over seeds |
 | dB | signal to quantization noise of a product's output, in decibels |
 
