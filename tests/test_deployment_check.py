@@ -97,6 +97,13 @@ def test_the_model_given_stays_as_it_is(tmp_path: Path) -> None:
     assert {name: module.training for name, module in own.named_modules()} == modes
 
 
+def test_an_artifact_stands_for_its_file() -> None:
+    artifact = exported("vit")
+    assert quietvit.check(artifact, quantized("vit"), pictures("vit"), seconds=0).ok
+    picture = np.zeros((32, 32, 3), np.uint8)
+    assert quietvit.predict(artifact, picture) == quietvit.predict(artifact.path, picture)
+
+
 def test_one_wrong_weight_is_found(tmp_path: Path) -> None:
     def spoil(content: Any) -> None:
         entry = next(i for i in content.graph.initializer if i.name.endswith("weight:codes"))

@@ -39,6 +39,10 @@ class Artifact:
         """Bytes on disk of all its files."""
         return sum(file.stat().st_size for file in files_of(self.path))
 
+    def __fspath__(self) -> str:
+        """The path of the file, so that an artifact can stand for it in every call."""
+        return str(self.path)
+
     def check(self, against: Any, images: Any, **options: Any) -> Any:
         """Prove what runs in integers, as ``quietvit.check`` does."""
         return check(self.path, against, images, **options)

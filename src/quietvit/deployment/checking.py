@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -48,7 +49,7 @@ BATCH, FEW = 32, 500
 
 
 def check(
-    path: str | Path | Runtime,
+    path: str | os.PathLike[str] | Runtime,
     against: QuantizedModel | str | Path,
     images: Images,
     *,
@@ -74,7 +75,7 @@ def check(
     few blocks two correct computations differ as much as quantization itself (see the lab log).
 
     Args:
-        path: an exported file, or an open runtime (``open_runtime``).
+        path: an exported file, its ``Artifact``, or an open runtime (``open_runtime``).
         against: the quantized model that was exported, or its .qvit.
         images: after the model's own transform: a tensor (N, C, H, W), a DataLoader, or another
             form that ``inputs.image_batches`` takes. Labels add top-1. Classes are matched by name
@@ -158,7 +159,7 @@ def _features(network: Network, batches: Iterable[Labelled]) -> Features:
     return compare_features(network.runtime, network.quantized, batches, network.facts.output)
 
 
-def _opened(path: str | Path | Runtime, runtime: str | None, threads: int) -> Runtime:
+def _opened(path: str | os.PathLike[str] | Runtime, runtime: str | None, threads: int) -> Runtime:
     if not isinstance(path, Runtime):
         return open_runtime(path, runtime, threads)
     if runtime is not None or threads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from quietvit.deployment.runtime import Runtime
@@ -11,11 +12,13 @@ from quietvit.files import refuse_other_bytes
 from quietvit.quantization import storage
 
 
-def open_runtime(path: str | Path, runtime: str | None = None, threads: int = 0) -> Runtime:
+def open_runtime(
+    path: str | os.PathLike[str], runtime: str | None = None, threads: int = 0
+) -> Runtime:
     """Open an exported file or folder in a runtime.
 
     Args:
-        path: a file or folder that ``export`` wrote.
+        path: a file or folder that ``export`` wrote, or the ``Artifact`` that it returned.
         runtime: ``onnxruntime`` (.onnx), ``openvino`` (.xml and .onnx), ``torchao`` (its folder),
             or that of your own target. By default the one that the file was made for.
         threads: number of CPU threads; 0 lets the runtime choose.

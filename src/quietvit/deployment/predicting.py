@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,9 @@ Source = str | Path | Image.Image | np.ndarray
 
 
 def predict(
-    model: str | Path | Runtime, image: Source | list[Source] | tuple[Source, ...], top: int = 5
+    model: str | os.PathLike[str] | Runtime,
+    image: Source | list[Source] | tuple[Source, ...],
+    top: int = 5,
 ) -> Any:
     """Return the ``top`` most probable classes of an image, the most probable first.
 
@@ -77,7 +80,8 @@ def predict(
     in the model's evaluation.
 
     Args:
-        model: a file that ``export`` wrote, or an open runtime (``open_runtime``).
+        model: a file that ``export`` wrote, its ``Artifact``, or an open runtime
+            (``open_runtime``).
         image: a file, a PIL image of any size, or an array (height, width, 3) or (height, width)
             before any transform. A list of these gives a list of results.
         top: how many classes or boxes.
