@@ -15,7 +15,7 @@ import quietvit
 from quietvit.decay.colinearity import ColinearityConfig
 from quietvit.errors import QuietvitError
 from quietvit.train import train
-from test_train_loop import config, lines
+from test_train_loop import config, interrupt, lines, run
 
 STEPS = 12
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -86,3 +86,19 @@ def test_a_recipe_with_a_total_has_the_strength_of_its_own_rates(tmp_path, monke
     assert given[0]["strength"] * sum(rates) == pytest.approx(0.05)
     with pytest.raises(ValueError, match=r"strength is 0\.3 and total is 0\.05"):
         ColinearityConfig(strength=0.3, total=0.05)
+
+
+def test_a_run_with_a_total_goes_on_at_a_lower_rate(tmp_path, monkeypatch) -> None:
+    """A run that diverged goes on so. Its strength stays that of its start."""
+    kept = []
+    real = quietvit.ColinearityDecay.load_state_dict
+
+    def load(self: quietvit.ColinearityDecay, state: Any) -> None:
+        real(self, state)
+        kept.append((self.strength, state["settings"]["strength"]))
+
+    monkeypatch.setattr(quietvit.ColinearityDecay, "load_state_dict", load)
+    interrupt(tmp_path, monkeypatch, at=5, decay={"cd": {"total": 0.05}})
+    run(tmp_path, resume=True, decay={"cd": {"total": 0.05}}, optimizer={"lr": 1e-4})
+    assert kept
+    assert all(own == saved for own, saved in kept)

@@ -182,9 +182,9 @@ def test_the_settings_are_the_published_ones(name):
     assert {key: found[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", ["finetune_imagenet1k_deit_small", "finetune_hf_folder"])
-def test_the_strength_of_a_finetune_is_the_librarys_default(name):
-    assert load_recipe(name).decay.cd == ColinearityConfig()
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("finetune_")])
+def test_the_strength_of_a_finetune_comes_from_a_total(name):
+    assert load_recipe(name).decay.cd == ColinearityConfig(total=0.06)
 
 
 @pytest.mark.parametrize("name", [*FULL, *SMALL])
