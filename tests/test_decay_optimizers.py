@@ -313,7 +313,10 @@ def unusable(lr: Any) -> Any:
     [
         (lambda p: timm.optim.Lars(p, lr=0.1), r"Lars multiplies its rate \(lr=0\.1\) by a trust"),
         (torch.optim.Rprop, r"Rprop finds a step for each weight .* so its lr=0\.01 is no rate"),
-        (torch.optim.LBFGS, "LBFGS finds the size of each step by a search"),
+        (
+            lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe"),
+            "LBFGS finds the size of each step by a line search",
+        ),
         (unusable(None), "lr=None, so PairWeightDecay cannot know"),
         (unusable("0.1x"), "lr='0.1x'"),
         (unusable(Tensor([0.1, 0.2])), "one number for each group"),

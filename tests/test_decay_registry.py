@@ -164,6 +164,8 @@ def test_every_section_has_the_arguments_and_defaults_of_its_class() -> None:
     for entry in registered_regularizers():
         arguments = inspect.signature(entry.make).parameters
         for key, field in entry.config.model_fields.items():
+            if (entry.name, key) == ("cd", "total"):  # it becomes a strength
+                continue
             assert key in arguments, f"{entry.name}.{key}"
             default = arguments[key].default
             if key not in ("images", "strength") or entry.name == "cd":

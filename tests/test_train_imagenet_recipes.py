@@ -245,7 +245,8 @@ def test_fine_tuning_starts_from_the_weights(tmp_path):
     more = [made_small(name), f"model.weights={tmp_path / 'start.safetensors'}"]
     found = finished(name, *two_steps(name, tmp_path / "run", *more))
     for key, value in start.state_dict().items():
-        assert (found[key] - value).abs().max() < 0.01, "two steps from where it started"
+        # Two steps from where it started, and a decay of gains by about the recipe's total of 0.06.
+        assert (found[key] - value).abs().max() < 0.01 + 0.1 * ("norm" in key), key
     assert not torch.equal(found["head.weight"], start.head.weight)
 
 

@@ -25,7 +25,7 @@ _NOT_KEPT = {
 # Settings of optimizers that find their own steps, for which the rate is only a start.
 _FOUND = {
     "step_sizes": "a step for each weight by the signs of its gradients (Rprop)",
-    "line_search_fn": "the size of each step by a search (LBFGS)",
+    "line_search_fn": "the size of each step by a line search (LBFGS)",
 }
 
 
@@ -44,7 +44,7 @@ def refuse_unknown_rate(optimizer: Any, group: Group, owner: str) -> None:
                 "rate is known (AdamW, SGD, LAMB, Prodigy), or a coupled regularizer."
             )
     for key, what in _FOUND.items():
-        if key in group:
+        if group.get(key) is not None:
             raise QuietvitError(
                 f"{name} finds {what}, so its lr={group.get('lr')!r} is no rate, and {owner} "
                 "cannot know how fast to decay. Use an optimizer whose rate is known (AdamW, SGD, "
