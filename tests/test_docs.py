@@ -9,7 +9,7 @@ import csv
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -316,6 +316,7 @@ NEEDS = {
     "detector": ["faster_coco_eval", "transformers", "onnxscript", "onnxruntime"],
     "training-loops": ["transformers", "lightning"],
 }
+KINDS = ("sh", "python")
 FENCE = re.compile(r"^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -340,22 +341,82 @@ def test_a_tutorial_runs_from_top_to_bottom(page: str) -> None:
         write("yolos", Path("detector"))
     else:
         save_file(create_model("test_vit", 1000).state_dict(), "test_vit.safetensors")
-    replaced, shorter = SHORTER[page]
-    path = ROOT / f"docs/tutorials/{page}.md"
-    text = path.read_text("utf-8").replace("\\\n", " ")
+    run_page(f"docs/tutorials/{page}.md", *SHORTER[page])
+
+
+def run_page(
+    page: str, replaced: dict[str, str], shorter: dict[str, str], kinds: Sequence[str] = KINDS
+) -> None:
+    """Run the blocks of a page in order, with other names and what makes a command short."""
+    text = (ROOT / page).read_text("utf-8").replace("\\\n", " ")
     for theirs, ours in replaced.items():
         text = text.replace(theirs, ours)
     namespace: dict[str, object] = {"__name__": "docs"}
     for kind, source in FENCE.findall(text):
+        if kind not in kinds:
+            continue
         if kind == "python":
-            exec(compile(source, str(path), "exec"), namespace)
+            exec(compile(source, str(ROOT / page), "exec"), namespace)
             continue
         for line in source.splitlines():
-            command, *arguments = shlex.split(line, comments=True)
-            assert command == "quietvit", line
-            more = shlex.split(shorter.get(arguments[0], ""))
-            done = CliRunner().invoke(cli.app, [*arguments, *more])
-            assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception!r}"
+            run_command(line, shorter)
+
+
+def run_command(line: str, shorter: dict[str, str]) -> None:
+    command, *arguments = shlex.split(line, comments=True)
+    assert command == "quietvit", line
+    more = shlex.split(shorter.get(arguments[0], ""))
+    done = CliRunner().invoke(cli.app, [*arguments, *more])
+    assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception!r}"
+
+
+# The guides whose commands need only a small model, a run and photos.
+MINE = {
+    **{"deit_tiny_patch16_224": "test_vit", "w.safetensors": "test_vit.safetensors"},
+    **{"/my/images": "images", "calib.parquet": "images", "val.parquet": "images"},
+    **{"hf:/models/dinov2": "hf:encoder", "iterations=600": "iterations=2"},
+    **{"synthetic:32:psaq:iterations=120,patches=64": "synthetic:2:psaq:iterations=1,patches=4"},
+    **{"synthetic:32 --save": "synthetic:2:pink --save", "synthetic:32": "synthetic:2"},
+    "start_epoch=5": "start_epoch=0",
+}
+DIGITS = "-s epochs=1 -s schedule.warmup_epochs=0 -s data.train_images=64 -s data.test_images=20"
+QUICK = {
+    "quantize": "--force",
+    "export": "--force",
+    "check": "--count 4 --seconds 0",
+    "compare-methods": "--methods rtn --bits W8A8 --count 4 --calibration-count 4",
+    "train": DIGITS + " -s qat.images=4",
+    "compare": f"{DIGITS} -s batch_size=16 --seeds 0 --methods rtn --bits W8A8",
+    "advise": "--minutes 0.05 --methods rtn --bits W8A8",
+}
+GUIDES = ("methods", "deployment", "synthesis", "qat", "command-line")
+
+
+def bare_encoder(folder: str) -> None:
+    """Write a tiny DINOv2 without a head, as transformers does."""
+    import transformers
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Dinov2Config(image_size=28, patch_size=14, **small)
+    saved(Path(folder), transformers.Dinov2Model(config), size={"height": 28, "width": 28})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("my_photos")
+@pytest.mark.parametrize("page", GUIDES)
+def test_the_commands_of_a_guide_run(page: str) -> None:
+    for package in ("onnxscript", "onnxruntime", "openvino", "torchao", "transformers"):
+        pytest.importorskip(package)
+    save_file(create_model("test_vit", 1000).state_dict(), "test_vit.safetensors")
+    mine = f"{FEW} -s model.name=test_vit -s model.weights=none -s data.dataset=imagefolder:images"
+    run_command(f"quietvit train --recipe finetune_imagefolder --output runs/mine {mine}", {})
+    quantize = "quietvit quantize test_vit --weights test_vit.safetensors --calibration images"
+    if page == "deployment":
+        bare_encoder("encoder")
+        run_command(f"{quantize} --classes 0 --output begun.qvit", QUICK)
+        run_command("quietvit export begun.qvit --output encoder.onnx", QUICK)
+    run_command(f"{quantize} --output tiny.qvit", QUICK)
+    run_page(f"docs/{page}.md", MINE, QUICK, ["sh"])
 
 
 def test_the_reference_lists_every_public_name() -> None:
