@@ -191,8 +191,6 @@ def build_model(
 
     Raises QuietvitError for an unknown model, or if a run is given with weights, classes or size.
     """
-    from quietvit.data import create_model
-    from quietvit.data.weights import UnknownModelError
     from quietvit.detection import hf_detector, is_detector_folder
     from quietvit.quantization.storage import FORMAT
 
@@ -225,11 +223,7 @@ def build_model(
             raise QuietvitError(f"{name} is a detector with its own weights; leave --weights out.")
         sides = None if size is None else (size, size)
         return hf_detector(name[3:], classes, size=sides).eval()
-    sized: dict[str, Any] = {} if size is None else {"img_size": size}
-    try:
-        model = create_model(name, classes, weights, **sized).eval()
-    except UnknownModelError as error:
-        raise QuietvitError(f"there is no folder {name}, and {error}") from error
+    model = _created(name, classes, weights, size)
     if weights is None and not name.startswith("hf:"):
         typer.echo("note: the weights of the model are random. Give some with --weights.", err=True)
     return model
@@ -284,14 +278,19 @@ def load_quantized(path: str | Path, original: str | None) -> QuantizedModel:
 
 def build_bare(name: str, classes: int | None, size: int | None) -> nn.Module:
     """Build a model in eval mode to look at its structure, a timm model with random weights."""
-    from quietvit.data import create_model
-    from quietvit.data.weights import UnknownModelError
 
     if Path(name).is_dir() or name.startswith("hf:"):
         return build_model(name, None, classes, size)
+    return _created(name, classes, None, size)
+
+
+def _created(name: str, classes: int | None, weights: Path | None, size: int | None) -> nn.Module:
+    from quietvit.data import create_model
+    from quietvit.data.weights import UnknownModelError
+
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
     try:
-        return create_model(name, classes, **sized).eval()
+        return create_model(name, classes, weights, **sized).eval()
     except UnknownModelError as error:
         raise QuietvitError(f"there is no folder {name}, and {error}") from error
 

@@ -1,13 +1,14 @@
 """Create transformers image classifiers, encoders and object detectors from a local folder.
 
-``image_processor`` translates preprocessing, ``adapting`` resizes; ``weights`` makes timm models.
+``image_processor`` translates preprocessing, ``adapting`` resizes, ``encoders`` tells encoders from
+classifiers; ``weights`` makes timm models.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from quietvit.classes import name_classes
 from quietvit.data.adapting import adapted, input_size_of
 from quietvit.data.differences import differences, shown
+from quietvit.data.encoders import image_tower, is_encoder
 from quietvit.data.image_processor import check_translation, translated_preprocessing
 from quietvit.data.prefixes import unwrapped
 from quietvit.errors import QuietvitError, nearest
@@ -83,7 +85,7 @@ def create_hf_model(
     source = _source(folder)
     raw, plain = _configs(transformers, source, {})
     kind = CLASSIFIER
-    if num_classes == 0 or (num_classes is None and _is_encoder(raw)):
+    if num_classes == 0 or (num_classes is None and is_encoder(raw)):
         kind, num_classes = ENCODER, None
         raw, plain = _configs(transformers, source, {}, kind)
     changes = _changes(kwargs, raw, plain, source)
@@ -98,39 +100,6 @@ def create_hf_model(
     if kind is ENCODER:
         name_classes(model, None)
     return model
-
-
-def _is_encoder(raw: Mapping[str, Any]) -> bool:
-    """Whether the folder was saved as a model without a head, or is of a kind that has none.
-
-    ``raw``: the keys of its ``config.json``.
-    """
-    from transformers.models.auto import modeling_auto as auto
-
-    kind, saved = raw.get("model_type"), raw.get("architectures") or ()
-    classifiers = dict(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
-    bare = {name for names in auto.MODEL_MAPPING_NAMES.values() for name in _names(names)}
-    return kind in auto.MODEL_MAPPING_NAMES and (kind not in classifiers or bool(bare & set(saved)))
-
-
-def _names(classes: str | Sequence[str]) -> Sequence[str]:
-    """Return the names of the classes of one kind of model, in transformers' own tables."""
-    return (classes,) if isinstance(classes, str) else classes
-
-
-def _of_images(transformers: Any, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the keys of the image tower if the config has one beside a tower for text."""
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-
-    if "vision_config" not in raw:
-        return raw
-    found = _names(MODEL_MAPPING_NAMES.get(str(raw.get("model_type")), ()))
-    if any(getattr(transformers, n).main_input_name == "pixel_values" for n in found):
-        return raw
-    rest = {key: value for key, value in raw.items() if key != "model_type"}
-    whole = transformers.AutoConfig.for_model(str(raw.get("model_type")), **rest)
-    tower: dict[str, Any] = whole.vision_config.to_dict()
-    return tower
 
 
 def create_hf_detector(
@@ -245,7 +214,7 @@ def _configs(
     """Return the keys of ``config.json``, and the config with ``changes`` in them."""
     try:
         raw, _ = transformers.PretrainedConfig.get_config_dict(source, **_local(source))
-        raw = _of_images(transformers, raw) if kind is ENCODER else raw
+        raw = image_tower(transformers, raw) if kind is ENCODER else raw
         rest = {key: value for key, value in raw.items() if key != "model_type"}
         config = transformers.AutoConfig.for_model(
             str(raw.get("model_type")), **{**rest, **changes}

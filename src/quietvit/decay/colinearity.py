@@ -78,6 +78,12 @@ class ColinearityConfig(WeightRegularizerConfig):
             values["strength"] = strength_of(total, facts.rates())
         return values
 
+    def restore(self, regularizer: Any, state: Mapping[str, Any]) -> None:
+        """See ``RegularizerConfig``. A run that goes on at another rate keeps its strength."""
+        if self.total is not None:
+            regularizer.strength = state["settings"]["strength"]
+        super().restore(regularizer, state)
+
 
 class ColinearityDecay(DecoupledUpdate):
     """Decay the alignment of ordered matrix pairs (A first, then B), as a decoupled update.

@@ -125,6 +125,10 @@ class RegularizerConfig(Section):
             values["schedule"] = schedule.in_steps(facts)
         return values
 
+    def restore(self, regularizer: Any, state: Mapping[str, Any]) -> None:
+        """Load the state of a checkpoint into the regularizer that this section built."""
+        regularizer.load_state_dict(state)
+
 
 class WeightRegularizerConfig(RegularizerConfig):
     """The recipe section of a regularizer that acts on weights at the optimizer's steps."""

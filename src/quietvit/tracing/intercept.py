@@ -106,7 +106,7 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
                 return STANDINS[func](*args, **kwargs)
         call = ops.classify(func, args, kwargs)
         if call is None and self._composed is not None:
-            call = self._composed.find(func, _name(func), args, kwargs)
+            call = self._composed.find(func, ops.name_of(func), args, kwargs)
         if call is None:
             return self._untouched(func, args, kwargs)
         family = ops.FAMILIES[call.kind]
@@ -134,7 +134,7 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
         """Run a call that is no chosen site. It may be a step of a composed norm."""
         result = func(*args, **kwargs)
         if self._composed is not None:
-            self._composed.follow(_name(func), args, kwargs, result)
+            self._composed.follow(ops.name_of(func), args, kwargs, result)
         return result
 
     def _check_not_checkpointed(self, site: Site) -> None:
@@ -162,10 +162,6 @@ class intercept(TorchFunctionMode):  # noqa: N801 - a context manager, used like
             f"{what}; the traced pass made {counts}. Trace it again with an example that takes the "
             "same path (image size, mode, arguments), and run one forward pass at a time."
         )
-
-
-def _name(func: Any) -> str:
-    return str(getattr(func, "__name__", func))
 
 
 def _difference(site: Site, call: ops.Call) -> str | None:

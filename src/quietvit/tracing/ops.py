@@ -182,6 +182,11 @@ class Call:
     function: str | None = None
 
 
+def name_of(func: Any) -> str:
+    """Return the name of a torch function, as sites show it."""
+    return str(getattr(func, "__name__", func))
+
+
 def classify(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     """Lay out a call of a known function; None for others and for matrix-vector products."""
     form = FORMS.get(func)

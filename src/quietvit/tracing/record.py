@@ -155,7 +155,7 @@ class Recorder(TorchFunctionMode):
         if func in STANDINS:
             with self:
                 return STANDINS[func](*args, **kwargs)
-        name = str(getattr(func, "__name__", func))
+        name = ops.name_of(func)
         call = ops.classify(func, args, kwargs) or self._composed.find(func, name, args, kwargs)
         result = func(*args, **kwargs)
         self._composed.follow(name, args, kwargs, result)

@@ -58,7 +58,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # accelerate keeps one state per process and refuses a second run with other settings.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    shared = _started() > 1
     plugin = _plugin(config) if config.parallel == "fsdp2" and shared else None
     _refuse_environment(config, plugin is not None)
     try:
@@ -260,6 +260,11 @@ def _plugin(config: TrainConfig) -> Any:
     )
 
 
+def _started() -> int:
+    """Return the number of processes that torchrun or accelerate launch started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _refuse_environment(config: TrainConfig, sharded: bool) -> None:
     """Refuse environment variables that make accelerate use another kind of parallelism."""
     for name in (*_TAKEN_OVER, *(() if sharded else ("ACCELERATE_USE_FSDP",))):
@@ -268,7 +273,7 @@ def _refuse_environment(config: TrainConfig, sharded: bool) -> None:
             raise QuietvitError(
                 f"the environment sets {name}={value} (the file of `accelerate config` does this), "
                 f"but this run asks for parallel={config.parallel!r} in "
-                f"{os.environ.get('WORLD_SIZE', '1')} process(es); unset {name}, or start with "
+                f"{_started()} process(es); unset {name}, or start with "
                 "torchrun. parallel='fsdp2' in several processes shards the model."
             )
 
@@ -277,7 +282,7 @@ def _check_as_asked(config: TrainConfig, accelerator: Accelerator, sharded: bool
     """Refuse an accelerator whose settings differ from the configuration."""
     kind = getattr(accelerator.distributed_type, "value", "")
     shared = "fsdp2" if is_sharded(accelerator) else kind
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = _started()
     if accelerator.num_processes != started:
         raise QuietvitError(
             f"{started} processes were started, but accelerate runs {accelerator.num_processes} on "

@@ -76,11 +76,7 @@ def restore(training: Training, state: Mapping[str, Any]) -> float:
         t.accelerator.scaler.load_state_dict(state["scaler"])
     sections = t.config.decay.sections()
     for name, decay in t.optim.regularizers.items():
-        saved = state["decays"][name]
-        if getattr(sections[name], "total", None) is not None:
-            # A run may go on at another rate, and then it keeps the strength of its start.
-            decay.strength = saved["settings"]["strength"]
-        decay.load_state_dict(saved)
+        sections[name].restore(decay, state["decays"][name])
     rank, generators = t.accelerator.process_index, state["generators"]
     if len(generators) == t.accelerator.num_processes:
         set_generator_states(generators[rank], t.accelerator.device)
