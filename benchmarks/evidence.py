@@ -13,6 +13,7 @@ over pipelines and paired by seed.
 
     python benchmarks/evidence.py run --minutes 60
     python benchmarks/evidence.py run --workloads scratch --families 'adamw,cd*'
+    python benchmarks/evidence.py run --workloads scratch --families adamw,cd --seeds 6
     python benchmarks/evidence.py plan
     python benchmarks/evidence.py summary
     python benchmarks/evidence.py report
@@ -51,6 +52,7 @@ from evidence_plan import (
     COLUMNS,
     FAMILIES,
     FIGURES,
+    FINAL_SEEDS,
     Job,
     Row,
     next_jobs,
@@ -66,6 +68,7 @@ OutOption = Annotated[Path, typer.Option(help="The table.")]
 ScaleOption = Annotated[str, typer.Option(help="cpu, gpu, or tiny for a quick try.")]
 WorkloadsOption = Annotated[str, typer.Option(help="Names or wildcards, comma-separated.")]
 FamiliesOption = Annotated[str, typer.Option(help="Names or wildcards, comma-separated.")]
+SeedsOption = Annotated[int, typer.Option(help="Finals of each family: seeds 1 to this number.")]
 
 
 def append(out: Path, row: dict[str, Any]) -> None:
@@ -144,6 +147,7 @@ def run(
     workloads: WorkloadsOption = "*",
     families: FamiliesOption = "*",
     scale: ScaleOption = "cpu",
+    seeds: SeedsOption = len(FINAL_SEEDS),
     jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads each.")] = 1,
     cache: Annotated[Path, typer.Option(help="Folder for images and heads as tensors.")] = CACHE,
@@ -156,7 +160,7 @@ def run(
     with ThreadPoolExecutor(jobs) as pool:
         while True:
             rows = read_rows(out)
-            for job in next_jobs(rows, scale, names, chosen):
+            for job in next_jobs(rows, scale, names, chosen, range(1, seeds + 1)):
                 if len(waiting) >= jobs:
                     break
                 late = time.monotonic() + expected(rows, job) > end
@@ -202,11 +206,12 @@ def plan(
     workloads: WorkloadsOption = "*",
     families: FamiliesOption = "*",
     scale: ScaleOption = "cpu",
+    seeds: SeedsOption = len(FINAL_SEEDS),
 ) -> None:
     """Print what would run next."""
     names, chosen = matching(workloads, SCALES[scale]), matching(families, FAMILIES)
     rows = read_rows(out)
-    todo = list(next_jobs(rows, scale, names, chosen))
+    todo = list(next_jobs(rows, scale, names, chosen, range(1, seeds + 1)))
     for job in todo[:40]:
         print(job.workload, job.family, job.setting, job.seed, job.stage)
     print(f"{len(rows)} runs are done, {len(todo)} can go now; finals follow their tries")

@@ -174,13 +174,19 @@ def try_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Jo
     return jobs
 
 
-def final_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Job]:
+def final_jobs(
+    rows: Sequence[Row],
+    name: str,
+    scale: str,
+    family: str,
+    seeds: Sequence[int] = FINAL_SEEDS,
+) -> list[Job]:
     """The best try with every seed; none while a try is missing."""
     tries = try_jobs(rows, name, scale, family)
     found = best(rows, tries) if tries else None  # None as well while a further try is missing
     if found is None:
         return []
-    return [Job(name, scale, family, found, str(seed), FINAL) for seed in FINAL_SEEDS]
+    return [Job(name, scale, family, found, str(seed), FINAL) for seed in seeds]
 
 
 def above_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Job]:
@@ -196,9 +202,13 @@ def above_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[
 
 
 def next_jobs(
-    rows: Sequence[Row], scale: str, workloads: Sequence[str], families: Sequence[str]
+    rows: Sequence[Row],
+    scale: str,
+    workloads: Sequence[str],
+    families: Sequence[str],
+    seeds: Sequence[int] = FINAL_SEEDS,
 ) -> Iterator[Job]:
-    """The jobs that can run now, in order."""
+    """The jobs that can run now, in order. ``seeds`` are those of the finals."""
     done = {key_of(row) for row in rows}
     for names, members in BLOCKS:
         jobs: list[Job] = []
@@ -207,7 +217,8 @@ def next_jobs(
             jobs += rate_jobs(name, scale)
             tries = [try_jobs(rows, name, scale, family) for family in chosen]
             jobs += [job for place in zip_longest(*tries) for job in place if job]
-            for stage in (final_jobs, above_jobs):
-                of_families = [stage(rows, name, scale, family) for family in chosen]
-                jobs += [job for seed in zip_longest(*of_families) for job in seed if job]
+            finals = [final_jobs(rows, name, scale, family, seeds) for family in chosen]
+            above = [above_jobs(rows, name, scale, family) for family in chosen]
+            for stage in (finals, above):
+                jobs += [job for seed in zip_longest(*stage) for job in seed if job]
         yield from (job for job in jobs if job.key not in done)
