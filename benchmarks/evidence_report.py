@@ -13,13 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evidence_run import ALL, PIPELINES
+from evidence_data import SCALES
+from evidence_run import ALL, CHOOSING, PIPELINES, summed
 from quietvit.files import write_atomic
 
 Row = dict[str, str]
+Finals = Mapping[tuple[str, str], Mapping[str, Mapping[str, Row]]]
 BASELINE, PIPELINE_NAMES = "adamw", tuple(PIPELINES)
 HIGHER = """The first line of a family has the learning rate that is best for AdamW in float. The
 other lines have the same settings at higher rates."""
+HELPS = "**helps**"
+TITLES = {"pipelines": "mean of pipelines"}
+FIRST_SEEDS = ("1", "2", "3")
+LENGTHS = ("deit-short", "deit", "deit-long")
 FLOAT_LOSS = 0.3
 """How much lower float may be where CD still *helps*, in points. Fixed before the runs."""
 
@@ -93,7 +99,7 @@ def verdict(own: Mapping[str, Row], baseline: Mapping[str, Row]) -> str:
         return "too few runs"
     if not gained.above_zero:
         return "no"
-    return "**helps**" if lost.mean >= -FLOAT_LOSS else f"no: float {lost.mean:+.1f}"
+    return HELPS if lost.mean >= -FLOAT_LOSS else f"no: float {lost.mean:+.1f}"
 
 
 def setting_of(row: Row) -> str:
@@ -124,42 +130,48 @@ def _mean(rows: Mapping[str, Row], column: str) -> str:
 
 
 def gains_table(families: Mapping[str, Mapping[str, Row]]) -> str:
-    """One line per family: gain over tuned AdamW in float, over all pipelines, in each."""
+    """One column per family: gain over tuned AdamW over all pipelines, in float, in each."""
     baseline = families[BASELINE]
     columns = [
         name
         for name in ("pipelines", "float", *ALL)
         if any(figure_of(row, name) is not None for row in baseline.values())
     ]
-    lines = []
-    for name, own in families.items():
-        first = next(iter(own.values()))
-        head = [name, setting_of(first), str(len(own))]
-        if name == BASELINE:
-            lines.append([*head, "", *(_mean(own, column) for column in columns)])
-            continue
-        cells = [str(gain(own, baseline, column) or "") for column in columns]
-        lines.append([*head, verdict(own, baseline), *cells])
-    heading = ["mean of pipelines" if name == "pipelines" else name for name in columns]
-    return table(["family", "setting", "seeds", "helps?", *heading], lines)
+    names = [BASELINE, *(name for name in families if name != BASELINE)]
+    lines = [
+        ["setting", *(setting_of(next(iter(families[name].values()))) for name in names)],
+        ["seeds", *(str(len(families[name])) for name in names)],
+        ["helps?", "", *(verdict(families[name], baseline) for name in names[1:])],
+    ]
+    for column in columns:
+        cells = [str(gain(families[name], baseline, column) or "") for name in names[1:]]
+        lines.append([TITLES.get(column, column), _mean(baseline, column), *cells])
+    return table(["", *names], lines)
 
 
 def causes_table(families: Mapping[str, Mapping[str, Row]]) -> str:
     """Measures of the activations and weights of the finals, mean over seeds."""
     roles = ("residual", "post_norm", "query", "key", "value", "post_gelu")
     noisy = ("post_norm", "query_key", "attention_value", "attention_output", "post_gelu")
-    lines = []
-    for name, own in families.items():
-        cells = [name, _mean(own, "residual_max")]
-        cells += [_role(own, "max_over_rms", role) for role in roles]
-        cells += [_role(own, "sqnr_db", role) for role in noisy]
-        causes = [json.loads(row["root_cause"]) for row in own.values() if row["root_cause"]]
-        worst = max(causes, key=lambda cause: cause.get("over_rms", 0.0), default={})
-        shown = "{pair}, channel {channel}: {over_rms}".format(**worst) if worst else ""
-        lines.append([*cells, _mean(own, "amplification"), shown.replace(".weight", "")])
-    heads = [f"{role} max/rms" for role in roles] + [f"{role} dB" for role in noisy]
-    last = ["worst pair's amplification", "worst output channel, max/rms"]
-    return table(["family", "largest residual", *heads, *last], lines)
+    names = [BASELINE, *(name for name in families if name != BASELINE)]
+    chosen = [families[name] for name in names]
+    lines = [["largest residual", *(_mean(own, "residual_max") for own in chosen)]]
+    for heads, column, unit in ((roles, "max_over_rms", "max/rms"), (noisy, "sqnr_db", "dB")):
+        for role in heads:
+            lines.append([f"{role} {unit}", *(_role(own, column, role) for own in chosen)])
+    lines.append(["worst pair's amplification", *(_mean(own, "amplification") for own in chosen)])
+    lines.append(["worst output channel, max/rms", *map(_worst_channel, chosen)])
+    return table(["", *names], lines)
+
+
+def _worst_channel(rows: Mapping[str, Row]) -> str:
+    """The pair and channel of the largest output outlier, of all seeds."""
+    causes = [json.loads(row["root_cause"]) for row in rows.values() if row["root_cause"]]
+    worst = max(causes, key=lambda cause: cause.get("over_rms", 0.0), default=None)
+    if not worst:
+        return ""
+    shown = "{over_rms} in {pair}, channel {channel}".format(**worst)
+    return shown.replace(".weight", "").replace("blocks.", "")
 
 
 def _role(rows: Mapping[str, Row], column: str, role: str) -> str:
@@ -217,22 +229,66 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) or "No finals yet."
 
 
+def verdicts_table(finished: Finals) -> str:
+    """One line per workload and family. Seeds after the third also stand alone. Empty if none."""
+    lines, further = [], False
+    for (workload, scale), families in finished.items():
+        for name, own in families.items():
+            if name == BASELINE or BASELINE not in families:
+                continue
+            baseline = families[BASELINE]
+            late = {seed: row for seed, row in own.items() if seed not in FIRST_SEEDS}
+            alone = gain(late, baseline, "pipelines")
+            further = further or alone is not None
+            gains = [str(gain(own, baseline, what) or "") for what in ("pipelines", "float")]
+            head = [f"{workload} ({scale})", name, verdict(own, baseline), *gains]
+            lines.append([*head, str(len(own)), str(alone or "")])
+    heads = ["workload", "family", "helps?", "mean of pipelines", "float", "seeds", "seeds 4 to 6"]
+    if not further:
+        heads, lines = heads[:-1], [line[:-1] for line in lines]
+    return table(heads, lines) if lines else ""
+
+
+def losses(finished: Finals) -> str:
+    """Say in sentences where CD does not help, and where anything else does."""
+    lines = []
+    for (workload, scale), families in finished.items():
+        for name, own in families.items() if BASELINE in families else ():
+            found = gain(own, families[BASELINE], "pipelines")
+            if name == BASELINE or found is None or math.isnan(found.half):
+                continue
+            where = f"`{name}` on `{workload}` ({scale})"
+            if not name.startswith("cd"):
+                if verdict(own, families[BASELINE]) == HELPS:
+                    lines.append(f"- {where} is no CD, and it helps: {found} points.")
+            elif found.mean + found.half < 0:
+                lines.append(f"- {where} loses {-found.mean:.1f} ± {found.half:.1f} points.")
+            elif not found.above_zero:
+                lines.append(f"- {where} shows no clear gain: {found} points.")
+    return "\n".join(lines) or "No workload shows it yet."
+
+
+def strengths_table(rows: Sequence[Row]) -> str:
+    """The tries of each length of a fine-tune, by strength and total. Empty without tries."""
+    lines = []
+    for length in sorted(LENGTHS, key=lambda name: SCALES["cpu"][name].steps):
+        workload = SCALES["cpu"][length]
+        rates = summed(workload) * workload.rates[0]
+        for row in rows:
+            which = row["workload"], row["scale"], row["family"], row["stage"]
+            if which == (length, "cpu", "cd+norm", "try"):
+                strength = json.loads(row["setting"])["cd"]["strength"]["mlp"]
+                held = [row[f"val_{name}"] for name in ("float", *CHOOSING) if row[f"val_{name}"]]
+                head = [str(workload.steps), f"{strength:g}", f"{strength * rates:.2f}"]
+                lines.append([*head, *held])
+    heads = ["steps", "strength", "total", "float", *CHOOSING[: len(lines[0]) - 4 if lines else 0]]
+    return table(heads, lines) if lines else ""
+
+
 def page(rows: Sequence[Row], figure: str | None) -> str:
     """docs/evidence.md."""
     finished = finals(rows)
-    verdicts = [
-        [
-            *(f"{workload} ({scale})", name, verdict(own, families[BASELINE])),
-            *(str(gain(own, families[BASELINE], what) or "") for what in ("pipelines", "float")),
-            str(len(own)),
-        ]
-        for (workload, scale), families in finished.items()
-        if BASELINE in families
-        for name, own in families.items()
-        if name.startswith("cd")
-    ]
-    heads = ("workload", "pairs", "helps?", "mean of pipelines", "float", "seeds")
-    shown = table(heads, verdicts) if verdicts else "No finals of CD beside AdamW's yet."
+    shown = verdicts_table(finished) or "No finals beside AdamW's yet."
     picture = (
         f"![Gain of CD over tuned AdamW, by workload and pipeline]({figure})" if figure else ""
     )
@@ -259,7 +315,20 @@ All gains are in points of top-1. Each compares two runs with the same seed. The
 Student's t interval over seeds, and `±` gives half of it. `?` means that there is one seed.
 
 Each family of settings had four tries with seed 0, judged on held-out images. If the last try was
-the best, up to two more followed. The best try went on with seeds 1, 2 and 3 on test images.
+the best, up to two more followed. The best try went on with seeds 1, 2 and 3 on test images. Some
+families have the seeds 4, 5 and 6 too. The lab log names them, with the reason, before their runs.
+
+## Where CD does not help
+
+{losses(finished)}
+
+## What strength to take
+
+The total is the strength times the sum of the learning rates of all steps. In a fine-tune, take the
+strength that gives a total of 0.06. [The method](method.md#which-strength) shows how, and what to
+take from scratch. These are the tries with `cd+norm` of a DeiT-Tiny, on held-out images:
+
+{strengths_table(rows)}
 
 ## What the names mean
 
@@ -273,6 +342,10 @@ All workloads learn CIFAR-10 images. (cpu) is the size of the study that fits on
 | `adamw` | AdamW with its best weight decay. Cells hold top-1: mean ± standard deviation |
 | `cd` | CD on the pairs `mlp` and `value_output` |
 | `cd+norm`, `cd+qk` | CD on the [pairs](method.md#pairs) `norm_linear` too, on `query_key` too |
+| `adamw-all` | AdamW whose weight decay also reaches norm gains and biases |
+| `norm-gains` | AdamW, and a decay of the norm gains towards a smaller spread |
+| `muon` | Muon for the matrices, AdamW for the rest; the number multiplies the learning rate |
+| `tweo`, `s2d` | AdamW with the regularizer TWEO, or with S2D |
 | W4A8 | 4-bit weights and 8-bit activations, other numbers alike |
 | m8 | attention maps at 8 bits |
 | minmax, omse | rounding to nearest, with the whole range or the range of least squared error |
@@ -307,7 +380,11 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     from matplotlib import pyplot
 
     panels = {
-        where: {name: own for name, own in families.items() if name.startswith("cd")}
+        where: {
+            name: own
+            for name, own in families.items()
+            if name.startswith("cd") or verdict(own, families[BASELINE]) == HELPS
+        }
         for where, families in finals(rows).items()
         if BASELINE in families
     }
@@ -315,6 +392,8 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     if not panels:
         return False
     columns = ("pipelines", "float", *PIPELINE_NAMES)
+    names = dict.fromkeys(name for shown in panels.values() for name in shown)
+    colors = {name: f"C{place}" for place, name in enumerate(names)}
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(1.5 + 3.6 * len(panels), 5), sharey=True, squeeze=False
     )
@@ -332,7 +411,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
                     fmt="o",
                     ms=4,
                     capsize=2,
-                    color=f"C{offset}",
+                    color=colors[name],
                     label=name if place == 0 else None,
                 )
         ax.axvline(0, color="grey", lw=0.8)

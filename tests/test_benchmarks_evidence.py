@@ -59,6 +59,8 @@ def test_a_rate_then_tries_then_finals_of_the_best() -> None:
         assert [job.seed for job in finals] == ["1", "2", "3"]
         assert {job.setting for job in finals} == {tries[best].setting}
         assert planned([*done, row(finals[1], 1)]) == [finals[0], finals[2]]
+        more = evidence_plan.next_jobs(done, "tiny", ["scratch"], ["cd"], range(1, 7))
+        assert [job.seed for job in more if job.stage == "final"] == list("123456")
 
 
 def test_finals_are_repeated_at_the_rates_above_the_best() -> None:
@@ -154,7 +156,16 @@ def test_runs_fill_their_columns_and_the_page_is_made_of_them(tmp_path: Path) ->
     page = tmp_path / "evidence.md"
     evidence.report(out, page)
     assert "| scratch (tiny) | cd | no | +2.0 ± 2.5 | +2.0 ± 2.5 | 3 |" in page.read_text()
+    assert "- `cd` on `scratch` (tiny) shows no clear gain: +2.0 ± 2.5 points." in page.read_text()
     assert page.with_suffix(".png").stat().st_size > 1000
+    for family, more in (("cd", 2.0), ("adamw", 0.0)):
+        for seed in "456":
+            figures = {name: float(final[name]) + more for name in ("float", *evidence_run.ALL)}
+            setting = CD if family == "cd" else json.loads(final["setting"])
+            own = {"family": family, "setting": evidence_plan.shown(setting), "seed": seed}
+            evidence.append(out, final | figures | own)
+    evidence.report(out, page)
+    assert "| **helps** | +2.0 ± 0.7 | +2.0 ± 0.7 | 6 | +2.0 ± 0.0 |" in page.read_text()
     evidence.summary(out)
 
 
