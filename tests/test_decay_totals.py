@@ -88,8 +88,9 @@ def test_a_recipe_with_a_total_has_the_strength_of_its_own_rates(tmp_path, monke
         ColinearityConfig(strength=0.3, total=0.05)
 
 
-def test_a_run_with_a_total_goes_on_at_a_lower_rate(tmp_path, monkeypatch) -> None:
-    """A run that diverged goes on so. Its strength stays that of its start."""
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_run_with_a_total_goes_on_at_a_lower_rate(tmp_path, monkeypatch, quantized) -> None:
+    """A run that diverged goes on so. Its strength stays that of its start, also into QAT."""
     kept = []
     real = quietvit.ColinearityDecay.load_state_dict
 
@@ -98,7 +99,10 @@ def test_a_run_with_a_total_goes_on_at_a_lower_rate(tmp_path, monkeypatch) -> No
         kept.append((self.strength, state["settings"]["strength"]))
 
     monkeypatch.setattr(quietvit.ColinearityDecay, "load_state_dict", load)
-    interrupt(tmp_path, monkeypatch, at=5, decay={"cd": {"total": 0.05}})
-    run(tmp_path, resume=True, decay={"cd": {"total": 0.05}}, optimizer={"lr": 1e-4})
-    assert kept
-    assert all(own == saved for own, saved in kept)
+    given: dict[str, Any] = {"decay": {"cd": {"total": 0.05}}}
+    if quantized:
+        given["qat"] = {"method": "rtn", "bits": "W4A4", "images": 8, "start_epoch": 1}
+    interrupt(tmp_path, monkeypatch, at=5, **given)
+    run(tmp_path, resume=True, optimizer={"lr": 1e-4}, **given)
+    assert len(kept) == 1 + quantized  # of the checkpoint, and when the model is quantized
+    assert len({strength for pair in kept for strength in pair}) == 1

@@ -151,6 +151,20 @@ def test_the_seed_decides_and_nothing_else(fields):
     )
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_is_bfloat16_only_where_that_is_fast(fast, monkeypatch, caplog):
+    for module in ("quietvit.tensors", "quietvit.quantization.fitting.reconstruct"):
+        monkeypatch.setattr(f"{module}.has_fast_bfloat16", lambda device: fast)
+    model, images = built("timm-vit")
+    made = {
+        dtype: quantize(model, QDrop(**QUICK | {"iterations": 2, "dtype": dtype}), images)
+        for dtype in ("auto", "bfloat16")
+    }
+    told = "in bfloat16" if fast else "in float32"
+    assert any(f"2 iterations each, {told}" in note for note in made["auto"].notes)
+    assert ("set dtype to 'auto'" in caplog.text) is not fast
+
+
 def test_fisher_weights_change_the_fit():
     model, images = built("timm-vit")
     fields = QUICK | {"iterations": 5}

@@ -42,6 +42,16 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return any(check is not None and check() for check in checks)
 
 
+def precision_on(device: torch.device, asked: str) -> str:
+    """Return ``bfloat16`` or ``float32``, the precision of matrix products that was asked for.
+
+    ``auto`` is bfloat16 where that is faster.
+    """
+    if asked != "auto":
+        return asked
+    return "bfloat16" if has_fast_bfloat16(device) else "float32"
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether FSDP2 keeps the tensor in parts (a DTensor)."""
     # A DTensor can only exist where somebody has imported its module.

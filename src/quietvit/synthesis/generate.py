@@ -24,7 +24,8 @@ from quietvit.synthesis.priors import noise, pink
 from quietvit.synthesis.psaq import PatchSimilarity, looks_at_model
 from quietvit.synthesis.scale import PixelScale, Size, pixel_scale
 from quietvit.synthesis.settings import DGH, PSAQ, Generator, Pink, generator_of
-from quietvit.synthesis.watching import has_attention, has_statistics, precision_on
+from quietvit.synthesis.watching import has_attention, has_statistics
+from quietvit.tensors import precision_on
 from quietvit.tracing import Trace, plain_copy, trace
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from quietvit.errors import QuietvitError
 from quietvit.synthesis.terms import Moments, image_spread, moments
-from quietvit.tensors import has_fast_bfloat16
+from quietvit.tensors import precision_on
 from quietvit.tracing import SITE_KINDS, Site, Trace, intercept, refusing
 from quietvit.tracing.intercept import Handler
 
@@ -33,13 +33,6 @@ def output_sites(trace: Trace) -> tuple[str, ...]:
         return heads
     direct = tuple(name for name in trace.outputs if trace[name].kind not in ("add", "opaque"))
     return direct or trace.outputs
-
-
-def precision_on(device: torch.device, asked: str) -> str:
-    """Return ``bfloat16`` or ``float32``, the precision of matrix products that was asked for."""
-    if asked != "auto":
-        return asked
-    return "bfloat16" if has_fast_bfloat16(device) else "float32"
 
 
 def watched(

@@ -68,7 +68,8 @@ def quantize_in_place(training: Training) -> None:
     """Replace the model of a run that trained in float by a quantized copy.
 
     Adam's moments are kept for weights that the method does not change. Regularizers keep their
-    step counts. The moving average restarts. The random state of the run does not change.
+    step counts, and the strength that a total became. The moving average
+    restarts. The random state of the run does not change.
     """
     from accelerate.utils import send_to_device
 
@@ -87,8 +88,9 @@ def quantize_in_place(training: Training) -> None:
         now = quantized.model.get_parameter(name)
         if before in old.inner.state and torch.equal(before, now):
             t.optim.inner.state[now] = old.inner.state[before]
+    sections = t.config.decay.sections()
     for name, regularizer in t.optim.regularizers.items():
-        regularizer.steps = old.regularizers[name].steps
+        sections[name].restore(regularizer, old.regularizers[name].state_dict())
     set_generator_states(states, t.accelerator.device)
     if t.accelerator.is_main_process:
         logger.warning(

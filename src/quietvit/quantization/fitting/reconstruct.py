@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -39,6 +40,9 @@ from quietvit.quantization.weights import (
     why_fixed,
     write_weight,
 )
+from quietvit.tensors import has_fast_bfloat16, precision_on
+
+logger = logging.getLogger("quietvit")
 
 CHECKED = 64
 """Images on which a block's error is measured before and after the fit."""
@@ -89,8 +93,8 @@ class Reconstruction(OnTop):
     """Factor of AdaRound's term, which pulls each rounding up or down."""
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of the iterations before that term acts."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16``: matrix products of the fit run under autocast.
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """``bfloat16``: matrix products of the fit run under autocast. ``auto``: where that is faster.
 
     Quantizers, the loss and everything outside the fit stay float32. So do layers outside of
     blocks, because their 8 bits are finer than bfloat16's rounding.
@@ -142,6 +146,12 @@ class Reconstruction(OnTop):
         """Calibrate the base, then fit one block after the other; see the class."""
         refuse_inference_mode()
         calibration = replayable(calibration)
+        if self.dtype == "bfloat16" and not has_fast_bfloat16(calibration.images.peek().device):
+            logger.warning(
+                "%s: dtype 'bfloat16' is slower than float32 on this processor, often many times; "
+                "set dtype to 'auto'.",
+                self.name,
+            )
         reference = copy.deepcopy(calibration.model).requires_grad_(False)
         calibrated = self.base.calibrate(few(calibration, self.base_images or self.base.images))
         check_base(self, calibrated)
@@ -295,11 +305,11 @@ class _BlockLoop:
         layout = self.layouts[block.name]
         channels = layout.output_shape[channel_dim(block, layout)]
 
-        half = self.method.dtype == "bfloat16" and block.residual
-        device = samples.targets.device.type
+        device = samples.targets.device
+        half = precision_on(device, self.method.dtype) == "bfloat16" and block.residual
 
         def run(leaves: Leaves, handler: Callable[..., Tensor]) -> Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=half):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 return self.data.quantized(block, layout, leaves, handler)
 
         with torch.enable_grad():
@@ -315,12 +325,13 @@ class _BlockLoop:
 
     def _notes(self, blocks: tuple[Block, ...], missing: dict[str, str]) -> None:
         notes, name = self.data.calibrated.notes, self.method.base.name
+        precision = precision_on(self.calibration.images.peek().device, self.method.dtype)
         better = sorted(ratio for ratio in self.ratios.values() if ratio < 1)
         if better:
             notes.append(
                 f"{self.method.name}: {len(better)} blocks and layers reconstructed in "
-                f"{self.method.iterations} iterations each; their squared output error is "
-                f"{100 * better[len(better) // 2]:.0f} % (median) of what {name} left"
+                f"{self.method.iterations} iterations each, in {precision}; their squared output "
+                f"error is {100 * better[len(better) // 2]:.0f} % (median) of what {name} left"
             )
         kept = [block for block, ratio in self.ratios.items() if not ratio < 1]
         if kept:
