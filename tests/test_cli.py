@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -301,3 +302,22 @@ def test_a_home_folder_and_a_class_called_train_are_understood(tmp_path, monkeyp
     assert len(console.open_data("~/split", "test")) == 1
     assert len(console.open_data("imagefolder:~/split", "test")) == 1
     assert console.open_data("~/classes", "test").class_names == ("car", "train")
+
+
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_only_the_first_process_of_torchrun_prints(tmp_path, monkeypatch, rank):
+    """``torchrun -m quietvit.cli compare`` starts several processes. The table comes once."""
+    table = SimpleNamespace(rich=lambda compact=False: "the table")
+    given = {"table": table, "verdict": "v", "overhead": "o", "page": "p"}
+
+    def compare(config, output, *, say=lambda text: print(text, file=sys.stderr), **more):
+        say("a run begins")
+        return SimpleNamespace(**given)
+
+    monkeypatch.setattr("quietvit.compare.compare", compare)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    done = run("compare", "--recipe", "digits", "--output", tmp_path / "new")
+    assert done.exit_code == 0, done.output
+    assert ("the table" in done.stdout) is (rank != "1")
+    assert ("a run begins" in done.stderr) is (rank != "1")

@@ -362,6 +362,11 @@ def draw_images(model: nn.Module, dataset: Any, count: int, seed: int) -> Tensor
     return calibration_images(dataset, count, evaluation_transform(model), seed)
 
 
+def first_process() -> bool:
+    """Whether this process prints: it is the only one, or the first of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def interactive() -> bool:
     """Whether a user at a terminal can answer a question, and no launcher started this process."""
     return "RANK" not in os.environ and sys.stdin.isatty() and sys.stderr.isatty()

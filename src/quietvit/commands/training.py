@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +19,7 @@ from quietvit.console import (
     Resume,
     agreed,
     epilog,
+    first_process,
     listed,
 )
 from quietvit.width import fitting, show
@@ -58,10 +58,9 @@ def train(
 
     chosen = [] if model is None else [f"model.name={json.dumps(model)}"]
     config = load_recipe(recipe, [*chosen, *(overrides or [])])
-    first = os.environ.get("RANK", "0") == "0"
     if dry_run:
         told = str(estimate(config))
-        if first:
+        if first_process():
             typer.echo(told)
         return
     if output is not None:
@@ -69,7 +68,7 @@ def train(
     if force and not (resume or discard):
         discard = agreed(earlier_run(config.output.expanduser()).refusal(force=True, discard=False))
     result = run(config, resume=resume, force=force, discard=discard)
-    if not first:
+    if not first_process():
         return
     typer.echo(
         f"{result.metric.text(result.score)} after {result.steps} steps in "
@@ -139,7 +138,10 @@ def compare(
     )
     if force and not (resume or discard):
         discard = agreed(refusal(output, force=True, discard=False))
-    found = run(config, output, resume=resume, force=force, discard=discard)
+    given: dict[str, Any] = {} if first_process() else {"say": lambda text: None}
+    found = run(config, output, resume=resume, force=force, discard=discard, **given)
+    if not first_process():
+        return
     show(
         fitting(found.table.rich(), found.table.rich(compact=True)),
         f"\n{found.verdict}",
