@@ -24,6 +24,7 @@ HIGHER = """The first line of a family has the learning rate that is best for Ad
 other lines have the same settings at higher rates."""
 HELPS = "**helps**"
 TITLES = {"pipelines": "mean of pipelines"}
+SIZES = ("amplification", "residual_max")
 FIRST_SEEDS = ("1", "2", "3")
 LENGTHS = ("deit-short", "deit", "deit-long")
 FLOAT_LOSS = 0.3
@@ -162,6 +163,27 @@ def causes_table(families: Mapping[str, Mapping[str, Row]]) -> str:
     lines.append(["worst pair's amplification", *(_mean(own, "amplification") for own in chosen)])
     lines.append(["worst output channel, max/rms", *map(_worst_channel, chosen)])
     return table(["", *names], lines)
+
+
+def effects_table(finished: Finals) -> str:
+    """What CD is built for, and what it shall lead to: AdamW's figure, then CD's. Empty if none."""
+    lines = []
+    for (workload, scale), families in finished.items():
+        for name, own in families.items() if BASELINE in families else ():
+            if not name.startswith("cd"):
+                continue
+            both = families[BASELINE], own
+            cells = [
+                *(" → ".join(_mean(each, what).split(" ")[0] for each in both) for what in SIZES),
+                *(
+                    " → ".join(_role(each, "max_over_rms", role) for each in both)
+                    for role in ("residual", "post_norm", "post_gelu")
+                ),
+            ]
+            lines.append([f"{workload} ({scale})", name, *cells])
+    heads = ["workload", "family", "worst pair's amplification", "largest residual"]
+    heads += ["residual max/rms", "post_norm max/rms", "post_gelu max/rms"]
+    return table(heads, lines) if lines else "No finals of CD beside AdamW's yet."
 
 
 def _worst_channel(rows: Mapping[str, Row]) -> str:
@@ -317,6 +339,14 @@ Student's t interval over seeds, and `±` gives half of it. `?` means that there
 Each family of settings had four tries with seed 0, judged on held-out images. If the last try was
 the best, up to two more followed. The best try went on with seeds 1, 2 and 3 on test images. Some
 families have the seeds 4, 5 and 6 too. The lab log names them, with the reason, before their runs.
+
+## What CD changes
+
+The amplification of a pair is the standard deviation of its worst output channel for white input.
+CD penalizes it, so it falls. The hope is that large activations fall with it. AdamW's figure comes
+first, then CD's:
+
+{effects_table(finished)}
 
 ## Where CD does not help
 
