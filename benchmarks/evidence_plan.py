@@ -41,6 +41,7 @@ Block = tuple[tuple[str, ...], tuple[str, ...]]
 BLOCKS: tuple[Block, ...] = (
     (("deit",), ("adamw", "cd+norm")),
     (("deit",), ("cd", "cd+qk")),
+    (("deit",), ("cd+norm-top",)),  # the best other penalty of results/ablate.csv
     (("scratch",), ("adamw", "cd")),
     (("deit",), ("adamw-all", "norm-gains", "muon", "tweo", "s2d")),
     (("deit-short", "deit-long"), ("cd+norm", "adamw")),
@@ -50,8 +51,8 @@ BLOCKS: tuple[Block, ...] = (
 FAMILIES = tuple(dict.fromkeys(family for _, families in BLOCKS for family in families))
 
 
-def _cd(strengths: Sequence[float], *kinds: str) -> list[Setting]:
-    return [{"cd": {"strength": dict.fromkeys((*DENSE, *kinds), s)}} for s in strengths]
+def _cd(strengths: Sequence[float], *kinds: str, **fields: str) -> list[Setting]:
+    return [{"cd": {"strength": dict.fromkeys((*DENSE, *kinds), s), **fields}} for s in strengths]
 
 
 def tries_of(family: str, workload: Workload) -> list[Setting]:
@@ -85,6 +86,7 @@ def tries_of(family: str, workload: Workload) -> list[Setting]:
         "muon": [{"muon": 0.3}, {"muon": 1.0}, {"muon": 3.0}, {"muon": 1.0, "weight_decay": 0.5}],
         "cd": _cd(whole),
         "cd+norm": _cd(gentle, "norm_linear"),
+        "cd+norm-top": _cd(gentle, "norm_linear", penalty="top"),
         "cd+qk": _cd(whole, "query_key"),
     }
     return every[family]

@@ -372,6 +372,7 @@ All workloads learn CIFAR-10 images. (cpu) is the size of the study that fits on
 | `adamw` | AdamW with its best weight decay. Cells hold top-1: mean ± standard deviation |
 | `cd` | CD on the pairs `mlp` and `value_output` |
 | `cd+norm`, `cd+qk` | CD on the [pairs](method.md#pairs) `norm_linear` too, on `query_key` too |
+| `cd+norm-top` | `cd+norm` with the [penalty](method.md) `top` instead of `energy` |
 | `adamw-all` | AdamW whose weight decay also reaches norm gains and biases |
 | `norm-gains` | AdamW, and a decay of the norm gains towards a smaller spread |
 | `muon` | Muon for the matrices, AdamW for the rest; the number multiplies the learning rate |
