@@ -22,7 +22,7 @@ import evidence_data
 import evidence_plan
 import evidence_report
 import evidence_run
-import quietvit.decay.penalties
+import quietvit.decay.energy
 import quietvit.decay.products
 import quietvit.files
 from quietvit import QuietvitError
@@ -239,7 +239,7 @@ def test_float32_is_kept_on_every_processor(
     for module in (quietvit.decay.products, evidence_run):
         monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: True)
     low = dict[str, list[bool]](model=[], update=[])
-    both = quietvit.decay.penalties.both_products
+    both = quietvit.decay.energy.both_products
 
     def watched(A: Any, B: Any, dtype: Any = None, **more: Any) -> Any:
         low["update"].append(dtype is not None)
@@ -249,7 +249,7 @@ def test_float32_is_kept_on_every_processor(
         low["model"].append(torch.is_autocast_enabled("cpu"))
         return batch
 
-    monkeypatch.setattr(quietvit.decay.penalties, "both_products", watched)
+    monkeypatch.setattr(quietvit.decay.energy, "both_products", watched)
     monkeypatch.setattr(evidence_run, "normalized", normalized)
     workload = replace(SCRATCH, steps=1, float32=float32)
     images = (torch.zeros(64, 3, 32, 32), torch.zeros(64, dtype=torch.long))

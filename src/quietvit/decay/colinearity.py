@@ -20,7 +20,7 @@ from quietvit.decay.choice import asked_kinds, checked_strength, chosen_pairs
 from quietvit.decay.config import RunFacts, Schedules, Strengths, WeightRegularizerConfig
 from quietvit.decay.decoupled import DecoupledUpdate
 from quietvit.decay.exact import exact_changes, raise_not_finite
-from quietvit.decay.penalties import Basis, Penalty, Top, penalty_named
+from quietvit.decay.penalties import Basis, Penalty, penalty_named
 from quietvit.decay.plan import Source, UpdatePlan, make_plan
 from quietvit.decay.products import checked_products
 from quietvit.decay.schedule import Schedule, check_kinds, factor_at
@@ -251,9 +251,7 @@ class ColinearityDecay(DecoupledUpdate):
         folded = sum(pair.before is not None for pair in self.pairs)
         if folded:
             settings["folded"] = folded
-        if isinstance(self.rule, Top):
-            settings |= {"count": self.rule.count, "refresh": self.rule.refresh}
-        return settings
+        return settings | self.rule.settings()
 
     def _strength_of(self, pair: MatrixPair) -> float:
         strength = self.strength if isinstance(self.strength, float) else self.strength[pair.kind]
@@ -308,11 +306,10 @@ class ColinearityDecay(DecoupledUpdate):
         return bool(stays_finite & within)
 
     def _refresh(self, plan: UpdatePlan, source: Source) -> None:
-        due = isinstance(self.rule, Top) and self._applied % self.rule.refresh == 0
-        if len(self._bases) != len(plan.batches):
+        is_new = len(self._bases) != len(plan.batches)
+        if is_new:
             self._bases = [None] * len(plan.batches)
-            due = isinstance(self.rule, Top)
-        if due:
+        if self.rule.caches and (is_new or self.rule.is_due(self._applied)):
             self._bases = [self._basis(batch, source) for batch in plan.batches]
 
     def _basis(self, batch: PairBatch, source: Source) -> Basis | None:

@@ -1,6 +1,6 @@
-"""What a penalty of ordered pairs has to offer; the penalties themselves are in ``penalties``.
+"""What a penalty of ordered pairs has to offer.
 
-Shapes, units and what counts as constant: see there.
+``energy`` has the penalty of Colinearity Decay, with shapes, units and what counts as constant.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,10 +42,12 @@ class Penalty(ABC):
 
     ``stays_finite``: whether finite weights of ordinary size always give finite directions. If not,
     an update checks each direction before it writes one, which costs a second pass.
+    ``caches``: whether ``basis`` is kept between steps, until ``is_due``.
     """
 
     name: ClassVar[str]
     stays_finite: ClassVar[bool] = False
+    caches: ClassVar[bool] = False
 
     @abstractmethod
     def sides(self, A: Tensor, B: Tensor, basis: Basis | None = None) -> tuple[Tensor, Tensor]:
@@ -98,3 +100,11 @@ class Penalty(ABC):
     def basis(self, A: Tensor, B: Tensor) -> Basis | None:
         """Return what has to be cached between steps, or None where nothing has."""
         return None
+
+    def is_due(self, applied: int) -> bool:
+        """Whether ``basis`` is computed anew, after so many applied steps."""
+        return False
+
+    def settings(self) -> dict[str, Any]:
+        """Return its own settings: numbers by name."""
+        return {}
