@@ -41,6 +41,7 @@ Block = tuple[tuple[str, ...], tuple[str, ...]]
 BLOCKS: tuple[Block, ...] = (
     (("deit",), ("adamw", "cd+norm")),
     (("deit",), ("cd", "cd+qk")),
+    (("deit", "vits14"), ("usual",)),
     (("deit",), ("cd+norm-top",)),  # the best other penalty of results/ablate.csv
     (("scratch",), ("adamw", "cd")),
     (("deit",), ("adamw-all", "norm-gains", "muon", "tweo", "s2d")),
@@ -48,6 +49,8 @@ BLOCKS: tuple[Block, ...] = (
     (("scratch",), ("cd+norm", "cd+qk", "muon", "adamw-all", "norm-gains", "tweo", "s2d")),
     (("vits14",), ("adamw", "cd", "cd+norm", "cd+qk", "adamw-all", "muon")),
 )
+FIXED: dict[str, Setting] = {"usual": {"weight_decay": 0.05}}
+"""Families of one setting, which has finals without tries. Only where there is one rate."""
 FAMILIES = tuple(dict.fromkeys(family for _, families in BLOCKS for family in families))
 
 
@@ -160,6 +163,8 @@ def try_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Jo
     While the best try is the last of them, the ladder goes on (``FURTHER``), in every family alike.
     """
     rates, chosen = rate_jobs(name, scale), {}
+    if family in FIXED:
+        return []
     if rates:
         found = best(rows, rates)
         if found is None:
@@ -186,6 +191,8 @@ def final_jobs(
     """The best try with every seed; none while a try is missing."""
     tries = try_jobs(rows, name, scale, family)
     found = best(rows, tries) if tries else None  # None as well while a further try is missing
+    if family in FIXED:
+        found = shown(FIXED[family])
     if found is None:
         return []
     return [Job(name, scale, family, found, str(seed), FINAL) for seed in seeds]

@@ -370,6 +370,7 @@ All workloads learn CIFAR-10 images. (cpu) is the size of the study that fits on
 | `vits14` | fine-tuning of a ViT-S/14 that has large outliers |
 | `scratch` | a small ViT, trained from random weights |
 | `adamw` | AdamW with its best weight decay. Cells hold top-1: mean ± standard deviation |
+| `usual` | AdamW with a weight decay of 0.05, as recipes often have it |
 | `cd` | CD on the pairs `mlp` and `value_output` |
 | `cd+norm`, `cd+qk` | CD on the [pairs](method.md#pairs) `norm_linear` too, on `query_key` too |
 | `cd+norm-top` | `cd+norm` with the [penalty](method.md) `top` instead of `energy` |
