@@ -22,7 +22,8 @@ FURTHER = 2
 FIGURES = (
     *("val_float", *(f"val_{name}" for name in CHOOSING)),
     *("float", "float_same", *ALL),
-    *("residual_max", "max_over_rms", "sqnr_db", "amplification", "worst_pair", "root_cause"),
+    *("residual_max", "max_over_rms", "sqnr_db", "sensitivity"),
+    *("amplification", "worst_pair", "root_cause"),
     *("train_seconds", "last_loss"),
 )
 COLUMNS = (

@@ -160,6 +160,11 @@ def causes_table(families: Mapping[str, Mapping[str, Row]]) -> str:
     for heads, column, unit in ((roles, "max_over_rms", "max/rms"), (noisy, "sqnr_db", "dB")):
         for role in heads:
             lines.append([f"{role} {unit}", *(_role(own, column, role) for own in chosen)])
+    costly = ("post_softmax", "post_gelu", "post_norm", "query", "key", "value", "attention_output")
+    costs = [[_role(own, "sensitivity", role) for own in chosen] for role in costly]
+    for role, cells in zip(costly, costs, strict=True):
+        if any(cells):
+            lines.append([f"{role} alone, % changed", *cells])
     lines.append(["worst pair's amplification", *(_mean(own, "amplification") for own in chosen)])
     lines.append(["worst output channel, max/rms", *map(_worst_channel, chosen)])
     return table(["", *names], lines)
@@ -384,6 +389,7 @@ All workloads learn CIFAR-10 images. (cpu) is the size of the study that fits on
 | repq, gptq | the methods RepQ-ViT and GPTQ |
 | residual | the residual stream, which adds up the outputs of the blocks |
 | max/rms | the largest activation over the root mean square, mean over seeds |
+| alone, % changed | images whose class changes if only this role is quantized, W4A4m8-omse |
 | dB | signal to quantization noise of a product's output, in decibels |
 
 W4A4-minmax, W4A4-omse and all W3A3 columns are not part of the mean of pipelines.

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 import quietvit
 from evidence_data import Split, Workload, build, normalized, put_probe, varied
+from quietvit.advice.switches import Switches
 from quietvit.errors import QuietvitError
 from quietvit.measure.sqnr import sqnr
 from quietvit.tensors import has_fast_bfloat16
 
-CALIBRATION, LOOKED_AT = 32, 64
+CALIBRATION, LOOKED_AT, SENSITIVE = 32, 64, 200
 Setting = dict[str, Any]
 MAPS = "attention-maps-8"
 
@@ -218,6 +219,7 @@ def measure(model: nn.Module, workload: Workload, split: Split, stage: str) -> d
         row[name] = top1(quantized, x, y, model)
         if name == "W4A4m8-omse":
             row["sqnr_db"] = json.dumps(noise_by_role(model, quantized, looked_at))
+            row["sensitivity"] = json.dumps(sensitivity_by_role(model, method, split))
     return row | outliers(model, looked_at)
 
 
@@ -246,6 +248,17 @@ def noise_by_role(model: nn.Module, quantized: nn.Module, x: Tensor) -> dict[str
         if math.isfinite(decibels):
             found[sites[name]].append(decibels)
     return {role: round(sum(values) / len(values), 2) for role, values in found.items()}
+
+
+def sensitivity_by_role(model: nn.Module, method: Any, split: Split) -> dict[str, float]:
+    """Test images whose class changes if only the operands of a role are quantized, in percent."""
+    calibration = normalized(split.train[0][:CALIBRATION], model)
+    images = normalized(split.test[0][:SENSITIVE], model)
+    try:
+        found = Switches(model, method, images, calibration=calibration, progress=False)
+        return {role: 100 * found.effect(slots).changed for role, slots in found.roles.items()}
+    except QuietvitError as error:  # activations that overflow
+        raise DivergedError(str(error)) from error
 
 
 def outliers(model: nn.Module, x: Tensor) -> dict[str, Any]:
