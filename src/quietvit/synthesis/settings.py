@@ -111,7 +111,8 @@ class DGH(Generator):
 
     The published code differs. Here the default patience is at least 20, because iterations / 50
     cuts the rate too early in short runs. All BatchNorms with stored statistics count, also frozen
-    and 1-D ones. The default batch is smaller. Optimization uses ImageNet's normalization.
+    and 1-D ones. The default batch is smaller. Optimization uses ImageNet's normalization. If a
+    model has several heads, each is stretched, and not their mean.
     """
 
     name = "dgh"
