@@ -133,8 +133,8 @@ def test_images_do_not_depend_on_the_normalization_of_the_model(cnn):
     assert abs(float(pixels[0].mean()) - 0.449) < 0.02
 
 
-def test_pink_noise_falls_with_frequency(vit):
-    images = pixel_scale(vit, 64).to_pixels(quickly(vit, 16, Pink(), size=64))
+def test_pink_noise_falls_with_frequency(cnn):
+    images = pixel_scale(cnn, 64).to_pixels(quickly(cnn, 16, Pink(), size=64))
     power = torch.fft.rfft2(images - images.mean((2, 3), keepdim=True)).abs().square().mean((0, 1))
     ratio = float(power[4, 0] / power[16, 0])
     assert 8 < ratio < 32  # amplitude 1/f: power falls to 1/16
@@ -283,6 +283,10 @@ def zoo_encoder() -> nn.Module:
         ("synthetic:4:psaq:iteration=3", "did you mean 'iterations'"),
         ("synthetic:4:psaq:iterations", "sets no field"),
         ("synthetic:4:psaq:iterations=0", "greater than or equal to 1"),
+        ("synthetic:pink", "such as synthetic:32:pink"),
+        ("synthetic:4:psaq:lr=1,lr=2", "sets lr twice"),
+        ("synthetic:4:psaq:variation_range=9", "both ends, such as 2500..3000"),
+        ("synthetic:4:psaq:bandwidth=1e-200", "bandwidth"),
     ],
 )
 def test_a_wrong_request_is_explained(text, told):
@@ -295,6 +299,8 @@ def test_a_request_sets_count_method_and_fields():
     found = parse_request("synthetic:12:psaq:iterations=7,lr=none,entropy=0.5")
     assert found.count == 12
     assert found.method == PSAQ(iterations=7, lr=None, entropy=0.5)
+    ends = parse_request("synthetic:1:psaq:variation_range=10..20").method.variation_range
+    assert ends == (10.0, 20.0)
 
 
 class Clock:
@@ -370,3 +376,22 @@ def test_the_commands_share_their_minutes_between_generating_and_working(monkeyp
     for command in ("advise", "quantize"):
         told = " ".join(run(cli.app, [command, "--help"], env={"COLUMNS": "300"}).output.split())
         assert "At most half of it generates images" in told
+
+
+def test_commands_refuse_before_they_generate(monkeypatch, tmp_path):
+    """Generating can take an hour, so too few images and a wrong place are told first."""
+
+    def generated(*_, **__):
+        raise AssertionError("generated")
+
+    monkeypatch.setattr(quietvit.synthesis, "synthesize", generated)
+    bits = ["--average", "6", "-o", str(tmp_path / "bits.toml")]
+    few = ["--images", "synthetic:4"]
+    for command, told in (
+        (["advise", "test_vit", *few], "one half calibrates"),
+        (["choose-bits", "test_vit", *few, *bits], "at least 16 images, and there are 4"),
+        (["diagnose", "test_vit", "--images", "Synthetic:4"], "Synthetic:4 cannot be opened"),
+    ):
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 2, done.output
+        assert told in " ".join(done.output.split())

@@ -371,6 +371,56 @@ def test_a_normalization_that_cannot_be_right_is_told(given, told):
         quickly(model, method=QUICK["dgh"])
 
 
+def test_one_number_for_all_channels_is_taken():
+    model = build_cnn()
+    images = quickly(model, method=Pink())
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": 0.5, "std": 0.5}
+    assert torch.equal(quickly(model, method=Pink()), images)
+
+
+@pytest.mark.parametrize("method", ["noise", "pink"])
+def test_noise_that_the_model_does_not_take_is_told(method):
+    with pytest.raises(QuietvitError, match=r"40 x 40 pixels.*does not run.*size="):
+        quickly(build_vit(), method=method, size=40)
+
+
+class _Drawing(Convolutions):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_model_that_draws_in_a_pass_follows_the_seed():
+    model = _Drawing().eval()
+    with untouched(model):
+        first = quickly(model, method=QUICK["dgh"])
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        assert torch.equal(quickly(model, method=QUICK["dgh"]), first)
+
+
+def test_inference_mode_outside_changes_nothing():
+    model = build_vit()
+    with torch.inference_mode():
+        inside = quickly(model)
+    assert not inside.is_inference()
+    assert torch.equal(inside, quickly(model))
+
+
+class _Quantizable(Convolutions):
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.plus = torch.ao.nn.quantized.FloatFunctional()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.plus.add(super().forward(x), super().forward(x))
+
+
+def test_a_float_model_that_torch_can_quantize_later_is_taken():
+    assert quickly(_Quantizable().eval(), method=QUICK["dgh"]).isfinite().all()
+
+
 def test_the_scale_of_255_of_a_model_for_bytes_is_taken():
     model = build_cnn()
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.0,) * 3, "std": (1 / 255,) * 3}
@@ -413,7 +463,7 @@ def test_the_largest_seed_and_numbers_of_numpy_are_taken():
     images = quickly(model, np.int64(2), Pink(), seed=2**64 - 1)
     assert (len(images), origin_of(images)["count"]) == (2, 2)
     assert type(origin_of(images)["count"]) is int
-    other = quickly(model, 2, Pink(), seed=np.uint8(7))
+    other = quickly(model, 2, Pink(), seed=np.uint8(7), size=np.int64(32))
     assert torch.equal(other, quickly(model, 2, Pink(), seed=7))
 
 

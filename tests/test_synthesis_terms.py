@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.coat import CoaT
 from torch import nn
 
 import quietvit
@@ -172,6 +173,8 @@ def test_the_pipeline_flips_smooths_crops_and_clips_in_this_order():
     (gradient,) = torch.autograd.grad(pipeline.finished(x).sum(), x)
     inner = gradient[..., 4:16, 4:16]  # clipping lets all of it through
     torch.testing.assert_close(inner, torch.ones_like(inner))
+    far = pipeline.finished(1e9 * x.detach())  # as after a step with a large gradient
+    assert bool((far >= low).all() & (far <= high).all())
 
 
 def test_the_plateau_halves_after_its_patience_and_forgets_the_best():
@@ -305,6 +308,17 @@ def test_attention_over_channels_compares_tokens():
     trace = quietvit.trace(model, torch.randn(1, 3, 32, 32))
     found = Patches(model, trace, torch.randn(2, 3, 32, 32, generator=random()))
     assert {len(kept) for kept in found._kept.values()} == {4}
+
+
+def test_linear_attention_compares_tokens_without_the_class_token():
+    """CoaT multiplies the query by softmax(key)^T value, which has a row for each channel."""
+    sizes = {"embed_dims": [16] * 4, "serial_depths": [1] * 4, "parallel_depth": 0}
+    model = CoaT(32, patch_size=4, num_heads=8, mlp_ratios=[2] * 4, num_classes=3, **sizes).eval()
+    trace = quietvit.trace(model, torch.randn(1, 3, 32, 32))
+    found = Patches(model, trace, torch.randn(2, 3, 32, 32, generator=random()))
+    assert [kept.tolist() for kept in found._kept.values()] == [
+        list(range(1, 1 + side**2)) for side in (8, 4, 2)
+    ]
 
 
 def timm_xcit() -> nn.Module:

@@ -313,6 +313,12 @@ def open_data(text: str, split: Literal["train", "test"], *, labels: bool = True
     from quietvit.data.sources import has_splits, spec_of
     from quietvit.detection import is_detection_spec
 
+    if text.partition(":")[0].lower() == "synthetic":
+        raise QuietvitError(
+            f"{text} cannot be opened here: images are generated only for --calibration, and for "
+            "--images of advise, sensitivity and choose-bits. There write synthetic:32 or such as "
+            "synthetic:32:pink, in lower case. For a folder of this name, give ./ before it."
+        )
     if is_detection_spec(text):
         if labels:
             raise QuietvitError(

@@ -109,7 +109,7 @@ def _within(
         calibration, aside = _parted(aside)
     else:
         calibration = read_batches(calibration, model)
-        _refuse_few(sum(map(len, aside)), "they measure the settings")
+        refuse_few(sum(map(len, aside)), calibrating=False)
     trace = trace_images(model, calibration[0][:1], IMAGES_ALONE)
     tries = lowest_first(settings(methods, bits, trace))
     for *_, method in tries:
@@ -220,15 +220,18 @@ class _Search:
 def _parted(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Split images alternately for calibration and measuring, in case they are sorted by class."""
     images = torch.cat(list(batches))
-    _refuse_few(len(images), "one half calibrates and the other half measures")
+    refuse_few(len(images), calibrating=True)
     count = min(CALIBRATION, len(images) // 2)
     numbers = torch.arange(len(images))
     chosen = (numbers % 2 == 0) & (numbers < 2 * count)
     return list(images[chosen].split(BATCH)), list(images[~chosen].split(BATCH))
 
 
-def _refuse_few(count: int, why: str) -> None:
+def refuse_few(count: int, calibrating: bool) -> None:
+    """Raise QuietvitError for too few images. ``calibrating``: half of them calibrate."""
     if count < LEAST:
+        both = "one half calibrates and the other half measures"
+        why = both if calibrating else "they measure the settings"
         raise QuietvitError(
             f"advice needs at least {LEAST} images, because {why}, but there are {count}. Give "
             "more images. They need no labels."

@@ -210,12 +210,13 @@ def choose_bits(
     if output.exists() and not force:
         raise QuietvitError(f"{output} exists already. Choose another name, or pass --force.")
     built = build_model(model, weights, classes, size).to(device)
-    drawn = source.draw(built, source.count(count), seed)
-    if len(drawn) < _LEAST:
+    wanted = source.count(count)
+    if wanted < _LEAST:
         raise QuietvitError(
-            f"choosing bits needs at least {_LEAST} images, and there are {len(drawn)}. Give more "
+            f"choosing bits needs at least {_LEAST} images, and there are {wanted}. Give more "
             "images (--count, --images). They need no labels."
         )
+    drawn = source.draw(built, wanted, seed)
     found = run(
         built,
         chosen,
@@ -299,6 +300,7 @@ def advise(
     Ctrl-C prints and writes the results so far.
     """
     from quietvit.advice import advise as run
+    from quietvit.advice.advise import refuse_few
     from quietvit.advice.ladder import BITS, METHODS
     from quietvit.files import refuse_unwritable
     from quietvit.quantization.settings import setting_names
@@ -314,11 +316,13 @@ def advise(
     if output is not None:
         refuse_unwritable(output)
     built = build_model(model, weights, classes, size).to(device)
+    wanted = source.count(count)
+    refuse_few(wanted, calibrating=other is None)
     calibrating = None
     if other is not None:
         calibrating = other.draw(built, other.count(CALIBRATION), seed, time)
         seed += 1  # other images, if both are generated
-    drawn = source.draw(built, source.count(count), seed, time)
+    drawn = source.draw(built, wanted, seed, time)
     found = run(
         built, drawn, calibration=calibrating, minutes=time.left, methods=names, bits=widths
     )

@@ -92,6 +92,8 @@ def _refuse_kind(model: nn.Module, name: str, module: nn.Module) -> None:
             "its quantization. Generate images from the float model that it was exported from."
         )
     where = type(module).__module__
+    if isinstance(module, torch.ao.nn.quantized.FloatFunctional):
+        return  # float operations of a model that can be quantized later
     if isinstance(module, QuantizedModel) or where.startswith(_QUANTIZED):
         kind = "" if isinstance(module, QuantizedModel) else f" ({where}.{type(module).__name__})"
         raise QuietvitError(f"{of} is quantized{kind}. {_FROM_FLOAT}")

@@ -63,7 +63,8 @@ class Pipeline:
         return F.conv2d(images, self._kernel, padding=1, groups=images.shape[1])
 
     def clipped(self, images: Tensor) -> Tensor:
-        return images + (images.clamp(*self._bounds) - images).detach()
+        # Adding x - x = 0 keeps the clipped values exact, also where x is 1e8.
+        return images.detach().clamp(*self._bounds) + (images - images.detach())
 
     def cropped(self, images: Tensor, top: int, left: int) -> Tensor:
         return images[..., top : top + self.target[0], left : left + self.target[1]]

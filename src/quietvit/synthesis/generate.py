@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ from quietvit.synthesis.scale import PixelScale, Size, pixel_scale
 from quietvit.synthesis.settings import DGH, PSAQ, Generator, Pink, generator_of
 from quietvit.synthesis.watching import has_attention, has_statistics
 from quietvit.tensors import precision_on
-from quietvit.tracing import Trace, plain_copy, trace
+from quietvit.tracing import Trace, call, plain_copy, refusing, trace
 
 
 def synthesize(
@@ -67,13 +70,18 @@ def synthesize(
     refuse_model(model)
     count, seed = checked_numbers(count, seed, minutes)
     scale = pixel_scale(model, size)
-    own = plain_copy(model).eval().float().requires_grad_(False)
-    chosen = generator_of(method) if method is not None else _fitting(own)
-    parameter = next(own.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    random = torch.Generator().manual_seed(seed)
+    # A copy made in inference mode would give inference tensors, which have no gradient.
     with torch.inference_mode(False), torch.enable_grad():
-        images, outcome = _generated(own, chosen, count, scale, random, device, minutes, progress)
+        own = plain_copy(model).eval().float().requires_grad_(False)
+        chosen = generator_of(method) if method is not None else _fitting(own)
+        parameter = next(own.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        random = torch.Generator().manual_seed(seed)
+        with _model_draws(seed, device):
+            images, outcome = _generated(
+                own, chosen, count, scale, random, device, minutes, progress
+            )
+        images = scale.to_model(images.to(device))
     origin: dict[str, Any] = {
         "synthetic": True,
         "method": chosen.name,
@@ -84,7 +92,21 @@ def synthesize(
     if outcome is not None:
         origin |= {"iterations_done": outcome.iterations, "stopped": outcome.stopped}
         origin["precision"] = precision_on(device, getattr(chosen, "precision", "float32"))
-    return mark(scale.to_model(images.to(device)), origin)
+    return mark(images, origin)
+
+
+@contextmanager
+def _model_draws(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's own generators, for models that draw in a pass (MAE). Restore them at the end.
+
+    Only those of the CPU and, if it is CUDA, of ``device``.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _generated(
@@ -98,12 +120,16 @@ def _generated(
     progress: bool,
 ) -> tuple[Tensor, Outcome | None]:
     """Return images in natural units, and the outcome of the optimization, if any."""
-    if isinstance(chosen, Pink):
-        return pink(count, scale, random, chosen), None
     if not isinstance(chosen, PSAQ | DGH):
-        return noise(count, scale, random), None
+        if isinstance(chosen, Pink):
+            drawn = pink(count, scale, random, chosen)
+        else:
+            drawn = noise(count, scale, random)
+        with torch.no_grad(), refusing(partial(_does_not_run, model, scale)):
+            call(model, scale.to_model(drawn[:1].to(device)))
+        return drawn, None
     example = scale.to_model(torch.randn(1, *scale.size, generator=random).to(device))
-    recorded = _traced(model, example)
+    recorded = _traced(model, scale, example)
     work: Optimization
     if isinstance(chosen, DGH):
         if not any(map(has_statistics, model.modules())):
@@ -127,18 +153,23 @@ def _generated(
     return torch.cat(work.finished()), outcome
 
 
-def _traced(model: nn.Module, example: Tensor) -> Trace:
+def _traced(model: nn.Module, scale: PixelScale, example: Tensor) -> Trace:
     try:
         return trace(model, example)
     except QuietvitError as error:
-        channels, height, width = example.shape[1:]
         cause = error.__cause__
         why = str(error) if cause is None else f"{type(cause).__name__}: {cause}"
-        raise QuietvitError(
-            f"images with {channels} channels of {height} x {width} pixels cannot be generated for "
-            f"{type(model).__name__}, because it does not run on them ({why.splitlines()[0]}). "
-            "Give another size (size=...), or set model.pretrained_cfg['input_size']."
-        ) from error
+        raise QuietvitError(_does_not_run(model, scale, why)) from error
+
+
+def _does_not_run(model: nn.Module, scale: PixelScale, why: str) -> str:
+    channels, height, width = scale.size
+    return (
+        f"images with {channels} channels of {height} x {width} pixels cannot be generated for "
+        f"{type(model).__name__}, because it does not run on them ({why.splitlines()[0]}). Give "
+        "another size (size=...), or set model.pretrained_cfg['input_size']. The model must take "
+        "a batch of images and nothing else."
+    )
 
 
 def _fitting(model: nn.Module) -> Generator:

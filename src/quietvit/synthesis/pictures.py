@@ -18,7 +18,8 @@ SHEET = "contact-sheet.png"
 def save_images(images: Tensor, model: nn.Module, folder: str | Path, force: bool = False) -> Path:
     """Write ``contact-sheet.png`` and one PNG file per image in the subfolder ``images``.
 
-    ``--calibration`` accepts the subfolder. Its pixels have 8 bits.
+    They are to look at. ``--calibration`` accepts the subfolder, but treats its files as photos: it
+    resizes and crops them, and the result does not say that they were generated.
 
     Args:
         images: (N, C, H, W) in the preprocessing of ``model``, as from ``quietvit.synthesize``.

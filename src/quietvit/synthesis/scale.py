@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -92,11 +93,9 @@ def pixel_scale(model: nn.Module, size: Size = None) -> PixelScale:
         return PixelScale((3, side, side), (0.0,) * 3, (1.0,) * 3).resized(size)
     if mean_and_std(model) is not None:
         config = data_config(model)
-        own = PixelScale(
-            _input_size(model, config["input_size"]),
-            tuple(map(float, config["mean"])),
-            tuple(map(float, config["std"])),
-        )
+        sides = _input_size(model, config["input_size"])
+        mean, std = (_by_channel(config[key], sides[0]) for key in ("mean", "std"))
+        own = PixelScale(sides, mean, std)
         _refuse_normalization(model, own)
         return own.resized(size)
     stated = _stated(model)
@@ -120,10 +119,15 @@ def _stated(model: nn.Module) -> str:
     return ", ".join(f"{key} {value!r}" for key, value in found.items())
 
 
+def _by_channel(value: Any, channels: int) -> tuple[float, ...]:
+    """Return a mean or std of each channel. One number holds for all channels."""
+    return tuple(map(float, (value,) * channels if isinstance(value, int | float) else value))
+
+
 def _input_size(model: nn.Module, stated: Any) -> tuple[int, int, int]:
-    sizes = tuple(stated) if isinstance(stated, list | tuple) else ()
-    if len(sizes) == 3 and all(isinstance(side, int) and side > 0 for side in sizes):
-        return sizes  # type: ignore[return-value]
+    sizes = _whole(stated)
+    if len(sizes) == 3:
+        return sizes[0], sizes[1], sizes[2]
     raise QuietvitError(
         f"the input_size in pretrained_cfg of {type(model).__name__} is {stated!r}. Set channels, "
         "height and width there, such as (3, 224, 224)."
@@ -152,9 +156,18 @@ def _refuse_normalization(model: nn.Module, own: PixelScale) -> None:
 
 def _sides(size: Any) -> tuple[int, int]:
     """Return height and width. Raises QuietvitError for other values."""
-    sides = tuple(size) if isinstance(size, list | tuple | str) else (size, size)
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+    sides = _whole(size if isinstance(size, list | tuple) else (size, size))
+    if len(sides) != 2:
         raise QuietvitError(
             f"the image size is {size!r}. Give one side, or height and width, in whole pixels."
         )
     return sides[0], sides[1]
+
+
+def _whole(sides: Any) -> tuple[int, ...]:
+    """Return sides as integers of Python. Returns () unless all are integers above 0."""
+    if not isinstance(sides, list | tuple):
+        return ()
+    if not all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides):
+        return ()
+    return tuple(map(int, sides)) if all(side > 0 for side in sides) else ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from quietvit.errors import QuietvitError, nearest
 from quietvit.section import Section
@@ -17,6 +17,16 @@ Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
 Precision = Literal["auto", "bfloat16", "float32"]
 PREFIX = "synthetic"
+
+
+def _ends(written: Any) -> Any:
+    """Return the two ends of a range such as ``2500..3000``. Other values pass unchanged."""
+    if not isinstance(written, str):
+        return written
+    low, dots, high = written.partition("..")
+    if not dots:
+        raise ValueError("write both ends, such as 2500..3000")
+    return low, high
 
 
 class Generator(Section):
@@ -76,9 +86,10 @@ class PSAQ(Generator):
     """Weight of the cross-entropy to one random class per image; published 1."""
     variation: Weight = 0.05
     """Weight of the distance between the total variation and a random target."""
-    variation_range: tuple[Weight, Weight] = (2500.0, 3000.0)
-    """Range of the random target, for 32 images of 224 x 224; other sizes are scaled to it."""
-    bandwidth: Annotated[float, Field(gt=0)] = 0.01
+    variation_range: Annotated[tuple[Weight, Weight], BeforeValidator(_ends)] = (2500.0, 3000.0)
+    """Range of the random target, for 32 images of 224 x 224; other sizes are scaled to it. The
+    command line takes ``2500..3000``."""
+    bandwidth: Annotated[float, Field(ge=1e-6)] = 0.01
     """Standard deviation of the Gaussian kernel."""
     points: Annotated[int, Field(ge=2)] = 10
     """Grid points of the density between the smallest and the largest similarity."""
@@ -100,7 +111,8 @@ class DGH(Generator):
 
     The published code differs. Here the default patience is at least 20, because iterations / 50
     cuts the rate too early in short runs. All BatchNorms with stored statistics count, also frozen
-    and 1-D ones. The default batch is smaller. Optimization uses ImageNet's normalization.
+    and 1-D ones. The default batch is smaller. Optimization uses ImageNet's normalization. If a
+    model has several heads, each is stretched, and not their mean.
     """
 
     name = "dgh"
@@ -171,8 +183,10 @@ def parse_request(text: str) -> Request:
     count = method = None
     if parts:
         if not parts[0].isdecimal() or int(parts[0]) < 1:
+            method_alone = parts[0] in GENERATORS
+            shown = ":".join([PREFIX, "32", *(parts if method_alone else [])])
             raise QuietvitError(
-                f"{text!r} requests {parts[0]!r} images. Write a number, such as {PREFIX}:32."
+                f"{text!r} requests {parts[0]!r} images. Write a number, such as {shown}."
             )
         count = int(parts[0])
     if len(parts) > 1:
@@ -189,6 +203,8 @@ def _fields(written: str, text: str) -> dict[str, Any]:
             raise QuietvitError(
                 f"{part!r} in {text!r} sets no field. Write FIELD=VALUE, such as iterations=100."
             )
+        if key.strip() in fields:
+            raise QuietvitError(f"{text!r} sets {key.strip()} twice. Leave one of them out.")
         fields[key.strip()] = None if value.strip().lower() == "none" else value.strip()
     return fields
 

@@ -86,6 +86,7 @@ class Patches:
         Raises QuietvitError if the model has no attention over patches.
         """
         self._channelwise = _over_channels(trace)
+        self._linear = _linear_attention(trace)
         self._kept: dict[str, Tensor] = {}
         self.windows = False
         """Whether any attention runs in windows of the image."""
@@ -98,16 +99,19 @@ class Patches:
 
         def handler(site: Site, operands: tuple[Tensor, ...], run: Callable[..., Tensor]) -> Tensor:
             output = run(*operands)
-            if site.role != "attention_value":
+            linear = self._linear.get(site.name)
+            if linear is None and site.role != "attention_value":
                 products.append((operands[0], output.shape))
                 return output
             earlier, scores = list(products), operands[site.operands[0].role == "value"].shape
             products.clear()
-            if output.ndim < 3:
+            if output.ndim < 3 or site.name in self._linear.values():
                 return output
             tokens = self._tokens(site, output)
             count = tokens.shape[1]
             matching = [left for left, shape in earlier if shape == scores]
+            if linear is not None:
+                matching = [operands[site.operands[0].role == "attention_output"]]
             query = _samples(matching[-1]) if matching else tokens
             if query.shape[1] != count or site.name in self._channelwise:
                 query = query.mT
@@ -142,7 +146,8 @@ class Patches:
         return tokens if len(kept) == tokens.shape[1] else tokens.index_select(1, kept)
 
     def _tokens(self, site: Site, x: Tensor) -> Tensor:
-        if (site.operands[0].role == "value") != (site.name in self._channelwise):
+        swapped = site.operands[0].role in ("value", "attention_output")
+        if swapped != (site.name in self._channelwise):
             x = x.mT
         return _samples(x)
 
@@ -167,6 +172,22 @@ def _samples(x: Tensor) -> Tensor:
     A tensor (B * heads, N, D) has no dim for heads, so each head counts as a sample.
     """
     return (x.mean(1) if x.ndim > 3 else x).flatten(0, -3)
+
+
+def _linear_attention(trace: Trace) -> dict[str, str]:
+    """Return the products of the query with softmax(key)^T value, each with the latter's site.
+
+    The former have a row for each token. The latter have a row for each channel (CoaT).
+    """
+    values = {site.name for site in trace.sites if site.role == "attention_value"}
+    return {
+        site.name: source
+        for site in trace.sites
+        if len(site.operands) == 2
+        for operand in site.operands
+        if operand.role == "attention_output"
+        for source in values.intersection(operand.fed_by)
+    }
 
 
 def _over_channels(trace: Trace) -> set[str]:
