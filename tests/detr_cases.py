@@ -106,7 +106,96 @@ def _d_fine() -> Any:
     )
 
 
+def _deformable_detr() -> Any:
+    backbone = transformers.ResNetConfig(**RESNET, **LAST_STAGES)
+    levels = {"num_feature_levels": 3, "with_box_refine": True, "two_stage": True}
+    config = transformers.DeformableDetrConfig(
+        backbone_config=backbone, **DETR, **levels, two_stage_num_proposals=8, num_labels=2
+    )
+    return transformers.DeformableDetrForObjectDetection(config)
+
+
+LW_DETR = {
+    "d_model": 32,
+    "num_queries": 8,
+    "group_detr": 2,
+    "c2f_num_blocks": 1,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 32,
+    "decoder_n_points": 2,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 2,
+    "num_labels": 2,
+}
+VIT = {
+    "image_size": 64,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_ratio": 2,
+    "out_indices": [1, 2],
+}
+
+
+def _rf_detr() -> Any:
+    backbone = transformers.RfDetrDinov2Config(**VIT, num_windows=2)
+    return transformers.RfDetrForObjectDetection(
+        transformers.RfDetrConfig(backbone_config=backbone, **LW_DETR)
+    )
+
+
+def _lw_detr() -> Any:
+    backbone = transformers.LwDetrViTConfig(
+        **VIT, pretrain_image_size=32, num_windows=4, window_block_indices=[0]
+    )
+    config = transformers.LwDetrConfig(
+        backbone_config=backbone, **LW_DETR, projector_scale_factors=[2.0, 0.5]
+    )
+    return transformers.LwDetrForObjectDetection(config)
+
+
+def _deimv2() -> Any:
+    backbone = transformers.DINOv3ViTConfig(
+        image_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_register_tokens=1,
+        out_indices=[0, 1, 2],
+        apply_layernorm=False,
+    )
+    return transformers.Deimv2ForObjectDetection(
+        transformers.Deimv2Config(backbone_config=backbone, **REAL_TIME, decoder_layers=2)
+    )
+
+
+def _conditional_detr() -> Any:
+    backbone = transformers.ResNetConfig(**RESNET, out_features=["stage4"])
+    return transformers.ConditionalDetrForObjectDetection(
+        transformers.ConditionalDetrConfig(backbone_config=backbone, **DETR, num_labels=2)
+    )
+
+
+def _table_transformer() -> Any:
+    backbone = transformers.ResNetConfig(**RESNET, out_features=["stage4"])
+    return transformers.TableTransformerForObjectDetection(
+        transformers.TableTransformerConfig(backbone_config=backbone, **DETR, num_labels=2)
+    )
+
+
+def _dab_detr() -> Any:
+    backbone = transformers.ResNetConfig(**RESNET, out_features=["stage4"])
+    widths = {key: value for key, value in DETR.items() if key != "d_model"}
+    return transformers.DabDetrForObjectDetection(
+        transformers.DabDetrConfig(backbone_config=backbone, hidden_size=32, **widths, num_labels=2)
+    )
+
+
 EDGES = {"size": {"shortest_edge": 64, "longest_edge": 96}, "image_mean": [0.5] * 3}
+PADDED = {"image_processor_type": "DetrImageProcessor", **EDGES}
+SIGMOID = {"image_processor_type": "DeformableDetrImageProcessor", **EDGES}
 SQUARE = {
     "image_processor_type": "RTDetrImageProcessor",
     "size": {"height": 64, "width": 64},
@@ -125,13 +214,18 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "detr": Kind(
-        _detr, 1.5, {"image_processor_type": "DetrImageProcessor", **EDGES}, (64, 96), False
-    ),
+    "detr": Kind(_detr, 1.5, PADDED, (64, 96), False),
     "yolos": Kind(_yolos, 2.0, {}),
     "rt_detr": Kind(_rt_detr, 1.0, SQUARE),
     "rt_detr_v2": Kind(_rt_detr_v2, 1.0, SQUARE),
     "d_fine": Kind(_d_fine, 1.0, SQUARE),
+    "deformable_detr": Kind(_deformable_detr, 1.0, SIGMOID, (64, 96), False),
+    "rf_detr": Kind(_rf_detr, 1.0, {**SQUARE, "image_processor_type": "RfDetrImageProcessor"}),
+    "lw_detr": Kind(_lw_detr, 1.0, SQUARE),
+    "deimv2": Kind(_deimv2, 1.0, SQUARE),
+    "conditional_detr": Kind(_conditional_detr, 1.7, SIGMOID, (64, 96), False),
+    "table_transformer": Kind(_table_transformer, 1.5, PADDED, (64, 96), False),
+    "dab_detr": Kind(_dab_detr, 1.5, SIGMOID, (64, 96), False),
 }
 
 

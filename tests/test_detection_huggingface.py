@@ -23,6 +23,7 @@ from quietvit.detection import hf_detector, is_detector, predictors
 from quietvit.detection.canvas import is_padding
 from quietvit.tasks import Detection
 from quietvit.train import TrainResult
+from quietvit.train.qat import QATConfig, refuse_unfit_sites
 from test_cli import refused, run
 from test_detection_training import config
 
@@ -74,9 +75,10 @@ def test_a_detector_takes_and_gives_what_torchvisions_do(
         model(images())
 
 
-def test_boxes_are_those_of_the_models_own_processor(folders: dict[str, Path]) -> None:
-    model = hf_detector(str(folders["rt_detr"])).eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(folders["rt_detr"])
+@pytest.mark.parametrize("kind", ["rt_detr", "rf_detr"])
+def test_boxes_are_those_of_the_models_own_processor(kind: str, folders: dict[str, Path]) -> None:
+    model = hf_detector(str(folders[kind])).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folders[kind])
     image = images()[0]
     with torch.no_grad():
         own = model([image])[0]
@@ -111,13 +113,22 @@ def test_all_products_are_quantized_and_predictors_can_be_kept(
     assert {"mlp", "value_output"} <= pairs
 
 
-def test_another_number_of_classes_starts_the_class_heads_anew(folders: dict[str, Path]) -> None:
-    own = hf_detector(str(folders["detr"]))
-    model = hf_detector(str(folders["detr"]), 5, class_names=list("abcde"))
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("detr", ["class_labels_classifier"]),
+        ("rf_detr", [*(f"model.enc_out_class_embed.{i}" for i in (0, 1)), "class_embed"]),
+    ],
+)
+def test_another_number_of_classes_starts_the_class_heads_anew(
+    kind: str, heads: list[str], folders: dict[str, Path]
+) -> None:
+    own = hf_detector(str(folders[kind]))
+    model = hf_detector(str(folders[kind]), 5, class_names=list("abcde"))
     assert (model.num_classes, model.class_names) == (5, tuple("abcde"))
     before, after = own.model.state_dict(), model.model.state_dict()
     differing = [key for key in before if before[key].shape != after[key].shape]
-    assert differing == ["class_labels_classifier.weight", "class_labels_classifier.bias"]
+    assert differing == [f"{head}.{which}" for head in heads for which in ("weight", "bias")]
     same = [key for key in before if key not in differing]
     assert all(torch.equal(before[key], after[key]) for key in same)
 
@@ -216,6 +227,34 @@ def test_a_file_masks_the_padding_of_images_of_other_aspect_ratios(
     assert torch.equal(*masks)
     assert torch.equal(masks[0] == 0, is_padding(fitted))
     assert all(0 < float(mask.double().mean()) < 1 for mask in masks[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        ("rt_detr", (64, 80), r"64 x 80 .* the strides of the model\. Give multiples of 32"),
+        ("deimv2", (72, 72), "multiples of 32, such as 64 x 64"),
+        ("lw_detr", (72, 64), r"windows of the backbone \(2 x 2\)\. Give multiples of 16"),
+        ("rf_detr", (72, 72), "multiples of 16, such as 64 x 64"),
+        ("rf_detr", (64, 96), "not square, such as 64 x 96"),
+    ],
+)
+def test_a_canvas_that_the_model_cannot_take_is_refused(
+    kind: str, size: tuple[int, int], message: str, folders: dict[str, Path]
+) -> None:
+    with pytest.raises(QuietvitError, match=message):
+        hf_detector(str(folders[kind]), size=size, untrained=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "added"), [("rt_detr", "100 denoising queries"), ("lw_detr", "1 more groups")]
+)
+def test_detectors_with_more_queries_in_training_refuse_quantization_aware_training(
+    kind: str, added: str, folders: dict[str, Path]
+) -> None:
+    model = hf_detector(str(folders[kind]))
+    with pytest.raises(QuietvitError, match=f"adds {added}"):
+        refuse_unfit_sites(QATConfig(bits="W8A8"), model, torch.rand(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("name", METHODS)

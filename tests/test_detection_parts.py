@@ -24,6 +24,7 @@ PARTS = {
     "detr": ["backbone", "encoder", "decoder", "heads"],
     "yolos": ["backbone", "heads"],
     "rt_detr": ["backbone", "encoder", "decoder", "heads"],
+    "rf_detr": ["backbone", "neck", "decoder", "heads"],
 }
 
 
@@ -57,6 +58,12 @@ def test_nested_names_do_not_mislead() -> None:
     for site, part in {
         "model.model.backbone.model.encoder.stages.0.conv": "backbone",
         "model.model.input_proj.0.0": "encoder",
+        "model.model.backbone.backbone.encoder.layer.0.mlp.fc1": "backbone",
+        "model.model.backbone.projector.projector_layer.conv1.conv": "neck",
+        "model.model.enc_out_class_embed.0#1": "heads",
+        "model.model.conv_encoder.spatial_tuning_adapter.conv2.conv": "backbone",
+        "model.model.conv_encoder.model.encoder.stages.0.blocks.0.conv": "backbone",
+        "model.model.conv_encoder.fusion_proj.0.conv": "encoder",
         "model.model.encoder.aifi.0.layers.0.self_attn.query_key": "encoder",
         "model.model.decoder.layers.0.encoder_attn.value_proj": "decoder",
         "model.model.decoder.bbox_embed.0.layers.1#2": "heads",

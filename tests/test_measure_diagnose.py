@@ -362,6 +362,33 @@ def test_the_infinities_of_a_mask_are_no_broken_activations():
         diagnose(Windowed(scale=-1.0), images, pairs=())  # +inf
 
 
+class Proposing(nn.Module):
+    """Adds inf to the boxes of cells that the input marks as invalid, as two-stage DETRs do."""
+
+    def __init__(self, computed=False):
+        super().__init__()
+        self.boxes, self.last, self.computed = nn.Linear(16, 4), nn.Linear(4, 4), computed
+
+    def forward(self, x):
+        cells = x.flatten(1).unflatten(1, (-1, 16))
+        offsets = self.boxes(cells)
+        seen = offsets if self.computed else cells
+        invalid = (seen.mean(-1, keepdim=True) < seen.mean()).expand(-1, -1, 4)
+        return self.last(
+            (offsets + torch.zeros_like(seen[..., :4]).masked_fill(invalid, torch.inf)).sigmoid()
+        )
+
+
+def test_boxes_of_invalid_cells_are_no_broken_activations():
+    images = torch.randn(4, 1, 8, 8)
+    found = diagnose(Proposing(), images, pairs=(), batch_size=2)
+    reason = "not measured: a sum with inf where the model marks entries as invalid"
+    assert ("add", reason) in found.skipped
+    assert {"boxes", "last"} <= {site.site for site in found.sites}
+    with pytest.raises(QuietvitError, match=r"output of add .* holds inf"):
+        diagnose(Proposing(computed=True), images, pairs=())
+
+
 def test_a_first_matrix_that_reads_several_positions_is_named():
     body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU())
     model = nn.Sequential(*body, nn.Flatten(), nn.Linear(4 * 64, 5))

@@ -153,3 +153,21 @@ def test_a_block_adds_to_its_input_what_a_product_made_of_it(
 
     blocks = quietvit.trace(Model().eval(), torch.rand(1, 5, 8)).blocks
     assert blocks == (("block",) if residual else ())
+
+
+class Moved(nn.Module):
+    """Moves cells that it finds in its images (1, 5, 8) by what a product makes of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        cells: Tensor = (images > 0.5).to(images).mean(dim=1)
+        return cells + self.last(images.mean(dim=1))
+
+
+def test_what_is_read_off_the_images_is_not_their_shortcut() -> None:
+    """The proposals of a two-stage Deformable DETR come from the mask of the padding."""
+    model = nn.Sequential(nn.Identity(), Moved()).eval()
+    assert quietvit.trace(model, torch.rand(1, 5, 8)).blocks == ()

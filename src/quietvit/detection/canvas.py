@@ -13,6 +13,8 @@ from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.transforms.v2 import functional as F
 
+from quietvit.errors import QuietvitError
+
 PADDING = -1 / 32
 """The value of padding in images for detectors with a padding mask. Pixels are in 0..1."""
 
@@ -115,6 +117,16 @@ class Canvas(GeneralizedRCNNTransform):
 
     def __repr__(self) -> str:
         return f"Canvas(size={self.size}, mean={self.image_mean}, std={self.image_std})"
+
+
+def check_multiples(size: tuple[int, int], step: int, parts: str) -> None:
+    """Raise QuietvitError if a side in pixels is no multiple of ``step``; ``parts`` of what."""
+    if any(side % step for side in size):
+        height, width = (max(step, round(side / step) * step) for side in size)
+        raise QuietvitError(
+            f"images of {size[0]} x {size[1]} pixels do not divide into the {parts}. Give "
+            f"multiples of {step}, such as {height} x {width}."
+        )
 
 
 def is_padding(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from quietvit.classes import name_classes
 from quietvit.data.transforms import data_config
-from quietvit.detection.canvas import Canvas
+from quietvit.detection.canvas import Canvas, check_multiples
 from quietvit.detection.pyramid import Pyramid, pyramid
 from quietvit.errors import QuietvitError, nearest
 
@@ -32,7 +32,7 @@ PREDICTORS = (
     *("cls_logits", "bbox_pred", "bbox_reg", "bbox_ctrness", "cls_score"),  # torchvision
     "mask_fcn_logits",
     *("class_labels_classifier", "bbox_predictor", "class_embed", "bbox_embed"),  # transformers
-    *("enc_score_head", "enc_bbox_head"),
+    *("enc_score_head", "enc_bbox_head", "enc_out_class_embed", "enc_out_bbox_embed"),
 )
 _ANCHOR = 8
 """Side of an anchor as a multiple of its map's stride: 32 pixels at stride 4 (arXiv 1612.03144)."""
@@ -187,8 +187,8 @@ def predictors(model: nn.Module) -> tuple[str, ...]:
     """Return name patterns of a detector's last sites: they predict classes, objectness and boxes.
 
     In torchvision's detectors, DETR and YOLOS, they have the role ``head``, so ``head_bits`` (8)
-    covers them. Deformable DETR, RT-DETR and D-FINE feed predicted boxes into later decoder layers,
-    so some of their predictors have other roles. Keep those at 8 bits with ``overrides={site: 8 for
+    covers them. Most of transformers' detectors feed predicted boxes into later decoder layers, so
+    some of their predictors have other roles. Keep those at 8 bits with ``overrides={site: 8 for
     site in predictors(model)}``.
     """
     names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in PREDICTORS]
@@ -206,14 +206,8 @@ def _parts(
     config = data_config(backbone)
     body = pyramid(backbone, channels, scales)
     height, width = config["input_size"][1:] if size is None else size
-    step = math.lcm(*body.strides)
-    if height % step or width % step:
-        near = [max(step, round(side / step) * step) for side in (height, width)]
-        raise QuietvitError(
-            f"images of {height} x {width} pixels do not divide into the strides "
-            f"{', '.join(map(str, body.strides))} of the feature pyramid. Give multiples of "
-            f"{step}, such as {near[0]} x {near[1]}."
-        )
+    strides = f"strides {', '.join(map(str, body.strides))} of the feature pyramid"
+    check_multiples((height, width), math.lcm(*body.strides), strides)
     if windows is not None:
         body.use_windows((height, width), windows, global_blocks)
     elif global_blocks is not None:

@@ -1,4 +1,4 @@
-"""Open transformers' detectors (DETR, Deformable DETR, YOLOS, RT-DETR, D-FINE) from a folder.
+"""Open transformers' detectors (DETR, RT-DETR, RF-DETR and others) from a folder.
 
 They get the interface of torchvision's detectors, so they share data, AP and training.
 """
@@ -17,7 +17,7 @@ from torchvision.ops import box_convert
 
 from quietvit.classes import name_classes
 from quietvit.data.huggingface import create_hf_detector
-from quietvit.detection.canvas import Canvas, is_padding
+from quietvit.detection.canvas import Canvas, check_multiples, is_padding
 from quietvit.errors import QuietvitError
 
 MOST = 300
@@ -101,6 +101,15 @@ class HFDetector(nn.Module):
             "mean": mean,
             "marked": self.transform.marked,
         }
+
+    @property
+    def added_in_training(self) -> str | None:
+        """Return which queries the model adds in training mode, by its config; None for none."""
+        config: Any = self.model.config
+        if getattr(config, "num_denoising", 0):
+            return f"{config.num_denoising} denoising queries"
+        groups = getattr(config, "group_detr", 1)
+        return f"{groups - 1} more groups of queries" if groups > 1 else None
 
     def forward(
         self,
@@ -204,13 +213,17 @@ def hf_detector(
         untrained: use random weights.
 
     Raises:
-        QuietvitError: no size is known; or see ``quietvit.data.create_hf_model``.
+        QuietvitError: no size is known, the size does not divide into the strides or windows of
+            the model, a RF-DETR gets a size that is not square; or see
+            ``quietvit.data.create_hf_model``.
     """
     model, settings = create_hf_detector(folder, num_classes, kwargs, weights, untrained=untrained)
     config: Any = model.config
+    size = size or _size(settings, config, folder)
+    _check_size(size, config)
     masked = "pixel_mask" in signature(model.forward).parameters and _pads(settings)
     canvas = Canvas(
-        size or _size(settings, config, folder),
+        size,
         *_scale(settings),
         stretch=not masked,
         marked=masked,
@@ -267,6 +280,24 @@ def _size(settings: Mapping[str, Any], config: Any, folder: str) -> tuple[int, i
             "size=(height, width) (in a recipe: task_settings.size)."
         )
     return (own, own) if isinstance(own, int) else (int(own[0]), int(own[1]))
+
+
+def _check_size(size: tuple[int, int], config: Any) -> None:
+    """Raise QuietvitError if the model cannot take images of this size, by its config."""
+    check_multiples(
+        size, max(getattr(config, "feat_strides", None) or (1,)), "strides of the model"
+    )
+    backbone: Any = getattr(config, "backbone_config", None)
+    windows = int(getattr(backbone, "num_windows", 1))
+    side = int(getattr(backbone, "num_windows_side", windows))  # LW-DETR counts all, RF-DETR a side
+    if side > 1:
+        patch = backbone.patch_size
+        check_multiples(size, side * int(patch), f"windows of the backbone ({side} x {side})")
+    if windows > 1 and windows == side and size[0] != size[1]:
+        raise QuietvitError(
+            f"transformers' windows of {config.model_type} mix up the rows of images that are not "
+            f"square, such as {size[0]} x {size[1]}. Give a square size."
+        )
 
 
 def _scale(settings: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:

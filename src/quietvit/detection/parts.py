@@ -28,14 +28,17 @@ _TORCHVISION = {
     "roi_heads": "box_head",
     "head": "heads",
 }
-# Of transformers' detectors: the first name in a module's path that is listed decides, but a
-# predictor is a head wherever it is. Its backbone may hold an "encoder" of its own.
+# Of transformers' detectors: the first of these names that is in a module's path decides, but a
+# predictor is a head wherever it is. A backbone may hold an "encoder" of its own.
 _TRANSFORMERS = {
+    "projector": "neck",  # in the backbone of RF-DETR and LW-DETR
+    "encoder_input_proj": "encoder",  # RT-DETR, D-FINE; in the backbone of DEIMv2
+    "fusion_proj": "encoder",  # in the backbone of DEIMv2
     "backbone": "backbone",
+    "conv_encoder": "backbone",  # DEIMv2
     "vit": "backbone",  # YOLOS
     "input_projection": "encoder",  # DETR
     "input_proj": "encoder",  # Deformable DETR
-    "encoder_input_proj": "encoder",  # RT-DETR, D-FINE
     "encoder": "encoder",
     "decoder_input_proj": "decoder",
     "enc_output": "decoder",  # chooses the queries
@@ -51,7 +54,8 @@ def part_of_each(model: nn.Module, traced: Trace) -> dict[str, str]:
 
     torchvision's detectors have ``backbone``, ``neck``, ``rpn`` and ``box_head``, or ``heads``. A
     Mask R-CNN also has ``mask_head``.
-    transformers' have ``backbone``, ``encoder``, ``decoder`` and ``heads``, as far as they exist.
+    transformers' have ``backbone``, ``neck``, ``encoder``, ``decoder`` and ``heads``, as far as
+    they exist.
     The module of a site tells its part. Without a known module, the site belongs to the part that
     feeds it. Sites that compute boxes, behind the last part, may be missing.
 
@@ -134,4 +138,4 @@ def part_of(site: str) -> str | None:
     steps = [step.partition("#")[0] for step in site.split(".")]
     if not _HEADS.isdisjoint(steps):
         return "heads"
-    return next((_TRANSFORMERS[step] for step in steps if step in _TRANSFORMERS), None)
+    return next((part for name, part in _TRANSFORMERS.items() if name in steps), None)

@@ -32,6 +32,7 @@ from quietvit.tracing import (
 
 UNREACHED = "not measured: no image gave it a value, for example because nothing was detected"
 MASKED = "not measured: its scores hold the -inf of a mask"
+GIVEN = "not measured: a sum with inf where the model marks entries as invalid"
 _SIDES = ("left", "right")
 
 
@@ -63,7 +64,7 @@ def diagnose(
     Raises:
         QuietvitError: no images, images of the wrong shape or not finite, no pairs found, NaN or
             inf in an activation (names the site) or in the weights of a pair. The -inf of a mask
-            in front of a softmax is allowed.
+            in front of a softmax is allowed, and so is inf in an addend that no product computes.
     """
     if top < 1:
         raise QuietvitError(f"top is {top}; give at least 1.")
@@ -101,7 +102,7 @@ class _Recorder:
     def __init__(self, trace: Trace, tracker: PeakTracker) -> None:
         self.tracker = tracker
         self.images = 0
-        self.masked: dict[tuple[str, str], None] = {}
+        self._unmeasured: dict[str, str] = {}
         self._trace = trace
         self._batch: ImageBatch | None = None
         self._running: dict[tuple[str, str], tuple[str, RunningStatistics]] = {}
@@ -119,6 +120,11 @@ class _Recorder:
             for (site, operand), (role, running) in self._running.items()
             if running.count
         )
+
+    @property
+    def masked(self) -> list[tuple[str, str]]:
+        """(site, reason) for each sum that holds the infinities of a mask."""
+        return list(self._unmeasured.items())
 
     @property
     def unreached(self) -> list[tuple[str, str]]:
@@ -142,12 +148,13 @@ class _Recorder:
                 self.tracker.update(site, output, self.images, self._batch.size, self._batch.pick)
             return output
         output = run(*operands)
-        if self._is_masked(site, output):
-            self.masked[site.name, MASKED] = None
+        reason = self._masked(site, operands, output)
+        if reason is not None:
+            self._unmeasured[site.name] = reason
             self._running.pop((site.name, "output"), None)
             return output
         self._check(site, output)
-        if site.kind != "softmax" and (site.name, MASKED) not in self.masked:
+        if site.kind != "softmax" and site.name not in self._unmeasured:
             axes = (output_axis(site, self._by_name),)
             self._measure(site, "output", site.role, site.output_shape, output, axes)
         return output
@@ -169,11 +176,21 @@ class _Recorder:
         images = self._batch.size if counts else None
         self._running[key][1].update(x, images=images, first_image=self.images)
 
-    def _is_masked(self, site: Site, output: Tensor) -> bool:
-        """Whether these are attention scores whose only non-finite values are a mask's -inf."""
-        if site.kind != "add" or not _leads_to_softmax(site, self._by_name):
-            return False
-        return bool((output == -torch.inf).any() and (output < torch.inf).all())
+    def _masked(self, site: Site, operands: tuple[Tensor, ...], output: Tensor) -> str | None:
+        """Return why a sum is not measured if its only non-finite values are those of a mask.
+
+        A mask is -inf in front of a softmax, or inf in an addend that no product computes. For
+        example, a two-stage Deformable DETR gives proposals in the padding the box inf.
+        """
+        if site.kind != "add" or output.isfinite().all() or output.isnan().any():
+            return None
+        if _leads_to_softmax(site, self._by_name) and (output < torch.inf).all():
+            return MASKED
+        given = torch.zeros_like(output, dtype=torch.bool)
+        for operand, x in zip(site.operands, operands, strict=False):
+            if not operand.fed_by:
+                given = given | x.isinf()
+        return GIVEN if (given | output.isfinite()).all() else None
 
     def _check(self, site: Site, output: Tensor) -> None:
         if output.isfinite().all():

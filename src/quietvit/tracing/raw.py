@@ -45,7 +45,8 @@ class ModuleCall:
     """One call of a module: the records from ``start`` to before ``end`` were made inside.
 
     ``origin``: the sites that its first output comes from. ``from_constant``: one of its inputs
-    does not depend on the model's input, and has the shape of that output.
+    does not depend on the model's input, and has the shape of that output. ``from_input``: one of
+    its inputs is the model's input, and has as many entries as that output.
     """
 
     path: str
@@ -53,6 +54,7 @@ class ModuleCall:
     end: int
     origin: frozenset[str]
     from_constant: bool
+    from_input: bool
 
 
 @dataclass(frozen=True)

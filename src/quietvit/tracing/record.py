@@ -120,9 +120,14 @@ class Recorder(TorchFunctionMode):
         given, result = _tensors((args, kwargs)), next(iter(_tensors(output)), None)
         if id(module) not in self._paths or result is None:
             return
-        constant = any(x.shape == result.shape and not self.value(x).depends for x in given)
+        values = [(x, self.value(x)) for x in given]
+        constant = any(x.shape == result.shape and not value.depends for x, value in values)
+        whole = any(
+            x.numel() == result.numel() and value.depends and not value.origin
+            for x, value in values
+        )
         origin = self.value(result).origin
-        self.calls.append(ModuleCall(path, start, len(self.records), origin, constant))
+        self.calls.append(ModuleCall(path, start, len(self.records), origin, constant, whole))
 
     def _keep(self, tensor: Tensor, value: Value) -> None:
         if not tensor.numel():  # for example the boxes of an image without detections

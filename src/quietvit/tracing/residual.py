@@ -78,7 +78,8 @@ class _Flow:
         """Whether ``wanted`` is on the short way from the input of a call to its output.
 
         If an input is a constant (the queries in the first layer of a decoder), no site computed
-        it. Then it is enough that the output has its shape.
+        it. Then it is enough that the output has its shape. If no site is in front of an input (the
+        images, or the mask of their padding), one input needs as many entries as the output.
         """
         waiting, seen = [self._order[key] for key in call.origin], set[int]()
         reached, entered = False, call.from_constant
@@ -88,7 +89,7 @@ class _Flow:
                 continue
             seen.add(place)
             if place < call.start:
-                entered = True
+                entered |= place != _INPUT or call.from_input
             elif place in self.sums:
                 reached |= place == wanted.place
                 # The fork too, because a projection lies on the short way.

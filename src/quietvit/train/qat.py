@@ -77,8 +77,16 @@ def core_of(model: nn.Module) -> nn.Module:
 def refuse_unfit_sites(config: QATConfig, model: nn.Module, example: Any) -> None:
     """Raise QuietvitError before any training if ``quantized_model`` would fail.
 
-    It fails if ``exclude`` or ``overrides`` match nothing, or if no step can be learned.
+    It fails if ``exclude`` or ``overrides`` match nothing, or if no step can be learned. A detector
+    that adds queries in training has other products there than those that were quantized.
     """
+    added = getattr(model, "added_in_training", None)
+    if added is not None:
+        raise QuietvitError(
+            f"this detector adds {added} in training, so its products differ from the quantized "
+            "ones, and quantization-aware training does not work. Leave [qat] out, and quantize "
+            "the trained detector."
+        )
     method = config.configured()
     with evaluating(model):
         recorded = trace(model, example)
