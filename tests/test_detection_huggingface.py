@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,14 +248,22 @@ def test_a_canvas_that_the_model_cannot_take_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("kind", "added"), [("rt_detr", "100 denoising queries"), ("lw_detr", "1 more groups")]
+    ("kind", "fits"),
+    [("rt_detr", True), ("yolos", True), ("d_fine", False), ("lw_detr", False)],
 )
-def test_detectors_with_more_queries_in_training_refuse_quantization_aware_training(
-    kind: str, added: str, folders: dict[str, Path]
+def test_only_detectors_with_the_same_products_in_training_take_qat(
+    kind: str, fits: bool, folders: dict[str, Path]
 ) -> None:
-    model = hf_detector(str(folders[kind]))
-    with pytest.raises(QuietvitError, match=f"adds {added}"):
-        refuse_unfit_sites(QATConfig(bits="W8A8"), model, torch.rand(1, 3, 64, 64))
+    model, images = hf_detector(str(folders[kind])).eval(), torch.rand(2, 3, 64, 64)
+    target = {"boxes": torch.tensor([[12.0, 8.0, 30.0, 40.0]]), "labels": torch.tensor([1])}
+    refuses = nullcontext() if fits else pytest.raises(QuietvitError, match="other products")
+    with refuses:
+        refuse_unfit_sites(
+            QATConfig(bits="W8A8"), model, images[:1], lambda model: model(images, [target] * 2)
+        )
+    if fits:
+        quantized = quietvit.quantize(model, "rtn", images, bits="W8A8", progress=False).train()
+        quantized(images, [target] * 2)["loss"].backward()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -96,6 +96,17 @@ def test_every_public_name_resolves_without_extras() -> None:
     )
 
 
+def test_packages_that_the_pages_name_are_attributes() -> None:
+    """``import quietvit`` is enough for ``quietvit.detection.hf_detector``, on any page."""
+    pages = [*SOURCE.parents[1].glob("docs/**/*.md"), SOURCE.parents[1] / "README.md"]
+    text = "\n".join(page.read_text("utf-8") for page in pages)
+    packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    named = packages & set(re.findall(r"quietvit\.(\w+)\.\w+", text))
+    assert {"detection", "decay"} <= named
+    script = "import quietvit\nfor name in {!r}: getattr(quietvit, name)\n"
+    run_python(script.format(sorted(named)))
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_extras_are_imported_inside_functions_only(path: Path) -> None:
     found = set(imports_when_loaded(ast.parse(path.read_text("utf-8"))))

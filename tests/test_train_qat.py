@@ -91,7 +91,8 @@ def test_commands_take_the_folder_of_a_run_also_after_a_move(tmp_path, whole):
 
     def command(*given):
         done = CliRunner().invoke(cli.app, list(map(str, given)))
-        return done.exit_code, " ".join(done.stdout.split())
+        told = done.output if done.exit_code else done.stdout  # stderr has the progress
+        return done.exit_code, " ".join(told.split())
 
     code, told = command("evaluate", moved, *images)
     assert (code, "top-1" in told) == (0, True), told

@@ -3,6 +3,21 @@
 A name is added here and nowhere else.
 """
 
+from . import advice as advice
+from . import callbacks as callbacks
+from . import compare as compare
+from . import data as data
+from . import decay as decay
+from . import deployment as deployment
+from . import detection as detection
+from . import measure as measure
+from . import pairs as pairs
+from . import quantization as quantization
+from . import report as report
+from . import synthesis as synthesis
+from . import tasks as tasks
+from . import tracing as tracing
+from . import train as train
 from .advice import advise as advise
 from .advice import choose_bits as choose_bits
 from .advice import sensitivity as sensitivity

@@ -102,15 +102,6 @@ class HFDetector(nn.Module):
             "marked": self.transform.marked,
         }
 
-    @property
-    def added_in_training(self) -> str | None:
-        """Return which queries the model adds in training mode, by its config; None for none."""
-        config: Any = self.model.config
-        if getattr(config, "num_denoising", 0):
-            return f"{config.num_denoising} denoising queries"
-        groups = getattr(config, "group_detr", 1)
-        return f"{groups - 1} more groups of queries" if groups > 1 else None
-
     def forward(
         self,
         images: Sequence[Tensor] | Tensor,

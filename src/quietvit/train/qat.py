@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -26,7 +27,8 @@ from quietvit.quantization.overrides_file import is_overrides_file
 from quietvit.quantization.settings import parse_method
 from quietvit.quantization.storage import build_parts, parts_of, zero_image
 from quietvit.section import Section
-from quietvit.tracing import evaluating, trace
+from quietvit.tracing import MATMUL_KINDS, Trace, evaluating, intercept, plain_copy, trace
+from quietvit.train.order import generator_states, set_generator_states
 
 
 class QATConfig(Section):
@@ -74,19 +76,18 @@ def core_of(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, QuantizedModel) else model
 
 
-def refuse_unfit_sites(config: QATConfig, model: nn.Module, example: Any) -> None:
-    """Raise QuietvitError before any training if ``quantized_model`` would fail.
+def refuse_unfit_sites(
+    config: QATConfig, model: nn.Module, example: Any, training_pass: Callable[[nn.Module], Any]
+) -> None:
+    """Raise QuietvitError before any training if quantization-aware training would fail.
 
-    It fails if ``exclude`` or ``overrides`` match nothing, or if no step can be learned. A detector
-    that adds queries in training has other products there than those that were quantized.
+    It fails if ``exclude`` or ``overrides`` match nothing, if no step can be learned, or if the
+    model computes other products in training than in evaluation.
+
+    Args:
+        example: one image as the model takes it.
+        training_pass: calls a model in training mode on a batch, with its targets.
     """
-    added = getattr(model, "added_in_training", None)
-    if added is not None:
-        raise QuietvitError(
-            f"this detector adds {added} in training, so its products differ from the quantized "
-            "ones, and quantization-aware training does not work. Leave [qat] out, and quantize "
-            "the trained detector."
-        )
     method = config.configured()
     with evaluating(model):
         recorded = trace(model, example)
@@ -98,6 +99,31 @@ def refuse_unfit_sites(config: QATConfig, model: nn.Module, example: Any) -> Non
             f"{method.name} with these settings has no step that can be learned. Set qat.steps to "
             "'fixed', or choose another qat.method."
         )
+    _refuse_other_products(model, recorded, training_pass)
+
+
+def _refuse_other_products(
+    model: nn.Module, recorded: Trace, training_pass: Callable[[nn.Module], Any]
+) -> None:
+    """Refuse a model that has other products in training, such as D-FINE and RF-DETR.
+
+    A copy runs, so that running statistics and the run's random numbers stay as they are.
+    """
+    trained = plain_copy(model).train()
+    device = next(trained.parameters()).device
+    states = generator_states(device)
+    products = intercept(recorded, lambda site, operands, run: run(*operands), kinds=MATMUL_KINDS)
+    try:
+        with torch.no_grad(), products:
+            training_pass(trained)
+    except QuietvitError as error:
+        raise QuietvitError(
+            f"{type(model).__name__} computes other products in training than in evaluation, so "
+            "quantization-aware training does not work. Leave qat out, and quantize the trained "
+            f"model. ({error})"
+        ) from error
+    finally:
+        set_generator_states(states, device)
 
 
 def quantized_model(config: QATConfig, model: nn.Module, images: Any) -> QuantizedModel:

@@ -177,7 +177,7 @@ def assemble(
         partial(rates_of_run, config, accelerator.num_processes, steps_per_epoch),
     )
     if config.qat is not None:
-        refuse_unfit_sites(config.qat, plain, example)
+        refuse_unfit_sites(config.qat, plain, example, partial(task.call, batch=two))
         quantization = None if resumed is None else resumed.get("quantization")
         if quantization is not None:
             plain = restored_model(config.qat, plain, quantization)
