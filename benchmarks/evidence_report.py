@@ -433,7 +433,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     names = dict.fromkeys(name for shown in panels.values() for name in shown)
     colors = {name: f"C{place}" for place, name in enumerate(names)}
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(1.5 + 3.6 * len(panels), 5), sharey=True, squeeze=False
+        1, len(panels), figsize=(1.5 + 3.6 * len(panels), 6), sharey=True, squeeze=False
     )
     for ax, ((workload, scale), shown) in zip(axes[0], panels.items(), strict=True):
         baseline = finals(rows)[workload, scale][BASELINE]
@@ -444,21 +444,21 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
                     continue
                 half = 0.0 if math.isnan(found.half) else found.half
                 ax.errorbar(
-                    *(found.mean, place + 0.2 * (offset - (len(shown) - 1) / 2)),
+                    *(found.mean, place + 0.15 * (offset - (len(shown) - 1) / 2)),
                     xerr=half,
                     fmt="o",
                     ms=4,
                     capsize=2,
                     color=colors[name],
-                    label=name if place == 0 else None,
                 )
         ax.axvline(0, color="grey", lw=0.8)
         ax.set_title(f"{workload} ({scale})")
         ax.set_xlabel("points of top-1 over tuned AdamW")
-        ax.legend(fontsize=8)
     axes[0][0].set_yticks(range(len(columns)), ["mean of pipelines", *columns[1:]])
     axes[0][0].invert_yaxis()
-    figure.tight_layout()
+    handles = [pyplot.Line2D([], [], color=color, marker="o", ms=4) for color in colors.values()]
+    figure.legend(handles, colors, loc="lower center", ncols=len(colors), frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
