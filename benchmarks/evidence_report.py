@@ -404,8 +404,8 @@ W4A4-minmax, W4A4-omse and all W3A3 columns are not part of the mean of pipeline
 
 ## How
 
-`python benchmarks/evidence.py run` made {len(rows)} runs at {commits}. Machines:
-{"; ".join(machines)}. [results/evidence.csv](../results/evidence.csv) has the figures, seeds and
+`python benchmarks/evidence.py run` made {len(rows)} runs. Machines: {"; ".join(machines)}. Commits:
+`{commits}`. [results/evidence.csv](../results/evidence.csv) has the figures, seeds and
 settings of each run. The [lab log](lab-log.md) has the expectations and deviations.
 """
 
