@@ -52,6 +52,7 @@ from evidence_plan import (
     COLUMNS,
     FAMILIES,
     FIGURES,
+    FINAL_SEEDS,
     Job,
     Row,
     next_jobs,
@@ -146,7 +147,7 @@ def run(
     workloads: WorkloadsOption = "*",
     families: FamiliesOption = "*",
     scale: ScaleOption = "cpu",
-    seeds: SeedsOption = 3,
+    seeds: SeedsOption = FINAL_SEEDS[-1],
     jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads each.")] = 1,
     cache: Annotated[Path, typer.Option(help="Folder for images and heads as tensors.")] = CACHE,
@@ -205,7 +206,7 @@ def plan(
     workloads: WorkloadsOption = "*",
     families: FamiliesOption = "*",
     scale: ScaleOption = "cpu",
-    seeds: SeedsOption = 3,
+    seeds: SeedsOption = FINAL_SEEDS[-1],
 ) -> None:
     """Print what would run next."""
     names, chosen = matching(workloads, SCALES[scale]), matching(families, FAMILIES)

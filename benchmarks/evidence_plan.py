@@ -163,9 +163,9 @@ def try_jobs(rows: Sequence[Row], name: str, scale: str, family: str) -> list[Jo
 
     While the best try is the last of them, the ladder goes on (``FURTHER``), in every family alike.
     """
-    rates, chosen = rate_jobs(name, scale), {}
     if family in FIXED:
         return []
+    rates, chosen = rate_jobs(name, scale), {}
     if rates:
         found = best(rows, rates)
         if found is None:

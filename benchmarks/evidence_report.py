@@ -9,23 +9,25 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evidence_data import SCALES
+from evidence_plan import FINAL_SEEDS
 from evidence_run import ALL, CHOOSING, PIPELINES, summed
 from quietvit.files import write_atomic
 
 Row = dict[str, str]
-Finals = Mapping[tuple[str, str], Mapping[str, Mapping[str, Row]]]
+Family = Mapping[str, Row]
+"""Seed -> row of a final."""
+Finals = Mapping[tuple[str, str], Mapping[str, Family]]
 BASELINE, PIPELINE_NAMES = "adamw", tuple(PIPELINES)
 HIGHER = """The first line of a family has the learning rate that is best for AdamW in float. The
 other lines have the same settings at higher rates."""
 HELPS = "**helps**"
 TITLES = {"pipelines": "mean of pipelines"}
 SIZES = ("amplification", "residual_max")
-FIRST_SEEDS = ("1", "2", "3")
 LENGTHS = ("deit-short", "deit", "deit-long")
 FLOAT_LOSS = 0.3
 """How much lower float may be where CD still *helps*, in points. Fixed before the runs."""
@@ -170,14 +172,20 @@ def causes_table(families: Mapping[str, Mapping[str, Row]]) -> str:
     return table(["", *names], lines)
 
 
+def beside_baseline(finished: Finals) -> Iterator[tuple[str, str, Family, Family]]:
+    """Yield (workload, family, its finals, those of AdamW) of each family that has both."""
+    for (workload, scale), families in finished.items():
+        for name, own in families.items() if BASELINE in families else ():
+            if name != BASELINE:
+                yield f"{workload} ({scale})", name, own, families[BASELINE]
+
+
 def effects_table(finished: Finals) -> str:
     """What CD is built for, and what it shall lead to: AdamW's figure, then CD's. Empty if none."""
     lines = []
-    for (workload, scale), families in finished.items():
-        for name, own in families.items() if BASELINE in families else ():
-            if not name.startswith("cd"):
-                continue
-            both = families[BASELINE], own
+    for where, name, own, baseline in beside_baseline(finished):
+        if name.startswith("cd"):
+            both = baseline, own
             cells = [
                 *(" → ".join(_mean(each, what).split(" ")[0] for each in both) for what in SIZES),
                 *(
@@ -185,7 +193,7 @@ def effects_table(finished: Finals) -> str:
                     for role in ("residual", "post_norm", "post_gelu")
                 ),
             ]
-            lines.append([f"{workload} ({scale})", name, *cells])
+            lines.append([where, name, *cells])
     heads = ["workload", "family", "worst pair's amplification", "largest residual"]
     heads += ["residual max/rms", "post_norm max/rms", "post_gelu max/rms"]
     return table(heads, lines) if lines else "No finals of CD beside AdamW's yet."
@@ -259,17 +267,13 @@ def summary(rows: Sequence[Row]) -> str:
 def verdicts_table(finished: Finals) -> str:
     """One line per workload and family. Seeds after the third also stand alone. Empty if none."""
     lines, further = [], False
-    for (workload, scale), families in finished.items():
-        for name, own in families.items():
-            if name == BASELINE or BASELINE not in families:
-                continue
-            baseline = families[BASELINE]
-            late = {seed: row for seed, row in own.items() if seed not in FIRST_SEEDS}
-            alone = gain(late, baseline, "pipelines")
-            further = further or alone is not None
-            gains = [str(gain(own, baseline, what) or "") for what in ("pipelines", "float")]
-            head = [f"{workload} ({scale})", name, verdict(own, baseline), *gains]
-            lines.append([*head, str(len(own)), str(alone or "")])
+    for where, name, own, baseline in beside_baseline(finished):
+        late = {seed: row for seed, row in own.items() if int(seed) not in FINAL_SEEDS}
+        alone = gain(late, baseline, "pipelines")
+        further = further or alone is not None
+        gains = [str(gain(own, baseline, what) or "") for what in ("pipelines", "float")]
+        head = [where, name, verdict(own, baseline), *gains]
+        lines.append([*head, str(len(own)), str(alone or "")])
     heads = ["workload", "family", "helps?", "mean of pipelines", "float", "seeds", "seeds 4 to 6"]
     if not further:
         heads, lines = heads[:-1], [line[:-1] for line in lines]
@@ -279,19 +283,18 @@ def verdicts_table(finished: Finals) -> str:
 def losses(finished: Finals) -> str:
     """Say in sentences where CD does not help, and where anything else does."""
     lines = []
-    for (workload, scale), families in finished.items():
-        for name, own in families.items() if BASELINE in families else ():
-            found = gain(own, families[BASELINE], "pipelines")
-            if name == BASELINE or found is None or math.isnan(found.half):
-                continue
-            where = f"`{name}` on `{workload}` ({scale})"
-            if not name.startswith("cd"):
-                if verdict(own, families[BASELINE]) == HELPS:
-                    lines.append(f"- {where} is no CD, and it helps: {found} points.")
-            elif found.mean + found.half < 0:
-                lines.append(f"- {where} loses {-found.mean:.1f} ± {found.half:.1f} points.")
-            elif not found.above_zero:
-                lines.append(f"- {where} shows no clear gain: {found} points.")
+    for workload, name, own, baseline in beside_baseline(finished):
+        found = gain(own, baseline, "pipelines")
+        if found is None or math.isnan(found.half):
+            continue
+        where = f"`{name}` on `{workload.replace(' ', '` ', 1)}"
+        if not name.startswith("cd"):
+            if verdict(own, baseline) == HELPS:
+                lines.append(f"- {where} is no CD, and it helps: {found} points.")
+        elif found.mean + found.half < 0:
+            lines.append(f"- {where} loses {-found.mean:.1f} ± {found.half:.1f} points.")
+        elif not found.above_zero:
+            lines.append(f"- {where} shows no clear gain: {found} points.")
     return "\n".join(lines) or "No workload shows it yet."
 
 
